@@ -1,0 +1,1 @@
+"""The `pldr` command and the ways a training job is started."""

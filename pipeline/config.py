@@ -1,0 +1,283 @@
+"""RunConfig: the typed tree behind a YAML. One YAML is one whole run.
+
+Every key is checked before anything starts: an unknown key is an error that names the nearest known one, a bad value is
+an error that names the key. `key=value` overrides use dots (`train.steps=100`) and YAML values (`model.num_heads=8`,
+`tokenizer.model=null`). Pydantic stands here, at the border; inside the stages these objects are only read.
+
+Decision: defaults are the paper's recipe where it has one, so that a short YAML is a paper run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import ConfigError
+from pldr_model.config import ModelConfig
+
+# A stdlib dataclass as a pydantic field: unknown keys in `model:` must be errors like everywhere else.
+ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+
+
+class Section(BaseModel):
+    """A frozen, closed part of the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Section):
+    """One corpus. `url`: a path, glob or fsspec URL, or `package://NAME/GLOB` for files inside an installed package
+    (found without importing it). Formats by ending: .txt .md (one document a file), .jsonl/.ndjson (a document a line,
+    text in `text_key`), each plain or .gz/.xz/.bz2/.zst."""
+
+    url: str
+    text_key: str = "text"
+    license: str | None = None
+
+
+class DataConfig(Section):
+    """Corpora to document tars (stage `shard`)."""
+
+    sources: list[Source] = Field(min_length=1)
+    val_fraction: float = Field(0.01, ge=0, lt=1)  # of documents, chosen by a hash of their text
+    test_fraction: float = Field(0.01, ge=0, lt=1)
+    min_characters: int = Field(1, ge=1)  # shorter documents are dropped and counted
+    on_bad_input: Literal["error", "skip"] = "error"
+    executor: Literal["local"] = "local"
+    tasks: int = Field(2, ge=1)  # how finely the input is divided; part of the result's identity
+    workers: int = Field(2, ge=1)  # processes at once; never changes the result
+
+
+class TokenizerConfig(Section):
+    """SentencePiece: train one with `model.vocab_size` pieces on the train split, or take an existing `.model`."""
+
+    model: str | None = None
+    max_megabytes: int = Field(200, ge=1)  # text the trainer looks at
+    character_coverage: float = Field(0.9995, gt=0, le=1)
+
+
+class TokensConfig(Section):
+    """Documents to token tars (stage `tokenize`). The context length is `model.context_length`."""
+
+    block_sequences: int = Field(256, ge=1)  # sequences in one tar member: the unit of reading
+    remainder: Literal["drop", "pad"] = "drop"  # the last, incomplete sequence of a shard; counted either way
+    workers: int = Field(2, ge=1)
+
+
+class TrainConfig(Section):
+    """Pretraining (stage `train`). Sizes count sequences of `model.context_length` tokens."""
+
+    steps: int = Field(250_000, ge=1)
+    global_batch: int = Field(32, ge=1)
+    micro_batch: int = Field(4, ge=1)  # per rank and forward pass
+    ranks: int | None = Field(None, ge=1)  # processes on this node; null: every GPU, or 2 on a CPU
+    max_lr: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(2000, ge=0)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    metric_weight_decay: float | None = Field(None, ge=0)  # of the metric learner's residual units; null: the same
+    clip_by: Literal["value", "norm"] = "value"
+    clip: float = Field(1.0, gt=0)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    deepspeed: str | None = None  # JSON with DeepSpeed's own keys; {stage} in the name is zero_stage
+    compile: bool = False  # torch.compile of the engine; on a CPU this needs a C++ compiler
+    log_every: int = Field(10, ge=1)
+    validate_every: int = Field(1000, ge=1)
+    val_sequences: int = Field(64, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(2, ge=2)
+    timeout_s: float = Field(1800.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+    @property
+    def metric_decay(self) -> float:
+        """The weight decay that the metric learner gets."""
+        return self.weight_decay if self.metric_weight_decay is None else self.metric_weight_decay
+
+
+class PostConfig(Section):
+    """Consolidate, extract, validate, bundle. Thresholds: see docs/certificate.md for their reasons."""
+
+    g_from: Literal["mean", "first"] = "mean"  # over many held-out prompts, or the first one (the paper's way)
+    prompts: int = Field(32, ge=2)  # held-out prompts of full context length
+    generate_tokens: int = Field(64, ge=1)  # of greedy agreement with and without caches
+    max_relative_deviation_g: float = Field(1e-5, gt=0)  # tier "invariant"
+    min_attention_effect: float = Field(0.05, ge=0)  # nats lost by G=0 and by G=identity
+    max_leak_gap: float = Field(1e-3, gt=0)  # nats, |block loss - cached loss|
+    max_kl: float = Field(1e-4, gt=0)  # nats per token, cached against full recomputation
+    min_top1_agreement: float = Field(0.999, ge=0, le=1)
+    register_as: str | None = "pldr"  # MLflow registered model; null: none
+    sample_prompt: str = "The "
+
+
+class TrackingConfig(Section):
+    """MLflow. `uri: null` is SQLite inside the run directory; any server by URI."""
+
+    uri: str | None = None
+    experiment: str = "pldr"
+
+    @field_validator("uri")
+    @classmethod
+    def _no_file_store(cls, uri: str | None) -> str | None:
+        if uri is not None and "://" not in uri:
+            raise ValueError(f"{uri!r} is no MLflow URI: use sqlite:///PATH or http(s)://HOST:PORT")
+        return uri
+
+
+class RunConfig(Section):
+    """A whole run: data, tokenizer, model, training, post-training, tracking."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: str  # everything the run writes; relative to the working directory
+    seed: int = Field(1, ge=0)
+    data: DataConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokens: TokensConfig = TokensConfig()
+    model: ModelConfig
+    train: TrainConfig = TrainConfig()
+    post: PostConfig = PostConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values only: what is written to JSON, hashed, and logged."""
+        return self.model_dump(mode="json")
+
+    def flat(self) -> dict[str, str]:
+        """`section.key` -> text, as MLflow parameters."""
+        out: dict[str, str] = {}
+
+        def walk(prefix: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    walk(f"{prefix}.{key}" if prefix else key, inner)
+            else:
+                out[prefix] = value if isinstance(value, str) else json.dumps(value)
+
+        walk("", self.as_dict())
+        return out
+
+
+class RunPaths:
+    """Where a run keeps what (architecture.md, contracts). All under `run_dir`."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.root = Path(run_dir).expanduser().absolute()
+        self.documents = self.root / "documents"
+        self.tokenizer = self.root / "tokenizer" / "tokenizer.model"
+        self.tokens = self.root / "tokens"
+        self.checkpoints = self.root / "checkpoints"
+        self.weights = self.root / "weights"
+        self.g_lm = self.root / "g_lm"
+        self.certificate = self.root / "certificate"
+        self.bundle = self.root / "bundle"
+        self.stages = self.root / "stages"
+        self.logs = self.root / "logs"
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML, apply `key=value` overrides, check everything.
+
+    Raises ConfigError: one line that names the file, the key and the mend.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; name a YAML such as configs/quickstart.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections (name, run_dir, data, model, ...)")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_config(tree, where=str(path), base=path.absolute().parent)
+
+
+def parse_config(tree: dict[str, Any], *, where: str, base: Path | None = None) -> RunConfig:
+    """Check a tree of plain values. `base`: what relative file names in it are relative to (the YAML's folder)."""
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return _resolve(config, base) if base is not None else config
+
+
+def _resolve(config: RunConfig, base: Path) -> RunConfig:
+    """File names given relative to the YAML become absolute, so that the run's record is complete."""
+    updates: dict[str, Any] = {}
+    if config.train.deepspeed is not None:
+        name = config.train.deepspeed.replace("{stage}", str(config.train.zero_stage))
+        updates["train"] = config.train.model_copy(update={"deepspeed": str((base / name).resolve())})
+    return config.model_copy(update=updates)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write key=value, for example train.steps=100")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            value = float(value) if any(c.isdigit() for c in value) else value
+        except ValueError:
+            pass
+    node = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
+    node[last] = value
+
+
+def known_keys(path: tuple[str | int, ...] = ()) -> list[str]:
+    """The keys of the section at `path`, for suggestions."""
+    sections: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    if not path:
+        return list(sections)
+    section = sections.get(str(path[0]))
+    if section is DataConfig and len(path) > 1 and path[1] == "sources":
+        return list(Source.model_fields)
+    if section is ModelConfig:
+        return list(ModelConfig.__dataclass_fields__)
+    return list(getattr(section, "model_fields", {}))
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error in words: the key, what is wrong, the nearest known key."""
+    location = tuple(part for part in error["loc"] if part not in get_args(Literal["ModelConfig"]))
+    key = ".".join(str(part) for part in location)
+    kind = error["type"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        if not near:  # right name, wrong section
+            near = [f"{s}.{location[-1]}" for s in RunConfig.model_fields if str(location[-1]) in known_keys((s,))][:1]
+        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+    if kind in ("missing", "missing_keyword_only_argument", "missing_argument"):
+        return f"key {key} is missing"
+    got = "" if isinstance(error.get("input"), dict | list) else f" (got {error.get('input')!r})"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}{got}" if key else message

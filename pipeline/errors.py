@@ -1,0 +1,26 @@
+"""The one exception a user is meant to read.
+
+Whatever a user can get wrong (a key, a file, a full disk) raises `UserError` with one line that names the thing and
+the mend; the command line prints that line without a traceback and leaves with `exit_code`. Everything else is our bug
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A user's mistake or a broken input. The message is one line: what, where, and the mend.
+
+    `exit_code`: 2 for wrong usage or configuration, 1 for a failure while working, 3 for a certificate that failed.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class ConfigError(UserError):
+    """Wrong usage or configuration (exit code 2)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_code=2)

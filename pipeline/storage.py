@@ -1,0 +1,202 @@
+"""The one seam to files: atomic publish, checksums, manifests, free space. fsspec URLs wherever data may be remote.
+
+Oddities explained once:
+- A local file is written as a temporary sibling, fsynced, then renamed: a reader sees the old file or the new one.
+  The folder is fsynced too, or the rename itself can be lost with the power.
+- On an object store a failing `with open(url, "wb")` can still publish a truncated object, so `publish` writes a local
+  file first and uploads it whole.
+- `pipe:` URLs run a shell in webdataset: `check_url` refuses them everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pipeline.errors import UserError
+
+MANIFEST = "MANIFEST.json"
+CHUNK = 1 << 20
+
+
+def check_url(url: str) -> str:
+    """The URL itself; refuses the schemes that run programs. Raises UserError."""
+    if url.startswith("pipe:") or "::pipe:" in url:
+        raise UserError(f"{url}: pipe: URLs run a shell and are refused; copy the data to a file or object store")
+    return url
+
+
+def is_local(url: str | Path) -> bool:
+    """Whether the URL names a file on this machine."""
+    text = str(url)
+    return "://" not in text or text.startswith("file://")
+
+
+def join(base: str | Path, *parts: str) -> str:
+    """A path or URL below `base`."""
+    return "/".join([str(base).rstrip("/"), *parts])
+
+
+def sha256_file(url: str | Path) -> str:
+    """Hex sha256 of a file's bytes, streamed."""
+    digest = hashlib.sha256()
+    with fsspec.open(str(url), "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of a value's canonical JSON: the fingerprint of configurations and indexes."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """Compact JSON with sorted keys: equal values, equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames inside a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(url: str | Path, write: Callable[[Path], None]) -> None:
+    """Create a file that is either whole or absent: `write(temporary)` fills it, then it takes its name.
+
+    Raises UserError when the disk is full, with nothing left under the final name.
+    """
+    check_url(str(url))
+    local = is_local(url)
+    target = Path(str(url).removeprefix("file://")) if local else None
+    folder = target.parent if target is not None else Path(tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{Path(str(url)).name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        if target is not None:
+            os.replace(temporary, target)
+            fsync_dir(folder)
+        else:
+            filesystem, path = fsspec.core.url_to_fs(str(url))
+            filesystem.put_file(str(temporary), path)
+    except OSError as error:
+        raise explain_os_error(error, str(url)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish_bytes(url: str | Path, data: bytes) -> None:
+    """`publish` for bytes at hand."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    publish(url, write)
+
+
+def publish_json(url: str | Path, value: Any) -> None:
+    """`publish` for JSON: indented, keys sorted, a final newline, so that equal values are equal bytes."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    publish_bytes(url, text.encode())
+
+
+def read_json(url: str | Path, *, schema_version: int | None = None) -> Any:
+    """Parse a JSON file. Raises UserError naming the file when it is absent, cut, or of another schema."""
+    try:
+        with fsspec.open(check_url(str(url)), "rb") as stream:
+            value = json.loads(stream.read())
+    except FileNotFoundError:
+        raise UserError(f"{url}: no such file") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{url}: not valid JSON ({error}); it was damaged: make it again") from None
+    if schema_version is not None:
+        found = value.get("schema_version") if isinstance(value, dict) else None
+        if found != schema_version:
+            raise UserError(f"{url}: schema_version {found!r}, this program reads {schema_version}; make it again")
+    return value
+
+
+def exists(url: str | Path) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, path = fsspec.core.url_to_fs(str(url))
+    return bool(filesystem.exists(path))
+
+
+def manifest_of(folder: Path, *, leave_out: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """`relative name -> {sha256, size}` of every file below a local folder, names sorted."""
+    skip = {MANIFEST, *leave_out}
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    return {
+        name: {"sha256": sha256_file(folder / name), "size": (folder / name).stat().st_size}
+        for name in names
+        if name not in skip
+    }
+
+
+def verify_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Every file of a manifest is there, of its size and hash. Raises UserError naming the first that is not."""
+    for name, expected in files.items():
+        path = folder / safe_member(name)
+        if not path.is_file():
+            raise UserError(f"{path}: missing, but {MANIFEST} lists it")
+        if path.stat().st_size != expected["size"]:
+            raise UserError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {expected['size']}: damaged")
+        if sha256_file(path) != expected["sha256"]:
+            raise UserError(f"{path}: sha256 differs from {MANIFEST}: damaged")
+
+
+def safe_member(name: str) -> str:
+    """A member name that stays below its folder. Raises UserError for `../x`, absolute or empty names."""
+    parts = Path(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise UserError(f"{name!r}: a member name must stay inside its folder")
+    return name
+
+
+def replace_dir(temporary: Path, target: Path) -> None:
+    """Publish a finished folder under its name; an older one of that name goes away."""
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(temporary, target)
+    fsync_dir(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def require_free_space(folder: Path, needed: int, what: str) -> None:
+    """Raise UserError when fewer than `needed` bytes are free where `folder` is (or will be)."""
+    probe = folder
+    while not probe.exists():
+        probe = probe.parent
+    free = shutil.disk_usage(probe).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {what} needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "free some space or set run_dir to another disk"
+        )
+
+
+def explain_os_error(error: OSError, where: str) -> UserError:
+    """A full disk, a missing permission: one line with the mend."""
+    if error.errno in (28, 122):  # ENOSPC, EDQUOT
+        return UserError(f"{where}: the disk is full; free some space and start again, finished work is kept")
+    if error.errno in (13, 30):  # EACCES, EROFS
+        return UserError(f"{where}: cannot be written ({error.strerror}); set run_dir to a folder that can")
+    return UserError(f"{where}: {error}")
