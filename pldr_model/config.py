@@ -1,0 +1,238 @@
+"""Sizes and variants of a PLDR-LLM.
+
+Background: the papers describe a family (v510, v510-DAG, v510G, v510Gi, v52, and SDPA as the special case G =
+identity).
+Decision: one frozen dataclass spans the family, so that a variant is a value and never another class. Its
+constructor rejects what cannot run, with the key's name, so that nothing fails an hour into a run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+RopeStyle = Literal["interleaved", "half"]
+GSource = Literal["learned", "identity", "random", "file"]
+
+# Reference implementation's hyperparameter names (and the golden cases' config.json) -> ours.
+_REFERENCE_NAMES = {"dff": "d_ff", "max_seq_len": "context_length"}
+_REFERENCE_IGNORED = {"d_model", "dtype"}
+# The transformers port's config fields -> ours.
+_TRANSFORMERS_NAMES = {
+    "vocab_size": "vocab_size",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "context_length",
+    "rope_theta": "rope_base",
+    "num_reslayerA": "num_reslayerA",
+    "num_denseA": "num_denseA",
+    "A_dff": "A_dff",
+    "layer_norm_eps": "layer_norm_eps",
+    "pad_token_id": "pad_id",
+    "bos_token_id": "bos_id",
+    "eos_token_id": "eos_id",
+}
+_CUSTOM_G_TYPES: dict[str | None, GSource] = {
+    None: "learned",
+    "identity": "identity",
+    "random": "random",
+    "external": "file",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Every number that fixes the mathematics of a model. Errors: ValueError that names the key."""
+
+    vocab_size: int
+    """Number of token ids, V."""
+    num_layers: int
+    """Decoder layers, L."""
+    num_heads: int
+    """Attention heads, H."""
+    head_dim: int
+    """Size of a head, K = d_k; even, because RoPE rotates pairs. d_model is num_heads * head_dim."""
+    context_length: int
+    """Longest sequence, S, in tokens."""
+    d_ff: int | None = None
+    """Hidden size of the feed-forward GLU; None: floor(8 * d_model / 3)."""
+    A_dff: int = 170
+    """Hidden size of the metric learner's GLUs (170 = floor(8 * 64 / 3) in the papers)."""
+    num_reslayerA: int = 8
+    """Residual units of the metric learner."""
+    num_denseA: int = 2
+    """GLUs in a residual unit."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_style: RopeStyle = "interleaved"
+    """`interleaved` rotates (x0,x1),(x2,x3),… (v51); `half` rotates (x0,x_{K/2}),… (v52)."""
+    layer_norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm."""
+    g_source: GSource = "learned"
+    """Where G_LM comes from: `learned` = metric learner (v510); `identity` = SDPA; `random` | `file` =
+    constant (v510G, v510Gi)."""
+    g_file: str | None = None
+    """safetensors file of a constant G_LM [L,H,K,K]; only with g_source `file`. None there: G is handed to
+    the model."""
+    g_seed: int = 0
+    """Seed of a random G_LM."""
+    dag_coefficients: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Weights of the DAG regulariser on A_LM, A_P, G_LM; 0: that term is not computed."""
+    pad_id: int = 0
+    unk_id: int = 1
+    bos_id: int = 2
+    eos_id: int = 3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dag_coefficients", tuple(self.dag_coefficients))
+        sizes = ["vocab_size", "num_layers", "num_heads", "head_dim", "context_length", "A_dff"]
+        sizes += ["num_reslayerA", "num_denseA"] + (["d_ff"] if self.d_ff is not None else [])
+        for key in sizes:
+            _require_int(key, getattr(self, key), at_least=1)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: {self.head_dim} is odd; RoPE rotates pairs, give an even size")
+        for key in ("rope_base", "layer_norm_eps"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"{key}: {value!r} must be a positive number")
+        for key, allowed in (("rope_style", get_args(RopeStyle)), ("g_source", get_args(GSource))):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(allowed)}")
+        if self.g_file is not None and self.g_source != "file":
+            raise ValueError(
+                f"g_file: only read with g_source 'file', not {self.g_source!r}; drop one of the two"
+            )
+        _require_int("g_seed", self.g_seed, at_least=0)
+        self._check_dag_coefficients()
+        for key in ("pad_id", "unk_id", "bos_id", "eos_id"):
+            _require_int(key, getattr(self, key), at_least=0)
+            if getattr(self, key) >= self.vocab_size:
+                raise ValueError(
+                    f"{key}: {getattr(self, key)} is outside the vocabulary of {self.vocab_size}"
+                )
+
+    def _check_dag_coefficients(self) -> None:
+        values = self.dag_coefficients
+        numbers = all(
+            isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < float("inf") for v in values
+        )
+        if len(values) != 3 or not numbers:
+            raise ValueError(f"dag_coefficients: {values!r} must be three numbers >= 0 (for A_LM, A_P, G_LM)")
+        if any(values) and self.g_source != "learned":
+            raise ValueError(
+                f"dag_coefficients: a model with g_source {self.g_source!r} has no A_LM to regularise"
+            )
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream, D = H * K."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def feed_forward_size(self) -> int:
+        """Hidden size of the feed-forward GLU after the default is applied."""
+        return 8 * self.d_model // 3 if self.d_ff is None else self.d_ff
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; `from_dict` reads it back to an equal configuration."""
+        return {**asdict(self), "dag_coefficients": list(self.dag_coefficients)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Strict reader. Errors: ValueError for an unknown key (with the nearest known one) or a missing
+        key."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+                raise ValueError(f"{key}: unknown model key{hint}")
+        for key in ("vocab_size", "num_layers", "num_heads", "head_dim", "context_length"):
+            if key not in values:
+                raise ValueError(f"{key}: missing from the model configuration")
+        return cls(**values)
+
+    @classmethod
+    def from_reference(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Read the reference implementation's hyperparameter names (dff, max_seq_len, …), as in the golden
+        cases."""
+        renamed = {_REFERENCE_NAMES.get(k, k): v for k, v in values.items() if k not in _REFERENCE_IGNORED}
+        config = cls.from_dict(renamed)
+        if values.get("d_model", config.d_model) != config.d_model:
+            raise ValueError(f"d_model: {values['d_model']} is not num_heads * head_dim = {config.d_model}")
+        return config
+
+    @classmethod
+    def from_transformers(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Read the transformers port's `config.json` (model_type `pldrllm`); fields outside the mathematics
+        are skipped.
+
+        `cache_first_G` is a choice of the port's generation and not of the model: here a caller hands the G
+        it wants.
+        """
+        if values.get("model_type", "pldrllm") != "pldrllm":
+            raise ValueError(f"model_type: {values['model_type']!r} is not 'pldrllm'")
+        custom = values.get("custom_G_type")
+        if custom not in _CUSTOM_G_TYPES:
+            raise ValueError(f"custom_G_type: {custom!r} is not one of null, identity, random, external")
+        ours = {name: values[key] for key, name in _TRANSFORMERS_NAMES.items() if key in values}
+        style: RopeStyle = "interleaved" if values.get("reference_rope", True) else "half"
+        config = cls.from_dict({**ours, "rope_style": style, "g_source": _CUSTOM_G_TYPES[custom]})
+        if values.get("hidden_size", config.d_model) != config.d_model:
+            raise ValueError(
+                f"hidden_size: {values['hidden_size']} is not heads * head_dim = {config.d_model}"
+            )
+        return config
+
+    def sdpa_twin(self) -> ModelConfig:
+        """The same sizes with G = identity and no metric learner: the baseline of every comparison."""
+        return replace(self, g_source="identity", g_file=None, dag_coefficients=(0.0, 0.0, 0.0))
+
+    def with_constant_g(self) -> ModelConfig:
+        """The same sizes with a constant G that is handed to the model (v510Gi: what a bundle is)."""
+        return replace(self, g_source="file", g_file=None, dag_coefficients=(0.0, 0.0, 0.0))
+
+    def num_parameters(self) -> dict[str, int]:
+        """Trainable parameters by part; `total` is their sum. A constant G is a buffer and not counted."""
+        D, K, F = self.d_model, self.head_dim, self.feed_forward_size
+        glu_A = 3 * K * self.A_dff + 2 * self.A_dff + K
+        unit = self.num_denseA * glu_A + 2 * K
+        learned = int(self.g_source == "learned")
+        parts = {
+            "embedding": self.vocab_size * D,
+            "attention": self.num_layers * 4 * (D * D + D),
+            "metric_learner": learned * self.num_layers * self.num_reslayerA * unit,
+            "plga": learned * self.num_layers * (2 * K + 5 * self.num_heads * K * K),
+            "feed_forward": self.num_layers * (3 * D * F + 2 * F + D),
+            "norms": 2 * D + self.num_layers * 4 * D,
+            "output": self.vocab_size * D + self.vocab_size,
+        }
+        return {"total": sum(parts.values()), **parts}
+
+    def flops_per_token(self, *, training: bool) -> float:
+        """Floating-point operations per token of a full context (a multiply-add is 2), for MFU and planning.
+
+        Counted: every matrix product. Attention is counted over the whole context, not its causal half (the
+        PaLM convention, so that MFU compares with other reports). The metric learner and the products W A and
+        a A_P work on H*K rows per *sequence* and are divided by the context length; the density matrix and q
+        G cost 2*K*D a token each. Elementwise work, norms and the embedding look-up are not counted. Training
+        = 3 x forward.
+        """
+        D, K, S = self.d_model, self.head_dim, self.context_length
+        per_layer = 2.0 * (4 * D * D + 3 * D * self.feed_forward_size) + 4.0 * S * D
+        if self.g_source != "identity":
+            per_layer += 2.0 * K * D
+        if self.g_source == "learned":
+            metric_learner = self.num_reslayerA * self.num_denseA * 3 * K * self.A_dff
+            per_layer += 2.0 * K * D + 2.0 * D * (metric_learner + 2 * K * K) / S
+        forward = self.num_layers * per_layer + 2.0 * D * self.vocab_size
+        return 3.0 * forward if training else forward
+
+
+def _require_int(key: str, value: object, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{key}: {value!r} must be an integer >= {at_least}")

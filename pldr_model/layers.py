@@ -1,0 +1,89 @@
+"""The blocks every layer is made of: Linear, GLU, rotary positions.
+
+Background: the papers draw linear weights Xavier-uniform with zero biases. Decision: matrices that read the
+same input are stored fused (one product instead of three or two), but each is drawn with its own fan, so
+fusing never changes the distribution. Each module draws its weights in its own constructor, because
+DeepSpeed's `zero.Init` partitions a module's parameters the moment its constructor returns.
+
+Shapes: B batch, S sequence, N heads of any kind, K head dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pldr_model.config import RopeStyle
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for what half precision cannot hold: positions, powers, long sums."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Linear(nn.Linear):
+    """`num_fused` linear maps of one input, their outputs side by side: [..., in] -> [..., num_fused *
+    out]."""
+
+    def __init__(self, in_features: int, out_features: int, *, num_fused: int = 1) -> None:
+        self.num_fused = num_fused  # nn.Linear's constructor calls reset_parameters, which needs it
+        super().__init__(in_features, num_fused * out_features)
+
+    def reset_parameters(self) -> None:
+        for part in self.weight.detach().chunk(self.num_fused):
+            nn.init.xavier_uniform_(part)
+        nn.init.zeros_(self.bias)
+
+
+class GLU(nn.Module):
+    """Gated linear unit `W3(silu(W1 x) * W2 x)`, all biased: [..., size] -> [..., size] (2410.16703,
+    SwiGLU)."""
+
+    def __init__(self, size: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = Linear(size, hidden, num_fused=2)
+        self.w3 = Linear(hidden, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        out: Tensor = self.w3(F.silu(gate) * value)
+        return out
+
+
+class RopeTables(NamedTuple):
+    """Cosines and sines of the rotary angles, each [S, K/2] (or [B, S, 1, K/2] once gathered per row)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rope_tables(
+    num_positions: int, head_dim: int, *, base: float, dtype: torch.dtype, device: torch.device
+) -> RopeTables:
+    """Angles `position * base^(-2i/K)` for positions 0…S-1.
+
+    Computed in the model's own dtype (fp32 for bf16, which cannot count beyond 256). They are made anew for
+    each pass (a few microseconds) and never stored in the module: a buffer made in fp32 and later cast would
+    be silently wrong.
+    """
+    dtype = at_least_float32(dtype)
+    exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
+    positions = torch.arange(num_positions, dtype=dtype, device=device)
+    angles = torch.outer(positions, 1.0 / base**exponents)
+    return RopeTables(angles.cos(), angles.sin())
+
+
+def apply_rope(x_BSNK: Tensor, tables: RopeTables, *, style: RopeStyle) -> Tensor:
+    """Rotate pairs of every head. `tables` broadcast against [B, S, N, K/2]. Returns the shape and dtype of
+    x."""
+    cos, sin = tables
+    if style == "interleaved":
+        even, odd = x_BSNK.reshape(*x_BSNK.shape[:-1], -1, 2).unbind(-1)
+        rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    else:
+        first, second = x_BSNK.chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x_BSNK.dtype)

@@ -1,0 +1,324 @@
+"""PLDRModel: token ids -> logits, with a learned, a constant or a given energy-curvature tensor G_LM.
+
+Background: arXiv 2410.16703 (architecture, post-norm), 2502.13502 (G_LM as a constant). A PLDR-LLM layer is a
+decoder layer whose scores are `(q G_LM) k^T / sqrt(K)`; with G_LM = identity it is scaled dot-product
+attention.
+Decision: G is folded into the query (`q' = q G`), so that the fused attention kernel does the rest and no S x
+S tensor exists unless there is padding to hide. G cannot be folded into W_q or W_k, RoPE stands between.
+
+Shapes: B batch, S sequence, D = H*K model width, H heads, K head dim, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pldr_model.cache import KVCache, attention_mask
+from pldr_model.config import ModelConfig
+from pldr_model.layers import GLU, Linear, RopeTables, apply_rope, rope_tables
+from pldr_model.plga import PLGA, DeductiveOutputs
+
+Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Attention(nn.Module):
+    """Power-law graph attention of one layer: [B,S,D] -> [B,S,D] and, when asked, its deductive outputs."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.rope_style = config.rope_style
+        self.qkv = Linear(config.d_model, config.d_model, num_fused=3)
+        self.plga = PLGA(config) if config.g_source == "learned" else None
+        self.output = Linear(config.d_model, config.d_model)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope: RopeTables,
+        *,
+        g: Tensor | None = None,
+        mask: Tensor | None = None,
+        append: Append | None = None,
+        return_outputs: bool = False,
+    ) -> tuple[Tensor, DeductiveOutputs | None]:
+        """`g` [H,K,K] or [B,H,K,K] replaces the metric learner; `mask` (True = attend) replaces causal
+        attention; `append` stores new keys and values in a cache and returns all of them."""
+        q_BHSK, k_BHSK, v_BHSK = self.project(x_BSD, rope)
+        outputs: DeductiveOutputs | None = None
+        if g is None and self.plga is not None:
+            outputs = self.plga(q_BHSK)
+            g = outputs.G_LM
+        if g is not None:
+            q_BHSK = q_BHSK @ g.to(q_BHSK.dtype)
+        if append is not None:
+            k_BHSK, v_BHSK = append(k_BHSK, v_BHSK)
+        causal = mask is None and q_BHSK.shape[2] > 1
+        heads_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask, is_causal=causal)
+        y_BSD = self.output(heads_BHSK.transpose(1, 2).flatten(2))
+        return y_BSD, outputs if return_outputs else None
+
+    def project(self, x_BSD: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, each [B,H,S,K]."""
+        qkv_BSNK = self.qkv(x_BSD).unflatten(-1, (3 * self.num_heads, self.head_dim))
+        qk_BSNK, v_BSHK = qkv_BSNK.split((2 * self.num_heads, self.num_heads), dim=2)
+        q_BHSK, k_BHSK = apply_rope(qk_BSNK, rope, style=self.rope_style).transpose(1, 2).chunk(2, dim=1)
+        return q_BHSK, k_BHSK, v_BSHK.transpose(1, 2)
+
+    def energy_curvature(self, x_BSD: Tensor, rope: RopeTables) -> Tensor:
+        """G_LM [B,H,K,K] of this layer's input, without attending."""
+        assert self.plga is not None, "a constant G is not computed"
+        outputs: DeductiveOutputs = self.plga(self.project(x_BSD, rope)[0])
+        return outputs.G_LM
+
+
+class DecoderLayer(nn.Module):
+    """Post-norm layer: `h = LN(attention(x) + x)`, `out = LN(GLU(h) + h)`; compile this unit, not the whole
+    model."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.attention_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.feed_forward = GLU(config.d_model, config.feed_forward_size)
+        self.feed_forward_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope: RopeTables,
+        *,
+        g: Tensor | None = None,
+        mask: Tensor | None = None,
+        append: Append | None = None,
+        return_outputs: bool = False,
+    ) -> tuple[Tensor, DeductiveOutputs | None]:
+        """Arguments as in `Attention.forward`; the deductive outputs are None unless `return_outputs`."""
+        y_BSD, outputs = self.attention(
+            x_BSD, rope, g=g, mask=mask, append=append, return_outputs=return_outputs
+        )
+        h_BSD = self.attention_norm(y_BSD + x_BSD)
+        return self.feed_forward_norm(self.feed_forward(h_BSD) + h_BSD), outputs
+
+
+class PLDRModel(nn.Module):
+    """Decoder-only PLDR-LLM. Weights are drawn from torch's global generator; `config` names the variant.
+
+    A model of a constant G holds it as the buffer `g_lm` [L,H,K,K] (part of the state dict for `random` and
+    `file`; for `identity` it is there to be read, but the product with it is left out). `g_lm_LHKK` hands
+    over the G of g_source `file` when the configuration names no `g_file`.
+    """
+
+    g_lm: Tensor | None
+
+    def __init__(self, config: ModelConfig, *, g_lm_LHKK: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)  # N(0, 1), torch's default
+        self.embedding_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.output = Linear(config.d_model, config.vocab_size)
+        g_lm = _constant_g(config, g_lm_LHKK)
+        self.register_buffer("g_lm", g_lm, persistent=config.g_source != "identity")
+
+    def forward(
+        self,
+        ids_BS: Tensor,
+        *,
+        g_lm: Tensor | None = None,
+        padded: bool | None = None,
+        return_outputs: bool = False,
+    ) -> Tensor | tuple[Tensor, list[DeductiveOutputs]]:
+        """Logits [B,S,V]; with `return_outputs` also each layer's A, A_LM, A_P, G_LM [B,H,K,K].
+
+        ids_BS: token ids, S <= context length. Ids equal to `pad_id` are padding: no query attends to them,
+            while they still enter the density matrix (so does the reference).
+        g_lm: [L,H,K,K] or [L,B,H,K,K]; replaces the model's own G. The metric learner is then not run.
+        padded: None: look for padding (on a GPU that waits for the device). False: the caller knows that
+            there is none: causal kernel, no mask, no look; training says this. True: build the mask without a
+            look.
+        Errors: ValueError for a sequence over the context, a g_lm of another shape, deductive outputs that do
+        not exist.
+        """
+        if return_outputs and (g_lm is not None or self.config.g_source != "learned"):
+            raise ValueError(
+                "return_outputs: no metric learner runs with a constant or given G, so nothing is deduced"
+            )
+        x_BSD, rope, mask = self._enter(ids_BS, padded)
+        g_lm = self._g_in_force(g_lm, ids_BS.shape[0])
+        deduced: list[DeductiveOutputs] = []
+        for index, layer in enumerate(self.layers):
+            g = None if g_lm is None else g_lm[index]
+            x_BSD, outputs = layer(x_BSD, rope, g=g, mask=mask, return_outputs=return_outputs)
+            if outputs is not None:
+                deduced.append(outputs)
+        logits_BSV: Tensor = self.output(x_BSD)
+        return (logits_BSV, deduced) if return_outputs else logits_BSV
+
+    def compute_g(self, ids_BS: Tensor, *, padded: bool | None = None) -> Tensor:
+        """G_LM of these sequences, [L,B,H,K,K]: the pass stops at the last layer's G, and keeps nothing else.
+
+        A constant G is returned as it is, expanded over the batch (a view).
+        """
+        if self.g_lm is not None:
+            return self.g_lm.unsqueeze(1).expand(-1, ids_BS.shape[0], -1, -1, -1)
+        x_BSD, rope, mask = self._enter(ids_BS, padded)
+        per_layer = []
+        for layer in self.layers[:-1]:
+            x_BSD, outputs = layer(x_BSD, rope, mask=mask, return_outputs=True)
+            per_layer.append(outputs.G_LM)
+        per_layer.append(cast(DecoderLayer, self.layers[-1]).attention.energy_curvature(x_BSD, rope))
+        return torch.stack(per_layer)
+
+    def extend(self, ids_BS: Tensor, cache: KVCache) -> Tensor:
+        """Read new tokens on top of those in `cache`; returns the logits after the last one, [B,V].
+
+        The first call is the prefill: S tokens a row into an empty cache. If the cache holds no G and the
+        model learns its own, G of this very prompt is computed on the way and kept there. Later calls bring
+        one token a row. No id is padding here.
+        """
+        step = cache.begin(ids_BS.shape[1])
+        prefill_g = cache.g_lm is None and self.config.g_source == "learned"
+        assert not (prefill_g and cache.lengths[0]), "a learned G has to come from the prompt"
+        g_lm = self._g_in_force(cache.g_lm, ids_BS.shape[0])
+        x_BSD = self._embed(ids_BS)
+        deduced_g = []
+        for index, layer in enumerate(self.layers):
+            g = None if g_lm is None else g_lm[index]
+            append = functools.partial(cache.append, index, step)
+            x_BSD, outputs = layer(
+                x_BSD, step.rope, g=g, mask=step.mask, append=append, return_outputs=prefill_g
+            )
+            if prefill_g:
+                deduced_g.append(outputs.G_LM)
+        if prefill_g:
+            cache.g_lm = torch.stack(deduced_g)
+        cache.advance(ids_BS.shape[1])
+        logits_BV: Tensor = self.output(x_BSD[:, -1])
+        return logits_BV
+
+    def new_cache(self, *, batch_size: int, capacity: int, g_lm: Tensor | None = None) -> KVCache:
+        """An empty cache in the model's dtype and device; `g_lm` [L,H,K,K] or [L,B,H,K,K] is its G."""
+        weight = self.embedding.weight
+        g_lm = None if g_lm is None else g_lm.to(device=weight.device, dtype=weight.dtype)
+        return KVCache(
+            self.config,
+            batch_size=batch_size,
+            capacity=capacity,
+            dtype=weight.dtype,
+            device=weight.device,
+            g_lm=g_lm,
+        )
+
+    def _embed(self, ids_BS: Tensor) -> Tensor:
+        x_BSD: Tensor = self.embedding_norm(self.embedding(ids_BS) * self.config.d_model**0.5)
+        return x_BSD
+
+    def _enter(self, ids_BS: Tensor, padded: bool | None) -> tuple[Tensor, RopeTables, Tensor | None]:
+        """What every full pass starts with: embedded tokens, rotary tables, a mask if there is padding."""
+        config, num_positions = self.config, ids_BS.shape[1]
+        if num_positions > config.context_length:
+            raise ValueError(
+                f"sequence of {num_positions} tokens: over the context_length of {config.context_length}"
+            )
+        mask = None
+        padding_BS = ids_BS == config.pad_id
+        if padded or (padded is None and bool(padding_BS.any())):
+            positions_BS = torch.arange(num_positions, device=ids_BS.device).expand_as(ids_BS)
+            mask = attention_mask(positions_BS, num_positions, padding_BT=padding_BS)
+        x_BSD = self._embed(ids_BS)
+        rope = rope_tables(
+            num_positions, config.head_dim, base=config.rope_base, dtype=x_BSD.dtype, device=x_BSD.device
+        )
+        return x_BSD, RopeTables(rope.cos.unsqueeze(1), rope.sin.unsqueeze(1)), mask
+
+    def _g_in_force(self, given: Tensor | None, batch_size: int) -> Tensor | None:
+        """The given G (shape checked), else the constant one; None where G is learned or the identity."""
+        if given is None:
+            return None if self.config.g_source == "identity" else self.g_lm
+        shape = g_shape(self.config)
+        if tuple(given.shape) not in (shape, (shape[0], batch_size, *shape[1:])):
+            raise ValueError(
+                f"g_lm: shape {tuple(given.shape)} is neither [L,H,K,K] = {shape} "
+                f"nor [L,B,H,K,K] of {batch_size} rows"
+            )
+        return given
+
+
+def is_metric_parameter(name: str) -> bool:
+    """Is this parameter in a residual unit of a metric learner (and not W, b, P, a, b_a)?
+
+    Their weight decay is what makes A, and with it G_LM, constant (the invariance budget), so they can have
+    their own.
+    """
+    return ".metric_learner." in name
+
+
+def g_shape(config: ModelConfig) -> tuple[int, int, int, int]:
+    """[L, H, K, K]: the shape of a constant G_LM of this model."""
+    return (config.num_layers, config.num_heads, config.head_dim, config.head_dim)
+
+
+def to_constant_g(model: PLDRModel, g_lm_LHKK: Tensor) -> PLDRModel:
+    """v510 -> v510Gi: a copy of the model without its metric learner and with this G."""
+    constant = PLDRModel(model.config.with_constant_g(), g_lm_LHKK=g_lm_LHKK)
+    weight = model.embedding.weight
+    constant.to(device=weight.device, dtype=weight.dtype)
+    state = {
+        name: value for name, value in model.state_dict().items() if ".plga." not in name and name != "g_lm"
+    }
+    missing, unexpected = constant.load_state_dict(state, strict=False)
+    assert missing == ["g_lm"] and not unexpected
+    return constant.train(model.training)
+
+
+def load_g_file(path: str | Path, config: ModelConfig) -> Tensor:
+    """Read G_LM [L,H,K,K], the only tensor of a safetensors file. Errors: ValueError (file, shape)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if len(names) != 1:
+                raise ValueError(f"{path}: holds {len(names)} tensors; a G file holds one, [L,H,K,K]")
+            g_lm: Tensor = file.get_tensor(names[0])
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as safetensors ({error}); give a file with one G_LM tensor"
+        ) from None
+    if tuple(g_lm.shape) != g_shape(config):
+        raise ValueError(
+            f"{path}: {names[0]} has shape {tuple(g_lm.shape)}, the model needs {g_shape(config)}"
+        )
+    return g_lm
+
+
+def _constant_g(config: ModelConfig, given: Tensor | None) -> Tensor | None:
+    """The buffer `g_lm` [L,H,K,K] of a model that learns no G."""
+    if given is not None and (config.g_source != "file" or config.g_file is not None):
+        raise ValueError("g_lm_LHKK: only for a model with g_source 'file' and no g_file")
+    if config.g_source == "learned":
+        return None
+    if config.g_source == "identity":
+        return torch.eye(config.head_dim).expand(g_shape(config)).clone()
+    if config.g_source == "random":
+        # Standard normal entries; an own CPU generator, so that every rank and device draws the same G.
+        generator = torch.Generator().manual_seed(config.g_seed)
+        return torch.randn(g_shape(config), generator=generator, device="cpu").to(torch.get_default_device())
+    if config.g_file is not None:
+        g_lm = load_g_file(config.g_file, config)
+    elif given is None:
+        raise ValueError("g_file: missing; g_source 'file' needs a g_file, or the G handed to the model")
+    else:
+        g_lm = given.detach().clone()
+    if tuple(g_lm.shape) != g_shape(config):
+        raise ValueError(f"g_lm_LHKK: shape {tuple(g_lm.shape)}, the model needs {g_shape(config)}")
+    if not g_lm.isfinite().all():
+        raise ValueError(f"{config.g_file or 'g_lm_LHKK'}: G_LM holds inf or NaN")
+    return g_lm
