@@ -1,0 +1,76 @@
+"""The tokenizer that data, training and serving share: a SentencePiece model and the four special ids of the
+papers.
+
+A `.model` file is a protocol buffer, not a pickle: loading one that a user hands us runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from pipeline.errors import UserError
+
+SPECIAL_IDS = {"pad": 0, "unk": 1, "bos": 2, "eos": 3}  # model.md: [PAD], [UNK], [START], [END]
+
+
+class Tokenizer:
+    """Text to ids and back. Neither bos nor eos is ever added here: whoever concatenates documents does
+    that."""
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor, *, path: Path, sha256: str) -> None:
+        self._processor = processor
+        self.path = path
+        self.sha256 = sha256  # of the model file: tokens and bundles record it
+        self.vocab_size: int = processor.get_piece_size()
+        self.pad_id, self.unk_id, self.bos_id, self.eos_id = SPECIAL_IDS.values()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a SentencePiece model.
+
+        Raises UserError when the file is absent, is no SentencePiece model, or numbers its special pieces
+        differently.
+        """
+        path = Path(path)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such tokenizer; run `pldr tokenizer CONFIG` or set tokenizer.model") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); name a .model file") from None
+        return cls.from_bytes(data, path=path)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, path: Path) -> Tokenizer:
+        """`load` for a model at hand; `path` is what errors name."""
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            loaded = processor.LoadFromSerializedProto(data) if data else False
+        except RuntimeError:
+            loaded = False
+        if not loaded:
+            raise UserError(f"{path}: not a SentencePiece model; tokenizer.model must name a .model file")
+        found = {name: getattr(processor, f"{name}_id")() for name in SPECIAL_IDS}
+        if found != SPECIAL_IDS:
+            raise UserError(f"{path}: special ids are {found}, must be {SPECIAL_IDS}; train it with these")
+        return cls(processor, path=path, sha256=hashlib.sha256(data).hexdigest())
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text."""
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, on one thread: parallelism is over processes, so that a worker is a core."""
+        ids: list[list[int]] = self._processor.encode(texts, num_threads=1)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; special ids give nothing. Bytes that are not UTF-8 (a character cut in two) become
+        U+FFFD."""
+        text: str = self._processor.decode([int(i) for i in ids])
+        return text
