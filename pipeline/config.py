@@ -9,6 +9,7 @@ Decision: defaults are the paper's recipe where it has one, so that a short YAML
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from pathlib import Path
@@ -94,7 +95,8 @@ class TrainConfig(Section):
     val_sequences: int = Field(64, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=2)
-    timeout_s: float = Field(1800.0, gt=0)
+    timeout_s: float = Field(1800.0, gt=0)  # of a collective; a rank that hangs ends the job after it
+    peak_tflops: float | None = Field(None, gt=0)  # of one device, for MFU; null: the data sheet of a known GPU
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -118,6 +120,7 @@ class PostConfig(Section):
     generate_tokens: int = Field(64, ge=1)  # of greedy agreement with and without caches
     max_relative_deviation_g: float = Field(1e-5, gt=0)  # tier "invariant"
     min_attention_effect: float = Field(0.05, ge=0)  # nats lost by G=0 and by G=identity
+    max_leak_effect: float = Field(1e-4, gt=0)  # RMS move of earlier logits by a changed last token, / their spread
     max_leak_gap: float = Field(1e-3, gt=0)  # nats, |block loss - cached loss|
     max_kl: float = Field(1e-4, gt=0)  # nats per token, cached against full recomputation
     min_top1_agreement: float = Field(0.999, ge=0, le=1)
@@ -239,10 +242,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value) if any(c.isdigit() for c in value) else value
-        except ValueError:
-            pass
     node = tree
     *parents, last = key.split(".")
     for part in parents:
