@@ -1,1 +1,1 @@
-"""Checkpoints to weights, G_LM, a certificate of its invariance, and a bundle."""
+"""From a checkpoint to a certified bundle: consolidate, extract G_LM, validate, bundle, serve."""

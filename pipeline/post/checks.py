@@ -1,0 +1,151 @@
+"""Thresholds, tiers, and the mend for each measure that fails. What is judged is here; how it is measured is not.
+
+Decision: a check passes only when its value is a finite number on the right side of its threshold. A value that could
+not be measured (None, NaN, infinity) fails. So nothing is certified by accident.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pipeline.config import PostConfig
+from pipeline.schedule import BUDGET_INVARIANT
+
+Tier = Literal["variant", "approximate", "invariant", "at round-off", "constant by construction", "unknown"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One judged measure. `skipped`: the reason why it does not apply (it then neither passes nor fails)."""
+
+    measure: str
+    value: float | None
+    threshold: float
+    bound: Literal["<=", ">="]
+    mend: str
+    skipped: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Skipped, or a finite value on the right side."""
+        if self.skipped is not None:
+            return True
+        if self.value is None or not math.isfinite(self.value):
+            return False
+        return self.value <= self.threshold if self.bound == "<=" else self.value >= self.threshold
+
+    def as_dict(self) -> dict[str, Any]:
+        """As in the certificate."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def tier_of(deviation: float | None, *, constant: bool) -> Tier:
+    """What a relative deviation of G_LM over inputs is called (docs/certificate.md)."""
+    if constant:
+        return "constant by construction"
+    if deviation is None or not math.isfinite(deviation):
+        return "unknown"
+    for floor, tier in ((1e-2, "variant"), (1e-5, "approximate"), (1e-6, "invariant")):
+        if deviation > floor:
+            return tier  # type: ignore[return-value]
+    return "at round-off"
+
+
+def make_checks(
+    measures: dict[str, Any],
+    controls: dict[str, Any],
+    config: PostConfig,
+    *,
+    variant: str,
+    budget: float | None,
+) -> list[Check]:
+    """Every judged measure. `measures` and `controls` as in the certificate, not yet rounded; `variant`: g_source."""
+    more = "train longer or raise train.metric_weight_decay"
+    if budget is not None:
+        enough = (
+            f"the invariance budget was {budget:.2f}, {BUDGET_INVARIANT:g} or more is needed: {more}"
+            if budget < BUDGET_INVARIANT
+            else f"the invariance budget of {budget:.2f} should have been enough: look for a loss spike, lower train.max_lr, "
+            f"or {more}"
+        )
+    else:
+        enough = f"the invariance budget (pldr plan) must be {BUDGET_INVARIANT:g} or more: {more}"
+    not_finite = measures["not_finite"]
+    losses, agreement = measures["losses"], measures["agreement"]
+    cached = losses.get("cached")
+    alive = (
+        "attention is dead: the answers do not depend on G_LM, so their agreement proves nothing; train longer, or lower "
+        "train.weight_decay or train.max_lr"
+    )
+    identity_skip = "G_LM is the identity: it cannot be told from itself" if variant == "identity" else None
+    control_skip = None if variant == "learned" else "G_LM is constant by construction: untrained it is as constant"
+    return [
+        Check(
+            "not_finite",
+            float(len(not_finite)),
+            0.0,
+            "<=",
+            "NaN or infinity in " + "; ".join(not_finite[:3]) + ": training diverged, take an earlier checkpoint"
+            if not_finite
+            else "",
+        ),
+        Check("relative_deviation_g", measures["relative_deviation_g"], config.max_relative_deviation_g, "<=", enough),
+        Check("attention_effect_zero", _minus(losses.get("zero"), cached), config.min_attention_effect, ">=", alive),
+        Check(
+            "attention_effect_identity",
+            _minus(losses.get("identity"), cached),
+            config.min_attention_effect,
+            ">=",
+            "G_LM does no more than the identity would; train longer, or use model.g_source=identity",
+            identity_skip,
+        ),
+        Check(
+            "leak_gap",
+            _size(_minus(losses.get("other"), losses.get("block"))),
+            config.max_leak_gap,
+            "<=",
+            f"the block loss has seen the future through G_LM and cannot be trusted; {enough}",
+        ),
+        Check("leak_effect", measures["leak"].get("live_rms"), config.max_leak_effect, "<=", f"G_LM leaks; {enough}"),
+        Check(
+            "cache_gap",
+            _size(_minus(cached, losses.get("block"))),
+            config.max_leak_gap,
+            "<=",
+            f"caching G_LM changes the held-out loss; {enough}",
+        ),
+        Check("kl", agreement.get("kl"), config.max_kl, "<=", f"caching G_LM changes the answers; {enough}"),
+        Check(
+            "top1_agreement",
+            agreement.get("top1"),
+            config.min_top1_agreement,
+            ">=",
+            f"caching G_LM changes the best token; {enough}",
+        ),
+        Check(
+            "greedy_agreement",
+            measures["greedy"].get("per_decision"),
+            config.min_top1_agreement,
+            ">=",
+            f"generated text with the cache differs from full recomputation; {enough}",
+        ),
+        Check(
+            "negative_control",
+            controls["untrained"].get("relative_deviation_g"),
+            config.max_relative_deviation_g,
+            ">=",
+            "the untrained model passes the same measure, so the measure or its threshold is worthless: lower "
+            "post.max_relative_deviation_g, or report this as a bug of the validator",
+            control_skip,
+        ),
+    ]
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _size(x: float | None) -> float | None:
+    return None if x is None else abs(x)

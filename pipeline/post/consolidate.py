@@ -1,0 +1,213 @@
+"""ZeRO checkpoint -> one safetensors file: stage `consolidate`.
+
+Background: a DeepSpeed checkpoint keeps fp32 weights in pieces: in `*_optim_states.pt` of every rank (ZeRO 1-3), in the
+model file itself (stage 0, fp32), or in the model file's optimizer entry (stage 0, bf16). DeepSpeed's own
+`get_fp32_state_dict_from_zero_checkpoint` merges ZeRO 1-3, but it asks torch for `weights_only=False`, that is, for
+pickles that may run code.
+
+Decision: its merging is used and its unpickling is not. `TORCH_FORCE_WEIGHTS_ONLY_LOAD` (torch's own switch, which
+outranks the argument) is set around the call, with the three harmless DeepSpeed classes that checkpoints hold allowed by
+name. A checkpoint is believed only when it is COMMITTED, every listed file has its sha256, and no unlisted `.pt` lies
+between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.post.tensors import serialise
+from pipeline.post.weights import CONFIG, SCHEMA_VERSION, WEIGHTS, parse_model, state_shapes
+from pipeline.storage import (
+    MANIFEST,
+    publish_bytes,
+    publish_json,
+    read_json,
+    replace_dir,
+    require_free_space,
+    sha256_file,
+    sha256_json,
+    verify_manifest,
+)
+from pldr_model.config import ModelConfig
+from pldr_model.model import is_metric_parameter
+
+TAG = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
+    """Merge a committed checkpoint into `out/{model.safetensors, config.json}`, fp32, with our parameter names.
+
+    `config.json` holds the model's configuration and, under `source`, where the weights came from: checkpoint name, step,
+    tokens, data fingerprint, tokenizer, MLflow run, and the digest of the checkpoint's manifest. Returns `source` with
+    `model_sha256` and `num_parameters`. Raises UserError for a checkpoint that is not committed, damaged, of another
+    model, or holds NaN.
+    """
+    state = verify_checkpoint(checkpoint)
+    config = parse_model(state["config"].get("model"), where=checkpoint / "state.json")
+    weights = _fit(_merge(checkpoint / _tag(checkpoint)), config, where=checkpoint)
+    source = {
+        "checkpoint": checkpoint.name,
+        "checkpoint_sha256": sha256_file(checkpoint / MANIFEST),
+        "run_config_sha256": sha256_json(state["config"]),
+        **{key: state.get(key) for key in ("step", "sequences_consumed", "tokens_consumed")},
+        **{key: state.get(key) for key in ("data_fingerprint", "tokenizer_sha256", "mlflow_run_id")},
+    }
+    require_free_space(out, 2 * sum(t.numel() * 4 for t in weights.values()), "the consolidated model")
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        note = json.dumps({"schema_version": SCHEMA_VERSION, "model": config.to_dict()}, sort_keys=True)
+        publish_bytes(temporary / WEIGHTS, serialise(weights, note=note))
+        publish_json(
+            temporary / CONFIG,
+            {
+                "schema_version": SCHEMA_VERSION,
+                "model": config.to_dict(),
+                "model_sha256": sha256_file(temporary / WEIGHTS),
+                "source": source,
+            },
+        )
+        replace_dir(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    record = read_json(out / CONFIG, schema_version=SCHEMA_VERSION)
+    return {
+        **source,
+        "model_sha256": record["model_sha256"],
+        "num_parameters": config.num_parameters()["total"],
+    }
+
+
+def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint that is whole. Raises UserError naming the first file that is not as it was written."""
+    if not (checkpoint / "COMMITTED").is_file():
+        raise UserError(
+            f"{checkpoint}: no COMMITTED file, so this checkpoint was never finished; name an older one or train on"
+        )
+    manifest = read_json(checkpoint / MANIFEST, schema_version=1)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"sha256", "size"} <= entry.keys() for entry in files.values()
+    ):
+        raise UserError(f"{checkpoint / MANIFEST}: lists no files; it was damaged: name another checkpoint")
+    verify_manifest(checkpoint, files)
+    for path in sorted(checkpoint.rglob("*.pt")):  # DeepSpeed globs for them: an unlisted one would be merged
+        if str(path.relative_to(checkpoint)) not in files:
+            raise UserError(f"{path}: not listed in {MANIFEST}; remove it or name another checkpoint")
+    state = read_json(checkpoint / "state.json", schema_version=1)
+    if not isinstance(state.get("config"), dict):
+        raise UserError(f"{checkpoint / 'state.json'}: holds no run config; name another checkpoint")
+    assert isinstance(state, dict)
+    return state
+
+
+def _tag(checkpoint: Path) -> str:
+    """The DeepSpeed tag folder that `latest` names."""
+    latest = checkpoint / "latest"
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    if not TAG.fullmatch(tag) or set(tag) == {"."} or not (checkpoint / tag).is_dir():
+        raise UserError(f"{latest}: names no folder of this checkpoint ({tag[:40]!r}); name another checkpoint")
+    return tag
+
+
+def _merge(folder: Path) -> dict[str, Tensor]:
+    """All weights and buffers of a DeepSpeed tag folder in fp32, under the names the model gave them."""
+    try:
+        with _safe_unpickling():
+            if any(folder.glob("*_optim_states.pt")):
+                weights = _merge_zero(folder)
+            else:
+                weights = _read_stage_0(folder / "mp_rank_00_model_states.pt")
+    except UserError:
+        raise
+    except (pickle.UnpicklingError, OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: DeepSpeed's files cannot be merged: {reason}; name another checkpoint") from error
+    return {name.replace("_orig_mod.", ""): tensor.detach().float() for name, tensor in weights.items()}
+
+
+def _merge_zero(folder: Path) -> dict[str, Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # prints, tqdm
+        merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    return merged
+
+
+def _read_stage_0(path: Path) -> dict[str, Tensor]:
+    """Stage 0: the module as it is (fp32), or with the fp32 masters that its bf16 optimizer keeps.
+
+    The masters lie in the optimizer's order, nameless: the group of all other parameters, then the metric learner's.
+    Each must round to the bf16 weight it is taken for, so that a wrong order can never pass.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; this checkpoint has no weights: name another one")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    module: dict[str, Tensor] = dict(content["module"])
+    if all(t.dtype == torch.float32 for t in module.values() if t.is_floating_point()):
+        return module
+    names = [name for name in module if name not in set(content["buffer_names"])]
+    names.sort(key=is_metric_parameter)  # stable: within a group the module's order
+    masters = [master for group in content["optimizer"].get("fp32_groups", []) for master in group]
+    rounded = [m.detach().to(module[n].dtype).view(module[n].shape) for n, m in zip(names, masters, strict=True)]
+    if not all(torch.equal(module[name], weight) for name, weight in zip(names, rounded, strict=True)):
+        raise UserError(
+            f"{path}: the fp32 weights of ZeRO stage 0 in bf16 are in no known order; use train.zero_stage=1"
+        )
+    return {**module, **dict(zip(names, masters, strict=True))}
+
+
+@contextlib.contextmanager
+def _safe_unpickling() -> Iterator[None]:
+    """Every torch.load inside loads weights only, whatever its caller asks for."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    before, level = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"), logging.root.manager.disable
+    logging.disable(logging.WARNING)  # DeepSpeed reports its version, its accelerator and its ops on import
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+def _fit(weights: dict[str, Tensor], config: ModelConfig, *, where: Path) -> dict[str, Tensor]:
+    """The weights in the model's order. Raises UserError naming the first that is missing, extra, misshapen or not finite."""
+    expected = state_shapes(config)
+    for name, shape in expected.items():
+        if name not in weights:
+            raise UserError(f"{where}: {name} is missing; state.json describes another model than the weights")
+        if tuple(weights[name].shape) != shape:
+            raise UserError(f"{where}: {name} is {list(weights[name].shape)}, state.json describes {list(shape)}")
+        if not torch.isfinite(weights[name]).all():
+            raise UserError(f"{where}: {name} holds NaN or infinity; training diverged: take an earlier checkpoint")
+    for name in weights:
+        if name not in expected and name != "g_lm":  # an identity G is a buffer that no state dict needs
+            raise UserError(f"{where}: {name} is no part of the model that state.json describes")
+    return {name: weights[name].contiguous() for name in expected}

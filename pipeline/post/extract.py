@@ -1,0 +1,101 @@
+"""G_LM of a model, once and for all: stage `extract`.
+
+Background (2502.13502): the papers take G from one prompt. Decision: the mean over many held-out prompts is the default
+(`post.g_from: mean`), summed in fp64 and kept in fp32, with the standard deviation of every entry over the prompts
+beside it; `first` is the papers' way. For an invariant model the two agree to round-off, and the certificate shows it.
+
+Shapes: N prompts, S tokens, L layers, H heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.post.measures import Spread
+from pipeline.post.observe import batches
+from pipeline.post.prompts import PromptKind, sha256_kinds
+from pipeline.post.tensors import load_tensors, serialise
+from pipeline.storage import publish_bytes, publish_json, read_json, replace_dir, sha256_file
+from pldr_model.config import ModelConfig
+from pldr_model.model import PLDRModel, g_shape
+
+SCHEMA_VERSION = 1
+G_FILE = "g_lm.safetensors"
+SPREAD_FILE = "spread.safetensors"
+RECORD_FILE = "extract.json"
+
+
+class ExtractedG(NamedTuple):
+    """`g_lm` [L,H,K,K] fp32; `spread`: standard deviation of each entry over the prompts, fp32; where it came from."""
+
+    g_lm: Tensor
+    spread: Tensor
+    record: dict[str, Any]
+
+
+@torch.inference_mode()
+def extract_g(model: PLDRModel, prompts_NS: Tensor, how: Literal["mean", "first"]) -> ExtractedG:
+    """G_LM over prompts of one length. Memory does not grow with N.
+
+    The spread is over all prompts, whichever way G is chosen. Raises UserError naming layer and head when a G_LM is not
+    finite, or when there are no prompts.
+    """
+    if len(prompts_NS) == 0:
+        raise UserError("extract: no held-out prompts; raise data.val_fraction or give more text")
+    spread, first_LHKK = Spread(), None
+    for ids_BS in batches(prompts_NS, model):
+        g_BLHKK = model.compute_g(ids_BS, padded=None).transpose(0, 1)
+        bad_LH = ~g_BLHKK.isfinite().all(dim=0).all(dim=-1).all(dim=-1)
+        if bad_LH.any():
+            layer, head = bad_LH.nonzero()[0].tolist()
+            raise UserError(
+                f"extract: G_LM of layer {layer}, head {head} is not finite; training diverged: take an earlier checkpoint"
+            )
+        first_LHKK = g_BLHKK[0] if first_LHKK is None else first_LHKK
+        spread.update(g_BLHKK)
+    assert first_LHKK is not None
+    g_LHKK = (spread.mean_LHKK if how == "mean" else first_LHKK).float().cpu()
+    rms_LH = spread.rms().clamp_min(torch.finfo(torch.float64).tiny)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "how": how,
+        "num_prompts": spread.count,
+        "prompt_length": prompts_NS.shape[1],
+        "prompts_sha256": sha256_kinds([PromptKind("extract", prompts_NS)]),
+        "max_relative_spread": float((spread.rms_from(spread.mean_LHKK) / rms_LH).max()),
+    }
+    return ExtractedG(g_LHKK, spread.std().float().cpu(), record)
+
+
+def save_g(extracted: ExtractedG, out: Path) -> dict[str, Any]:
+    """Write `out/{g_lm,spread}.safetensors` and `out/extract.json`; returns the record with `g_lm_sha256`."""
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        publish_bytes(temporary / G_FILE, serialise({"g_lm": extracted.g_lm}))
+        publish_bytes(temporary / SPREAD_FILE, serialise({"spread": extracted.spread}))
+        record = {**extracted.record, "g_lm_sha256": sha256_file(temporary / G_FILE)}
+        publish_json(temporary / RECORD_FILE, record)
+        replace_dir(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return record
+
+
+def load_g(folder: Path, config: ModelConfig) -> ExtractedG:
+    """What `save_g` wrote, for a model of this configuration. Raises UserError for missing, damaged or foreign files."""
+    record = read_json(folder / RECORD_FILE, schema_version=SCHEMA_VERSION)
+    for name in (G_FILE, SPREAD_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: no such file; run the extract stage again")
+    if sha256_file(folder / G_FILE) != record["g_lm_sha256"]:
+        raise UserError(f"{folder / G_FILE}: sha256 differs from {RECORD_FILE}: damaged; run the extract stage again")
+    g_lm = load_tensors(folder / G_FILE, {"g_lm": g_shape(config)})["g_lm"]
+    return ExtractedG(g_lm, load_tensors(folder / SPREAD_FILE, {"spread": g_shape(config)})["spread"], record)

@@ -1,0 +1,90 @@
+"""The inputs that G_LM is measured over: several kinds and lengths, all made from held-out text and one seed.
+
+Background: G_LM depends on the input through the rotated queries of the whole sequence, so prompts of one length and one
+kind are a soft test: text of one length has much the same statistics everywhere. Random tokens, one token repeated, and
+prompts of a few tokens are what a model has never seen; a G_LM that is a constant of the model does not care.
+
+Decision: prompts of one kind share one length, so that they run as one batch without padding (padding queries would
+count in the density matrix and be one more difference).
+
+Shapes: N prompts, S tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pldr_model.config import ModelConfig
+
+SHORT_LENGTHS = (1, 4, 16)
+
+
+class PromptKind(NamedTuple):
+    """Prompts of one kind and one length: [N,S] token ids."""
+
+    name: str
+    ids_NS: Tensor
+
+
+def held_out_text(sequences_NT: Tensor, config: ModelConfig, *, limit: int) -> tuple[Tensor, int]:
+    """The first `limit` sequences [n, S+1] that hold no padding, and how many were left out for holding some.
+
+    Raises UserError when fewer than two are left: a spread over one prompt is zero for every model.
+    """
+    if sequences_NT.ndim != 2 or sequences_NT.shape[1] < 3:
+        raise UserError(f"validation: sequences of shape {list(sequences_NT.shape)}; needs [prompts, >= 3 tokens]")
+    if sequences_NT.shape[1] > config.context_length + 1:
+        raise UserError(
+            f"validation: sequences of {sequences_NT.shape[1]} tokens, the context is {config.context_length}; "
+            "tokenize with the model's context_length"
+        )
+    if sequences_NT.numel() and not 0 <= int(sequences_NT.min()) <= int(sequences_NT.max()) < config.vocab_size:
+        raise UserError(
+            f"validation: token ids outside the model's vocabulary of {config.vocab_size}; "
+            "the tokens were made with another tokenizer"
+        )
+    whole_N = (sequences_NT != config.pad_id).all(dim=1)
+    text_NT = sequences_NT[whole_N][:limit]
+    if len(text_NT) < 2:
+        raise UserError(
+            f"validation: {len(text_NT)} held-out prompts of full length, at least 2 are needed; "
+            "raise data.val_fraction or give more text"
+        )
+    return text_NT.long(), int((~whole_N).sum())
+
+
+def make_kinds(text_NT: Tensor, config: ModelConfig, *, seed: int) -> list[PromptKind]:
+    """All kinds of prompts, from held-out text [N, S+1]: text of full, half and quarter length, short text, random
+    tokens, and one token repeated (a quarter as many of the last two, at least two). The same seed, the same prompts."""
+    num, S = text_NT.shape[0], text_NT.shape[1] - 1
+    kinds = [PromptKind("text", text_NT[:, :S])]
+    lengths = {S}
+    for length in (S // 2, S // 4, *SHORT_LENGTHS):
+        if 0 < length < S and length not in lengths:
+            lengths.add(length)
+            kinds.append(PromptKind(f"text_{length}", text_NT[:, :length]))
+    generator = torch.Generator().manual_seed(seed)
+    few = max(2, num // 4)
+    real = torch.tensor([i for i in range(config.vocab_size) if i != config.pad_id])
+    random_NS = real[torch.randint(len(real), (few, S), generator=generator)]
+    repeated_N1 = real[torch.randperm(len(real), generator=generator)[:few]].unsqueeze(1)
+    return [*kinds, PromptKind("random", random_NS), PromptKind("repeated", repeated_N1.repeat(1, S))]
+
+
+def few_of(kinds: list[PromptKind], count: int) -> list[PromptKind]:
+    """The first `count` prompts of every kind: for controls."""
+    return [PromptKind(kind.name, kind.ids_NS[:count]) for kind in kinds]
+
+
+def sha256_kinds(kinds: list[PromptKind]) -> str:
+    """Hex sha256 over every kind's name, shape and ids."""
+    digest = hashlib.sha256()
+    for kind in kinds:
+        digest.update(f"{kind.name} {list(kind.ids_NS.shape)} ".encode())
+        digest.update(kind.ids_NS.cpu().long().numpy().tobytes())
+    return digest.hexdigest()

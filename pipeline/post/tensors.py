@@ -1,0 +1,97 @@
+"""safetensors files that are byte-identical on every write and bounded on every read.
+
+Background: a safetensors file is `<8-byte header length><JSON header><data>`. Two things need care. Its writer keeps
+metadata in a hash map, so two metadata keys come out in any order: here there is at most one key. Its readers trust the
+header's shapes: here the header is checked against the file's size and against the expected shapes before anything is
+allocated, so that a header that claims 10 GB is an error and not a crash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+MAX_HEADER = 64 << 20  # bytes; a million tensors
+ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+
+
+def serialise(tensors: Mapping[str, Tensor], *, note: str | None = None) -> bytes:
+    """The bytes of a safetensors file: equal tensors (and note), equal bytes. `note` becomes the metadata key `pldr`."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return save(plain, {"pldr": note} if note is not None else None)
+
+
+def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of `serialise(tensors)`: what the file in a bundle will have."""
+    return hashlib.sha256(serialise(tensors)).hexdigest()
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """`name -> (dtype, shape)`, with every offset inside the file and every byte accounted for.
+
+    Raises UserError naming the file for a file that is cut, that claims more than it holds, or is no safetensors file.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise UserError(f"{path}: header of {length} bytes in a file of {size}: no safetensors file, or damaged")
+        try:
+            header = json.loads(stream.read(length))
+            if not isinstance(header, dict):
+                raise TypeError
+            header.pop("__metadata__", None)
+            return _check_header(header, data_bytes=size - 8 - length)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            detail = f" ({error})" if isinstance(error, ValueError) else ""
+            raise UserError(f"{path}: its safetensors header is damaged{detail}; make the file again") from None
+
+
+def _check_header(header: dict[str, Any], *, data_bytes: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        shape = tuple(entry["shape"])
+        if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+            raise ValueError(f"{name}: shape {shape}")
+        begin, stop = entry["data_offsets"]
+        if begin != end or stop - begin != math.prod(shape) * ITEM_SIZE[entry["dtype"]]:
+            raise ValueError(f"{name}: {entry['dtype']} {shape} does not fill bytes {begin}..{stop}")
+        found[name], end = (entry["dtype"], shape), stop
+    if end != data_bytes:
+        raise ValueError(f"claims {end} bytes of tensors, the file holds {data_bytes}")
+    return found
+
+
+def load_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """fp32 tensors of exactly these names and shapes, all finite.
+
+    Raises UserError naming the file and the tensor; nothing is allocated before names, dtypes and shapes agree.
+    """
+    header = read_header(path)
+    for name, shape in expected.items():
+        if name not in header:
+            raise UserError(f"{path}: {name} is missing; the file belongs to another model")
+        if header[name] != ("F32", tuple(shape)):
+            dtype, found = header[name]
+            raise UserError(f"{path}: {name} is {dtype} {list(found)}, the model needs F32 {list(shape)}")
+    for name in header:
+        if name not in expected:
+            raise UserError(f"{path}: {name} is no part of this model; the file belongs to another model")
+    with safe_open(path, framework="pt") as stream:
+        tensors: dict[str, Tensor] = {name: stream.get_tensor(name) for name in expected}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; training diverged: take an earlier checkpoint")
+    return tensors
