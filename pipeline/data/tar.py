@@ -94,7 +94,7 @@ def read_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 if stream is None:
                     raise UserError(f"{path}: member {info.name} is not a file; this is no archive of ours")
                 yield info.name, stream.read()
-                archive.members = []  # type: ignore[attr-defined]  # or the list of all headers stays in memory
+                archive.members = []  # type: ignore[attr-defined]  # or all headers stay in memory
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; make it again") from None
     except tarfile.TarError as error:
