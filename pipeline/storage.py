@@ -111,9 +111,13 @@ def publish_bytes(url: str | Path, data: bytes) -> None:
 
 
 def publish_json(url: str | Path, value: Any) -> None:
-    """`publish` for JSON: indented, keys sorted, a final newline, so that equal values are equal bytes."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    publish_bytes(url, text.encode())
+    """`publish` for JSON, as `render_json` writes it."""
+    publish_bytes(url, render_json(value))
+
+
+def render_json(value: Any) -> bytes:
+    """Readable JSON: indented, keys sorted, a final newline, so that equal values are equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(url: str | Path, *, schema_version: int | None = None) -> Any:
@@ -123,7 +127,7 @@ def read_json(url: str | Path, *, schema_version: int | None = None) -> Any:
             value = json.loads(stream.read())
     except FileNotFoundError:
         raise UserError(f"{url}: no such file") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{url}: not valid JSON ({error}); it was damaged: make it again") from None
     if schema_version is not None:
         found = value.get("schema_version") if isinstance(value, dict) else None
