@@ -103,29 +103,21 @@ class ModelConfig:
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(allowed)}")
         if self.g_file is not None and self.g_source != "file":
-            raise ValueError(
-                f"g_file: only read with g_source 'file', not {self.g_source!r}; drop one of the two"
-            )
+            raise ValueError(f"g_file: only read with g_source 'file', not {self.g_source!r}; drop one of the two")
         _require_int("g_seed", self.g_seed, at_least=0)
         self._check_dag_coefficients()
         for key in ("pad_id", "unk_id", "bos_id", "eos_id"):
             _require_int(key, getattr(self, key), at_least=0)
             if getattr(self, key) >= self.vocab_size:
-                raise ValueError(
-                    f"{key}: {getattr(self, key)} is outside the vocabulary of {self.vocab_size}"
-                )
+                raise ValueError(f"{key}: {getattr(self, key)} is outside the vocabulary of {self.vocab_size}")
 
     def _check_dag_coefficients(self) -> None:
         values = self.dag_coefficients
-        numbers = all(
-            isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < float("inf") for v in values
-        )
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < float("inf") for v in values)
         if len(values) != 3 or not numbers:
             raise ValueError(f"dag_coefficients: {values!r} must be three numbers >= 0 (for A_LM, A_P, G_LM)")
         if any(values) and self.g_source != "learned":
-            raise ValueError(
-                f"dag_coefficients: a model with g_source {self.g_source!r} has no A_LM to regularise"
-            )
+            raise ValueError(f"dag_coefficients: a model with g_source {self.g_source!r} has no A_LM to regularise")
 
     @property
     def d_model(self) -> int:
@@ -183,9 +175,7 @@ class ModelConfig:
         style: RopeStyle = "interleaved" if values.get("reference_rope", True) else "half"
         config = cls.from_dict({**ours, "rope_style": style, "g_source": _CUSTOM_G_TYPES[custom]})
         if values.get("hidden_size", config.d_model) != config.d_model:
-            raise ValueError(
-                f"hidden_size: {values['hidden_size']} is not heads * head_dim = {config.d_model}"
-            )
+            raise ValueError(f"hidden_size: {values['hidden_size']} is not heads * head_dim = {config.d_model}")
         return config
 
     def sdpa_twin(self) -> ModelConfig:

@@ -47,9 +47,7 @@ def load_checkpoint_file(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{path}: not a checkpoint of plain tensors ({reason}); nothing of it was executed"
-        ) from None
+        raise ValueError(f"{path}: not a checkpoint of plain tensors ({reason}); nothing of it was executed") from None
     state = content.get("model_state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a state dictionary of tensors")
@@ -115,9 +113,7 @@ def from_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
                 hint = f"; the file has {foreign[0]!r}, which this model does not know" if foreign else ""
                 raise ValueError(f"{key}: missing from the checkpoint{hint}")
             if tuple(state[key].shape) != expected:
-                raise ValueError(
-                    f"{key}: shape {tuple(state[key].shape)}, but the configuration needs {expected}"
-                )
+                raise ValueError(f"{key}: shape {tuple(state[key].shape)}, but the configuration needs {expected}")
         ours[name] = torch.cat([state[key] for key in keys]) if len(keys) > 1 else state[keys[0]].clone()
     if foreign:
         raise ValueError(f"{foreign[0]}: not a key of this model ({len(foreign)} unknown keys in all)")

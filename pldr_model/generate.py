@@ -12,6 +12,7 @@ prompt, seeded by (seed, prompt), so that a prompt's tokens do not depend on its
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -53,36 +54,38 @@ def generate(
     Errors: ValueError for no or empty prompts, a prompt that leaves no room in the context, ids outside the
     vocabulary, settings out of range.
     """
-    _check(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        g_lm=g_lm,
-    )
+    _check_prompts(model, prompts)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} must be at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: {temperature} must be 0 (greedy) or a positive number")
+    if top_k < 0:
+        raise ValueError(f"top_k: {top_k} must be 0 (all tokens) or positive")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: {top_p} must be in (0, 1]")
+    if stop is not None and not callable(stop) and not all(stop):
+        raise ValueError("stop: holds an empty sequence, which would end every row at once; drop it")
+    if g_lm is not None and tuple(g_lm.shape) != g_shape(model.config):
+        raise ValueError(f"g_lm: shape {tuple(g_lm.shape)}, generation needs [L,H,K,K] = {g_shape(model.config)}")
     rows = [_Row(list(prompt)) for prompt in prompts]
     if temperature > 0:
-        _seed_rows(rows, torch.seed() if seed is None else seed)
+        _seed_rows(rows, secrets.randbits(63) if seed is None else seed)
     context_length = model.config.context_length
 
     def ended(row: _Row) -> bool:
         full = len(row.new) == max_new_tokens or len(row.prompt) + len(row.new) == context_length
         return full or row.new[-1] == eos_id or (stop is not None and _stopped(row.new, stop))
 
-    def choose(live: list[_Row], logits_BV: Tensor) -> list[_Row]:
-        """Give every live row its next token; returns the rows that go on."""
+    def choose(live: list[_Row], logits_BV: Tensor) -> list[int]:
+        """Give every live row its next token; returns the indices of those that go on."""
         if temperature == 0:
             chosen = logits_BV.argmax(dim=-1).tolist()
         else:
             p_BV = token_probabilities(logits_BV.cpu(), temperature=temperature, top_k=top_k, top_p=top_p)
-            chosen = [
-                int(p_V.multinomial(1, generator=r.generator)) for r, p_V in zip(live, p_BV, strict=True)
-            ]
+            chosen = [int(p_V.multinomial(1, generator=r.generator)) for r, p_V in zip(live, p_BV, strict=True)]
         for row, token in zip(live, chosen, strict=True):
             row.new.append(token)
-        return [row for row in live if not ended(row)]
+        return [index for index, row in enumerate(live) if not ended(row)]
 
     if use_cache:
         capacity = min(context_length, max(len(row.prompt) for row in rows) + max_new_tokens)
@@ -92,9 +95,7 @@ def generate(
     return [row.new for row in rows]
 
 
-def token_probabilities(
-    logits_BV: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0
-) -> Tensor:
+def token_probabilities(logits_BV: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """The distribution that sampling draws from, [B,V] in fp64: temperature, then top-k, then top-p
     (nucleus).
 
@@ -121,12 +122,10 @@ class _Row:
         self.generator: torch.Generator | None = None
 
 
-Choose = Callable[[list[_Row], Tensor], list[_Row]]
+Choose = Callable[[list[_Row], Tensor], list[int]]
 
 
-def _decode_cached(
-    model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm: Tensor | None, capacity: int
-) -> None:
+def _decode_cached(model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm: Tensor | None, capacity: int) -> None:
     device = model.embedding.weight.device
     cache = model.new_cache(batch_size=len(rows), capacity=capacity, g_lm=g_lm)
     first_logits = []
@@ -138,8 +137,8 @@ def _decode_cached(
     live, logits_BV = rows, torch.cat(first_logits)
     while going := choose(live, logits_BV):
         if len(going) < len(live):
-            cache.keep([index for index, row in enumerate(live) if row in going])
-        live = going
+            cache.keep(going)
+            live = [live[index] for index in going]
         last_B1 = torch.tensor([[row.new[-1]] for row in live], device=device)
         logits_BV = model.extend(last_B1, cache)
 
@@ -150,11 +149,9 @@ def _decode_uncached(model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm
     for length in sorted({len(row.prompt) for row in rows}):
         live = [row for row in rows if len(row.prompt) == length]
         while live:
-            ids_BS = torch.tensor(
-                [row.prompt + row.new for row in live], device=model.embedding.weight.device
-            )
+            ids_BS = torch.tensor([row.prompt + row.new for row in live], device=model.embedding.weight.device)
             logits_BSV = model(ids_BS, g_lm=g_lm, padded=False)
-            live = choose(live, logits_BSV[:, -1])
+            live = [live[index] for index in choose(live, logits_BSV[:, -1])]
 
 
 def _stopped(new: list[int], stop: Stop) -> bool:
@@ -172,36 +169,17 @@ def _seed_rows(rows: list[_Row], seed: int) -> None:
         copies[key] += 1
 
 
-def _check(
-    model: PLDRModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    g_lm: Tensor | None,
-) -> None:
-    config = model.config
+def _check_prompts(model: PLDRModel, prompts: Sequence[Sequence[int]]) -> None:
+    vocab_size, context_length = model.config.vocab_size, model.config.context_length
     if not prompts:
         raise ValueError("prompts: none given")
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompts[{index}]: empty; give at least one token (bos or eos will do)")
-        if len(prompt) >= config.context_length:
+        if len(prompt) >= context_length:
             raise ValueError(
                 f"prompts[{index}]: {len(prompt)} tokens leave no room for a new one in the context of "
-                f"{config.context_length}; shorten it"
+                f"{context_length}; shorten it"
             )
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ValueError(f"prompts[{index}]: holds ids outside the vocabulary of {config.vocab_size}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} must be at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: {temperature} must be 0 (greedy) or a positive number")
-    if top_k < 0:
-        raise ValueError(f"top_k: {top_k} must be 0 (all tokens) or positive")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: {top_p} must be in (0, 1]")
-    if g_lm is not None and g_lm.shape != g_shape(config):
-        raise ValueError(f"g_lm: shape {tuple(g_lm.shape)}, generation needs [L,H,K,K] = {g_shape(config)}")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise ValueError(f"prompts[{index}]: holds ids outside the vocabulary of {vocab_size}")

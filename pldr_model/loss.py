@@ -68,9 +68,7 @@ def dag_regulariser(tensors: list[Tensor], *, name: str = "X") -> Tensor:
     x_NKK = torch.stack([tensor.to(torch.float64) for tensor in tensors])
     squared_NKK = x_NKK * x_NKK
     if not squared_NKK.isfinite().all():
-        raise FloatingPointError(
-            f"DAG regulariser: {name} holds inf or NaN (or exceeds 1e150); training has diverged"
-        )
+        raise FloatingPointError(f"DAG regulariser: {name} holds inf or NaN (or exceeds 1e150); training has diverged")
     log_trace_N: Tensor = _LogTraceExp.apply(squared_NKK)  # type: ignore[no-untyped-call]
     return (log_trace_N - math.log(x_NKK.shape[-1])).abs().mean()
 

@@ -102,9 +102,7 @@ class DecoderLayer(nn.Module):
         return_outputs: bool = False,
     ) -> tuple[Tensor, DeductiveOutputs | None]:
         """Arguments as in `Attention.forward`; the deductive outputs are None unless `return_outputs`."""
-        y_BSD, outputs = self.attention(
-            x_BSD, rope, g=g, mask=mask, append=append, return_outputs=return_outputs
-        )
+        y_BSD, outputs = self.attention(x_BSD, rope, g=g, mask=mask, append=append, return_outputs=return_outputs)
         h_BSD = self.attention_norm(y_BSD + x_BSD)
         return self.feed_forward_norm(self.feed_forward(h_BSD) + h_BSD), outputs
 
@@ -149,9 +147,7 @@ class PLDRModel(nn.Module):
         not exist.
         """
         if return_outputs and (g_lm is not None or self.config.g_source != "learned"):
-            raise ValueError(
-                "return_outputs: no metric learner runs with a constant or given G, so nothing is deduced"
-            )
+            raise ValueError("return_outputs: no metric learner runs with a constant or given G, so nothing is deduced")
         x_BSD, rope, mask = self._enter(ids_BS, padded)
         g_lm = self._g_in_force(g_lm, ids_BS.shape[0])
         deduced: list[DeductiveOutputs] = []
@@ -194,9 +190,7 @@ class PLDRModel(nn.Module):
         for index, layer in enumerate(self.layers):
             g = None if g_lm is None else g_lm[index]
             append = functools.partial(cache.append, index, step)
-            x_BSD, outputs = layer(
-                x_BSD, step.rope, g=g, mask=step.mask, append=append, return_outputs=prefill_g
-            )
+            x_BSD, outputs = layer(x_BSD, step.rope, g=g, mask=step.mask, append=append, return_outputs=prefill_g)
             if prefill_g:
                 deduced_g.append(outputs.G_LM)
         if prefill_g:
@@ -226,9 +220,7 @@ class PLDRModel(nn.Module):
         """What every full pass starts with: embedded tokens, rotary tables, a mask if there is padding."""
         config, num_positions = self.config, ids_BS.shape[1]
         if num_positions > config.context_length:
-            raise ValueError(
-                f"sequence of {num_positions} tokens: over the context_length of {config.context_length}"
-            )
+            raise ValueError(f"sequence of {num_positions} tokens: over the context_length of {config.context_length}")
         mask = None
         padding_BS = ids_BS == config.pad_id
         if padded or (padded is None and bool(padding_BS.any())):
@@ -247,8 +239,7 @@ class PLDRModel(nn.Module):
         shape = g_shape(self.config)
         if tuple(given.shape) not in (shape, (shape[0], batch_size, *shape[1:])):
             raise ValueError(
-                f"g_lm: shape {tuple(given.shape)} is neither [L,H,K,K] = {shape} "
-                f"nor [L,B,H,K,K] of {batch_size} rows"
+                f"g_lm: shape {tuple(given.shape)} is neither [L,H,K,K] = {shape} nor [L,B,H,K,K] of {batch_size} rows"
             )
         return given
 
@@ -272,9 +263,7 @@ def to_constant_g(model: PLDRModel, g_lm_LHKK: Tensor) -> PLDRModel:
     constant = PLDRModel(model.config.with_constant_g(), g_lm_LHKK=g_lm_LHKK)
     weight = model.embedding.weight
     constant.to(device=weight.device, dtype=weight.dtype)
-    state = {
-        name: value for name, value in model.state_dict().items() if ".plga." not in name and name != "g_lm"
-    }
+    state = {name: value for name, value in model.state_dict().items() if ".plga." not in name and name != "g_lm"}
     missing, unexpected = constant.load_state_dict(state, strict=False)
     assert missing == ["g_lm"] and not unexpected
     return constant.train(model.training)
@@ -289,13 +278,9 @@ def load_g_file(path: str | Path, config: ModelConfig) -> Tensor:
                 raise ValueError(f"{path}: holds {len(names)} tensors; a G file holds one, [L,H,K,K]")
             g_lm: Tensor = file.get_tensor(names[0])
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as safetensors ({error}); give a file with one G_LM tensor"
-        ) from None
+        raise ValueError(f"{path}: cannot be read as safetensors ({error}); give a file with one G_LM tensor") from None
     if tuple(g_lm.shape) != g_shape(config):
-        raise ValueError(
-            f"{path}: {names[0]} has shape {tuple(g_lm.shape)}, the model needs {g_shape(config)}"
-        )
+        raise ValueError(f"{path}: {names[0]} has shape {tuple(g_lm.shape)}, the model needs {g_shape(config)}")
     return g_lm
 
 

@@ -67,8 +67,7 @@ def parity(case: str | Path) -> dict[str, Any]:
     result["dag"], overflowed = _dag_difference(outputs, expected)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     result["gradients"] = max(
-        _difference(gradient, expected[f"grad.{key}"])
-        for key, gradient in to_reference(gradients, config).items()
+        _difference(gradient, expected[f"grad.{key}"]) for key, gradient in to_reference(gradients, config).items()
     )
     trajectory = json.loads((case / "trajectory.json").read_text())
     result["trajectory"] = _trajectory_difference(_load(config, weights), ids, trajectory)
@@ -77,9 +76,7 @@ def parity(case: str | Path) -> dict[str, Any]:
     greedy = generation["greedy_with_kv_and_g_cache"]
     ours = generate(model, [generation["prompt"]], max_new_tokens=len(greedy))
     result["greedy_equal"] = ours == [greedy]
-    result["cached_logits"] = _cached_difference(
-        model, generation["prompt"] + greedy, len(generation["prompt"])
-    )
+    result["cached_logits"] = _cached_difference(model, generation["prompt"] + greedy, len(generation["prompt"]))
     result["dag_overflowed_in_reference"] = overflowed
     return result
 
@@ -132,9 +129,7 @@ def _trajectory_difference(model: PLDRModel, ids: Tensor, trajectory: dict[str, 
         torch.nn.utils.clip_grad_value_(model.parameters(), setting["clip_value"])
         optimizer.step()
         pairs = ((losses.cross_entropy, "loss"), (losses.total, "total_loss"))
-        worst = max(
-            worst, *(_difference(ours, torch.tensor(golden[key], dtype=torch.float64)) for ours, key in pairs)
-        )
+        worst = max(worst, *(_difference(ours, torch.tensor(golden[key], dtype=torch.float64)) for ours, key in pairs))
     return worst
 
 

@@ -86,12 +86,8 @@ class PLGA(nn.Module):
 
     def _power_law(self, A_BHKK: Tensor) -> DeductiveOutputs:
         B, H, K, _ = A_BHKK.shape
-        W, b, P, a, b_a = (
-            p.to(at_least_float32(p.dtype)) for p in (self.W, self.b, self.P, self.a, self.b_a)
-        )
-        A_HKC = (
-            A_BHKK.to(W.dtype).permute(1, 2, 0, 3).reshape(H, K, B * K)
-        )  # C = B*K: the batch lies in the columns
+        W, b, P, a, b_a = (p.to(at_least_float32(p.dtype)) for p in (self.W, self.b, self.P, self.a, self.b_a))
+        A_HKC = A_BHKK.to(W.dtype).permute(1, 2, 0, 3).reshape(H, K, B * K)  # C = B*K: the batch lies in the columns
         u_HKBK = torch.bmm(W, A_HKC).view(H, K, B, K) + b.unsqueeze(2)
         A_LM_HKBK = u_HKBK * F.silu(u_HKBK) + METRIC_FLOOR
         A_P_HKBK = A_LM_HKBK ** P.unsqueeze(2)

@@ -113,7 +113,7 @@ def test_reads_the_transformers_port():
     assert (config.rope_style, config.g_source) == ("half", "learned")
     assert ModelConfig.from_transformers({**port, "custom_G_type": "external"}).g_source == "file"
     assert ModelConfig.from_transformers({**port, "reference_rope": True}).rope_style == "interleaved"
-    with pytest.raises(ValueError, match="^hidden_size: 897"):
+    with pytest.raises(ValueError, match=r"^hidden_size: 897"):
         ModelConfig.from_transformers({**port, "hidden_size": 897})
-    with pytest.raises(ValueError, match="^model_type: 'llama'"):
+    with pytest.raises(ValueError, match=r"^model_type: 'llama'"):
         ModelConfig.from_transformers({**port, "model_type": "llama"})

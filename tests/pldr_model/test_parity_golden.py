@@ -8,7 +8,19 @@ from safetensors.torch import load_file, save_file
 
 from pldr_model.parity import parity
 
-NUMBERS = ["logits", "A", "A_LM", "A_P", "G_LM", "loss", "total_loss", "dag", "gradients", "trajectory", "cached_logits"]
+NUMBERS = [
+    "logits",
+    "A",
+    "A_LM",
+    "A_P",
+    "G_LM",
+    "loss",
+    "total_loss",
+    "dag",
+    "gradients",
+    "trajectory",
+    "cached_logits",
+]
 
 
 @pytest.mark.parametrize("case", ["tiny_f64", "padded_f64"])

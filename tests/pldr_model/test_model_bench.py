@@ -1,0 +1,47 @@
+"""The bench measures what it says, on a model that takes milliseconds. Timings themselves are never tested."""
+
+from dataclasses import replace
+
+import pytest
+
+from pldr_model import bench as bench_module
+from pldr_model.bench import bench
+
+
+def test_bench_reports_model_and_twin(tiny):
+    result = bench(tiny, batch_size=2, steps=2, decode_tokens=5)
+    for phase in ("train", "decode"):
+        ratio = result[f"{phase}_tokens_per_second"] / result[f"{phase}_tokens_per_second_sdpa"]
+        assert result[f"{phase}_ratio_to_sdpa"] == pytest.approx(ratio)
+        assert ratio > 0
+    assert 0 < result["peak_rss_mb"] <= result["peak_rss_with_twin_mb"]
+    assert result["parameters"] == tiny.num_parameters()["total"]
+
+
+def test_both_are_run_in_turn_and_the_median_counts(monkeypatch):
+    """A clock that advances by what each run says it took: the medians, in alternating order."""
+    now, order = [0.0], []
+
+    def run(name, costs):
+        def step():
+            order.append(name)
+            now[0] += costs.pop(0)
+
+        return step
+
+    monkeypatch.setattr(bench_module.time, "perf_counter", lambda: now[0])
+    medians = bench_module._in_turn(
+        run("model", [5.0, 1.0, 9.0]), run("twin", [2.0, 2.0, 40.0]), 3, bench_module.torch.device("cpu")
+    )
+    assert medians == (5.0, 2.0)
+    assert order == ["model", "twin", "twin", "model", "model", "twin"]
+
+
+def test_bench_trains_with_the_dag_regulariser(tiny):
+    result = bench(replace(tiny, dag_coefficients=(0.01, 0.01, 0.01)), batch_size=1, steps=1, decode_tokens=2)
+    assert result["train_tokens_per_second"] > 0
+
+
+def test_bench_refuses_more_tokens_than_the_context(tiny):
+    with pytest.raises(ValueError, match=r"decode_tokens: 16 \+ 64 tokens are over the context_length of 48"):
+        bench(tiny, decode_tokens=64)

@@ -1,0 +1,193 @@
+"""Generation: caches against full passes, batches against single prompts, sampling by its definition."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pldr_model.config import ModelConfig
+from pldr_model.generate import generate, token_probabilities
+from pldr_model.model import PLDRModel
+
+CONFIG = ModelConfig(vocab_size=61, num_layers=2, num_heads=2, head_dim=8, context_length=40, A_dff=12, num_reslayerA=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> PLDRModel:
+    torch.manual_seed(1)
+    return PLDRModel(CONFIG).double()
+
+
+def argmax_by_full_passes(model, prompt, count, g_lm):
+    """Greedy tokens, each from a whole pass over all tokens so far."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids]), g_lm=g_lm, padded=False)[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+prompts_of_several_lengths = st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=25), min_size=1, max_size=5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(prompts=prompts_of_several_lengths, temperature=st.sampled_from([0.0, 0.8]), use_cache=st.booleans())
+def test_a_batch_gives_each_prompt_the_tokens_it_gets_alone(model, prompts, temperature, use_cache):
+    prompts = [list(p) for p in dict.fromkeys(map(tuple, prompts))]
+    setting = {"max_new_tokens": 9, "temperature": temperature, "top_p": 0.9, "use_cache": use_cache, "seed": 7}
+    together = generate(model, prompts, **setting)
+    assert together == [generate(model, [prompt], **setting)[0] for prompt in prompts]
+    assert [len(new) for new in together] == [9] * len(prompts)
+
+
+@settings(max_examples=10, deadline=None)
+@given(prompt=st.lists(st.integers(0, 60), min_size=1, max_size=25))
+def test_cached_greedy_tokens_are_those_of_full_passes_with_the_prompts_g(model, prompt):
+    with torch.no_grad():
+        g_lm = model.compute_g(torch.tensor([prompt]), padded=False)
+        expected = argmax_by_full_passes(model, prompt, 8, g_lm)
+    assert generate(model, [prompt], max_new_tokens=8) == [expected]
+    assert generate(model, [prompt], max_new_tokens=8, g_lm=g_lm[:, 0]) == [expected]
+
+
+def test_without_cache_g_follows_the_sequence(model):
+    """The control recomputes G from all tokens so far; a frozen G would be another model."""
+    prompt = [5, 9, 30, 31, 7]
+    with torch.no_grad():
+        live = argmax_by_full_passes(model, prompt, 30, None)
+    assert generate(model, [prompt], max_new_tokens=30, use_cache=False) == [live]
+    assert generate(model, [prompt], max_new_tokens=30) != [live]
+
+
+@pytest.mark.parametrize("g_source", ["identity", "random"])
+def test_cached_logits_of_rows_of_different_lengths_equal_the_full_pass(g_source):
+    model = PLDRModel(replace(CONFIG, g_source=g_source)).double()
+    rows = [torch.randint(0, 61, (1, length)) for length in (12, 20, 17)]
+    starts = (3, 11, 8)
+    with torch.inference_mode():
+        cache = model.new_cache(batch_size=3, capacity=20)
+        for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
+            alone = model.new_cache(batch_size=1, capacity=start)
+            model.extend(ids[:, :start], alone)
+            cache.stack_row(row, alone)
+        for step in range(9):
+            token_B1 = torch.cat([ids[:, start + step, None] for ids, start in zip(rows, starts, strict=True)])
+            logits_BV = model.extend(token_B1, cache)
+            for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
+                full = model(ids[:, : start + step + 1], padded=False)[0, -1]
+                assert (logits_BV[row] - full).abs().max() < 1e-12
+
+
+def test_equal_copies_of_a_prompt_sample_differently_and_repeatably(model):
+    setting = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+    first, second = generate(model, [[5, 6], [5, 6]], **setting)
+    assert first != second
+    assert generate(model, [[5, 6]], **setting) == [first]
+    assert generate(model, [[5, 6]], **{**setting, "seed": 4}) != [first]
+
+
+def test_low_temperature_and_top_k_of_one_are_greedy(model):
+    greedy = generate(model, [[5, 6, 7]], max_new_tokens=10)
+    assert generate(model, [[5, 6, 7]], max_new_tokens=10, temperature=5.0, top_k=1, seed=1) == greedy
+    assert generate(model, [[5, 6, 7]], max_new_tokens=10, temperature=1e-5, seed=1) == greedy
+
+
+def test_rows_end_on_their_own(model):
+    prompts = [[5, 6, 7], [9], [11, 30, 2, 8]]
+    free = generate(model, prompts, max_new_tokens=12)
+    eos_id = free[1][4]
+    ended = generate(model, prompts, max_new_tokens=12, eos_id=eos_id)
+    for full, row in zip(free, ended, strict=True):
+        cut = full[: full.index(eos_id) + 1] if eos_id in full else full
+        assert row == cut  # eos is kept as the last token
+    assert len(ended[1]) <= 5
+
+
+def test_stop_sequences_and_predicates(model):
+    (free,) = generate(model, [[5, 6, 7]], max_new_tokens=12)
+    pair = free[4:6]
+    at = next(i for i in range(2, 13) if free[i - 2 : i] == pair)
+    assert generate(model, [[5, 6, 7]], max_new_tokens=12, stop=[[60, 60, 60, 60], pair]) == [free[:at]]
+    assert generate(model, [[5, 6, 7]], max_new_tokens=12, stop=lambda new: sum(new) > 100) == [
+        free[: next(i for i in range(1, 13) if sum(free[:i]) > 100)]
+    ]
+
+
+def test_generation_ends_at_the_context(model):
+    long, short = [5] * 37, [6, 7]
+    rows = generate(model, [long, short], max_new_tokens=10)
+    assert [len(row) for row in rows] == [3, 10]
+    assert generate(model, [long], max_new_tokens=10, use_cache=False) == [
+        generate(model, [long], max_new_tokens=3, use_cache=False)[0]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": []}, "prompts: none"),
+        ({"prompts": [[5], []]}, r"prompts\[1\]: empty"),
+        ({"prompts": [[5], [5] * 40]}, r"prompts\[1\]: 40 tokens leave no room for a new one in the context of 40"),
+        ({"prompts": [[61]]}, r"prompts\[0\]: holds ids outside the vocabulary of 61"),
+        ({"max_new_tokens": 0}, "max_new_tokens: 0"),
+        ({"temperature": -1.0}, "temperature: -1.0"),
+        ({"temperature": float("nan")}, "temperature: nan"),
+        ({"top_k": -1}, "top_k: -1"),
+        ({"top_p": 0.0}, r"top_p: 0\.0"),
+        ({"top_p": 1.5}, r"top_p: 1\.5"),
+        ({"g_lm": torch.zeros(1)}, r"g_lm: shape \(1,\)"),
+        ({"stop": [[]]}, "stop: holds an empty sequence"),
+    ],
+)
+def test_bad_requests_are_named(model, change, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, **{"prompts": [[5]], "max_new_tokens": 3, **change})
+
+
+def kept(probabilities, **setting):
+    p = token_probabilities(torch.tensor([probabilities]).log(), temperature=1.0, **setting)
+    assert p.sum().item() == pytest.approx(1)
+    return [round(value, 4) for value in p[0].tolist()]
+
+
+def test_top_p_keeps_the_token_that_crosses():
+    assert kept([0.15, 0.5, 0.05, 0.3], top_p=0.4) == [0, 1, 0, 0]
+    assert kept([0.15, 0.5, 0.05, 0.3], top_p=0.6) == [0, 0.625, 0, 0.375]
+    assert kept([0.15, 0.5, 0.05, 0.3], top_p=0.9) == [0.1579, 0.5263, 0, 0.3158]
+    assert kept([0.15, 0.5, 0.05, 0.3], top_p=1.0) == [0.15, 0.5, 0.05, 0.3]
+    assert kept([0.15, 0.5, 0.05, 0.3], top_p=1e-9) == [0, 1, 0, 0]
+
+
+def test_top_k_comes_before_top_p():
+    assert kept([0.15, 0.5, 0.05, 0.3], top_k=2) == [0, 0.625, 0, 0.375]
+    # Of the two best, 0.5 alone is already 62.5 %.
+    assert kept([0.15, 0.5, 0.05, 0.3], top_k=2, top_p=0.6) == [0, 1, 0, 0]
+    assert kept([0.15, 0.5, 0.05, 0.3], top_k=9) == [0.15, 0.5, 0.05, 0.3]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    logits=st.lists(st.floats(-8, 8), min_size=1, max_size=12),
+    top_p=st.floats(0.01, 0.99),
+    temperature=st.floats(0.2, 3),
+)
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(logits, top_p, temperature):
+    p = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(-1)
+    chosen = token_probabilities(torch.tensor([logits]), temperature=temperature, top_p=top_p)[0] > 0
+    assert p[chosen].sum() >= top_p - 1e-6
+    assert p[chosen].sum() - p[chosen].min() < top_p + 1e-6
+    assert p[~chosen].max() <= p[chosen].min() + 1e-6 if (~chosen).any() else True
+
+
+def test_samples_follow_the_distribution(model):
+    """2,000 first tokens at temperature 1 against the softmax: chi-square far inside its 1e-6 quantile."""
+    prompt = [5, 6, 7]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt]), padded=False)[:, -1]
+    p = token_probabilities(logits, temperature=1.0, top_k=6)[0]
+    drawn = generate(model, [prompt] * 2000, max_new_tokens=1, temperature=1.0, top_k=6, seed=0)
+    counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=61).double()
+    assert counts[p == 0].sum() == 0
+    expected = 2000 * p[p > 0]
+    assert ((counts[p > 0] - expected) ** 2 / expected).sum() < 36  # 5 degrees of freedom: P(> 36) ~ 1e-6
