@@ -1,0 +1,272 @@
+"""The bundle: a folder that serves a model with KV-cache and G-cache, and proves that it may. Stage `bundle`.
+
+    config.json             ModelConfig of the constant-G model, and whether it is certified
+    model.safetensors       fp32 weights without the metric learner
+    g_lm.safetensors        the cached G_LM [L,H,K,K]
+    tokenizer.model         SentencePiece
+    generation_config.json  how prompts are encoded, ids, defaults
+    certificate.json        docs/certificate.md
+    README.md               model card
+    MANIFEST.json           sha256 and size of every file, lineage, and a digest of itself
+
+Decisions. Written beside, verified as a reader would, then renamed: a bundle is whole or absent. No time of day anywhere:
+the same inputs give the same bytes. `MANIFEST.json` is in canonical form and holds its own digest, so that one changed byte
+anywhere is an error; this protects against damage and mix-ups, not against a forger, who would sign. Loading runs no
+code from the folder and unpickles nothing; sizes are checked against headers before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.post.card import UNCERTIFIED_LINE, model_card
+from pipeline.post.certificate import SCHEMA_VERSION as CERTIFICATE_VERSION
+from pipeline.post.certificate import bundle_g, bundle_tensors
+from pipeline.post.tensors import load_tensors, serialise
+from pipeline.post.weights import parse_model, state_shapes
+from pipeline.storage import (
+    MANIFEST,
+    manifest_of,
+    publish_bytes,
+    publish_json,
+    read_json,
+    render_json,
+    replace_dir,
+    require_free_space,
+    sha256_json,
+    verify_manifest,
+)
+from pipeline.tokenizer import Tokenizer
+from pldr_model.config import ModelConfig
+from pldr_model.model import PLDRModel, g_shape
+
+SCHEMA_VERSION = 1
+FILES = (
+    "README.md",
+    "certificate.json",
+    "config.json",
+    "g_lm.safetensors",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.model",
+)
+MAX_JSON = 64 << 20  # bytes
+
+
+class BundleParts(NamedTuple):
+    """A verified bundle's contents."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    g_lm: Tensor
+    tokenizer: Tokenizer
+    generation: dict[str, Any]
+    certificate: dict[str, Any]
+    manifest: dict[str, Any]
+
+
+def build_bundle(
+    model: PLDRModel,
+    g_LHKK: Tensor,
+    *,
+    certificate: dict[str, Any],
+    tokenizer: Path,
+    out: Path,
+    lineage: dict[str, Any] | None = None,
+    notes: Sequence[str] = (),
+    uncertified: bool = False,
+) -> dict[str, Any]:
+    """Write, verify and publish the bundle folder `out`; returns {"path", "bundle_sha256", "certified", "bytes"}.
+
+    lineage: plain values for MANIFEST.json (run, checkpoint, git commit, data fingerprint). notes: lines for the model
+    card (how it was trained). uncertified: package a failed certificate all the same, marked everywhere; marks a passed
+    one as well. Raises UserError for a failed certificate (exit code 3), a certificate of other tensors, or a tokenizer
+    that does not fit the model.
+    """
+    certified = certificate["verdict"] == "certified" and not uncertified
+    if not certified and not uncertified:
+        names = ", ".join(failure["measure"] for failure in certificate["failed"])
+        raise UserError(
+            f"the certificate failed ({names}); mend what it says, or package it marked as uncertified (--uncertified)",
+            exit_code=3,
+        )
+    config = model.config.with_constant_g()
+    weights, g_lm = serialise(bundle_tensors(model)), serialise(bundle_g(g_LHKK))
+    spm = Tokenizer.load(tokenizer)
+    _check_tokenizer(spm, config, where=tokenizer)
+    require_free_space(out, 2 * (len(weights) + len(g_lm)), "the bundle")
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        publish_bytes(temporary / "model.safetensors", weights)
+        publish_bytes(temporary / "g_lm.safetensors", g_lm)
+        publish_bytes(temporary / "tokenizer.model", tokenizer.read_bytes())
+        mark = "certified" if certified else "uncertified"
+        publish_json(temporary / "certificate.json", {**certificate, "packaged": mark})
+        publish_json(
+            temporary / "config.json",
+            {
+                "schema_version": SCHEMA_VERSION,
+                "model_type": "pldr",
+                "certified": certified,
+                "variant": model.config.g_source,
+                "model": config.to_dict(),
+            },
+        )
+        publish_json(temporary / "generation_config.json", _generation_config(config, spm))
+        card = model_card(certificate, config, certified=certified, lineage=lineage or {}, notes=notes)
+        publish_bytes(temporary / "README.md", card.encode())
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "pldr-bundle",
+            "certified": certified,
+            "files": manifest_of(temporary),
+            "lineage": lineage or {},
+        }
+        publish_json(temporary / MANIFEST, {**manifest, "bundle_sha256": sha256_json(manifest)})
+        parts = read_bundle(temporary)
+        replace_dir(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {
+        "path": str(out),
+        "bundle_sha256": parts.manifest["bundle_sha256"],
+        "certified": certified,
+        "bytes": sum(entry["size"] for entry in parts.manifest["files"].values()),
+    }
+
+
+def verify_bundle(path: str | Path) -> dict[str, Any]:
+    """Check everything a reader relies on; returns {"path", "bundle_sha256", "certified", "verdict", "tier"}.
+
+    Raises UserError, one line, for whatever is missing, extra, changed, too large, or does not belong together.
+    """
+    parts = read_bundle(Path(path))
+    return {
+        "path": str(path),
+        "bundle_sha256": parts.manifest["bundle_sha256"],
+        "certified": parts.manifest["certified"],
+        "verdict": parts.certificate["verdict"],
+        "tier": parts.certificate["tier"],
+    }
+
+
+def read_bundle(path: Path) -> BundleParts:
+    """Verify a bundle and read it. Raises UserError as `verify_bundle` does."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such bundle folder; make one with `pldr bundle CONFIG`")
+    manifest = _read_manifest(path)
+    _check_folder(path, manifest)
+    verify_manifest(path, manifest["files"])
+    record = read_json(path / "config.json", schema_version=SCHEMA_VERSION)
+    generation = read_json(path / "generation_config.json", schema_version=SCHEMA_VERSION)
+    certificate = read_json(path / "certificate.json", schema_version=CERTIFICATE_VERSION)
+    _check_certificate(path, manifest, record, certificate)
+    config = parse_model(record.get("model"), where=path / "config.json")
+    if config.g_source != "file" or config.g_file is not None:
+        raise UserError(f"{path / 'config.json'}: g_source {config.g_source!r}: a bundle's model has a given G_LM")
+    data_bytes = 4 * config.num_parameters()["total"]
+    if manifest["files"]["model.safetensors"]["size"] < data_bytes:  # before a giant's shapes are even worked out
+        raise UserError(f"{path / 'config.json'}: describes a model of {data_bytes} bytes, the weights are smaller")
+    shapes = {name: shape for name, shape in state_shapes(config).items() if name != "g_lm"}
+    weights = load_tensors(path / "model.safetensors", shapes)
+    g_lm = load_tensors(path / "g_lm.safetensors", {"g_lm": g_shape(config)})["g_lm"]
+    tokenizer = Tokenizer.load(path / "tokenizer.model")
+    _check_tokenizer(tokenizer, config, where=path / "tokenizer.model")
+    if generation.get("tokenizer") != {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}:
+        raise UserError(f"{path / 'tokenizer.model'}: not the tokenizer that generation_config.json names")
+    return BundleParts(config, weights, g_lm, tokenizer, generation, certificate, manifest)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """MANIFEST.json, byte for byte as it was written."""
+    file = path / MANIFEST
+    if not file.is_file() or file.is_symlink():
+        raise UserError(f"{file}: missing; this folder is no bundle, or was cut short: make it again")
+    if file.stat().st_size > MAX_JSON:
+        raise UserError(f"{file}: {file.stat().st_size} bytes: damaged; make the bundle again")
+    manifest = read_json(file, schema_version=SCHEMA_VERSION)
+    rest = {key: value for key, value in manifest.items() if key != "bundle_sha256"}
+    files = manifest.get("files")
+    well_formed = isinstance(files, dict) and all(
+        isinstance(entry, dict) and {"sha256", "size"} <= entry.keys() for entry in files.values()
+    )
+    if manifest.get("kind") != "pldr-bundle" or not well_formed:
+        raise UserError(f"{file}: not the manifest of a bundle; make the bundle again")
+    # Rendered anew, the manifest must be the same bytes: none is free to change, not even a space.
+    if manifest.get("bundle_sha256") != sha256_json(rest) or render_json(manifest) != file.read_bytes():
+        raise UserError(f"{file}: differs from its own bundle_sha256: damaged; make the bundle again")
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def _check_folder(path: Path, manifest: dict[str, Any]) -> None:
+    """Exactly the files of a bundle, plain files, in the folder itself."""
+    listed = set(manifest["files"])
+    for name in sorted(listed ^ set(FILES)):
+        raise UserError(f"{path / MANIFEST}: {name!r} is {'no file of a bundle' if name in listed else 'not listed'}")
+    for entry in sorted(path.iterdir()):
+        if entry.name not in (*FILES, MANIFEST):
+            raise UserError(f"{entry}: no file of this bundle (not in {MANIFEST}); remove it")
+        if not stat.S_ISREG(entry.lstat().st_mode):
+            raise UserError(f"{entry}: a link or folder where a plain file belongs; copy the file itself here")
+    for name in FILES:
+        if name.endswith(".json") and (path / name).is_file() and (path / name).stat().st_size > MAX_JSON:
+            raise UserError(f"{path / name}: too large for what it is: damaged; make the bundle again")
+
+
+def _check_certificate(
+    path: Path, manifest: dict[str, Any], record: dict[str, Any], certificate: dict[str, Any]
+) -> None:
+    """The certificate is of these very tensors, and every mark says the same."""
+    files = certificate.get("files")
+    if not isinstance(files, dict) or set(files) != {"model.safetensors", "g_lm.safetensors"}:
+        raise UserError(f"{path / 'certificate.json'}: does not say which files it certifies; validate again")
+    for name, sha256 in files.items():
+        if manifest["files"][name]["sha256"] != sha256:
+            raise UserError(
+                f"{path / 'certificate.json'}: it certifies another {name}; validate this model and bundle it again"
+            )
+    certified = manifest.get("certified")
+    first_line = (path / "README.md").read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    passed = certificate.get("verdict") == "certified" and certificate.get("failed") == []
+    if (
+        certified is not record.get("certified")
+        or certificate.get("packaged") != ("certified" if certified else "uncertified")
+        or certified is not (first_line != UNCERTIFIED_LINE)
+        or (certified and not passed)
+    ):
+        raise UserError(
+            f"{path}: {MANIFEST}, config.json, README.md and certificate.json disagree on whether it is certified; "
+            "make the bundle again"
+        )
+
+
+def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, *, where: Path) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{where}: {tokenizer.vocab_size} pieces, the model's vocabulary is {config.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def _generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Prompts are encoded as training text is: no bos (documents were joined by eos alone), nothing put before them."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "prompt_prefix_ids": [],
+        "context_length": config.context_length,
+        "pad_id": config.pad_id,
+        "bos_id": config.bos_id,
+        "eos_id": config.eos_id,
+        "defaults": {"max_new_tokens": 128, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "stop": [], "seed": 0},
+        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+    }

@@ -1,0 +1,71 @@
+"""The model card: README.md of a bundle. For people; everything in it is in the JSON files too.
+
+Decision: the card of an uncertified bundle says so in its first line, and a loader checks that line. The card never shows
+PLGA's loss without saying what it has to be compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.post.certificate import summary_lines
+from pldr_model.config import ModelConfig
+
+CERTIFIED_LINE = "# PLDR-LLM bundle, certified: G_LM may be cached"
+UNCERTIFIED_LINE = (
+    "# PLDR-LLM bundle, UNCERTIFIED: its certificate did not pass, or it was packaged without one's claim"
+)
+
+
+def model_card(
+    certificate: dict[str, Any],
+    config: ModelConfig,
+    *,
+    certified: bool,
+    lineage: dict[str, Any],
+    notes: Sequence[str],
+) -> str:
+    """Markdown: verdict, sizes, how to use it, what it was judged by, where it comes from."""
+    sizes = (
+        f"{config.num_layers} layers x {config.num_heads} heads x {config.head_dim}, width {config.d_model}, "
+        f"vocabulary {config.vocab_size}, context {config.context_length} tokens, "
+        f"{config.num_parameters()['total']:,} parameters without the metric learner"
+    )
+    parts = [
+        CERTIFIED_LINE if certified else UNCERTIFIED_LINE,
+        "",
+        certificate["statement"] + ".",
+        "",
+        "Power-law decoder language model (PLDR-LLM v510Gi, arXiv 2502.13502): the metric learner is gone, its",
+        "energy-curvature tensor G_LM is the constant in `g_lm.safetensors`, and decoding needs only a KV-cache.",
+        "",
+        f"- Model: {sizes}; weights fp32.",
+        *(f"- {note}" for note in notes),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from pipeline.post.inference import Bundle",
+        'Bundle.load("PATH").generate(["The "], max_new_tokens=64)',
+        "```",
+        "",
+        "Prompts are encoded without bos: training joined documents by eos alone. A prompt and its continuation share the",
+        "context; a longer prompt is an error. The text is the model's: unfiltered, and no better than what it was trained on.",
+        "",
+        "## Certificate",
+        "",
+        "Measures, thresholds and their reasons: docs/certificate.md of the project. All numbers: `certificate.json`.",
+        "",
+        "```",
+        *summary_lines(certificate),
+        "```",
+        "",
+        "The loss says nothing about PLGA against plain attention: at equal size, data and learning rate the SDPA twin",
+        "(G = identity) was ahead in every small comparison of this project. Compare with the twin before you choose.",
+        "",
+        "## Lineage",
+        "",
+        *(f"- {key}: {value}" for key, value in sorted(lineage.items())),
+    ]
+    return "\n".join(parts).rstrip() + "\n"

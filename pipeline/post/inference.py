@@ -1,0 +1,113 @@
+"""A loaded bundle: text in, text out, with KV-cache and G-cache.
+
+Decision: prompts are encoded as the training text was, without bos. A completion is decoded as the continuation of a text,
+so that the space at the joint is not lost (SentencePiece drops a leading one). Stop strings are looked for in that text
+and not in tokens: a stop string may begin inside one token and end inside another.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.post.bundle import BundleParts, read_bundle
+from pldr_model.generate import generate
+from pldr_model.model import PLDRModel
+
+
+class Bundle:
+    """A verified bundle, ready to generate. `certificate`, `manifest`, `config`, `tokenizer` are there to be read."""
+
+    def __init__(self, parts: BundleParts) -> None:
+        self.config, self.tokenizer = parts.config, parts.tokenizer
+        self.certificate, self.manifest, self.generation = parts.certificate, parts.manifest, parts.generation
+        self.certified: bool = parts.manifest["certified"]
+        self.model = PLDRModel(parts.config, g_lm_LHKK=parts.g_lm)
+        self.model.load_state_dict({**parts.weights, "g_lm": parts.g_lm})
+        self.model.eval()
+        # One harmless piece: ids decoded after it keep their leading space, whatever the prompt was.
+        self._anchor = self.tokenizer.encode("a")[-1:]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Bundle:
+        """Verify and load; an uncertified bundle warns. Raises UserError, one line, for a damaged or foreign folder."""
+        parts = read_bundle(Path(path))
+        if not parts.manifest["certified"]:
+            failed = ", ".join(failure["measure"] for failure in parts.certificate["failed"]) or "none"
+            warnings.warn(
+                f"{path}: UNCERTIFIED bundle (failed checks: {failed}): its cached G_LM may give other answers than the model",
+                stacklevel=2,
+            )
+        return cls(parts)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int | None = 0,
+    ) -> list[str]:
+        """Continue each prompt; returns the completions without the prompts, in their order.
+
+        A completion ends after `max_new_tokens`, at a full context, at eos, or before the first of the `stop` strings.
+        temperature 0 is greedy; `top_k` 0 and `top_p` 1 switch those off; the token that crosses `top_p` is kept. The same
+        seed gives the same text; None draws a fresh one. Prompts of a batch never influence one another.
+        Raises UserError for empty prompts, prompts that leave no room in the context, and settings out of range.
+        """
+        if isinstance(prompts, str):
+            raise UserError("prompts: a list of texts is needed, this is one text; write [text]")
+        if isinstance(stop, str) or not all(stop):
+            raise UserError("stop: a list of non-empty strings is needed")
+        prefix = self.generation["prompt_prefix_ids"]
+        encoded = [prefix + ids for ids in self.tokenizer.encode_batch(list(prompts))]
+        for index, ids in enumerate(encoded):
+            if not ids:
+                raise UserError(f"prompts[{index}]: holds no text; give at least one character")
+            if len(ids) >= self.config.context_length:
+                raise UserError(
+                    f"prompts[{index}]: {len(ids)} tokens leave no room in the context of "
+                    f"{self.config.context_length}; shorten it"
+                )
+        try:
+            new = generate(
+                self.model,
+                encoded,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                eos_id=self.generation["eos_id"],
+                stop=(lambda ids: _find(self._text(ids), stop) is not None) if stop else None,
+                seed=seed,
+            )
+        except ValueError as error:
+            raise UserError(f"generate: {error}") from None
+        texts = [self._text(ids) for ids in new]
+        return [text[: _find(text, stop)] for text in texts]
+
+    def _text(self, new_ids: list[int]) -> str:
+        """What these ids add to a text that stands before them."""
+        before = self.tokenizer.decode(self._anchor)
+        return self.tokenizer.decode(self._anchor + new_ids)[len(before) :]
+
+    def describe(self) -> dict[str, Any]:
+        """What this bundle is, for logs and endpoints."""
+        return {
+            "bundle_sha256": self.manifest["bundle_sha256"],
+            "certified": self.certified,
+            "statement": self.certificate["statement"],
+            "context_length": self.config.context_length,
+        }
+
+
+def _find(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first of the stop strings begins; None when there is none."""
+    places = [place for place in (text.find(ending) for ending in stop) if place >= 0]
+    return min(places, default=None)
