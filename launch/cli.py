@@ -1,0 +1,249 @@
+"""The `pldr` command: `pldr VERB CONFIG [key=value ...] [--json]`.
+
+With --json the last line of stdout is one JSON object with the result. Exit 0 done, 1 failed, 2 wrong usage or
+configuration, 3 the certificate did not pass. A user's mistake is one line on stderr, never a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline.config import RunConfig, load_config
+from pipeline.errors import ConfigError, UserError
+from pipeline.stages import NAMES, Line, exclusive
+
+Result = dict[str, Any]
+STAGE_HELP = {
+    "shard": "corpora -> document tars",
+    "tokenizer": "train or take the SentencePiece model",
+    "tokenize": "documents -> token tars and their index",
+    "train": "token tars -> committed checkpoints (deepspeed)",
+    "consolidate": "checkpoint -> safetensors weights",
+    "extract": "weights -> G_LM",
+    "validate": "weights, G_LM -> certificate",
+    "bundle": "package and register the cached inference bundle",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    signal.signal(signal.SIGTERM, _interrupted)
+    show = _show_live if sys.stdout.isatty() and not arguments.json else _show
+    try:
+        result = arguments.work(arguments, show)
+    except UserError as error:
+        print(f"pldr: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("pldr: stopped; start again to go on", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if arguments.json:
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    code: int = result.get("exit_code", 0)
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every verb and its options."""
+    parser = argparse.ArgumentParser(prog="pldr", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+    def verb(name: str, work: Callable[[Any, Callable[[str], None]], Result], help: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help, parents=[common])
+        sub.set_defaults(work=work)
+        return sub
+
+    def with_config(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub.add_argument("config", metavar="CONFIG", help="YAML of the run")
+        sub.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="override a key, for example train.steps=100"
+        )
+        return sub
+
+    with_config(verb("run", _run, "the whole line, from corpora to a certified bundle"))
+    for name in NAMES:
+        sub = with_config(verb(name, _stage, STAGE_HELP[name]))
+        sub.add_argument("--force", action="store_true", help="do it again even if it is complete")
+        if name == "train":
+            sub.add_argument(
+                "--resume", default="auto", metavar="auto|RUN_ID", help="go on from MLflow's last checkpoint"
+            )
+        if name == "bundle":
+            sub.add_argument(
+                "--uncertified", action="store_true", help="package without a passing certificate, marked so"
+            )
+    sub = with_config(verb("plan", _plan, "parameters, FLOPs, memory, time and invariance budget of a run"))
+    sub.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation to assume (0.4)")
+    sub.add_argument("--peak-tflops", type=float, default=989.0, help="dense peak of one device (989: H100/H200, bf16)")
+    sub.add_argument("--devices", type=int, default=8)
+    sub = verb("generate", _generate, "continue prompts with a bundle")
+    sub.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
+    sub.add_argument("--prompt", action="append", required=True, help="text to continue; several make a batch")
+    sub.add_argument("--max-new-tokens", type=int, default=100)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    sub.add_argument("--top-k", type=int, default=0)
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
+    sub.add_argument("--seed", type=int, default=None)
+    sub = verb("parity", _parity, "compare with a golden case of the reference implementation")
+    sub.add_argument("directory", metavar="DIR")
+    sub = with_config(verb("bench", _bench, "time the model against its own SDPA twin"))
+    sub.add_argument("--steps", type=int, default=10, help="timed training steps of each model")
+    sub.add_argument("--batch", type=int, default=4, help="sequences in a training step")
+    sub = verb("import", _import, "reference checkpoint (.pth, .safetensors) -> our safetensors")
+    sub.add_argument("source", metavar="CHECKPOINT")
+    sub.add_argument("target", metavar="FOLDER")
+    sub.add_argument("--model", required=True, metavar="CONFIG", help="JSON of the model, or the YAML of a run")
+    sub = verb("export", _export, "our safetensors -> reference checkpoint (.pth or .safetensors)")
+    sub.add_argument("source", metavar="FOLDER")
+    sub.add_argument("target", metavar="CHECKPOINT")
+    sub = verb("verify", _verify, "check every byte of a bundle")
+    sub.add_argument("bundle", metavar="BUNDLE")
+    return parser
+
+
+def _line(arguments: Any, show: Callable[[str], None]) -> Line:
+    from launch.deepspeed import launch
+
+    config = load_config(arguments.config, arguments.overrides)
+
+    def start(config: RunConfig, job_file: Any, ranks: int) -> None:
+        launch(config, job_file, ranks, show=lambda text: show(f"  {text}"))
+
+    return Line(config, launch=start, say=lambda text: _show(text))
+
+
+def _run(arguments: Any, show: Callable[[str], None]) -> Result:
+    from launch.summary import summary
+
+    line = _line(arguments, show)
+    with exclusive(line.config, _show):
+        records = line.run()
+        return summary(line, records, _show)
+
+
+def _stage(arguments: Any, show: Callable[[str], None]) -> Result:
+    line = _line(arguments, show)
+    with exclusive(line.config, _show):
+        return line.stage(
+            arguments.verb,
+            resume=getattr(arguments, "resume", "auto"),
+            force=arguments.force,
+            uncertified=getattr(arguments, "uncertified", False),
+        )
+
+
+def _plan(arguments: Any, show: Callable[[str], None]) -> Result:
+    from pipeline.plan import plan, plan_lines
+
+    if not 0 < arguments.mfu <= 1 or arguments.devices < 1 or arguments.peak_tflops <= 0:
+        raise ConfigError("plan: --mfu is between 0 and 1, --devices and --peak-tflops are positive")
+    config = load_config(arguments.config, arguments.overrides)
+    report = plan(config, mfu=arguments.mfu, peak_tflops=arguments.peak_tflops, devices=arguments.devices)
+    _show("\n".join(plan_lines(report)))
+    return report
+
+
+def _generate(arguments: Any, show: Callable[[str], None]) -> Result:
+    from pipeline.post.bundle import Bundle
+
+    bundle = Bundle.load(arguments.bundle)
+    texts = bundle.generate(
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        stop=arguments.stop,
+        seed=arguments.seed,
+    )
+    for prompt, text in zip(arguments.prompt, texts, strict=True):
+        _show(f"{prompt}{text}\n")
+    return {"completions": texts, "certified": bundle.certified}
+
+
+def _parity(arguments: Any, show: Callable[[str], None]) -> Result:
+    from pldr_model.parity import parity
+
+    try:
+        result = parity(arguments.directory)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    for key, value in result.items():
+        _show(f"{key:<32} {value}")
+    return result
+
+
+def _bench(arguments: Any, show: Callable[[str], None]) -> Result:
+    from pldr_model.bench import bench
+
+    config = load_config(arguments.config, arguments.overrides)
+    result = bench(config.model, batch_size=arguments.batch, steps=arguments.steps)
+    for key, value in result.items():
+        _show(f"{key:<32} {value}")
+    return result
+
+
+def _import(arguments: Any, show: Callable[[str], None]) -> Result:
+    from launch.exchange import import_reference
+
+    return import_reference(arguments.source, arguments.target, arguments.model, _show)
+
+
+def _export(arguments: Any, show: Callable[[str], None]) -> Result:
+    from launch.exchange import export_reference
+
+    return export_reference(arguments.source, arguments.target, _show)
+
+
+def _verify(arguments: Any, show: Callable[[str], None]) -> Result:
+    from pipeline.post.bundle import verify_bundle
+
+    result = verify_bundle(arguments.bundle)
+    _show(f"{arguments.bundle}: every byte as in its manifest; certified: {result['certified']}")
+    return result
+
+
+_live = False
+
+
+def _show(text: str) -> None:
+    """A plain line."""
+    global _live
+    if _live:
+        print()
+        _live = False
+    print(text, flush=True)
+
+
+def _show_live(text: str) -> None:
+    """A line that the next one overwrites, on a terminal."""
+    global _live
+    width = os.get_terminal_size().columns if sys.stdout.isatty() else 200
+    print(f"\r\033[K{text[: width - 1]}", end="", flush=True)
+    _live = True
+
+
+def _interrupted(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""`pldr plan`: what a run will cost and whether its G_LM can become invariant, from the configuration alone.
+
+Memory is that of the model states as ZeRO shards them (parameters, gradients, Adam moments and, under bf16, the fp32
+master weights) plus an estimate of the activations of one micro batch without checkpointing. It is a plan, not a
+measurement: fragmentation, communication buckets and the framework come on top.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config import RunConfig
+from pipeline.schedule import budget_verdict, invariance_budget
+
+WORLD_SIZES = (1, 2, 4, 8, 16, 64)
+
+
+def plan(config: RunConfig, *, mfu: float = 0.4, peak_tflops: float = 989.0, devices: int = 8) -> dict[str, Any]:
+    """Parameters, FLOPs, memory, tokens, time and the invariance budget of a run.
+
+    mfu: model FLOPs utilisation to assume, 0..1. peak_tflops: dense peak of one device (989: H100/H200 bf16).
+    """
+    model, train = config.model, config.train
+    parameters = model.num_parameters()
+    flops = model.flops_per_token(training=True)
+    tokens = train.steps * train.global_batch * model.context_length
+    budget = invariance_budget(train)
+    return {
+        "parameters": parameters["total"],
+        "parameters_by_part": {k: v for k, v in parameters.items() if k != "total"},
+        "flops_per_token_forward": model.flops_per_token(training=False),
+        "flops_per_token_training": flops,
+        "tokens": tokens,
+        "steps": train.steps,
+        "tokens_per_step": train.global_batch * model.context_length,
+        "tokens_per_parameter": tokens / parameters["total"],
+        "activation_bytes_per_micro_batch": activation_bytes(config),
+        "state_bytes_per_rank": {
+            f"zero{stage}": {str(world): state_bytes(config, stage, world) for world in WORLD_SIZES}
+            for stage in (0, 1, 2, 3)
+        },
+        "training_flops": flops * tokens,
+        "assumed": {"mfu": mfu, "peak_tflops": peak_tflops, "devices": devices},
+        "hours": flops * tokens / (peak_tflops * 1e12 * mfu * devices) / 3600,
+        "invariance_budget": budget if model.g_source == "learned" else None,
+        "invariance_verdict": (
+            budget_verdict(budget) if model.g_source == "learned" else "G_LM is constant by construction"
+        ),
+    }
+
+
+def state_bytes(config: RunConfig, stage: int, world: int) -> int:
+    """Bytes of parameters, gradients and optimizer on one rank under a ZeRO stage."""
+    count = config.model.num_parameters()["total"]
+    weight, gradient, optimizer = (2, 2, 12) if config.train.precision == "bf16" else (4, 4, 8)
+    shards = [world if stage >= s else 1 for s in (3, 2, 1)]
+    return sum(count * size // n for size, n in zip((weight, gradient, optimizer), shards, strict=True))
+
+
+def activation_bytes(config: RunConfig) -> int:
+    """Estimated bytes kept for the backward pass of one micro batch: layers, metric learners, logits."""
+    model, B = config.model, config.train.micro_batch
+    D, K, S, width = model.d_model, model.head_dim, model.context_length, 2 if config.train.precision == "bf16" else 4
+    layer = B * S * (14 * D + 4 * model.feed_forward_size) * width
+    if model.g_source == "learned":
+        rows = B * model.num_heads * K
+        layer += rows * model.num_reslayerA * (model.num_denseA * (4 * model.A_dff + K) + 3 * K) * width
+    return model.num_layers * layer + B * S * model.vocab_size * (width + 8)
+
+
+def plan_lines(report: dict[str, Any]) -> list[str]:
+    """The report for a person."""
+
+    def size(value: float) -> str:
+        return f"{value / 1e9:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.1f} MB"
+
+    parts = "  ".join(f"{k} {v:,}" for k, v in report["parameters_by_part"].items() if v)
+    assumed = report["assumed"]
+    lines = [
+        f"parameters          {report['parameters']:,}",
+        f"                    {parts}",
+        f"FLOPs per token     {report['flops_per_token_training']:.4g} training, {report['flops_per_token_forward']:.4g} forward",
+        f"tokens              {report['tokens']:,} ({report['steps']:,} steps of {report['tokens_per_step']:,}), "
+        f"{report['tokens_per_parameter']:.1f} a parameter",
+        f"time                {report['hours']:,.2f} hours on {assumed['devices']} devices of {assumed['peak_tflops']:g} TFLOP/s "
+        f"at {assumed['mfu']:.0%} MFU",
+        f"activations         {size(report['activation_bytes_per_micro_batch'])} a micro batch (estimate)",
+        "states per rank     " + "".join(f"{f'{w} ranks':>12}" for w in WORLD_SIZES),
+    ]
+    for stage, row in report["state_bytes_per_rank"].items():
+        lines.append(f"  {stage:<18}" + "".join(f"{size(row[str(w)]):>12}" for w in WORLD_SIZES))
+    if report["invariance_budget"] is None:
+        lines.append(f"invariance          {report['invariance_verdict']}")
+    else:
+        lines.append(f"invariance budget   {report['invariance_budget']:.2f}: {report['invariance_verdict']}")
+    return lines

@@ -1,0 +1,300 @@
+"""The line: the stages in order, each skipped when its output is complete for the same inputs.
+
+    shard -> tokenizer -> tokenize -> train -> consolidate -> extract -> validate -> bundle
+
+A stage that finished leaves a record `stages/NAME.json`: a digest of its inputs (the configuration it reads and the
+record of the stage before), the names and sizes of its output files, its result and the seconds it took. It is skipped
+when the inputs are today's and the outputs are still there. No record, no belief: whatever a killed stage left is made again
+(the stages themselves keep what is safe to keep).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.config import RunConfig, RunPaths
+from pipeline.errors import ConfigError, UserError
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+NAMES = ("shard", "tokenizer", "tokenize", "train", "consolidate", "extract", "validate", "bundle")
+UPSTREAM = {name: NAMES[i - 1] for i, name in enumerate(NAMES) if i}
+Launch = Callable[[RunConfig, Path, int], None]  # start the ranks of a job file and wait; UserError when it failed
+Say = Callable[[str], None]
+
+
+class Line:
+    """One run's stages. `launch` starts a training job's ranks; `say` gets a line for the user now and then."""
+
+    def __init__(self, config: RunConfig, *, launch: Launch, say: Say) -> None:
+        self.config, self.paths = config, RunPaths(config.run_dir)
+        self._launch, self._say = launch, say
+
+    def run(self, *, resume: str = "auto") -> dict[str, dict[str, Any]]:
+        """Every stage; returns their records by name. Raises UserError (exit code 3 when the certificate failed)."""
+        return {name: self.stage(name, resume=resume, force=False) for name in NAMES}
+
+    def stage(
+        self, name: str, *, resume: str = "auto", force: bool = False, uncertified: bool = False
+    ) -> dict[str, Any]:
+        """Run one stage, or skip it; returns its record. Raises UserError when the stage before it is not complete."""
+        inputs = self._inputs(name)
+        if uncertified:
+            inputs["uncertified"] = True
+        digest = storage.sha256_json(inputs)
+        known = self.record(name)
+        if known and known["inputs"] == digest and self._intact(known) and not force:
+            self._say(f"{name:<12} complete, skipped")
+            self._after(name, known["result"], uncertified=uncertified)
+            return {**known, "skipped": True}
+        record = self.paths.stages / f"{name}.json"
+        record.unlink(missing_ok=True)
+        self._say(f"{name:<12} ...")
+        started = time.perf_counter()
+        result = self._work(name, resume=resume, uncertified=uncertified)
+        outputs = {str(p.relative_to(self.paths.root)): p.stat().st_size for p in self._output_files(name)}
+        new = {
+            "schema_version": SCHEMA_VERSION,
+            "stage": name,
+            "inputs": digest,
+            "outputs": outputs,
+            "result": result,
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+        storage.publish_json(record, new)
+        self._say(f"{name:<12} done in {new['seconds']:.1f} s  {_brief(result)}")
+        self._after(name, result, uncertified=uncertified)
+        return {**new, "skipped": False}
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What a finished stage left, None when it has not finished."""
+        path = self.paths.stages / f"{name}.json"
+        if not path.exists():
+            return None
+        record: dict[str, Any] = storage.read_json(path, schema_version=SCHEMA_VERSION)
+        return record
+
+    def _inputs(self, name: str) -> dict[str, Any]:
+        """Everything that decides a stage's output."""
+        config = self.config.as_dict()
+        of_stage: dict[str, Any] = {
+            "shard": {k: v for k, v in config["data"].items() if k != "workers"},
+            "tokenizer": {**config["tokenizer"], "vocab_size": config["model"]["vocab_size"]},
+            "tokenize": {
+                **{k: v for k, v in config["tokens"].items() if k != "workers"},
+                "context_length": config["model"]["context_length"],
+            },
+            "train": {k: config[k] for k in ("model", "train", "seed")},
+            "consolidate": {},
+            "extract": {k: config["post"][k] for k in ("g_from", "prompts")},
+            "validate": {k: v for k, v in config["post"].items() if k not in ("register_as", "sample_prompt")},
+            "bundle": {k: config["post"][k] for k in ("register_as",)} | {"tracking": config["tracking"]},
+        }[name]
+        inputs = {"config": of_stage}
+        if name == "shard":
+            from pipeline.data.shard import source_listing
+
+            inputs["sources"] = source_listing(self.config)
+        else:
+            before = self.record(UPSTREAM[name])
+            if before is None:
+                raise ConfigError(f"stage {name}: {UPSTREAM[name]} has not finished; run `pldr {UPSTREAM[name]}` first")
+            inputs["before"] = [before["inputs"], _identity(before["result"])]
+        if name == "tokenizer" and self.config.tokenizer.model is not None:
+            given = Path(self.config.tokenizer.model)
+            if not given.is_file():
+                raise ConfigError(
+                    f"tokenizer.model: {given}: no such file; name a SentencePiece .model, or null to train one"
+                )
+            inputs["given"] = storage.sha256_file(given)
+        return inputs
+
+    def _output_files(self, name: str) -> list[Path]:
+        paths = self.paths
+        if name == "train":
+            from pipeline.train import checkpoint
+
+            newest = checkpoint.committed(paths.checkpoints)[-1]
+            return [newest / checkpoint.COMMITTED, newest / storage.MANIFEST]
+        where = {
+            "shard": paths.documents,
+            "tokenizer": paths.tokenizer.parent,
+            "tokenize": paths.tokens,
+            "consolidate": paths.weights,
+            "extract": paths.g_lm,
+            "validate": paths.certificate,
+            "bundle": paths.bundle,
+        }[name]
+        return sorted(p for p in where.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+    def _intact(self, record: dict[str, Any]) -> bool:
+        def size(name: str) -> int:
+            path = self.paths.root / name
+            return path.stat().st_size if path.is_file() else -1
+
+        return all(size(name) == expected for name, expected in record["outputs"].items())
+
+    def _work(self, name: str, *, resume: str, uncertified: bool) -> dict[str, Any]:
+        config, paths = self.config, self.paths
+        if name == "shard":
+            from pipeline.data.shard import shard_documents
+
+            return shard_documents(config, paths)
+        if name == "tokenizer":
+            from pipeline.data.tokenizer import make_tokenizer
+
+            return make_tokenizer(config, paths)
+        if name == "tokenize":
+            from pipeline.data.tokenize import tokenize_documents
+
+            return tokenize_documents(config, paths)
+        if name == "train":
+            return self._train(resume)
+        from pipeline import posttrain
+
+        if name == "consolidate":
+            return posttrain.consolidate_newest(config, paths)
+        if name == "extract":
+            return posttrain.extract(config, paths)
+        if name == "validate":
+            return posttrain.certify(config, paths)
+        assert name == "bundle", name
+        return posttrain.package(config, paths, uncertified=uncertified)
+
+    def _train(self, resume: str) -> dict[str, Any]:
+        from pipeline import tracking
+        from pipeline.data.index import TokenIndex
+        from pipeline.train import checkpoint
+
+        config, paths = self.config, self.paths
+        index = TokenIndex.load(paths.tokens)
+        index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
+        ranks = ranks_on_this_node(config)
+        self._check_batches(ranks)
+        parameters = config.model.num_parameters()["total"]
+        # A checkpoint holds weights and two Adam moments (fp32, plus bf16 weights); one is staged while k are kept.
+        keep = config.train.keep_checkpoints + 1
+        storage.require_free_space(paths.root, 14 * parameters * keep, "training (its checkpoints)")
+        run_id = tracking.open_run(config, run_id=None if resume == "auto" else resume)
+        checkpoint.clean(paths.checkpoints)
+        start = self._resume_point(resume, run_id)
+        job = {
+            "schema_version": SCHEMA_VERSION,
+            "config": config.as_dict(),
+            "run_id": run_id,
+            "resume_from": None if start is None else str(start),
+        }
+        job_file = paths.logs / "job.json"
+        storage.publish_json(job_file, job)
+        if start is None or checkpoint.step_of(start) < config.train.steps:
+            try:
+                self._launch(config, job_file, ranks)
+            except BaseException:
+                tracking.mark(config, run_id, "FAILED")
+                raise
+        done = checkpoint.committed(paths.checkpoints)
+        if not done or checkpoint.step_of(done[-1]) != config.train.steps:
+            raise UserError(
+                f"training ended before step {config.train.steps}; see {paths.logs / 'train.log'} and start again"
+            )
+        state = checkpoint.verify(done[-1])
+        return {
+            "checkpoint": done[-1].name,
+            "run_id": run_id,
+            "steps": state["step"],
+            "tokens": state["tokens_consumed"],
+            "resumed_from": None if start is None else start.name,
+        }
+
+    def _check_batches(self, ranks: int) -> None:
+        from pipeline.train.engine import deepspeed_config
+
+        deepspeed_config(self.config.train, ranks)
+
+    def _resume_point(self, resume: str, run_id: str) -> Path | None:
+        """The newest committed checkpoint of the run that is whole: local first, then MLflow's. None: step 0."""
+        from pipeline import tracking
+        from pipeline.train import checkpoint
+
+        folder = self.paths.checkpoints
+        for candidate in reversed(checkpoint.committed(folder)):
+            try:
+                state = checkpoint.verify(candidate)
+            except UserError as error:
+                self._say(f"{candidate.name} is damaged and left out: {error}")
+                shutil.rmtree(candidate, ignore_errors=True)
+                continue
+            if state["mlflow_run_id"] == run_id:
+                return candidate
+        fetched = tracking.fetch_checkpoint(tracking.tracking_uri(self.config), run_id, folder)
+        if fetched is not None:
+            checkpoint.verify(fetched)
+            self._say(f"{fetched.name} fetched from MLflow run {run_id}")
+        elif resume != "auto":
+            raise UserError(f"MLflow run {run_id} has no committed checkpoint; start without --resume {run_id}")
+        return fetched
+
+    def _after(self, name: str, result: dict[str, Any], *, uncertified: bool) -> None:
+        if name == "validate" and result["verdict"] != "certified" and not uncertified:
+            failed = "; ".join(f"{f['measure']}: {f['mend']}" for f in result["failed"])
+            raise UserError(
+                f"the certificate did not pass ({failed}); see {self.paths.certificate / 'certificate.json'}; "
+                "`pldr bundle CONFIG --uncertified` packages it all the same",
+                exit_code=3,
+            )
+
+
+def ranks_on_this_node(config: RunConfig) -> int:
+    """`train.ranks`, or every GPU, or 2 on a CPU."""
+    import torch
+
+    return config.train.ranks or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
+
+
+@contextmanager
+def exclusive(config: RunConfig, say: Say) -> Iterator[None]:
+    """One process at a time works in a run directory; a second one waits (and then finds everything done).
+
+    A POSIX record lock: it goes with its process, also on kill -9, and children do not inherit it.
+    """
+    root = RunPaths(config.run_dir).root
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        stream = open(root / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
+    except OSError as error:
+        raise ConfigError(f"run_dir {root}: {error.strerror}; set run_dir to a folder that can be written") from error
+    with stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.seek(0)
+            say(f"{root}: process {stream.read().strip() or '?'} works here; waiting for it to end")
+            fcntl.lockf(stream, fcntl.LOCK_EX)
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
+
+
+def _identity(result: dict[str, Any]) -> Any:
+    """What of a stage's result identifies its output to the next stage."""
+    keys = ("fingerprint", "sha256", "checkpoint", "run_id", "weights_sha256", "g_lm_sha256", "certificate_sha256")
+    return {key: result[key] for key in keys if key in result}
+
+
+def _brief(result: dict[str, Any]) -> str:
+    """The few plain values of a result, for one line."""
+    plain = {k: v for k, v in result.items() if isinstance(v, int | float | str) and not isinstance(v, bool)}
+    parts = [f"{k}={json.dumps(v) if isinstance(v, float) else str(v)[:12]}" for k, v in plain.items()]
+    return "  ".join(parts[:6])

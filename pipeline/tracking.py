@@ -1,0 +1,257 @@
+"""The one seam to MLflow: one run per training job, written by rank 0, never waited for.
+
+Oddities explained once (MLflow 3.17, measured): with a dead server one call with default settings blocks for minutes, and
+asynchronous logging then drops metrics with only a line in the log. So the loop appends points to a JSONL spool on local
+disk and a daemon thread sends them in batches, without retries and with a short timeout; what could not be sent stays in
+the spool and is sent later. Logging a step twice stores it twice: the sender remembers how much of the spool is sent, and
+a resumed run leaves out points up to the last step that MLflow has.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.config import RunConfig, RunPaths
+from pipeline.errors import ConfigError, UserError
+
+log = logging.getLogger(__name__)
+
+SEND_EVERY_S = 1.0
+BATCH = 500  # MLflow takes at most 1000 points a call
+RUN_FILE = "run.json"
+# Settings that may change on resume without making it another run. Everything else must be equal.
+MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.workers", "train.ranks", "train.log_every",
+              "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout_s",
+              "train.deepspeed", "train.compile", "train.peak_tflops", "train.val_sequences")  # fmt: skip
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """The configured server, or a SQLite file in the run directory."""
+    return config.tracking.uri or f"sqlite:///{RunPaths(config.run_dir).root / 'mlflow.db'}"
+
+
+def client(uri: str) -> Any:
+    """An MLflow client that fails fast. Imported here: the import takes seconds."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def open_run(config: RunConfig, *, run_id: str | None = None) -> str:
+    """The id of the run to log to: `run_id` when given, the run directory's own, or a new one.
+
+    Raises ConfigError when that run was made by another configuration (naming the first differing key), UserError when
+    MLflow does not answer.
+    """
+    paths = RunPaths(config.run_dir)
+    uri = tracking_uri(config)
+    record = paths.root / RUN_FILE
+    try:
+        mlflow = client(uri)
+        if run_id is None and record.exists():
+            known = storage.read_json(record)
+            if known.get("tracking_uri") == uri:
+                run_id = known["run_id"]
+        if run_id is None:
+            run_id = _create(mlflow, config, paths)
+        else:
+            _check_same(mlflow, run_id, config)
+            mlflow.update_run(run_id, status="RUNNING")
+    except UserError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(f"tracking.uri {uri}: {first}; start the server, or set tracking.uri=null") from error
+    storage.publish_json(record, {"run_id": run_id, "tracking_uri": uri})
+    return run_id
+
+
+def _create(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
+    experiment = mlflow.get_experiment_by_name(config.tracking.experiment)
+    if experiment is None:
+        # A SQLite store keeps artifacts beside the database and not in the working directory.
+        location = (paths.root / "mlartifacts").as_uri() if config.tracking.uri is None else None
+        experiment_id = mlflow.create_experiment(config.tracking.experiment, artifact_location=location)
+    else:
+        experiment_id = experiment.experiment_id
+    run = mlflow.create_run(experiment_id, run_name=config.name, tags={"pldr.run_dir": str(paths.root)})
+    from mlflow.entities import Param
+
+    flat = config.flat()
+    params = [Param(key, value[:6000]) for key, value in flat.items()]
+    for start in range(0, len(params), 100):
+        mlflow.log_batch(run.info.run_id, params=params[start : start + 100])
+    return str(run.info.run_id)
+
+
+def _check_same(mlflow: Any, run_id: str, config: RunConfig) -> None:
+    try:
+        params = mlflow.get_run(run_id).data.params
+    except Exception as error:
+        raise ConfigError(f"MLflow run {run_id}: not found at {tracking_uri(config)}; check the id") from error
+    for key, value in config.flat().items():
+        if not key.startswith(MAY_CHANGE) and key in params and params[key] != value[:6000]:
+            raise ConfigError(
+                f"MLflow run {run_id} was made with {key}={params[key]}, this configuration has {value}; "
+                "use another run_dir for another run"
+            )
+
+
+def mark(config: RunConfig, run_id: str, status: str) -> None:
+    """Set a run's status, if MLflow answers: a run must not end because its log book is away."""
+    try:
+        client(tracking_uri(config)).set_terminated(run_id, status=status)
+    except Exception as error:
+        log.warning("MLflow run %s could not be marked %s: %s", run_id, status, error)
+
+
+class Tracker:
+    """Rank 0's line to MLflow. `log` costs an append to a file; everything else happens in a thread."""
+
+    def __init__(self, uri: str, run_id: str, spool: Path) -> None:
+        self._uri, self.run_id = uri, run_id
+        self._spool, self._sent_file = spool, spool.with_suffix(".sent")
+        spool.parent.mkdir(parents=True, exist_ok=True)
+        self._sent = int(self._sent_file.read_text()) if self._sent_file.exists() else 0
+        self._cut_torn_line()
+        self._stream = open(spool, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._last = self._last_steps()
+        self._client: Any = None
+        self._stop = threading.Event()
+        self._warned = False
+        self._thread = threading.Thread(target=self._send_forever, name="mlflow-sender", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record metrics of a step. A metric that already has this step (a resumed run) is left out."""
+        new = {key: value for key, value in values.items() if step > self._last.get(key, -1)}
+        if not new:
+            return
+        self._last.update(dict.fromkeys(new, step))
+        point = {"step": step, "time": int(time.time() * 1000), "values": new}
+        self._stream.write(json.dumps(point) + "\n")
+        self._stream.flush()
+
+    def log_checkpoint(self, checkpoint: Path, *, drop: list[str]) -> None:
+        """Publish a committed checkpoint as artifacts of the run, COMMITTED last; then remove the outdated `drop`."""
+        mlflow = self._get_client()
+        target = f"checkpoints/{checkpoint.name}"
+        for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != "COMMITTED"):
+            folder = path.parent.relative_to(checkpoint)
+            mlflow.log_artifact(self.run_id, str(path), f"{target}/{folder}" if str(folder) != "." else target)
+        mlflow.log_artifact(self.run_id, str(checkpoint / "COMMITTED"), target)
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        if drop:
+            repository = get_artifact_repository(mlflow.get_run(self.run_id).info.artifact_uri)
+            for name in drop:
+                repository.delete_artifacts(f"checkpoints/{name}")
+
+    def close(self, status: str | None = None) -> bool:
+        """Send what is left (a few seconds at most). Returns whether everything arrived."""
+        self._stop.set()
+        self._thread.join(timeout=10)
+        self._stream.close()
+        sent_all = self._sent >= self._spool.stat().st_size
+        if not sent_all:
+            log.warning("MLflow at %s did not take all metrics; they are kept in %s", self._uri, self._spool)
+        elif status is not None:
+            self._get_client().set_terminated(self.run_id, status=status)
+        return sent_all
+
+    def _get_client(self) -> Any:
+        if self._client is None:
+            self._client = client(self._uri)
+        return self._client
+
+    def _cut_torn_line(self) -> None:
+        """A process killed inside a write leaves half a line: it was never logged."""
+        if self._spool.exists():
+            data = self._spool.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole != len(data):
+                os.truncate(self._spool, whole)
+
+    def _last_steps(self) -> dict[str, int]:
+        last: dict[str, int] = {}
+        if self._spool.exists():
+            with open(self._spool, encoding="utf-8") as stream:
+                for line in stream:
+                    point = json.loads(line)
+                    last.update(dict.fromkeys(point["values"], point["step"]))
+        else:  # the run goes on on another machine: MLflow knows how far it came
+            mlflow = client(self._uri)
+            for key in mlflow.get_run(self.run_id).data.metrics:
+                history = mlflow.get_metric_history(self.run_id, key)
+                last[key] = max(point.step for point in history)
+        return last
+
+    def _send_forever(self) -> None:
+        while not self._stop.wait(SEND_EVERY_S):
+            self._send_pending()
+        self._send_pending()
+
+    def _send_pending(self) -> None:
+        from mlflow.entities import Metric
+
+        while True:
+            with open(self._spool, "rb") as stream:
+                stream.seek(self._sent)
+                lines: list[bytes] = []
+                while len(lines) < BATCH // 10 and (line := stream.readline()).endswith(b"\n"):
+                    lines.append(line)
+            if not lines:
+                return
+            points = [json.loads(line) for line in lines]
+            metrics = [
+                Metric(key, value, point["time"], point["step"])
+                for point in points
+                for key, value in point["values"].items()
+            ]
+            try:
+                for start in range(0, len(metrics), BATCH):
+                    self._get_client().log_batch(self.run_id, metrics=metrics[start : start + BATCH])
+            except Exception as error:
+                if not self._warned:
+                    log.warning("MLflow at %s does not answer (%s); metrics wait in %s", self._uri, error, self._spool)
+                    self._warned = True
+                return
+            self._warned = False
+            self._sent += sum(len(line) for line in lines)
+            storage.publish_bytes(self._sent_file, str(self._sent).encode())
+
+
+def fetch_checkpoint(uri: str, run_id: str, folder: Path) -> Path | None:
+    """Bring the newest committed checkpoint of a run from MLflow into `folder` (unless it is there). None: it has none.
+
+    Files are checked against the manifest by who loads them.
+    """
+    mlflow = client(uri)
+    names = sorted(Path(item.path).name for item in mlflow.list_artifacts(run_id, "checkpoints") if item.is_dir)
+    for name in reversed(names):
+        remote = f"checkpoints/{name}"
+        if not any(Path(item.path).name == "COMMITTED" for item in mlflow.list_artifacts(run_id, remote)):
+            continue
+        target = folder / storage.safe_member(name)
+        if not (target / "COMMITTED").is_file():
+            staging = folder / f".{name}.download"
+            staging.mkdir(parents=True, exist_ok=True)
+            downloaded = Path(mlflow.download_artifacts(run_id, remote, str(staging)))
+            storage.replace_dir(downloaded, target)
+        return target
+    return None

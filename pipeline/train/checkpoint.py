@@ -1,0 +1,238 @@
+"""Committed checkpoints: what has no COMMITTED does not exist.
+
+A checkpoint is a folder `checkpoints/step-000500/`:
+
+    step-000500/    DeepSpeed's own files (its "tag"), written by every rank
+    state.json      step, sequences and tokens consumed, RNG of each rank, config, data fingerprint, MLflow run
+    MANIFEST.json   sha256 and size of every file above
+    COMMITTED       the sha256 of MANIFEST.json, written last
+
+All ranks write into a hidden staging folder; rank 0 checks that every rank's files arrived with the bytes that were
+meant, commits, and renames the folder. DeepSpeed's `latest` is not written and never read (it precedes the other ranks' data).
+
+DeepSpeed's files are pickles by format. Ours are written and read through `SafeCheckpointEngine`: hashed and fsynced when
+written, read with `weights_only=True`, so that a checkpoint somebody hands us can hold tensors and numbers but no code.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+import torch.distributed as dist
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+SCHEMA_VERSION = 1
+COMMITTED = "COMMITTED"
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def checkpoint_name(step: int) -> str:
+    """`step-000500`: the folder's name and DeepSpeed's tag."""
+    return f"step-{step:06d}"
+
+
+class _HashingFile:
+    """A binary file that hashes what passes through."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = open(path, "wb")  # noqa: SIM115 - closed by close()
+        self._digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def close(self) -> str:
+        """Make it durable; returns the hex sha256 of all that was written."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        return self._digest.hexdigest()
+
+
+def safe_load(path: str | Path, map_location: Any = None) -> Any:
+    """`torch.load` that builds tensors, numbers and DeepSpeed's three plain record types, and runs nothing.
+
+    Raises UserError naming the file when it is damaged or holds anything else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; the checkpoint is incomplete, resume from an earlier one") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(f"{path}: not a checkpoint file of ours ({reason[0] if reason else error!r})") from error
+
+
+def make_safe_engine() -> Any:
+    """DeepSpeed's torch checkpoint engine with hashed, fsynced writes and code-free reads."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.written: dict[str, str] = {}
+
+        def save(self, state_dict: Any, path: str) -> None:
+            stream = _HashingFile(Path(path))
+            torch.save(state_dict, cast(IO[bytes], stream))
+            self.written[os.path.abspath(path)] = stream.close()
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            return safe_load(path, map_location)
+
+        def create(self, info: Any) -> None:
+            self.written.clear()
+
+    return SafeCheckpointEngine()
+
+
+def save(engine: Any, folder: Path, state: dict[str, Any]) -> Path:
+    """Write and commit a checkpoint of this step; collective. Returns its folder.
+
+    `state`: what state.json holds besides the RNGs; needs `step`. Raises UserError on every rank when one rank failed
+    (a full disk, say); the staging folder is then gone and earlier checkpoints are untouched.
+    """
+    name = checkpoint_name(state["step"])
+    staging, final = folder / f".{name}.staging", folder / name
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    dist.barrier()
+    failure = None
+    try:
+        engine.save_checkpoint(str(staging), tag=name, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        failure = str(error)
+    report = {"hashes": dict(engine.checkpoint_engine.written), "rng": _rng_state(), "failure": failure}
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, report)
+    outcome = [""]
+    if rank == 0:
+        try:
+            outcome[0] = next((r["failure"] for r in reports if r["failure"]), "")
+            if not outcome[0]:
+                _commit(
+                    staging,
+                    final,
+                    {**state, "rng": [r["rng"] for r in reports]},
+                    [r["hashes"] for r in reports],
+                )
+        except (OSError, UserError) as error:
+            outcome[0] = str(error)
+        if outcome[0]:
+            shutil.rmtree(staging, ignore_errors=True)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0]:
+        raise UserError(f"{final}: the checkpoint was not saved: {outcome[0]}")
+    return final
+
+
+def _commit(staging: Path, final: Path, state: dict[str, Any], hashes: list[dict[str, str]]) -> None:
+    storage.publish_json(staging / STATE, {"schema_version": SCHEMA_VERSION, **state})
+    files = storage.manifest_of(staging)
+    meant = {os.path.relpath(path, staging): digest for part in hashes for path, digest in part.items()}
+    for name, digest in meant.items():
+        if files.get(name, {}).get("sha256") != digest:
+            raise UserError(f"{staging / name}: what a rank wrote did not arrive whole")
+    storage.publish_json(staging / storage.MANIFEST, {"schema_version": SCHEMA_VERSION, "files": files})
+    storage.publish_bytes(staging / COMMITTED, storage.sha256_file(staging / storage.MANIFEST).encode())
+    storage.replace_dir(staging, final)
+
+
+def committed(folder: Path) -> list[Path]:
+    """The committed checkpoints of a folder, oldest first. Anything else in it is ignored."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / COMMITTED).is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None, checkpoint
+    return int(match.group(1))
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """Check every byte of a committed checkpoint and return its state. Raises UserError naming the damaged file."""
+    if not (checkpoint / COMMITTED).is_file():
+        raise UserError(f"{checkpoint}: has no {COMMITTED}: it was never finished; resume from an earlier one")
+    manifest = checkpoint / storage.MANIFEST
+    expected = (checkpoint / COMMITTED).read_bytes().decode(errors="replace").strip()
+    if not manifest.is_file() or storage.sha256_file(manifest) != expected:
+        raise UserError(f"{manifest}: sha256 differs from {COMMITTED}: damaged")
+    storage.verify_manifest(checkpoint, storage.read_json(manifest, schema_version=SCHEMA_VERSION)["files"])
+    state: dict[str, Any] = storage.read_json(checkpoint / STATE, schema_version=SCHEMA_VERSION)
+    return state
+
+
+def load(engine: Any, checkpoint: Path, state: dict[str, Any]) -> None:
+    """Restore weights, optimizer and this rank's RNG from a verified checkpoint; collective.
+
+    Raises UserError for another world size than it was saved with.
+    """
+    if state["world_size"] != dist.get_world_size():
+        raise UserError(
+            f"{checkpoint}: saved by {state['world_size']} ranks, this job has {dist.get_world_size()}; "
+            f"set train.ranks={state['world_size']}"
+        )
+    path, _ = engine.load_checkpoint(str(checkpoint), tag=checkpoint.name)
+    if path is None:
+        raise UserError(f"{checkpoint}: DeepSpeed found no checkpoint in it")
+    _restore_rng(state["rng"][dist.get_rank()])
+
+
+def retain(folder: Path, keep: int) -> list[Path]:
+    """Remove all but the newest `keep` committed checkpoints, and what was never committed. Returns the removed."""
+    removed = committed(folder)[:-keep]
+    for checkpoint in removed:
+        (checkpoint / COMMITTED).unlink()  # first: a half-removed folder must not look like a checkpoint
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    clean(folder)
+    return removed
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed save left behind."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.is_dir() and path not in committed(folder):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _rng_state() -> dict[str, str]:
+    state = {"cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()}
+    if torch.cuda.is_available():
+        state["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()
+    return state
+
+
+def _restore_rng(state: dict[str, str]) -> None:
+    def tensor(text: str) -> torch.Tensor:
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+    torch.set_rng_state(tensor(state["cpu"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensor(state["cuda"]))

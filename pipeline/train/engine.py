@@ -1,0 +1,120 @@
+"""The one seam to DeepSpeed: process group, configuration, engine.
+
+Oddities explained once (measured on DeepSpeed 0.19.8):
+- On a CPU `init_distributed` compiles an optional C++ op for collectives (a minute, needs a compiler; a kill during the
+  build leaves a lock on which every later start hangs). It is switched off unless PLDR_BUILD_SHM_OP=1.
+- `"type": "AdamW"` in DeepSpeed's configuration compiles an optimizer on a CPU: the engine is handed a torch optimizer.
+- bf16 at stage 0 runs through a wrapper whose Adam step count is off by one after a resume: use stage 1.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import TrainConfig
+from pipeline.errors import ConfigError
+from pipeline.train.optim import build_optimizer, optimizer_clips_norm
+
+log = logging.getLogger(__name__)
+
+OURS = {  # DeepSpeed keys that our configuration sets: the mend names where
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "train.clip",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "optimizer": "train.*",
+    "scheduler": "train.warmup_steps and train.min_lr_ratio",
+}
+
+
+def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: the user's JSON of DeepSpeed's own keys, with our settings on top.
+
+    Raises ConfigError when the JSON sets what our configuration sets, or the batch sizes do not divide.
+    """
+    own: dict[str, Any] = {}
+    if train.deepspeed is not None:
+        try:
+            with open(train.deepspeed, encoding="utf-8") as stream:
+                own = json.load(stream)
+        except FileNotFoundError:
+            raise ConfigError(f"train.deepspeed: {train.deepspeed}: no such file") from None
+        except ValueError as error:
+            raise ConfigError(f"train.deepspeed: {train.deepspeed}: not valid JSON: {error}") from None
+        for key, ours in OURS.items():
+            if key in own:
+                raise ConfigError(f"{train.deepspeed}: {key} is set by {ours} in the YAML; remove it from the JSON")
+        stage = own.get("zero_optimization", {}).get("stage", train.zero_stage)
+        if stage != train.zero_stage:
+            raise ConfigError(f"{train.deepspeed}: ZeRO stage {stage}, but train.zero_stage is {train.zero_stage}")
+    zero = {**own.pop("zero_optimization", {}), "stage": train.zero_stage}
+    return {
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        **own,
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps(train, world_size),
+        "gradient_clipping": train.clip if train.clip_by == "norm" and not optimizer_clips_norm(train) else 0.0,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "zero_optimization": zero,
+    }
+
+
+def accumulation_steps(train: TrainConfig, world_size: int) -> int:
+    """Micro batches a rank runs for one global batch. Raises ConfigError when they do not divide."""
+    per_pass = train.micro_batch * world_size
+    if train.global_batch % per_pass:
+        raise ConfigError(
+            f"train.global_batch {train.global_batch} is not a multiple of micro_batch {train.micro_batch} "
+            f"x {world_size} ranks; set train.micro_batch or train.global_batch"
+        )
+    return train.global_batch // per_pass
+
+
+def init_distributed(timeout_s: float) -> None:
+    """Join the process group: nccl on GPUs, gloo on a CPU. Environment as a DeepSpeed launcher sets it."""
+    import deepspeed
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "gloo" and os.environ.get("PLDR_BUILD_SHM_OP") != "1":
+        # Through sys.modules: `import deepspeed.comm.torch as T` gives the real torch.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+def device_of_rank() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def build_engine(model: nn.Module, train: TrainConfig, world_size: int) -> Any:
+    """The DeepSpeed engine around the model, with our optimizer."""
+    import deepspeed
+
+    if train.precision == "bf16" and train.zero_stage == 0:
+        log.warning("bf16 at ZeRO stage 0: a resumed run is not bit-equal; use train.zero_stage=1")
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(model, train), config=deepspeed_config(train, world_size)
+    )
+    if train.compile:
+        engine.compile()
+    return engine
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """The rate of the coming step, on whatever optimizer wrapper ZeRO uses."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate

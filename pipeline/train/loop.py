@@ -1,0 +1,203 @@
+"""The training loop: one screen, no callbacks.
+
+The only training-data state is `sequences_consumed`; everything else follows from the configuration (order.py,
+schedule.py) or is in the checkpoint. Every rank runs this function; rank 0 talks.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.config import RunConfig, RunPaths
+from pipeline.errors import UserError
+from pipeline.schedule import invariance_budget, learning_rate
+from pipeline.tracking import Tracker
+from pipeline.train import checkpoint
+from pipeline.train.engine import build_engine, device_of_rank, set_learning_rate
+from pipeline.train.metrics import Throughput, peak_flops, validate
+from pipeline.train.optim import gradient_norm
+from pipeline.train.progress import Progress
+from pldr_model.loss import total_loss
+from pldr_model.model import PLDRModel
+
+log = logging.getLogger(__name__)
+
+
+class TrainData(Protocol):
+    """What the loop needs of a loader: global batches from a position on, as this rank's micro batches [n, S+1]."""
+
+    def micro_batches(self, sequences_consumed: int) -> Iterator[Sequence[np.ndarray]]: ...
+
+
+@dataclass
+class TrainState:
+    """How far the run is; what a checkpoint's state.json says about it."""
+
+    step: int = 0
+    sequences_consumed: int = 0
+    tokens_consumed: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where the run's inputs come from; kept in every checkpoint and checked on resume."""
+
+    data_fingerprint: str
+    tokenizer_sha256: str
+    mlflow_run_id: str
+
+
+def train(
+    config: RunConfig,
+    data: TrainData,
+    held_out: np.ndarray,
+    *,
+    bytes_per_token: float,
+    lineage: Lineage,
+    tracker: Tracker | None,
+    resume_from: Path | None,
+) -> TrainState:
+    """Train to `train.steps`; collective. `held_out`: validation sequences [n, S+1]; `tracker`: rank 0's, else None.
+
+    Raises UserError when the loss is no longer finite, a checkpoint does not fit, or a file cannot be written.
+    """
+    settings, paths = config.train, RunPaths(config.run_dir)
+    world, device = dist.get_world_size(), device_of_rank()
+    torch.manual_seed(config.seed)  # the same weights on every rank and at every world size
+    model = PLDRModel(config.model)
+    engine = build_engine(model, settings, world)
+    engine.checkpoint_engine = checkpoint.make_safe_engine()
+    state = TrainState()
+    if resume_from is not None:
+        state = _resume(engine, resume_from, lineage)
+    progress = Progress(config, start_step=state.step) if dist.get_rank() == 0 else None
+    throughput = Throughput()
+    budget = invariance_budget(settings, state.step)
+    wants_outputs = any(config.model.dag_coefficients)
+    tokens_per_batch = settings.global_batch * config.model.context_length
+    flops = config.model.flops_per_token(training=True)
+    batches = data.micro_batches(state.sequences_consumed)
+    gc.disable()  # ranks must not pause one after another; collected at the logging interval
+
+    while state.step < settings.steps:
+        rate = learning_rate(settings, state.step)
+        set_learning_rate(engine, rate)
+        loss_sum = torch.zeros((), device=device)
+        micro_batches = next(batches)
+        for micro in micro_batches:
+            ids = torch.from_numpy(micro).to(device, non_blocking=True)
+            result = engine(ids[:, :-1], padded=False, return_outputs=wants_outputs)
+            logits, outputs = result if wants_outputs else (result, None)
+            losses = total_loss(logits, ids[:, 1:], config.model, outputs=outputs)
+            engine.backward(losses.total)
+            engine.step()
+            loss_sum += losses.cross_entropy.detach()
+        budget += rate * settings.metric_decay
+        state.step += 1
+        state.sequences_consumed += settings.global_batch
+        state.tokens_consumed += tokens_per_batch
+        throughput.add(tokens_per_batch)
+        last = state.step == settings.steps
+
+        if state.step % settings.log_every == 0 or last:
+            gc.collect(1)
+            state.skipped_steps = int(engine.skipped_steps)
+            loss = _mean_over_ranks(loss_sum / len(micro_batches))
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"step {state.step}: the loss is {loss}; lower train.max_lr or lengthen train.warmup_steps"
+                )
+            speed = throughput.read()
+            values = {
+                "train/loss": loss,
+                "train/lr": rate,
+                "train/grad_norm": _gradient_norm(engine),
+                "train/tokens_per_second": speed,
+                "train/skipped_steps": float(state.skipped_steps),
+                "invariance/budget": budget,
+            }
+            peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_flops()
+            if peak is not None:
+                values["train/mfu"] = speed * flops / (peak * world)
+            _report(tracker, progress, state.step, values)
+
+        if state.step % settings.validate_every == 0 or last:
+            started = time.perf_counter()
+            values = validate(
+                engine,
+                config.model,
+                held_out,
+                batch_size=settings.micro_batch,
+                bytes_per_token=bytes_per_token,
+            )
+            throughput.away(time.perf_counter() - started)
+            _report(tracker, progress, state.step, values)
+
+        if state.step % settings.checkpoint_every == 0 or last:
+            started = time.perf_counter()
+            _checkpoint(engine, config, paths.checkpoints, state, lineage, tracker)
+            throughput.away(time.perf_counter() - started)
+
+    if progress is not None:
+        progress.end()
+    return state
+
+
+def _resume(engine: Any, folder: Path, lineage: Lineage) -> TrainState:
+    saved = checkpoint.verify(folder)
+    for key, ours in asdict(lineage).items():
+        if key != "mlflow_run_id" and saved[key] != ours:
+            raise UserError(
+                f"{folder}: was trained with {key} {saved[key][:12]}, this run has {ours[:12]}; use another run_dir"
+            )
+    checkpoint.load(engine, folder, saved)
+    return TrainState(**{key: saved[key] for key in TrainState.__dataclass_fields__})
+
+
+def _checkpoint(
+    engine: Any, config: RunConfig, folder: Path, state: TrainState, lineage: Lineage, tracker: Tracker | None
+) -> None:
+    record = {
+        **asdict(state),
+        **asdict(lineage),
+        "config": config.as_dict(),
+        "world_size": dist.get_world_size(),
+    }
+    saved = checkpoint.save(engine, folder, record)
+    if dist.get_rank() == 0:
+        removed = checkpoint.retain(folder, config.train.keep_checkpoints)
+        if tracker is not None:
+            try:
+                tracker.log_checkpoint(saved, drop=[path.name for path in removed])
+            except Exception as error:  # an outage of MLflow must not end a run: the local checkpoint is committed
+                log.warning("%s was not published to MLflow: %s", saved.name, error)
+
+
+def _mean_over_ranks(value: torch.Tensor) -> float:
+    value = value.detach().double()
+    dist.all_reduce(value)
+    return float(value) / dist.get_world_size()
+
+
+def _gradient_norm(engine: Any) -> float:
+    norm = engine.get_global_grad_norm()
+    return gradient_norm(engine.optimizer) if norm is None else float(norm)
+
+
+def _report(tracker: Tracker | None, progress: Progress | None, step: int, values: dict[str, float]) -> None:
+    if tracker is not None:
+        tracker.log(step, values)
+    if progress is not None:
+        progress.update(step, values)

@@ -1,0 +1,129 @@
+"""What is measured while training: validation without a leak, the order parameters, throughput.
+
+Until G_LM is invariant, logits at position t see the future through it (docs/certificate.md), so a loss in block mode
+cannot be trusted alone. Every validation also runs with G cached from *another* held-out prompt, which cannot leak; the
+difference is the leak gap.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pldr_model.config import ModelConfig
+from pldr_model.loss import cross_entropy
+from pldr_model.model import g_shape
+
+PEAK_FLOPS = {  # dense bf16, vendors' data sheets
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "MI300X": 1307e12,
+    "B200": 2250e12,
+}
+
+
+@torch.no_grad()
+def validate(
+    engine: Any, config: ModelConfig, sequences: np.ndarray, *, batch_size: int, bytes_per_token: float
+) -> dict[str, float]:
+    """Losses and order parameters on held-out sequences [n, S+1]; collective, every rank scores its share.
+
+    Sequence 0 only lends its G (the "other prompt"), the others are scored. Losses in nats per token. Order parameters:
+    RMS(X_i - X_0) / RMS(X_i) over sequences, layers, heads and entries, for X = A, A_LM, A_P, G_LM. `attention_alive`:
+    what the loss gains over G = 0 and over G = identity (the smaller), from the cached loss.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = next(engine.module.parameters()).device
+    everything = torch.from_numpy(sequences.astype(np.int64))
+    # Every rank runs the same number of passes (ZeRO-3 gathers in each), so a remainder is left out.
+    count = (len(sequences) - 1) // world
+    assert count > 0, "fewer held-out sequences than ranks"
+    mine = everything[1 + rank * count : 1 + (rank + 1) * count].to(device)
+    training = engine.training
+    engine.eval()
+    learned = config.g_source == "learned"
+    dtype = next(engine.module.parameters()).dtype
+    constant: dict[str, torch.Tensor] = {}
+    first: list[Any] = []
+    if learned:
+        _, first = engine(everything[:1, :-1].to(device), padded=False, return_outputs=True)
+        constant["cached"] = torch.stack([layer.G_LM[0] for layer in first])
+        eye = torch.eye(config.head_dim, device=device, dtype=dtype).expand(g_shape(config))
+        constant |= {"zero": torch.zeros_like(eye), "identity": eye}
+    sums = torch.zeros(len(constant) + 1 + 8, dtype=torch.float64, device=device)
+    for batch in torch.split(mine, batch_size):
+        inputs, targets = batch[:, :-1], batch[:, 1:]
+        if learned:
+            logits, outputs = engine(inputs, padded=False, return_outputs=True)
+            sums[-8:] += _deviations(outputs, first)
+        else:
+            logits = engine(inputs, padded=False)
+        sums[0] += cross_entropy(logits, targets, pad_id=config.pad_id).double() * len(batch)
+        for slot, g in enumerate(constant.values(), start=1):
+            logits = engine(inputs, g_lm=g, padded=False)
+            sums[slot] += cross_entropy(logits, targets, pad_id=config.pad_id).double() * len(batch)
+    dist.all_reduce(sums)
+    engine.train(training)
+    losses = (sums[: len(constant) + 1] / (count * world)).tolist()
+    block = losses[0]
+    named = dict(zip(constant, losses[1:], strict=True))
+    cached = named.get("cached", block)
+    result = {
+        "val/loss_block": block,
+        "val/loss_cached": cached,
+        "val/leak_gap": cached - block,
+        "val/bits_per_byte": cached / math.log(2) / bytes_per_token,
+    }
+    if learned:
+        squares = sums[-8:].view(4, 2).tolist()
+        for name, (difference, total) in zip(("A", "A_LM", "A_P", "G"), squares, strict=True):
+            result[f"invariance/order_parameter_{name}"] = math.sqrt(difference / total) if total else math.nan
+        result["invariance/attention_alive"] = min(named["zero"], named["identity"]) - cached
+    return result
+
+
+def _deviations(outputs: list[Any], first: list[Any]) -> torch.Tensor:
+    """Sum of squares of (X - X_first) and of X for each deductive output, [8] in fp64."""
+    rows = []
+    for field in range(4):
+        pairs = [(layer[field].double(), other[field].double()) for layer, other in zip(outputs, first, strict=True)]
+        rows.append(sum(((x - y) ** 2).sum() for x, y in pairs))
+        rows.append(sum((x**2).sum() for x, _ in pairs))
+    return torch.stack([torch.as_tensor(row) for row in rows])
+
+
+def peak_flops() -> float | None:
+    """Peak dense bf16 FLOP/s of one device, None where it is not known (a CPU)."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
+class Throughput:
+    """Tokens per second between two readings, time spent elsewhere (validation, checkpoints) left out."""
+
+    def __init__(self) -> None:
+        self._start, self._away, self._tokens = time.perf_counter(), 0.0, 0
+
+    def add(self, tokens: int) -> None:
+        """Count trained tokens."""
+        self._tokens += tokens
+
+    def away(self, seconds: float) -> None:
+        """Time that was not training."""
+        self._away += seconds
+
+    def read(self) -> float:
+        """Tokens per second since the last reading."""
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._start - self._away, 1e-9)
+        self._start, self._away, self._tokens = now, 0.0, 0
+        return rate

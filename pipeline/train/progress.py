@@ -1,0 +1,60 @@
+"""What a training run says while it runs: one status line, marked so that the launching process can find it.
+
+Workers run under DeepSpeed's launcher, whose own output and that of every rank goes to the log file. Lines that begin with
+`STATUS` are shown to the user: rewritten in place on a terminal, plain lines otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from pipeline.config import RunConfig
+
+STATUS = "pldr-status| "
+FAILURE = "pldr-failure| "
+
+
+class Progress:
+    """Rank 0's status lines."""
+
+    def __init__(self, config: RunConfig, *, start_step: int) -> None:
+        self._steps = config.train.steps
+        self._start_step, self._started = start_step, time.perf_counter()
+        self._latest: dict[str, float] = {}
+        self._shown = -1
+        if start_step:
+            _say(f"resumed at step {start_step} of {self._steps}")
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Show the newest values of this step."""
+        self._latest.update(values)
+        _say(self._line(step))
+
+    def end(self) -> None:
+        """The last line."""
+        _say(f"trained {self._steps} steps")
+
+    def _line(self, step: int) -> str:
+        v = self._latest
+        parts = [f"step {step}/{self._steps}"]
+        if "train/loss" in v:
+            parts += [f"loss {v['train/loss']:.4f}", f"{v['train/tokens_per_second']:,.0f} tok/s"]
+        if "train/mfu" in v:
+            parts.append(f"MFU {v['train/mfu']:.1%}")
+        if "val/loss_block" in v:
+            parts.append(f"val {v['val/loss_block']:.4f} (cached G {v['val/loss_cached']:.4f})")
+        if "invariance/order_parameter_G" in v:
+            parts.append(f"order parameter of G {v['invariance/order_parameter_G']:.1e}")
+        if "invariance/budget" in v:
+            parts.append(f"budget {v['invariance/budget']:.2f}")
+        done = step - self._start_step
+        if done:
+            left = (time.perf_counter() - self._started) / done * (self._steps - step)
+            parts.append(f"{int(left // 60)}:{int(left % 60):02d} left")
+        return "  ".join(parts)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{STATUS}{text}\n")
+    sys.stdout.flush()

@@ -1,0 +1,114 @@
+"""One rank of a training job: what the `deepspeed` launcher starts. Joins the data floor to the training floor.
+
+    deepspeed --num_gpus 2 --module pipeline.worker JOB.json
+
+JOB.json (written by `pipeline.stages`): the whole configuration, the MLflow run to log to and the checkpoint to resume from.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+from pipeline import storage
+from pipeline.config import RunPaths, parse_config
+from pipeline.errors import UserError
+
+log = logging.getLogger(__name__)
+PARENT_PIPE = "PLDR_PARENT_PIPE"  # set when stdin is a pipe whose other end the launching process holds open
+
+
+def main(argv: list[str]) -> int:
+    """Run this rank to the end; the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    if os.environ.get(PARENT_PIPE) == "1":
+        threading.Thread(target=_die_with_parent, daemon=True).start()
+    from pipeline.train.progress import FAILURE
+
+    arguments = [a for a in argv if not a.startswith("--local_rank")]
+    try:
+        run(Path(arguments[0]))
+    except UserError as error:
+        print(f"{FAILURE}{error}", flush=True)
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        last = traceback.format_exc().strip().splitlines()[-1]
+        print(f"{FAILURE}rank {os.environ.get('RANK', '?')}: {last}", flush=True)
+        return 1
+    return 0
+
+
+def run(job_file: Path) -> None:
+    """Read the job, open the data, train."""
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+
+    from pipeline.data.index import TokenIndex
+    from pipeline.data.loader import TokenReader, TrainLoader
+    from pipeline.tracking import Tracker, tracking_uri
+    from pipeline.train.engine import accumulation_steps, init_distributed
+    from pipeline.train.loop import Lineage, train
+
+    job = storage.read_json(job_file, schema_version=1)
+    config = parse_config(job["config"], where=str(job_file))
+    paths = RunPaths(config.run_dir)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    init_distributed(config.train.timeout_s)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    accumulation_steps(config.train, world)
+    index = TokenIndex.load(paths.tokens)
+    index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
+    reader = TokenReader(index, "train")
+    val = TokenReader(index, "val")
+    # One sequence more than are scored: it lends its G to the others.
+    wanted = min(config.train.val_sequences + 1, val.num_sequences)
+    if wanted <= world:
+        raise UserError(
+            f"{paths.tokens}: {val.num_sequences} held-out sequences for {world} ranks; raise data.val_fraction"
+        )
+    held_out = val.read(np.linspace(0, val.num_sequences - 1, wanted).astype(int).tolist())
+    loader = TrainLoader(
+        reader,
+        seed=config.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=rank,
+        world_size=world,
+    )
+    tracker = None
+    if rank == 0:
+        tracker = Tracker(tracking_uri(config), job["run_id"], paths.logs / f"metrics-{job['run_id']}.jsonl")
+    status = "FAILED"
+    try:
+        train(
+            config,
+            loader,
+            held_out,
+            bytes_per_token=index.bytes_per_token("val"),
+            lineage=Lineage(index.fingerprint, index.tokenizer_sha256, job["run_id"]),
+            tracker=tracker,
+            resume_from=None if job["resume_from"] is None else Path(job["resume_from"]),
+        )
+        status = "FINISHED"
+    finally:
+        if tracker is not None:
+            tracker.close(status)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _die_with_parent() -> None:
+    """End this process when the launching one is gone: its end of our stdin closes. A killed run leaves no orphans."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

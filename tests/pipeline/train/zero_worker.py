@@ -1,0 +1,113 @@
+"""One rank of tests/pipeline/train/test_zero.py: trains the same tiny run at several ZeRO stages in one process group.
+
+Usage: zero_worker.py FOLDER STAGES(comma-separated) PRECISION. Rank 0 writes FOLDER/result.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline import schedule
+from pipeline.config import RunConfig, parse_config
+from pipeline.train import checkpoint, loop
+from pipeline.train.engine import init_distributed
+
+STEPS = 6
+
+
+class Batches:
+    """Global batches that follow from their position alone."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def micro_batches(self, consumed):
+        train, model = self.config.train, self.config.model
+        rank, world = dist.get_rank(), dist.get_world_size()
+        while True:
+            rng = np.random.default_rng(consumed)
+            batch = rng.integers(4, model.vocab_size, size=(train.global_batch, model.context_length + 1))
+            mine = batch.reshape(-1, world, train.micro_batch, batch.shape[1])[:, rank]
+            yield list(mine)
+            consumed += train.global_batch
+
+
+class Recorder:
+    """Keeps what the loop logs; stands where the MLflow tracker does."""
+
+    def __init__(self) -> None:
+        self.points = {}
+        self.checkpoints = []
+
+    def log(self, step, values):
+        self.points.setdefault(step, {}).update(values)
+
+    def log_checkpoint(self, path, *, drop):
+        self.checkpoints.append(path.name)
+
+
+def configuration(folder: Path, stage: int, precision: str, clip_by: str, g_source: str = "learned") -> RunConfig:
+    tree = {
+        "name": "zero",
+        "run_dir": str(folder),
+        "data": {"sources": [{"url": "unused"}]},
+        "model": {
+            "vocab_size": 67, "num_layers": 2, "num_heads": 2, "head_dim": 8, "context_length": 16, "A_dff": 12,
+            "num_reslayerA": 2, "g_source": g_source,
+        },
+        "train": {
+            "steps": STEPS, "global_batch": 8, "micro_batch": 2, "max_lr": 2e-3, "warmup_steps": 2, "clip_by": clip_by,
+            "clip": 0.05, "metric_weight_decay": 2.0, "precision": precision, "zero_stage": stage, "log_every": 1,
+            "validate_every": 3, "checkpoint_every": 3, "val_sequences": 8,
+        },
+    }  # fmt: skip
+    return parse_config(tree, where="test")
+
+
+def run(config, held_out, resume_from=None):
+    recorder = Recorder()
+    loop.train(
+        config,
+        Batches(config),
+        held_out,
+        bytes_per_token=2.0,
+        lineage=loop.Lineage("data", "tokenizer", "run"),
+        tracker=recorder,
+        resume_from=resume_from,
+    )
+    return recorder
+
+
+def main() -> None:
+    folder, stages, precision = Path(sys.argv[1]), [int(s) for s in sys.argv[2].split(",")], sys.argv[3]
+    torch.set_num_threads(1)
+    init_distributed(120)
+    held_out = np.random.default_rng(99).integers(4, 67, size=(9, 17))
+    results = {}
+    for stage in stages:
+        for clip_by in ("norm", "value"):
+            config = configuration(folder / f"z{stage}-{clip_by}", stage, precision, clip_by)
+            straight = run(config, held_out)
+            half = Path(config.run_dir) / "checkpoints" / checkpoint.checkpoint_name(3)
+            assert checkpoint.verify(half)["step"] == 3
+            resumed = run(config, held_out, resume_from=half)
+            twin = configuration(folder / f"z{stage}-{clip_by}-sdpa", stage, precision, clip_by, "identity")
+            results[f"{stage}-{clip_by}"] = {
+                "sdpa": run(twin, held_out).points,
+                "straight": straight.points,
+                "resumed": resumed.points,
+                "published": straight.checkpoints,
+                "budget": schedule.invariance_budget(config.train),
+            }
+    if dist.get_rank() == 0:
+        (folder / "result.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
