@@ -1,5 +1,4 @@
-"""PLDR-LLM, the mathematics: config, model, deductive outputs, caches, generation, checkpoints, parity,
-bench."""
+"""PLDR-LLM, the mathematics: configuration, model, caches, generation, checkpoints, parity, bench."""
 
 from pldr_model.cache import KVCache
 from pldr_model.config import ModelConfig

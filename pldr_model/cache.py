@@ -61,8 +61,7 @@ class KVCache:
         return self.k_LBHTK.shape[3]
 
     def begin(self, num_new: int) -> CacheStep:
-        """Lay out a pass of `num_new` tokens a row: a prefill of an empty cache, or one token for every
-        row."""
+        """Lay out a pass: `num_new` tokens a row into an empty cache, or one token for every row."""
         assert max(self.lengths) + num_new <= self.capacity, "more tokens than the cache was allocated for"
         assert num_new == 1 or not any(self.lengths), "several tokens at a time are only for an empty cache"
         end = max(self.lengths) + num_new
@@ -74,8 +73,7 @@ class KVCache:
         return CacheStep(start_B, end, rope, attention_mask(start_B.unsqueeze(1), end))
 
     def append(self, layer: int, step: CacheStep, k_BHSK: Tensor, v_BHSK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values of a layer; returns all keys and values to attend over,
-        [B,H,T_end,K]."""
+        """Store a layer's new keys and values; returns all there are to attend over, [B,H,T_end,K]."""
         for memory, new in ((self.k_LBHTK[layer], k_BHSK), (self.v_LBHTK[layer], v_BHSK)):
             if isinstance(step.start, int):
                 memory[:, :, step.start : step.end] = new
@@ -88,8 +86,7 @@ class KVCache:
         self.lengths = [length + num_new for length in self.lengths]
 
     def stack_row(self, row: int, other: KVCache) -> None:
-        """Copy the only row of `other` (a prefilled prompt) into an empty row of this cache, with its G if it
-        has one."""
+        """Copy the only row of `other` (a prefilled prompt, with its own G if it has one) into an empty row."""
         length = other.lengths[0]
         self.k_LBHTK[:, row, :, :length] = other.k_LBHTK[:, 0, :, :length]
         self.v_LBHTK[:, row, :, :length] = other.v_LBHTK[:, 0, :, :length]

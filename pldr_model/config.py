@@ -1,7 +1,6 @@
 """Sizes and variants of a PLDR-LLM.
 
-Background: the papers describe a family (v510, v510-DAG, v510G, v510Gi, v52, and SDPA as the special case G =
-identity).
+Background: the papers describe a family: v510, v510-DAG, v510G, v510Gi, v52, and SDPA as the special case G = I.
 Decision: one frozen dataclass spans the family, so that a variant is a value and never another class. Its
 constructor rejects what cannot run, with the key's name, so that nothing fails an hour into a run.
 """
@@ -73,11 +72,10 @@ class ModelConfig:
     layer_norm_eps: float = 1e-6
     """Epsilon of every LayerNorm."""
     g_source: GSource = "learned"
-    """Where G_LM comes from: `learned` = metric learner (v510); `identity` = SDPA; `random` | `file` =
-    constant (v510G, v510Gi)."""
+    """Where G_LM comes from: `learned` (metric learner, v510), `identity` (SDPA), or a constant that is
+    `random` (v510G) or from a `file` (v510G, v510Gi)."""
     g_file: str | None = None
-    """safetensors file of a constant G_LM [L,H,K,K]; only with g_source `file`. None there: G is handed to
-    the model."""
+    """safetensors file of a constant G_LM [L,H,K,K], for g_source `file`; None: G is handed to the model."""
     g_seed: int = 0
     """Seed of a random G_LM."""
     dag_coefficients: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -88,7 +86,8 @@ class ModelConfig:
     eos_id: int = 3
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dag_coefficients", tuple(self.dag_coefficients))
+        if isinstance(self.dag_coefficients, list):  # as JSON and YAML bring it
+            object.__setattr__(self, "dag_coefficients", tuple(self.dag_coefficients))
         sizes = ["vocab_size", "num_layers", "num_heads", "head_dim", "context_length", "A_dff"]
         sizes += ["num_reslayerA", "num_denseA"] + (["d_ff"] if self.d_ff is not None else [])
         for key in sizes:
@@ -102,6 +101,8 @@ class ModelConfig:
         for key, allowed in (("rope_style", get_args(RopeStyle)), ("g_source", get_args(GSource))):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(allowed)}")
+        if self.g_file is not None and not isinstance(self.g_file, str):
+            raise ValueError(f"g_file: {self.g_file!r} must be a path")
         if self.g_file is not None and self.g_source != "file":
             raise ValueError(f"g_file: only read with g_source 'file', not {self.g_source!r}; drop one of the two")
         _require_int("g_seed", self.g_seed, at_least=0)
@@ -113,8 +114,10 @@ class ModelConfig:
 
     def _check_dag_coefficients(self) -> None:
         values = self.dag_coefficients
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < float("inf") for v in values)
-        if len(values) != 3 or not numbers:
+        numbers = isinstance(values, tuple) and [
+            v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < float("inf")
+        ]
+        if not numbers or len(numbers) != 3 or len(values) != 3:
             raise ValueError(f"dag_coefficients: {values!r} must be three numbers >= 0 (for A_LM, A_P, G_LM)")
         if any(values) and self.g_source != "learned":
             raise ValueError(f"dag_coefficients: a model with g_source {self.g_source!r} has no A_LM to regularise")
@@ -135,8 +138,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Strict reader. Errors: ValueError for an unknown key (with the nearest known one) or a missing
-        key."""
+        """Strict reader. Errors: ValueError for an unknown key (names the nearest) or a missing one."""
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
@@ -150,8 +152,7 @@ class ModelConfig:
 
     @classmethod
     def from_reference(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Read the reference implementation's hyperparameter names (dff, max_seq_len, …), as in the golden
-        cases."""
+        """Read the reference implementation's hyperparameter names (dff, max_seq_len, …)."""
         renamed = {_REFERENCE_NAMES.get(k, k): v for k, v in values.items() if k not in _REFERENCE_IGNORED}
         config = cls.from_dict(renamed)
         if values.get("d_model", config.d_model) != config.d_model:

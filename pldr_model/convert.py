@@ -12,7 +12,6 @@ must.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +44,7 @@ def load_checkpoint_file(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle fails in any way: OSError, IndexError, struct.error, … were seen
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: not a checkpoint of plain tensors ({reason}); nothing of it was executed") from None
     state = content.get("model_state_dict", content) if isinstance(content, Mapping) else content
@@ -121,8 +120,7 @@ def from_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
 
 
 def to_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict -> reference keys, the inverse of `from_reference`, bit for bit. A buffer `g_lm` is left
-    out."""
+    """Our state dict -> reference keys, `from_reference` inverted bit for bit. A buffer `g_lm` is left out."""
     theirs = {}
     for name, keys in _key_table(config).items():
         if name not in state:

@@ -96,8 +96,7 @@ def generate(
 
 
 def token_probabilities(logits_BV: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """The distribution that sampling draws from, [B,V] in fp64: temperature, then top-k, then top-p
-    (nucleus).
+    """The distribution that sampling draws from, [B,V] in fp64: temperature, top-k, then top-p (nucleus).
 
     top-p keeps the fewest best tokens whose probabilities sum to at least `top_p`: the token that crosses it
     is kept.
@@ -144,8 +143,7 @@ def _decode_cached(model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm: 
 
 
 def _decode_uncached(model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm: Tensor | None) -> None:
-    """Rows of one length share a pass: G sums over the sequence, so padding to a common length would change
-    it."""
+    """Rows of one length share a pass: padding to a common length would change G, a sum over the sequence."""
     for length in sorted({len(row.prompt) for row in rows}):
         live = [row for row in rows if len(row.prompt) == length]
         while live:

@@ -25,8 +25,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class Linear(nn.Linear):
-    """`num_fused` linear maps of one input, their outputs side by side: [..., in] -> [..., num_fused *
-    out]."""
+    """`num_fused` linear maps of one input, outputs side by side: [..., in] -> [..., num_fused * out]."""
 
     def __init__(self, in_features: int, out_features: int, *, num_fused: int = 1) -> None:
         self.num_fused = num_fused  # nn.Linear's constructor calls reset_parameters, which needs it
@@ -39,8 +38,7 @@ class Linear(nn.Linear):
 
 
 class GLU(nn.Module):
-    """Gated linear unit `W3(silu(W1 x) * W2 x)`, all biased: [..., size] -> [..., size] (2410.16703,
-    SwiGLU)."""
+    """Gated linear unit `W3(silu(W1 x) * W2 x)`, all biased: [..., size] -> [..., size] (2410.16703)."""
 
     def __init__(self, size: int, hidden: int) -> None:
         super().__init__()
@@ -77,8 +75,7 @@ def rope_tables(
 
 
 def apply_rope(x_BSNK: Tensor, tables: RopeTables, *, style: RopeStyle) -> Tensor:
-    """Rotate pairs of every head. `tables` broadcast against [B, S, N, K/2]. Returns the shape and dtype of
-    x."""
+    """Rotate pairs of every head; `tables` broadcast against [B, S, N, K/2]. Shape and dtype stay."""
     cos, sin = tables
     if style == "interleaved":
         even, odd = x_BSNK.reshape(*x_BSNK.shape[:-1], -1, 2).unbind(-1)

@@ -27,8 +27,7 @@ from pldr_model.plga import DeductiveOutputs
 
 
 class Losses(NamedTuple):
-    """`total` is what training minimises: cross-entropy + sum of coefficient * dag term. All are 0-dim
-    tensors."""
+    """`total` = cross-entropy + sum of coefficient * dag term is what training minimises; 0-dim tensors."""
 
     total: Tensor
     cross_entropy: Tensor
@@ -60,8 +59,7 @@ def total_loss(
 
 
 def dag_regulariser(tensors: list[Tensor], *, name: str = "X") -> Tensor:
-    """`mean |log(tr(expm(X∘X)) / K)|` over layers, batch and heads, in fp64; finite for every finite X below
-    1e150.
+    """`mean |log(tr(expm(X∘X)) / K)|` over layers, batch and heads, in fp64; finite for |X| < 1e150.
 
     Errors: FloatingPointError, naming the tensor, where X itself holds inf or NaN: no NaN leaves silently.
     """

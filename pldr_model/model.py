@@ -3,8 +3,8 @@
 Background: arXiv 2410.16703 (architecture, post-norm), 2502.13502 (G_LM as a constant). A PLDR-LLM layer is a
 decoder layer whose scores are `(q G_LM) k^T / sqrt(K)`; with G_LM = identity it is scaled dot-product
 attention.
-Decision: G is folded into the query (`q' = q G`), so that the fused attention kernel does the rest and no S x
-S tensor exists unless there is padding to hide. G cannot be folded into W_q or W_k, RoPE stands between.
+Decision: G is folded into the query (`q' = q G`), so that the fused attention kernel does the rest and no
+S x S tensor exists unless there is padding to hide. G cannot be folded into W_q or W_k: RoPE stands between.
 
 Shapes: B batch, S sequence, D = H*K model width, H heads, K head dim, V vocabulary, L layers.
 """
@@ -81,8 +81,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Post-norm layer: `h = LN(attention(x) + x)`, `out = LN(GLU(h) + h)`; compile this unit, not the whole
-    model."""
+    """Post-norm: `h = LN(attention(x) + x)`, `out = LN(GLU(h) + h)`. Compile this unit, not the whole model."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

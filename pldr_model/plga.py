@@ -1,11 +1,10 @@
 """Power-law graph attention's own part: from the queries of a sequence to its energy-curvature tensor G_LM.
 
-    density matrix Q^T Q -> LN -> metric learner -> A -> A_LM = iSwiGLU(W A + b) + 1e-9 -> A_P = A_LM^P ->
-    G_LM = a A_P + b_a
+    density matrix Q^T Q -> LN -> metric learner -> A
+    A_LM = iSwiGLU(W A + b) + 1e-9,  A_P = A_LM ** P,  G_LM = a A_P + b_a
 
-Source: arXiv 2410.16703 section 2, 2502.13502 (deductive outputs). The density matrix sums over the *whole*
-sequence,
-without a causal mask and with padding queries: that is the model, and the leak that invariance removes.
+Source: arXiv 2410.16703, 2502.13502. The density matrix sums over the *whole* sequence, without a causal mask
+and with padding queries: that is the model, and the leak that invariance removes.
 
 Decision (speed): W, P, a belong to heads and not to batch rows, so the products run batched over heads with
 the batch in the columns, [H,K,K] x [H,K,B*K]; nothing is tiled over the batch. Decision (precision): the
@@ -30,8 +29,10 @@ METRIC_FLOOR = 1e-9  # keeps A_LM positive, so that any real power of it exists
 
 
 class DeductiveOutputs(NamedTuple):
-    """A (metric learner's output), A_LM (metric), A_P (potential), G_LM (energy-curvature): each
-    [B,H,K,K]."""
+    """A: the metric learner's output; A_LM: metric tensor; A_P: potential tensor; G_LM: energy-curvature tensor.
+
+    Each [B,H,K,K]; under half-precision weights the last three are fp32.
+    """
 
     A: Tensor
     A_LM: Tensor

@@ -5,6 +5,8 @@ import os
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pldr_model.config import ModelConfig
@@ -144,6 +146,26 @@ def test_truncated_checkpoints_are_named(case, tmp_path):
         path.write_bytes(path.read_bytes()[:-1000])
         with pytest.raises(ValueError, match="cut"):
             load_checkpoint_file(path)
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), zipped=st.booleans())
+def test_damaged_pth_files_are_read_or_refused_in_one_line(tmp_path_factory, data, zipped):
+    path = tmp_path_factory.mktemp("damaged") / "x.pth"
+    torch.save(
+        {"model_state_dict": {"a": torch.ones(3), "b": torch.zeros(2, 2)}}, path, _use_new_zipfile_serialization=zipped
+    )
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    try:
+        state = load_checkpoint_file(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
 
 
 def test_half_precision_and_shared_storage_survive(tmp_path):
