@@ -162,7 +162,7 @@ def _plan(arguments: Any, show: Callable[[str], None]) -> Result:
 
 
 def _generate(arguments: Any, show: Callable[[str], None]) -> Result:
-    from pipeline.post.bundle import Bundle
+    from pipeline.post.inference import Bundle
 
     bundle = Bundle.load(arguments.bundle)
     texts = bundle.generate(

@@ -79,11 +79,12 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
     lines = [
         f"parameters          {report['parameters']:,}",
         f"                    {parts}",
-        f"FLOPs per token     {report['flops_per_token_training']:.4g} training, {report['flops_per_token_forward']:.4g} forward",
+        f"FLOPs per token     {report['flops_per_token_training']:.4g} training, "
+        f"{report['flops_per_token_forward']:.4g} forward",
         f"tokens              {report['tokens']:,} ({report['steps']:,} steps of {report['tokens_per_step']:,}), "
         f"{report['tokens_per_parameter']:.1f} a parameter",
-        f"time                {report['hours']:,.2f} hours on {assumed['devices']} devices of {assumed['peak_tflops']:g} TFLOP/s "
-        f"at {assumed['mfu']:.0%} MFU",
+        f"time                {report['hours']:,.2f} hours on {assumed['devices']} devices "
+        f"of {assumed['peak_tflops']:g} TFLOP/s at {assumed['mfu']:.0%} MFU",
         f"activations         {size(report['activation_bytes_per_micro_batch'])} a micro batch (estimate)",
         "states per rank     " + "".join(f"{f'{w} ranks':>12}" for w in WORLD_SIZES),
     ]

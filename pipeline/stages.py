@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +102,16 @@ class Line:
             "validate": {k: v for k, v in config["post"].items() if k not in ("register_as", "sample_prompt")},
             "bundle": {k: config["post"][k] for k in ("register_as",)} | {"tracking": config["tracking"]},
         }[name]
-        inputs = {"config": of_stage}
+        inputs: dict[str, Any] = {"config": of_stage}
         if name == "shard":
-            from pipeline.data.shard import source_listing
+            from pipeline.data.sources import find_files
 
-            inputs["sources"] = source_listing(self.config)
+            inputs["sources"] = [asdict(file) for file in find_files(self.config.data.sources)[0]]
         else:
             before = self.record(UPSTREAM[name])
             if before is None:
                 raise ConfigError(f"stage {name}: {UPSTREAM[name]} has not finished; run `pldr {UPSTREAM[name]}` first")
-            inputs["before"] = [before["inputs"], _identity(before["result"])]
+            inputs["before"] = _identity(before["result"])
         if name == "tokenizer" and self.config.tokenizer.model is not None:
             given = Path(self.config.tokenizer.model)
             if not given.is_file():

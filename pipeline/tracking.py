@@ -43,6 +43,7 @@ def client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     for noisy in ("mlflow", "alembic"):
@@ -255,3 +256,13 @@ def fetch_checkpoint(uri: str, run_id: str, folder: Path) -> Path | None:
             storage.replace_dir(downloaded, target)
         return target
     return None
+
+
+def log_files(config: RunConfig, run_id: str, files: dict[str, str]) -> None:
+    """Attach local files to a run as artifacts, `path -> folder`. An outage is a warning: the files stay where they are."""
+    try:
+        mlflow = client(tracking_uri(config))
+        for path, folder in files.items():
+            mlflow.log_artifact(run_id, path, folder)
+    except Exception as error:
+        log.warning("MLflow did not take %s: %s", ", ".join(files), error)

@@ -91,7 +91,7 @@ def run(job_file: Path) -> None:
             config,
             loader,
             held_out,
-            bytes_per_token=index.bytes_per_token("val"),
+            bytes_per_token=index.splits["val"]["text_bytes"] / index.splits["val"]["tokens_in"],
             lineage=Lineage(index.fingerprint, index.tokenizer_sha256, job["run_id"]),
             tracker=tracker,
             resume_from=None if job["resume_from"] is None else Path(job["resume_from"]),
@@ -106,7 +106,8 @@ def run(job_file: Path) -> None:
 
 def _die_with_parent() -> None:
     """End this process when the launching one is gone: its end of our stdin closes. A killed run leaves no orphans."""
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # unbuffered: a thread inside sys.stdin cannot be left at interpreter shutdown
+        pass
     os._exit(1)
 
 

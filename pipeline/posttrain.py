@@ -1,0 +1,163 @@
+"""After training, joined: newest checkpoint -> weights -> G_LM -> certificate -> bundle -> registered model version.
+
+The work is done in `pipeline.post`; here each step is given its inputs from the run directory and its held-out tokens.
+Decision: G_LM is extracted from one half of the held-out sequences and judged on the other, so that no prompt vouches for
+itself.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import storage
+from pipeline.config import RunConfig, RunPaths
+from pipeline.errors import UserError
+from pipeline.schedule import invariance_budget
+from pipeline.tracking import log_files, tracking_uri
+
+CERTIFICATE = "certificate.json"
+
+
+def consolidate_newest(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
+    """ZeRO shards of the newest committed checkpoint -> `weights/`."""
+    from pipeline.post.consolidate import consolidate
+    from pipeline.train import checkpoint
+
+    found = checkpoint.committed(paths.checkpoints)
+    if not found:
+        raise UserError(f"{paths.checkpoints}: no committed checkpoint; run `pldr train` first")
+    source = consolidate(found[-1], paths.weights)
+    return {**source, "weights_sha256": source["model_sha256"]}
+
+
+def extract(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
+    """G_LM of the weights over held-out prompts -> `g_lm/`."""
+    from pipeline.post.extract import extract_g, save_g
+    from pipeline.post.weights import load_weights
+
+    model, _ = load_weights(paths.weights)
+    prompts = held_out(config, paths, half=0, limit=config.post.prompts)[:, :-1]
+    return save_g(extract_g(model, prompts, config.post.g_from), paths.g_lm)
+
+
+def certify(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
+    """Measure and judge -> `certificate/certificate.json`, also an artifact of the MLflow run."""
+    from pipeline.post.extract import load_g
+    from pipeline.post.validate import validate
+    from pipeline.post.weights import load_weights
+
+    model, source = load_weights(paths.weights)
+    g_lm = load_g(paths.g_lm, model.config).g_lm
+    certificate = validate(
+        model,
+        g_lm,
+        held_out(config, paths, half=1),
+        config.post,
+        lineage=lineage(source),
+        budget=invariance_budget(config.train) if model.config.g_source == "learned" else None,
+        seed=config.seed,
+    )
+    target = paths.certificate / CERTIFICATE
+    storage.publish_json(target, certificate)
+    log_files(config, source["mlflow_run_id"], {str(target): "certificate"})
+    deviation = certificate["measures"]["relative_deviation_g"]
+    return {
+        "verdict": certificate["verdict"],
+        "tier": certificate["tier"],
+        "relative_deviation_g": deviation,
+        "failed": certificate["failed"],
+        "certificate_sha256": storage.sha256_file(target),
+    }
+
+
+def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[str, Any]:
+    """The bundle folder, registered in MLflow with its lineage."""
+    from pipeline.post.bundle import build_bundle
+    from pipeline.post.extract import load_g
+    from pipeline.post.register import register
+    from pipeline.post.weights import load_weights
+
+    model, source = load_weights(paths.weights)
+    certificate = storage.read_json(paths.certificate / CERTIFICATE, schema_version=1)
+    passed = certificate["verdict"] == "certified"
+    result = build_bundle(
+        model,
+        load_g(paths.g_lm, model.config).g_lm,
+        certificate=certificate,
+        tokenizer=paths.tokenizer,
+        out=paths.bundle,
+        lineage=lineage(source),
+        notes=notes(config),
+        uncertified=uncertified and not passed,
+    )
+    if config.post.register_as is not None:
+        version = register(
+            paths.bundle,
+            tracking_uri=tracking_uri(config),
+            run_id=source["mlflow_run_id"],
+            name=config.post.register_as,
+            certified=result["certified"],
+        )
+        result = {**result, "model_version": version["version"], "model_uri": version["uri"]}
+    return result
+
+
+def held_out(config: RunConfig, paths: RunPaths, *, half: int, limit: int | None = None) -> torch.Tensor:
+    """Held-out sequences [n, S+1] of one half of the val split (0: even, 1: odd sequences), evenly spread."""
+    from pipeline.data.index import TokenIndex
+    from pipeline.data.loader import TokenReader
+
+    reader = TokenReader(TokenIndex.load(paths.tokens), "val")
+    mine = np.arange(half, reader.num_sequences, 2)
+    if len(mine) < 2:
+        raise UserError(
+            f"{paths.tokens}: {reader.num_sequences} held-out sequences are too few to judge by; raise data.val_fraction"
+        )
+    wanted = min(len(mine), config.post.prompts if limit is None else limit)
+    chosen = mine[np.linspace(0, len(mine) - 1, wanted).astype(int)]
+    return torch.from_numpy(reader.read(chosen.tolist()))
+
+
+def lineage(source: dict[str, Any]) -> dict[str, Any]:
+    """Where a bundle comes from: the checkpoint's record and the code's commit."""
+    return {**source, "git_commit": git_commit()}
+
+
+def notes(config: RunConfig) -> list[str]:
+    """What a reader of the model card must know about the recipe."""
+    train = config.train
+    lines = [
+        f"Trained {train.steps:,} steps of {train.global_batch} sequences of {config.model.context_length} tokens, "
+        f"AdamW, max lr {train.max_lr:g}, weight decay {train.weight_decay:g}."
+    ]
+    if config.model.g_source == "learned":
+        lines.append(f"Invariance budget (sum of learning rate x metric weight decay): {invariance_budget(train):.2f}.")
+        if train.metric_decay > train.weight_decay:
+            lines.append(
+                f"ACCELERATED RECIPE: the metric learner had weight decay {train.metric_decay:g} (the papers use 0.1), "
+                "which makes G_LM invariant early."
+            )
+        lines.append(
+            "At small scale and short training PLGA trails its SDPA twin (G = identity) in held-out loss; compare with "
+            "the twin (model.g_source=identity) before drawing conclusions."
+        )
+    return lines
+
+
+def git_commit() -> str | None:
+    """The commit of the code, None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
