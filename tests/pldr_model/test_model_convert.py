@@ -148,6 +148,7 @@ def test_truncated_checkpoints_are_named(case, tmp_path):
             load_checkpoint_file(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @settings(max_examples=80, deadline=None)
 @given(data=st.data(), zipped=st.booleans())
 def test_damaged_pth_files_are_read_or_refused_in_one_line(tmp_path_factory, data, zipped):
