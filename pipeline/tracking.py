@@ -130,9 +130,9 @@ class Tracker:
         spool.parent.mkdir(parents=True, exist_ok=True)
         self._sent = int(self._sent_file.read_text()) if self._sent_file.exists() else 0
         self._cut_torn_line()
-        self._stream = open(spool, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._last = self._last_steps()
         self._client: Any = None
+        self._last = self._last_steps()
+        self._stream = open(spool, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._stop = threading.Event()
         self._warned = False
         self._thread = threading.Thread(target=self._send_forever, name="mlflow-sender", daemon=True)

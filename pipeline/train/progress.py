@@ -22,13 +22,15 @@ class Progress:
         self._steps = config.train.steps
         self._start_step, self._started = start_step, time.perf_counter()
         self._latest: dict[str, float] = {}
-        self._shown = -1
+        self._validated = 0
         if start_step:
             _say(f"resumed at step {start_step} of {self._steps}")
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Show the newest values of this step."""
         self._latest.update(values)
+        if "val/loss_block" in values:
+            self._validated = step
         _say(self._line(step))
 
     def end(self) -> None:
@@ -43,7 +45,7 @@ class Progress:
         if "train/mfu" in v:
             parts.append(f"MFU {v['train/mfu']:.1%}")
         if "val/loss_block" in v:
-            parts.append(f"val {v['val/loss_block']:.4f} (cached G {v['val/loss_cached']:.4f})")
+            parts.append(f"val@{self._validated} {v['val/loss_block']:.4f} (cached G {v['val/loss_cached']:.4f})")
         if "invariance/order_parameter_G" in v:
             parts.append(f"order parameter of G {v['invariance/order_parameter_G']:.1e}")
         if "invariance/budget" in v:

@@ -1,0 +1,41 @@
+"""What `pldr plan` says, against numbers known from the papers."""
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.plan import plan, plan_lines, state_bytes
+from pipeline.schedule import budget_verdict
+
+
+def test_the_papers_110m_recipe(repository):
+    config = load_config(repository / "configs" / "pldr-110m.yaml")
+    report = plan(config)
+    assert report["parameters"] == 109_689_362 == sum(report["parameters_by_part"].values())
+    assert report["tokens"] == 250_000 * 32 * 1024
+    assert report["invariance_budget"] == pytest.approx(13.7, abs=0.1)
+    assert "invariant expected" in report["invariance_verdict"]
+    assert report["hours"] == pytest.approx(
+        report["flops_per_token_training"] * report["tokens"] / (8 * 989e12 * 0.4) / 3600
+    )
+    text = "\n".join(plan_lines(report))
+    assert "109,689,362" in text and "zero3" in text
+
+
+def test_the_sub_critical_recipe_is_warned_of(repository):
+    config = load_config(repository / "configs" / "pldr-110m.yaml", ["train.max_lr=3e-5"])
+    assert "NOT invariant" in plan(config)["invariance_verdict"]
+    assert budget_verdict(4.1).startswith("only approximately")
+
+
+def test_zero_memory_follows_what_each_stage_shards(repository):
+    config = load_config(repository / "configs" / "pldr-110m.yaml")
+    count = 109_689_362
+    assert state_bytes(config, 0, 8) == 16 * count
+    assert state_bytes(config, 1, 4) == 4 * count + 12 * count // 4
+    assert state_bytes(config, 3, 2) == count * 2 // 2 * 2 + 12 * count // 2
+
+
+def test_a_constant_g_has_no_budget(repository):
+    config = load_config(repository / "configs" / "quickstart.yaml", ["model.g_source=identity"])
+    report = plan(config)
+    assert report["invariance_budget"] is None and report["parameters_by_part"]["metric_learner"] == 0
