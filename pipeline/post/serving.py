@@ -46,12 +46,18 @@ def read_prompts(model_input: Any) -> list[str]:
             raise UserError(f"input: no column 'prompt' among {', '.join(map(str, columns))}")
         model_input = model_input[column]
     if isinstance(model_input, dict):
-        model_input = model_input.get("prompt", [model_input])
-    items = [model_input] if isinstance(model_input, str) else list(model_input)
-    prompts = [item.get("prompt") if isinstance(item, dict) else item for item in items]
+        model_input = model_input.get("prompt")
+    model_input = _plain(model_input)
+    items = model_input if isinstance(model_input, list) else [model_input]
+    prompts = [_plain(item.get("prompt")) if isinstance(item, dict) else item for item in items]
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError('input: needs texts, such as ["The "] or [{"prompt": "The "}]')
     return [str(prompt) for prompt in prompts]
+
+
+def _plain(value: Any) -> Any:
+    """Series and arrays as lists, and the 0-dim arrays that MLflow's server makes of single texts as texts."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 mlflow.models.set_model(BundleModel())

@@ -1,0 +1,140 @@
+"""A tiny model whose held-out text is sampled from itself: then its own G_LM is the best one by construction, and a
+validator has something true to find, without any training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+
+from pipeline.config import PostConfig
+from pipeline.post.bundle import build_bundle
+from pipeline.post.extract import extract_g
+from pipeline.post.validate import validate
+from pldr_model.config import ModelConfig
+from pldr_model.generate import generate
+from pldr_model.model import PLDRModel
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+torch.set_num_threads(1)
+
+CONFIG = ModelConfig(
+    vocab_size=48,
+    num_layers=2,
+    num_heads=2,
+    head_dim=8,
+    context_length=32,
+    A_dff=8,
+    num_reslayerA=2,
+    num_denseA=1,
+)
+POST = PostConfig(prompts=16, generate_tokens=12)
+TEXT = (
+    "the quick brown fox jumps over the lazy dog and the lazy dog sleeps. pack my box with five dozen jugs of wine. "
+    "how vexingly quick daft zebras jump! sphinx of black quartz, judge my vow. the end of the line is near, said she.\n"
+)
+
+
+def make_model(*, gain: float = 0.0, seed: int = 0, config: ModelConfig = CONFIG) -> PLDRModel:
+    """`gain` is that of the metric learner's last norm: at 0 A is its bias, constant; at 1 A depends on the input."""
+    torch.manual_seed(seed)
+    model = PLDRModel(config).eval()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.output.weight.mul_(3)
+            if layer.attention.plga is not None:
+                norm = layer.attention.plga.metric_learner[-1].norm
+                norm.weight.fill_(gain)
+                norm.bias.normal_()
+                layer.attention.plga.b_a.normal_()
+        model.output.weight.mul_(3)
+        model.output.bias[config.pad_id] = -30.0  # padding is never sampled
+    return model
+
+
+def sample_text(model: PLDRModel, *, count: int = 24, seed: int = 0) -> torch.Tensor:
+    """[count, context_length] ids drawn from the model itself, live G at every token."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(4, model.config.vocab_size, (count, 1), generator=generator).tolist()
+    new = generate(
+        model,
+        first,
+        max_new_tokens=model.config.context_length - 1,
+        temperature=1.0,
+        use_cache=False,
+        seed=seed,
+    )
+    return torch.tensor([a + b for a, b in zip(first, new, strict=True)])
+
+
+def certify(model: PLDRModel, text: torch.Tensor, *, post: PostConfig = POST, **kwargs: Any) -> dict[str, Any]:
+    """Extract and validate."""
+    return validate(model, extract_g(model, text[:, :-1], "mean").g_lm, text, post, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """The helpers above: a conftest cannot be imported by name."""
+    return SimpleNamespace(
+        config=CONFIG, post=POST, make_model=make_model, sample_text=sample_text, certify=certify
+    )
+
+
+@pytest.fixture(scope="session")
+def invariant() -> PLDRModel:
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def text(invariant: PLDRModel) -> torch.Tensor:
+    return sample_text(invariant)
+
+
+@pytest.fixture(scope="session")
+def certificate(invariant: PLDRModel, text: torch.Tensor) -> dict[str, Any]:
+    return certify(invariant, text, lineage={"checkpoint": "step-000007"}, budget=9.5)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text(TEXT * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=CONFIG.vocab_size,
+        hard_vocab_limit=False,
+        pad_id=0,
+        unk_id=1,
+        bos_id=2,
+        eos_id=3,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture
+def make_bundle(
+    invariant: PLDRModel, text: torch.Tensor, certificate: dict[str, Any], tokenizer_path: Path, tmp_path: Path
+) -> Callable[..., Path]:
+    def make(name: str = "bundle", **changes: Any) -> Path:
+        arguments = {
+            "certificate": certificate,
+            "tokenizer": tokenizer_path,
+            "out": tmp_path / name,
+            "lineage": {"checkpoint": "step-000007", "data_fingerprint": "f00d", "step": 7},
+            **changes,
+        }
+        model = arguments.pop("model", invariant)
+        build_bundle(model, extract_g(model, text[:, :-1], "mean").g_lm, **arguments)
+        return tmp_path / name
+
+    return make

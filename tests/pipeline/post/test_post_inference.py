@@ -1,0 +1,103 @@
+"""Text in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.post.inference import Bundle
+from pldr_model.generate import generate
+from pldr_model.model import PLDRModel
+
+PROMPTS = ["the quick", "a", "jumps over the lazy dog and "]
+
+
+@pytest.fixture
+def bundle(make_bundle: Callable[..., Path]) -> Bundle:
+    return Bundle.load(make_bundle())
+
+
+def test_the_bundle_says_what_the_full_model_says_without_any_cache(bundle: Bundle, invariant: PLDRModel) -> None:
+    ids = [bundle.tokenizer.encode(prompt) for prompt in PROMPTS]
+    live = generate(invariant, ids, max_new_tokens=10, use_cache=False, eos_id=3)
+    got = bundle.generate(PROMPTS, max_new_tokens=10)
+    whole = [bundle.tokenizer.decode(a + b) for a, b in zip(ids, live, strict=True)]
+    for completion, prompt, text in zip(got, PROMPTS, whole, strict=True):
+        assert (prompt.rstrip() + completion).split() == text.split()
+    assert any(got)
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(bundle: Bundle) -> None:
+    for settings in ({}, {"temperature": 1.0, "top_p": 0.9, "seed": 5}, {"temperature": 0.7, "top_k": 3, "seed": 1}):
+        together = bundle.generate(PROMPTS, max_new_tokens=12, **settings)
+        assert together == [bundle.generate([prompt], max_new_tokens=12, **settings)[0] for prompt in PROMPTS]
+        assert together == bundle.generate(PROMPTS, max_new_tokens=12, **settings)
+    assert bundle.generate(PROMPTS, temperature=1.0, seed=1) != bundle.generate(PROMPTS, temperature=1.0, seed=2)
+
+
+def test_generation_ends_at_the_context(bundle: Bundle) -> None:
+    prompt_ids = bundle.tokenizer.encode("a")
+    (text,) = bundle.generate(["a"], max_new_tokens=10_000, temperature=1.0, seed=4)
+    assert 0 < len(bundle.tokenizer.encode(text)) <= bundle.config.context_length + 2 - len(prompt_ids)
+
+
+def test_text_is_cut_before_the_first_stop_string_also_one_that_spans_tokens(bundle: Bundle) -> None:
+    settings = {"max_new_tokens": 28, "temperature": 1.0, "seed": 3}
+    (whole,) = bundle.generate(["the quick"], **settings)
+    pieces = bundle.tokenizer.encode(whole)
+    assert len(whole) > 12 and len(pieces) > 6
+    middle = len(whole) // 2
+    for length in (1, 2, 5):  # long ones span tokens
+        stop = whole[middle : middle + length]
+        (cut,) = bundle.generate(["the quick"], stop=[stop, "\x00never"], **settings)
+        assert cut == whole[: whole.index(stop)]
+    assert bundle.generate(["the quick"], stop=["\x00never"], **settings) == [whole]
+
+
+def test_stop_strings_end_the_work_and_not_only_the_text(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    extend = PLDRModel.extend
+    monkeypatch.setattr(PLDRModel, "extend", lambda self, *a, **k: calls.append(1) or extend(self, *a, **k))
+    settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 3}
+    (whole,) = bundle.generate(["the"], **settings)
+    full = len(calls)
+    bundle.generate(["the"], stop=[whole[2]], **settings)
+    assert len(calls) - full < full / 2
+
+
+def test_the_space_at_the_joint_is_kept(bundle: Bundle) -> None:
+    ids = bundle.tokenizer.encode("the lazy dog")
+    start = bundle.tokenizer.encode("the")
+    assert ids[: len(start)] == start
+    assert bundle._text(ids[len(start) :]) == " lazy dog"
+
+
+def test_eos_ends_a_completion_and_is_not_in_it(make_bundle: Callable[..., Path], bundle: Bundle) -> None:
+    with torch.no_grad():
+        bundle.model.output.bias[bundle.config.eos_id] = 1e4
+    assert bundle.generate(PROMPTS, max_new_tokens=5) == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([], {}, "none given"),
+        ([""], {}, r"prompts\[0\]: holds no text"),
+        (["a", "the quick brown fox " * 9], {}, r"prompts\[1\]: \d+ tokens leave no room in the context of 32"),
+        ("one text", {}, "a list of texts"),
+        (["a"], {"temperature": -1.0}, "temperature"),
+        (["a"], {"top_p": 0.0, "temperature": 1.0}, "top_p"),
+        (["a"], {"top_k": -1}, "top_k"),
+        (["a"], {"max_new_tokens": 0}, "max_new_tokens"),
+        (["a"], {"stop": "x"}, "stop: a list"),
+        (["a"], {"stop": [""]}, "stop: a list of non-empty"),
+    ],
+)
+def test_wrong_use_is_one_line(bundle: Bundle, prompts: list[str], settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        bundle.generate(prompts, **settings)
+    assert "\n" not in str(caught.value)
