@@ -12,19 +12,21 @@ a whole file that is not UTF-8, and goes on.
 from __future__ import annotations
 
 import importlib.util
+import io
 import lzma
 import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import fsspec
 import orjson
+import zstandard
 
 from pipeline.errors import UserError
-from pipeline.storage import check_url, is_local
+from pipeline.storage import CHUNK, check_url, is_local
 
 FORMATS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
@@ -119,24 +121,58 @@ def read_documents(file: InputFile) -> Iterator[Text | Rejected]:
     """The documents of one file, in order, streamed. Damage ends the file with a Rejected; what came before
     it counts."""
     try:
-        with fsspec.open(file.url, "rb", compression=file.compression) as stream:
+        zstd = file.compression == "zstd"
+        with fsspec.open(file.url, "rb", compression=None if zstd else file.compression) as raw:
+            stream = io.BufferedReader(_ZstdReader(raw) if zstd else raw, CHUNK)
             yield from _read_text(file, stream) if file.kind == "text" else _read_jsonl(file, stream)
     except FileNotFoundError:
         raise UserError(f"{file.name}: gone since the sources were listed; start again") from None
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         yield _damaged(file, error)
-    except Exception as error:
-        # gzip and bz2 report damage as a bare OSError, zstandard with a class of its own; a real I/O error
-        # has an errno. if file.compression is None or (isinstance(error, OSError) and error.errno is not
-        # None): raise
-        yield _damaged(file, error)
+    except OSError as error:
+        if error.errno is not None or isinstance(error, io.UnsupportedOperation):
+            raise UserError(
+                f"{file.name}: cannot be read ({error}); mend the file's permissions or its disk"
+            ) from error
+        yield _damaged(file, error)  # gzip and bz2 report damage as an OSError without a number
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompressed bytes of a .zst file. zstandard's own reader, which fsspec uses, stops without a word where the file is
+    cut, and behind the first frame of a file with many."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._in = b""
+        self._out = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._out:
+            self._in = self._in or self._raw.read(CHUNK // 16)
+            if not self._in:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._out = memoryview(self._frame.decompress(self._in))
+            self._in = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._out))
+        buffer[:count] = self._out[:count]
+        self._out = self._out[count:]
+        return count
 
 
 def _damaged(file: InputFile, error: Exception) -> Rejected:
     return Rejected("damaged_file", f"{file.name}: cut or damaged ({error}); fetch it again {SKIP}")
 
 
-def _read_text(file: InputFile, stream: Any) -> Iterator[Text | Rejected]:
+def _read_text(file: InputFile, stream: io.BufferedReader) -> Iterator[Text | Rejected]:
     data: bytes = stream.read().removeprefix(BOM)
     try:
         yield Text(file.name, data.decode("utf-8"))
@@ -144,7 +180,7 @@ def _read_text(file: InputFile, stream: Any) -> Iterator[Text | Rejected]:
         yield _not_utf8(file.name, error)
 
 
-def _read_jsonl(file: InputFile, stream: Any) -> Iterator[Text | Rejected]:
+def _read_jsonl(file: InputFile, stream: io.BufferedReader) -> Iterator[Text | Rejected]:
     for number, line in enumerate(stream, 1):
         if number == 1:
             line = line.removeprefix(BOM)

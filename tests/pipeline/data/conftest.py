@@ -20,7 +20,9 @@ WORDS = "thou art more lovely and temperate rough winds do shake the darling bud
 
 
 def sentences(rng: random.Random, count: int) -> str:
-    lines = [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) + rng.choice([".", "?", ",--", "  "]) for _ in range(count)]
+    lines = [
+        " ".join(rng.choices(WORDS, k=rng.randint(3, 12))) + rng.choice([".", "?", ",--", "  "]) for _ in range(count)
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -43,7 +45,7 @@ def make_config() -> MakeConfig:
     def make(run_dir: Path, sources: str | list[Any], **sections: Any) -> RunConfig:
         listed = [sources] if isinstance(sources, str) else sources
         entries = [{"url": source} if isinstance(source, str) else source for source in listed]
-        model = {"num_layers": 1, "num_heads": 2, "head_dim": 8, "vocab_size": sections.pop("vocab_size", 400)}
+        model = {"num_layers": 1, "num_heads": 2, "head_dim": 8, "vocab_size": sections.pop("vocab_size", 330)}
         tree = {
             "name": "test",
             "run_dir": str(run_dir),
@@ -64,7 +66,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, make_config: MakeConfig) -> tuple[RunConfig, RunPaths]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, make_config: MakeConfig
+) -> tuple[RunConfig, RunPaths]:
     """All three data stages of the corpus, done. Read only."""
     root = tmp_path_factory.mktemp("run")
     config, paths = make_config(root, f"{corpus}/*.jsonl"), RunPaths(root)

@@ -1,0 +1,210 @@
+"""Stage shard: everything accounted for, byte-identical for any number of workers, splits by text, readable by others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+
+from pipeline.config import RunConfig, RunPaths
+from pipeline.data.documents import DocumentIndex, read_shard
+from pipeline.data.shard import deal, shard_documents, split_of
+from pipeline.data.sources import InputFile
+from pipeline.errors import UserError
+
+MakeConfig = Callable[..., RunConfig]
+Contents = Callable[[Path], dict[str, bytes]]
+
+
+def run(config: RunConfig) -> tuple[dict[str, Any], RunPaths]:
+    paths = RunPaths(config.run_dir)
+    return shard_documents(config, paths), paths
+
+
+def texts_of(paths: RunPaths) -> dict[str, str]:
+    """text -> split, of every document."""
+    index = DocumentIndex.load(paths.documents)
+    return {d.text: d.meta["split"] for shard in index.shards for d in read_shard(paths.documents, shard)}
+
+
+def write_jsonl(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def test_every_document_arrives_once_with_its_facts(corpus: Path, finished: tuple[RunConfig, RunPaths]) -> None:
+    _, paths = finished
+    written = [json.loads(line)["text"] for file in sorted(corpus.iterdir()) for line in open(file, encoding="utf-8")]
+    index = DocumentIndex.load(paths.documents)
+    read = [document for shard in index.shards for document in read_shard(paths.documents, shard)]
+    assert sorted(document.text for document in read) == sorted(written)
+    for document in read:
+        sha256 = hashlib.sha256(document.text.encode()).hexdigest()
+        split = split_of(sha256, val_fraction=0.1, test_fraction=0.05)
+        assert document.meta["sha256"] == sha256 and document.meta["split"] == split
+        assert document.key.startswith(split) and document.meta["source"].startswith(str(corpus))
+    counts = json.loads((paths.documents / "index.json").read_text())["counts"]
+    assert counts["documents_read"] == counts["documents_kept"] == len(written) == 160 and counts["dropped"] == {}
+    assert {split: index.splits[split]["documents"] > 0 for split in ("train", "val", "test")}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_bytes_do_not_depend_on_workers_or_on_the_run(
+    workers: int,
+    tmp_path: Path,
+    corpus: Path,
+    make_config: MakeConfig,
+    finished: tuple[RunConfig, RunPaths],
+    contents: Contents,
+) -> None:
+    _, paths = run(make_config(tmp_path, f"{corpus}/*.jsonl", data={"workers": workers}))
+    assert contents(paths.documents) == contents(finished[1].documents)
+
+
+def test_stock_webdataset_reads_document_tars(
+    finished: tuple[RunConfig, RunPaths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webdataset.utils, "enforce_security", True)
+    paths = finished[1]
+    shards = DocumentIndex.load(paths.documents).of_split("train")
+    urls = [str(paths.documents / shard["name"]) for shard in shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode())
+    ours = [document for shard in shards for document in read_shard(paths.documents, shard)]
+    assert [(s["__key__"], s["txt"], s["json"]) for s in samples] == [(d.key, d.text, d.meta) for d in ours]
+
+
+def test_splits_depend_on_the_text_alone(tmp_path: Path, make_config: MakeConfig) -> None:
+    texts = [f"document {n}" for n in range(120)]
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", texts)
+    _, one = run(make_config(tmp_path / "one", str(tmp_path / "in")))
+    write_jsonl(tmp_path / "in" / "0.jsonl", ["new " + text for text in texts] + texts[:3])
+    _, two = run(make_config(tmp_path / "two", str(tmp_path / "in"), data={"tasks": 5, "test_fraction": 0.3}))
+    before, after = texts_of(one), texts_of(two)
+    assert set(before) < set(after) and set(before.values()) == {"train", "val", "test"}
+    assert all(after[text] == split or (split, after[text]) == ("train", "test") for text, split in before.items())
+
+
+def test_dropped_documents_are_counted_by_reason(tmp_path: Path, make_config: MakeConfig) -> None:
+    lines = [json.dumps({"text": f"long enough, number {n}"}) for n in range(50)]
+    bad = ["not json", json.dumps({"text": 5}), json.dumps({"text": "   short   "}), json.dumps({"text": ""})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines + bad))
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    settings = {"on_bad_input": "skip", "min_characters": 8}
+    sources = [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.txt"]
+    result, paths = run(make_config(tmp_path / "run", sources, data=settings))
+    assert result["dropped"] == {"no_text": 1, "not_json": 1, "not_utf8": 1, "too_short": 2}
+    counts = json.loads((paths.documents / "index.json").read_text())["counts"]
+    assert counts["documents_read"] == 52 and counts["documents_kept"] == result["documents"] == 50
+
+
+def test_bad_input_stops_with_its_place_and_leaves_no_index(tmp_path: Path, make_config: MakeConfig) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: not JSON .*on_bad_input=skip") as caught:
+        run(make_config(tmp_path / "run", f"{tmp_path}/a.jsonl"))
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 1
+    with pytest.raises(UserError, match="no finished documents"):
+        DocumentIndex.load(tmp_path / "run" / "documents")
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "message"),
+    [
+        ([""], {}, "no document left.*1 too_short"),
+        (["a", "b"], {"min_characters": 5}, "2 too_short.*lower data.min_characters"),
+        (["a", "b", "c"], {"val_fraction": 0.0}, r"the val split is empty: .*set data.val_fraction to 0\.\d+"),
+        (["a", "b", "c"], {"val_fraction": 0.95}, "the train split is empty"),
+    ],
+)
+def test_an_empty_corpus_or_split(
+    texts: list[str], settings: dict[str, Any], message: str, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    with pytest.raises(UserError, match=message):
+        run(make_config(tmp_path / "run", f"{tmp_path}/a.jsonl", data=settings))
+
+
+def test_the_suggested_val_fraction_works(tmp_path: Path, make_config: MakeConfig) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [f"text {n}" for n in range(20)])
+    with pytest.raises(UserError) as caught:
+        run(make_config(tmp_path / "run", f"{tmp_path}/a.jsonl", data={"val_fraction": 0.0001}))
+    fraction = float(str(caught.value).split("set data.val_fraction to ")[1].split()[0])
+    result, _ = run(make_config(tmp_path / "run", f"{tmp_path}/a.jsonl", data={"val_fraction": fraction}))
+    assert result["splits"]["val"]["documents"] >= 1
+
+
+def test_changed_inputs_never_meet_old_work(tmp_path: Path, make_config: MakeConfig, contents: Contents) -> None:
+    for number in range(3):
+        write_jsonl(tmp_path / f"{number}.jsonl", [f"file {number} text {n}" for n in range(30)])
+    config = make_config(tmp_path / "run", f"{tmp_path}/*.jsonl", data={"tasks": 3})
+    first, paths = run(config)
+    write_jsonl(tmp_path / "1.jsonl", [f"file 1 TEXT {n}" for n in range(30)])  # the same size
+    second, _ = run(config)
+    assert first["fingerprint"] != second["fingerprint"] and "file 1 TEXT 7" in texts_of(paths)
+    (tmp_path / "2.jsonl").unlink()
+    run(make_config(tmp_path / "run", f"{tmp_path}/*.jsonl", data={"tasks": 1}))  # fewer shards than lie there
+    _, fresh = run(make_config(tmp_path / "fresh", f"{tmp_path}/*.jsonl", data={"tasks": 1}))
+    assert contents(paths.documents) == contents(fresh.documents)
+
+
+def test_finished_work_is_kept_and_damage_is_not_believed(
+    tmp_path: Path, corpus: Path, make_config: MakeConfig, contents: Contents
+) -> None:
+    config = make_config(tmp_path, f"{corpus}/*.jsonl")
+    _, paths = run(config)
+    before = contents(paths.documents)
+    stamps = {path.name: path.stat().st_mtime_ns for path in paths.documents.glob("*.tar")}
+    damaged = paths.documents / "train-000001.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    (paths.documents / ".train-000000.tar.1.ab.spool.tmp").write_bytes(b"half")  # of a killed run
+    run(config)
+    assert contents(paths.documents) == before
+    again = {path.name: path.stat().st_mtime_ns for path in paths.documents.glob("*.tar")}
+    assert {name for name in stamps if stamps[name] == again[name]} == {name for name in stamps if "000000" in name}
+
+
+def test_damaged_documents_are_named(finished: tuple[RunConfig, RunPaths], tmp_path: Path) -> None:
+    shutil.copytree(finished[1].documents, tmp_path / "documents")
+    index = DocumentIndex.load(tmp_path / "documents")
+    path = tmp_path / "documents" / "train-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"train-000000\.tar: its sha256 is not the one"):
+        next(read_shard(index.folder, index.of_split("train")[0]))
+    tree = (tmp_path / "documents" / "index.json").read_text()
+    (tmp_path / "documents" / "index.json").write_text(tree.replace('"documents": ', '"documents": 1', 1))
+    with pytest.raises(UserError, match="fingerprint does not fit"):
+        DocumentIndex.load(tmp_path / "documents")
+
+
+def test_too_little_disk_is_said_before_anything_is_written(
+    tmp_path: Path, corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="free some space or set run_dir"):
+        run(make_config(tmp_path / "run", f"{corpus}/*.jsonl"))
+    assert not (tmp_path / "run" / "documents").exists()
+
+
+def test_work_is_dealt_evenly_and_completely() -> None:
+    files = [
+        InputFile(str(n), str(n), "text", None, "text", None, size, "") for n, size in enumerate([100, 1, 1, 50, 49])
+    ]
+    plan = deal(files, 2)
+    assert sorted(file.url for share in plan for file in share) == ["0", "1", "2", "3", "4"]
+    assert [sum(file.size for file in share) for share in plan] == [101, 100]
+    assert all([file.url for file in share] == sorted(file.url for file in share) for share in plan)
+
+
+def test_nothing_is_printed(
+    tmp_path: Path, corpus: Path, make_config: MakeConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(make_config(tmp_path, f"{corpus}/*.jsonl"))
+    assert capfd.readouterr() == ("", "")
+    assert "Processing done" in next((tmp_path / "logs").glob("shard-*/logs/task_00000.log")).read_text()
