@@ -1,7 +1,7 @@
 """The model card: README.md of a bundle. For people; everything in it is in the JSON files too.
 
-Decision: the card of an uncertified bundle says so in its first line, and a loader checks that line. The card never shows
-PLGA's loss without saying what it has to be compared with.
+Decision: the card of an uncertified bundle says so in its first line, and a loader checks that line. How the model was
+trained, and what its loss has to be compared with, comes as `notes` from whoever knows the run.
 """
 
 from __future__ import annotations
@@ -60,9 +60,6 @@ def model_card(
         "```",
         *summary_lines(certificate),
         "```",
-        "",
-        "The loss says nothing about PLGA against plain attention: at equal size, data and learning rate the SDPA twin",
-        "(G = identity) was ahead in every small comparison of this project. Compare with the twin before you choose.",
         "",
         "## Lineage",
         "",

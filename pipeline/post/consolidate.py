@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import pickle
-import re
 import shutil
 import uuid
 import warnings
@@ -47,8 +46,6 @@ from pipeline.storage import (
 from pldr_model.config import ModelConfig
 from pldr_model.model import is_metric_parameter
 
-TAG = re.compile(r"[A-Za-z0-9._-]+")
-
 
 def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
     """Merge a committed checkpoint into `out/{model.safetensors, config.json}`, fp32, with our parameter names.
@@ -60,7 +57,7 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
     """
     state = verify_checkpoint(checkpoint)
     config = parse_model(state["config"].get("model"), where=checkpoint / "state.json")
-    weights = _fit(_merge(checkpoint / _tag(checkpoint)), config, where=checkpoint)
+    weights = _fit(_merge(_tag_folder(checkpoint, state)), config, where=checkpoint)
     source = {
         "checkpoint": checkpoint.name,
         "checkpoint_sha256": sha256_file(checkpoint / MANIFEST),
@@ -100,6 +97,9 @@ def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
         raise UserError(
             f"{checkpoint}: no COMMITTED file, so this checkpoint was never finished; name an older one or train on"
         )
+    sealed = (checkpoint / "COMMITTED").read_bytes().decode(errors="replace").strip()
+    if not (checkpoint / MANIFEST).is_file() or sha256_file(checkpoint / MANIFEST) != sealed:
+        raise UserError(f"{checkpoint / MANIFEST}: sha256 differs from COMMITTED: damaged; name another checkpoint")
     manifest = read_json(checkpoint / MANIFEST, schema_version=1)
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(
@@ -111,19 +111,18 @@ def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
         if str(path.relative_to(checkpoint)) not in files:
             raise UserError(f"{path}: not listed in {MANIFEST}; remove it or name another checkpoint")
     state = read_json(checkpoint / "state.json", schema_version=1)
-    if not isinstance(state.get("config"), dict):
-        raise UserError(f"{checkpoint / 'state.json'}: holds no run config; name another checkpoint")
+    if not isinstance(state.get("config"), dict) or not isinstance(state.get("step"), int):
+        raise UserError(f"{checkpoint / 'state.json'}: holds no run config or no step; name another checkpoint")
     assert isinstance(state, dict)
     return state
 
 
-def _tag(checkpoint: Path) -> str:
-    """The DeepSpeed tag folder that `latest` names."""
-    latest = checkpoint / "latest"
-    tag = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
-    if not TAG.fullmatch(tag) or set(tag) == {"."} or not (checkpoint / tag).is_dir():
-        raise UserError(f"{latest}: names no folder of this checkpoint ({tag[:40]!r}); name another checkpoint")
-    return tag
+def _tag_folder(checkpoint: Path, state: dict[str, Any]) -> Path:
+    """DeepSpeed's own files lie in a folder named for the step, whatever the checkpoint has been renamed to."""
+    folder = checkpoint / f"step-{state['step']:06d}"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; this checkpoint has no weights: name another one")
+    return folder
 
 
 def _merge(folder: Path) -> dict[str, Tensor]:

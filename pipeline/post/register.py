@@ -20,7 +20,6 @@ from pipeline.errors import UserError
 from pipeline.post.bundle import read_bundle
 
 ALIAS = "certified"
-ARTIFACT = "bundle"  # the model's folder among the run's artifacts
 LINEAGE_TAGS = ("checkpoint", "step", "data_fingerprint", "tokenizer_sha256", "git_commit")
 
 
@@ -43,7 +42,8 @@ def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certifi
             client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
             version = _find_version(client, name, run_id, digest)
             if version is None:
-                source = _upload(client, bundle, run_id)
+                # A folder of its own for each bundle of a run: a later one must not change what an earlier version serves.
+                source = _upload(client, bundle, run_id, folder_name=f"bundle-{digest[:16]}")
                 _ensure_model(client, name)
                 lineage = parts.manifest["lineage"]
                 tags = {
@@ -90,13 +90,13 @@ def save_pyfunc(bundle: Path, folder: Path) -> None:
     )
 
 
-def _upload(client: Any, bundle: Path, run_id: str) -> str:
+def _upload(client: Any, bundle: Path, run_id: str, *, folder_name: str) -> str:
     """The model's URL among the run's artifacts."""
     with tempfile.TemporaryDirectory(prefix="pldr-register-") as temporary:
-        folder = Path(temporary) / ARTIFACT
+        folder = Path(temporary) / folder_name
         save_pyfunc(bundle, folder)
-        client.log_artifacts(run_id, str(folder), ARTIFACT)
-    return f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
+        client.log_artifacts(run_id, str(folder), folder_name)
+    return f"{client.get_run(run_id).info.artifact_uri}/{folder_name}"
 
 
 def _find_version(client: Any, name: str, run_id: str, digest: str) -> str | None:

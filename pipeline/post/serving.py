@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 import mlflow
+import pandas  # type: ignore[import-untyped]
 from mlflow.pyfunc import PythonModel
 
 from pipeline.errors import UserError
@@ -26,14 +27,12 @@ class BundleModel(PythonModel):  # type: ignore[misc]  # MLflow comes without ty
         """Verify and load the bundle."""
         self.bundle = Bundle.load(context.artifacts["bundle"])
 
-    # No type hint on model_input: MLflow would take it for a schema, and there are three accepted forms.
-    def predict(  # type: ignore[no-untyped-def]
-        self,
-        context: Any,
-        model_input,
-        params: dict[str, Any] | None = None,
-    ) -> list[str]:
-        """Completions of the prompts, in their order. Raises UserError for input that holds no prompts."""
+    def predict(self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
+        """Completions of the prompts, in their order. Raises UserError for input that holds no prompts.
+
+        The hint on `model_input` is the one MLflow takes no schema from, and does not warn about; every form of
+        `read_prompts` arrives.
+        """
         return self.bundle.generate(read_prompts(model_input), **(params or {}))
 
 

@@ -82,9 +82,7 @@ def certify(model: PLDRModel, text: torch.Tensor, *, post: PostConfig = POST, **
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
     """The helpers above: a conftest cannot be imported by name."""
-    return SimpleNamespace(
-        config=CONFIG, post=POST, make_model=make_model, sample_text=sample_text, certify=certify
-    )
+    return SimpleNamespace(config=CONFIG, post=POST, make_model=make_model, sample_text=sample_text, certify=certify)
 
 
 @pytest.fixture(scope="session")

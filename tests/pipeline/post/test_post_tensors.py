@@ -45,7 +45,7 @@ def test_round_trip_and_equal_bytes_whatever_the_order(tmp_path: Path) -> None:
 )
 def test_a_header_that_does_not_fit_its_file_is_refused(tmp_path: Path, header: dict[str, object] | bytes) -> None:
     path = write(tmp_path / "x.safetensors", header, b"\0" * 16)
-    with pytest.raises(UserError, match="x.safetensors: its safetensors header is damaged"):
+    with pytest.raises(UserError, match=r"x\.safetensors: its safetensors header is damaged"):
         read_header(path)
 
 

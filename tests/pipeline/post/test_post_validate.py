@@ -40,7 +40,8 @@ def test_an_invariant_model_is_certified(certificate: dict[str, Any], invariant:
     assert set(certificate["prompts"]["kinds"]) >= {"text", "text_15", "text_7", "text_1", "random", "repeated"}
 
 
-def test_a_certificate_is_plain_finite_json_and_the_same_every_time(tiny: SimpleNamespace, certificate: dict[str, Any], invariant: PLDRModel, text: torch.Tensor
+def test_a_certificate_is_plain_finite_json_and_the_same_every_time(
+    tiny: SimpleNamespace, certificate: dict[str, Any], invariant: PLDRModel, text: torch.Tensor
 ) -> None:
     written = json.dumps(certificate, allow_nan=False, sort_keys=True)
     torch.manual_seed(99)  # whatever state the process is in
@@ -113,7 +114,8 @@ def test_a_leak_fails_by_itself_even_when_the_deviation_is_allowed(tiny: SimpleN
     assert leak["live_rms"] > 1e-3 and leak["cached_max"] == 0.0
 
 
-def test_a_threshold_that_the_untrained_model_passes_certifies_nothing(tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor
+def test_a_threshold_that_the_untrained_model_passes_certifies_nothing(
+    tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor
 ) -> None:
     post = tiny.post.model_copy(update={"max_relative_deviation_g": 1e3})
     certificate = tiny.certify(invariant, text, post=post)
@@ -165,7 +167,9 @@ def test_a_constant_G_is_constant_by_construction_and_says_so(tiny: SimpleNamesp
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_prompts_are_an_error(tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor, count: int) -> None:
+def test_fewer_than_two_prompts_are_an_error(
+    tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor, count: int
+) -> None:
     g_lm = extract_g(invariant, text[:, :-1], "mean").g_lm
     with pytest.raises(UserError, match=f"{count} held-out prompts .* at least 2"):
         validate(invariant, g_lm, text[:count], tiny.post)
@@ -175,7 +179,9 @@ def test_fewer_than_two_prompts_are_an_error(tiny: SimpleNamespace, invariant: P
         validate(invariant, g_lm, padded, tiny.post)
 
 
-def test_prompts_of_another_context_or_vocabulary_are_errors(tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor) -> None:
+def test_prompts_of_another_context_or_vocabulary_are_errors(
+    tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor
+) -> None:
     g_lm = extract_g(invariant, text[:, :-1], "mean").g_lm
     with pytest.raises(UserError, match="66 tokens, the context is 32"):
         validate(invariant, g_lm, torch.cat((text, text, text[:, :2]), dim=1), tiny.post)
@@ -183,7 +189,9 @@ def test_prompts_of_another_context_or_vocabulary_are_errors(tiny: SimpleNamespa
         validate(invariant, g_lm, text + 40, tiny.post)
 
 
-def test_sequences_with_padding_are_left_out_and_counted(tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor) -> None:
+def test_sequences_with_padding_are_left_out_and_counted(
+    tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor
+) -> None:
     padded = text.clone()
     padded[0, -3:] = tiny.config.pad_id
     g_lm = extract_g(invariant, text[:, :-1], "mean").g_lm
@@ -197,7 +205,7 @@ def test_prompts_are_a_function_of_text_and_seed(tiny: SimpleNamespace, text: to
     assert sha256_kinds(kinds) == sha256_kinds(make_kinds(text, tiny.config, seed=3))
     assert sha256_kinds(kinds) != sha256_kinds(make_kinds(text, tiny.config, seed=4))
     assert all((kind.ids_NS != tiny.config.pad_id).all() for kind in kinds)
-    assert len({tuple(kind.ids_NS.shape) + (kind.name,) for kind in kinds}) == len(kinds)
+    assert len({(*kind.ids_NS.shape, kind.name) for kind in kinds}) == len(kinds)
 
 
 def test_what_could_not_be_measured_never_passes() -> None:
