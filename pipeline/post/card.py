@@ -13,9 +13,7 @@ from pipeline.post.certificate import summary_lines
 from pldr_model.config import ModelConfig
 
 CERTIFIED_LINE = "# PLDR-LLM bundle, certified: G_LM may be cached"
-UNCERTIFIED_LINE = (
-    "# PLDR-LLM bundle, UNCERTIFIED: its certificate did not pass, or it was packaged without one's claim"
-)
+UNCERTIFIED_LINE = "# PLDR-LLM bundle, UNCERTIFIED: its cached G_LM may give other answers than the model"
 
 
 def model_card(
