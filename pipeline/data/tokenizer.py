@@ -145,7 +145,7 @@ def _explain(error: RuntimeError, vocab_size: int) -> UserError:
     if least := re.search(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)", text):
         return UserError(
             f"model.vocab_size {vocab_size} is too small: characters, 256 bytes and special pieces take {least[1]}; "
-            f"set model.vocab_size above {least[1]} or lower tokenizer.character_coverage"
+            f"set model.vocab_size={least[1]} or more, or lower tokenizer.character_coverage"
         )
     if "sentences_.empty()" in text:
         return UserError("the train split holds nothing but line ends; name other data.sources")

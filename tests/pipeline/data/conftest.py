@@ -16,7 +16,26 @@ from pipeline.data.tokenize import tokenize_documents
 from pipeline.data.tokenizer import make_tokenizer
 
 MakeConfig = Callable[..., RunConfig]
-WORDS = "thou art more lovely and temperate rough winds do shake the darling buds of May summer's lease hath".split()
+WORDS = [
+    "thou",
+    "art",
+    "more",
+    "lovely",
+    "and",
+    "temperate",
+    "rough",
+    "winds",
+    "do",
+    "shake",
+    "the",
+    "darling",
+    "buds",
+    "of",
+    "May",
+    "summer's",
+    "lease",
+    "hath",
+]
 
 
 def sentences(rng: random.Random, count: int) -> str:

@@ -39,7 +39,8 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
 
 def test_every_document_arrives_once_with_its_facts(corpus: Path, finished: tuple[RunConfig, RunPaths]) -> None:
     _, paths = finished
-    written = [json.loads(line)["text"] for file in sorted(corpus.iterdir()) for line in open(file, encoding="utf-8")]
+    lines = [line for file in corpus.iterdir() for line in file.read_text(encoding="utf-8").splitlines()]
+    written = [json.loads(line)["text"] for line in lines]
     index = DocumentIndex.load(paths.documents)
     read = [document for shard in index.shards for document in read_shard(paths.documents, shard)]
     assert sorted(document.text for document in read) == sorted(written)
@@ -186,7 +187,8 @@ def test_damaged_documents_are_named(finished: tuple[RunConfig, RunPaths], tmp_p
 def test_too_little_disk_is_said_before_anything_is_written(
     tmp_path: Path, corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="free some space or set run_dir"):
         run(make_config(tmp_path / "run", f"{corpus}/*.jsonl"))
     assert not (tmp_path / "run" / "documents").exists()

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,10 @@ def test_globs_folders_and_files_each_file_once_in_order(tmp_path: Path) -> None
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "folder.txt").mkdir()
-    names = lambda files: [str(Path(file.name).relative_to(tmp_path)) for file in files]  # noqa: E731
+
+    def names(files: list[InputFile]) -> list[str]:
+        return [str(Path(file.name).relative_to(tmp_path)) for file in files]
+
     assert names(find(f"{tmp_path}/**/*.md")) == ["b.md", "deep/er/c.md"]
     assert names(find(f"{tmp_path}/*.txt")) == ["[x].txt", "a.txt"]
     assert names(find(f"{tmp_path}/[x].txt")) == ["[x].txt"]
@@ -137,11 +141,7 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path: Path, line: bytes
     before, bad, after = read(tmp_path / "a.jsonl")
     assert isinstance(before, Text) and isinstance(after, Text)
     assert isinstance(bad, Rejected) and bad.reason == reason
-    pytest.raises(UserError, _raise, bad).match(message)
-
-
-def _raise(rejected: Rejected) -> None:
-    raise UserError(rejected.message)
+    assert re.search(message, bad.message) and "a.jsonl" in bad.message and "\n" not in bad.message
 
 
 def test_text_that_is_not_utf8_names_the_byte(tmp_path: Path) -> None:

