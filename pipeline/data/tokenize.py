@@ -19,8 +19,7 @@ with pad, which the loss ignores. Both are counted: tokens_in == tokens + tokens
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,7 @@ if TYPE_CHECKING:  # workers import this module; torch is behind the configurati
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
-BATCH_DOCUMENTS = 64  # texts handed to SentencePiece at once
+BATCH_CHARACTERS = 1 << 19  # handed to SentencePiece at once
 TOKENS_PER_BYTE = 0.5  # an upper estimate, for the free space
 
 
@@ -153,11 +152,24 @@ class TokenizeShard(PipelineStep):  # type: ignore[misc]  # datatrove has no typ
 
 def encode(folder: Path, shard: dict[str, Any], tokenizer: Tokenizer, *, dtype: str) -> Iterator[Tokens]:
     """The ids of each document of a shard, eos behind each."""
-    documents = read_shard(folder, shard)
-    while batch := list(islice(documents, BATCH_DOCUMENTS)):
-        for ids in tokenizer.encode_batch([document.text for document in batch]):
+    for batch in batches(document.text for document in read_shard(folder, shard)):
+        for ids in tokenizer.encode_batch(batch):
             ids.append(tokenizer.eos_id)
             yield np.array(ids, dtype=dtype)
+
+
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of about BATCH_CHARACTERS: calls stay few for short texts, memory stays small for long ones."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 class Packer:

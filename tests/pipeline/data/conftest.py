@@ -16,31 +16,13 @@ from pipeline.data.tokenize import tokenize_documents
 from pipeline.data.tokenizer import make_tokenizer
 
 MakeConfig = Callable[..., RunConfig]
-WORDS = [
-    "thou",
-    "art",
-    "more",
-    "lovely",
-    "and",
-    "temperate",
-    "rough",
-    "winds",
-    "do",
-    "shake",
-    "the",
-    "darling",
-    "buds",
-    "of",
-    "May",
-    "summer's",
-    "lease",
-    "hath",
-]
+LINE = "thou art more lovely and temperate rough winds do shake the darling buds of May summer's lease hath"
 
 
 def sentences(rng: random.Random, count: int) -> str:
     lines = [
-        " ".join(rng.choices(WORDS, k=rng.randint(3, 12))) + rng.choice([".", "?", ",--", "  "]) for _ in range(count)
+        " ".join(rng.choices(LINE.split(), k=rng.randint(3, 12))) + rng.choice([".", "?", ",--", "  "])
+        for _ in range(count)
     ]
     return "\n".join(lines) + "\n"
 

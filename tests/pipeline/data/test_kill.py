@@ -26,28 +26,7 @@ MakeConfig = Callable[..., RunConfig]
 Contents = Callable[[Path], dict[str, bytes]]
 STAGES = {"shard": shard_documents, "tokenize": tokenize_documents}
 FOLDERS = {"shard": "documents", "tokenize": "tokens"}
-WORDS = tuple(
-    [
-        "sphinx",
-        "of",
-        "black",
-        "quartz",
-        "judge",
-        "my",
-        "vow",
-        "pack",
-        "five",
-        "dozen",
-        "liquor",
-        "jugs",
-        "in",
-        "the",
-        "box",
-        "thou",
-        "hast",
-        "her",
-    ]
-)
+PANGRAM = "sphinx of black quartz judge my vow pack five dozen liquor jugs in the box thou hast her"
 CHILD = """
 import json, sys
 from pipeline.config import RunPaths, parse_config

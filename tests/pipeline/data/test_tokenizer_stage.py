@@ -22,25 +22,11 @@ from pipeline.tokenizer import Tokenizer
 MakeConfig = Callable[..., RunConfig]
 
 
+LINE = "thou art more lovely and temperate rough winds do shake the darling buds of May"
+
+
 def sentences(rng: random.Random, count: int) -> str:
-    words = [
-        "thou",
-        "art",
-        "more",
-        "lovely",
-        "and",
-        "temperate",
-        "rough",
-        "winds",
-        "do",
-        "shake",
-        "the",
-        "darling",
-        "buds",
-        "of",
-        "May",
-    ]
-    return "".join(" ".join(rng.choices(words, k=9)) + ".\n" for _ in range(count))
+    return "".join(" ".join(rng.choices(LINE.split(), k=9)) + ".\n" for _ in range(count))
 
 
 def test_the_model_and_its_special_pieces(finished: tuple[RunConfig, RunPaths]) -> None:
