@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -32,17 +34,24 @@ def summary(line: Line, records: dict[str, dict[str, Any]], show: Callable[[str]
         show(f"{name:<12} {records[name]['seconds']:>8.1f}  {note}")
     show(f"{'total':<12} {sum(records[name]['seconds'] for name in NAMES):>8.1f}")
     uri = tracking_uri(config)
+    tools = os.path.relpath(os.path.dirname(sys.executable))
+    tools = tools if not tools.startswith("..") else os.path.dirname(sys.executable)
     view = (
-        f"mlflow ui --backend-store-uri {shlex.quote(uri)} --port 5000" if uri.startswith("sqlite") else f"open {uri}"
+        f"{tools}/mlflow ui --backend-store-uri {shlex.quote(uri)} --port 5000"
+        if uri.startswith("sqlite")
+        else f"open {uri}"
     )
     model = f"models:/{config.post.register_as}@certified"
-    serve = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow models serve -m {model} --env-manager local --port 5001"
+    serve = f"mlflow models serve -m {model} --env-manager local --port 5001"
+    environment = f"PATH={tools}:$PATH MLFLOW_TRACKING_URI={shlex.quote(uri)}"  # mlflow starts uvicorn by name
     show(f"\nbundle      {paths.bundle}")
     show(f"look        {view}    (run {records['train']['result']['run_id']})")
-    show(f"generate    pldr generate {shlex.quote(str(paths.bundle))} --prompt 'To be, or not to be' --temperature 0.8")
+    show(
+        f"generate    {tools}/pldr generate {shlex.quote(str(paths.bundle))} --prompt 'To be, or not to be' --temperature 0.8"
+    )
     if config.post.register_as is not None:
         body = json.dumps({"dataframe_split": {"columns": ["prompt"], "data": [["To be"]]}})
-        show(f"serve       {serve}")
+        show(f"serve       {environment} {serve}")
         show(
             f"  and ask   curl -s 127.0.0.1:5001/invocations -H 'Content-Type: application/json' -d {shlex.quote(body)}"
         )

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pipeline import storage
+from pipeline.checkpoints import committed
 from pipeline.config import RunConfig, RunPaths
 from pipeline.errors import UserError
 from pipeline.schedule import invariance_budget
@@ -27,9 +28,8 @@ CERTIFICATE = "certificate.json"
 def consolidate_newest(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     """ZeRO shards of the newest committed checkpoint -> `weights/`."""
     from pipeline.post.consolidate import consolidate
-    from pipeline.train import checkpoint
 
-    found = checkpoint.committed(paths.checkpoints)
+    found = committed(paths.checkpoints)
     if not found:
         raise UserError(f"{paths.checkpoints}: no committed checkpoint; run `pldr train` first")
     source = consolidate(found[-1], paths.weights)

@@ -12,27 +12,23 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline import storage
+from pipeline.checkpoints import COMMITTED, committed
 from pipeline.config import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError
-
-log = logging.getLogger(__name__)
+from pipeline.pretrain import Launch, Say, pretrain
 
 SCHEMA_VERSION = 1
 NAMES = ("shard", "tokenizer", "tokenize", "train", "consolidate", "extract", "validate", "bundle")
 UPSTREAM = {name: NAMES[i - 1] for i, name in enumerate(NAMES) if i}
-Launch = Callable[[RunConfig, Path, int], None]  # start the ranks of a job file and wait; UserError when it failed
-Say = Callable[[str], None]
 
 
 class Line:
@@ -124,10 +120,8 @@ class Line:
     def _output_files(self, name: str) -> list[Path]:
         paths = self.paths
         if name == "train":
-            from pipeline.train import checkpoint
-
-            newest = checkpoint.committed(paths.checkpoints)[-1]
-            return [newest / checkpoint.COMMITTED, newest / storage.MANIFEST]
+            newest = committed(paths.checkpoints)[-1]
+            return [newest / COMMITTED, newest / storage.MANIFEST]
         where = {
             "shard": paths.documents,
             "tokenizer": paths.tokenizer.parent,
@@ -161,7 +155,7 @@ class Line:
 
             return tokenize_documents(config, paths)
         if name == "train":
-            return self._train(resume)
+            return pretrain(config, paths, resume=resume, launch=self._launch, say=self._say)
         from pipeline import posttrain
 
         if name == "consolidate":
@@ -173,79 +167,6 @@ class Line:
         assert name == "bundle", name
         return posttrain.package(config, paths, uncertified=uncertified)
 
-    def _train(self, resume: str) -> dict[str, Any]:
-        from pipeline import tracking
-        from pipeline.data.index import TokenIndex
-        from pipeline.train import checkpoint
-
-        config, paths = self.config, self.paths
-        index = TokenIndex.load(paths.tokens)
-        index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
-        ranks = ranks_on_this_node(config)
-        self._check_batches(ranks)
-        parameters = config.model.num_parameters()["total"]
-        # A checkpoint holds weights and two Adam moments (fp32, plus bf16 weights); one is staged while k are kept.
-        keep = config.train.keep_checkpoints + 1
-        storage.require_free_space(paths.root, 14 * parameters * keep, "training (its checkpoints)")
-        run_id = tracking.open_run(config, run_id=None if resume == "auto" else resume)
-        checkpoint.clean(paths.checkpoints)
-        start = self._resume_point(resume, run_id)
-        job = {
-            "schema_version": SCHEMA_VERSION,
-            "config": config.as_dict(),
-            "run_id": run_id,
-            "resume_from": None if start is None else str(start),
-        }
-        job_file = paths.logs / "job.json"
-        storage.publish_json(job_file, job)
-        if start is None or checkpoint.step_of(start) < config.train.steps:
-            try:
-                self._launch(config, job_file, ranks)
-            except BaseException:
-                tracking.mark(config, run_id, "FAILED")
-                raise
-        done = checkpoint.committed(paths.checkpoints)
-        if not done or checkpoint.step_of(done[-1]) != config.train.steps:
-            raise UserError(
-                f"training ended before step {config.train.steps}; see {paths.logs / 'train.log'} and start again"
-            )
-        state = checkpoint.verify(done[-1])
-        return {
-            "checkpoint": done[-1].name,
-            "run_id": run_id,
-            "steps": state["step"],
-            "tokens": state["tokens_consumed"],
-            "resumed_from": None if start is None else start.name,
-        }
-
-    def _check_batches(self, ranks: int) -> None:
-        from pipeline.train.engine import deepspeed_config
-
-        deepspeed_config(self.config.train, ranks)
-
-    def _resume_point(self, resume: str, run_id: str) -> Path | None:
-        """The newest committed checkpoint of the run that is whole: local first, then MLflow's. None: step 0."""
-        from pipeline import tracking
-        from pipeline.train import checkpoint
-
-        folder = self.paths.checkpoints
-        for candidate in reversed(checkpoint.committed(folder)):
-            try:
-                state = checkpoint.verify(candidate)
-            except UserError as error:
-                self._say(f"{candidate.name} is damaged and left out: {error}")
-                shutil.rmtree(candidate, ignore_errors=True)
-                continue
-            if state["mlflow_run_id"] == run_id:
-                return candidate
-        fetched = tracking.fetch_checkpoint(tracking.tracking_uri(self.config), run_id, folder)
-        if fetched is not None:
-            checkpoint.verify(fetched)
-            self._say(f"{fetched.name} fetched from MLflow run {run_id}")
-        elif resume != "auto":
-            raise UserError(f"MLflow run {run_id} has no committed checkpoint; start without --resume {run_id}")
-        return fetched
-
     def _after(self, name: str, result: dict[str, Any], *, uncertified: bool) -> None:
         if name == "validate" and result["verdict"] != "certified" and not uncertified:
             failed = "; ".join(f"{f['measure']}: {f['mend']}" for f in result["failed"])
@@ -254,13 +175,6 @@ class Line:
                 "`pldr bundle CONFIG --uncertified` packages it all the same",
                 exit_code=3,
             )
-
-
-def ranks_on_this_node(config: RunConfig) -> int:
-    """`train.ranks`, or every GPU, or 2 on a CPU."""
-    import torch
-
-    return config.train.ranks or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
 
 
 @contextmanager

@@ -16,19 +16,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
-import os
 import pickle
 import shutil
 import uuid
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.checkpoints import checkpoint_name, safe_unpickling, verify
 from pipeline.errors import UserError
 from pipeline.post.tensors import serialise
 from pipeline.post.weights import CONFIG, SCHEMA_VERSION, WEIGHTS, parse_model, state_shapes
@@ -41,7 +38,6 @@ from pipeline.storage import (
     require_free_space,
     sha256_file,
     sha256_json,
-    verify_manifest,
 )
 from pldr_model.config import ModelConfig
 from pldr_model.model import is_metric_parameter
@@ -55,7 +51,7 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
     `model_sha256` and `num_parameters`. Raises UserError for a checkpoint that is not committed, damaged, of another
     model, or holds NaN.
     """
-    state = verify_checkpoint(checkpoint)
+    state = verify(checkpoint)
     config = parse_model(state["config"].get("model"), where=checkpoint / "state.json")
     weights = _fit(_merge(_tag_folder(checkpoint, state)), config, where=checkpoint)
     source = {
@@ -91,35 +87,9 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint that is whole. Raises UserError naming the first file that is not as it was written."""
-    if not (checkpoint / "COMMITTED").is_file():
-        raise UserError(
-            f"{checkpoint}: no COMMITTED file, so this checkpoint was never finished; name an older one or train on"
-        )
-    sealed = (checkpoint / "COMMITTED").read_bytes().decode(errors="replace").strip()
-    if not (checkpoint / MANIFEST).is_file() or sha256_file(checkpoint / MANIFEST) != sealed:
-        raise UserError(f"{checkpoint / MANIFEST}: sha256 differs from COMMITTED: damaged; name another checkpoint")
-    manifest = read_json(checkpoint / MANIFEST, schema_version=1)
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(entry, dict) and {"sha256", "size"} <= entry.keys() for entry in files.values()
-    ):
-        raise UserError(f"{checkpoint / MANIFEST}: lists no files; it was damaged: name another checkpoint")
-    verify_manifest(checkpoint, files)
-    for path in sorted(checkpoint.rglob("*.pt")):  # DeepSpeed globs for them: an unlisted one would be merged
-        if str(path.relative_to(checkpoint)) not in files:
-            raise UserError(f"{path}: not listed in {MANIFEST}; remove it or name another checkpoint")
-    state = read_json(checkpoint / "state.json", schema_version=1)
-    if not isinstance(state.get("config"), dict) or not isinstance(state.get("step"), int):
-        raise UserError(f"{checkpoint / 'state.json'}: holds no run config or no step; name another checkpoint")
-    assert isinstance(state, dict)
-    return state
-
-
 def _tag_folder(checkpoint: Path, state: dict[str, Any]) -> Path:
     """DeepSpeed's own files lie in a folder named for the step, whatever the checkpoint has been renamed to."""
-    folder = checkpoint / f"step-{state['step']:06d}"
+    folder = checkpoint / checkpoint_name(state["step"])
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; this checkpoint has no weights: name another one")
     return folder
@@ -128,7 +98,7 @@ def _tag_folder(checkpoint: Path, state: dict[str, Any]) -> Path:
 def _merge(folder: Path) -> dict[str, Tensor]:
     """All weights and buffers of a DeepSpeed tag folder in fp32, under the names the model gave them."""
     try:
-        with _safe_unpickling():
+        with safe_unpickling():
             if any(folder.glob("*_optim_states.pt")):
                 weights = _merge_zero(folder)
             else:
@@ -170,30 +140,6 @@ def _read_stage_0(path: Path) -> dict[str, Tensor]:
             f"{path}: the fp32 weights of ZeRO stage 0 in bf16 are in no known order; use train.zero_stage=1"
         )
     return {**module, **dict(zip(names, masters, strict=True))}
-
-
-@contextlib.contextmanager
-def _safe_unpickling() -> Iterator[None]:
-    """Every torch.load inside loads weights only, whatever its caller asks for."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    before, level = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"), logging.root.manager.disable
-    logging.disable(logging.WARNING)  # DeepSpeed reports its version, its accelerator and its ops on import
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-
-        allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
 def _fit(weights: dict[str, Tensor], config: ModelConfig, *, where: Path) -> dict[str, Tensor]:

@@ -1,17 +1,8 @@
-"""Committed checkpoints: what has no COMMITTED does not exist.
-
-A checkpoint is a folder `checkpoints/step-000500/`:
-
-    step-000500/    DeepSpeed's own files (its "tag"), written by every rank
-    state.json      step, sequences and tokens consumed, RNG of each rank, config, data fingerprint, MLflow run
-    MANIFEST.json   sha256 and size of every file above
-    COMMITTED       the sha256 of MANIFEST.json, written last
+"""Write, restore and retain committed checkpoints (the format: pipeline/checkpoints.py).
 
 All ranks write into a hidden staging folder; rank 0 checks that every rank's files arrived with the bytes that were
-meant, commits, and renames the folder. DeepSpeed's `latest` is not written and never read (it precedes the other ranks' data).
-
-DeepSpeed's files are pickles by format. Ours are written and read through `SafeCheckpointEngine`: hashed and fsynced when
-written, read with `weights_only=True`, so that a checkpoint somebody hands us can hold tensors and numbers but no code.
+meant, commits, and renames the folder. DeepSpeed's `latest` is not written and never read: it precedes the other ranks'
+data. Its files go through `SafeCheckpointEngine`: hashed and fsynced when written, read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -19,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import IO, Any, cast
@@ -28,17 +18,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline import storage
+from pipeline.checkpoints import COMMITTED, SCHEMA_VERSION, STATE, checkpoint_name, clean, committed, safe_load
 from pipeline.errors import UserError
-
-SCHEMA_VERSION = 1
-COMMITTED = "COMMITTED"
-STATE = "state.json"
-_NAME = re.compile(r"step-(\d{6,})")
-
-
-def checkpoint_name(step: int) -> str:
-    """`step-000500`: the folder's name and DeepSpeed's tag."""
-    return f"step-{step:06d}"
 
 
 class _HashingFile:
@@ -61,26 +42,6 @@ class _HashingFile:
         os.fsync(self._stream.fileno())
         self._stream.close()
         return self._digest.hexdigest()
-
-
-def safe_load(path: str | Path, map_location: Any = None) -> Any:
-    """`torch.load` that builds tensors, numbers and DeepSpeed's three plain record types, and runs nothing.
-
-    Raises UserError naming the file when it is damaged or holds anything else.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-    try:
-        with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; the checkpoint is incomplete, resume from an earlier one") from None
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(f"{path}: not a checkpoint file of ours ({reason[0] if reason else error!r})") from error
 
 
 def make_safe_engine() -> Any:
@@ -160,34 +121,6 @@ def _commit(staging: Path, final: Path, state: dict[str, Any], hashes: list[dict
     storage.replace_dir(staging, final)
 
 
-def committed(folder: Path) -> list[Path]:
-    """The committed checkpoints of a folder, oldest first. Anything else in it is ignored."""
-    if not folder.is_dir():
-        return []
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / COMMITTED).is_file()]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match is not None, checkpoint
-    return int(match.group(1))
-
-
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """Check every byte of a committed checkpoint and return its state. Raises UserError naming the damaged file."""
-    if not (checkpoint / COMMITTED).is_file():
-        raise UserError(f"{checkpoint}: has no {COMMITTED}: it was never finished; resume from an earlier one")
-    manifest = checkpoint / storage.MANIFEST
-    expected = (checkpoint / COMMITTED).read_bytes().decode(errors="replace").strip()
-    if not manifest.is_file() or storage.sha256_file(manifest) != expected:
-        raise UserError(f"{manifest}: sha256 differs from {COMMITTED}: damaged")
-    storage.verify_manifest(checkpoint, storage.read_json(manifest, schema_version=SCHEMA_VERSION)["files"])
-    state: dict[str, Any] = storage.read_json(checkpoint / STATE, schema_version=SCHEMA_VERSION)
-    return state
-
-
 def load(engine: Any, checkpoint: Path, state: dict[str, Any]) -> None:
     """Restore weights, optimizer and this rank's RNG from a verified checkpoint; collective.
 
@@ -212,14 +145,6 @@ def retain(folder: Path, keep: int) -> list[Path]:
         shutil.rmtree(checkpoint, ignore_errors=True)
     clean(folder)
     return removed
-
-
-def clean(folder: Path) -> None:
-    """Remove what a killed save left behind."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.is_dir() and path not in committed(folder):
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _rng_state() -> dict[str, str]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pipeline.checkpoints import verify
 from pipeline.config import RunConfig, RunPaths
 from pipeline.errors import UserError
 from pipeline.schedule import invariance_budget, learning_rate
@@ -156,7 +157,7 @@ def train(
 
 
 def _resume(engine: Any, folder: Path, lineage: Lineage) -> TrainState:
-    saved = checkpoint.verify(folder)
+    saved = verify(folder)
     for key, ours in asdict(lineage).items():
         if key != "mlflow_run_id" and saved[key] != ours:
             raise UserError(

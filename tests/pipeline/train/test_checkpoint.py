@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import storage
+from pipeline import checkpoints, storage
 from pipeline.errors import UserError
-from pipeline.train import checkpoint
 
 SAVE = """
 import sys, torch, numpy as np
@@ -31,7 +30,7 @@ engine.checkpoint_engine = checkpoint.make_safe_engine()
 folder = Path(sys.argv[1])
 for step in range(1, 5):
     engine.backward(engine(torch.ones(2, 4)).square().mean()); engine.step()
-    checkpoint.save(engine, folder, {"step": step, "world_size": 1})
+    checkpoint.save(engine, folder, {"step": step, "world_size": 1, "config": {}})
     checkpoint.retain(folder, 3)
 # A disk that is full: the ranks agree that nothing was saved, and say so.
 real = checkpoint._HashingFile.write
@@ -39,7 +38,7 @@ def full(self, data):
     raise OSError(28, "No space left on device")
 checkpoint._HashingFile.write = full
 try:
-    checkpoint.save(engine, folder, {"step": 9, "world_size": 1})
+    checkpoint.save(engine, folder, {"step": 9, "world_size": 1, "config": {}})
 except Exception as error:
     print("REFUSED", type(error).__name__, error)
 checkpoint._HashingFile.write = real
@@ -73,9 +72,9 @@ def copy(source: Path, target: Path) -> Path:
 
 def test_saved_retained_and_whole(saved):
     folder, _ = saved
-    names = [path.name for path in checkpoint.committed(folder)]
+    names = [path.name for path in checkpoints.committed(folder)]
     assert names == ["step-000002", "step-000003", "step-000004"]
-    state = checkpoint.verify(folder / "step-000004")
+    state = checkpoints.verify(folder / "step-000004")
     assert state["step"] == 4 and len(state["rng"]) == 1
     assert not (folder / "step-000004" / "latest").exists()
 
@@ -101,19 +100,19 @@ def test_every_damaged_file_is_noticed(saved, tmp_path):
         data[len(data) // 2] ^= 0x40
         broken.write_bytes(bytes(data))
         with pytest.raises(UserError):
-            checkpoint.verify(whole)
+            checkpoints.verify(whole)
 
 
 def test_without_committed_it_does_not_exist(saved, tmp_path):
     whole = copy(saved[0] / "step-000004", tmp_path / "step-000004")
-    assert checkpoint.committed(tmp_path) == [whole]
+    assert checkpoints.committed(tmp_path) == [whole]
     (whole / "COMMITTED").unlink()
     (tmp_path / ".step-000005.staging").mkdir()
     (tmp_path / "step-junk").mkdir()
-    assert checkpoint.committed(tmp_path) == []
+    assert checkpoints.committed(tmp_path) == []
     with pytest.raises(UserError, match="never finished"):
-        checkpoint.verify(whole)
-    checkpoint.clean(tmp_path)
+        checkpoints.verify(whole)
+    checkpoints.clean(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,11 +126,11 @@ def test_no_code_runs_from_a_checkpoint_file(tmp_path):
     for name, write in (("zip.pt", torch.save), ("raw.pt", lambda value, path: path.write_bytes(pickle.dumps(value)))):
         write({"module": Evil()}, tmp_path / name)
         with pytest.raises(UserError, match="not a checkpoint file of ours"):
-            checkpoint.safe_load(tmp_path / name)
+            checkpoints.safe_load(tmp_path / name)
     assert not marker.exists()
     (tmp_path / "cut.pt").write_bytes((tmp_path / "zip.pt").read_bytes()[:100])
     with pytest.raises(UserError, match="not a checkpoint file"):
-        checkpoint.safe_load(tmp_path / "cut.pt")
+        checkpoints.safe_load(tmp_path / "cut.pt")
 
 
 def test_manifest_lists_everything_but_itself(saved):

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline import schedule
+from pipeline.checkpoints import checkpoint_name, verify
 from pipeline.config import RunConfig, parse_config
-from pipeline.train import checkpoint, loop
+from pipeline.train import loop
 from pipeline.train.engine import init_distributed
 
 STEPS = 6
@@ -92,8 +93,8 @@ def main() -> None:
         for clip_by in ("norm", "value"):
             config = configuration(folder / f"z{stage}-{clip_by}", stage, precision, clip_by)
             straight = run(config, held_out)
-            half = Path(config.run_dir) / "checkpoints" / checkpoint.checkpoint_name(3)
-            assert checkpoint.verify(half)["step"] == 3
+            half = Path(config.run_dir) / "checkpoints" / checkpoint_name(3)
+            assert verify(half)["step"] == 3
             resumed = run(config, held_out, resume_from=half)
             twin = configuration(folder / f"z{stage}-{clip_by}-sdpa", stage, precision, clip_by, "identity")
             results[f"{stage}-{clip_by}"] = {

@@ -1,0 +1,126 @@
+"""Committed checkpoints, for those who read them: training on resume, the stages, consolidation.
+
+What has no COMMITTED does not exist. A checkpoint is a folder `checkpoints/step-000500/`:
+
+    step-000500/    DeepSpeed's own files (its "tag"), written by every rank
+    state.json      step, sequences and tokens consumed, RNG of each rank, config, data fingerprint, MLflow run
+    MANIFEST.json   sha256 and size of every file above
+    COMMITTED       the sha256 of MANIFEST.json, written last
+
+DeepSpeed's files are pickles by format. They are unpickled here only inside `safe_unpickling`, so that a checkpoint which
+somebody hands us can hold tensors, numbers and DeepSpeed's plain record types, but no code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+SCHEMA_VERSION = 1
+COMMITTED = "COMMITTED"
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def checkpoint_name(step: int) -> str:
+    """`step-000500`: the folder's name and DeepSpeed's tag."""
+    return f"step-{step:06d}"
+
+
+def committed(folder: Path) -> list[Path]:
+    """The committed checkpoints of a folder, oldest first. Anything else in it is ignored."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / COMMITTED).is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None, checkpoint
+    return int(match.group(1))
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed save left behind."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.is_dir() and path not in committed(folder):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint that is whole. Raises UserError naming the first file that is not as it was written."""
+    if not (checkpoint / COMMITTED).is_file():
+        raise UserError(
+            f"{checkpoint}: no COMMITTED file, so this checkpoint was never finished; name an older one or train on"
+        )
+    sealed = (checkpoint / COMMITTED).read_bytes().decode(errors="replace").strip()
+    if not (checkpoint / storage.MANIFEST).is_file() or storage.sha256_file(checkpoint / storage.MANIFEST) != sealed:
+        raise UserError(
+            f"{checkpoint / storage.MANIFEST}: sha256 differs from COMMITTED: damaged; name another checkpoint"
+        )
+    manifest = storage.read_json(checkpoint / storage.MANIFEST, schema_version=SCHEMA_VERSION)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"sha256", "size"} <= entry.keys() for entry in files.values()
+    ):
+        raise UserError(f"{checkpoint / storage.MANIFEST}: lists no files; it was damaged: name another checkpoint")
+    storage.verify_manifest(checkpoint, files)
+    for path in sorted(checkpoint.rglob("*.pt")):  # DeepSpeed globs for them: an unlisted one would be merged
+        if str(path.relative_to(checkpoint)) not in files:
+            raise UserError(f"{path}: not listed in {storage.MANIFEST}; remove it or name another checkpoint")
+    state = storage.read_json(checkpoint / STATE, schema_version=SCHEMA_VERSION)
+    if not isinstance(state.get("config"), dict) or not isinstance(state.get("step"), int):
+        raise UserError(f"{checkpoint / STATE}: holds no run config or no step; name another checkpoint")
+    assert isinstance(state, dict)
+    return state
+
+
+@contextlib.contextmanager
+def safe_unpickling() -> Iterator[None]:
+    """Every torch.load inside loads weights only, whatever its caller asks for."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    before, level = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"), logging.root.manager.disable
+    logging.disable(logging.WARNING)  # DeepSpeed reports its version, its accelerator and its ops on import
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+def safe_load(path: str | Path, map_location: Any = None) -> Any:
+    """`torch.load` inside `safe_unpickling`. Raises UserError naming the file when it is damaged or holds anything else."""
+    try:
+        with safe_unpickling():
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; the checkpoint is incomplete, resume from an earlier one") from None
+    except Exception as error:  # a damaged pickle fails in any way
+        reason = str(error).strip().splitlines()
+        raise UserError(f"{path}: not a checkpoint file of ours ({reason[0] if reason else error!r})") from error

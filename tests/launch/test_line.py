@@ -1,0 +1,211 @@
+"""The whole line as a user runs it: `pldr run`, killed in the middle of training, started again, used."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import tracking
+from pipeline.config import load_config
+
+PLDR = [sys.executable, "-m", "launch.cli"]
+
+
+def pldr(*arguments, cwd=None, timeout=280):
+    done = subprocess.run([*PLDR, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
+
+
+def result_of(output):
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def workers_of(run_dir):
+    """Processes whose command line names this run's job file."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if "pipeline.worker" in command and str(run_dir) in command:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, make_run):
+    """A run killed with -9 after its first checkpoints, and then finished by a second start."""
+    folder = tmp_path_factory.mktemp("line")
+    config = make_run(folder)
+    run_dir = folder / "run"
+    first = subprocess.Popen([*PLDR, "run", str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(lambda: (run_dir / "checkpoints" / "step-000200" / "COMMITTED").exists() or first.poll() is not None)
+    assert first.poll() is None, first.stdout.read().decode()
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    # Nothing of the killed run goes on: its ranks end when their launcher is gone.
+    wait_for(lambda: not workers_of(run_dir), seconds=30)
+    data = {p.name: p.read_bytes() for p in (run_dir / "tokens").iterdir() if p.is_file()}
+    code, output, errors = pldr("run", config, "--json")
+    assert code == 0, errors + output[-3000:]
+    return config, run_dir, output, data
+
+
+def test_the_second_start_resumes_and_certifies(finished):
+    _, run_dir, output, data = finished
+    result = result_of(output)
+    stages = result["stages"]
+    assert result["certified"] is True
+    assert [stages[name]["skipped"] for name in ("shard", "tokenizer", "tokenize", "train")] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert stages["train"]["result"]["resumed_from"] >= "step-000200"
+    assert stages["train"]["result"]["tokens"] == 500 * 8 * 48
+    assert {p.name: p.read_bytes() for p in (run_dir / "tokens").iterdir() if p.is_file()} == data
+    assert "certificate: CERTIFIED" in output and "pldr generate" in output and "mlflow models serve" in output
+
+
+def test_the_run_in_mlflow_has_no_gap_and_no_double(finished):
+    path, _, output, _ = finished
+    config = load_config(path)
+    run_id = result_of(output)["run_id"]
+    mlflow = tracking.client(tracking.tracking_uri(config))
+    steps = [p.step for p in mlflow.get_metric_history(run_id, "train/loss")]
+    assert sorted(steps) == list(range(10, 501, 10))
+    run = mlflow.get_run(run_id)
+    assert run.info.status == "FINISHED" and run.data.params["train.metric_weight_decay"] == "16.0"
+    for key in (
+        "val/loss_block",
+        "val/loss_cached",
+        "val/leak_gap",
+        "invariance/budget",
+        "invariance/order_parameter_G",
+    ):
+        assert [p.step for p in sorted(mlflow.get_metric_history(run_id, key), key=lambda p: p.step)][-1] == 500
+    assert run.data.metrics["invariance/order_parameter_G"] < 1e-5
+    version = mlflow.get_model_version_by_alias("pldr", "certified")
+    assert version.run_id == run_id and version.tags["checkpoint"] == "step-000500"
+    names = {Path(item.path).name for item in mlflow.list_artifacts(run_id, "checkpoints")}
+    assert names == {"step-000400", "step-000500"}
+    assert len(mlflow.search_runs([run.info.experiment_id])) == 1
+
+
+def test_a_third_start_does_nothing_again(finished):
+    path, _, output, _ = finished
+    code, again, errors = pldr("run", path, "--json")
+    assert code == 0, errors
+    assert all(stage["skipped"] for stage in result_of(again)["stages"].values())
+    assert result_of(again)["bundle_sha256"] == result_of(output)["bundle_sha256"]
+
+
+def test_generate_and_pyfunc_say_the_same(finished):
+    path, run_dir, _, _ = finished
+    code, output, errors = pldr(
+        "generate", run_dir / "bundle", "--prompt", "ab", "--prompt", "abc de", "--max-new-tokens", 12, "--json"
+    )
+    assert code == 0, errors
+    completions = result_of(output)["completions"]
+    script = (
+        "import mlflow, json, sys; mlflow.set_tracking_uri(sys.argv[1]);"
+        "m = mlflow.pyfunc.load_model('models:/pldr@certified');"
+        "print(json.dumps(m.predict(['ab', 'abc de'], params={'max_new_tokens': 12})))"
+    )
+    uri = tracking.tracking_uri(load_config(path))
+    done = subprocess.run([sys.executable, "-c", script, uri], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == completions and all(completions)
+
+
+def test_a_prompt_over_the_context_is_one_line(finished):
+    _, run_dir, _, _ = finished
+    code, _, errors = pldr("generate", run_dir / "bundle", "--prompt", "ab " * 400)
+    assert code in (1, 2) and "context" in errors and "Traceback" not in errors
+
+
+def test_a_resume_from_mlflow_alone(finished, tmp_path):
+    """Another run directory, as on another machine: checkpoint, position and metrics come from the MLflow run."""
+    path, _, output, _ = finished
+    uri = tracking.tracking_uri(load_config(path))
+    run_id = result_of(output)["run_id"]
+    other = [f"run_dir={tmp_path / 'other'}", f"tracking.uri={uri}"]
+    for stage in ("shard", "tokenizer", "tokenize"):
+        code, _, errors = pldr(stage, path, *other)
+        assert code == 0, errors
+    code, output, errors = pldr("train", path, *other, "--resume", run_id, "--json")
+    assert code == 0, errors
+    assert result_of(output)["result"] | {"resumed_from": "step-000500"} == result_of(output)["result"]
+    assert "fetched from MLflow run" in output
+    code, _, errors = pldr("train", path, *other, "seed=2", "--resume", run_id)
+    assert code == 2 and "was made with seed=1" in errors
+
+
+def test_a_corrupted_checkpoint_falls_back_loudly(finished):
+    path, run_dir, _, _ = finished
+    newest = run_dir / "checkpoints" / "step-000500"
+    victim = next((newest / "step-000500").glob("*model_states.pt"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    code, _, errors = pldr("consolidate", path, "--force")
+    assert code == 1 and "sha256 differs" in errors and "Traceback" not in errors
+    code, output, errors = pldr("train", path, "--force", "--json")
+    assert code == 0, errors
+    assert "step-000500 is damaged and left out" in output
+    assert result_of(output)["result"]["resumed_from"] == "step-000400"
+    code, _, errors = pldr("consolidate", path, "--force")
+    assert code == 0, errors
+
+
+def test_a_corrupted_token_tar_stops_training_with_its_name(finished, tmp_path):
+    path, run_dir, _, _ = finished
+    tar = next((run_dir / "tokens").glob("train-*.tar"))
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(bytes(data))
+    try:
+        code, _, errors = pldr("train", path, "--force", "train.steps=600")
+        assert code == 2 and "was made with train.steps=500" in errors
+        for checkpoint in (run_dir / "checkpoints").iterdir():
+            (checkpoint / "COMMITTED").unlink()
+        os.rename(run_dir / "run.json", run_dir / "run.json.away")
+        code, _, errors = pldr("train", path, "--force")
+        assert code == 1 and tar.name in errors and "sha256" in errors and "Traceback" not in errors
+    finally:
+        data[len(data) // 2] ^= 1
+        tar.write_bytes(bytes(data))
+
+
+def test_a_failed_certificate_is_exit_3_and_can_be_packaged_marked(tmp_path, make_run):
+    path = make_run(tmp_path, steps=20, warmup_steps=2, metric_weight_decay=0.1, validate_every=20, checkpoint_every=20)
+    code, output, errors = pldr("run", path, "train.ranks=1", "--json")
+    assert code == 3 and "relative_deviation_g" in errors and "metric_weight_decay" in errors
+    assert not (tmp_path / "run" / "bundle").exists()
+    code, _, errors = pldr("bundle", path, "train.ranks=1")
+    assert code == 3 and "--uncertified" in errors
+    code, output, errors = pldr("bundle", path, "train.ranks=1", "--uncertified", "--json")
+    assert code == 0, errors
+    assert result_of(output)["result"]["certified"] is False
+    bundle = tmp_path / "run" / "bundle"
+    for name in ("config.json", "certificate.json", "MANIFEST.json", "README.md"):
+        assert (
+            "uncertified" in (bundle / name).read_text().lower() or '"certified": false' in (bundle / name).read_text()
+        )
+    mlflow = tracking.client(tracking.tracking_uri(load_config(path)))
+    assert [v.aliases for v in mlflow.search_model_versions("name='pldr'")] == [[]]
