@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -98,6 +99,12 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--resume", default="auto", metavar="auto|RUN_ID", help="go on from MLflow's last checkpoint"
             )
+            sub.add_argument(
+                "--prepare",
+                type=int,
+                metavar="RANKS",
+                help="only write the job for this many ranks and show how to start it",
+            )
         if name == "bundle":
             sub.add_argument(
                 "--uncertified", action="store_true", help="package without a passing certificate, marked so"
@@ -155,12 +162,25 @@ def _run(arguments: Any, show: Callable[[str], None]) -> Result:
 def _stage(arguments: Any, show: Callable[[str], None]) -> Result:
     line = _line(arguments, show)
     with exclusive(line.config, _show):
+        if getattr(arguments, "prepare", None):
+            return _prepare(line, arguments)
         return line.stage(
             arguments.verb,
             resume=getattr(arguments, "resume", "auto"),
             force=arguments.force,
             uncertified=getattr(arguments, "uncertified", False),
         )
+
+
+def _prepare(line: Line, arguments: Any) -> Result:
+    """The job file of a training over several nodes, and the command that starts it."""
+    from pipeline.pretrain import prepare
+
+    job = prepare(line.config, line.paths, resume=arguments.resume, ranks=arguments.prepare, say=_show)
+    command = f"deepspeed --hostfile HOSTFILE --module pipeline.worker {shlex.quote(str(job.file))}"
+    _show(f"start       {command}\nthen        pldr run {arguments.config}")
+    start = None if job.start is None else job.start.name
+    return {"job": str(job.file), "run_id": job.run_id, "resumed_from": start, "command": command}
 
 
 def _plan(arguments: Any, show: Callable[[str], None]) -> Result:

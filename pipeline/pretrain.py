@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,49 @@ Say = Callable[[str], None]
 JOB_SCHEMA_VERSION = 1
 
 
+@dataclass(frozen=True)
+class Job:
+    """A training job ready to be started: the file every rank reads, its MLflow run, and where it begins."""
+
+    file: Path
+    run_id: str
+    start: Path | None
+
+
 def pretrain(config: RunConfig, paths: RunPaths, *, resume: str, launch: Launch, say: Say) -> dict[str, Any]:
     """Train to the last step. `resume`: auto (go on with this run directory's run) or an MLflow run id.
 
     Returns {"checkpoint", "run_id", "steps", "tokens", "resumed_from"}. Raises UserError or ConfigError, one line.
+    """
+    ranks = ranks_on_this_node(config)
+    job = prepare(config, paths, resume=resume, ranks=ranks, say=say)
+    if job.start is None or step_of(job.start) < config.train.steps:
+        try:
+            launch(config, job.file, ranks)
+        except BaseException:
+            tracking.mark(config, job.run_id, "FAILED")
+            raise
+    done = committed(paths.checkpoints)
+    if not done or step_of(done[-1]) != config.train.steps:
+        raise UserError(
+            f"training ended before step {config.train.steps}; see {paths.logs / 'train.log'} and start again"
+        )
+    if job.start == done[-1]:  # nothing was left to train: the run was complete all along
+        tracking.mark(config, job.run_id, "FINISHED")
+    state = verify(done[-1])
+    return {
+        "checkpoint": done[-1].name,
+        "run_id": job.run_id,
+        "steps": state["step"],
+        "tokens": state["tokens_consumed"],
+        "resumed_from": None if job.start is None else job.start.name,
+    }
+
+
+def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say: Say) -> Job:
+    """Check everything that can be checked before ranks start, open the MLflow run, write `logs/job.json`.
+
+    ranks: how many there will be, on all nodes. Raises UserError or ConfigError, one line.
     """
     from pipeline.data.index import TokenIndex
     from pipeline.tokenizer import Tokenizer
@@ -37,7 +77,6 @@ def pretrain(config: RunConfig, paths: RunPaths, *, resume: str, launch: Launch,
         vocab_size=config.model.vocab_size,
         tokenizer_sha256=Tokenizer.load(paths.tokenizer).sha256,
     )
-    ranks = ranks_on_this_node(config)
     deepspeed_config(config.train, ranks)  # its errors belong here, not in a rank's log
     parameters = config.model.num_parameters()["total"]
     # A checkpoint holds weights and two Adam moments (fp32, plus bf16 weights); one is staged while k are kept.
@@ -56,27 +95,7 @@ def pretrain(config: RunConfig, paths: RunPaths, *, resume: str, launch: Launch,
             "resume_from": None if start is None else str(start),
         },
     )
-    if start is None or step_of(start) < config.train.steps:
-        try:
-            launch(config, job_file, ranks)
-        except BaseException:
-            tracking.mark(config, run_id, "FAILED")
-            raise
-    done = committed(paths.checkpoints)
-    if not done or step_of(done[-1]) != config.train.steps:
-        raise UserError(
-            f"training ended before step {config.train.steps}; see {paths.logs / 'train.log'} and start again"
-        )
-    if start == done[-1]:  # nothing was left to train: the run was complete all along
-        tracking.mark(config, run_id, "FINISHED")
-    state = verify(done[-1])
-    return {
-        "checkpoint": done[-1].name,
-        "run_id": run_id,
-        "steps": state["step"],
-        "tokens": state["tokens_consumed"],
-        "resumed_from": None if start is None else start.name,
-    }
+    return Job(job_file, run_id, start)
 
 
 def ranks_on_this_node(config: RunConfig) -> int:
