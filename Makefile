@@ -28,9 +28,10 @@ format: $(READY)
 # A virtual environment with the locked versions; made again when pyproject.toml or constraints.txt change.
 $(READY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; set PYTHON=python3.11"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@rm -f $(VENV)/.ready-* && touch $@
 
+# What was built; runs/ holds checkpoints and bundles and is left alone.
 clean:
-	rm -rf runs build *.egg-info
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

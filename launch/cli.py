@@ -21,6 +21,7 @@ from typing import Any
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.stages import NAMES, Line, exclusive
+from pipeline.storage import explain_os_error
 
 Result = dict[str, Any]
 STAGE_HELP = {
@@ -48,16 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"pldr: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        print(f"pldr: error: {explain_os_error(error, error.filename or arguments.verb)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("pldr: stopped; start again to go on", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     if arguments.json:
         print(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
-    code: int = result.get("exit_code", 0)
-    return code
+    return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -162,7 +165,7 @@ def _run(arguments: Any, show: Callable[[str], None]) -> Result:
 def _stage(arguments: Any, show: Callable[[str], None]) -> Result:
     line = _line(arguments, show)
     with exclusive(line.config, _show):
-        if getattr(arguments, "prepare", None):
+        if getattr(arguments, "prepare", None) is not None:
             return _prepare(line, arguments)
         return line.stage(
             arguments.verb,
@@ -176,6 +179,8 @@ def _prepare(line: Line, arguments: Any) -> Result:
     """The job file of a training over several nodes, and the command that starts it."""
     from pipeline.pretrain import prepare
 
+    if arguments.prepare < 1:
+        raise ConfigError(f"--prepare {arguments.prepare}: give the number of ranks on all nodes, 1 or more")
     job = prepare(line.config, line.paths, resume=arguments.resume, ranks=arguments.prepare, say=_show)
     command = f"deepspeed --hostfile HOSTFILE --module pipeline.worker {shlex.quote(str(job.file))}"
     _show(f"start       {command}\nthen        pldr run {arguments.config}")
@@ -228,7 +233,10 @@ def _bench(arguments: Any, show: Callable[[str], None]) -> Result:
     from pldr_model.bench import bench
 
     config = load_config(arguments.config, arguments.overrides)
-    result = bench(config.model, batch_size=arguments.batch, steps=arguments.steps)
+    try:
+        result = bench(config.model, batch_size=arguments.batch, steps=arguments.steps)
+    except ValueError as error:
+        raise ConfigError(f"{arguments.config}: bench: {error}") from None
     for key, value in result.items():
         _show(f"{key:<32} {value}")
     return result

@@ -2,12 +2,13 @@
 
 Oddities explained once (measured): the launcher that gets SIGTERM can leave its workers behind, and can return 0 when a
 worker died; so the job has its own process group, which goes as a whole, and whether it succeeded is judged by the
-committed checkpoint (pipeline.stages), not by the exit code alone. The workers' stdin is a pipe that this process holds:
+committed checkpoint (pipeline.pretrain), not by the exit code alone. The workers' stdin is a pipe that this process holds:
 when it closes, because this process was killed, they end themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config import RunConfig, RunPaths
+from pipeline.device import has_gpu
 from pipeline.errors import UserError
 from pipeline.train.progress import FAILURE, STATUS
 from pipeline.worker import PARENT_PIPE
@@ -25,12 +27,20 @@ GRACE_S = 20.0  # between asking a job to end and killing it
 
 
 def command(job_file: Path, ranks: int) -> list[str]:
-    """The launcher's command line for one node. `--launcher_args`-free; runs with this Python."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    """The launcher's command line for one node, run with this Python.
+
+    With `--num_gpus` DeepSpeed forgets CUDA_VISIBLE_DEVICES and takes the first GPUs, so a choice of GPUs is handed over.
+    """
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if has_gpu() and chosen.replace(",", "").isdigit():
+        where = ["--include", f"localhost:{','.join(chosen.split(',')[:ranks])}"]
+    else:
+        where = ["--num_gpus", str(ranks)]
     return [
-        *launcher,
-        "--num_gpus",
-        str(ranks),
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        *where,
         "--master_addr",
         "127.0.0.1",
         "--master_port",
@@ -48,7 +58,7 @@ def launch(config: RunConfig, job_file: Path, ranks: int, *, show: Callable[[str
     """
     log_file = RunPaths(config.run_dir).logs / "train.log"
     environment = {**os.environ, PARENT_PIPE: "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not _has_gpu():
+    if not has_gpu():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -84,19 +94,12 @@ def _end_group(job: subprocess.Popen[bytes]) -> None:
     """Nothing of the job's process group stays."""
     try:
         os.killpg(job.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             job.wait(GRACE_S)
-        finally:
-            os.killpg(job.pid, signal.SIGKILL)
+        os.killpg(job.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
     job.wait()
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _free_port() -> int:

@@ -53,6 +53,8 @@ def export_reference(source: str, target: str, show: Callable[[str], None]) -> d
     record = storage.read_json(folder / "config.json", schema_version=SCHEMA_VERSION)
     if Path(target).suffix not in (".pth", ".safetensors"):
         raise ConfigError(f"{target}: name a .pth or a .safetensors file")
+    if storage.sha256_file(folder / "model.safetensors") != record.get("model_sha256"):
+        raise UserError(f"{folder / 'model.safetensors'}: sha256 differs from config.json: damaged")
     try:
         weights = to_reference(load_file(folder / "model.safetensors"), ModelConfig.from_dict(record["model"]))
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -26,11 +26,13 @@ from typing import Any
 import torch
 
 from pipeline import storage
+from pipeline.device import has_gpu
 from pipeline.errors import UserError
 
 SCHEMA_VERSION = 1
 COMMITTED = "COMMITTED"
 STATE = "state.json"
+TRAINING_LOCK = "training.lock"  # in logs/; rank 0 of a training job holds it
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -55,11 +57,21 @@ def step_of(checkpoint: Path) -> int:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed save left behind."""
+    """Remove what a killed save, download or removal left behind. What was set aside stays."""
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.is_dir() and path not in committed(folder):
+            unfinished = path.name.startswith(".step-") or (
+                _NAME.fullmatch(path.name) and not (path / COMMITTED).is_file()
+            )
+            if path.is_dir() and unfinished:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Rename a checkpoint that cannot be used to `.damaged-step-…`: nothing takes it for one, nothing is deleted."""
+    target = checkpoint.with_name(f".damaged-{checkpoint.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    checkpoint.rename(target)
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
@@ -93,7 +105,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def safe_unpickling() -> Iterator[None]:
     """Every torch.load inside loads weights only, whatever its caller asks for."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu() else "cpu")
     before, level = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"), logging.root.manager.disable
     logging.disable(logging.WARNING)  # DeepSpeed reports its version, its accelerator and its ops on import
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

@@ -95,7 +95,7 @@ class TrainConfig(Section):
     val_sequences: int = Field(64, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=2)
-    timeout_s: float = Field(1800.0, gt=0)  # of a collective; a rank that hangs ends the job after it
+    timeout_s: float = Field(1800.0, gt=0)  # of collectives; groups that ZeRO makes itself keep torch's 30 minutes
     peak_tflops: float | None = Field(None, gt=0)  # of one device, for MFU; null: the data sheet of a known GPU
 
     @model_validator(mode="after")
@@ -104,6 +104,8 @@ class TrainConfig(Section):
             raise ValueError(f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas} must be in [0, 1)")
         return self
 
     @property
@@ -124,7 +126,7 @@ class PostConfig(Section):
     max_leak_gap: float = Field(1e-3, gt=0)  # nats, |block loss - cached loss|
     max_kl: float = Field(1e-4, gt=0)  # nats per token, cached against full recomputation
     min_top1_agreement: float = Field(0.999, ge=0, le=1)
-    register_as: str | None = "pldr"  # MLflow registered model; null: none
+    register_as: str | None = Field("pldr", pattern=r"^[^/:]+$")  # MLflow registered model; null: none
     sample_prompt: str = "The "
 
 
@@ -137,13 +139,17 @@ class TrackingConfig(Section):
     @field_validator("uri")
     @classmethod
     def _no_file_store(cls, uri: str | None) -> str | None:
-        if uri is not None and "://" not in uri:
+        if uri is not None and ("://" not in uri or uri.startswith("file:")):
             raise ValueError(f"{uri!r} is no MLflow URI: use sqlite:///PATH or http(s)://HOST:PORT")
         return uri
 
 
 class RunConfig(Section):
-    """A whole run: data, tokenizer, model, training, post-training, tracking."""
+    """A whole run: data, tokenizer, model, training, post-training, tracking.
+
+    File names are relative to the working directory, as on the command line; `train.deepspeed`, which goes with the
+    YAML, is relative to the YAML.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     run_dir: str  # everything the run writes; relative to the working directory
@@ -155,6 +161,15 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     post: PostConfig = PostConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check_special_ids(self) -> RunConfig:
+        ids = (self.model.pad_id, self.model.unk_id, self.model.bos_id, self.model.eos_id)
+        if ids != (0, 1, 2, 3):
+            raise ValueError(
+                f"model.pad_id, unk_id, bos_id, eos_id are {ids}; the tokenizer's are 0, 1, 2, 3: remove these keys"
+            )
+        return self
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values only: what is written to JSON, hashed, and logged."""
@@ -225,11 +240,15 @@ def parse_config(tree: dict[str, Any], *, where: str, base: Path | None = None) 
 
 
 def _resolve(config: RunConfig, base: Path) -> RunConfig:
-    """File names given relative to the YAML become absolute, so that the run's record is complete."""
+    """`train.deepspeed` becomes absolute; a `model.g_file` has to be there."""
     updates: dict[str, Any] = {}
     if config.train.deepspeed is not None:
         name = config.train.deepspeed.replace("{stage}", str(config.train.zero_stage))
         updates["train"] = config.train.model_copy(update={"deepspeed": str((base / name).resolve())})
+    if config.model.g_file is not None and not Path(config.model.g_file).is_file():
+        raise ConfigError(
+            f"model.g_file: {config.model.g_file}: no such file; give a safetensors file with one G_LM tensor"
+        )
     return config.model_copy(update=updates)
 
 

@@ -52,7 +52,9 @@ def plan(config: RunConfig, *, mfu: float = 0.4, peak_tflops: float = 989.0, dev
 def state_bytes(config: RunConfig, stage: int, world: int) -> int:
     """Bytes of parameters, gradients and optimizer on one rank under a ZeRO stage."""
     count = config.model.num_parameters()["total"]
-    weight, gradient, optimizer = (2, 2, 12) if config.train.precision == "bf16" else (4, 4, 8)
+    # fp32 master weights: under bf16, and in ZeRO 1-3, which keeps a flat copy of them in fp32 too.
+    masters = 4 if config.train.precision == "bf16" or stage > 0 else 0
+    weight, gradient, optimizer = (2, 2, 8 + masters) if config.train.precision == "bf16" else (4, 4, 8 + masters)
     shards = [world if stage >= s else 1 for s in (3, 2, 1)]
     return sum(count * size // n for size, n in zip((weight, gradient, optimizer), shards, strict=True))
 

@@ -5,18 +5,17 @@ The work is done by `pipeline.worker` on every rank; starting those is the launc
 
 from __future__ import annotations
 
-import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline import storage, tracking
-from pipeline.checkpoints import clean, committed, step_of, verify
+from pipeline.checkpoints import TRAINING_LOCK, clean, committed, set_aside, step_of, verify
 from pipeline.config import RunConfig, RunPaths
-from pipeline.errors import UserError
+from pipeline.device import has_gpu, num_devices
+from pipeline.errors import ConfigError, UserError
 
 Launch = Callable[[RunConfig, Path, int], None]  # start the ranks of a job file and wait; UserError when it failed
 Say = Callable[[str], None]
@@ -50,8 +49,9 @@ def pretrain(config: RunConfig, paths: RunPaths, *, resume: str, launch: Launch,
         raise UserError(
             f"training ended before step {config.train.steps}; see {paths.logs / 'train.log'} and start again"
         )
-    if job.start == done[-1]:  # nothing was left to train: the run was complete all along
-        tracking.mark(config, job.run_id, "FINISHED")
+    if job.start == done[-1]:
+        say(f"{done[-1].name} is the last step: nothing was left to train")
+    tracking.finish(config, job.run_id)
     state = verify(done[-1])
     return {
         "checkpoint": done[-1].name,
@@ -78,19 +78,19 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say:
         tokenizer_sha256=Tokenizer.load(paths.tokenizer).sha256,
     )
     deepspeed_config(config.train, ranks)  # its errors belong here, not in a rank's log
-    parameters = config.model.num_parameters()["total"]
-    # A checkpoint holds weights and two Adam moments (fp32, plus bf16 weights); one is staged while k are kept.
-    needed = 14 * parameters * (config.train.keep_checkpoints + 1)
-    storage.require_free_space(paths.root, needed, "training (its checkpoints)")
+    _wait_for_old_ranks(paths)
+    _require_disk(config, paths)
     run_id = tracking.open_run(config, run_id=None if resume == "auto" else resume)
     clean(paths.checkpoints)
     start = _resume_point(config, paths, run_id, explicit=resume != "auto", say=say)
+    if start is not None:
+        _check_inputs(start, {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256})
     job_file = paths.logs / "job.json"
     storage.publish_json(
         job_file,
         {
             "schema_version": JOB_SCHEMA_VERSION,
-            "config": config.as_dict(),
+            "config": config.model_copy(update={"run_dir": str(paths.root)}).as_dict(),
             "run_id": run_id,
             "resume_from": None if start is None else str(start),
         },
@@ -99,8 +99,49 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say:
 
 
 def ranks_on_this_node(config: RunConfig) -> int:
-    """`train.ranks`, or every GPU, or 2 on a CPU."""
-    return config.train.ranks or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
+    """`train.ranks`, or as many GPUs (on a CPU: up to 2 processes) as divide the global batch."""
+    devices, train = num_devices(), config.train
+    if train.ranks is not None:
+        if has_gpu() and train.ranks > devices:
+            raise ConfigError(
+                f"train.ranks {train.ranks}: this node has {devices} GPUs; set train.ranks=null to use what fits"
+            )
+        return train.ranks
+    fitting = [n for n in range(1, devices + 1) if train.global_batch % (train.micro_batch * n) == 0]
+    return fitting[-1]
+
+
+def _require_disk(config: RunConfig, paths: RunPaths) -> None:
+    """Room for the checkpoints kept, one being staged, and MLflow's copies where its store is in the run directory."""
+    # fp32 masters and two Adam moments, the weights themselves, DeepSpeed's records.
+    size = 17 * config.model.num_parameters()["total"]
+    keep = config.train.keep_checkpoints
+    copies = keep + 1 + (keep if config.tracking.uri is None else 0)
+    held = sum(f.stat().st_size for c in committed(paths.checkpoints) for f in c.rglob("*") if f.is_file())
+    storage.require_free_space(paths.root, max(size, copies * size - held), "training (its checkpoints)")
+
+
+def _wait_for_old_ranks(paths: RunPaths) -> None:
+    """Ranks of a killed start end within moments; ranks that go on are a job that must not be disturbed."""
+    paths.logs.mkdir(parents=True, exist_ok=True)
+    with open(paths.logs / TRAINING_LOCK, "a+", encoding="utf-8") as stream:
+        for _ in range(100):
+            if storage.lock(stream):
+                return
+            time.sleep(0.3)
+        holder = storage.lock_holder(stream)
+    raise UserError(f"{paths.root}: process {holder} trains here; wait for it or stop it")
+
+
+def _check_inputs(checkpoint: Path, today: dict[str, str]) -> None:
+    """A checkpoint goes on with the data and tokenizer it was trained with, or not at all."""
+    saved = verify(checkpoint)
+    for key, ours in today.items():
+        if saved[key] != ours:
+            raise ConfigError(
+                f"{checkpoint}: was trained with {key} {saved[key][:12]}, the run directory now holds {ours[:12]}; "
+                "use another run_dir for other data"
+            )
 
 
 def _resume_point(config: RunConfig, paths: RunPaths, run_id: str, *, explicit: bool, say: Say) -> Path | None:
@@ -110,14 +151,25 @@ def _resume_point(config: RunConfig, paths: RunPaths, run_id: str, *, explicit: 
             state = verify(candidate)
         except UserError as error:
             say(f"{candidate.name} is damaged and left out: {error}")
-            shutil.rmtree(candidate, ignore_errors=True)
+            set_aside(candidate)
             continue
-        if state["mlflow_run_id"] == run_id:
-            return candidate
-    fetched = tracking.fetch_checkpoint(tracking.tracking_uri(config), run_id, paths.checkpoints)
-    if fetched is not None:
-        verify(fetched)
-        say(f"{fetched.name} fetched from MLflow run {run_id}")
-    elif explicit:
+        if state["mlflow_run_id"] != run_id:
+            raise ConfigError(
+                f"{candidate}: belongs to MLflow run {state['mlflow_run_id']}, not to {run_id}; use another run_dir, "
+                f"or go on with --resume {state['mlflow_run_id']}"
+            )
+        return candidate
+    uri = tracking.tracking_uri(config)
+    for name in tracking.published_checkpoints(uri, run_id):
+        fetched = tracking.fetch_checkpoint(uri, run_id, name, paths.checkpoints)
+        try:
+            verify(fetched)
+        except UserError as error:
+            say(f"{name} in MLflow is damaged and left out: {error}")
+            set_aside(fetched)
+            continue
+        say(f"{name} fetched from MLflow run {run_id}")
+        return fetched
+    if explicit:
         raise UserError(f"MLflow run {run_id} has no committed checkpoint; start without --resume {run_id}")
-    return fetched
+    return None

@@ -10,9 +10,8 @@ when the inputs are today's and the outputs are still there. No record, no belie
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,9 +37,10 @@ class Line:
         self.config, self.paths = config, RunPaths(config.run_dir)
         self._launch, self._say = launch, say
 
-    def run(self, *, resume: str = "auto") -> dict[str, dict[str, Any]]:
+    def run(self) -> dict[str, dict[str, Any]]:
         """Every stage; returns their records by name. Raises UserError (exit code 3 when the certificate failed)."""
-        return {name: self.stage(name, resume=resume, force=False) for name in NAMES}
+        self._clean()
+        return {name: self.stage(name) for name in NAMES}
 
     def stage(
         self, name: str, *, resume: str = "auto", force: bool = False, uncertified: bool = False
@@ -51,9 +51,11 @@ class Line:
             inputs["uncertified"] = True
         digest = storage.sha256_json(inputs)
         known = self.record(name)
+        if resume != "auto" and known and known["result"].get("run_id") != resume:
+            known = None  # another MLflow run is asked for than the finished one
         if known and known["inputs"] == digest and self._intact(known) and not force:
             self._say(f"{name:<12} complete, skipped")
-            self._after(name, known["result"], uncertified=uncertified)
+            self._after(name, known["result"])
             return {**known, "skipped": True}
         record = self.paths.stages / f"{name}.json"
         record.unlink(missing_ok=True)
@@ -71,7 +73,7 @@ class Line:
         }
         storage.publish_json(record, new)
         self._say(f"{name:<12} done in {new['seconds']:.1f} s  {_brief(result)}")
-        self._after(name, result, uncertified=uncertified)
+        self._after(name, result)
         return {**new, "skipped": False}
 
     def record(self, name: str) -> dict[str, Any] | None:
@@ -79,8 +81,17 @@ class Line:
         path = self.paths.stages / f"{name}.json"
         if not path.exists():
             return None
-        record: dict[str, Any] = storage.read_json(path, schema_version=SCHEMA_VERSION)
+        try:
+            record: dict[str, Any] = storage.read_json(path, schema_version=SCHEMA_VERSION)
+        except UserError:  # damaged, or of another version: the stage is done again
+            return None
         return record
+
+    def _clean(self) -> None:
+        """Remove what killed stages left half-written beside their outputs."""
+        for pattern in (".*.tmp", ".*.old"):
+            for path in self.paths.root.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _inputs(self, name: str) -> dict[str, Any]:
         """Everything that decides a stage's output."""
@@ -107,7 +118,8 @@ class Line:
             before = self.record(UPSTREAM[name])
             if before is None:
                 raise ConfigError(f"stage {name}: {UPSTREAM[name]} has not finished; run `pldr {UPSTREAM[name]}` first")
-            inputs["before"] = _identity(before["result"])
+            earlier = [self.record(stage) for stage in NAMES[: NAMES.index(name)]]
+            inputs["before"] = [_identity(record["result"]) for record in earlier if record is not None]
         if name == "tokenizer" and self.config.tokenizer.model is not None:
             given = Path(self.config.tokenizer.model)
             if not given.is_file():
@@ -167,8 +179,8 @@ class Line:
         assert name == "bundle", name
         return posttrain.package(config, paths, uncertified=uncertified)
 
-    def _after(self, name: str, result: dict[str, Any], *, uncertified: bool) -> None:
-        if name == "validate" and result["verdict"] != "certified" and not uncertified:
+    def _after(self, name: str, result: dict[str, Any]) -> None:
+        if name == "validate" and result["verdict"] != "certified":
             failed = "; ".join(f"{f['measure']}: {f['mend']}" for f in result["failed"])
             raise UserError(
                 f"the certificate did not pass ({failed}); see {self.paths.certificate / 'certificate.json'}; "
@@ -179,10 +191,7 @@ class Line:
 
 @contextmanager
 def exclusive(config: RunConfig, say: Say) -> Iterator[None]:
-    """One process at a time works in a run directory; a second one waits (and then finds everything done).
-
-    A POSIX record lock: it goes with its process, also on kill -9, and children do not inherit it.
-    """
+    """One process at a time works in a run directory; a second one waits (and then finds everything done)."""
     root = RunPaths(config.run_dir).root
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -190,15 +199,9 @@ def exclusive(config: RunConfig, say: Say) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"run_dir {root}: {error.strerror}; set run_dir to a folder that can be written") from error
     with stream:
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            stream.seek(0)
-            say(f"{root}: process {stream.read().strip() or '?'} works here; waiting for it to end")
-            fcntl.lockf(stream, fcntl.LOCK_EX)
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
+        if not storage.lock(stream):
+            say(f"{root}: process {storage.lock_holder(stream)} works here; waiting for it to end")
+            storage.lock(stream, wait=True)
         yield
 
 

@@ -10,6 +10,7 @@ Oddities explained once:
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 
@@ -195,6 +196,27 @@ def require_free_space(folder: Path, needed: int, what: str) -> None:
             f"{folder}: {what} needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
             "free some space or set run_dir to another disk"
         )
+
+
+def lock(stream: IO[str], *, wait: bool = False) -> bool:
+    """Take the lock of an open lock file and leave our process id in it; False when another process has it.
+
+    A POSIX record lock: it goes with its process, also on kill -9, and children do not inherit it.
+    """
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    stream.truncate(0)
+    stream.write(str(os.getpid()))
+    stream.flush()
+    return True
+
+
+def lock_holder(stream: IO[str]) -> str:
+    """The process id in a lock file."""
+    stream.seek(0)
+    return stream.read().strip() or "?"
 
 
 def explain_os_error(error: OSError, where: str) -> UserError:

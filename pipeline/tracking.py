@@ -1,4 +1,4 @@
-"""The one seam to MLflow: one run per training job, written by rank 0, never waited for.
+"""The one seam to MLflow while a run trains: one run per job, written by rank 0; metrics are never waited for.
 
 Oddities explained once (MLflow 3.17, measured): with a dead server one call with default settings blocks for minutes, and
 asynchronous logging then drops metrics with only a line in the log. So the loop appends points to a JSONL spool on local
@@ -9,15 +9,19 @@ a resumed run leaves out points up to the last step that MLflow has.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline import storage
+from pipeline.checkpoints import COMMITTED
 from pipeline.config import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError
 
@@ -26,6 +30,7 @@ log = logging.getLogger(__name__)
 SEND_EVERY_S = 1.0
 BATCH = 500  # MLflow takes at most 1000 points a call
 RUN_FILE = "run.json"
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 # Settings that may change on resume without making it another run. Everything else must be equal.
 MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.workers", "train.ranks", "train.log_every",
               "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout_s",
@@ -40,7 +45,7 @@ def tracking_uri(config: RunConfig) -> str:
 def client(uri: str) -> Any:
     """An MLflow client that fails fast. Imported here: the import takes seconds."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    os.environ.setdefault(TIMEOUT, "3")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -121,6 +126,16 @@ def mark(config: RunConfig, run_id: str, status: str) -> None:
         log.warning("MLflow run %s could not be marked %s: %s", run_id, status, error)
 
 
+def spool_of(config: RunConfig, run_id: str) -> Path:
+    """The run's metrics on local disk."""
+    return RunPaths(config.run_dir).logs / f"metrics-{run_id}.jsonl"
+
+
+def finish(config: RunConfig, run_id: str) -> None:
+    """Send what an outage left in the spool, and mark the run finished."""
+    Tracker(tracking_uri(config), run_id, spool_of(config, run_id)).close("FINISHED")
+
+
 class Tracker:
     """Rank 0's line to MLflow. `log` costs an append to a file; everything else happens in a thread."""
 
@@ -148,19 +163,21 @@ class Tracker:
         self._stream.write(json.dumps(point) + "\n")
         self._stream.flush()
 
-    def log_checkpoint(self, checkpoint: Path, *, drop: list[str]) -> None:
-        """Publish a committed checkpoint as artifacts of the run, COMMITTED last; then remove the outdated `drop`."""
+    def sync_checkpoints(self, kept: list[Path]) -> None:
+        """Make the run's artifacts hold exactly these committed checkpoints: upload what is missing (COMMITTED last),
+        remove older ones. Safe to repeat, so that what an outage left undone is done the next time."""
         mlflow = self._get_client()
-        target = f"checkpoints/{checkpoint.name}"
-        for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != "COMMITTED"):
-            folder = path.parent.relative_to(checkpoint)
-            mlflow.log_artifact(self.run_id, str(path), f"{target}/{folder}" if str(folder) != "." else target)
-        mlflow.log_artifact(self.run_id, str(checkpoint / "COMMITTED"), target)
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+        published = published_checkpoints(self._uri, self.run_id)
+        with _patience():
+            for checkpoint in kept:
+                if checkpoint.name not in published:
+                    _upload_checkpoint(mlflow, self.run_id, checkpoint)
+        outdated = [name for name in published if name < kept[0].name]
+        if outdated:
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        if drop:
             repository = get_artifact_repository(mlflow.get_run(self.run_id).info.artifact_uri)
-            for name in drop:
+            for name in outdated:
                 repository.delete_artifacts(f"checkpoints/{name}")
 
     def close(self, status: str | None = None) -> bool:
@@ -172,7 +189,10 @@ class Tracker:
         if not sent_all:
             log.warning("MLflow at %s did not take all metrics; they are kept in %s", self._uri, self._spool)
         elif status is not None:
-            self._get_client().set_terminated(self.run_id, status=status)
+            try:
+                self._get_client().set_terminated(self.run_id, status=status)
+            except Exception as error:
+                log.warning("MLflow run %s could not be marked %s: %s", self.run_id, status, error)
         return sent_all
 
     def _get_client(self) -> Any:
@@ -237,25 +257,45 @@ class Tracker:
             storage.publish_bytes(self._sent_file, str(self._sent).encode())
 
 
-def fetch_checkpoint(uri: str, run_id: str, folder: Path) -> Path | None:
-    """Bring the newest committed checkpoint of a run from MLflow into `folder` (unless it is there). None: it has none.
-
-    Files are checked against the manifest by who loads them.
-    """
+def published_checkpoints(uri: str, run_id: str) -> list[str]:
+    """Names of the committed checkpoints among a run's artifacts, newest first."""
     mlflow = client(uri)
-    names = sorted(Path(item.path).name for item in mlflow.list_artifacts(run_id, "checkpoints") if item.is_dir)
-    for name in reversed(names):
-        remote = f"checkpoints/{name}"
-        if not any(Path(item.path).name == "COMMITTED" for item in mlflow.list_artifacts(run_id, remote)):
-            continue
-        target = folder / storage.safe_member(name)
-        if not (target / "COMMITTED").is_file():
-            staging = folder / f".{name}.download"
-            staging.mkdir(parents=True, exist_ok=True)
-            downloaded = Path(mlflow.download_artifacts(run_id, remote, str(staging)))
-            storage.replace_dir(downloaded, target)
-        return target
-    return None
+    names = [Path(item.path).name for item in mlflow.list_artifacts(run_id, "checkpoints") if item.is_dir]
+
+    def whole(name: str) -> bool:
+        return any(Path(item.path).name == COMMITTED for item in mlflow.list_artifacts(run_id, f"checkpoints/{name}"))
+
+    return sorted(filter(whole, names), key=lambda name: (len(name), name), reverse=True)
+
+
+def fetch_checkpoint(uri: str, run_id: str, name: str, folder: Path) -> Path:
+    """Bring a published checkpoint into `folder`. Its bytes are checked against its manifest by who loads it."""
+    target = folder / storage.safe_member(name)
+    staging = folder / f".{name}.download"
+    staging.mkdir(parents=True, exist_ok=True)
+    with _patience():
+        downloaded = Path(client(uri).download_artifacts(run_id, f"checkpoints/{name}", str(staging)))
+    storage.replace_dir(downloaded, target)
+    shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _upload_checkpoint(mlflow: Any, run_id: str, checkpoint: Path) -> None:
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != COMMITTED)
+    for path in [*files, checkpoint / COMMITTED]:
+        folder = Path("checkpoints") / checkpoint.name / path.parent.relative_to(checkpoint)
+        mlflow.log_artifact(run_id, str(path), folder.as_posix())
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Artifacts may take long: the short timeout is for metrics."""
+    before = os.environ.get(TIMEOUT)
+    os.environ[TIMEOUT] = "600"
+    try:
+        yield
+    finally:
+        os.environ[TIMEOUT] = before or "3"
 
 
 def log_files(config: RunConfig, run_id: str, files: dict[str, str]) -> None:

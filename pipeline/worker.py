@@ -2,7 +2,7 @@
 
     deepspeed --num_gpus 2 --module pipeline.worker JOB.json
 
-JOB.json (written by `pipeline.stages`): the whole configuration, the MLflow run to log to and the checkpoint to resume from.
+JOB.json (written by `pipeline.pretrain`): the whole configuration, the MLflow run to log to and the checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from pipeline import storage
+from pipeline.checkpoints import TRAINING_LOCK
 from pipeline.config import RunPaths, parse_config
 from pipeline.errors import UserError
 
@@ -51,18 +52,21 @@ def run(job_file: Path) -> None:
 
     from pipeline.data.index import TokenIndex
     from pipeline.data.loader import TokenReader, TrainLoader
-    from pipeline.tracking import Tracker, tracking_uri
-    from pipeline.train.engine import accumulation_steps, init_distributed
+    from pipeline.device import has_gpu
+    from pipeline.tracking import Tracker, spool_of, tracking_uri
+    from pipeline.train.engine import init_distributed
     from pipeline.train.loop import Lineage, train
 
     job = storage.read_json(job_file, schema_version=1)
     config = parse_config(job["config"], where=str(job_file))
     paths = RunPaths(config.run_dir)
-    if not torch.cuda.is_available():
+    if not has_gpu():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     init_distributed(config.train.timeout_s)
     rank, world = dist.get_rank(), dist.get_world_size()
-    accumulation_steps(config.train, world)
+    lock = open(paths.logs / TRAINING_LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held to the end of the process
+    if rank == 0 and not storage.lock(lock):
+        raise UserError(f"{paths.root}: process {storage.lock_holder(lock)} trains here; wait for it or stop it")
     index = TokenIndex.load(paths.tokens)
     index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
     reader = TokenReader(index, "train")
@@ -84,7 +88,7 @@ def run(job_file: Path) -> None:
     )
     tracker = None
     if rank == 0:
-        tracker = Tracker(tracking_uri(config), job["run_id"], paths.logs / f"metrics-{job['run_id']}.jsonl")
+        tracker = Tracker(tracking_uri(config), job["run_id"], spool_of(config, job["run_id"]))
     status = "FAILED"
     try:
         train(

@@ -104,6 +104,7 @@ class TrainLoader:
         self.micro_batch = micro_batch
         share = global_batch // world_size
         self._slice = slice(rank * share, (rank + 1) * share)
+        self.num_sequences = reader.num_sequences
         self._order = Order(
             num_sequences=reader.num_sequences,
             block_sequences=reader.index.block_sequences,

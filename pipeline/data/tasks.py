@@ -124,6 +124,9 @@ class _Executor(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has n
                 for future in futures:
                     if not future.cancelled():
                         future.result()
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
             except BrokenProcessPool:
                 raise UserError(
                     f"a worker process died (killed, or out of memory), see {console}; lower {workers_key} or free "

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from pipeline import storage
 from pipeline.checkpoints import COMMITTED, SCHEMA_VERSION, STATE, checkpoint_name, clean, committed, safe_load
+from pipeline.device import has_gpu
 from pipeline.errors import UserError
 
 
@@ -52,17 +53,23 @@ def make_safe_engine() -> Any:
         def __init__(self) -> None:
             super().__init__(None)
             self.written: dict[str, str] = {}
+            self.failure: str | None = None
 
         def save(self, state_dict: Any, path: str) -> None:
-            stream = _HashingFile(Path(path))
-            torch.save(state_dict, cast(IO[bytes], stream))
-            self.written[os.path.abspath(path)] = stream.close()
+            # A failure is told in `save` below: a rank that raised here would leave the others in DeepSpeed's barrier.
+            try:
+                stream = _HashingFile(Path(path))
+                torch.save(state_dict, cast(IO[bytes], stream))
+                self.written[os.path.abspath(path)] = stream.close()
+            except (OSError, RuntimeError) as error:
+                self.failure = self.failure or str(error)
 
         def load(self, path: str, map_location: Any = None) -> Any:
             return safe_load(path, map_location)
 
         def create(self, info: Any) -> None:
             self.written.clear()
+            self.failure = None
 
     return SafeCheckpointEngine()
 
@@ -76,19 +83,21 @@ def save(engine: Any, folder: Path, state: dict[str, Any]) -> Path:
     name = checkpoint_name(state["step"])
     staging, final = folder / f".{name}.staging", folder / name
     rank = dist.get_rank()
+    outcome = [""]
     if rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    dist.barrier()
-    failure = None
-    try:
-        engine.save_checkpoint(str(staging), tag=name, save_latest=False)
-    except (OSError, RuntimeError) as error:
-        failure = str(error)
-    report = {"hashes": dict(engine.checkpoint_engine.written), "rng": _rng_state(), "failure": failure}
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            (staging / name).mkdir(parents=True)
+        except OSError as error:
+            outcome[0] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0]:
+        raise UserError(f"{final}: the checkpoint was not saved: {outcome[0]}")
+    engine.save_checkpoint(str(staging), tag=name, save_latest=False)
+    written = engine.checkpoint_engine
+    report = {"hashes": dict(written.written), "rng": _rng_state(), "failure": written.failure}
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, report)
-    outcome = [""]
     if rank == 0:
         try:
             outcome[0] = next((r["failure"] for r in reports if r["failure"]), "")
@@ -149,7 +158,7 @@ def retain(folder: Path, keep: int) -> list[Path]:
 
 def _rng_state() -> dict[str, str]:
     state = {"cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()}
-    if torch.cuda.is_available():
+    if has_gpu():
         state["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()
     return state
 
@@ -159,5 +168,5 @@ def _restore_rng(state: dict[str, str]) -> None:
         return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
     torch.set_rng_state(tensor(state["cpu"]))
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and has_gpu():
         torch.cuda.set_rng_state(tensor(state["cuda"]))

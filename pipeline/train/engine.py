@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from pipeline.config import TrainConfig
+from pipeline.device import has_gpu
 from pipeline.errors import ConfigError
 from pipeline.train.optim import build_optimizer, optimizer_clips_norm
 
@@ -51,6 +52,8 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
             raise ConfigError(f"train.deepspeed: {train.deepspeed}: no such file") from None
         except ValueError as error:
             raise ConfigError(f"train.deepspeed: {train.deepspeed}: not valid JSON: {error}") from None
+        if not isinstance(own, dict):
+            raise ConfigError(f"train.deepspeed: {train.deepspeed}: must be a JSON object of DeepSpeed's keys")
         for key, ours in OURS.items():
             if key in own:
                 raise ConfigError(f"{train.deepspeed}: {key} is set by {ours} in the YAML; remove it from the JSON")
@@ -86,7 +89,7 @@ def init_distributed(timeout_s: float) -> None:
     """Join the process group: nccl on GPUs, gloo on a CPU. Environment as a DeepSpeed launcher sets it."""
     import deepspeed
 
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if has_gpu() else "gloo"
     if backend == "gloo" and os.environ.get("PLDR_BUILD_SHM_OP") != "1":
         # Through sys.modules: `import deepspeed.comm.torch as T` gives the real torch.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
@@ -97,7 +100,7 @@ def init_distributed(timeout_s: float) -> None:
 
 def device_of_rank() -> torch.device:
     """Where this rank computes."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
 def build_engine(model: nn.Module, train: TrainConfig, world_size: int) -> Any:

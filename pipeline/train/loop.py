@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +18,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoints import verify
+from pipeline.checkpoints import committed, verify
 from pipeline.config import RunConfig, RunPaths
 from pipeline.errors import UserError
 from pipeline.schedule import invariance_budget, learning_rate
 from pipeline.tracking import Tracker
 from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, device_of_rank, set_learning_rate
-from pipeline.train.metrics import Throughput, peak_flops, validate
+from pipeline.train.metrics import Throughput, peak_flops, system_metrics, validate
 from pipeline.train.optim import gradient_norm
 from pipeline.train.progress import Progress
 from pldr_model.loss import total_loss
@@ -37,6 +36,11 @@ log = logging.getLogger(__name__)
 
 class TrainData(Protocol):
     """What the loop needs of a loader: global batches from a position on, as this rank's micro batches [n, S+1]."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in an epoch."""
+        ...
 
     def micro_batches(self, sequences_consumed: int) -> Iterator[Sequence[np.ndarray]]: ...
 
@@ -53,7 +57,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where the run's inputs come from; kept in every checkpoint and checked on resume."""
+    """Where the run's inputs come from; kept in every checkpoint and checked before a resume (pretrain.py)."""
 
     data_fingerprint: str
     tokenizer_sha256: str
@@ -82,13 +86,14 @@ def train(
     engine.checkpoint_engine = checkpoint.make_safe_engine()
     state = TrainState()
     if resume_from is not None:
-        state = _resume(engine, resume_from, lineage)
+        state = _resume(engine, resume_from)
     progress = Progress(config, start_step=state.step) if dist.get_rank() == 0 else None
     throughput = Throughput()
     budget = invariance_budget(settings, state.step)
     wants_outputs = any(config.model.dag_coefficients)
     tokens_per_batch = settings.global_batch * config.model.context_length
     flops = config.model.flops_per_token(training=True)
+    peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_flops()
     batches = data.micro_batches(state.sequences_consumed)
     gc.disable()  # ranks must not pause one after another; collected at the logging interval
 
@@ -111,58 +116,52 @@ def train(
         state.tokens_consumed += tokens_per_batch
         throughput.add(tokens_per_batch)
         last = state.step == settings.steps
+        checkpoint_due = state.step % settings.checkpoint_every == 0 or last
+        values: dict[str, float] = {}
 
-        if state.step % settings.log_every == 0 or last:
+        if state.step % settings.log_every == 0 or checkpoint_due:
             gc.collect(1)
             state.skipped_steps = int(engine.skipped_steps)
-            loss = _mean_over_ranks(loss_sum / len(micro_batches))
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"step {state.step}: the loss is {loss}; lower train.max_lr or lengthen train.warmup_steps"
-                )
-            speed = throughput.read()
-            values = {
-                "train/loss": loss,
+            values |= {
+                "train/loss": _mean_over_ranks(loss_sum / len(micro_batches)),
                 "train/lr": rate,
                 "train/grad_norm": _gradient_norm(engine),
-                "train/tokens_per_second": speed,
+                "train/tokens_per_second": throughput.read(),
                 "train/skipped_steps": float(state.skipped_steps),
-                "invariance/budget": budget,
+                "data/epoch": state.sequences_consumed / data.num_sequences,
+                "data/tokens": float(state.tokens_consumed),
+                **system_metrics(),
             }
-            peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_flops()
             if peak is not None:
-                values["train/mfu"] = speed * flops / (peak * world)
-            _report(tracker, progress, state.step, values)
+                values["train/mfu"] = values["train/tokens_per_second"] * flops / (peak * world)
+            if config.model.g_source == "learned":
+                values["invariance/budget"] = budget
+            for key in ("train/loss", "train/grad_norm"):
+                if not math.isfinite(values[key]):
+                    raise UserError(
+                        f"step {state.step}: {key} is {values[key]}; nothing of it was saved. Lower train.max_lr or "
+                        "lengthen train.warmup_steps, in a new run_dir"
+                    )
 
         if state.step % settings.validate_every == 0 or last:
-            started = time.perf_counter()
-            values = validate(
-                engine,
-                config.model,
-                held_out,
-                batch_size=settings.micro_batch,
-                bytes_per_token=bytes_per_token,
-            )
-            throughput.away(time.perf_counter() - started)
-            _report(tracker, progress, state.step, values)
+            with throughput.pause():
+                values |= validate(
+                    engine, config.model, held_out, batch_size=settings.micro_batch, bytes_per_token=bytes_per_token
+                )
 
-        if state.step % settings.checkpoint_every == 0 or last:
-            started = time.perf_counter()
-            _checkpoint(engine, config, paths.checkpoints, state, lineage, tracker)
-            throughput.away(time.perf_counter() - started)
+        if values:
+            _report(tracker, progress, state.step, values)
+        if checkpoint_due:
+            with throughput.pause():
+                _checkpoint(engine, config, paths.checkpoints, state, lineage, tracker)
 
     if progress is not None:
         progress.end()
     return state
 
 
-def _resume(engine: Any, folder: Path, lineage: Lineage) -> TrainState:
+def _resume(engine: Any, folder: Path) -> TrainState:
     saved = verify(folder)
-    for key, ours in asdict(lineage).items():
-        if key != "mlflow_run_id" and saved[key] != ours:
-            raise UserError(
-                f"{folder}: was trained with {key} {saved[key][:12]}, this run has {ours[:12]}; use another run_dir"
-            )
     checkpoint.load(engine, folder, saved)
     return TrainState(**{key: saved[key] for key in TrainState.__dataclass_fields__})
 
@@ -178,10 +177,10 @@ def _checkpoint(
     }
     saved = checkpoint.save(engine, folder, record)
     if dist.get_rank() == 0:
-        removed = checkpoint.retain(folder, config.train.keep_checkpoints)
+        checkpoint.retain(folder, config.train.keep_checkpoints)
         if tracker is not None:
             try:
-                tracker.log_checkpoint(saved, drop=[path.name for path in removed])
+                tracker.sync_checkpoints(committed(folder))
             except Exception as error:  # an outage of MLflow must not end a run: the local checkpoint is committed
                 log.warning("%s was not published to MLflow: %s", saved.name, error)
 

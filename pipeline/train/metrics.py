@@ -7,14 +7,18 @@ difference is the leak gap.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
+from pipeline.device import has_gpu
 from pldr_model.config import ModelConfig
 from pldr_model.loss import cross_entropy
 from pldr_model.model import g_shape
@@ -101,10 +105,18 @@ def _deviations(outputs: list[Any], first: list[Any]) -> torch.Tensor:
 
 def peak_flops() -> float | None:
     """Peak dense bf16 FLOP/s of one device, None where it is not known (a CPU)."""
-    if not torch.cuda.is_available():
+    if not has_gpu():
         return None
     name = torch.cuda.get_device_name()
     return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
+def system_metrics() -> dict[str, float]:
+    """Memory of this rank (rank 0's is logged), in GB."""
+    values = {"system/rss_gb": psutil.Process().memory_info().rss / 1e9}
+    if has_gpu():
+        values["system/gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return values
 
 
 class Throughput:
@@ -117,9 +129,12 @@ class Throughput:
         """Count trained tokens."""
         self._tokens += tokens
 
-    def away(self, seconds: float) -> None:
-        """Time that was not training."""
-        self._away += seconds
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that is not training."""
+        started = time.perf_counter()
+        yield
+        self._away += time.perf_counter() - started
 
     def read(self) -> float:
         """Tokens per second since the last reading."""

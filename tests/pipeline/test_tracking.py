@@ -86,14 +86,15 @@ def test_checkpoints_come_back_from_mlflow(tmp_path):
         (folder / "MANIFEST.json").write_text("{}")
         if step < 3:
             (folder / "COMMITTED").write_text("x")
-            tracker.log_checkpoint(folder, drop=["step-000000"] if step == 2 else [])
+            tracker.sync_checkpoints([folder])
     # An upload that was cut before COMMITTED does not exist.
     tracker._get_client().log_artifact(
         run_id, str(tmp_path / "step-000003" / "MANIFEST.json"), "checkpoints/step-000003"
     )
     tracker.close()
     uri = tracking.tracking_uri(config)
-    fetched = tracking.fetch_checkpoint(uri, run_id, tmp_path / "b" / "checkpoints")
+    assert tracking.published_checkpoints(uri, run_id) == ["step-000002"]  # 1 was outdated, 3 was cut
+    fetched = tracking.fetch_checkpoint(uri, run_id, "step-000002", tmp_path / "b" / "checkpoints")
     assert fetched == tmp_path / "b" / "checkpoints" / "step-000002"
     assert (fetched / "step-000002" / "weights.pt").read_bytes() == bytes([2]) * 100
     assert (fetched / "COMMITTED").exists()

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from pipeline import schedule
 from pipeline.checkpoints import checkpoint_name, verify
 from pipeline.config import RunConfig, parse_config
-from pipeline.train import loop
+from pipeline.errors import UserError
+from pipeline.train import checkpoint, loop
 from pipeline.train.engine import init_distributed
 
 STEPS = 6
@@ -25,6 +26,8 @@ class Batches:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+
+    num_sequences = 100
 
     def micro_batches(self, consumed):
         train, model = self.config.train, self.config.model
@@ -47,8 +50,8 @@ class Recorder:
     def log(self, step, values):
         self.points.setdefault(step, {}).update(values)
 
-    def log_checkpoint(self, path, *, drop):
-        self.checkpoints.append(path.name)
+    def sync_checkpoints(self, kept):
+        self.checkpoints = [path.name for path in kept]
 
 
 def configuration(folder: Path, stage: int, precision: str, clip_by: str, g_source: str = "learned") -> RunConfig:
@@ -83,6 +86,29 @@ def run(config, held_out, resume_from=None):
     return recorder
 
 
+def failing_save(folder, stage, precision, held_out, bad):
+    """A disk that is full under one rank; stage 0 and rank 1: that rank has nothing to write, so rank 0 fails."""
+    config = configuration(folder, stage, precision, "norm")
+    real, writer = checkpoint._HashingFile.write, bad if stage else 0
+
+    def full(self, data):
+        if dist.get_rank() == writer:
+            raise OSError(28, "No space left on device")
+        return real(self, data)
+
+    checkpoint._HashingFile.write = full
+    message = "no error"
+    try:
+        run(config, held_out)
+    except UserError as error:
+        message = str(error)
+    finally:
+        checkpoint._HashingFile.write = real
+    messages = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return {"messages": messages, "left": sorted(p.name for p in (folder / "checkpoints").iterdir())}
+
+
 def main() -> None:
     folder, stages, precision = Path(sys.argv[1]), [int(s) for s in sys.argv[2].split(",")], sys.argv[3]
     torch.set_num_threads(1)
@@ -104,6 +130,11 @@ def main() -> None:
                 "published": straight.checkpoints,
                 "budget": schedule.invariance_budget(config.train),
             }
+    results["failing"] = {
+        f"{stage}-{bad}": failing_save(folder / f"f{stage}{bad}", stage, precision, held_out, bad)
+        for stage in stages
+        for bad in (0, 1)
+    }
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(results))
     dist.barrier()

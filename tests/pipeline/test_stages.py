@@ -1,0 +1,132 @@
+"""Stages are skipped for the same inputs only, and what a run directory holds is never taken for another run's."""
+
+import json
+import random
+
+import pytest
+import yaml
+
+from pipeline.config import load_config
+from pipeline.errors import ConfigError, UserError
+from pipeline.pretrain import ranks_on_this_node
+from pipeline.stages import Line
+
+
+def corpus(path, word, documents=40):
+    with open(path, "w") as stream:
+        for number in range(documents):
+            rng = random.Random(f"{word}{number}")
+            words = ["".join(rng.choices("abcdefghijklm", k=rng.randint(2, 6))) for _ in range(200)]
+            text = f"{word} " + " ".join(words)
+            stream.write(json.dumps({"text": text}) + "\n")
+
+
+def no_launch(config, job_file, ranks):
+    raise AssertionError("nothing here trains")
+
+
+@pytest.fixture
+def line(tmp_path):
+    corpus(tmp_path / "corpus.jsonl", "alpha")
+    tree = {
+        "name": "t",
+        "run_dir": str(tmp_path / "run"),
+        "data": {"sources": [{"url": str(tmp_path / "corpus.jsonl")}], "val_fraction": 0.2, "test_fraction": 0.1},
+        "model": {"vocab_size": 320, "num_layers": 1, "num_heads": 1, "head_dim": 4, "context_length": 16},
+        "train": {"steps": 4, "warmup_steps": 1, "global_batch": 4, "micro_batch": 2, "ranks": 2, "precision": "fp32"},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+
+    def make(*overrides, launch=no_launch):
+        said = []
+        return Line(load_config(path, list(overrides)), launch=launch, say=said.append), said
+
+    return make
+
+
+def data_stages(line):
+    return {name: line.stage(name)["skipped"] for name in ("shard", "tokenizer", "tokenize")}
+
+
+def test_same_inputs_skip_and_changed_inputs_do_not(line, tmp_path):
+    assert not any(data_stages(line()[0]).values())
+    assert all(data_stages(line()[0]).values())
+    assert all(data_stages(line("data.workers=1", "train.max_lr=1e-4")[0]).values())  # nothing of the data changes
+    assert data_stages(line("tokens.remainder=pad")[0]) == {"shard": True, "tokenizer": True, "tokenize": False}
+    corpus(tmp_path / "corpus.jsonl", "beta")
+    assert not any(data_stages(line("tokens.remainder=pad")[0]).values())
+
+
+def test_a_given_tokenizer_does_not_hide_a_changed_corpus(line, tmp_path):
+    data_stages(line()[0])
+    given = tmp_path / "given.model"
+    given.write_bytes((tmp_path / "run" / "tokenizer" / "tokenizer.model").read_bytes())
+    override = f"tokenizer.model={given}"
+    data_stages(line(override)[0])
+    corpus(tmp_path / "corpus.jsonl", "beta")
+    assert data_stages(line(override)[0])["tokenize"] is False
+
+
+def test_a_deleted_output_is_made_again(line, tmp_path):
+    data_stages(line()[0])
+    first = {p.name: p.read_bytes() for p in (tmp_path / "run" / "tokens").iterdir()}
+    next((tmp_path / "run" / "tokens").glob("train-*.tar")).unlink()
+    assert data_stages(line()[0]) == {"shard": True, "tokenizer": True, "tokenize": False}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "tokens").iterdir()} == first
+
+
+def test_a_stage_record_that_is_damaged_is_not_believed(line, tmp_path):
+    data_stages(line()[0])
+    (tmp_path / "run" / "stages" / "tokenize.json").write_text("{")
+    assert data_stages(line()[0])["tokenize"] is False
+
+
+def test_a_stage_needs_the_one_before(line):
+    with pytest.raises(ConfigError, match="stage train: tokenize has not finished; run `pldr tokenize` first"):
+        line()[0].stage("train")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.micro_batch=4", "train.global_batch 4 is not a multiple of micro_batch 4 x 2 ranks"),
+        ("train.deepspeed=/nowhere.json", "no such file"),
+    ],
+)
+def test_what_cannot_train_is_said_before_anything_starts(line, override, message):
+    data_stages(line()[0])
+    with pytest.raises(ConfigError, match=message):
+        line(override)[0].stage("train")
+
+
+def test_tokens_for_another_model_are_refused(line):
+    data_stages(line()[0])
+    one = line("model.context_length=32")[0]
+    with pytest.raises(UserError, match=r"context.length"):
+        from pipeline.pretrain import prepare
+
+        prepare(one.config, one.paths, resume="auto", ranks=2, say=print)
+
+
+def test_a_launch_that_trained_nothing_is_a_failure_and_marks_the_run(line):
+    from pipeline import tracking
+
+    data_stages(line()[0])
+    one, _ = line(launch=lambda config, job, ranks: None)
+    with pytest.raises(UserError, match="training ended before step 4"):
+        one.stage("train")
+
+    def fail(config, job_file, ranks):
+        raise UserError("rank 1: something broke")
+
+    with pytest.raises(UserError, match="something broke"):
+        line(launch=fail)[0].stage("train")
+    run_id = json.loads((one.paths.root / "run.json").read_text())["run_id"]
+    assert tracking.client(tracking.tracking_uri(one.config)).get_run(run_id).info.status == "FAILED"
+
+
+def test_ranks_divide_the_global_batch(line):
+    assert ranks_on_this_node(line()[0].config) == 2
+    assert ranks_on_this_node(line("train.ranks=null")[0].config) == 2
+    assert ranks_on_this_node(line("train.ranks=null", "train.micro_batch=4")[0].config) == 1

@@ -1,0 +1,81 @@
+"""The optimizer against torch's own pieces, in fp64: clipping, and who decays how much."""
+
+import pytest
+import torch
+
+from pipeline.config import TrainConfig
+from pipeline.train.optim import ClippedAdamW, build_optimizer, gradient_norm, parameter_groups
+from pldr_model.config import ModelConfig
+from pldr_model.model import PLDRModel
+
+TRAIN = TrainConfig(
+    steps=10, warmup_steps=0, global_batch=2, micro_batch=2, weight_decay=0.3, metric_weight_decay=5.0, precision="fp32"
+)
+
+
+def parameters():
+    torch.manual_seed(3)
+    return [torch.randn(4, 5, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("clip", ["value", "norm", "none"])
+def test_steps_equal_torch_with_its_own_clipping(clip):
+    ours, theirs = [[p.clone().requires_grad_() for p in parameters()] for _ in range(2)]
+    settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.3}
+    optimizer = ClippedAdamW(
+        ours, clip_value=0.2 if clip == "value" else None, clip_norm=0.5 if clip == "norm" else None, **settings
+    )
+    reference = torch.optim.AdamW(theirs, **settings)
+    for _ in range(4):
+        for group in (ours, theirs):
+            (group[0].pow(3).sum() + group[1].exp().sum()).backward()
+        norm = torch.cat([p.grad.flatten() for p in theirs]).norm().item()
+        if clip == "value":
+            torch.nn.utils.clip_grad_value_(theirs, 0.2)
+        elif clip == "norm":
+            torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        optimizer.step()
+        reference.step()
+        assert gradient_norm(optimizer) == pytest.approx(norm, rel=1e-6)
+        for group in (ours, theirs):
+            for p in group:
+                p.grad = None
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    assert not torch.equal(ours[0], parameters()[0])
+
+
+def test_only_the_residual_units_get_the_metric_decay():
+    model = PLDRModel(ModelConfig(vocab_size=11, num_layers=2, num_heads=2, head_dim=4, context_length=8, A_dff=6))
+    names = {id(p): name for name, p in model.named_parameters()}
+    other, metric = parameter_groups(model, TRAIN)
+    assert (other["weight_decay"], metric["weight_decay"]) == (0.3, 5.0)
+    metric_names = {names[id(p)] for p in metric["params"]}
+    assert metric_names and all(".metric_learner." in name for name in metric_names)
+    rest = {names[id(p)] for p in other["params"]}
+    assert len(metric_names) + len(rest) == len(names) and not metric_names & rest
+    for kept in (
+        "layers.0.attention.plga.W",
+        "layers.1.attention.plga.a",
+        "layers.0.attention.plga.density_norm.weight",
+    ):
+        assert kept in rest
+
+
+def test_the_decay_of_each_group_is_what_a_step_without_gradient_shows():
+    model = PLDRModel(ModelConfig(vocab_size=11, num_layers=1, num_heads=1, head_dim=4, context_length=8, A_dff=6))
+    optimizer = build_optimizer(model, TRAIN)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    optimizer.step()
+    for name, p in model.named_parameters():
+        decay = 5.0 if ".metric_learner." in name else 0.3
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.01 * decay))
+
+
+def test_without_a_metric_learner_there_is_one_group():
+    config = ModelConfig(vocab_size=11, num_layers=1, num_heads=1, head_dim=4, context_length=8, g_source="identity")
+    assert len(parameter_groups(PLDRModel(config), TRAIN)) == 1
