@@ -7,6 +7,7 @@ import pytest
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # these tests are for a CPU, also on a machine with GPUs
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 

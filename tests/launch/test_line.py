@@ -139,21 +139,51 @@ def test_a_prompt_over_the_context_is_one_line(finished):
     assert code in (1, 2) and "context" in errors and "Traceback" not in errors
 
 
-def test_a_resume_from_mlflow_alone(finished, tmp_path):
-    """Another run directory, as on another machine: checkpoint, position and metrics come from the MLflow run."""
-    path, _, output, _ = finished
+def test_a_resume_from_mlflow_alone_is_bit_equal(finished, tmp_path):
+    """Another run directory, as on another machine: weights, position and metrics come from the MLflow run."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    path, run_dir, output, _ = finished
     uri = tracking.tracking_uri(load_config(path))
     run_id = result_of(output)["run_id"]
+    mlflow = tracking.client(uri)
+    # What the straight run saved last is taken away, so that the last hundred steps have to be trained again.
+    get_artifact_repository(mlflow.get_run(run_id).info.artifact_uri).delete_artifacts("checkpoints/step-000500")
     other = [f"run_dir={tmp_path / 'other'}", f"tracking.uri={uri}"]
     for stage in ("shard", "tokenizer", "tokenize"):
         code, _, errors = pldr(stage, path, *other)
         assert code == 0, errors
     code, output, errors = pldr("train", path, *other, "--resume", run_id, "--json")
     assert code == 0, errors
-    assert result_of(output)["result"] | {"resumed_from": "step-000500"} == result_of(output)["result"]
-    assert "fetched from MLflow run" in output
+    assert "step-000400 fetched from MLflow run" in output
+    assert result_of(output)["result"]["resumed_from"] == "step-000400"
+    code, output, errors = pldr("consolidate", path, *other, "--json")
+    assert code == 0, errors
+    weights = (run_dir / "weights" / "model.safetensors").read_bytes()
+    assert (tmp_path / "other" / "weights" / "model.safetensors").read_bytes() == weights
+    steps = [p.step for p in mlflow.get_metric_history(run_id, "train/loss")]
+    assert sorted(steps) == list(range(10, 501, 10))
+    assert tracking.published_checkpoints(uri, run_id) == ["step-000500", "step-000400"]
     code, _, errors = pldr("train", path, *other, "seed=2", "--resume", run_id)
     assert code == 2 and "was made with seed=1" in errors
+
+
+def test_other_data_under_a_trained_run_is_refused(finished):
+    path, run_dir, _, _ = finished
+    code, _, errors = pldr("tokenize", path, "tokens.remainder=pad")
+    assert code == 0, errors
+    code, _, errors = pldr("train", path, "tokens.remainder=pad")
+    assert code == 2 and "tokens.remainder" in errors and "use another run_dir" in errors
+    os.rename(run_dir / "run.json", run_dir / "run.json.away")  # a new MLflow run does not help either
+    try:
+        code, _, errors = pldr("train", path, "tokens.remainder=pad")
+        assert code == 2 and "belongs to MLflow run" in errors and "use another run_dir" in errors
+    finally:
+        os.rename(run_dir / "run.json.away", run_dir / "run.json")
+    code, _, errors = pldr("tokenize", path)
+    assert code == 0, errors
+    code, _, errors = pldr("train", path)
+    assert code == 0, errors
 
 
 def test_a_corrupted_checkpoint_falls_back_loudly(finished):
@@ -168,6 +198,7 @@ def test_a_corrupted_checkpoint_falls_back_loudly(finished):
     code, output, errors = pldr("train", path, "--force", "--json")
     assert code == 0, errors
     assert "step-000500 is damaged and left out" in output
+    assert (run_dir / "checkpoints" / ".damaged-step-000500").is_dir()
     assert result_of(output)["result"]["resumed_from"] == "step-000400"
     code, _, errors = pldr("consolidate", path, "--force")
     assert code == 0, errors
