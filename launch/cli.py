@@ -133,7 +133,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb("import", _import, "reference checkpoint (.pth, .safetensors) -> our safetensors")
     sub.add_argument("source", metavar="CHECKPOINT")
     sub.add_argument("target", metavar="FOLDER")
-    sub.add_argument("--model", required=True, metavar="CONFIG", help="JSON of the model, or the YAML of a run")
+    sub.add_argument(
+        "--model", metavar="CONFIG", help="JSON of the model, or the YAML of a run (else read off the shapes)"
+    )
+    sub.add_argument(
+        "--context-length", type=int, default=1024, help="without --model: the shapes do not tell it (1024)"
+    )
+    sub.add_argument(
+        "--rope-style", choices=("interleaved", "half"), default="interleaved", help="without --model; v52: half"
+    )
     sub = verb("export", _export, "our safetensors -> reference checkpoint (.pth or .safetensors)")
     sub.add_argument("source", metavar="FOLDER")
     sub.add_argument("target", metavar="CHECKPOINT")
@@ -245,7 +253,14 @@ def _bench(arguments: Any, show: Callable[[str], None]) -> Result:
 def _import(arguments: Any, show: Callable[[str], None]) -> Result:
     from launch.exchange import import_reference
 
-    return import_reference(arguments.source, arguments.target, arguments.model, _show)
+    return import_reference(
+        arguments.source,
+        arguments.target,
+        model=arguments.model,
+        context_length=arguments.context_length,
+        rope_style=arguments.rope_style,
+        show=_show,
+    )
 
 
 def _export(arguments: Any, show: Callable[[str], None]) -> Result:

@@ -10,19 +10,33 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, UserError
-from pldr_model.config import ModelConfig
-from pldr_model.convert import from_reference, load_checkpoint_file, save_checkpoint_file, to_reference
+from pldr_model.config import ModelConfig, RopeStyle
+from pldr_model.convert import from_reference, infer_config, load_checkpoint_file, save_checkpoint_file, to_reference
 
 SCHEMA_VERSION = 1
 
 
-def import_reference(source: str, target: str, model: str, show: Callable[[str], None]) -> dict[str, Any]:
+def import_reference(
+    source: str,
+    target: str,
+    *,
+    model: str | None,
+    context_length: int,
+    rope_style: RopeStyle,
+    show: Callable[[str], None],
+) -> dict[str, Any]:
     """Reference checkpoint -> FOLDER/{model.safetensors, config.json}. Raises UserError naming the file, key or shape."""
     from safetensors.torch import save_file
 
-    config = read_model_config(model)
     try:
-        weights = from_reference(load_checkpoint_file(source), config)
+        state = load_checkpoint_file(source)
+        if model is not None:
+            config = read_model_config(model)
+        else:
+            config = infer_config(state, context_length=context_length, rope_style=rope_style)
+        weights = from_reference(state, config)
+    except UserError:
+        raise
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     folder = Path(target)

@@ -10,6 +10,7 @@ Oddities explained once:
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -17,7 +18,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -172,6 +173,20 @@ def safe_member(name: str) -> str:
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise UserError(f"{name!r}: a member name must stay inside its folder")
     return name
+
+
+@contextlib.contextmanager
+def publish_dir(target: Path) -> Iterator[Path]:
+    """A folder that is either whole or absent: fill the yielded one, and it takes its name when the block ends well."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        replace_dir(temporary, target)
+    except OSError as error:
+        raise explain_os_error(error, str(target)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def replace_dir(temporary: Path, target: Path) -> None:

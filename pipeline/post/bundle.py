@@ -4,7 +4,7 @@
     model.safetensors       fp32 weights without the metric learner
     g_lm.safetensors        the cached G_LM [L,H,K,K]
     tokenizer.model         SentencePiece
-    generation_config.json  how prompts are encoded, ids, defaults
+    generation_config.json  how prompts are encoded, ids
     certificate.json        docs/certificate.md
     README.md               model card
     MANIFEST.json           sha256 and size of every file, lineage, and a digest of itself
@@ -17,9 +17,7 @@ code from the folder and unpickles nothing; sizes are checked against headers be
 
 from __future__ import annotations
 
-import shutil
 import stat
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,10 +34,10 @@ from pipeline.storage import (
     MANIFEST,
     manifest_of,
     publish_bytes,
+    publish_dir,
     publish_json,
     read_json,
     render_json,
-    replace_dir,
     require_free_space,
     sha256_json,
     verify_manifest,
@@ -103,9 +101,7 @@ def build_bundle(
     spm = Tokenizer.load(tokenizer)
     _check_tokenizer(spm, config, where=tokenizer)
     require_free_space(out, 2 * (len(weights) + len(g_lm)), "the bundle")
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with publish_dir(out) as temporary:
         publish_bytes(temporary / "model.safetensors", weights)
         publish_bytes(temporary / "g_lm.safetensors", g_lm)
         publish_bytes(temporary / "tokenizer.model", tokenizer.read_bytes())
@@ -133,9 +129,6 @@ def build_bundle(
         }
         publish_json(temporary / MANIFEST, {**manifest, "bundle_sha256": sha256_json(manifest)})
         parts = read_bundle(temporary)
-        replace_dir(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return {
         "path": str(out),
         "bundle_sha256": parts.manifest["bundle_sha256"],
@@ -267,6 +260,5 @@ def _generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, A
         "pad_id": config.pad_id,
         "bos_id": config.bos_id,
         "eos_id": config.eos_id,
-        "defaults": {"max_new_tokens": 128, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "stop": [], "seed": 0},
         "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
     }

@@ -17,8 +17,6 @@ import contextlib
 import io
 import json
 import pickle
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,9 @@ from pipeline.post.weights import CONFIG, SCHEMA_VERSION, WEIGHTS, parse_model, 
 from pipeline.storage import (
     MANIFEST,
     publish_bytes,
+    publish_dir,
     publish_json,
     read_json,
-    replace_dir,
     require_free_space,
     sha256_file,
     sha256_json,
@@ -62,9 +60,7 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
         **{key: state.get(key) for key in ("data_fingerprint", "tokenizer_sha256", "mlflow_run_id")},
     }
     require_free_space(out, 2 * sum(t.numel() * 4 for t in weights.values()), "the consolidated model")
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with publish_dir(out) as temporary:
         note = json.dumps({"schema_version": SCHEMA_VERSION, "model": config.to_dict()}, sort_keys=True)
         publish_bytes(temporary / WEIGHTS, serialise(weights, note=note))
         publish_json(
@@ -76,9 +72,6 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
                 "source": source,
             },
         )
-        replace_dir(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     record = read_json(out / CONFIG, schema_version=SCHEMA_VERSION)
     return {
         **source,

@@ -9,8 +9,6 @@ Shapes: N prompts, S tokens, L layers, H heads, K head dim.
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +20,7 @@ from pipeline.post.measures import Spread
 from pipeline.post.observe import batches
 from pipeline.post.prompts import PromptKind, sha256_kinds
 from pipeline.post.tensors import load_tensors, serialise
-from pipeline.storage import publish_bytes, publish_json, read_json, replace_dir, sha256_file
+from pipeline.storage import publish_bytes, publish_dir, publish_json, read_json, sha256_file
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, g_shape
 
@@ -76,16 +74,11 @@ def extract_g(model: PLDRModel, prompts_NS: Tensor, how: Literal["mean", "first"
 
 def save_g(extracted: ExtractedG, out: Path) -> dict[str, Any]:
     """Write `out/{g_lm,spread}.safetensors` and `out/extract.json`; returns the record with `g_lm_sha256`."""
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with publish_dir(out) as temporary:
         publish_bytes(temporary / G_FILE, serialise({"g_lm": extracted.g_lm}))
         publish_bytes(temporary / SPREAD_FILE, serialise({"spread": extracted.spread}))
         record = {**extracted.record, "g_lm_sha256": sha256_file(temporary / G_FILE)}
         publish_json(temporary / RECORD_FILE, record)
-        replace_dir(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return record
 
 
