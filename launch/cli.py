@@ -47,20 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = arguments.work(arguments, show)
     except UserError as error:
-        print(f"pldr: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _fail(arguments, str(error), error.exit_code, **error.details)
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        print(f"pldr: error: {explain_os_error(error, error.filename or arguments.verb)}", file=sys.stderr)
-        return 1
+        return _fail(arguments, str(explain_os_error(error, error.filename or arguments.verb)), 1)
     except KeyboardInterrupt:
-        print("pldr: stopped; start again to go on", file=sys.stderr)
-        return 1
+        return _fail(arguments, "stopped; start again to go on", 1)
     if arguments.json:
         print(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
     return 0
+
+
+def _fail(arguments: argparse.Namespace, message: str, exit_code: int, **details: Any) -> int:
+    """One line for a person, and with --json one object for a program."""
+    print(f"pldr: error: {message}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(_finite({"error": message, "exit_code": exit_code, **details}), ensure_ascii=False))
+    return exit_code
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -134,5 +134,7 @@ def safe_load(path: str | Path, map_location: Any = None) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: missing; the checkpoint is incomplete, resume from an earlier one") from None
     except Exception as error:  # a damaged pickle fails in any way
-        reason = str(error).strip().splitlines()
-        raise UserError(f"{path}: not a checkpoint file of ours ({reason[0] if reason else error!r})") from error
+        raise UserError(
+            f"{path}: not a checkpoint file of ours: damaged, or it holds more than tensors and numbers; nothing of it was "
+            "executed, resume from an earlier one"
+        ) from error

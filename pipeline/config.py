@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.errors import ConfigError
 from pldr_model.config import ModelConfig
+from pldr_model.model import load_g_file
 
 # A stdlib dataclass as a pydantic field: unknown keys in `model:` must be errors like everywhere else.
 ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
@@ -28,7 +29,7 @@ ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[att
 class Section(BaseModel):
     """A frozen, closed part of the configuration."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Source(Section):
@@ -152,8 +153,8 @@ class RunConfig(Section):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    run_dir: str  # everything the run writes; relative to the working directory
-    seed: int = Field(1, ge=0)
+    run_dir: str = Field(min_length=1)  # everything the run writes; relative to the working directory
+    seed: int = Field(1, ge=0, lt=2**63)
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     tokens: TokensConfig = TokensConfig()
@@ -240,15 +241,20 @@ def parse_config(tree: dict[str, Any], *, where: str, base: Path | None = None) 
 
 
 def _resolve(config: RunConfig, base: Path) -> RunConfig:
-    """`train.deepspeed` becomes absolute; a `model.g_file` has to be there."""
+    """`train.deepspeed` becomes absolute; a `model.g_file` has to be there and to fit."""
     updates: dict[str, Any] = {}
     if config.train.deepspeed is not None:
         name = config.train.deepspeed.replace("{stage}", str(config.train.zero_stage))
         updates["train"] = config.train.model_copy(update={"deepspeed": str((base / name).resolve())})
-    if config.model.g_file is not None and not Path(config.model.g_file).is_file():
-        raise ConfigError(
-            f"model.g_file: {config.model.g_file}: no such file; give a safetensors file with one G_LM tensor"
-        )
+    if config.model.g_source == "file":
+        if config.model.g_file is None:
+            raise ConfigError(
+                "model.g_file: missing; model.g_source=file needs a safetensors file with one G_LM tensor"
+            )
+        try:
+            load_g_file(config.model.g_file, config.model)
+        except ValueError as error:
+            raise ConfigError(f"model.g_file: {error}") from None
     return config.model_copy(update=updates)
 
 
@@ -292,7 +298,8 @@ def _explain(error: Any) -> str:
     kind = error["type"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         known = known_keys(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        section = "".join(f"{part}." for part in location[:-1])
+        near = [section + name for name in difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)]
         if not near:  # right name, wrong section
             near = [f"{s}.{location[-1]}" for s in RunConfig.model_fields if str(location[-1]) in known_keys((s,))][:1]
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")

@@ -7,6 +7,8 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(ValueError):
     """A user's mistake or a broken input. The message is one line: what, where, and the mend.
@@ -14,9 +16,15 @@ class UserError(ValueError):
     `exit_code`: 2 for wrong usage or configuration, 1 for a failure while working, 3 for a certificate that failed.
     """
 
-    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+    def __init__(self, message: str, *, exit_code: int = 1, details: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.details = details or {}  # plain values for --json
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line: libraries add pages of SQL and advice."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 class ConfigError(UserError):

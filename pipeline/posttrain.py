@@ -85,6 +85,8 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
 
     model, source = load_weights(paths.weights)
     certificate = storage.read_json(paths.certificate / CERTIFICATE, schema_version=1)
+    if certificate.get("verdict") not in ("certified", "failed") or not isinstance(certificate.get("failed"), list):
+        raise UserError(f"{paths.certificate / CERTIFICATE}: holds no verdict; run `pldr validate` again")
     passed = certificate["verdict"] == "certified"
     result = build_bundle(
         model,

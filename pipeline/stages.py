@@ -3,7 +3,7 @@
     shard -> tokenizer -> tokenize -> train -> consolidate -> extract -> validate -> bundle
 
 A stage that finished leaves a record `stages/NAME.json`: a digest of its inputs (the configuration it reads and the
-record of the stage before), the names and sizes of its output files, its result and the seconds it took. It is skipped
+record of the stage before), the names, sizes and hashes of its output files, its result and the seconds it took. It is skipped
 when the inputs are today's and the outputs are still there. No record, no belief: whatever a killed stage left is made again
 (the stages themselves keep what is safe to keep).
 """
@@ -25,7 +25,8 @@ from pipeline.config import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.pretrain import Launch, Say, pretrain
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+LOCK = ".lock"  # its presence marks a run directory
 NAMES = ("shard", "tokenizer", "tokenize", "train", "consolidate", "extract", "validate", "bundle")
 UPSTREAM = {name: NAMES[i - 1] for i, name in enumerate(NAMES) if i}
 
@@ -40,10 +41,10 @@ class Line:
     def run(self) -> dict[str, dict[str, Any]]:
         """Every stage; returns their records by name. Raises UserError (exit code 3 when the certificate failed)."""
         self._clean()
-        return {name: self.stage(name) for name in NAMES}
+        return {name: self.stage(name, thorough=False) for name in NAMES}
 
     def stage(
-        self, name: str, *, resume: str = "auto", force: bool = False, uncertified: bool = False
+        self, name: str, *, resume: str = "auto", force: bool = False, uncertified: bool = False, thorough: bool = True
     ) -> dict[str, Any]:
         """Run one stage, or skip it; returns its record. Raises UserError when the stage before it is not complete."""
         inputs = self._inputs(name)
@@ -53,7 +54,7 @@ class Line:
         known = self.record(name)
         if resume != "auto" and known and known["result"].get("run_id") != resume:
             known = None  # another MLflow run is asked for than the finished one
-        if known and known["inputs"] == digest and self._intact(known) and not force:
+        if known and known["inputs"] == digest and self._intact(known, thorough=thorough) and not force:
             self._say(f"{name:<12} complete, skipped")
             self._after(name, known["result"])
             return {**known, "skipped": True}
@@ -62,7 +63,7 @@ class Line:
         self._say(f"{name:<12} ...")
         started = time.perf_counter()
         result = self._work(name, resume=resume, uncertified=uncertified)
-        outputs = {str(p.relative_to(self.paths.root)): p.stat().st_size for p in self._output_files(name)}
+        outputs = {str(p.relative_to(self.paths.root)): _facts(p) for p in self._output_files(name)}
         new = {
             "schema_version": SCHEMA_VERSION,
             "stage": name,
@@ -83,15 +84,18 @@ class Line:
             return None
         try:
             record: dict[str, Any] = storage.read_json(path, schema_version=SCHEMA_VERSION)
-        except UserError:  # damaged, or of another version: the stage is done again
+        except (UserError, OSError):  # damaged, or of another version: the stage is done again
             return None
-        return record
+        whole = isinstance(record.get("inputs"), str) and all(
+            isinstance(record.get(k), dict) for k in ("outputs", "result")
+        )
+        return record if whole and (name != "validate" or "verdict" in record["result"]) else None
 
     def _clean(self) -> None:
         """Remove what killed stages left half-written beside their outputs."""
-        for pattern in (".*.tmp", ".*.old"):
-            for path in self.paths.root.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for output in ("weights", "g_lm", "bundle"):
+            for path in [*self.paths.root.glob(f".{output}.*.tmp"), *self.paths.root.glob(f".{output}.*.old")]:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _inputs(self, name: str) -> dict[str, Any]:
         """Everything that decides a stage's output."""
@@ -145,12 +149,15 @@ class Line:
         }[name]
         return sorted(p for p in where.rglob("*") if p.is_file() and not p.name.startswith("."))
 
-    def _intact(self, record: dict[str, Any]) -> bool:
-        def size(name: str) -> int:
+    def _intact(self, record: dict[str, Any], *, thorough: bool) -> bool:
+        """Whether the outputs are as they were left. A file that looks untouched is hashed only when `thorough`."""
+        for name, (size, mtime_ns, sha256) in record["outputs"].items():
             path = self.paths.root / name
-            return path.stat().st_size if path.is_file() else -1
-
-        return all(size(name) == expected for name, expected in record["outputs"].items())
+            if not path.is_file() or path.stat().st_size != size:
+                return False
+            if (thorough or path.stat().st_mtime_ns != mtime_ns) and storage.sha256_file(path) != sha256:
+                return False
+        return True
 
     def _work(self, name: str, *, resume: str, uncertified: bool) -> dict[str, Any]:
         config, paths = self.config, self.paths
@@ -186,6 +193,7 @@ class Line:
                 f"the certificate did not pass ({failed}); see {self.paths.certificate / 'certificate.json'}; "
                 "`pldr bundle CONFIG --uncertified` packages it all the same",
                 exit_code=3,
+                details={"failed": result["failed"]},
             )
 
 
@@ -195,7 +203,9 @@ def exclusive(config: RunConfig, say: Say) -> Iterator[None]:
     root = RunPaths(config.run_dir).root
     try:
         root.mkdir(parents=True, exist_ok=True)
-        stream = open(root / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
+        if not (root / LOCK).exists() and any(root.iterdir()):
+            raise ConfigError(f"run_dir {root}: holds files that are no run's; name a new or empty folder")
+        stream = open(root / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
     except OSError as error:
         raise ConfigError(f"run_dir {root}: {error.strerror}; set run_dir to a folder that can be written") from error
     with stream:
@@ -203,6 +213,11 @@ def exclusive(config: RunConfig, say: Say) -> Iterator[None]:
             say(f"{root}: process {storage.lock_holder(stream)} works here; waiting for it to end")
             storage.lock(stream, wait=True)
         yield
+
+
+def _facts(path: Path) -> tuple[int, int, str]:
+    """Size, time and hash of an output."""
+    return path.stat().st_size, path.stat().st_mtime_ns, storage.sha256_file(path)
 
 
 def _identity(result: dict[str, Any]) -> Any:

@@ -32,7 +32,7 @@ CHUNK = 1 << 20
 
 def check_url(url: str) -> str:
     """The URL itself; refuses the schemes that run programs. Raises UserError."""
-    if url.startswith("pipe:") or "::pipe:" in url:
+    if url.lower().startswith("pipe:") or "::pipe:" in url.lower():
         raise UserError(f"{url}: pipe: URLs run a shell and are refused; copy the data to a file or object store")
     return url
 
@@ -208,7 +208,7 @@ def require_free_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(probe).free
     if free < needed:
         raise UserError(
-            f"{folder}: {what} needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            f"{folder}: {what} needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
             "free some space or set run_dir to another disk"
         )
 

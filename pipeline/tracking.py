@@ -16,14 +16,14 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline import storage
-from pipeline.checkpoints import COMMITTED
+from pipeline.checkpoints import COMMITTED, committed, verify
 from pipeline.config import RunConfig, RunPaths
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import ConfigError, UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +69,7 @@ def open_run(config: RunConfig, *, run_id: str | None = None) -> str:
     record = paths.root / RUN_FILE
     try:
         mlflow = client(uri)
-        if run_id is None and record.exists():
-            known = storage.read_json(record)
-            if known.get("tracking_uri") == uri:
-                run_id = known["run_id"]
+        run_id = run_id or _remembered_run(paths, uri)
         if run_id is None:
             run_id = _create(mlflow, config, paths)
         else:
@@ -81,10 +78,31 @@ def open_run(config: RunConfig, *, run_id: str | None = None) -> str:
     except UserError:
         raise
     except Exception as error:
-        first = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise UserError(f"tracking.uri {uri}: {first}; start the server, or set tracking.uri=null") from error
+        raise UserError(f"MLflow at {uri}: {first_line(error)}; {mend_for(uri)}") from error
     storage.publish_json(record, {"run_id": run_id, "tracking_uri": uri})
     return run_id
+
+
+def mend_for(uri: str) -> str:
+    """What to do about a store that does not answer."""
+    if uri.startswith("sqlite:///"):
+        return (
+            f"restore {uri.removeprefix('sqlite:///')}, or remove it and {RUN_FILE} beside it to begin a new MLflow run"
+        )
+    return "start the server, or set tracking.uri=null"
+
+
+def _remembered_run(paths: RunPaths, uri: str) -> str | None:
+    """The run this directory logs to: by its run.json, or, when that is damaged, by its newest checkpoint."""
+    record = paths.root / RUN_FILE
+    try:
+        known = storage.read_json(record) if record.exists() else {"tracking_uri": None}
+        return str(known["run_id"]) if known["tracking_uri"] == uri else None
+    except (UserError, TypeError, KeyError):
+        log.warning("%s is damaged; going by the newest checkpoint", record)
+        for checkpoint in reversed(committed(paths.checkpoints)):
+            return str(verify(checkpoint)["mlflow_run_id"])
+        return None
 
 
 def _create(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
@@ -109,7 +127,11 @@ def _check_same(mlflow: Any, run_id: str, config: RunConfig) -> None:
     try:
         params = mlflow.get_run(run_id).data.params
     except Exception as error:
-        raise ConfigError(f"MLflow run {run_id}: not found at {tracking_uri(config)}; check the id") from error
+        record = RunPaths(config.run_dir).root / RUN_FILE
+        raise ConfigError(
+            f"MLflow run {run_id}: not found at {tracking_uri(config)}; give the id of a run there, or, if {record} names it, "
+            "restore the store or remove that file to begin a new run"
+        ) from error
     for key, value in config.flat().items():
         if not key.startswith(MAY_CHANGE) and key in params and params[key] != value[:6000]:
             raise ConfigError(
@@ -123,7 +145,7 @@ def mark(config: RunConfig, run_id: str, status: str) -> None:
     try:
         client(tracking_uri(config)).set_terminated(run_id, status=status)
     except Exception as error:
-        log.warning("MLflow run %s could not be marked %s: %s", run_id, status, error)
+        log.warning("MLflow run %s could not be marked %s: %s", run_id, status, first_line(error))
 
 
 def spool_of(config: RunConfig, run_id: str) -> Path:
@@ -143,7 +165,7 @@ class Tracker:
         self._uri, self.run_id = uri, run_id
         self._spool, self._sent_file = spool, spool.with_suffix(".sent")
         spool.parent.mkdir(parents=True, exist_ok=True)
-        self._sent = int(self._sent_file.read_text()) if self._sent_file.exists() else 0
+        self._sent = self._read_sent()
         self._cut_torn_line()
         self._client: Any = None
         self._last = self._last_steps()
@@ -192,13 +214,21 @@ class Tracker:
             try:
                 self._get_client().set_terminated(self.run_id, status=status)
             except Exception as error:
-                log.warning("MLflow run %s could not be marked %s: %s", self.run_id, status, error)
+                log.warning("MLflow run %s could not be marked %s: %s", self.run_id, status, first_line(error))
         return sent_all
 
     def _get_client(self) -> Any:
         if self._client is None:
             self._client = client(self._uri)
         return self._client
+
+    def _read_sent(self) -> int:
+        """Bytes of the spool that MLflow has. Unreadable: none; MLflow stores an equal point only once."""
+        try:
+            sent = int(self._sent_file.read_text())
+        except (OSError, ValueError):
+            return 0
+        return sent if self._spool.exists() and sent <= self._spool.stat().st_size else 0
 
     def _cut_torn_line(self) -> None:
         """A process killed inside a write leaves half a line: it was never logged."""
@@ -211,9 +241,8 @@ class Tracker:
     def _last_steps(self) -> dict[str, int]:
         last: dict[str, int] = {}
         if self._spool.exists():
-            with open(self._spool, encoding="utf-8") as stream:
-                for line in stream:
-                    point = json.loads(line)
+            with open(self._spool, "rb") as stream:
+                for point in _points(stream):
                     last.update(dict.fromkeys(point["values"], point["step"]))
         else:  # the run goes on on another machine: MLflow knows how far it came
             mlflow = client(self._uri)
@@ -238,7 +267,7 @@ class Tracker:
                     lines.append(line)
             if not lines:
                 return
-            points = [json.loads(line) for line in lines]
+            points = list(_points(lines))
             metrics = [
                 Metric(key, value, point["time"], point["step"])
                 for point in points
@@ -249,12 +278,31 @@ class Tracker:
                     self._get_client().log_batch(self.run_id, metrics=metrics[start : start + BATCH])
             except Exception as error:
                 if not self._warned:
-                    log.warning("MLflow at %s does not answer (%s); metrics wait in %s", self._uri, error, self._spool)
+                    log.warning(
+                        "MLflow at %s does not answer (%s); metrics wait in %s",
+                        self._uri,
+                        first_line(error),
+                        self._spool,
+                    )
                     self._warned = True
                 return
             self._warned = False
             self._sent += sum(len(line) for line in lines)
             storage.publish_bytes(self._sent_file, str(self._sent).encode())
+
+
+def _points(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The points of spool lines; a damaged line is told and left out: the log book must not end a run."""
+    for line in lines:
+        try:
+            point = json.loads(line)
+            whole = isinstance(point["step"], int) and isinstance(point["values"], dict) and point["time"] > 0
+        except (ValueError, TypeError, KeyError):
+            whole = False
+        if whole:
+            yield point
+        else:
+            log.warning("a damaged line of the metrics spool is left out: %.60r", line)
 
 
 def published_checkpoints(uri: str, run_id: str) -> list[str]:
@@ -305,4 +353,4 @@ def log_files(config: RunConfig, run_id: str, files: dict[str, str]) -> None:
         for path, folder in files.items():
             mlflow.log_artifact(run_id, path, folder)
     except Exception as error:
-        log.warning("MLflow did not take %s: %s", ", ".join(files), error)
+        log.warning("MLflow did not take %s: %s", ", ".join(files), first_line(error))

@@ -45,8 +45,8 @@ def load_checkpoint_file(path: str | Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle fails in any way: OSError, IndexError, struct.error, … were seen
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint of plain tensors ({reason}); nothing of it was executed") from None
+        kind = type(error).__name__  # torch's text advises to load it with code execution on
+        raise ValueError(f"{path}: not a checkpoint of plain tensors ({kind}); nothing of it was executed") from None
     state = content.get("model_state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a state dictionary of tensors")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints import checkpoint_name, safe_unpickling, verify
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.post.tensors import serialise
 from pipeline.post.weights import CONFIG, SCHEMA_VERSION, WEIGHTS, parse_model, state_shapes
 from pipeline.storage import (
@@ -99,8 +99,10 @@ def _merge(folder: Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except (pickle.UnpicklingError, OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: DeepSpeed's files cannot be merged: {reason}; name another checkpoint") from error
+        kind = "they hold more than tensors" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise UserError(
+            f"{folder}: DeepSpeed's files cannot be merged: {kind}; nothing of them was executed: name another checkpoint"
+        ) from error
     return {name.replace("_orig_mod.", ""): tensor.detach().float() for name, tensor in weights.items()}
 
 

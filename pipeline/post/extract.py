@@ -88,7 +88,7 @@ def load_g(folder: Path, config: ModelConfig) -> ExtractedG:
     for name in (G_FILE, SPREAD_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: no such file; run the extract stage again")
-    if sha256_file(folder / G_FILE) != record["g_lm_sha256"]:
+    if sha256_file(folder / G_FILE) != record.get("g_lm_sha256"):
         raise UserError(f"{folder / G_FILE}: sha256 differs from {RECORD_FILE}: damaged; run the extract stage again")
     g_lm = load_tensors(folder / G_FILE, {"g_lm": g_shape(config)})["g_lm"]
     return ExtractedG(g_lm, load_tensors(folder / SPREAD_FILE, {"spread": g_shape(config)})["spread"], record)

@@ -65,6 +65,11 @@ class Bundle:
             raise UserError("prompts: a list of texts is needed, this is one text; write [text]")
         if isinstance(stop, str) or not all(stop):
             raise UserError("stop: a list of non-empty strings is needed")
+        for index, prompt in enumerate(prompts):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"prompts[{index}]: is not UTF-8; convert it first") from None
         prefix = self.generation["prompt_prefix_ids"]
         encoded = [prefix + ids for ids in self.tokenizer.encode_batch(list(prompts))]
         for index, ids in enumerate(encoded):

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.post.bundle import read_bundle
 
 ALIAS = "certified"
@@ -35,7 +35,6 @@ def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certifi
         raise UserError(f"{bundle}: its certificate did not pass, so it cannot be registered as certified")
     digest = parts.manifest["bundle_sha256"]
     with _quiet():
-        from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
         try:
@@ -58,9 +57,10 @@ def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certifi
                 ).version
             if certified:
                 client.set_registered_model_alias(name, ALIAS, version)
-        except MlflowException as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"MLflow at {tracking_uri}: {reason}; look at tracking.uri and post.register_as") from error
+        except Exception as error:  # a damaged SQLite file raises SQLAlchemy's own
+            raise UserError(
+                f"MLflow at {tracking_uri}: {first_line(error)}; look at tracking.uri and post.register_as"
+            ) from error
     return {"version": str(version), "uri": f"models:/{name}/{version}", "alias": ALIAS if certified else None}
 
 

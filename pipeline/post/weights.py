@@ -32,15 +32,15 @@ def load_weights(folder: Path) -> tuple[PLDRModel, dict[str, Any]]:
     record = read_json(folder / CONFIG, schema_version=SCHEMA_VERSION)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder / WEIGHTS}: no such file; run the consolidate stage again")
-    if sha256_file(folder / WEIGHTS) != record["model_sha256"]:
+    if sha256_file(folder / WEIGHTS) != record.get("model_sha256"):
         raise UserError(f"{folder / WEIGHTS}: sha256 differs from {CONFIG}: damaged; run consolidate again")
-    config = parse_model(record["model"], where=folder / CONFIG)
+    config = parse_model(record.get("model"), where=folder / CONFIG)
     tensors = load_tensors(folder / WEIGHTS, state_shapes(config))
     # The file that a transferred G came from is no longer needed: the weights hold it.
     given = tensors["g_lm"] if config.g_source == "file" else None
     model = PLDRModel(config if given is None else config.with_constant_g(), g_lm_LHKK=given)
     model.load_state_dict(tensors)
-    source: dict[str, Any] = record["source"]
+    source: dict[str, Any] = record.get("source") or {}
     return model.eval(), source
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from pipeline.checkpoints import committed, verify
 from pipeline.config import RunConfig, RunPaths
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.schedule import invariance_budget, learning_rate
 from pipeline.tracking import Tracker
 from pipeline.train import checkpoint
@@ -182,7 +182,7 @@ def _checkpoint(
             try:
                 tracker.sync_checkpoints(committed(folder))
             except Exception as error:  # an outage of MLflow must not end a run: the local checkpoint is committed
-                log.warning("%s was not published to MLflow: %s", saved.name, error)
+                log.warning("%s was not published to MLflow: %s", saved.name, first_line(error))
 
 
 def _mean_over_ranks(value: torch.Tensor) -> float:

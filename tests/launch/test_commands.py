@@ -51,7 +51,19 @@ def test_a_checkpoint_of_another_shape_names_the_key(capsys, tmp_path):
 def test_parity_as_json(capsys, case, limit):
     code, out, _ = run(capsys, "parity", GOLDEN / case, "--json")
     result = json.loads(out.splitlines()[-1])
-    keys = "logits A A_LM A_P G_LM loss total_loss dag gradients trajectory cached_logits".split()
+    keys = [
+        "logits",
+        "A",
+        "A_LM",
+        "A_P",
+        "G_LM",
+        "loss",
+        "total_loss",
+        "dag",
+        "gradients",
+        "trajectory",
+        "cached_logits",
+    ]
     assert code == 0 and result["greedy_equal"] is True
     assert all(result[key] <= limit for key in keys)
 
@@ -69,7 +81,7 @@ def test_bench_keys(capsys, repository):
     ("arguments", "code", "message"),
     [
         (["run", "absent.yaml"], 2, "no such file"),
-        (["plan", "CONFIG", "train.stps=1"], 2, "did you mean steps?"),
+        (["plan", "CONFIG", "train.stps=1"], 2, "did you mean train.steps?"),
         (["plan", "CONFIG", "--mfu", "0"], 2, "--mfu is between 0 and 1"),
         (["parity", "/nowhere"], 1, "/nowhere"),
         (["verify", "/nowhere"], 1, "/nowhere"),
@@ -88,6 +100,12 @@ def test_wrong_use_is_one_line(capsys, repository, tmp_path, arguments, code, me
     got, _, errors = run(capsys, *words)
     assert got == code and message in errors
     assert errors.startswith("pldr: error: ") and errors.count("\n") == 1
+
+
+def test_a_failure_is_one_json_object_too(capsys, repository):
+    code, out, _ = run(capsys, "plan", repository / "configs" / "quickstart.yaml", "train.stps=1", "--json")
+    result = json.loads(out.splitlines()[-1])
+    assert code == 2 == result["exit_code"] and "did you mean train.steps?" in result["error"]
 
 
 def test_an_unknown_verb_or_option_is_usage(capsys):

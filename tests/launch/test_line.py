@@ -227,6 +227,7 @@ def test_a_failed_certificate_is_exit_3_and_can_be_packaged_marked(tmp_path, mak
     path = make_run(tmp_path, steps=20, warmup_steps=2, metric_weight_decay=0.1, validate_every=20, checkpoint_every=20)
     code, output, errors = pldr("run", path, "train.ranks=1", "--json")
     assert code == 3 and "relative_deviation_g" in errors and "metric_weight_decay" in errors
+    assert "relative_deviation_g" in {failure["measure"] for failure in result_of(output)["failed"]}
     assert not (tmp_path / "run" / "bundle").exists()
     code, _, errors = pldr("bundle", path, "train.ranks=1")
     assert code == 3 and "--uncertified" in errors

@@ -32,10 +32,10 @@ def test_the_shipped_configurations_load_and_survive_json(repository, name):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("train.stps=3", "unknown key train.stps; did you mean steps?"),
+        ("train.stps=3", "unknown key train.stps; did you mean train.steps?"),
         ("trian.steps=3", "unknown key trian; did you mean train?"),
-        ("model.num_head=3", "unknown key model.num_head; did you mean num_heads?"),
-        ("data.val_fracton=0.1", "unknown key data.val_fracton; did you mean val_fraction?"),
+        ("model.num_head=3", "unknown key model.num_head; did you mean model.num_heads?"),
+        ("data.val_fracton=0.1", "unknown key data.val_fracton; did you mean data.val_fraction?"),
         ("metric_weight_decay=4", "unknown key metric_weight_decay; did you mean train.metric_weight_decay?"),
         ("train.steps=many", "train.steps: Input should be a valid integer"),
         ("train.zero_stage=4", "train.zero_stage: Input should be 0, 1, 2 or 3"),
@@ -48,6 +48,12 @@ def test_the_shipped_configurations_load_and_survive_json(repository, name):
         ("tracking.uri=./mlruns", "is no MLflow URI"),
         ("name=a/b", "name: String should match pattern"),
         ("train", "write key=value"),
+        ("train.max_lr=.inf", "train.max_lr"),
+        ("seed=99999999999999999999999", "seed"),
+        ("run_dir=", "run_dir"),
+        ("model.g_source=file", "model.g_file: missing"),
+        ("model.pad_id=7", "remove these keys"),
+        ("post.register_as=a/b", "post.register_as"),
         ("name.x=3", "name is a value, not a section"),
     ],
 )
@@ -62,7 +68,7 @@ def test_a_wrong_key_is_one_line_with_the_mend(tmp_path, override, expected):
 def test_a_missing_key_and_a_wrong_source_key_are_named(tmp_path):
     with pytest.raises(ConfigError, match="key model is missing"):
         parse_config({k: v for k, v in TREE.items() if k != "model"}, where="t")
-    with pytest.raises(ConfigError, match=r"unknown key data.sources.0.ulr; did you mean url\?"):
+    with pytest.raises(ConfigError, match=r"unknown key data.sources.0.ulr; did you mean data.sources.0.url\?"):
         parse_config({**TREE, "data": {"sources": [{"url": "a", "ulr": "x"}]}}, where="t")
 
 

@@ -58,6 +58,29 @@ def test_one_run_without_gap_or_double_over_a_resume(tmp_path):
     assert [step for step, _ in history(config, run_id, "train/loss")] == [10, 20, 30, 40, 50]
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"tracking_uri": 3}'])
+def test_a_damaged_run_file_begins_a_new_run_where_nothing_was_trained(tmp_path, content):
+    first = tracking.open_run(configuration(tmp_path))
+    (tmp_path / "run.json").write_text(content)
+    second = tracking.open_run(configuration(tmp_path))
+    assert second != first and tracking.open_run(configuration(tmp_path)) == second
+
+
+def test_a_damaged_spool_does_not_end_a_run(tmp_path):
+    config = configuration(tmp_path)
+    run_id = tracking.open_run(config)
+    spool = tmp_path / "m.jsonl"
+    first = tracking.Tracker(tracking.tracking_uri(config), run_id, spool)
+    first.log(1, {"train/loss": 1.0})
+    assert first.close()
+    spool.write_bytes(b'{"step": 5, "va\n[]\n' + spool.read_bytes())
+    spool.with_suffix(".sent").write_text("xx")
+    second = tracking.Tracker(tracking.tracking_uri(config), run_id, spool)
+    second.log(2, {"train/loss": 2.0})
+    assert second.close("FINISHED")
+    assert history(config, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
+
+
 def test_a_run_of_another_configuration_is_refused(tmp_path):
     run_id = tracking.open_run(configuration(tmp_path))
     with pytest.raises(ConfigError, match=rf"run {run_id} was made with seed=1, this configuration has 2"):
