@@ -40,6 +40,9 @@ class Progress:
     def _line(self, step: int) -> str:
         v = self._latest
         parts = [f"step {step}/{self._steps}"]
+        if step > self._start_step:
+            left = (time.perf_counter() - self._started) / (step - self._start_step) * (self._steps - step)
+            parts.append(f"{int(left // 60)}:{int(left % 60):02d} left")
         if "train/loss" in v:
             parts += [f"loss {v['train/loss']:.4f}", f"{v['train/tokens_per_second']:,.0f} tok/s"]
         if "train/mfu" in v:
@@ -50,10 +53,6 @@ class Progress:
             parts.append(f"order parameter of G {v['invariance/order_parameter_G']:.1e}")
         if "invariance/budget" in v:
             parts.append(f"budget {v['invariance/budget']:.2f}")
-        done = step - self._start_step
-        if done:
-            left = (time.perf_counter() - self._started) / done * (self._steps - step)
-            parts.append(f"{int(left // 60)}:{int(left % 60):02d} left")
         return "  ".join(parts)
 
 
