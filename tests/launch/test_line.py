@@ -16,7 +16,8 @@ from pipeline.config import load_config
 PLDR = [sys.executable, "-m", "launch.cli"]
 
 
-def pldr(*arguments, cwd=None, timeout=280):
+def pldr(*arguments, timeout=280):
+    cwd = next((Path(word).parent for word in arguments if str(word).endswith(".yaml")), None)
     done = subprocess.run([*PLDR, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=cwd)
     return done.returncode, done.stdout, done.stderr
 
@@ -52,7 +53,7 @@ def finished(tmp_path_factory, make_run):
     folder = tmp_path_factory.mktemp("line")
     config = make_run(folder)
     run_dir = folder / "run"
-    first = subprocess.Popen([*PLDR, "run", str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    first = subprocess.Popen([*PLDR, "run", str(config)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(lambda: (run_dir / "checkpoints" / "step-000200" / "COMMITTED").exists() or first.poll() is not None)
     assert first.poll() is None, first.stdout.read().decode()
     first.send_signal(signal.SIGKILL)
@@ -90,7 +91,7 @@ def test_the_run_in_mlflow_has_no_gap_and_no_double(finished):
     steps = [p.step for p in mlflow.get_metric_history(run_id, "train/loss")]
     assert sorted(steps) == list(range(10, 501, 10))
     run = mlflow.get_run(run_id)
-    assert run.info.status == "FINISHED" and run.data.params["train.metric_weight_decay"] == "16.0"
+    assert run.info.status == "FINISHED" and run.data.params["train.metric_weight_decay"] == "40.0"
     for key in (
         "val/loss_block",
         "val/loss_cached",
