@@ -18,57 +18,13 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline.data_config import DataConfig, Section, TokenizerConfig, TokensConfig
 from pipeline.errors import ConfigError
 from pldr_model.config import ModelConfig
 from pldr_model.model import load_g_file
 
 # A stdlib dataclass as a pydantic field: unknown keys in `model:` must be errors like everywhere else.
 ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
-
-
-class Section(BaseModel):
-    """A frozen, closed part of the configuration."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Source(Section):
-    """One corpus. `url`: a path, glob or fsspec URL, or `package://NAME/GLOB` for files inside an installed package
-    (found without importing it). Formats by ending: .txt .md (one document a file), .jsonl/.ndjson (a document a line,
-    text in `text_key`), each plain or .gz/.xz/.bz2/.zst."""
-
-    url: str
-    text_key: str = "text"
-    license: str | None = None
-
-
-class DataConfig(Section):
-    """Corpora to document tars (stage `shard`)."""
-
-    sources: list[Source] = Field(min_length=1)
-    val_fraction: float = Field(0.01, ge=0, lt=1)  # of documents, chosen by a hash of their text
-    test_fraction: float = Field(0.01, ge=0, lt=1)
-    min_characters: int = Field(1, ge=1)  # shorter documents are dropped and counted
-    on_bad_input: Literal["error", "skip"] = "error"
-    executor: Literal["local"] = "local"
-    tasks: int = Field(2, ge=1)  # how finely the input is divided; part of the result's identity
-    workers: int = Field(2, ge=1)  # processes at once; never changes the result
-
-
-class TokenizerConfig(Section):
-    """SentencePiece: train one with `model.vocab_size` pieces on the train split, or take an existing `.model`."""
-
-    model: str | None = None
-    max_megabytes: int = Field(200, ge=1)  # text the trainer looks at
-    character_coverage: float = Field(0.9995, gt=0, le=1)
-
-
-class TokensConfig(Section):
-    """Documents to token tars (stage `tokenize`). The context length is `model.context_length`."""
-
-    block_sequences: int = Field(256, ge=1)  # sequences in one tar member: the unit of reading
-    remainder: Literal["drop", "pad"] = "drop"  # the last, incomplete sequence of a shard; counted either way
-    workers: int = Field(2, ge=1)
 
 
 class TrainConfig(Section):
@@ -280,15 +236,24 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def known_keys(path: tuple[str | int, ...] = ()) -> list[str]:
     """The keys of the section at `path`, for suggestions."""
-    sections: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
-    if not path:
-        return list(sections)
-    section = sections.get(str(path[0]))
-    if section is DataConfig and len(path) > 1 and path[1] == "sources":
-        return list(Source.model_fields)
+    section: Any = RunConfig
+    for part in path:
+        if isinstance(part, int):  # an entry of a list
+            continue
+        field = getattr(section, "model_fields", {}).get(part)
+        section = None if field is None else _section_in(field.annotation)
     if section is ModelConfig:
         return list(ModelConfig.__dataclass_fields__)
     return list(getattr(section, "model_fields", {}))
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section that an annotation such as `list[Source]` or `LanguageFilter | None` is about; else the annotation."""
+    for inner in get_args(annotation):
+        found = _section_in(inner)
+        if found is ModelConfig or (isinstance(found, type) and issubclass(found, BaseModel)):
+            return found
+    return annotation
 
 
 def _explain(error: Any) -> str:

@@ -53,8 +53,8 @@ def shard_documents(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     needed = sum(file.size * GROWTH[file.compression] for file in files)
     require_free_space(paths.documents, int(needed), "writing the documents")
 
-    tasks = min(data.tasks, len(files))
-    settings = {
+    tasks = min(data.tasks or 2, len(files))
+    settings: dict[str, float] = {
         "val_fraction": data.val_fraction,
         "test_fraction": data.test_fraction,
         "min_characters": data.min_characters,
