@@ -36,7 +36,8 @@ from pipeline.errors import UserError
 from pipeline.storage import publish_json, require_free_space, sha256_json
 
 if TYPE_CHECKING:  # workers import this module; torch is behind the configuration
-    from pipeline.config import DataConfig, RunConfig, RunPaths
+    from pipeline.config import RunConfig, RunPaths
+    from pipeline.data_config import DataConfig
 
 READ = "documents_read"
 GROWTH = {None: 1.1, "gzip": 4.5, "bz2": 5.5, "xz": 6.0, "zstd": 5.5}  # about, bytes of tar per byte read
