@@ -164,6 +164,16 @@ class RunPaths:
         self.logs = self.root / "logs"
 
 
+def documents_folder(config: RunConfig) -> str:
+    """Where the document tars are: a path, or the URL `data.output`."""
+    return config.data.output or str(RunPaths(config.run_dir).documents)
+
+
+def tokens_folder(config: RunConfig) -> str:
+    """Where the token tars are: a path, or the URL `tokens.output`."""
+    return config.tokens.output or str(RunPaths(config.run_dir).tokens)
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML, apply `key=value` overrides, check everything.
 
