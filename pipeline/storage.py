@@ -4,7 +4,7 @@ Oddities explained once:
 - A local file is written as a temporary sibling, fsynced, then renamed: a reader sees the old file or the new one.
   The folder is fsynced too, or the rename itself can be lost with the power.
 - On an object store a failing `with open(url, "wb")` can still publish a truncated object, so `publish` writes a local
-  file first and uploads it whole.
+  file first, uploads it whole beside the final name, reads it back, and only then copies it to that name.
 - `pipe:` URLs run a shell in webdataset: `check_url` refuses them everywhere.
 """
 
@@ -22,36 +22,23 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
+from fsspec import AbstractFileSystem
 
 from pipeline.errors import UserError
+from pipeline.remote import filesystem_of, open_retrying, retrying
+from pipeline.urls import check_url as check_url
+from pipeline.urls import is_local as is_local
+from pipeline.urls import join as join
+from pipeline.urls import public_url as public_url
 
 MANIFEST = "MANIFEST.json"
 CHUNK = 1 << 20
 
 
-def check_url(url: str) -> str:
-    """The URL itself; refuses the schemes that run programs. Raises UserError."""
-    if url.lower().startswith("pipe:") or "::pipe:" in url.lower():
-        raise UserError(f"{url}: pipe: URLs run a shell and are refused; copy the data to a file or object store")
-    return url
-
-
-def is_local(url: str | Path) -> bool:
-    """Whether the URL names a file on this machine."""
-    text = str(url)
-    return "://" not in text or text.startswith("file://")
-
-
-def join(base: str | Path, *parts: str) -> str:
-    """A path or URL below `base`."""
-    return "/".join([str(base).rstrip("/"), *parts])
-
-
 def sha256_file(url: str | Path) -> str:
     """Hex sha256 of a file's bytes, streamed."""
     digest = hashlib.sha256()
-    with fsspec.open(str(url), "rb") as stream:
+    with open_retrying(str(url)) as stream:
         while chunk := stream.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -79,28 +66,68 @@ def fsync_dir(path: Path) -> None:
 def publish(url: str | Path, write: Callable[[Path], None]) -> None:
     """Create a file that is either whole or absent: `write(temporary)` fills it, then it takes its name.
 
-    Raises UserError when the disk is full, with nothing left under the final name.
+    Raises UserError when the disk is full or the store refuses, with nothing new under the final name.
     """
     check_url(str(url))
-    local = is_local(url)
-    target = Path(str(url).removeprefix("file://")) if local else None
+    target = Path(str(url).removeprefix("file://")) if is_local(url) else None
     folder = target.parent if target is not None else Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{Path(str(url)).name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         write(temporary)
+        if target is None:
+            _upload(temporary, str(url))
+            return
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
-        if target is not None:
-            os.replace(temporary, target)
-            fsync_dir(folder)
-        else:
-            filesystem, path = fsspec.core.url_to_fs(str(url))
-            filesystem.put_file(str(temporary), path)
+        os.replace(temporary, target)
+        fsync_dir(folder)
     except OSError as error:
-        raise explain_os_error(error, str(url)) from error
+        raise explain_os_error(error, public_url(url)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _upload(source: Path, url: str) -> None:
+    """Put a file beside its final name, read it back, and give it the name when it is what was sent."""
+    if url.lower().startswith(("http://", "https://")):
+        raise UserError(
+            f"{public_url(url)}: web servers are for reading; name a folder or an object store (s3://, gs://)"
+        )
+    filesystem, path = filesystem_of(url)
+    parent, _, name = path.rpartition("/")
+    beside = f"{parent}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+    beside_url = join(url.rpartition("/")[0], beside.rpartition("/")[2])
+    size, sha256 = source.stat().st_size, sha256_file(source)
+    try:
+        if _can_rename(filesystem):  # and so has folders
+            retrying(url, lambda: filesystem.makedirs(parent, exist_ok=True), what="written")
+        retrying(url, lambda: filesystem.put_file(str(source), beside), what="written")
+        if sha256_file(beside_url) != sha256:
+            raise UserError(f"{public_url(url)}: what the store gives back is not what was sent; start again")
+        retrying(url, lambda: _rename(filesystem, beside, path, size), what="written")
+    finally:
+        with contextlib.suppress(Exception):  # renamed, so gone already; or the error of before counts
+            retrying(url, lambda: filesystem.rm_file(beside), what="removed")
+
+
+def _rename(filesystem: Any, old: str, new: str, size: int) -> None:
+    """Where the filesystem can rename it does; an object store copies, which is whole or nothing too."""
+    filesystem.invalidate_cache()
+    if _can_rename(filesystem):
+        if filesystem.exists(old):  # else an attempt before did it, and its answer was lost
+            filesystem.mv(old, new)
+    else:
+        filesystem.cp_file(old, new)
+    filesystem.invalidate_cache()
+    found = filesystem.info(new)["size"]
+    if found != size:
+        filesystem.rm_file(new)
+        raise OSError(f"{found} bytes under the final name, {size} were sent")
+
+
+def _can_rename(filesystem: Any) -> bool:
+    return type(filesystem).mv is not AbstractFileSystem.mv  # which copies and deletes
 
 
 def publish_bytes(url: str | Path, data: bytes) -> None:
@@ -125,10 +152,12 @@ def render_json(value: Any) -> bytes:
 def read_json(url: str | Path, *, schema_version: int | None = None) -> Any:
     """Parse a JSON file. Raises UserError naming the file when it is absent, cut, or of another schema."""
     try:
-        with fsspec.open(check_url(str(url)), "rb") as stream:
+        with open_retrying(check_url(str(url))) as stream:
             value = json.loads(stream.read())
     except FileNotFoundError:
-        raise UserError(f"{url}: no such file") from None
+        raise UserError(f"{public_url(url)}: no such file") from None
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{url}: not valid JSON ({error}); it was damaged: make it again") from None
     if schema_version is not None:
@@ -140,8 +169,21 @@ def read_json(url: str | Path, *, schema_version: int | None = None) -> Any:
 
 def exists(url: str | Path) -> bool:
     """Whether a file or folder is there."""
-    filesystem, path = fsspec.core.url_to_fs(str(url))
-    return bool(filesystem.exists(path))
+    if is_local(url):
+        return Path(str(url).removeprefix("file://")).exists()
+    filesystem, path = filesystem_of(str(url))
+
+    def look() -> bool:
+        try:
+            filesystem.info(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    try:
+        return retrying(str(url), look)
+    except FileNotFoundError:
+        return False
 
 
 def manifest_of(folder: Path, *, leave_out: Iterable[str] = ()) -> dict[str, dict[str, Any]]:

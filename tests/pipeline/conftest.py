@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 import fsspec
 import pytest
 
-ERROR = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>injected</Message></Error>"
+ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>injected</Message></Error>"
+CODES = {403: "AccessDenied", 404: "NoSuchKey", 503: "SlowDown"}  # others: InternalError
 HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "keep-alive", "date", "server"}
 BUCKETS = itertools.count()
 
@@ -100,7 +101,8 @@ def _handler(state: FaultyS3) -> type[BaseHTTPRequestHandler]:
                 cut = status is None and kind == "GET" and is_object and state.truncations > 0
                 state.truncations -= cut
             if status is not None:
-                self.answer(status, {"Content-Type": "application/xml"}, ERROR, len(ERROR))
+                error = ERROR.format(CODES.get(status, "InternalError")).encode()
+                self.answer(status, {"Content-Type": "application/xml"}, error, len(error))
                 return
             connection = http.client.HTTPConnection(state.backend, timeout=60)
             try:
@@ -145,7 +147,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Faulty
     state = FaultyS3(_address(server, log))
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(state))
     proxy.daemon_threads = True
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
     yield state, f"http://127.0.0.1:{proxy.server_port}"
     proxy.shutdown()
     proxy.server_close()

@@ -1,7 +1,9 @@
 """Publishing is all or nothing; damage is named."""
 
 import errno
+import hashlib
 import json
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -28,7 +30,52 @@ def test_publish_to_an_object_store():
     storage.publish_bytes("memory://bucket/x/data.bin", b"content")
     with fsspec.open("memory://bucket/x/data.bin", "rb") as stream:
         assert stream.read() == b"content"
+    assert fsspec.filesystem("memory").find("/bucket/x") == ["/bucket/x/data.bin"]
     assert storage.exists("memory://bucket/x/data.bin") and not storage.exists("memory://bucket/x/other")
+
+
+def test_publish_to_s3_leaves_one_whole_object(faulty_s3):
+    data = bytes(range(256)) * 2000
+    faulty_s3.fail_next(2, method="PUT")
+    faulty_s3.truncate_next(1)  # when it is read back
+    storage.publish_bytes(faulty_s3.url("deep/x.bin"), data)
+    assert faulty_s3.keys() == ["deep/x.bin"] and faulty_s3.read("deep/x.bin") == data
+    assert storage.sha256_file(faulty_s3.url("deep/x.bin")) == hashlib.sha256(data).hexdigest()
+    storage.publish_json(faulty_s3.url("x.json"), {"schema_version": 1})
+    faulty_s3.fail_next(1)
+    assert storage.read_json(faulty_s3.url("x.json"), schema_version=1) == {"schema_version": 1}
+    with pytest.raises(UserError, match="absent.json: no such file"):
+        storage.read_json(faulty_s3.url("absent.json"))
+    assert storage.exists(faulty_s3.url("x.json")) and not storage.exists(faulty_s3.url("y.json"))
+    assert storage.exists(faulty_s3.url("deep"))
+
+
+def test_publish_to_a_store_that_stays_broken_leaves_what_was_there(faulty_s3, monkeypatch):
+    faulty_s3.put("x.bin", b"old")
+    monkeypatch.setenv("PLDR_RETRIES", "1")
+    faulty_s3.fail_next(2, method="PUT")  # both attempts of the upload
+    with pytest.raises(UserError, match="x.bin: cannot be written, 2 attempts failed"):
+        storage.publish_bytes(faulty_s3.url("x.bin"), b"new")
+    assert faulty_s3.keys() == ["x.bin"] and faulty_s3.read("x.bin") == b"old"
+
+
+def test_publish_notices_a_store_that_gives_back_something_else(monkeypatch, s3):
+    filesystem = fsspec.get_filesystem_class("s3")
+    put = filesystem.put_file
+
+    def damage(self, local, remote, **options):
+        Path(local).write_bytes(b"nEw")
+        put(self, local, remote, **options)
+
+    monkeypatch.setattr(filesystem, "put_file", damage)
+    with pytest.raises(UserError, match="what the store gives back is not what was sent"):
+        storage.publish_bytes(s3.url("x.bin"), b"new")
+    assert s3.keys() == []
+
+
+def test_publish_over_http_is_refused():
+    with pytest.raises(UserError, match="http://127.0.0.1:1/x: web servers are for reading"):
+        storage.publish_bytes("http://127.0.0.1:1/x?sig=1", b"new")
 
 
 @pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "simplecache::pipe:ls"])

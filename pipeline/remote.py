@@ -1,0 +1,291 @@
+"""Reading what is not on this machine: whole, or an error.
+
+Networks fail in two ways that look like data: a connection that ends early, and an answer that is an error. So every
+read here knows how many bytes it has to get; what fails is tried again from where it stopped, after a pause that doubles,
+and what stays broken is a UserError with the URL. s3fs, gcsfs and aiohttp each have exceptions of their own for this
+(aiohttp's do not even descend from OSError): `_is_passing` is the one place that knows them.
+
+Filesystems are fsspec's own instances, which fsspec keeps one of per process: a fork gets new ones.
+
+For tests and bad days: PLDR_RETRIES (default 5) further attempts, the first after about PLDR_RETRY_SECONDS (0.5).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
+
+from pipeline.errors import UserError, first_line
+from pipeline.urls import check_url, is_local, public_url, without_secrets
+
+PIECE = 8 << 20  # bytes asked for at once: one request
+LONGEST_WAIT = 30.0  # seconds
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+LIBRARIES = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "requests", "urllib3", "s3fs")  # of transport
+VERSION_KEYS = ("size", "ETag", "etag", "generation", "md5Hash")  # of fsspec's info: differ when the content does
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """(fsspec filesystem, path in it), without remembered listings: other processes write too.
+
+    Raises UserError for a protocol that does not exist or whose package is missing.
+    """
+    check_url(url)
+    protocol = url.partition("://")[0]
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = PACKAGES.get(protocol)
+        mend = f"pip install {package}" if package else first_line(error)
+        raise UserError(f"{public_url(url)}: {protocol}:// needs a package that is not installed; {mend}") from None
+    except ValueError as error:
+        raise UserError(f"{public_url(url)}: {without_secrets(first_line(error))}; mend the URL") from None
+    filesystem.invalidate_cache()
+    return filesystem, path
+
+
+def open_retrying(url: str, *, size: int | None = None, start: int = 0) -> BinaryIO:
+    """A file for reading forwards from byte `start`; a remote one with retries.
+
+    `size`: how long the file has to be, where the caller knows. Opening a remote file does nothing yet; reading raises
+    FileNotFoundError, or UserError naming the URL when retries do not help or the file is no longer what it was.
+    """
+    if is_local(url):
+        stream = open(url.removeprefix("file://"), "rb")  # noqa: SIM115  # the caller closes it
+        stream.seek(start)
+        return stream
+    if _is_http(url):
+        return cast(BinaryIO, io.BufferedReader(_HttpStream(url, start, None, size), 1 << 20))
+    return cast(BinaryIO, io.BufferedReader(_Ranges(url, start, size), PIECE))
+
+
+def read_range(url: str, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a file, exactly. Raises FileNotFoundError, or UserError naming the URL."""
+    if is_local(url):
+        with open(url.removeprefix("file://"), "rb") as stream:
+            stream.seek(start)
+            data = stream.read(end - start)
+        if len(data) != end - start:
+            raise UserError(f"{url}: {len(data)} bytes at {start}, {end - start} expected: it was cut")
+        return data
+    if _is_http(url):
+        with io.BufferedReader(_HttpStream(url, start, end, None), 1 << 20) as remote:
+            return remote.read(end - start)
+    filesystem, path = filesystem_of(url)
+
+    def read() -> bytes:
+        data: bytes = filesystem.cat_file(path, start=start, end=end)
+        if len(data) != end - start:
+            raise EOFError(f"{len(data)} bytes at {start}, {end - start} expected")
+        return data
+
+    return retrying(url, read) if end > start else b""
+
+
+def size_of(url: str) -> int:
+    """Bytes of a file. Raises FileNotFoundError, or UserError naming the URL, also where a server does not tell."""
+    if is_local(url):
+        return os.stat(url.removeprefix("file://")).st_size
+    filesystem, path = filesystem_of(url)
+    size = retrying(url, lambda: filesystem.info(path)).get("size")
+    if size is None:
+        raise UserError(f"{public_url(url)}: the server does not tell its size; copy it to a disk or object store")
+    return int(size)
+
+
+def retrying(url: str, action: Callable[[], Result], *, what: str = "read") -> Result:
+    """The result of `action`, tried again while it fails for a reason that may pass.
+
+    Raises FileNotFoundError, UserError ("cannot be {what}"), and unchanged whatever is not about files and networks.
+    """
+    retries = int(os.environ.get("PLDR_RETRIES", "5"))
+    wait = float(os.environ.get("PLDR_RETRY_SECONDS", "0.5"))
+    for attempt in range(retries + 1):
+        try:
+            return action()
+        except Exception as error:
+            problem = _behind(error)
+            if isinstance(problem, FileNotFoundError):
+                raise FileNotFoundError(f"{public_url(url)}: no such file") from None
+            passing = _is_passing(problem)
+            if passing is None:
+                raise
+            why = without_secrets(first_line(problem))
+            if not passing:
+                raise UserError(
+                    f"{public_url(url)}: cannot be {what} ({why}); mend the address or the credentials in the environment"
+                ) from None
+            if attempt == retries:
+                raise UserError(
+                    f"{public_url(url)}: cannot be {what}, {retries + 1} attempts failed (last: {why}); look at the "
+                    "network and the store and start again, finished work is kept"
+                ) from None
+            log.warning("%s: %s; attempt %d of %d follows", public_url(url), why, attempt + 2, retries + 1)
+            time.sleep(
+                min(wait * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1)
+            )  # apart: many workers fail at once
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _behind(error: Exception) -> Exception:
+    """fsspec's http calls every failure a missing file; the true one is its cause."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        return _behind(error.__cause__)
+    return error
+
+
+def _is_passing(error: Exception) -> bool | None:
+    """Whether a failure may be gone at the next attempt; None when it is not about files and networks at all."""
+    status = getattr(error, "status", getattr(error, "code", None))
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in (408, 425, 429)
+    if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)):
+        return False
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "InvalidURL", "NonHttpUrlClientError"):
+        return False
+    if isinstance(error, (OSError, EOFError)) or type(error).__module__.split(".")[0] in LIBRARIES:
+        return True
+    return None
+
+
+def _is_http(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
+
+
+class _Ranges(io.RawIOBase):
+    """A file of an object store from byte `start` on, forwards, a request for each piece."""
+
+    def __init__(self, url: str, start: int, size: int | None) -> None:
+        self._url = url
+        self._filesystem, self._path = filesystem_of(url)
+        self._position = start
+        self._size = size
+        self._version: dict[str, Any] | None = None
+        self._ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._version is None:
+            self._version = self._look()
+            self._size = _same_size(self._url, self._size, self._version["size"])
+        assert self._size is not None
+        count = min(len(buffer), self._size - self._position)
+        if count <= 0:
+            if not self._ended and self._look() != self._version:
+                raise UserError(f"{public_url(self._url)}: changed while it was read; start again")
+            self._ended = True
+            return 0
+        data = read_range(self._url, self._position, self._position + count)
+        buffer[:count] = data
+        self._position += count
+        return count
+
+    def _look(self) -> dict[str, Any]:
+        self._filesystem.invalidate_cache()
+        info = retrying(self._url, lambda: self._filesystem.info(self._path))
+        return {key: info.get(key) for key in VERSION_KEYS}
+
+
+class _HttpStream(io.RawIOBase):
+    """Bytes [start, end) of a web server's file, forwards, over one connection; a new one where that breaks."""
+
+    def __init__(self, url: str, start: int, end: int | None, size: int | None) -> None:
+        self._url = url
+        self._filesystem, self._path = filesystem_of(url)
+        self._position = start
+        self._end = end
+        self._size = size
+        self._version: tuple[int | None, str | None] | None = None
+        self._stream: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = retrying(self._url, lambda: self._read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _read(self, count: int) -> bytes:
+        try:
+            if self._stream is None and (self._end is None or self._position < self._end):
+                self._stream = self._open()
+            end = self._size if self._end is None else self._end
+            if end is not None:
+                count = min(count, end - self._position)
+            data: bytes = self._stream.read(count) if count > 0 else b""
+            if not data and end is not None and self._position < end:
+                raise EOFError(f"ends at byte {self._position} of {end}")
+        except BaseException:
+            self._drop()
+            raise
+        self._position += len(data)
+        return data
+
+    def _drop(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+    def _open(self) -> Any:
+        """The answer at the position. A server that knows no ranges sends all of it: the beginning is read away."""
+        import aiohttp
+
+        headers = {"Accept-Encoding": "identity"}
+        if self._position or self._end is not None:
+            headers["Range"] = f"bytes={self._position}-" + (str(self._end - 1) if self._end is not None else "")
+        stream = self._filesystem.open(
+            self._path,
+            "rb",
+            block_size=0,  # streamed; the size is not used then, it spares a HEAD
+            size=1,
+            headers=headers,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60),
+        )
+        try:
+            stream.r.raise_for_status()
+            self._check_version(stream.r.headers)
+            if stream.r.status != 206:
+                self._read_away(stream)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def _check_version(self, headers: Any) -> None:
+        total = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
+        found = (int(total) if total.isdigit() else None, headers.get("ETag"))
+        if self._version not in (None, found):
+            raise UserError(f"{public_url(self._url)}: changed while it was read; start again")
+        self._version = found
+        self._size = _same_size(self._url, self._size, found[0])
+
+    def _read_away(self, stream: Any) -> None:
+        left = self._position
+        while left > 0:
+            data = stream.read(min(left, 1 << 20))
+            if not data:
+                raise EOFError(f"ends at byte {self._position - left}")
+            left -= len(data)
+
+
+def _same_size(url: str, expected: int | None, found: int | None) -> int | None:
+    """The size, when what was expected is what is found. Either may be unknown."""
+    if expected is not None and found is not None and expected != found:
+        raise UserError(f"{public_url(url)}: {found} bytes, {expected} expected: it changed or was cut; start again")
+    return expected if found is None else found

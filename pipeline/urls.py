@@ -1,0 +1,47 @@
+"""URLs as text: what is local, what is refused, and what of one may be shown.
+
+Everything here works on the string alone; nothing is opened.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+_USERINFO = re.compile(r"(?<=://)[^/?#@]*@")
+_HTTP = re.compile(r"https?://", re.IGNORECASE)
+_QUERY = re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\")]*", re.IGNORECASE)
+
+
+def check_url(url: str) -> str:
+    """The URL itself; refuses the schemes that run programs, and passwords. Raises UserError."""
+    if url.lower().startswith("pipe:") or "::pipe:" in url.lower():
+        raise UserError(f"{url}: pipe: URLs run a shell and are refused; copy the data to a file or object store")
+    found = _USERINFO.search(url)
+    if found and (":" in found[0] or _HTTP.search(url)):  # sftp://user@host names no secret
+        raise UserError(f"{public_url(url)}: a password in a URL ends up in logs; put credentials into the environment")
+    return url
+
+
+def is_local(url: str | Path) -> bool:
+    """Whether the URL names a file on this machine."""
+    text = str(url)
+    return "://" not in text or text.startswith("file://")
+
+
+def public_url(url: str | Path) -> str:
+    """The URL for names, logs and MLflow: without credentials, and for http without query and fragment, where
+    signatures and tokens stand. (In a key of an object store `?` and `#` are letters like others.)"""
+    return without_secrets(str(url))
+
+
+def without_secrets(text: str) -> str:
+    """A text, such as another library's error message, with every URL in it as `public_url` shows it."""
+    return _QUERY.sub(r"\1", _USERINFO.sub("", text))
+
+
+def join(base: str | Path, *parts: str) -> str:
+    """A path or URL below `base`."""
+    return "/".join([str(base).rstrip("/"), *parts])
