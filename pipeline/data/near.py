@@ -1,0 +1,212 @@
+"""Near-duplicates: MinHash over word n-grams, banded (LSH), and clusters of what shares a band.
+
+A document is the set of its word n-grams; the chance that two sets have the same smallest hash is their Jaccard similarity
+s. `rows` such minima side by side are a band, and documents that share one of `bands` bands are near-duplicates: with
+the chance 1 - (1 - s**rows)**bands, an S-shaped curve which `bands_for` puts at the similarity asked for. Clusters are
+joined through shared members (a like b, b like c), and the first document of each is kept.
+
+The curve is not a step. For the defaults (similarity 0.75, 112 hashes: 14 bands of 8 rows), of pairs with
+
+    Jaccard     0.40    0.50    0.60    0.70    0.75    0.80    0.85    0.90    0.95
+    are found   0.9 %   5.3 %   21 %    56 %    77 %    92 %    98.8 %  99.96 % 100 %
+
+and tests/pipeline/data/test_near.py measures it. Decision: pairs are not verified. A check against stored signatures would
+cost 900 bytes a document on disk and a second pass over all pairs, to sharpen the flank between 0.5 and 0.8; more `hashes`
+or a higher `similarity` move it as well.
+
+Decision: datatrove's MinhashDedup* blocks are not used. They call the word tokeniser of a language (spaCy, NLTK: more to
+install, slow), number documents by task (another number of tasks keeps other documents), tie the number of tasks to the
+number of bands, and hold the clusters in one dictionary. Here keys go through the machinery of duplicates.py.
+
+Words are runs of letters and digits. Chinese, Japanese or Thai text, which has no spaces, is compared by phrases between
+punctuation, so that fewer of its near-duplicates are found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+
+from pipeline.data.duplicates import KeysStep, found_file, found_files, key_row, normalised
+from pipeline.data.sorted_rows import MEMORY, NUMBER, Rows, TableWriter, merge, run_of
+from pipeline.data.tasks import write_record
+
+Indices = npt.NDArray[np.int64]
+
+WORD = re.compile(r"\w+")
+PIECE = 1 << 20  # characters whose words are in memory at once
+BLOCK = 512  # n-grams times all hash functions at once: stays in the processor's cache
+MAX_WORDS_KNOWN = 500_000  # hashes of words kept in memory
+GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's constants
+MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def bands_for(similarity: float, hashes: int) -> tuple[int, int]:
+    """(bands, rows) with bands * rows <= hashes whose curve is closest to a step at `similarity`.
+
+    Closest: the least sum of the mean share missed above `similarity` and the mean share wrongly found below it. Means, not
+    areas: at a similarity of 0.9 the side above is narrow, and areas would give it up.
+    """
+    grid = (np.arange(1000) + 0.5) / 1000
+    step = grid >= similarity
+    weight = np.where(step, 1 / max(1, step.sum()), 1 / max(1, (~step).sum()))
+    best = (np.inf, 0, 0)
+    for rows in range(1, hashes + 1):
+        bands = np.arange(1, hashes // rows + 1)[:, None]
+        errors = (np.abs(1 - (1 - grid**rows) ** bands - step) @ weight).round(12)
+        number = int(errors.argmin())
+        best = min(best, (float(errors[number]), number + 1, rows))
+    return best[1], best[2]
+
+
+def splitmix64(numbers: Rows) -> Rows:
+    """A well mixed 64-bit number for each."""
+    mixed = numbers + np.uint64(GOLDEN)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(MIX[0])
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(MIX[1])
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+class MinHasher:
+    """The smallest hashes of a text's word n-grams; the same on every machine."""
+
+    def __init__(self, ngram: int, hashes: int) -> None:
+        self.ngram = ngram
+        draws = splitmix64(np.arange(2 * hashes, dtype=NUMBER))
+        self._factors = (draws[:hashes] | np.uint64(1))[:, None]  # odd: the map is a permutation of 64-bit numbers
+        self._summands = draws[hashes:][:, None]
+        self._words = _WordHashes()
+
+    def signature(self, text: str) -> Rows | None:
+        """uint64 [hashes]; None for a text without words. A text of fewer than `ngram` words is one n-gram."""
+        words = self._hash_words(normalised(text))
+        if not len(words):
+            return None
+        size = min(self.ngram, len(words))
+        smallest = np.full(len(self._factors), np.iinfo(NUMBER).max, NUMBER)
+        for start in range(0, len(words) - size + 1, BLOCK):
+            grams = _ngrams(words[start : start + BLOCK + size - 1], size)
+            np.minimum(smallest, (grams * self._factors + self._summands).min(axis=1), out=smallest)
+        return smallest
+
+    def _hash_words(self, text: str) -> Rows:
+        """The hash of each word, in order. A piece ends at a space, so that no word is cut."""
+        pieces, start = [], 0
+        while start < len(text):
+            stop = text.find(" ", start + PIECE)
+            stop = len(text) if stop < 0 else stop
+            words = WORD.findall(text, start, stop)
+            pieces.append(np.fromiter(map(self._words.__getitem__, words), NUMBER, len(words)))
+            start = stop
+            if len(self._words) > MAX_WORDS_KNOWN:
+                self._words.clear()
+        return np.concatenate(pieces) if pieces else np.empty(0, NUMBER)
+
+
+class NearKeys(KeysStep):
+    """The keys of a document are the hashes of its bands. Documents without words have none."""
+
+    name = "near_keys"
+
+    def __init__(
+        self, folder: Path, similarity: float, ngram: int, hashes: int, work: Path, memory: int = MEMORY
+    ) -> None:
+        super().__init__(folder, work, memory)
+        self.ngram = ngram
+        self.bands, self.rows = bands_for(similarity, hashes)
+        self._hasher: MinHasher | None = None
+
+    def keys(self, document: Document) -> bytes:
+        if self._hasher is None:
+            self._hasher = MinHasher(self.ngram, self.bands * self.rows)
+        signature = self._hasher.signature(document.text)
+        if signature is None:
+            self.stat_update("without_words")
+            return b""
+        ordinal = document.metadata["ordinal"]
+        bands = enumerate(signature.reshape(self.bands, self.rows))
+        return b"".join(key_row(_band_hash(number, band), ordinal) for number, band in bands)
+
+
+class ClusterNear(PipelineStep):  # type: ignore[misc]  # datatrove has no types
+    """One task: joins the pairs of all ranges to clusters, and lists every document but the first of each.
+
+    Memory grows with the near-duplicate documents (about 100 bytes for each and its pairs), not with the corpus.
+    """
+
+    type = "DEDUP"
+    name = "cluster_near"
+
+    def __init__(self, found: Path, clusters: Path, work: Path, memory: int = MEMORY) -> None:
+        super().__init__()
+        self.found = found
+        self.clusters = clusters
+        self.work = work
+        self.memory = memory
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        assert world_size == 1, "clusters reach across all ranges"
+        runs = [run_of(path) for path in found_files(self.found)]
+        pairs = [_distinct(piece) for piece in merge(runs, self.memory)]
+        path = found_file(self.clusters, rank, world_size)
+        with TableWriter(path, 2, self.memory) as table:
+            if pairs:
+                table.append(components(np.concatenate(pairs)))
+            facts = table.publish()
+            self.stat_update("duplicates", value=table.rows)
+            write_record(self.work, rank, {"duplicates": table.rows}, {path.name: facts})
+        yield from ()
+
+
+def components(pairs: Rows) -> Rows:
+    """[n, 2] pairs of ordinals to [m, 2]: each ordinal that is not the smallest of its cluster, and the smallest.
+
+    Union-find for all pairs at once: roots that a pair joins are hung below the smaller one, then every path is shortened;
+    parents only get smaller, so it ends, with the smallest as the root.
+    """
+    ordinals, flat = np.unique(pairs, return_inverse=True)
+    ends: Indices = flat.reshape(-1, 2).astype(np.int64)
+    parent = np.arange(len(ordinals))
+    while len(ends):
+        np.minimum.at(parent, ends.max(axis=1), ends.min(axis=1))
+        while (parent != (above := parent[parent])).any():
+            parent = above
+        ends = parent[ends]
+        ends = ends[ends[:, 0] != ends[:, 1]]
+    later = parent != np.arange(len(ordinals))
+    return np.column_stack([ordinals[later], ordinals[parent[later]]])
+
+
+class _WordHashes(dict[str, int]):
+    """Word -> 64-bit hash, computed when first asked for."""
+
+    def __missing__(self, word: str) -> int:
+        value = int.from_bytes(hashlib.blake2b(word.encode("utf-8"), digest_size=8).digest(), "little")
+        self[word] = value
+        return value
+
+
+def _ngrams(words: Rows, size: int) -> Rows:
+    """The hash of each `size` words in a row."""
+    count = len(words) - size + 1
+    total = np.zeros(count, NUMBER)
+    for place in range(size):
+        total = total * np.uint64(GOLDEN) + words[place : place + count]
+    return splitmix64(total)
+
+
+def _band_hash(number: int, band: Rows) -> bytes:
+    return hashlib.blake2b(number.to_bytes(2, "little") + band.tobytes(), digest_size=16).digest()
+
+
+def _distinct(rows: Rows) -> Rows:
+    """Sorted rows without repeats: a pair that shares several bands comes as often."""
+    return rows[np.append(True, (rows[1:] != rows[:-1]).any(axis=1))] if len(rows) else rows

@@ -1,0 +1,181 @@
+"""Exact duplicates: the machinery against looking at everything at once, whatever the tasks, ranges, order and memory."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import tempfile
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datatrove.data import Document
+from datatrove.pipeline.readers import JsonlReader
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.duplicates import (
+    MAX_PARTITIONS,
+    DropDuplicates,
+    ExactKeys,
+    FindDuplicates,
+    count_keys,
+    found_file,
+    found_files,
+    keys_file,
+    normalised,
+    partitions,
+)
+from pipeline.data.near import NearKeys
+from pipeline.data.tasks import run_tasks
+
+WORDS = st.sampled_from(["a", "A", "b", " ", "  ", "\n", "é", "e\u0301", "ß", "ss", "ﬁ", "fi", "Ω"])
+TEXTS = st.lists(st.lists(WORDS, max_size=3).map("".join), max_size=25)
+
+
+def deal(texts: list[str], tasks: int) -> list[list[Document]]:
+    """Documents in units of three, the units over the tasks; ordinals as units.ordinal makes them."""
+    shares: list[list[Document]] = [[] for _ in range(tasks)]
+    for place, text in enumerate(texts):
+        unit, record = divmod(place, 3)
+        document = Document(text, f"doc-{place}", metadata={"ordinal": unit << 32 | record, "place": place})
+        shares[unit * 7 % tasks].append(document)
+    return shares
+
+
+def run_all(step: Any, shares: list[Any], order: random.Random) -> list[list[Document]]:
+    """Every rank of a step, in any order, each on a pickled copy as in a worker."""
+    results: dict[int, list[Document]] = {}
+    ranks = list(range(len(shares)))
+    order.shuffle(ranks)
+    for rank in ranks:
+        results[rank] = list(pickle.loads(pickle.dumps(step)).run(shares[rank], rank, len(shares)))
+    return [results[rank] for rank in range(len(shares))]
+
+
+def drop_exact(folder: Path, texts: list[str], tasks: int, parts: int, memory: int, seed: int) -> list[int]:
+    """The places of the texts that stay."""
+    order = random.Random(seed)
+    shares = deal(texts, tasks)
+    passed = run_all(ExactKeys(folder / "keys", memory), shares, order)
+    assert passed == shares
+    assert count_keys(folder / "keys") == len(texts)
+    run_all(FindDuplicates(folder / "keys", folder / "found", folder / "work", memory), [None] * parts, order)
+    kept = run_all(DropDuplicates(folder / "found", "exact_duplicate"), shares, order)
+    return sorted(document.metadata["place"] for share in kept for document in share)
+
+
+@settings(max_examples=40, deadline=None)
+@given(TEXTS, st.integers(1, 5), st.integers(1, 7), st.sampled_from([24, 100, 1 << 20]), st.integers(0, 99))
+def test_the_first_of_equal_texts_stays_whatever_the_tasks(
+    texts: list[str], tasks: int, parts: int, memory: int, seed: int
+) -> None:
+    first = {normalised(text): place for place, text in reversed(list(enumerate(texts)))}
+    with tempfile.TemporaryDirectory() as folder:
+        assert drop_exact(Path(folder), texts, tasks, parts, memory, seed) == sorted(first.values())
+
+
+def test_equal_hashes_in_every_range_are_found(tmp_path: Path) -> None:
+    """Thousands of keys, so that each of the ranges has some, and one text in every task."""
+    texts = [f"text {number % 700}" if number % 4 else "boilerplate" for number in range(2000)]
+    first = {text: place for place, text in reversed(list(enumerate(texts)))}
+    assert drop_exact(tmp_path, texts, 5, 7, 4096, 0) == sorted(first.values())
+    found = [np.load(path) for path in found_files(tmp_path / "found")]
+    assert all(len(table) for table in found)
+    assert sum(len(table) for table in found) == len(texts) - len(first)
+
+
+def test_a_dropped_document_names_the_one_that_is_kept(tmp_path: Path) -> None:
+    dropped: list[Document] = []
+
+    class Writer:
+        def __enter__(self) -> Writer:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def write(self, document: Document, rank: int) -> None:
+            dropped.append(document)
+
+    shares = deal(["x", "y", "X ", "z", " y", "x\n"], 2)
+    run_all(ExactKeys(tmp_path / "keys"), shares, random.Random(0))
+    run_all(FindDuplicates(tmp_path / "keys", tmp_path / "found", tmp_path), [None], random.Random(0))
+    for rank, share in enumerate(shares):
+        step = DropDuplicates(tmp_path / "found", "exact_duplicate", exclusion_writer=Writer())
+        assert step.name == "exact_duplicates"
+        list(step.run(share, rank, 2))
+        assert step.stats["dropped_exact_duplicate"].total == (1, 2)[rank]
+    keepers = {d.metadata["place"]: (d.metadata["keeper"], d.metadata["filter_reason"]) for d in dropped}
+    assert keepers == {2: (0, "exact_duplicate"), 4: (1, "exact_duplicate"), 5: (0, "exact_duplicate")}
+
+
+def test_writing_again_writes_the_same_bytes(tmp_path: Path) -> None:
+    shares = deal(["x", "y", "x", "y", "z"], 2)
+    written = []
+    for _ in range(2):
+        run_all(ExactKeys(tmp_path / "keys"), shares, random.Random(0))
+        run_all(FindDuplicates(tmp_path / "keys", tmp_path / "found", tmp_path / "work"), [None] * 2, random.Random(1))
+        written.append({path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()})
+    assert written[0] == written[1]
+    assert len(written[0]) == 6  # 2 keys, 2 found, 2 records
+
+
+def test_a_missing_table_is_no_empty_one(tmp_path: Path) -> None:
+    run_all(ExactKeys(tmp_path), deal(["x", "y", "z", "x"], 2), random.Random(0))
+    keys_file(tmp_path, 0).unlink()
+    with pytest.raises(AssertionError, match="missing"):
+        count_keys(tmp_path)
+    found_file(tmp_path, 0, 2).touch()
+    with pytest.raises(AssertionError, match="whole set"):
+        found_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"), [(0, 1), (1, 1), (8_000_000, 1), (8_000_001, 2), (10**11, MAX_PARTITIONS)]
+)
+def test_partitions_grow_with_the_keys(keys: int, expected: int) -> None:
+    assert partitions(keys) == expected
+
+
+@given(st.text())
+def test_normalising_is_done_once_for_all(text: str) -> None:
+    """Twice is once, and canonically equal texts, cases and white space make no difference."""
+    once = normalised(text)
+    assert normalised(once) == once
+    assert normalised(unicodedata.normalize("NFD", text)) == once
+    assert normalised(f"\t{text}\u00a0\n") == once
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_the_fast_path_for_ascii_is_the_slow_one(text: str) -> None:
+    slow = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    assert normalised(text) == " ".join(slow.split())
+
+
+def test_jobs_in_worker_processes_heal_a_damaged_table(tmp_path: Path) -> None:
+    """Keys and search as real jobs: records name the tables, and a damaged one is made again."""
+    source, keys, found = tmp_path / "source", tmp_path / "keys", tmp_path / "found"
+    source.mkdir()
+    for rank, share in enumerate(deal(["the same few words"] * 4 + [f"{n} other {n} text" for n in range(4)], 2)):
+        lines = [json.dumps({"text": d.text, "id": d.id, "metadata": d.metadata}) for d in share]
+        (source / f"{rank}.jsonl").write_text("\n".join(lines))
+    works = {name: tmp_path / f"work-{name}" for name in ("keys", "find")}
+    jobs = [
+        ([JsonlReader(str(source)), NearKeys(keys, 0.75, 5, 16, works["keys"])], works["keys"], keys),
+        ([FindDuplicates(keys, found, works["find"])], works["find"], found),
+    ]
+    results = []
+    for damage in (False, True):
+        if damage:
+            keys_file(keys, 1).write_bytes(b"no table")
+            found_file(found, 0, 2).unlink()
+        for steps, work, output in jobs:
+            records = run_tasks(steps, tasks=2, workers=2, workers_key="data.workers", work=work, output=output)
+            assert all(record["files"] for record in records)
+        results.append([path.read_bytes() for folder in (keys, found) for path in sorted(folder.glob("*.npy"))])
+    assert results[0] == results[1]
+    assert {int(row[1]) for path in found_files(found) for row in np.load(path)} == {0}
