@@ -1,29 +1,38 @@
-"""Document shards as written: their index, and reading them back checked.
+"""Document shards as written: their index, and reading them back checked, from a folder or an fsspec URL.
 
-`documents/index.json` holds what the shards hold and what was dropped on the way, by reason. Its fingerprint
-covers all of it, so that it names the corpus: the same text sharded the same way has the same fingerprint on
-any machine.
+`index.json` (schema 2) holds what the shards hold, what every cleaning step did, and what was left out, by reason. Its
+fingerprint covers all of it, so that it names the corpus: the same text sharded the same way has the same fingerprint on any
+machine and wherever the corpus lies.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+import zstandard
+
 from pipeline.data.tar import read_members
 from pipeline.errors import UserError
-from pipeline.storage import read_json, sha256_file, sha256_json
+from pipeline.remote import open_retrying, size_of
+from pipeline.storage import CHUNK, exists, read_json, sha256_file, sha256_json
+from pipeline.urls import check_url, is_local, join, public_url
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
+SHARD_AGAIN = "run `pldr shard` again"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its UTF-8 text and what is known of it (source, sha256, split, license)."""
+    """One document: its UTF-8 text and what is known of it (source, sha256, split, license, repeat, part)."""
 
     key: str
     text: str
@@ -32,28 +41,36 @@ class Document:
 
 @dataclass(frozen=True)
 class DocumentIndex:
-    """`documents/index.json`, read once."""
+    """`documents/index.json`, read once. `tree`: all of it."""
 
-    folder: Path
+    folder: str
     fingerprint: str
-    shards: tuple[dict[str, Any], ...]  # name, split, shard, documents, text_bytes, bytes, sha256
-    splits: dict[str, dict[str, int]]
+    shards: tuple[dict[str, Any], ...]  # name, split, documents, text_bytes, words, bytes, sha256
+    splits: dict[str, dict[str, Any]]
+    tree: dict[str, Any]
 
     @classmethod
     def load(cls, folder: str | Path) -> DocumentIndex:
         """Raises UserError when there is no finished index, or one that is damaged."""
-        folder = Path(folder)
-        path = folder / "index.json"
-        if not path.is_file():
-            raise UserError(f"{path}: no finished documents; run `pldr shard` first")
-        tree = read_json(path, schema_version=SCHEMA_VERSION)
+        url = join(check_url(str(folder)), "index.json")
+        if not exists(url):
+            raise UserError(f"{url}: no finished documents; run `pldr shard` first")
+        tree = read_json(url, schema_version=SCHEMA_VERSION)
         if tree.get("fingerprint") != fingerprint_of(tree):
-            raise UserError(f"{path}: its fingerprint does not fit its content; it was changed: run `pldr shard` again")
-        return cls(folder, tree["fingerprint"], tuple(tree["shards"]), tree["splits"])
+            raise UserError(f"{url}: its fingerprint does not fit its content; it was changed: {SHARD_AGAIN}")
+        return cls(str(folder), tree["fingerprint"], tuple(tree["shards"]), tree["splits"], tree)
 
     def of_split(self, split: str) -> list[dict[str, Any]]:
         """The shards of a split, in order."""
         return [shard for shard in self.shards if shard["split"] == split]
+
+    def verify(self) -> int:
+        """Check size and sha256 of every shard and every list of removed documents; returns how many files.
+        Raises UserError naming the first that is damaged or missing."""
+        files = [*self.shards, *self.tree["removed"]]
+        for facts in files:
+            check_file(join(self.folder, facts["name"]), facts, mend=SHARD_AGAIN)
+        return len(files)
 
 
 def fingerprint_of(tree: dict[str, Any]) -> str:
@@ -61,29 +78,61 @@ def fingerprint_of(tree: dict[str, Any]) -> str:
     return sha256_json({key: value for key, value in tree.items() if key != "fingerprint"})
 
 
-def read_shard(folder: Path, shard: dict[str, Any]) -> Iterator[Document]:
-    """The documents of a shard in order, streamed. The file is checked against the index before anything
-    comes out.
+def read_shard(folder: str | Path, shard: dict[str, Any]) -> Iterator[Document]:
+    """The documents of a shard in order, streamed. The file is checked against the index before anything comes out.
 
     Raises UserError naming the shard when it is missing or damaged.
     """
-    path = folder / shard["name"]
-    check_file(path, shard, mend="run `pldr shard` again")
-    members = read_members(path)
-    for name, payload in members:
-        key, _, extension = name.partition(".")
-        meta_name, meta = next(members)
-        assert extension == "txt" and meta_name == f"{key}.json", f"{path}: {name} is followed by {meta_name}"
-        yield Document(key, payload.decode("utf-8"), json.loads(meta))
+    with checked_file(join(folder, shard["name"]), shard, mend=SHARD_AGAIN) as path:
+        members = read_members(path)
+        for name, payload in members:
+            key, _, extension = name.partition(".")
+            meta_name, meta = next(members)
+            assert extension == "txt" and meta_name == f"{key}.json", f"{path}: {name} is followed by {meta_name}"
+            yield Document(key, payload.decode("utf-8"), orjson.loads(meta))
 
 
-def check_file(path: Path, facts: dict[str, Any], *, mend: str) -> None:
-    """A shard file is there, whole and unchanged: `facts` holds its bytes and sha256. Raises UserError
-    naming it."""
-    if not path.is_file():
-        raise UserError(f"{path}: missing, but its index lists it; {mend}")
-    size = path.stat().st_size
+def read_removed(index: DocumentIndex) -> Iterator[dict[str, Any]]:
+    """What the stage left out or cut, record by record: id, step, reason, source and what else is known of it."""
+    for facts in index.tree["removed"]:
+        with checked_file(join(index.folder, facts["name"]), facts, mend=SHARD_AGAIN) as path, open(path, "rb") as raw:
+            lines = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+            for line in lines:
+                yield json.loads(line)
+
+
+@contextmanager
+def checked_file(url: str, facts: dict[str, Any], *, mend: str) -> Iterator[Path]:
+    """A local path with the bytes that `facts` (bytes, sha256) promise: the file itself, or a temporary copy of a remote one.
+
+    Raises UserError naming the file when it is missing or damaged.
+    """
+    if is_local(url):
+        check_file(url, facts, mend=mend)
+        yield Path(url.removeprefix("file://"))
+        return
+    with tempfile.NamedTemporaryFile(prefix="pldr-") as copy:
+        try:
+            with open_retrying(url) as stream:
+                while chunk := stream.read(CHUNK):
+                    copy.write(chunk)
+        except FileNotFoundError:
+            raise UserError(f"{public_url(url)}: missing, but its index lists it; {mend}") from None
+        copy.flush()
+        try:
+            check_file(copy.name, facts, mend=mend)
+        except UserError as error:
+            raise UserError(str(error).replace(copy.name, url)) from None
+        yield Path(copy.name)
+
+
+def check_file(url: str | Path, facts: dict[str, Any], *, mend: str) -> None:
+    """A file is there, whole and unchanged: `facts` holds its bytes and sha256. Raises UserError naming it."""
+    try:
+        size = size_of(str(url))
+    except FileNotFoundError:
+        raise UserError(f"{public_url(url)}: missing, but its index lists it; {mend}") from None
     if size != facts["bytes"]:
-        raise UserError(f"{path}: {size} bytes, its index says {facts['bytes']}: cut or damaged; {mend}")
-    if sha256_file(path) != facts["sha256"]:
-        raise UserError(f"{path}: its sha256 is not the one in its index: damaged; {mend}")
+        raise UserError(f"{public_url(url)}: {size} bytes, its index says {facts['bytes']}: cut or damaged; {mend}")
+    if sha256_file(url) != facts["sha256"]:
+        raise UserError(f"{public_url(url)}: its sha256 is not the one in its index: damaged; {mend}")
