@@ -91,7 +91,7 @@ class CutParagraphs(PipelineStep):  # type: ignore[misc]  # datatrove has no typ
         paragraphs, _ = split_paragraphs(document.text)
         for number, keeper in repeated.items():
             known = {"filter_reason": REASON, "detail": f"paragraph {number}", "keeper": keeper}
-            writer.write(Document(paragraphs[number], document.id, {**document.metadata, **known}), rank)
+            writer.write(Document(paragraphs[number], document.id, metadata={**document.metadata, **known}), rank)
         shorter = cut(document.text, set(repeated))
         self.stat_update("changed")
         self.stat_update("paragraphs_cut", value=len(repeated))
