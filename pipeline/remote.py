@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec
 
 from pipeline.errors import UserError, first_line
-from pipeline.urls import check_url, is_local, public_url, without_secrets
+from pipeline.urls import check_url, is_http, is_local, public_url, without_secrets
 
 PIECE = 8 << 20  # bytes asked for at once: one request
 LONGEST_WAIT = 30.0  # seconds
@@ -63,7 +63,7 @@ def open_retrying(url: str, *, size: int | None = None, start: int = 0) -> Binar
         stream = open(url.removeprefix("file://"), "rb")  # noqa: SIM115  # the caller closes it
         stream.seek(start)
         return stream
-    if _is_http(url):
+    if is_http(url):
         return cast(BinaryIO, io.BufferedReader(_HttpStream(url, start, None, size), 1 << 20))
     return cast(BinaryIO, io.BufferedReader(_Ranges(url, start, size), PIECE))
 
@@ -77,7 +77,7 @@ def read_range(url: str, start: int, end: int) -> bytes:
         if len(data) != end - start:
             raise UserError(f"{url}: {len(data)} bytes at {start}, {end - start} expected: it was cut")
         return data
-    if _is_http(url):
+    if is_http(url):
         with io.BufferedReader(_HttpStream(url, start, end, None), 1 << 20) as remote:
             return remote.read(end - start)
     filesystem, path = filesystem_of(url)
@@ -114,7 +114,7 @@ def retrying(url: str, action: Callable[[], Result], *, what: str = "read") -> R
             return action()
         except Exception as error:
             problem = _behind(error)
-            if isinstance(problem, FileNotFoundError):
+            if isinstance(problem, FileNotFoundError) or getattr(problem, "status", None) in (404, 410):
                 raise FileNotFoundError(f"{public_url(url)}: no such file") from None
             passing = _is_passing(problem)
             if passing is None:
@@ -155,10 +155,6 @@ def _is_passing(error: Exception) -> bool | None:
     if isinstance(error, (OSError, EOFError)) or type(error).__module__.split(".")[0] in LIBRARIES:
         return True
     return None
-
-
-def _is_http(url: str) -> bool:
-    return url.lower().startswith(("http://", "https://"))
 
 
 class _Ranges(io.RawIOBase):

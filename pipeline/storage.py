@@ -27,6 +27,7 @@ from fsspec import AbstractFileSystem
 from pipeline.errors import UserError
 from pipeline.remote import filesystem_of, open_retrying, retrying
 from pipeline.urls import check_url as check_url
+from pipeline.urls import is_http
 from pipeline.urls import is_local as is_local
 from pipeline.urls import join as join
 from pipeline.urls import public_url as public_url
@@ -90,7 +91,7 @@ def publish(url: str | Path, write: Callable[[Path], None]) -> None:
 
 def _upload(source: Path, url: str) -> None:
     """Put a file beside its final name, read it back, and give it the name when it is what was sent."""
-    if url.lower().startswith(("http://", "https://")):
+    if is_http(url):
         raise UserError(
             f"{public_url(url)}: web servers are for reading; name a folder or an object store (s3://, gs://)"
         )

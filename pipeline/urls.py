@@ -31,6 +31,11 @@ def is_local(url: str | Path) -> bool:
     return "://" not in text or text.startswith("file://")
 
 
+def is_http(url: str) -> bool:
+    """Whether a web server has it: read only, no listing, maybe no ranges, and secrets in the query."""
+    return url.lower().startswith(("http://", "https://"))
+
+
 def public_url(url: str | Path) -> str:
     """The URL for names, logs and MLflow: without credentials, and for http without query and fragment, where
     signatures and tokens stand. (In a key of an object store `?` and `#` are letters like others.)"""

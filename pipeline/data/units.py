@@ -1,0 +1,103 @@
+"""Units: what one worker reads at a time. A small file is one unit, a huge one many.
+
+    plain .jsonl .txt .md    byte ranges of RANGE; a record belongs to the range in which its first byte lies
+    compressed ones          at most MAX_PARTS parts; each decompresses all of it (it cannot be entered in the middle) and
+                             keeps the records that begin in its chunks: chunk i of STREAM_CHUNK bytes of what comes out
+                             belongs to part i % parts, so that the parsing is shared, if not the decompression
+    .parquet                 byte ranges of RANGE; a row group belongs to the range in which it begins
+    .html, .parquet that has to be copied first, files of unknown size    one unit
+
+Units are numbered through the whole corpus and depend on the files alone, never on tasks or workers: a document's
+ordinal (unit, record) is its place in the corpus, the same on every run. `read.py` reads them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.data.sources import InputFile
+from pipeline.urls import is_http
+
+RANGE = 64 << 20
+STREAM_CHUNK = 8 << 20
+MAX_PARTS = 8
+GROWTH = {None: 1.0, "gzip": 4.0, "bz2": 5.0, "xz": 5.5, "zstd": 5.0}  # about, bytes of text per byte read
+KIND_GROWTH = {"parquet": 2.5, "html": 0.2}
+RECORD_BITS = 32
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Part `part` of `parts` of a file. `size`: estimated bytes of text, for even work and for progress."""
+
+    number: int
+    file: InputFile
+    part: int
+    parts: int
+    size: int
+
+    def document_id(self, record: int) -> str:
+        """What a document is called: by its source, its file and its record, never by where the corpus lies. Record 0 is a
+        file that is one document."""
+        if record == 0:
+            return self.file.name
+        part = f"[{self.part}]" if self.parts > 1 else ""
+        return f"{self.file.name}{part}#{record}"
+
+
+def plan_units(files: Iterable[InputFile]) -> list[Unit]:
+    """The files' units: files in order, each cut in its parts."""
+    units: list[Unit] = []
+    for file in files:
+        parts, size = _parts(file), _text_size(file)
+        units += [Unit(len(units) + part, file, part, parts, size // parts) for part in range(parts)]
+    return units
+
+
+def deal(units: Iterable[Unit], tasks: int) -> list[list[Unit]]:
+    """Units to tasks, the largest first to the least loaded: even work, and the same deal on every machine. A task's units
+    are in order."""
+    plan: list[list[Unit]] = [[] for _ in range(tasks)]
+    load = [(0, rank) for rank in range(tasks)]
+    for unit in sorted(units, key=lambda unit: (-unit.size, unit.number)):
+        size, rank = heapq.heappop(load)
+        plan[rank].append(unit)
+        heapq.heappush(load, (size + unit.size + 1, rank))
+    return [sorted(share, key=lambda unit: unit.number) for share in plan]
+
+
+def ordinal(unit_number: int, record: int) -> int:
+    """A document's place in the corpus: larger is later. Fits in 64 bits."""
+    assert 0 <= record < 1 << RECORD_BITS, record
+    return unit_number << RECORD_BITS | record
+
+
+def split_ordinal(ordinal: int) -> tuple[int, int]:
+    """(unit number, record)."""
+    return ordinal >> RECORD_BITS, ordinal & ((1 << RECORD_BITS) - 1)
+
+
+def unit_as_dict(unit: Unit) -> dict[str, Any]:
+    """For JSON."""
+    return asdict(unit)
+
+
+def unit_from_dict(tree: dict[str, Any]) -> Unit:
+    """What `unit_as_dict` gave."""
+    return Unit(**{**tree, "file": InputFile(**tree["file"])})
+
+
+def _text_size(file: InputFile) -> int:
+    return int(file.size * GROWTH[file.compression] * KIND_GROWTH.get(file.kind, 1.0))
+
+
+def _parts(file: InputFile) -> int:
+    if file.kind not in ("jsonl", "text", "parquet"):
+        return 1
+    if file.compression is None:
+        copied = file.kind == "parquet" and is_http(file.url)
+        return 1 if copied else max(1, -(-file.size // RANGE))
+    return 1 if file.kind == "parquet" else min(MAX_PARTS, max(1, -(-_text_size(file) // RANGE)))
