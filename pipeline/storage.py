@@ -173,18 +173,11 @@ def exists(url: str | Path) -> bool:
     if is_local(url):
         return Path(str(url).removeprefix("file://")).exists()
     filesystem, path = filesystem_of(str(url))
-
-    def look() -> bool:
-        try:
-            filesystem.info(path)
-        except FileNotFoundError:
-            return False
-        return True
-
     try:
-        return retrying(str(url), look)
+        retrying(str(url), lambda: filesystem.info(path))
     except FileNotFoundError:
         return False
+    return True
 
 
 def manifest_of(folder: Path, *, leave_out: Iterable[str] = ()) -> dict[str, dict[str, Any]]:

@@ -29,13 +29,14 @@ BUCKETS = itertools.count()
 
 
 class FaultyS3:
-    """A bucket behind the proxy. Faults meet GETs of objects (not listings), or with method="PUT" every PUT and POST."""
+    """A bucket behind the proxy. Faults meet GETs of objects; with method="PUT" every PUT and POST, with method="LIST" the
+    listings."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
         self.bucket = ""
         self.lock = threading.Lock()
-        self.failures: dict[str, list[int]] = {"GET": [], "PUT": []}
+        self.failures: dict[str, list[int]] = {"GET": [], "PUT": [], "LIST": []}
         self.truncations = 0
         self.keep = 0.5
         self.requests: list[tuple[str, str, str | None]] = []  # method, /bucket/key, Range header
@@ -73,7 +74,7 @@ class FaultyS3:
     def heal(self) -> None:
         """No fault is left over."""
         with self.lock:
-            self.failures = {"GET": [], "PUT": []}
+            self.failures = {"GET": [], "PUT": [], "LIST": []}
             self.truncations = 0
 
     def _direct(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
@@ -95,10 +96,12 @@ def _handler(state: FaultyS3) -> type[BaseHTTPRequestHandler]:
             path = urlsplit(self.path)
             is_object = path.path.strip("/").count("/") >= 1
             kind = "PUT" if self.command in ("PUT", "POST") else self.command
+            if kind == "GET" and not is_object:
+                kind = "LIST"
             with state.lock:
                 state.requests.append((self.command, path.path, self.headers.get("Range")))
-                status = state.failures[kind].pop(0) if is_object and state.failures.get(kind) else None
-                cut = status is None and kind == "GET" and is_object and state.truncations > 0
+                status = state.failures[kind].pop(0) if state.failures.get(kind) else None
+                cut = status is None and kind == "GET" and state.truncations > 0
                 state.truncations -= cut
             if status is not None:
                 error = ERROR.format(CODES.get(status, "InternalError")).encode()

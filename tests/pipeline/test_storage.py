@@ -132,3 +132,9 @@ def test_replace_dir_swaps_whole_folders(tmp_path):
         (tmp_path / name / "f").write_text(text)
     storage.replace_dir(tmp_path / "new", tmp_path / "target")
     assert [p.name for p in tmp_path.iterdir()] == ["target"] and (tmp_path / "target" / "f").read_text() == "2"
+
+
+def test_a_server_that_cannot_be_reached_is_no_missing_file(monkeypatch):
+    monkeypatch.setenv("PLDR_RETRIES", "0")
+    with pytest.raises(UserError, match="http://127.0.0.1:1/x: cannot be read"):
+        storage.exists("http://127.0.0.1:1/x?sig=HUSH")

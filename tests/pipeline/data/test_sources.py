@@ -109,8 +109,9 @@ def test_a_remote_filesystem() -> None:
 def test_an_object_store_with_folders_of_its_own(faulty_s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, data in (("in/a.txt", b"a"), ("in/deep/b.md", b"b"), ("in/empty/", b""), ("in/c.pdf", b"c")):
         faulty_s3.put(key, data)
-    faulty_s3.fail_next(2)  # listing is not an object's GET, but reading is
+    faulty_s3.fail_next(2, method="LIST")
     assert [file.name for file in find(faulty_s3.url("in"))] == ["in/a.txt", "in/deep/b.md"]
+    assert not faulty_s3.failures["LIST"]
     assert texts(faulty_s3.url("in/**/*.md"), faulty_s3.url("in/*.txt")) == ["b", "a"]
     with pytest.raises(UserError, match="s3://absent-bucket/x matches no file"):
         find("s3://absent-bucket/x")
