@@ -57,8 +57,8 @@ class Packer:
         self.boundaries = boundaries
         self._in = self._sequences = self._dropped = self._padded = 0
 
-    def add(self, tokens: Tokens) -> Iterator[Block]:
-        """Take a document, at least its eos; blocks that are full now."""
+    def add(self, tokens: Tokens, lengths: Numbers) -> Iterator[Block]:
+        """Take documents, one behind the other, each with its eos at least; blocks that are full now."""
         raise NotImplementedError
 
     def finish(self) -> Iterator[Block]:
@@ -83,13 +83,13 @@ class Concat(Packer):
         super().__init__(*args, **more)
         self.keep_rest = keep_rest
         self._kept: list[Tokens] = []  # not yet in a block; the first is the last token of the block before, if any
-        self._lengths: list[int] = []  # of the documents, or their ends, in _kept
+        self._lengths: list[Numbers] = []  # of the documents in _kept; the first may be the end of one
         self._waiting = 0
 
-    def add(self, tokens: Tokens) -> Iterator[Block]:
+    def add(self, tokens: Tokens, lengths: Numbers) -> Iterator[Block]:
         self._in += len(tokens)
         self._kept.append(tokens)
-        self._lengths.append(len(tokens))
+        self._lengths.append(lengths)
         self._waiting += len(tokens)
         stride = self.block_sequences * self.context_length
         if self._waiting <= stride:
@@ -99,7 +99,7 @@ class Concat(Packer):
             yield self._block(stream[: stride + 1], owners[: stride + 1])
             stream, owners = stream[stride:], owners[stride:]
         self._kept, self._waiting = [stream.copy()], len(stream)  # a view would keep all of the stream in memory
-        self._lengths = np.bincount(owners - owners[0]).tolist() if self.boundaries else [len(stream)]
+        self._lengths = [np.bincount(owners - owners[0])] if self.boundaries else []
 
     def finish(self) -> Iterator[Block]:
         stream, owners = self._stream()
@@ -124,8 +124,10 @@ class Concat(Packer):
     def _stream(self) -> tuple[Tokens, Numbers]:
         """What waits, in one array; and the number of each token's document where boundaries are asked for."""
         stream = np.concatenate([np.empty(0, dtype=self.dtype), *self._kept])
-        owners = np.repeat(np.arange(len(self._lengths)), self._lengths) if self.boundaries else np.empty(0, np.int64)
-        return stream, owners
+        if not self.boundaries:
+            return stream, np.empty(0, np.int64)
+        lengths = np.concatenate([np.empty(0, np.int64), *self._lengths])
+        return stream, np.repeat(np.arange(len(lengths)), lengths)
 
     def _block(self, stream: Tokens, owners: Numbers) -> Block:
         """[n * C + 1] tokens as n rows of C + 1, each beginning with the last token of the row before."""
@@ -148,7 +150,8 @@ class _Pieces(Packer):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self._documents: list[Tokens] = []  # not yet in rows
+        self._kept: list[Tokens] = []  # documents not yet in rows
+        self._lengths: list[Numbers] = []
         self._waiting = 0  # their tokens
         self._full: list[Block] = []  # rows on their way to a block
         self._stored = self._overlaps = 0  # tokens in rows; those of them that are in two
@@ -162,9 +165,10 @@ class _Pieces(Packer):
         """The row, 0-based and without gaps, of each piece."""
         raise NotImplementedError
 
-    def add(self, tokens: Tokens) -> Iterator[Block]:
+    def add(self, tokens: Tokens, lengths: Numbers) -> Iterator[Block]:
         self._in += len(tokens)
-        self._documents.append(tokens)
+        self._kept.append(tokens)
+        self._lengths.append(lengths)
         self._waiting += len(tokens)
         if self._waiting >= self.window:
             yield from self._pack(last=False)
@@ -180,14 +184,15 @@ class _Pieces(Packer):
 
     def _pack(self, *, last: bool) -> Iterator[Block]:
         """Pack what waits. A single token without company waits for the next window; the last one drops it."""
-        stream = np.concatenate([np.empty(0, dtype=self.dtype), *self._documents])
-        starts, lengths = _pieces([len(document) for document in self._documents], self.context_length)
+        stream = np.concatenate([np.empty(0, dtype=self.dtype), *self._kept])
+        starts, lengths = _pieces(np.concatenate([np.empty(0, np.int64), *self._lengths]), self.context_length)
         self._overlaps += int(lengths.sum()) - len(stream)
         rows = self.rows_of(lengths)
         alone = np.bincount(rows, lengths)[rows] == 1 if len(rows) else np.zeros(0, dtype=bool)
-        self._documents = [] if last else [stream[start : start + 1].copy() for start in starts[alone]]
-        self._waiting = len(self._documents)
-        self._dropped += int(alone.sum()) - self._waiting
+        waiting = starts[:0] if last else starts[alone]
+        self._kept, self._lengths = [stream[waiting]], [np.ones_like(waiting)]
+        self._waiting = len(waiting)
+        self._dropped += int(alone.sum()) - len(waiting)
         yield from self._emit(stream, *_in_order(starts[~alone], lengths[~alone], rows[~alone]), last=last)
 
     def _emit(self, stream: Tokens, starts: Numbers, lengths: Numbers, rows: Numbers, *, last: bool) -> Iterator[Block]:
@@ -235,12 +240,11 @@ class _Pieces(Packer):
 class Pad(_Pieces):
     """Each piece in a row of its own."""
 
-    def add(self, tokens: Tokens) -> Iterator[Block]:
-        if len(tokens) > 1:
-            yield from super().add(tokens)
-        else:  # would never find company
-            self._in += 1
-            self._dropped += 1
+    def add(self, tokens: Tokens, lengths: Numbers) -> Iterator[Block]:
+        several = lengths > 1  # a single token would never find company
+        self._in += int((~several).sum())
+        self._dropped += int((~several).sum())
+        yield from super().add(tokens[np.repeat(several, lengths)], lengths[several])
 
     @property
     def window(self) -> int:
@@ -305,9 +309,8 @@ def best_fit(lengths: Numbers, room: int) -> Numbers:
     return rows
 
 
-def _pieces(lengths: list[int], context: int) -> tuple[Numbers, Numbers]:
+def _pieces(whole: Numbers, context: int) -> tuple[Numbers, Numbers]:
     """(start in the stream, length) of each piece of documents of these lengths, in order."""
-    whole = np.array(lengths, dtype=np.int64)
     more = np.maximum(0, -(-(whole - 1 - context) // context))  # full rows behind the first piece
     first = whole - more * context  # its length: two at least, or all of the document
     number = np.arange(len(whole) + more.sum()) - np.repeat(np.cumsum(more + 1) - more - 1, more + 1)  # in its document

@@ -23,8 +23,12 @@ def documents_of(lengths: list[int]) -> list[Any]:
     return [np.arange(a, b, dtype=np.uint16) for a, b in itertools.pairwise(ends)]
 
 
-def run(packer: Packer, documents: list[Any]) -> list[Block]:
-    return [block for document in documents for block in packer.add(document)] + list(packer.finish())
+def run(packer: Packer, documents: list[Any], at_once: int = 1) -> list[Block]:
+    blocks: list[Block] = []
+    for start in range(0, len(documents), at_once):
+        batch = documents[start : start + at_once]
+        blocks += packer.add(np.concatenate(batch), np.array([len(document) for document in batch]))
+    return blocks + list(packer.finish())
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +43,11 @@ def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
     block=st.integers(1, 5),
     boundaries=st.booleans(),
     rest=st.booleans(),
+    at_once=st.integers(1, 5),
 )
 @settings(deadline=None, max_examples=200)
 def test_every_token_is_there_once_and_counted(
-    kind: str, lengths: list[int], context: int, block: int, boundaries: bool, rest: bool
+    kind: str, lengths: list[int], context: int, block: int, boundaries: bool, rest: bool, at_once: int
 ) -> None:
     documents = documents_of(lengths)
     more = {"keep_rest": rest} if kind == "concat" else {}
@@ -52,7 +57,7 @@ def test_every_token_is_there_once_and_counted(
         return packer
 
     packer = make()
-    blocks = run(packer, documents)
+    blocks = run(packer, documents, at_once)
     counts = packer.counts()
     assert all(b.tokens.shape[1] == context + 1 and b.tokens.dtype == np.uint16 for b in blocks)
     assert all(len(b.tokens) == block for b in blocks[:-1]) and all(1 <= len(b.tokens) <= block for b in blocks[-1:])
@@ -81,7 +86,7 @@ def test_every_token_is_there_once_and_counted(
     previous = {int(t): int(s) for row in rows for s, t in itertools.pairwise(row) if t}
     assert all(previous[token] == token - 1 for token in inside & set(targets))
 
-    again = run(make(), documents)
+    again = run(make(), documents, at_once if kind == "best-fit" else 1)
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(blocks, again, strict=True))
     if boundaries:
         segments_tell_the_documents(blocks, documents)

@@ -95,7 +95,7 @@ def test_headers_are_those_of_the_standard_library(name: str, payload: bytes) ->
         assert list(read_members(f"file://{folder}/x.tar")) == [(name, payload)]
 
 
-@pytest.mark.parametrize("position", [0, 50, 110, 126, 140, 150, 156, 260, 300, 511])
+@pytest.mark.parametrize("position", [101, 110, 126, 140, 156, 260, 300, 511])
 def test_a_damaged_header_is_named(position: int, tmp_path: Path) -> None:
     write(tmp_path / "x.tar")
     data = bytearray((tmp_path / "x.tar").read_bytes())
