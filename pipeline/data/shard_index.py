@@ -1,0 +1,130 @@
+"""The index of document shards: what each task and each step counted, added up, and whether it makes a corpus.
+
+Counts are checked against one another: what was read is what was kept and what was removed, or the stage fails. Nothing in
+here says where the corpus lies, or which engine and how many workers ran: equal corpora have equal fingerprints.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data.decontaminate import evaluation_files
+from pipeline.data.documents import SCHEMA_VERSION, SPLITS, fingerprint_of
+from pipeline.data.sources import InputFile
+from pipeline.data.tasks import DROPPED
+from pipeline.data.write import HISTOGRAM_BINS
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.data_config import DataConfig
+
+READ = "documents_read"
+IN_INDEX = ("clean", "val_fraction", "test_fraction", "min_characters", "max_characters", "max_document_megabytes")
+SHARD_FACTS = ("name", "split", "documents", "text_bytes", "words", "bytes", "sha256")
+
+
+def build_index(
+    data: DataConfig,
+    *,
+    files: list[InputFile],
+    ignored: int,
+    tasks: int,
+    steps: list[dict[str, Any]],
+    records: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The index of document shards, with its fingerprint. steps: `tasks.step_stats` of the first and the last job;
+    records: of the last job's tasks, by rank."""
+    shards = [shard for split in SPLITS for record in records for shard in record["shards"] if shard["split"] == split]
+    splits = {split: _totals([shard for shard in shards if shard["split"] == split]) for split in SPLITS}
+    read = next(step["stats"] for step in steps if step["name"] == "read")
+    kept = sum(record["documents_kept"] for record in records)
+    settings = data.model_dump(mode="json", include=set(IN_INDEX)) | {"tasks": tasks}
+    if data.clean.decontaminate is not None:  # where the evaluation files lie is nobody's identity
+        settings["clean"]["decontaminate"]["files"] = [f.name for f in evaluation_files(data.clean.decontaminate.files)]
+    index: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "settings": settings,
+        "sources": [_source(number, files, data, records) for number in range(len(data.sources))],
+        "counts": {
+            "files": len(files),
+            "files_of_unknown_ending": ignored,
+            "documents_read": read.get(READ, 0),
+            "documents_kept": kept,
+            "left_out_by_weight": sum(record["left_out_by_weight"] for record in records),
+            "documents_written": sum(split["documents"] for split in splits.values()),
+        },
+        "rejected": _reasons(read),
+        "steps": [_step(step) for step in steps if step["name"] not in ("read", "spool", "documents", "exact_keys")],
+        "splits": splits,
+        "shards": [{k: v for k, v in shard.items() if k in SHARD_FACTS} for shard in shards],
+        "removed": [file for record in records for file in record["removed"]],
+    }
+    gone = sum(n for step in index["steps"] for n in step["removed"].values())
+    read_in = index["counts"]["documents_read"]
+    assert kept == read_in - gone, f"documents lost: {read_in} read, {gone} removed, {kept} kept"
+    return {**index, "fingerprint": fingerprint_of(index)}
+
+
+def _source(number: int, files: list[InputFile], data: DataConfig, records: list[dict[str, Any]]) -> dict[str, Any]:
+    own = [file for file in files if file.source == number]
+    written = [record["sources"].get(str(number), [0, 0]) for record in records]
+    source = data.sources[number]
+    return {
+        "name": own[0].source_name if own else source.name,
+        "weight": source.weight,
+        "license": source.license,
+        "text_key": source.text_key,
+        "files": len(own),
+        "documents": sum(documents for documents, _ in written),
+        "text_bytes": sum(size for _, size in written),
+    }
+
+
+def _step(step: dict[str, Any]) -> dict[str, Any]:
+    stats = step["stats"]
+    return {
+        "name": step["name"],
+        "documents_in": stats.get("total"),
+        "documents_out": stats.get("forwarded"),
+        "removed": _reasons(stats),
+        "changed": stats.get("changed", 0),
+        "characters_cut": stats.get("characters_cut", 0),
+    }
+
+
+def _reasons(stats: dict[str, int]) -> dict[str, int]:
+    return {label.removeprefix(DROPPED): n for label, n in sorted(stats.items()) if label.startswith(DROPPED)}
+
+
+def _totals(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    counted = ("documents", "text_bytes", "characters", "words")
+    histogram = [sum(counts) for counts in zip(*(shard["length_histogram"] for shard in shards), strict=True)]
+    return {
+        **{name: sum(shard[name] for shard in shards) for name in counted},
+        "shards": len(shards),
+        "length_histogram": histogram or [0] * HISTOGRAM_BINS,
+    }
+
+
+def check_splits(index: dict[str, Any], data: DataConfig, records: list[dict[str, Any]]) -> None:
+    """Raise UserError when there is nothing to train or to validate on."""
+    counts, splits = index["counts"], index["splits"]
+    if not counts["documents_written"]:
+        gone = {**index["rejected"], **{r: n for step in index["steps"] for r, n in step["removed"].items()}}
+        why = ", ".join(f"{n} {reason}" for reason, n in gone.items()) or "the files are empty"
+        raise UserError(
+            f"data.sources: {counts['files']} files and no document left ({why}); name other sources, or loosen data.clean "
+            "or data.min_characters"
+        )
+    if not splits["val"]["documents"]:
+        smallest = math.ceil(min(record["lowest_hash"] for record in records) * 1000 + 1e-9) / 1000
+        raise UserError(
+            f"the val split is empty: data.val_fraction {data.val_fraction} of {counts['documents_kept']} documents took none; "
+            f"set data.val_fraction to {smallest} or more (it is measured in documents, chosen by hash)"
+        )
+    if not splits["train"]["documents"]:
+        raise UserError(
+            f"the train split is empty: data.val_fraction {data.val_fraction} and data.test_fraction "
+            f"{data.test_fraction} took all {counts['documents_kept']} documents; lower them or name more text"
+        )
