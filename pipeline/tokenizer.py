@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from pipeline.errors import UserError
@@ -69,8 +71,29 @@ class Tokenizer:
         ids: list[list[int]] = self._processor.encode(texts, num_threads=1)
         return ids
 
+    def encode_arrays(self, texts: list[str] | list[bytes]) -> list[npt.NDArray[np.int32]]:
+        """`encode_batch` of texts, or of their UTF-8, without a Python object for each id: these cost half as much again."""
+        arrays: list[npt.NDArray[np.int32]] = self._processor.encode(texts, num_threads=1, return_type="numpy")
+        return arrays
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special ids give nothing. Bytes that are not UTF-8 (a character cut in two) become
         U+FFFD."""
         text: str = self._processor.decode([int(i) for i in ids])
         return text
+
+    def pieces(self, text: str) -> list[str]:
+        """The pieces of one text, as the model writes them (U+2581 for a space)."""
+        pieces: list[str] = self._processor.encode(text, out_type=str)
+        return pieces
+
+    def piece(self, token: int) -> str:
+        """The piece with this id."""
+        piece: str = self._processor.id_to_piece(token)
+        return piece
+
+    def byte(self, token: int) -> int | None:
+        """The byte that this id stands for, None for any other piece."""
+        if token >= self.vocab_size or not self._processor.is_byte(token):
+            return None
+        return int(self.piece(token)[3:5], 16)

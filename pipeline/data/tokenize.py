@@ -1,25 +1,25 @@
 """Stage `tokenize`: document tars to token tars, one task a document shard, restartable, byte-identical
 whoever runs it.
 
-    documents/train-000000.tar --> tokens/train-000000.tar: {key}.tokens.npy blocks [n, context_length + 1];
-    + index.json
+    documents/train-000000.tar --> tokens/train-000000.tar: {key}.tokens.npy blocks [n, context_length + 1],
+    with tokens.boundaries also {key}.segments.npy; + tokenizer.model + index.json
 
-Documents of a shard are concatenated, each followed by eos, never preceded by bos (like the published
-models).
+Each document of a shard is followed by eos, never preceded by bos (like the published models). How documents
+become rows of context_length + 1 tokens is `tokens.packing`: see pack.py.
 
-Decision: sequences overlap by one token. Sequence k holds tokens [k*C, k*C + C] of its shard's stream, C the
-context length: inputs are the first C, targets the last C, so every token but a shard's very first is
-predicted exactly once. Cutting without overlap would lose one target in C + 1; the overlap costs one stored
-token in C.
+What does not fill the last row of a shard is, with packing concat, dropped (`tokens.remainder: drop`, the
+default) or padded with pad, which the loss ignores. Everything is counted: tokens_in == tokens + tokens_dropped.
 
-What does not fill the last sequence of a shard is dropped (`tokens.remainder: drop`, the default) or padded
-with pad, which the loss ignores. Both are counted: tokens_in == tokens + tokens_dropped.
+The output may be an fsspec URL: a shard is written to a spool in the work folder, uploaded beside its name, read
+back, and renamed. The index comes last: a folder without it is unfinished.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,83 +27,125 @@ import numpy as np
 import numpy.typing as npt
 from datatrove.pipeline.base import PipelineStep
 
-from pipeline.data.documents import DocumentIndex, fingerprint_of, read_shard
-from pipeline.data.index import SCHEMA_VERSION, dtype_for, totals
-from pipeline.data.tar import TarWriter
+from pipeline.data.documents import DocumentIndex, fingerprint_of, read_texts
+from pipeline.data.engines import engine_of
+from pipeline.data.index import SCHEMA_VERSION, dtype_for
+from pipeline.data.pack import MAX_CONTEXT, BestFit, Block, Concat, Numbers, Packer, Pad, Tokens
+from pipeline.data.progress import advance
+from pipeline.data.tar import TarWriter, remove_leftovers, remove_strays
 from pipeline.data.tasks import run_tasks, write_record
 from pipeline.errors import UserError
-from pipeline.storage import publish_json, require_free_space, sha256_json
+from pipeline.storage import publish_bytes, publish_json, require_free_space, sha256_json
 from pipeline.tokenizer import Tokenizer
+from pipeline.urls import is_local, join
 
 if TYPE_CHECKING:  # workers import this module; torch is behind the configuration
     from pipeline.config import RunConfig, RunPaths
 
-Tokens = npt.NDArray[np.unsignedinteger[Any]]
-
-BATCH_CHARACTERS = 1 << 19  # handed to SentencePiece at once
+BATCH_BYTES = 1 << 19  # handed to SentencePiece at once
 TOKENS_PER_BYTE = 0.5  # an upper estimate, for the free space
+HISTOGRAM_EDGES = 2 ** np.arange(41)  # bin i: documents of 2**i <= tokens < 2**(i+1)
+TOKENIZER = "tokenizer.model"  # the copy beside the shards: what reads tokens needs nothing else
+COUNTED = ("documents", "text_bytes", "words", "sequences", "tokens", "tokens_in", "tokens_dropped", "tokens_padded")
+OF_SPLITS = ("words", "tokens_in", "tokens_dropped", "tokens_padded", "length_histogram")  # not listed for each shard
 
 
-def tokenize_documents(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
+def tokenize_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = False) -> dict[str, Any]:
     """Run the stage. Returns {"fingerprint", "splits", "shards", "dtype", "bytes_per_token"}.
+
+    dry_run: with data.executor slurm, only write the job's script and check it; raises engines.DryRun.
 
     Raises UserError for documents or a tokenizer that are missing or damaged, a tokenizer with more pieces
     than model.vocab_size, a train or val split too short for one sequence, or a full disk.
     """
-    documents = DocumentIndex.load(paths.documents)
+    folder = config.tokens.output or str(paths.tokens)
+    documents = DocumentIndex.load(config.data.output or paths.documents)
     tokenizer = Tokenizer.load(paths.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{paths.tokenizer}: {tokenizer.vocab_size} pieces, but model.vocab_size is {config.model.vocab_size}; "
-            f"set model.vocab_size={tokenizer.vocab_size} or more"
-        )
-    dtype = dtype_for(tokenizer.vocab_size)
-    text_bytes = sum(shard["text_bytes"] for shard in documents.shards)
-    needed = text_bytes * TOKENS_PER_BYTE * np.dtype(dtype).itemsize
-    require_free_space(paths.tokens, int(needed), "writing the tokens")
-
-    settings = {
-        "context_length": config.model.context_length,
-        "block_sequences": config.tokens.block_sequences,
-        "remainder": config.tokens.remainder,
-        "dtype": dtype,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_sha256": tokenizer.sha256,
-        "documents_fingerprint": documents.fingerprint,
-    }
+    settings = _settings(config, documents, tokenizer, path=paths.tokenizer)
     work = paths.logs / f"tokenize-{sha256_json([SCHEMA_VERSION, settings])[:16]}"
-    step = TokenizeShard(documents, paths.tokenizer, paths.tokens, work, settings)
+    _check_space(documents, settings, folder=folder, work=work, workers=config.tokens.workers)
+    spool = work / "spool"  # of shards on their way to a URL
+    remove_leftovers(spool)
+    step = TokenizeShard(documents.folder, paths.tokenizer, folder, work, settings)
     records = run_tasks(
         [step],
         tasks=len(documents.shards),
         workers=config.tokens.workers,
         workers_key="tokens.workers",
         work=work,
-        output=paths.tokens,
+        output=folder,
+        engine=engine_of(config.data, dry_run=dry_run),
+        label="tokenize",
+        total_bytes=sum(shard["text_bytes"] for shard in documents.shards),
     )
-    index = _index([record["shard"] for record in records], settings)
+    index = _index([record["shard"] for record in records], settings, _facts_of(paths.tokenizer))
     _check_splits(index, context_length=config.model.context_length)
-    _remove_strays(paths.tokens, {shard["name"] for shard in index["shards"]})
-    publish_json(paths.tokens / "index.json", index)
+    remove_strays(folder, {shard["name"] for shard in index["shards"]})
+    publish_bytes(join(folder, TOKENIZER), paths.tokenizer.read_bytes())
+    publish_json(join(folder, "index.json"), index)
     train = index["splits"]["train"]
     return {
         "fingerprint": index["fingerprint"],
-        "splits": index["splits"],
+        "splits": {split: {k: counts[k] for k in COUNTED} for split, counts in index["splits"].items()},
         "shards": len(index["shards"]),
-        "dtype": dtype,
+        "dtype": settings["dtype"],
         "bytes_per_token": round(train["text_bytes"] / train["tokens_in"], 3),
     }
 
 
+def _settings(config: RunConfig, documents: DocumentIndex, tokenizer: Tokenizer, *, path: Path) -> dict[str, Any]:
+    """All that decides the tokens."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{path}: {tokenizer.vocab_size} pieces, but model.vocab_size is {config.model.vocab_size}; "
+            f"set model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    tokens, context_length = config.tokens, config.model.context_length
+    if tokens.boundaries and context_length > MAX_CONTEXT:
+        raise UserError(
+            f"tokens.boundaries: numbers of documents are uint16, enough for a context of {MAX_CONTEXT}, "
+            f"model.context_length is {context_length}; lower it or set tokens.boundaries=false"
+        )
+    return {
+        "context_length": context_length,
+        "block_sequences": tokens.block_sequences,
+        "packing": tokens.packing,
+        "remainder": tokens.remainder,
+        "boundaries": tokens.boundaries,
+        "dtype": dtype_for(tokenizer.vocab_size),
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_sha256": tokenizer.sha256,
+        "documents_fingerprint": documents.fingerprint,
+    }
+
+
+def _check_space(documents: DocumentIndex, settings: dict[str, Any], *, folder: str, work: Path, workers: int) -> None:
+    """UserError unless the tokens (of a URL: the shards that are made at once) have room on this machine's disk."""
+    context_length = settings["context_length"]
+    cell = np.dtype(settings["dtype"]).itemsize + (2 if settings["boundaries"] else 0)
+
+    def needed(shard: dict[str, Any]) -> float:
+        rows = shard["text_bytes"] * TOKENS_PER_BYTE / context_length
+        rows += shard["documents"] if settings["packing"] == "pad" else 0
+        return float(rows * (context_length + 1) * cell)
+
+    sizes = sorted(map(needed, documents.shards), reverse=True)
+    if is_local(folder):
+        require_free_space(Path(folder.removeprefix("file://")), int(sum(sizes)), "writing the tokens")
+    else:
+        require_free_space(work, int(sum(sizes[:workers])), "writing shards of tokens before they are uploaded")
+
+
 class TokenizeShard(PipelineStep):  # type: ignore[misc]  # datatrove has no types
-    """Task i: document shard i to one token tar, published together with the task's record."""
+    """Task i: document shard i to one token tar, published together with the task's record.
+
+    documents, folder: paths or URLs. settings: as in the index.
+    """
 
     type = "TOKENIZER"
     name = "shard"
 
-    def __init__(
-        self, documents: DocumentIndex, tokenizer: Path, folder: Path, work: Path, settings: dict[str, Any]
-    ) -> None:
+    def __init__(self, documents: str, tokenizer: Path, folder: str, work: Path, settings: dict[str, Any]) -> None:
         super().__init__()
         self.documents = documents
         self.tokenizer = tokenizer
@@ -112,130 +154,107 @@ class TokenizeShard(PipelineStep):  # type: ignore[misc]  # datatrove has no typ
         self.settings = settings
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        source = self.documents.shards[rank]
-        tokenizer = Tokenizer.load(self.tokenizer)
-        if tokenizer.sha256 != self.settings["tokenizer_sha256"]:
-            raise UserError(f"{self.tokenizer}: changed while tokens were made with it; start again")
-        dtype = self.settings["dtype"]
-        packer = Packer(self.settings["context_length"], self.settings["block_sequences"], dtype=dtype)
-        name = source["name"]
-        offsets: list[int] = []
+        documents = DocumentIndex.load(self.documents)
+        tokenizer = _tokenizer(self.tokenizer.read_bytes(), path=self.tokenizer)
+        now = {"tokenizer_sha256": tokenizer.sha256, "documents_fingerprint": documents.fingerprint}
+        for name, place in (("tokenizer_sha256", self.tokenizer), ("documents_fingerprint", self.documents)):
+            if now[name] != self.settings[name]:
+                raise UserError(f"{place}: changed while tokens were made with it; start again")
+        source = documents.shards[rank]
+        packer = make_packer(self.settings, pad_id=tokenizer.pad_id)
+        histogram = np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64)
         files: dict[str, Any] = {}
-        with TarWriter(self.folder / name) as tar:
-
-            def write(block: Tokens) -> None:
-                key = f"{name.removesuffix('.tar')}-{len(offsets):06d}"
-                header, payload = npy_bytes(block)
-                offsets.append(tar.add(f"{key}.tokens.npy", header + payload) + len(header))
-
-            for tokens in encode(self.documents.folder, source, tokenizer, dtype=dtype):
-                for block in packer.add(tokens):
-                    write(block)
-            for block in packer.finish(pad_id=tokenizer.pad_id if self.settings["remainder"] == "pad" else None):
-                write(block)
-            if offsets:
-                files[name] = tar.publish()
-        facts = files.get(name, {"size": 0, "sha256": ""})
+        with TarWriter(join(self.folder, source["name"]), spool=self.work / "spool") as tar:
+            blocks = _Blocks(tar, source["name"], boundaries=self.settings["boundaries"])
+            texts = read_texts(self.documents, source)
+            for tokens, lengths in encode(texts, tokenizer, dtype=self.settings["dtype"]):
+                histogram += np.histogram(lengths, HISTOGRAM_EDGES)[0]
+                for block in packer.add(tokens, lengths):
+                    blocks.write(block)
+            for block in packer.finish():
+                blocks.write(block)
+            if packer.counts()["sequences"]:
+                files[source["name"]] = tar.publish()
+        facts = files.get(source["name"], {"size": 0, "sha256": ""})
         shard = {
-            "name": name,
-            "split": source["split"],
-            "documents": source["documents"],
-            "text_bytes": source["text_bytes"],
+            **{key: source[key] for key in ("name", "split", "documents", "text_bytes", "words")},
             "bytes": facts["size"],
             "sha256": facts["sha256"],
-            "offsets": offsets,
+            "length_histogram": histogram.tolist(),
             **packer.counts(),
+            **blocks.facts,
         }
         write_record(self.work, rank, {"shard": shard}, files)
         yield from ()
 
 
-def encode(folder: Path, shard: dict[str, Any], tokenizer: Tokenizer, *, dtype: str) -> Iterator[Tokens]:
-    """The ids of each document of a shard, eos behind each."""
-    for batch in batches(document.text for document in read_shard(folder, shard)):
-        for ids in tokenizer.encode_batch(batch):
-            ids.append(tokenizer.eos_id)
-            yield np.array(ids, dtype=dtype)
+class _Blocks:
+    """Writes blocks into a tar; `facts`: where each begins and the first half of its sha256, by block."""
+
+    def __init__(self, tar: TarWriter, name: str, *, boundaries: bool) -> None:
+        self.tar = tar
+        self.stem = name.removesuffix(".tar")
+        names = ("offsets", "block_sha256", *(("segment_offsets", "segment_sha256") if boundaries else ()))
+        self.facts: dict[str, list[Any]] = {name: [] for name in names}
+
+    def write(self, block: Block) -> None:
+        key = f"{self.stem}-{len(self.facts['offsets']):06d}"
+        self._add(f"{key}.tokens.npy", block.tokens, "offsets", "block_sha256")
+        if block.segments is not None:
+            self._add(f"{key}.segments.npy", block.segments, "segment_offsets", "segment_sha256")
+
+    def _add(self, member: str, array: npt.NDArray[Any], offsets: str, hashes: str) -> None:
+        header, numbers = npy_bytes(array)
+        self.facts[offsets].append(self.tar.add(member, header, numbers) + len(header))
+        self.facts[hashes].append(hashlib.sha256(numbers).hexdigest()[:32])
 
 
-def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in lists of about BATCH_CHARACTERS: calls stay few for short texts, memory stays small for long ones."""
-    batch: list[str] = []
+def make_packer(settings: dict[str, Any], *, pad_id: int) -> Packer:
+    """The packer that an index's settings ask for."""
+    kinds: dict[str, type[Packer]] = {"concat": Concat, "best-fit": BestFit, "pad": Pad}
+    more = {"keep_rest": settings["remainder"] == "pad"} if settings["packing"] == "concat" else {}
+    return kinds[settings["packing"]](
+        settings["context_length"],
+        settings["block_sequences"],
+        dtype=settings["dtype"],
+        pad_id=pad_id,
+        boundaries=settings["boundaries"],
+        **more,
+    )
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(data: bytes, *, path: Path) -> Tokenizer:
+    """A worker's tokenizer, parsed once for all its tasks."""
+    return Tokenizer.from_bytes(data, path=path)
+
+
+def encode(texts: Iterable[bytes], tokenizer: Tokenizer, *, dtype: str) -> Iterator[tuple[Tokens, Numbers]]:
+    """Ids of documents in UTF-8, eos behind each document's: many documents in one array, and how long each is."""
+    eos = np.array([tokenizer.eos_id], dtype=np.int32)
+    for batch in batches(texts):
+        arrays = tokenizer.encode_arrays(batch)
+        lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays)) + 1
+        tokens = np.concatenate([part for ids in arrays for part in (ids, eos)]).astype(dtype)
+        advance(documents=len(batch), bytes=sum(map(len, batch)))
+        yield tokens, lengths
+
+
+def batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Texts in lists of about BATCH_BYTES: calls stay few for short texts, memory stays small for long ones."""
+    batch: list[bytes] = []
     size = 0
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= BATCH_CHARACTERS:
+        if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-class Packer:
-    """A stream of tokens to blocks of overlapping sequences [n, context_length + 1]; counts everything."""
-
-    def __init__(self, context_length: int, block_sequences: int, *, dtype: str) -> None:
-        self.context_length = context_length
-        self.block_sequences = block_sequences
-        self._kept: list[Tokens] = []  # not yet in a block; the first is the last token of the block before, if any
-        self._waiting = 0
-        self._dtype = dtype
-        self._in = self._sequences = self._dropped = self._padded = 0
-
-    def add(self, tokens: Tokens) -> Iterator[Tokens]:
-        """Blocks that are full now."""
-        self._in += len(tokens)
-        self._kept.append(tokens)
-        self._waiting += len(tokens)
-        stride = self.block_sequences * self.context_length
-        if self._waiting <= stride:
-            return
-        stream = np.concatenate(self._kept)
-        while len(stream) > stride:
-            yield self._block(stream[: stride + 1])
-            stream = stream[stride:]
-        self._kept, self._waiting = [stream], len(stream)
-
-    def finish(self, *, pad_id: int | None) -> Iterator[Tokens]:
-        """The last block, shorter than the others, if anything is left for one. pad_id None: drop the
-        remainder."""
-        stream = np.concatenate([np.empty(0, dtype=self._dtype), *self._kept])
-        if len(stream) < 2:  # one token predicts nothing; behind a block it is that block's last one
-            self._dropped = 0 if self._sequences else len(stream)
-            return
-        remainder = (len(stream) - 1) % self.context_length
-        if remainder and pad_id is not None:
-            self._padded = self.context_length - remainder
-            stream = np.concatenate([stream, np.full(self._padded, pad_id, dtype=self._dtype)])
-        elif remainder:
-            self._dropped = remainder if len(stream) > remainder + 1 or self._sequences else len(stream)
-            stream = stream[: len(stream) - remainder]
-        if len(stream) > 1:
-            yield self._block(stream)
-
-    def counts(self) -> dict[str, int]:
-        """sequences, tokens (distinct, in sequences), tokens_in, tokens_dropped, tokens_padded."""
-        stored = self._sequences * self.context_length + 1 if self._sequences else 0
-        tokens = stored - self._padded
-        assert self._in == tokens + self._dropped, f"tokens lost: {self._in} in, {tokens} out, {self._dropped} dropped"
-        return {
-            "sequences": self._sequences,
-            "tokens": tokens,
-            "tokens_in": self._in,
-            "tokens_dropped": self._dropped,
-            "tokens_padded": self._padded,
-        }
-
-    def _block(self, stream: Tokens) -> Tokens:
-        """[n * C + 1] tokens as n rows of C + 1, each beginning with the last token of the row before."""
-        windows = np.lib.stride_tricks.sliding_window_view(stream, self.context_length + 1)
-        block = np.ascontiguousarray(windows[:: self.context_length])
-        self._sequences += len(block)
-        return block
-
-
-def npy_bytes(block: Tokens) -> tuple[bytes, bytes]:
+def npy_bytes(block: npt.NDArray[Any]) -> tuple[bytes, bytes]:
     """Header and numbers of a .npy file (format 1.0, little-endian, no pickle)."""
     little = block.astype(block.dtype.newbyteorder("<"), copy=False)
     header = io.BytesIO()
@@ -243,15 +262,27 @@ def npy_bytes(block: Tokens) -> tuple[bytes, bytes]:
     return header.getvalue(), little.tobytes()
 
 
-def _index(shards: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+def _index(shards: list[dict[str, Any]], settings: dict[str, Any], tokenizer: dict[str, Any]) -> dict[str, Any]:
     splits = {
-        split: totals([shard for shard in shards if shard["split"] == split])
+        split: _totals([shard for shard in shards if shard["split"] == split])
         for split in dict.fromkeys(shard["split"] for shard in shards)
     }
-    counted = ("tokens_in", "tokens_dropped", "tokens_padded")  # a split's business
-    listed = [{k: v for k, v in shard.items() if k not in counted} for shard in shards if shard["sequences"]]
-    index = {"schema_version": SCHEMA_VERSION, **settings, "splits": splits, "shards": listed}
+    listed = [{k: v for k, v in shard.items() if k not in OF_SPLITS} for shard in shards if shard["sequences"]]
+    index = {"schema_version": SCHEMA_VERSION, **settings, "tokenizer": tokenizer, "splits": splits, "shards": listed}
     return {**index, "fingerprint": fingerprint_of(index)}
+
+
+def _totals(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    histograms = (shard["length_histogram"] for shard in shards)
+    return {
+        **{name: sum(shard[name] for shard in shards) for name in COUNTED},
+        "length_histogram": [sum(counts) for counts in zip(*histograms, strict=True)],
+    }
+
+
+def _facts_of(tokenizer: Path) -> dict[str, Any]:
+    data = tokenizer.read_bytes()
+    return {"name": TOKENIZER, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _check_splits(index: dict[str, Any], *, context_length: int) -> None:
@@ -263,10 +294,3 @@ def _check_splits(index: dict[str, Any], *, context_length: int) -> None:
                 f"add text, {'raise data.val_fraction, ' if split == 'val' else ''}lower data.tasks or "
                 "model.context_length, or set tokens.remainder=pad"
             )
-
-
-def _remove_strays(folder: Path, names: set[str]) -> None:
-    """Shards of an earlier run with more of them: a reader that globs would mix them in."""
-    for path in folder.glob("*.tar"):
-        if path.name not in names:
-            path.unlink()
