@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
+import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import webdataset
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipeline.config import RunConfig, RunPaths
 from pipeline.data.documents import DocumentIndex, read_shard
 from pipeline.data.index import TokenIndex, dtype_for
 from pipeline.data.loader import TokenReader
-from pipeline.data.tokenize import Packer, npy_bytes, tokenize_documents
+from pipeline.data.pack import Concat
+from pipeline.data.tar import TarWriter
+from pipeline.data.tokenize import _Blocks, npy_bytes, tokenize_documents
 from pipeline.errors import UserError
 from pipeline.tokenizer import Tokenizer
 
@@ -33,39 +35,6 @@ def copy_of(finished: tuple[RunConfig, RunPaths], root: Path) -> RunPaths:
     shutil.copytree(finished[1].documents, paths.documents)
     shutil.copytree(finished[1].tokenizer.parent, paths.tokenizer.parent)
     return paths
-
-
-@given(
-    st.lists(st.integers(0, 60), max_size=12),
-    st.integers(1, 9),
-    st.integers(1, 4),
-    st.sampled_from([None, 0]),
-    st.data(),
-)
-def test_packing_loses_nothing(
-    lengths: list[int], context: int, block: int, pad_id: int | None, data: st.DataObject
-) -> None:
-    """The sequences are the stream, in order, each sharing one token with the next; the rest is counted."""
-    documents = [np.arange(1, n + 1, dtype=np.uint16) + 100 * i for i, n in enumerate(lengths)]
-    stream = np.concatenate([np.empty(0, np.uint16), *documents])
-    packer = Packer(context, block, dtype="uint16")
-    blocks = [b for document in documents for b in packer.add(document)] + list(packer.finish(pad_id=pad_id))
-    counts = packer.counts()
-    assert all(b.shape[1] == context + 1 and b.dtype == np.uint16 for b in blocks)
-    assert all(len(b) == block for b in blocks[:-1]) and all(1 <= len(b) <= block for b in blocks[-1:])
-    assert counts["tokens_in"] == len(stream) == counts["tokens"] + counts["tokens_dropped"]
-    rows = np.concatenate(blocks) if blocks else np.empty((0, context + 1), np.uint16)
-    assert counts["sequences"] == len(rows)
-    if len(rows):
-        assert np.array_equal(rows[1:, 0], rows[:-1, -1])
-        rebuilt = np.concatenate([rows[0, :1], rows[:, 1:].ravel()])
-        kept = len(rebuilt) - counts["tokens_padded"]
-        assert np.array_equal(rebuilt[:kept], stream[:kept]) and not rebuilt[kept:].any()
-        assert counts["tokens"] == kept and counts["tokens_dropped"] == len(stream) - kept < context
-    if pad_id is not None and len(stream) > 1:
-        assert counts["tokens_dropped"] == 0 and counts["tokens_padded"] < context
-    if pad_id is None:
-        assert counts["tokens_padded"] == 0
 
 
 def test_tokens_are_the_documents_with_eos(finished: tuple[RunConfig, RunPaths]) -> None:
@@ -85,17 +54,135 @@ def test_tokens_are_the_documents_with_eos(finished: tuple[RunConfig, RunPaths])
         assert counts["tokens_in"] == counts["tokens"] + counts["tokens_dropped"] and counts["tokens_padded"] == 0
 
 
-def test_stock_webdataset_reads_token_tars(
-    finished: tuple[RunConfig, RunPaths], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("keep_rest", "sha256", "dropped"),
+    [
+        (False, "139cda55ca8fa43f43911c269ba7a477de58d1e135588eb85a786155aaffb423", 23),
+        (True, "1baa9c7ed1d423f059c1e531b668ecde9e122110baeaa1bc1990b676132cf781", 0),
+    ],
+)
+def test_concatenated_tokens_are_the_same_bytes_as_ever(
+    keep_rest: bool, sha256: str, dropped: int, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(webdataset.utils, "enforce_security", True)
-    paths = finished[1]
-    index = TokenIndex.load(paths.tokens)
-    urls = [str(paths.tokens / shard.name) for shard in index.of_split("train")]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode())
-    rows = np.concatenate([sample["tokens.npy"] for sample in samples])
-    assert rows.dtype == np.uint16 and len({sample["__key__"] for sample in samples}) == len(samples)
-    assert np.array_equal(rows, TokenReader(index, "train").read(range(index.num_sequences("train"))))
+    """Hashes of what the first version of the stage wrote: a corpus tokenized then is the same corpus now."""
+    rng = np.random.Generator(np.random.PCG64(7))
+    documents = [rng.integers(4, 30000, int(n)).astype(np.uint16) for n in rng.integers(1, 900, 60)]
+    packer = Concat(64, 16, dtype="uint16", keep_rest=keep_rest)
+    with TarWriter(tmp_path / "train-000000.tar") as tar:
+        blocks = _Blocks(tar, "train-000000.tar", boundaries=False)
+        for document in documents:
+            for block in packer.add(document, np.array([len(document)])):
+                blocks.write(block)
+        for block in packer.finish():
+            blocks.write(block)
+        assert tar.publish()["sha256"] == sha256
+    assert blocks.facts["offsets"][-1] == 86656 and packer.counts()["tokens_dropped"] == dropped
+
+
+@pytest.mark.parametrize("packing", ["concat", "best-fit", "pad"])
+def test_every_way_of_packing_holds_every_document(
+    packing: str, tmp_path: Path, corpus: Path, make_config: MakeConfig, finished: tuple[RunConfig, RunPaths]
+) -> None:
+    """From the files alone, with stock numpy and tarfile: segments are documents, or parts of them that join."""
+    paths = copy_of(finished, tmp_path)
+    settings = {"packing": packing, "boundaries": True, "remainder": "pad"}
+    tokenize_documents(make_config(tmp_path, str(corpus), tokens=settings), paths)
+    tree = json.loads((paths.tokens / "index.json").read_text())
+    assert tree["packing"] == packing and tree["boundaries"]
+    index, tokenizer = DocumentIndex.load(paths.documents), Tokenizer.load(paths.tokenizer)
+    for shard in tree["shards"]:
+        (source,) = [s for s in index.shards if s["name"] == shard["name"]]
+        texts = [document.text for document in read_shard(paths.documents, source)]
+        expected = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+        arrays = members_of(paths.tokens / shard["name"])
+        rows = np.concatenate([array for name, array in arrays.items() if ".tokens." in name])
+        segments = np.concatenate([array for name, array in arrays.items() if ".segments." in name])
+        assert rows.shape == segments.shape == (shard["sequences"], 17) and segments.dtype == np.uint16
+        assert ((segments == 0) == (rows == 0)).all()
+        parts = [
+            row[marks == number].tolist()
+            for row, marks in zip(rows, segments, strict=True)
+            for number in range(1, int(marks.max()) + 1)
+        ]
+        if packing == "concat":
+            stream = [token for document in expected for token in document]
+            assert [*parts[0][:1], *(t for row in rows for t in row[1:] if t)] == stream
+            ends = sum(part[-1] == tokenizer.eos_id and len(part) > 1 for part in parts)
+            assert len(expected) <= ends + sum(len(document) == 1 for document in expected)
+            continue
+        wanted = Counter(tuple(piece) for document in expected for piece in pieces_of(document, 16))
+        assert Counter(map(tuple, parts)) == wanted
+        assert packing == "best-fit" or segments.max() == 1
+    for counts in tree["splits"].values():
+        assert counts["tokens_dropped"] == 0 and counts["tokens_in"] == counts["tokens"]
+
+
+def pieces_of(document: list[int], context: int) -> list[list[int]]:
+    """The first piece takes what full rows leave; each next one begins with the last token of the one before."""
+    first = len(document) - context * max(0, -(-(len(document) - context - 1) // context))
+    starts = range(first - 1, len(document) - 1, context)
+    return [document[:first], *(document[start : start + context + 1] for start in starts)]
+
+
+def members_of(path: Path) -> dict[str, Any]:
+    with tarfile.open(path) as archive:
+        return {
+            info.name: np.load(io.BytesIO(archive.extractfile(info).read()))  # type: ignore[union-attr]
+            for info in archive
+        }
+
+
+@pytest.mark.parametrize("boundaries", [False, True])
+def test_the_index_tells_the_truth(
+    boundaries: bool, tmp_path: Path, corpus: Path, make_config: MakeConfig, finished: tuple[RunConfig, RunPaths]
+) -> None:
+    paths = copy_of(finished, tmp_path)
+    tokenize_documents(make_config(tmp_path, str(corpus), tokens={"boundaries": boundaries}), paths)
+    tree = json.loads((paths.tokens / "index.json").read_text())
+    for shard in tree["shards"]:
+        data = (paths.tokens / shard["name"]).read_bytes()
+        assert len(data) == shard["bytes"] and hashlib.sha256(data).hexdigest() == shard["sha256"]
+        assert ("segment_offsets" in shard) == ("segment_sha256" in shard) == boundaries
+        left = shard["sequences"]
+        assert len(shard["offsets"]) == len(shard["block_sha256"]) == -(-left // 8)
+        for block, start in enumerate(shard["offsets"]):
+            size = min(left, 8) * 17 * 2
+            left -= 8
+            assert hashlib.sha256(data[start : start + size]).hexdigest()[:32] == shard["block_sha256"][block]
+            if boundaries:
+                start = shard["segment_offsets"][block]
+                assert hashlib.sha256(data[start : start + size]).hexdigest()[:32] == shard["segment_sha256"][block]
+    copied = (paths.tokens / tree["tokenizer"]["name"]).read_bytes()
+    assert copied == paths.tokenizer.read_bytes() and len(copied) == tree["tokenizer"]["bytes"]
+    assert hashlib.sha256(copied).hexdigest() == tree["tokenizer"]["sha256"] == tree["tokenizer_sha256"]
+    documents, tokenizer = DocumentIndex.load(paths.documents), Tokenizer.load(paths.tokenizer)
+    for split, counts in tree["splits"].items():
+        texts = [d.text for shard in documents.of_split(split) for d in read_shard(paths.documents, shard)]
+        lengths = [len(tokenizer.encode(text)) + 1 for text in texts]
+        histogram = [sum(2**i <= length < 2 ** (i + 1) for length in lengths) for i in range(40)]
+        assert counts["length_histogram"] == histogram and counts["documents"] == len(texts)
+        assert counts["words"] == sum(len(text.split()) for text in texts) and counts["tokens_in"] == sum(lengths)
+
+
+def test_boundaries_leave_the_tokens_as_they_are(
+    tmp_path: Path, corpus: Path, make_config: MakeConfig, finished: tuple[RunConfig, RunPaths]
+) -> None:
+    paths = copy_of(finished, tmp_path)
+    tokenize_documents(make_config(tmp_path, str(corpus), tokens={"boundaries": True}), paths)
+    for name in (shard.name for shard in TokenIndex.load(paths.tokens).shards):
+        ours, plain = members_of(paths.tokens / name), members_of(finished[1].tokens / name)
+        assert all(np.array_equal(ours[member], array) for member, array in plain.items()) and len(ours) == 2 * len(
+            plain
+        )
+
+
+def test_a_context_too_long_for_boundaries(
+    tmp_path: Path, corpus: Path, make_config: MakeConfig, finished: tuple[RunConfig, RunPaths]
+) -> None:
+    paths = copy_of(finished, tmp_path)
+    config = make_config(tmp_path, str(corpus), context_length=65_535, tokens={"boundaries": True})
+    with pytest.raises(UserError, match=r"tokens\.boundaries: .* context of 65534, model\.context_length is 65535"):
+        tokenize_documents(config, paths)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -222,12 +309,12 @@ def test_damaged_tokens_and_indexes_are_named(finished: tuple[RunConfig, RunPath
     tree = json.loads((tmp_path / "tokens" / "index.json").read_text())
     for change, message in [
         ({"context_length": 8}, "fingerprint does not fit"),
-        ({"schema_version": 99}, "schema_version 99, this program reads 1"),
+        ({"schema_version": 99}, "schema_version 99, this program reads 2"),
     ]:
         (tmp_path / "tokens" / "index.json").write_text(json.dumps({**tree, **change}))
         with pytest.raises(UserError, match=message):
             TokenIndex.load(tmp_path / "tokens")
-    (tmp_path / "tokens" / "index.json").write_text('{"schema_version": 1, "cont')
+    (tmp_path / "tokens" / "index.json").write_text('{"schema_version": 2, "cont')
     with pytest.raises(UserError, match="not valid JSON"):
         TokenIndex.load(tmp_path / "tokens")
     with pytest.raises(UserError, match="pipe: URLs"):
