@@ -38,7 +38,7 @@ class FaultyS3:
         self.lock = threading.Lock()
         self.failures: dict[str, list[int]] = {"GET": [], "PUT": [], "LIST": []}
         self.truncations = 0
-        self.keep = 0.5
+        self.keep, self.announce = 0.5, True
         self.requests: list[tuple[str, str, str | None]] = []  # method, /bucket/key, Range header
 
     def url(self, key: str = "") -> str:
@@ -66,10 +66,11 @@ class FaultyS3:
         with self.lock:
             self.failures[method] += [status] * count
 
-    def truncate_next(self, count: int, keep: float = 0.5) -> None:
-        """The next GETs of objects announce the whole length, send this share of it, and hang up."""
+    def truncate_next(self, count: int, keep: float = 0.5, announce: bool = True) -> None:
+        """The next GETs of objects announce the whole length, send this share of it, and hang up; without `announce` the
+        answer looks whole."""
         with self.lock:
-            self.truncations, self.keep = count, keep
+            self.truncations, self.keep, self.announce = count, keep, announce
 
     def heal(self) -> None:
         """No fault is left over."""
@@ -115,7 +116,10 @@ def _handler(state: FaultyS3) -> type[BaseHTTPRequestHandler]:
                 data = got.read()
                 length = int(got.headers.get("Content-Length") or len(data)) if self.command == "HEAD" else len(data)
                 kept = {k: v for k, v in got.headers.items() if k.lower() not in HOP_BY_HOP}
-                self.answer(got.status, kept, data[: int(len(data) * state.keep)] if cut else data, length)
+                if cut:
+                    data = data[: int(len(data) * state.keep)]
+                    length = length if state.announce else len(data)
+                self.answer(got.status, kept, data, length)
                 self.close_connection = self.close_connection or cut
             finally:
                 connection.close()

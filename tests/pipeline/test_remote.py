@@ -53,6 +53,7 @@ class Flaky(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     ranges = True
+    length = True
     asked: list[str | None] = []  # noqa: RUF012
 
     def do_GET(self) -> None:
@@ -63,7 +64,8 @@ class Flaky(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range") if self.ranges else None
         start = int(wanted.split("=")[1].split("-")[0]) if wanted else 0
         self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(DATA) - start))
+        if self.length:
+            self.send_header("Content-Length", str(len(DATA) - start))
         if wanted:
             self.send_header("Content-Range", f"bytes {start}-{len(DATA) - 1}/{len(DATA)}")
         self.end_headers()
@@ -95,6 +97,8 @@ def test_s3_is_read_through_errors_and_truncated_answers(faulty_s3: Any) -> None
     faulty_s3.fail_next(1)
     faulty_s3.truncate_next(1)
     assert read_range(url, 1000, 200_000) == DATA[1000:200_000] and read_range(url, 7, 7) == b""
+    faulty_s3.truncate_next(1, announce=False)  # an answer that is too short and does not look it
+    assert read_range(url, 1000, 200_000) == DATA[1000:200_000] and faulty_s3.truncations == 0
 
 
 def test_what_stays_broken_names_the_url(faulty_s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +133,17 @@ def test_http_goes_on_where_it_broke_off(flaky_server: str, ranges: bool, monkey
     monkeypatch.setattr(Flaky, "ranges", ranges)
     with open_retrying(f"{flaky_server}/data.bin", size=len(DATA), start=5) as stream:
         assert stream.read() == DATA[5:]
+    assert len(Flaky.asked) == 4
+
+
+def test_http_without_a_length_is_read_to_the_size_that_was_listed(
+    flaky_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Flaky, "ranges", False)
+    monkeypatch.setattr(Flaky, "length", False)  # the end of the connection is the end of the file, also where it broke
+    monkeypatch.setattr(Flaky, "protocol_version", "HTTP/1.0")
+    with open_retrying(f"{flaky_server}/data.bin", size=len(DATA)) as stream:
+        assert stream.read() == DATA
     assert len(Flaky.asked) == 4
 
 
