@@ -17,7 +17,7 @@ import torch
 
 from pipeline import storage
 from pipeline.checkpoints import committed
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config import RunConfig, RunPaths, tokens_folder
 from pipeline.errors import UserError
 from pipeline.schedule import invariance_budget
 from pipeline.tracking import log_files, tracking_uri
@@ -113,17 +113,19 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
 def held_out(config: RunConfig, paths: RunPaths, *, half: int, limit: int | None = None) -> torch.Tensor:
     """Held-out sequences [n, S+1] of one half of the val split (0: even, 1: odd sequences), evenly spread."""
     from pipeline.data.index import TokenIndex
-    from pipeline.data.loader import TokenReader
+    from pipeline.data.loader import evenly_spread
+    from pipeline.data.reader import open_split
 
-    reader = TokenReader(TokenIndex.load(paths.tokens), "val")
+    index = TokenIndex.load(tokens_folder(config))
+    reader = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes)
     mine = np.arange(half, reader.num_sequences, 2)
     if len(mine) < 2:
         raise UserError(
-            f"{paths.tokens}: {reader.num_sequences} held-out sequences are too few to judge by; raise data.val_fraction"
+            f"{index.folder}: {reader.num_sequences} held-out sequences are too few to judge by; raise data.val_fraction"
         )
-    wanted = min(len(mine), config.post.prompts if limit is None else limit)
-    chosen = mine[np.linspace(0, len(mine) - 1, wanted).astype(int)]
-    return torch.from_numpy(reader.read(chosen.tolist()))
+    wanted = config.post.prompts if limit is None else limit
+    chosen = evenly_spread(reader, mine, wanted, skip=config.data.on_bad_shard == "skip")
+    return torch.from_numpy(reader.read(chosen))
 
 
 def lineage(source: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import storage, tracking
 from pipeline.checkpoints import TRAINING_LOCK, clean, committed, set_aside, step_of, verify
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config import RunConfig, RunPaths, tokens_folder
 from pipeline.device import has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError
 
@@ -71,7 +71,7 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say:
     from pipeline.tokenizer import Tokenizer
     from pipeline.train.engine import deepspeed_config
 
-    index = TokenIndex.load(paths.tokens)
+    index = TokenIndex.load(tokens_folder(config))
     index.check(
         context_length=config.model.context_length,
         vocab_size=config.model.vocab_size,

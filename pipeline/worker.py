@@ -12,11 +12,13 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from pipeline import storage
 from pipeline.checkpoints import TRAINING_LOCK
-from pipeline.config import RunPaths, parse_config
+from pipeline.config import RunConfig, RunPaths, parse_config, tokens_folder
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -50,8 +52,10 @@ def run(job_file: Path) -> None:
     import torch
     import torch.distributed as dist
 
+    from pipeline.data.cache import Stamps
     from pipeline.data.index import TokenIndex
-    from pipeline.data.loader import TokenReader, TrainLoader
+    from pipeline.data.loader import TrainLoader, evenly_spread
+    from pipeline.data.reader import open_split
     from pipeline.device import has_gpu
     from pipeline.tracking import Tracker, spool_of, tracking_uri
     from pipeline.train.engine import init_distributed
@@ -67,17 +71,20 @@ def run(job_file: Path) -> None:
     lock = open(paths.logs / TRAINING_LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held to the end of the process
     if rank == 0 and not storage.lock(lock):
         raise UserError(f"{paths.root}: process {storage.lock_holder(lock)} trains here; wait for it or stop it")
-    index = TokenIndex.load(paths.tokens)
+    index = TokenIndex.load(tokens_folder(config))
     index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
-    reader = TokenReader(index, "train")
-    val = TokenReader(index, "val")
+    # Every start writes a new job file: what its ranks check together is checked once a start on each node.
+    stamps = Stamps(f"{job_file.absolute()}|{job_file.stat().st_mtime_ns}")
+    reader = open_split(index, "train", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
+    val = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
+    skip = config.data.on_bad_shard == "skip"
+    agree = _agreement(config) if skip else None
     # One sequence more than are scored: it lends its G to the others.
-    wanted = min(config.train.val_sequences + 1, val.num_sequences)
-    if wanted <= world:
-        raise UserError(
-            f"{paths.tokens}: {val.num_sequences} held-out sequences for {world} ranks; raise data.val_fraction"
-        )
-    held_out = val.read(np.linspace(0, val.num_sequences - 1, wanted).astype(int).tolist())
+    wanted = config.train.val_sequences + 1
+    chosen = evenly_spread(val, np.arange(val.num_sequences), wanted, skip=skip, agree=agree)
+    if len(chosen) <= world:
+        raise UserError(f"{index.folder}: {len(chosen)} held-out sequences for {world} ranks; raise data.val_fraction")
+    held_out = val.read(chosen)
     loader = TrainLoader(
         reader,
         seed=config.seed,
@@ -85,6 +92,8 @@ def run(job_file: Path) -> None:
         micro_batch=config.train.micro_batch,
         rank=rank,
         world_size=world,
+        on_bad_shard=config.data.on_bad_shard,
+        agree=agree,
     )
     tracker = None
     if rank == 0:
@@ -106,6 +115,22 @@ def run(job_file: Path) -> None:
             tracker.close(status)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _agreement(config: RunConfig) -> Callable[[list[bool]], list[bool]]:
+    """Which of its verdicts any rank shares: an all-reduce in a group of its own, which a thread can use beside training's.
+    On the CPU: it must not wait for the GPU's queue."""
+    import torch
+    import torch.distributed as dist
+
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.train.timeout_s))
+
+    def agree(verdicts: list[bool]) -> list[bool]:
+        votes = torch.tensor(verdicts, dtype=torch.uint8)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
+        return [bool(vote) for vote in votes.tolist()]
+
+    return agree
 
 
 def _die_with_parent() -> None:

@@ -8,15 +8,21 @@ order and checkpoints are tied to it.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from pipeline.data.documents import check_file, fingerprint_of
+import numpy as np
+
+from pipeline.data.documents import fingerprint_of
 from pipeline.errors import UserError
-from pipeline.storage import check_url, exists, join, read_json, safe_member
+from pipeline.remote import open_retrying, size_of
+from pipeline.storage import check_url, exists, join, public_url, read_json, safe_member
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+CHUNK = 1 << 20
 TOKENIZE_AGAIN = "run `pldr tokenize` again"
 
 
@@ -27,26 +33,44 @@ def dtype_for(vocab_size: int) -> str:
 
 @dataclass(frozen=True)
 class TokenShard:
-    """One token tar. `offsets[b]`: byte offset in the file of block b's numbers (row-major [n,
-    context_length + 1]); every block but the last has `block_sequences` rows. `tokens`: distinct tokens in
-    the sequences, padding not counted."""
+    """One token tar.
+
+    offsets[b]: byte offset in the file of block b's numbers, row-major [n, context_length + 1]; every block but the last has
+    `block_sequences` rows. block_sha256[b]: the first 32 hex digits of the sha256 of these bytes. segment_*: the same of
+    the blocks of document numbers (uint16), empty without boundaries. tokens: distinct ones in the sequences, padding not
+    counted. text_bytes: UTF-8 bytes of the documents. bytes, sha256: of the tar.
+    """
 
     name: str
     split: str
     sequences: int
     tokens: int
     documents: int
-    text_bytes: int  # UTF-8 bytes of the documents
-    bytes: int  # of the tar
+    text_bytes: int
+    bytes: int
     sha256: str
     offsets: tuple[int, ...]
+    block_sha256: tuple[str, ...]
+    segment_offsets: tuple[int, ...] = ()
+    segment_sha256: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> TokenShard:
+        """A shard as the index lists it; keys that only reports read are left aside. Raises UserError for an unsafe name."""
+        safe_member(tree["name"])
+        fields: dict[str, Any] = {
+            name: tuple(tree[name]) if isinstance(tree[name], list) else tree[name]
+            for name in cls.__dataclass_fields__
+            if name in tree
+        }
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
 class TokenIndex:
     """`tokens/index.json`. `splits[name]`: totals of sequences, tokens, documents, text_bytes, tokens_in
     (with each document's eos), tokens_dropped and tokens_padded, where tokens_in == tokens +
-    tokens_dropped."""
+    tokens_dropped, and what reports show. `tokenizer`: name, bytes and sha256 of the copy beside the index."""
 
     folder: str
     fingerprint: str
@@ -56,8 +80,11 @@ class TokenIndex:
     tokenizer_sha256: str
     documents_fingerprint: str
     block_sequences: int
-    splits: dict[str, dict[str, int]]
+    splits: dict[str, dict[str, Any]]
     shards: tuple[TokenShard, ...]
+    packing: str
+    boundaries: bool
+    tokenizer: dict[str, Any]
 
     @classmethod
     def load(cls, folder: str | Path) -> TokenIndex:
@@ -72,10 +99,7 @@ class TokenIndex:
         tree = read_json(url, schema_version=SCHEMA_VERSION)
         if tree.get("fingerprint") != fingerprint_of(tree):
             raise UserError(f"{url}: its fingerprint does not fit its content; it was changed: {TOKENIZE_AGAIN}")
-        shards = tuple(
-            TokenShard(**{**shard, "name": safe_member(shard["name"]), "offsets": tuple(shard["offsets"])})
-            for shard in tree["shards"]
-        )
+        shards = tuple(TokenShard.from_dict(shard) for shard in tree["shards"])
         fields = {name: tree[name] for name in cls.__dataclass_fields__ if name not in ("folder", "shards")}
         return cls(folder=str(folder), shards=shards, **fields)
 
@@ -113,18 +137,84 @@ class TokenIndex:
                 f"{TOKENIZE_AGAIN} or set model.vocab_size={self.vocab_size}"
             )
 
+    def rows(self, shard: TokenShard, block: int) -> int:
+        """Sequences in a block of a shard."""
+        return min(self.block_sequences, shard.sequences - block * self.block_sequences)
+
     def verify(self) -> None:
-        """Every shard is there with its size and sha256. Raises UserError naming the first that is not.
-        Local folders."""
+        """Every shard is there with its size and sha256, and so is every block in it. One pass over each file, local or
+        remote. Raises UserError naming the first shard that is not."""
         for shard in self.shards:
-            check_shard(self.folder, shard)
+            check_shard(self, shard)
 
 
-def check_shard(folder: str, shard: TokenShard) -> Path:
-    """The path of a local shard, after checking its size and sha256. Raises UserError naming it."""
-    path = Path(folder.removeprefix("file://")) / shard.name
-    check_file(path, {"bytes": shard.bytes, "sha256": shard.sha256}, mend=TOKENIZE_AGAIN)
-    return path
+def check_shard(index: TokenIndex, shard: TokenShard) -> None:
+    """Read a shard once and compare its size, its sha256 and its blocks'. Raises UserError naming it."""
+    url = join(index.folder, shard.name)
+    try:
+        size = size_of(url)
+        if size != shard.bytes:
+            raise UserError(wrong_size(url, size, shard))
+        with open_retrying(url, size=size) as stream:
+            whole, damaged = _hash(stream, _ranges(index, shard))
+    except FileNotFoundError:
+        raise UserError(missing(url)) from None
+    if whole != shard.sha256 or damaged:
+        where = f"; first in {damaged[0]}" if damaged else ""
+        raise UserError(wrong_sha256(url, where))
+
+
+def missing(url: str) -> str:
+    """The message about a shard that is not there."""
+    return f"{public_url(url)}: missing, but its index lists it; {TOKENIZE_AGAIN}"
+
+
+def wrong_size(url: str, size: int, shard: TokenShard) -> str:
+    """The message about a shard of another size."""
+    return f"{public_url(url)}: {size} bytes, its index says {shard.bytes}: cut or damaged; {TOKENIZE_AGAIN}"
+
+
+def wrong_sha256(url: str, where: str = "") -> str:
+    """The message about a shard with other bytes."""
+    return f"{public_url(url)}: its sha256 is not the one in its index: damaged{where}; {TOKENIZE_AGAIN}"
+
+
+def _ranges(index: TokenIndex, shard: TokenShard) -> list[tuple[int, int, str, str]]:
+    """(start, bytes, beginning of the sha256, what it is) of everything in a shard that has a checksum, in file order."""
+    width = index.context_length + 1
+    kinds = (
+        ("block", shard.offsets, shard.block_sha256, np.dtype(index.dtype).itemsize),
+        ("document numbers of block", shard.segment_offsets, shard.segment_sha256, 2),
+    )
+    return sorted(
+        (offset, index.rows(shard, number) * width * itemsize, sha256, f"{what} {number}")
+        for what, offsets, hashes, itemsize in kinds
+        for number, (offset, sha256) in enumerate(zip(offsets, hashes, strict=True))
+    )
+
+
+def _hash(stream: BinaryIO, ranges: list[tuple[int, int, str, str]]) -> tuple[str, list[str]]:
+    """The sha256 of a stream, and the names of the ranges in it whose own is another."""
+    whole, damaged, position = hashlib.sha256(), [], 0
+
+    def pieces(count: int) -> Iterator[bytes]:
+        while count > 0 and (piece := stream.read(min(count, CHUNK))):
+            whole.update(piece)
+            count -= len(piece)
+            yield piece
+
+    for start, size, expected, name in ranges:
+        for _ in pieces(start - position):
+            pass
+        part = hashlib.sha256()
+        for piece in pieces(size):
+            part.update(piece)
+        if not expected or not part.hexdigest().startswith(expected):
+            damaged.append(name)
+        position = start + size
+    while piece := stream.read(CHUNK):
+        whole.update(piece)
+    return whole.hexdigest(), damaged
 
 
 def totals(shards: list[dict[str, Any]]) -> dict[str, int]:

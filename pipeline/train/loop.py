@@ -35,24 +35,29 @@ log = logging.getLogger(__name__)
 
 
 class TrainData(Protocol):
-    """What the loop needs of a loader: global batches from a position on, as this rank's micro batches [n, S+1]."""
+    """What the loop needs of a loader: `limit` global batches from a position of the data order on, each as this rank's
+    micro batches [n, S+1], with the position behind it."""
 
     @property
     def num_sequences(self) -> int:
         """Sequences in an epoch."""
         ...
 
-    def micro_batches(self, sequences_consumed: int) -> Iterator[Sequence[np.ndarray]]: ...
+    def micro_batches(self, position: int, *, limit: int) -> Iterator[tuple[Sequence[np.ndarray], int]]: ...
 
 
 @dataclass
 class TrainState:
-    """How far the run is; what a checkpoint's state.json says about it."""
+    """How far the run is; what a checkpoint's state.json says about it.
+
+    sequences_consumed: the position in the data order, sequences that were left out as bad (sequences_left_out) included.
+    """
 
     step: int = 0
     sequences_consumed: int = 0
     tokens_consumed: int = 0
     skipped_steps: int = 0
+    sequences_left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,14 +99,14 @@ def train(
     tokens_per_batch = settings.global_batch * config.model.context_length
     flops = config.model.flops_per_token(training=True)
     peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_flops()
-    batches = data.micro_batches(state.sequences_consumed)
+    batches = data.micro_batches(state.sequences_consumed, limit=settings.steps - state.step)
     gc.disable()  # ranks must not pause one after another; collected at the logging interval
 
     while state.step < settings.steps:
         rate = learning_rate(settings, state.step)
         set_learning_rate(engine, rate)
         loss_sum = torch.zeros((), device=device)
-        micro_batches = next(batches)
+        micro_batches, position = next(batches)
         for micro in micro_batches:
             ids = torch.from_numpy(micro).to(device, non_blocking=True)
             result = engine(ids[:, :-1], padded=False, return_outputs=wants_outputs)
@@ -112,7 +117,8 @@ def train(
             loss_sum += losses.cross_entropy.detach()
         budget += rate * settings.metric_decay
         state.step += 1
-        state.sequences_consumed += settings.global_batch
+        state.sequences_left_out += position - state.sequences_consumed - settings.global_batch
+        state.sequences_consumed = position
         state.tokens_consumed += tokens_per_batch
         throughput.add(tokens_per_batch)
         last = state.step == settings.steps
@@ -130,6 +136,7 @@ def train(
                 "train/skipped_steps": float(state.skipped_steps),
                 "data/epoch": state.sequences_consumed / data.num_sequences,
                 "data/tokens": float(state.tokens_consumed),
+                "data/left_out_sequences": float(state.sequences_left_out),
                 **system_metrics(),
             }
             if peak is not None:
@@ -163,7 +170,8 @@ def train(
 def _resume(engine: Any, folder: Path) -> TrainState:
     saved = verify(folder)
     checkpoint.load(engine, folder, saved)
-    return TrainState(**{key: saved[key] for key in TrainState.__dataclass_fields__})
+    state = {key: saved[key] for key in TrainState.__dataclass_fields__ if key != "sequences_left_out"}
+    return TrainState(**state, sequences_left_out=saved.get("sequences_left_out", 0))  # older checkpoints left out none
 
 
 def _checkpoint(

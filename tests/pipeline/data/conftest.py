@@ -50,7 +50,13 @@ def make_config() -> MakeConfig:
         tree = {
             "name": "test",
             "run_dir": str(run_dir),
-            "data": {"sources": entries, "val_fraction": 0.1, "test_fraction": 0.05, **sections.pop("data", {})},
+            "data": {
+                "sources": entries,
+                "val_fraction": 0.1,
+                "test_fraction": 0.05,
+                "tasks": 2,
+                **sections.pop("data", {}),
+            },
             "tokens": {"block_sequences": 8, **sections.pop("tokens", {})},
             "model": {**model, "context_length": sections.pop("context_length", 16)},
             "train": {"steps": 10, "warmup_steps": 1},
@@ -87,3 +93,82 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(name="contents", scope="session")
 def contents_fixture() -> Callable[[Path], dict[str, bytes]]:
     return contents
+
+
+def write_tokens(
+    folder: str | Path,
+    *,
+    train: list[int],
+    val: list[int] | None = None,
+    context_length: int = 15,
+    block_sequences: int = 8,
+    boundaries: bool = False,
+) -> None:
+    """A tokens folder, local or at a URL, without the stages: so many sequences in each shard of each split.
+
+    Sequence n of a split holds n % 65536 and n // 65536, then noise of its own; its document numbers are n % 7 + 1.
+    """
+    import hashlib
+
+    import numpy as np
+
+    from pipeline.data.documents import fingerprint_of
+    from pipeline.data.index import SCHEMA_VERSION
+    from pipeline.data.tar import TarWriter
+    from pipeline.data.tokenize import npy_bytes
+    from pipeline.storage import join, publish_json
+
+    rng, width, shards = np.random.default_rng(0), context_length + 1, []
+    for split, sizes in (("train", train), ("val", val or [])):
+        number = 0
+        for position, sequences in enumerate(sizes):
+            name = f"{split}-{position:06d}.tar"
+            facts: dict[str, list[Any]] = {
+                "offsets": [],
+                "block_sha256": [],
+                "segment_offsets": [],
+                "segment_sha256": [],
+            }
+            with TarWriter(join(str(folder), name)) as tar:
+
+                def add(member: str, array: Any, offsets: list[int], hashes: list[str], tar: TarWriter = tar) -> None:
+                    header, payload = npy_bytes(array)
+                    offsets.append(tar.add(member, bytes(header) + bytes(payload)) + len(header))
+                    hashes.append(hashlib.sha256(payload).hexdigest()[:32])
+
+                for block, start in enumerate(range(0, sequences, block_sequences)):
+                    count = min(block_sequences, sequences - start)
+                    rows = rng.integers(0, 60_000, size=(count, width)).astype(np.uint16)
+                    ids = number + start + np.arange(count)
+                    rows[:, 0], rows[:, 1] = ids % 65536, ids // 65536
+                    key = f"{name.removesuffix('.tar')}-{block:06d}"
+                    add(f"{key}.tokens.npy", rows, facts["offsets"], facts["block_sha256"])
+                    if boundaries:
+                        marks = np.repeat((ids % 7 + 1).astype(np.uint16)[:, None], width, axis=1)
+                        add(f"{key}.segments.npy", marks, facts["segment_offsets"], facts["segment_sha256"])
+                written = tar.publish()
+            counts = {"sequences": sequences, "tokens": sequences * context_length, "documents": 1, "text_bytes": 1}
+            shards.append(
+                {"name": name, "split": split, **counts, "bytes": written["size"], "sha256": written["sha256"], **facts}
+            )
+            number += sequences
+    index = {
+        "schema_version": SCHEMA_VERSION,
+        "context_length": context_length,
+        "dtype": "uint16",
+        "vocab_size": 60_000,
+        "tokenizer_sha256": "0" * 64,
+        "documents_fingerprint": "1" * 64,
+        "block_sequences": block_sequences,
+        "packing": "concat",
+        "boundaries": boundaries,
+        "tokenizer": {"name": "tokenizer.model", "bytes": 0, "sha256": "0" * 64},
+        "splits": {"train": {}, "val": {}},
+        "shards": shards,
+    }
+    publish_json(join(str(folder), "index.json"), {**index, "fingerprint": fingerprint_of(index)})
+
+
+@pytest.fixture(name="write_tokens", scope="session")
+def write_tokens_fixture() -> Callable[..., None]:
+    return write_tokens

@@ -107,7 +107,7 @@ def test_a_resumed_run_is_bit_equal(fp32, stage):
 def test_what_is_logged(fp32):
     points = fp32["1-norm"]["straight"]
     assert set(points["6"]) == {
-        "data/epoch", "data/tokens", "system/rss_gb",
+        "data/epoch", "data/tokens", "data/left_out_sequences", "system/rss_gb",
         "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/skipped_steps",
         "val/loss_block", "val/loss_cached", "val/leak_gap", "val/bits_per_byte",
         "invariance/budget", "invariance/order_parameter_A", "invariance/order_parameter_A_LM",

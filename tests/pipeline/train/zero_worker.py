@@ -29,15 +29,15 @@ class Batches:
 
     num_sequences = 100
 
-    def micro_batches(self, consumed):
+    def micro_batches(self, position, *, limit):
         train, model = self.config.train, self.config.model
         rank, world = dist.get_rank(), dist.get_world_size()
-        while True:
-            rng = np.random.default_rng(consumed)
+        for _ in range(limit):
+            rng = np.random.default_rng(position)
             batch = rng.integers(4, model.vocab_size, size=(train.global_batch, model.context_length + 1))
             mine = batch.reshape(-1, world, train.micro_batch, batch.shape[1])[:, rank]
-            yield list(mine)
-            consumed += train.global_batch
+            position += train.global_batch
+            yield list(mine), position
 
 
 class Recorder:

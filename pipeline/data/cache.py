@@ -1,0 +1,241 @@
+"""What the ranks of a node share on its local disk: blocks of remote shards, and the word that a shard was checked.
+
+Both live in one folder of the user's own (mode 0700): $XDG_CACHE_HOME/pldr, else pldr-UID in the temporary folder. Decision:
+not ~/.cache, which on clusters is a network disk that all nodes share.
+
+Ranks are separate processes that start in any order and may be killed at any time, so everything here is a lock that goes
+with its holder (flock), a rename, or a file that anyone may delete. Nothing is believed because it lies there: a block is
+compared with its sha256 whenever it is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import mmap
+import os
+import shutil
+import socket
+import stat
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from pipeline.errors import UserError, first_line
+
+Buffer = bytes | mmap.mmap
+
+LOCKS = 512  # lock files of blocks: more would only use up inodes, fewer would make ranks wait for nothing
+FREE_SHARE = 0.05  # of the disk, and at most MOST_FREE bytes: left to others
+MOST_FREE = 2 << 30
+LOW_WATER = 0.9  # of the limit is kept when old blocks go, so that looking for them is rare
+STAMPS_LIVE_S = 30 * 86400.0
+UNFINISHED = ".tmp"
+LEFTOVER_S = 3600.0
+log = logging.getLogger(__name__)
+
+
+def node_folder() -> Path:
+    """The user's own folder on this node, made when it is not there. Raises UserError when it is not the user's own."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(base) / "pldr" if base.startswith("/") else Path(tempfile.gettempdir()) / f"pldr-{os.getuid()}"
+    mend = "set XDG_CACHE_HOME to a folder of your own on this node's disk"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = os.lstat(folder)
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+            raise UserError(f"{folder}: is not a folder of this user's; {mend}")
+        if facts.st_mode & 0o077:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used as the cache ({error.strerror}); {mend}") from None
+    return folder
+
+
+class Stamps:
+    """What one job has checked on this node, so that its other ranks need not check it again.
+
+    job: names the job, the same on all its ranks and different from one start to the next: every start checks once.
+    """
+
+    def __init__(self, job: str, folder: Path | None = None) -> None:
+        parent = (node_folder() if folder is None else folder) / "stamps"
+        self._folder = parent / hashlib.sha256(f"{socket.gethostname()}|{job}".encode()).hexdigest()[:24]
+        old = time.time() - STAMPS_LIVE_S
+        for other in parent.glob("*"):
+            with contextlib.suppress(OSError):
+                if other.stat().st_mtime < old:
+                    shutil.rmtree(other, ignore_errors=True)
+
+    def once(self, what: str, check: Callable[[], None]) -> None:
+        """Run `check` unless a rank of this job did for the same `what`; wait for one that is at it.
+
+        A check that raises leaves no stamp. Where nothing can be written, every rank checks for itself.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                name = hashlib.sha256(what.encode()).hexdigest()[:40]
+                stamp = stack.enter_context(_locked(self._folder / name))
+                if os.fstat(stamp.fileno()).st_size:
+                    return
+            except OSError as error:
+                log.warning("%s: %s; each rank checks for itself", self._folder, error.strerror)
+                stamp = None
+            check()
+            if stamp is not None:
+                with contextlib.suppress(OSError):
+                    stamp.write(b"checked")
+
+
+class NodeCache:
+    """Blocks on the node's disk, one file each, at most `limit` bytes of them; what was used longest ago goes first.
+
+    A block that is removed while a rank reads it stays readable there: the rank holds it open.
+    """
+
+    def __init__(self, limit: int, folder: Path | None = None) -> None:
+        self.folder = (node_folder() if folder is None else folder) / "blocks"
+        self.limit = limit
+        self._complained = False
+
+    def get(self, name: str, sha256: str, fetch: Callable[[], bytes]) -> Buffer:
+        """The bytes whose sha256 begins with `sha256`: from the disk, else from `fetch`, once on this node.
+
+        fetch: returns the right bytes or raises. A disk that is full or broken costs speed, never the run.
+        """
+        path = self.folder / name[:2] / name
+        if (found := _open_block(path, sha256)) is not None:
+            return found
+        with self._lock(f"block-{int(hashlib.sha256(name.encode()).hexdigest(), 16) % LOCKS:03d}"):
+            if (found := _open_block(path, sha256)) is not None:  # another rank was at it
+                return found
+            data = fetch()
+            try:
+                stored = self._store(path, data)
+            except OSError as error:
+                self._complain(error)
+                stored = False
+            return (_open_block(path, sha256) if stored else None) or data
+
+    def _store(self, path: Path, data: bytes) -> bool:
+        """Write a block, unless there is no room for it even without the others."""
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self._make_room(len(data)):
+            return False
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{UNFINISHED}")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            held = sum(size for _, size, _ in self._files())
+            self.limit = min(self.limit, int(held * LOW_WATER))  # a quota, a disk that others fill: be smaller
+            raise
+        return True
+
+    def _make_room(self, size: int) -> bool:
+        """Count `size` bytes in. When the limit or the disk have no room for them, blocks go first; False: still none."""
+        if size > self.limit:
+            return False
+        with self._lock("held") as stream:
+            held = _read_number(stream)
+            if held is None or held + size > self.limit or self._lacking(size) > 0:
+                held = self._evict(size)
+            fits = held + size <= self.limit and self._lacking(size) <= 0
+            if stream is not None:
+                stream.truncate(0)
+                stream.write(b"%d" % (held + size if fits else held))
+        return fits
+
+    def _lacking(self, size: int) -> int:
+        """Bytes that the disk is short of when `size` more are written and others keep their share."""
+        disk = shutil.disk_usage(self.folder)
+        return size + min(int(disk.total * FREE_SHARE), MOST_FREE) - disk.free
+
+    def _evict(self, size: int) -> int:
+        """Remove what was used longest ago until `size` bytes have room; the bytes that stay."""
+        files = sorted(self._files())
+        held = sum(size for _, size, _ in files)
+        goal = min(self.limit - size, held - max(0, self._lacking(size)))
+        if held <= goal:
+            return held
+        goal = min(goal, int(self.limit * LOW_WATER))
+        for _, length, path in files:
+            if held <= goal:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            held -= length
+        return held
+
+    def _files(self) -> Iterator[tuple[float, int, Path]]:
+        """(time of last use, bytes, path) of every block. What killed ranks left half-written is removed."""
+        for folder in self.folder.glob("[0-9a-f][0-9a-f]"):
+            for entry in os.scandir(folder):
+                with contextlib.suppress(FileNotFoundError):  # another rank removes, too
+                    facts = entry.stat()
+                    if entry.name.endswith(UNFINISHED) and facts.st_mtime < time.time() - LEFTOVER_S:
+                        os.unlink(entry.path)
+                    else:
+                        yield facts.st_mtime, facts.st_size, Path(entry.path)
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[IO[bytes] | None]:
+        """Hold a lock of the node; None where the disk gives no locks: then a block may be fetched more than once."""
+        with contextlib.ExitStack() as stack:
+            try:
+                (self.folder / "locks").mkdir(mode=0o700, parents=True, exist_ok=True)
+                stream = stack.enter_context(_locked(self.folder / "locks" / name))
+            except OSError as error:
+                self._complain(error)
+                yield None
+                return
+            yield stream
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            log.warning("%s: %s; the cache is used as far as it goes", self.folder, first_line(error))
+        self._complained = True
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[IO[bytes]]:
+    """An open file under an exclusive lock, which threads and processes wait for. Given back by name, not by closing: a
+    forked child has the open file too."""
+    with open(path, "a+b", buffering=0) as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            yield stream
+        finally:
+            fcntl.flock(stream, fcntl.LOCK_UN)
+
+
+def _read_number(stream: IO[bytes] | None) -> int | None:
+    if stream is None:
+        return None
+    stream.seek(0)
+    text = stream.read(32)
+    return int(text) if text.isdigit() else None
+
+
+def _open_block(path: Path, sha256: str) -> Buffer | None:
+    """A block of the cache, mapped, if it is there and whole; its last use is now. A damaged one is removed."""
+    try:
+        with open(path, "rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest().startswith(sha256):
+                data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                os.utime(path)
+                return data
+        log.warning("%s: damaged in the cache; it is fetched again", path)
+        path.unlink()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("%s: %s; it is fetched again", path, first_line(error))
+    return None
