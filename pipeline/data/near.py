@@ -14,8 +14,8 @@ and tests/pipeline/data/test_near.py measures it. Decision: pairs are not verifi
 cost 900 bytes a document on disk and a second pass over all pairs, to sharpen the flank between 0.5 and 0.8; more `hashes`
 or a higher `similarity` move it as well.
 
-Decision: datatrove's MinhashDedup* blocks are not used. They call the word tokeniser of a language (spaCy, NLTK: more to
-install, slow), number documents by task (another number of tasks keeps other documents), tie the number of tasks to the
+Decision: datatrove's MinhashDedup* blocks are not used. They call the word tokeniser of a language (spaCy: more to install,
+slow), number documents by task (another number of tasks keeps other documents), tie the number of tasks to the
 number of bands, and hold the clusters in one dictionary. Here keys go through the machinery of duplicates.py.
 
 Words are runs of letters and digits. Chinese, Japanese or Thai text, which has no spaces, is compared by phrases between
@@ -132,8 +132,7 @@ class NearKeys(KeysStep):
             self.stat_update("without_words")
             return b""
         ordinal = document.metadata["ordinal"]
-        bands = enumerate(signature.reshape(self.bands, self.rows))
-        return b"".join(key_row(_band_hash(number, band), ordinal) for number, band in bands)
+        return b"".join(key_row(_band_hash(band), ordinal) for band in signature.reshape(self.bands, self.rows))
 
 
 class ClusterNear(PipelineStep):  # type: ignore[misc]  # datatrove has no types
@@ -203,8 +202,9 @@ def _ngrams(words: Rows, size: int) -> Rows:
     return splitmix64(total)
 
 
-def _band_hash(number: int, band: Rows) -> bytes:
-    return hashlib.blake2b(number.to_bytes(2, "little") + band.tobytes(), digest_size=16).digest()
+def _band_hash(band: Rows) -> bytes:
+    """Bands need no number: each has its own hash functions, their minima do not meet."""
+    return hashlib.blake2b(band.tobytes(), digest_size=16).digest()
 
 
 def _distinct(rows: Rows) -> Rows:

@@ -25,7 +25,7 @@ from pipeline.storage import publish, sha256_file
 Rows = npt.NDArray[np.uint64]
 
 NUMBER = np.dtype("<u8")
-MEMORY = 64 << 20  # bytes of rows at once; sorting them needs about three times as much
+MEMORY = 32 << 20  # bytes of rows at once; a step that merges, compares and sorts them needs some 250 MB in all
 
 
 def sort_rows(rows: Rows) -> Rows:
@@ -74,35 +74,78 @@ def run_of(path: Path, first: int = 0, last: int = 2**64) -> Run:
 
 
 def merge(runs: Iterable[Run], memory: int = MEMORY) -> Iterator[Rows]:
-    """All rows of the runs in order, in pieces of about `memory` bytes together.
+    """All rows of the runs in order, in pieces of at most about `memory` bytes.
 
     Each run is read through a window in proportion to its length; hashes being evenly spread, the windows end at about the
-    same value. What is below the lowest end of an unfinished window can come out.
+    same value. What is not above the lowest end of an unfinished window can come out. Where runs follow one another
+    instead (one hash everywhere, then ordinals decide), only the windows that begin below that end are touched, or
+    thousands of runs would be searched for every few rows.
     """
     runs = [run for run in runs if run.rows]
-    total = sum(run.rows for run in runs)
-    share = min(1.0, memory / (sum(run.rows * run.columns for run in runs) * NUMBER.itemsize)) if runs else 1.0
-    windows = [min(run.rows, int(run.rows * share) + 16) for run in runs]
-    held = [run.read(0, window) for run, window in zip(runs, windows, strict=True)]
-    read = [len(rows) for rows in held]
-    done = 0
-    while done < total:
-        ends = [tuple(rows[-1]) for run, rows, after in zip(runs, held, read, strict=True) if after < run.rows]
-        counts = [count_up_to(rows, min(ends)) if ends else len(rows) for rows in held]
-        piece = sort_rows(np.concatenate([rows[:count] for rows, count in zip(held, counts, strict=True)]))
-        done += len(piece)
-        yield piece
-        for number, (run, count) in enumerate(zip(runs, counts, strict=True)):
-            more = run.read(read[number], count)
-            read[number] += len(more)
-            held[number] = np.concatenate([held[number][count:], more])
+    share = memory / max(memory, sum(run.rows * run.columns for run in runs) * NUMBER.itemsize)
+    windows = [_Window(run, int(run.rows * share) + 16) for run in runs]
+    heads = [(window.head, number) for number, window in enumerate(windows)]
+    ends = [(window.end, number) for number, window in enumerate(windows) if window.end is not None]
+    heapq.heapify(heads)
+    heapq.heapify(ends)
+    while heads:
+        while ends and windows[ends[0][1]].end != ends[0][0]:
+            heapq.heappop(ends)  # this window has moved on since
+        bound = ends[0][0] if ends else None
+        touched = []
+        while heads and (bound is None or heads[0][0] <= bound):
+            touched.append(heapq.heappop(heads)[1])
+        yield sort_rows(np.concatenate([windows[number].take(bound) for number in touched]))
+        for number in touched:
+            window = windows[number]
+            window.fill()
+            if len(window.rows):
+                heapq.heappush(heads, (window.head, number))
+            if window.end is not None:
+                heapq.heappush(ends, (window.end, number))
 
 
-def count_up_to(rows: Rows, bound: tuple[np.uint64, ...]) -> int:
+class _Window:
+    """The part of a run that is in memory: up to `size` rows."""
+
+    def __init__(self, run: Run, size: int) -> None:
+        self.run = run
+        self.size = size
+        self.rows: Rows = np.empty((0, run.columns), NUMBER)
+        self._read = 0
+        self.fill()
+
+    def fill(self) -> None:
+        """Read on behind what is there."""
+        more = self.run.read(self._read, self.size - len(self.rows))
+        self._read += len(more)
+        self.rows = np.concatenate([self.rows, more])
+
+    def take(self, bound: tuple[int, ...] | None) -> Rows:
+        """Take out what is not above `bound`; all without one."""
+        count = len(self.rows) if bound is None else count_up_to(self.rows, bound)
+        taken, self.rows = self.rows[:count], self.rows[count:]
+        return taken
+
+    @property
+    def head(self) -> tuple[int, ...]:
+        """The first row."""
+        return tuple(self.rows[0].tolist())
+
+    @property
+    def end(self) -> tuple[int, ...] | None:
+        """The last row; None when the run has no more behind it."""
+        return tuple(self.rows[-1].tolist()) if self._read < self.run.rows else None
+
+
+def count_up_to(rows: Rows, bound: tuple[int, ...]) -> int:
     """How many of the sorted rows are not above `bound`, column after column."""
     start, stop = 0, len(rows)
-    for column, number in enumerate(bound):
-        among = rows[start:stop, column]  # sorted: the columns before are equal in all of them
+    for column, value in enumerate(bound):
+        among, number = (
+            rows[start:stop, column],
+            np.uint64(value),
+        )  # sorted: the columns before are equal in all of them
         left, right = np.searchsorted(among, number, "left"), np.searchsorted(among, number, "right")
         start, stop = start + int(left), start + int(right)
     return stop
@@ -202,5 +245,5 @@ class Lookup:
 
 
 def _position(column: Rows, number: int) -> int:
-    """Where `number` (at most 2**64) would stand in a sorted column. As uint64: numpy would compare an int as a float."""
+    """Where `number` (at most 2**64) would stand in a sorted column. As uint64: numpy would compare small ints as floats."""
     return len(column) if number >= 2**64 else int(np.searchsorted(column, np.uint64(number)))

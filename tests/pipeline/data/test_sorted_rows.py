@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.sorted_rows import Lookup, Rows, TableWriter, merge, run_of, sort_rows
+from pipeline.data.sorted_rows import Lookup, Rows, Run, TableWriter, merge, run_of, sort_rows
 
 NUMBERS = st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1), st.sampled_from([2**63, 2**63 - 1, 2**64 - 1]))
 TABLES = st.integers(2, 4).flatmap(
@@ -61,12 +61,14 @@ def test_tables_merges_ranges_and_lookups_agree_with_sorted(
         assert {path.name for path in Path(folder).iterdir()} == {path.name for path in paths}, "something is left"
 
 
-def test_neighbours_above_two_to_the_53_are_told_apart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("big", [2**60, 2**63])
+def test_neighbours_above_two_to_the_53_are_told_apart(tmp_path: Path, big: int) -> None:
     """A comparison as floats would take them for one."""
-    rows = as_rows([(2**63 + n, n) for n in range(5)])
-    write(tmp_path / "t.npy", rows)
-    assert run_of(tmp_path / "t.npy", 2**63 + 2, 2**63 + 4).rows == 2
-    assert Lookup([tmp_path / "t.npy"]).rows(2**63 + 3) == [(3,)]
+    write(tmp_path / "t.npy", as_rows([(big + n, n) for n in range(5)]))
+    assert run_of(tmp_path / "t.npy", big + 2, big + 4).rows == 2
+    lookup = Lookup([tmp_path / "t.npy"])
+    assert lookup.rows(big + 3) == [(3,)]
+    assert lookup.rows(big + 4) == [(4,)]
 
 
 def test_a_lookup_refuses_to_go_back(tmp_path: Path) -> None:
@@ -104,3 +106,26 @@ def test_memory_hangs_neither_on_rows_nor_on_repeats(tmp_path: Path, spread: int
         assert tracemalloc.get_traced_memory()[1] < 3 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_runs_that_follow_one_another_are_not_all_searched_for_every_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One hash in all tasks: the tables are disjoint stretches of ordinals. Time must not grow with their number squared."""
+    paths = [tmp_path / f"{number}.npy" for number in range(50)]
+    for number, path in enumerate(paths):
+        write(path, as_rows([(7, 7, number << 32 | record) for record in range(200)]))
+    reads = 0
+    read = Run.read
+
+    def counted(run: Run, start: int, count: int) -> Rows:
+        nonlocal reads
+        reads += 1
+        return read(run, start, count)
+
+    monkeypatch.setattr(Run, "read", counted)
+    pieces = list(merge([run_of(path) for path in paths], 24 * 50 * 4))
+    assert len(np.concatenate(pieces)) == 50 * 200
+    windows = 50 * 200 // (4 + 16)
+    assert len(pieces) <= windows + 50
+    assert reads <= 2 * windows + 100
