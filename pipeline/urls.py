@@ -36,6 +36,12 @@ def is_http(url: str) -> bool:
     return url.lower().startswith(("http://", "https://"))
 
 
+def local_path(url: str | Path) -> Path:
+    """The path of a local URL."""
+    assert is_local(url), url
+    return Path(str(url).removeprefix("file://"))
+
+
 def public_url(url: str | Path) -> str:
     """The URL for names, logs and MLflow: without credentials, and for http without query and fragment, where
     signatures and tokens stand. (In a key of an object store `?` and `#` are letters like others.)"""

@@ -1,17 +1,17 @@
-"""Running a datatrove pipeline over processes: quiet, restartable, and never hanging on a worker that died.
+"""Running a datatrove pipeline: on any engine, quiet, restartable, and never hanging on a worker that died.
 
-datatrove divides the work into tasks, gives each task the pipeline, its rank and the number of tasks, and
-marks what is finished. On top of that:
+datatrove divides the work into tasks, gives each task the pipeline, its rank and the number of tasks, and marks what is
+finished. On top of that:
 
-- Markers live in a folder named by a key of everything that goes in, so changed inputs never meet old
-  markers.
-- A marker counts only while the files it stands for are there with their sha256 (`records/`): what is
-  complete is not redone, what is half-written or damaged is not believed.
-- Decision: LocalPipelineExecutor's `run` is replaced by the standard library's process pool. datatrove's own
-  pool waits for ever for a worker that was killed (out of memory), and leaves its manager process behind
-  when the parent is killed.
-- Workers come from a fork server: no fork of a process with threads or open fsspec filesystems (s3 breaks),
-  and only the first worker pays the imports.
+- Markers live in a folder named by a key of everything that goes in, so changed inputs never meet old markers.
+- A marker counts only while the files it stands for are there with their sha256 (`records/`): what is complete is not redone,
+  what is half-written or damaged is not believed. Of files in an object store, which were read back when they were
+  published, the size is looked at.
+- Decision: LocalPipelineExecutor's `run` is replaced by the standard library's process pool. datatrove's own pool waits for
+  ever for a worker that was killed (out of memory), and leaves its manager process behind when the parent is killed. The
+  other engines: engines.py.
+- Workers come from a fork server: no fork of a process with threads or open fsspec filesystems (s3 breaks), and only the
+  first worker pays the imports.
 - What workers print (datatrove's log, C++ libraries) goes to `console.log` in the work folder.
 """
 
@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -31,36 +32,77 @@ from typing import Any
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
+from pipeline.data.engines import ERRORS, LOCAL, DryRun, Engine, RayExecutor, Reporting, SlurmExecutor
+from pipeline.data.progress import Bar
 from pipeline.data.tar import remove_leftovers
 from pipeline.errors import UserError
+from pipeline.remote import filesystem_of, size_of
 from pipeline.storage import publish_json, sha256_file
+from pipeline.urls import is_local, join, local_path
 
 DROPPED = "dropped_"  # datatrove's filters count what they remove under this prefix; so do our readers
 RECORDS = "records"
 
 
 def run_tasks(
-    steps: list[PipelineStep], *, tasks: int, workers: int, workers_key: str, work: Path, output: Path
+    steps: list[PipelineStep],
+    *,
+    tasks: int,
+    workers: int,
+    workers_key: str,
+    work: Path,
+    output: Path | str,
+    engine: Engine = LOCAL,
+    label: str = "",
+    total_bytes: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Run the pipeline for every rank in [0, tasks) that is not complete. Returns each task's record, by
-    rank.
+    """Run the pipeline for every rank in [0, tasks) that is not complete. Returns each task's record, by rank.
 
-    work: this job's markers, records and logs. output: the folder the tasks publish their files in; its
-    index.json goes away before anything in the folder changes. workers: processes at once; workers_key: what
-    a user calls that setting.
+    work: this job's markers, records and logs. output: the folder or URL the tasks publish their files in; its index.json
+    goes away before anything in it changes. workers: tasks at once; workers_key: what a user calls that setting. label,
+    total_bytes: of the progress bar.
 
-    Raises whatever a step raises; UserError when a worker dies.
+    Raises whatever a step raises; UserError when a worker dies; DryRun.
     """
     work.mkdir(parents=True, exist_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
     _forget_unbelievable(work, output, tasks)
-    executor = _Executor(steps, tasks=tasks, workers=workers, logging_dir=str(work))
+    executor = _make(engine, steps, tasks=tasks, workers=workers, work=work)
+    if engine.dry_run:
+        raise DryRun(executor.render(), tasks)
     ranks = executor.get_incomplete_ranks()
     if ranks:
-        (output / "index.json").unlink(missing_ok=True)
-        remove_leftovers(output)
-        executor.run_ranks(ranks, console=work / "console.log", workers_key=workers_key)
+        _prepare(output)
+        shutil.rmtree(work / ERRORS, ignore_errors=True)
+        with Bar(work, label, total_bytes):
+            executor.run_ranks(ranks, console=work / "console.log", workers_key=workers_key)
     return [_read(work, RECORDS, rank) for rank in range(tasks)]
+
+
+def is_complete(work: Path, output: Path | str, tasks: int) -> bool:
+    """Whether every task is finished and its files are as they were left."""
+    return all(
+        (work / "completions" / f"{rank:05d}").is_file() and _believable(work, output, rank) for rank in range(tasks)
+    )
+
+
+def _make(engine: Engine, steps: list[PipelineStep], *, tasks: int, workers: int, work: Path) -> Any:
+    if engine.kind == "local":
+        return _Executor(steps, tasks=tasks, workers=workers, logging_dir=str(work))
+    kind = SlurmExecutor if engine.kind == "slurm" else RayExecutor
+    return kind(steps, tasks=tasks, workers=workers, work=work, engine=engine)
+
+
+def _prepare(output: Path | str) -> None:
+    """An unfinished folder has no index; and nothing of a killed run's half-written files."""
+    if is_local(output):
+        folder = local_path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "index.json").unlink(missing_ok=True)
+        remove_leftovers(folder)
+        return
+    filesystem, path = filesystem_of(join(output, "index.json"))
+    if filesystem.exists(path):
+        filesystem.rm_file(path)
 
 
 def write_record(work: Path, rank: int, record: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
@@ -69,22 +111,25 @@ def write_record(work: Path, rank: int, record: dict[str, Any], files: dict[str,
     publish_json(work / RECORDS / f"{rank:05d}.json", {**record, "files": files})
 
 
-def stat_totals(work: Path, tasks: int) -> dict[str, int]:
-    """Total of every datatrove statistic, over steps and tasks: the counts of what was read and dropped."""
-    totals: dict[str, int] = {}
+def step_stats(work: Path, tasks: int) -> list[dict[str, Any]]:
+    """What each step counted, in pipeline order, summed over the tasks."""
+    steps: list[dict[str, Any]] = []
     for rank in range(tasks):
-        for step in _read(work, "stats", rank):
+        for number, step in enumerate(_read(work, "stats", rank)):
+            if number == len(steps):
+                steps.append({"name": step["name"].rpartition(": ")[2], "stats": {}})
             for label, value in step["stats"].items():
                 total = value["total"] if isinstance(value, dict) else value
-                totals[label] = totals.get(label, 0) + int(total)
-    return totals
+                counts = steps[number]["stats"]
+                counts[label] = counts.get(label, 0) + int(total)
+    return steps
 
 
 def _read(work: Path, kind: str, rank: int) -> Any:
     return json.loads((work / kind / f"{rank:05d}.json").read_text(encoding="utf-8"))
 
 
-def _forget_unbelievable(work: Path, output: Path, tasks: int) -> None:
+def _forget_unbelievable(work: Path, output: Path | str, tasks: int) -> None:
     """Remove the marker of each finished task whose record or files are not what they were."""
     for rank in range(tasks):
         marker = work / "completions" / f"{rank:05d}"
@@ -92,24 +137,25 @@ def _forget_unbelievable(work: Path, output: Path, tasks: int) -> None:
             marker.unlink()
 
 
-def _believable(work: Path, output: Path, rank: int) -> bool:
+def _believable(work: Path, output: Path | str, rank: int) -> bool:
     try:
         _read(work, "stats", rank)
-        files = _read(work, RECORDS, rank)["files"]
-        return all(
-            (output / name).stat().st_size == facts["size"] and sha256_file(output / name) == facts["sha256"]
-            for name, facts in files.items()
-        )
+        return all(_is(join(output, name), facts) for name, facts in _read(work, RECORDS, rank)["files"].items())
     except (OSError, ValueError, KeyError):
         return False
 
 
-class _Executor(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
+def _is(url: str, facts: dict[str, Any]) -> bool:
+    size: int = facts["size"]
+    return size_of(url) == size and (not is_local(url) or sha256_file(url) == facts["sha256"])
+
+
+class _Executor(Reporting, LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
     """datatrove's local executor with a pool that notices dead workers and dies with its parent."""
 
     def run_ranks(self, ranks: list[int], *, console: Path, workers_key: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, *sorted({type(step).__module__ for step in self.pipeline})])
         pool = ProcessPoolExecutor(
             min(self.workers, len(ranks)),
             mp_context=context,

@@ -162,8 +162,12 @@ class WriteDocuments(PipelineStep):  # type: ignore[misc]  # datatrove has no ty
             if not records:
                 return None
             facts = {"name": name, "records": records, "bytes": merged.stat().st_size, "sha256": sha256_file(merged)}
-            publish(join(self.folder, name), lambda temporary: shutil.move(merged, temporary))
+            publish(join(self.folder, name), lambda temporary: _move(merged, temporary))
         return facts
+
+
+def _move(source: Path, target: Path) -> None:
+    shutil.move(source, target)
 
 
 class _Again:
@@ -171,7 +175,7 @@ class _Again:
 
     def __init__(self) -> None:
         self._file = tempfile.NamedTemporaryFile(prefix="pldr-", suffix=".jsonl.zst")  # noqa: SIM115 - closed in __exit__
-        self._stream = zstandard.ZstdCompressor(1).stream_writer(self._file, closefd=False)
+        self._stream: Any = zstandard.ZstdCompressor(1).stream_writer(self._file, closefd=False)
         self._empty = True
 
     def add(self, document: Document) -> None:
