@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from launch.data import add_bench_options, add_data_verbs, bench_data
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.stages import NAMES, Line, exclusive
@@ -132,9 +133,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=None)
     sub = verb("parity", _parity, "compare with a golden case of the reference implementation")
     sub.add_argument("directory", metavar="DIR")
-    sub = with_config(verb("bench", _bench, "time the model against its own SDPA twin"))
-    sub.add_argument("--steps", type=int, default=10, help="timed training steps of each model")
-    sub.add_argument("--batch", type=int, default=4, help="sequences in a training step")
+    add_data_verbs(verbs, common)
+    sub = verb("bench", _bench, "CONFIG: time the model against its own SDPA twin; data: time tokenising and loading")
+    sub.add_argument("config", metavar="CONFIG|data", help="YAML of the run, or the word data")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the YAML")
+    sub.add_argument("--steps", type=int, help="with CONFIG: timed training steps of each model (10)")
+    sub.add_argument("--batch", type=int, help="with CONFIG: sequences in a training step (4)")
+    add_bench_options(sub)
     sub = verb("import", _import, "reference checkpoint (.pth, .safetensors) -> our safetensors")
     sub.add_argument("source", metavar="CHECKPOINT")
     sub.add_argument("target", metavar="FOLDER")
@@ -243,11 +248,15 @@ def _parity(arguments: Any, show: Callable[[str], None]) -> Result:
 
 
 def _bench(arguments: Any, show: Callable[[str], None]) -> Result:
+    if arguments.config == "data":
+        return bench_data(arguments, _show)
     from pldr_model.bench import bench
 
+    if arguments.text is not None or arguments.tokenizer is not None:
+        raise ConfigError("bench: --text and --tokenizer go with `pldr bench data`")
     config = load_config(arguments.config, arguments.overrides)
     try:
-        result = bench(config.model, batch_size=arguments.batch, steps=arguments.steps)
+        result = bench(config.model, batch_size=arguments.batch or 4, steps=arguments.steps or 10)
     except ValueError as error:
         raise ConfigError(f"{arguments.config}: bench: {error}") from None
     for key, value in result.items():

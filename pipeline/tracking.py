@@ -105,14 +105,18 @@ def _remembered_run(paths: RunPaths, uri: str) -> str | None:
         return None
 
 
-def _create(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
+def _experiment(mlflow: Any, config: RunConfig) -> str:
+    """The experiment's id; it is made when it does not exist."""
     experiment = mlflow.get_experiment_by_name(config.tracking.experiment)
-    if experiment is None:
-        # A SQLite store keeps artifacts beside the database and not in the working directory.
-        location = (paths.root / "mlartifacts").as_uri() if config.tracking.uri is None else None
-        experiment_id = mlflow.create_experiment(config.tracking.experiment, artifact_location=location)
-    else:
-        experiment_id = experiment.experiment_id
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    # A SQLite store keeps artifacts beside the database and not in the working directory.
+    location = (RunPaths(config.run_dir).root / "mlartifacts").as_uri() if config.tracking.uri is None else None
+    return str(mlflow.create_experiment(config.tracking.experiment, artifact_location=location))
+
+
+def _create(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
+    experiment_id = _experiment(mlflow, config)
     run = mlflow.create_run(experiment_id, run_name=config.name, tags={"pldr.run_dir": str(paths.root)})
     from mlflow.entities import Param
 
@@ -354,3 +358,31 @@ def log_files(config: RunConfig, run_id: str, files: dict[str, str]) -> None:
             mlflow.log_artifact(run_id, path, folder)
     except Exception as error:
         log.warning("MLflow did not take %s: %s", ", ".join(files), first_line(error))
+
+
+def log_report(config: RunConfig, report: Path) -> str | None:
+    """Attach a data report to the run directory's run, or, before there is one, to a run of its own named `data-report`.
+
+    The id of that run; None, with a warning, when MLflow does not answer: the report stays where it is.
+    """
+    uri = tracking_uri(config)
+    try:
+        mlflow = client(uri)
+        run_id = _remembered_run(RunPaths(config.run_dir), uri) or _report_run(mlflow, config)
+        with _patience():
+            mlflow.log_artifact(run_id, str(report), "data")
+        return run_id
+    except Exception as error:
+        log.warning("MLflow did not take %s: %s", report, first_line(error))
+        return None
+
+
+def _report_run(mlflow: Any, config: RunConfig) -> str:
+    """The run that this run directory's earlier reports went to, or a new one."""
+    experiment_id, root = _experiment(mlflow, config), str(RunPaths(config.run_dir).root)
+    for run in mlflow.search_runs([experiment_id], "tags.`mlflow.runName` = 'data-report'"):
+        if run.data.tags.get("pldr.run_dir") == root:
+            return str(run.info.run_id)
+    run = mlflow.create_run(experiment_id, run_name="data-report", tags={"pldr.run_dir": root})
+    mlflow.set_terminated(run.info.run_id)
+    return str(run.info.run_id)

@@ -1,0 +1,294 @@
+"""Looking at what the data stages made: every checksum again, and a sequence in words.
+
+Nothing here trusts the files it reads. Text is shown with its control characters made visible: a document may hold what
+moves a terminal's cursor.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.documents import DocumentIndex, read_removed, read_shard
+from pipeline.data.index import TOKENIZE_AGAIN, TokenIndex, TokenShard, missing, wrong_sha256
+from pipeline.errors import UserError
+from pipeline.remote import open_retrying, read_range
+from pipeline.storage import exists, join, read_json, safe_member
+from pipeline.tokenizer import Tokenizer
+from pipeline.urls import public_url
+
+Say = Callable[[str], None]
+END_MARK = "⏎ end of document"
+CUT_MARK = "⏎ another document"
+SPACE = "\u2581"  # what SentencePiece writes for one
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One stored sequence of context_length + 1 ids, and where it is. `segments`: number of the document of each token
+    within the row, from 1, 0 for padding; None when the tokens were made without boundaries."""
+
+    split: str
+    number: int
+    of: int
+    shard: str
+    block: int
+    row: int
+    ids: tuple[int, ...]
+    segments: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a decoded sequence. `kind`: text, byte (part of a character that is cut), end (of a document), cut
+    (another document begins although none ended), pad (text: how many), special (text: its name)."""
+
+    kind: str
+    text: str = ""
+
+
+def folder_of(index: str) -> str:
+    """The folder of an index, given as folder or as its index.json."""
+    return index.removesuffix("index.json").rstrip("/") or "."
+
+
+def kind_of(folder: str) -> str:
+    """Whose folder it is, "documents" or "tokens". Raises UserError when it is neither's."""
+    url = join(folder, "index.json")
+    if not exists(url):
+        raise UserError(
+            f"{public_url(folder)}: holds no index.json; name a documents or tokens folder, or the YAML of a run"
+        )
+    tree = read_json(url)
+    if isinstance(tree, dict) and isinstance(tree.get("shards"), list):
+        return "tokens" if "context_length" in tree else "documents"
+    raise UserError(
+        f"{public_url(url)}: no index of documents or tokens; name the folder that `pldr shard` or `pldr tokenize` made"
+    )
+
+
+def verify(documents: str | None, tokens: str | None, say: Say) -> dict[str, Any]:
+    """Check every checksum of documents, removed lists and tokens, and the fingerprints. A folder that is None is left out.
+
+    Returns what was checked. Raises UserError naming the first file that is damaged or missing.
+    """
+    result: dict[str, Any] = {}
+    if documents is not None:
+        result["documents"] = verify_documents(documents)
+        facts = result["documents"]
+        say(
+            f"{public_url(documents)}: {facts['files']} files, {facts['documents']:,} documents, {facts['removed']:,} removed: "
+            f"every checksum fits, fingerprint {facts['fingerprint'][:16]}"
+        )
+    if tokens is not None:
+        result["tokens"] = verify_tokens(tokens)
+        facts = result["tokens"]
+        say(
+            f"{public_url(tokens)}: {facts['files']} files, {facts['blocks']:,} blocks, {facts['sequences']:,} sequences: "
+            f"every checksum fits, fingerprint {facts['fingerprint'][:16]}"
+        )
+    if documents is not None and tokens is not None:
+        made, found = result["tokens"]["documents_fingerprint"], result["documents"]["fingerprint"]
+        if made != found:
+            raise UserError(
+                f"{tokens}: tokens of documents {made[:16]}, {documents} holds {found[:16]} (fingerprints); {TOKENIZE_AGAIN}"
+            )
+    return result
+
+
+def verify_documents(folder: str) -> dict[str, Any]:
+    """Every document tar and removed list against its size and sha256, and every document against its own."""
+    index = DocumentIndex.load(folder)
+    documents = sum(_verify_shard(index, shard) for shard in index.shards)
+    removed = sum(1 for _ in read_removed(index))
+    listed = sum(file["records"] for file in index.tree["removed"])
+    if removed != listed:
+        raise UserError(
+            f"{folder}: {removed} records of removed documents, the index says {listed}; run `pldr shard` again"
+        )
+    files = len(index.shards) + len(index.tree["removed"])
+    return {
+        "folder": folder,
+        "files": files,
+        "documents": documents,
+        "removed": removed,
+        "fingerprint": index.fingerprint,
+    }
+
+
+def _verify_shard(index: DocumentIndex, shard: dict[str, Any]) -> int:
+    count = 0
+    for document in read_shard(index.folder, shard):
+        if hashlib.sha256(document.text.encode("utf-8")).hexdigest() != document.meta["sha256"]:
+            raise UserError(
+                f"{join(index.folder, shard['name'])}: {document.key}.txt is not the text its .json names (sha256); "
+                "run `pldr shard` again"
+            )
+        count += 1
+    if count != shard["documents"]:
+        raise UserError(
+            f"{join(index.folder, shard['name'])}: {count} documents, the index says {shard['documents']}; "
+            "run `pldr shard` again"
+        )
+    return count
+
+
+def verify_tokens(folder: str) -> dict[str, Any]:
+    """Every token tar, every block in it, and the copy of the tokenizer against their checksums."""
+    index = TokenIndex.load(folder)
+    index.verify()
+    tokenizer_of(index)
+    return {
+        "folder": folder,
+        "files": len(index.shards) + 1,
+        "blocks": sum(len(shard.offsets) for shard in index.shards),
+        "sequences": sum(shard.sequences for shard in index.shards),
+        "fingerprint": index.fingerprint,
+        "documents_fingerprint": index.documents_fingerprint,
+    }
+
+
+def tokenizer_of(index: TokenIndex) -> Tokenizer:
+    """The tokenizer that lies beside the tokens. Raises UserError when it is missing or damaged."""
+    url = join(index.folder, safe_member(index.tokenizer["name"]))
+    try:
+        with open_retrying(url) as stream:
+            data = stream.read()
+    except FileNotFoundError:
+        raise UserError(missing(url)) from None
+    if hashlib.sha256(data).hexdigest() != index.tokenizer["sha256"]:
+        raise UserError(wrong_sha256(url))
+    return Tokenizer.from_bytes(data, path=Path(url))
+
+
+def read_sequence(index: TokenIndex, split: str, number: int) -> Sequence:
+    """A sequence by number, from 0, through the split's shards in index order. Only its block is read, and checked.
+
+    Raises UserError for a number that does not exist, or a block that is missing or damaged.
+    """
+    total = index.num_sequences(split)
+    if not total:
+        known = ", ".join(dict.fromkeys(shard.split for shard in index.shards))
+        raise UserError(f"{index.folder}: no split {split!r} with sequences; there are: {known}")
+    if not 0 <= number < total:
+        raise UserError(f"sequence {number}: the {split} split has sequences 0 to {total - 1}; name one of these")
+    shards = index.of_split(split)
+    ends = list(accumulate(shard.sequences for shard in shards))
+    position = bisect.bisect_right(ends, number)
+    shard = shards[position]
+    block, row = divmod(number - (ends[position] - shard.sequences), index.block_sequences)
+    ids = _row(index, shard, block, row, shard.offsets, shard.block_sha256, index.dtype)
+    segments = None
+    if index.boundaries:
+        segments = _row(index, shard, block, row, shard.segment_offsets, shard.segment_sha256, "uint16")
+    return Sequence(split, number, total, shard.name, block, row, ids, segments)
+
+
+def _row(
+    index: TokenIndex, shard: TokenShard, block: int, row: int, offsets: Any, hashes: Any, dtype: str
+) -> tuple[int, ...]:
+    width = index.context_length + 1
+    rows = index.rows(shard, block)
+    numbers = np.dtype(dtype).newbyteorder("<")
+    url = join(index.folder, shard.name)
+    try:
+        data = read_range(url, offsets[block], offsets[block] + rows * width * numbers.itemsize)
+    except FileNotFoundError:
+        raise UserError(missing(url)) from None
+    if not hashlib.sha256(data).hexdigest().startswith(hashes[block]):
+        raise UserError(wrong_sha256(url, f", block {block}"))
+    return tuple(np.frombuffer(data, dtype=numbers).reshape(rows, width)[row].tolist())
+
+
+def spans(sequence: Sequence, tokenizer: Tokenizer) -> Iterator[Span]:
+    """The sequence in words, document ends and padding marked. Bytes that make whole characters are text."""
+    for is_text, group in groupby(_joined(_atoms(sequence, tokenizer)), key=lambda span: span.kind == "text"):
+        if is_text:
+            yield Span("text", "".join(span.text for span in group))
+        else:
+            yield from group
+
+
+def _atoms(sequence: Sequence, tokenizer: Tokenizer) -> Iterator[Span]:
+    """A span for each token (a byte as two hex digits), and those where another document begins."""
+    leading = tokenizer.pieces("a")[0].startswith(
+        SPACE
+    )  # it puts a space before a text, which decoding takes away again
+    for position, token in enumerate(sequence.ids):
+        if position and _another(sequence, position, tokenizer):
+            yield Span("cut")
+        if (byte := tokenizer.byte(token)) is not None:
+            yield Span("byte", f"{byte:02X}")
+        elif token == tokenizer.pad_id:
+            yield Span("pad")
+        elif token == tokenizer.eos_id:
+            yield Span("end")
+        elif token >= tokenizer.vocab_size:
+            yield Span("special", f"id {token}")
+        elif token in (tokenizer.unk_id, tokenizer.bos_id):
+            yield Span("special", tokenizer.piece(token))
+        else:
+            piece = tokenizer.piece(token)
+            begins = leading and position and sequence.ids[position - 1] == tokenizer.eos_id
+            yield Span("text", (piece.removeprefix(SPACE) if begins else piece).replace(SPACE, " "))
+
+
+def _joined(atoms: Iterator[Span]) -> Iterator[Span]:
+    """Bytes in a row as characters where they make some, padding in a row as one span with its count."""
+    for kind, group in groupby(atoms, key=lambda span: span.kind):
+        if kind == "byte":
+            yield from _characters(bytes.fromhex("".join(span.text for span in group)))
+        elif kind == "pad":
+            yield Span("pad", str(sum(1 for _ in group)))
+        else:
+            yield from group
+
+
+def _characters(raw: bytes) -> Iterator[Span]:
+    while raw:
+        try:
+            yield Span("text", raw.decode("utf-8"))
+            return
+        except UnicodeDecodeError as error:
+            if error.start:
+                yield Span("text", raw[: error.start].decode("utf-8"))
+            yield Span("byte", raw[error.start : error.end].hex(" ").upper())
+            raw = raw[error.end :]
+
+
+def _another(sequence: Sequence, position: int, tokenizer: Tokenizer) -> bool:
+    """Whether another document begins here although none ended: the piece before goes on in another sequence."""
+    if sequence.segments is None:
+        return False
+    before, now = sequence.segments[position - 1], sequence.segments[position]
+    return before != now and 0 not in (before, now) and sequence.ids[position - 1] != tokenizer.eos_id
+
+
+def as_text(parts: Iterator[Span]) -> str:
+    """Spans for a terminal."""
+    marks = {"end": f" {END_MARK}\n", "cut": f" {CUT_MARK}\n", "pad": "[{} x padding]", "byte": "[byte {}]"}
+    return "".join(
+        visible(part.text) if part.kind == "text" else marks.get(part.kind, "[{}]").format(visible(part.text))
+        for part in parts
+    )
+
+
+def visible(text: str) -> str:
+    """Control characters, and those that turn the direction of writing, as symbols; line ends and tabs stay."""
+    return text if text.isprintable() else HIDDEN.sub(lambda found: _symbol(found[0]), text)
+
+
+def _symbol(character: str) -> str:
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else f"[U+{code:04X}]"
