@@ -1,0 +1,228 @@
+"""`pldr bench data`: how fast text becomes tokens, and tokens become batches.
+
+Everything runs in one process, what is compared in turn, and medians count, so that a busy machine slows both sides alike.
+Rates of the loader are per second of processor time, which is what "per core" means where threads read ahead.
+
+What is measured, and with what target:
+
+- tokenize_ratio_to_sentencepiece (0.90): all that one worker does with a document shard (read and check the tar, encode,
+  pack, write the token tar) against nothing but SentencePiece encoding the same texts on one thread, both giving arrays.
+- tokenize_scaling_2 (1.7): the job of the stage `tokenize` with one worker against two, starting the fork server and the
+  workers included. Long text hides the start: how much text it was is said beside the number.
+- loader_tokens_per_second (20 million): global batches of a local folder, through order, reader and prefetch.
+- loader_flat_shards, loader_flat_sequences (0.8): the rate with 2,000 shards against 1 of as many sequences, and with 1
+  shard against one with a sixteenth of its sequences.
+- loader_startup_seconds_2000_shards (1.0): from nothing to the first batch. Shards are hashed when they are first touched.
+- order_bytes: peak memory of computing 4,096 positions of an order of 1e12 sequences, beside that of 1e3.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.bench_input import read_text, write_documents, write_tokens
+from pipeline.data.index import TokenIndex, dtype_for
+from pipeline.data.loader import TrainLoader
+from pipeline.data.order import Order
+from pipeline.data.reader import TokenReader
+from pipeline.data.tasks import run_tasks
+from pipeline.data.tokenize import TokenizeShard
+from pipeline.data.tokenizer import train
+from pipeline.storage import publish_bytes
+from pipeline.tokenizer import Tokenizer
+
+Show = Callable[[str], None]
+TARGETS = {
+    "tokenize_ratio_to_sentencepiece": (0.90, "at least"),
+    "tokenize_scaling_2": (1.7, "at least"),
+    "loader_tokens_per_second": (20e6, "at least"),
+    "loader_flat_shards": (0.8, "at least"),
+    "loader_flat_sequences": (0.8, "at least"),
+    "loader_startup_seconds_2000_shards": (1.0, "below"),
+}
+MEGABYTES = 128  # of text for the scaling; the ratio takes one shard of it
+SHARDS = 16
+TRAINER_BYTES = 3_000_000
+VOCAB_SIZE = 4096
+ROUNDS = 3
+CONTEXT, BLOCK, BATCH = 1024, 32, 64  # of the loader's runs; a shard of the many is one block
+MANY_SHARDS = 2000
+
+
+def bench(
+    *,
+    text: str | None = None,
+    tokenizer: str | None = None,
+    show: Show,
+    megabytes: int = MEGABYTES,
+    shards: int = MANY_SHARDS,
+) -> dict[str, Any]:
+    """Run everything (about a minute and a half). `text`: a file, `tokenizer`: a SentencePiece model, else made up.
+
+    Returns the numbers by the names above, and what they were measured on. Raises UserError for a text or model that
+    cannot be read.
+    """
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1  # of before we begin
+    if load > 0.5:
+        show(f"load {load:.1f} on {cores} cores: others work here, and two workers cannot be twice as fast")
+    with tempfile.TemporaryDirectory(prefix="pldr-bench-") as folder:
+        work = Path(folder)
+        texts, source = read_text(text, megabytes * 10**6)
+        model = _tokenizer(texts, tokenizer, work)
+        show(f"text: {source}, {megabytes} MB")
+        show(f"tokenizer: {tokenizer or 'trained on the text'}, {model.vocab_size} pieces")
+        result: dict[str, Any] = {"text": source, "load_average": round(load, 2), "cores": cores}
+        parts: list[Callable[[], dict[str, Any]]] = [
+            lambda: bench_tokenize(work / "tokenize", texts, model),
+            lambda: bench_loader(work / "loader", many=shards),
+            bench_order,
+        ]
+        for part in parts:
+            numbers = part()
+            result |= numbers
+            show("\n".join(line(name, value) for name, value in numbers.items()))
+    return result
+
+
+def line(name: str, value: Any) -> str:
+    """A number for a person, with its target."""
+    shown = f"{value:,}" if isinstance(value, int) else f"{value / 1e6:,.1f} M" if value > 1e5 else f"{value:.3f}"
+    if name not in TARGETS:
+        return f"{name:<40} {shown:>12}"
+    target, way = TARGETS[name]
+    met = value >= target if way == "at least" else value < target
+    wanted = f"{target / 1e6:g} M" if target > 1e5 else f"{target:g}"
+    return f"{name:<40} {shown:>12}   target {way} {wanted}: {'met' if met else 'NOT met'}"
+
+
+def _tokenizer(texts: list[str], given: str | None, work: Path) -> Tokenizer:
+    if given is not None:
+        return Tokenizer.load(given)
+    share = min(1.0, TRAINER_BYTES / sum(map(len, texts)))
+    path = work / "tokenizer.model"
+    publish_bytes(path, train(texts, vocab_size=VOCAB_SIZE, share=share))
+    return Tokenizer.load(path)
+
+
+def bench_tokenize(work: Path, texts: list[str], tokenizer: Tokenizer) -> dict[str, Any]:
+    """One worker against SentencePiece alone on a shard, then one worker against two on all of them."""
+    documents = work / "documents"
+    index = write_documents(documents, texts, SHARDS)
+    settings = {
+        "context_length": CONTEXT,
+        "block_sequences": BLOCK,
+        "packing": "concat",
+        "remainder": "drop",
+        "boundaries": False,
+        "dtype": dtype_for(tokenizer.vocab_size),
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_sha256": tokenizer.sha256,
+        "documents_fingerprint": index["fingerprint"],
+    }
+
+    def step(folder: Path) -> TokenizeShard:
+        return TokenizeShard(str(documents), tokenizer.path, str(folder / "tokens"), folder / "work", settings)
+
+    mine = texts[::SHARDS]
+    alone, ours = in_turn(
+        lambda: tokenizer.encode_arrays(mine), lambda: _exhaust(step(work / "one").run(rank=0)), rounds=2 * ROUNDS - 1
+    )
+    runs = iter(range(2 * ROUNDS))
+
+    def stage(workers: int) -> None:
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # a stage starts its own: the start counts
+        folder = work / f"run-{next(runs)}"
+        run_tasks(
+            [step(folder)],
+            tasks=SHARDS,
+            workers=workers,
+            workers_key="",
+            work=folder / "work",
+            output=folder / "tokens",
+        )
+
+    one, two = in_turn(lambda: stage(1), lambda: stage(2), rounds=ROUNDS)
+    size = sum(shard["text_bytes"] for shard in index["shards"])
+    return {
+        "tokenize_ratio_to_sentencepiece": statistics.median(a / b for a, b in zip(alone, ours, strict=True)),
+        "tokenize_scaling_2": statistics.median(a / b for a, b in zip(one, two, strict=True)),
+        "tokenize_text_bytes": size,
+        "tokenize_bytes_per_second": index["shards"][0]["text_bytes"] / statistics.median(ours),
+        "tokenize_stage_seconds_1": statistics.median(one),
+        "tokenize_stage_seconds_2": statistics.median(two),
+    }
+
+
+def bench_loader(work: Path, *, many: int) -> dict[str, Any]:
+    """Rates of a loader on one shard, on many with as many sequences, and on one with a sixteenth of them; its start."""
+    sequences = many * BLOCK
+    sizes = {"one": (1, sequences), "many": (many, BLOCK), "few": (1, sequences // 16)}
+    for name, (shards, size) in sizes.items():
+        write_tokens(work / name, shards=shards, sequences=size, context_length=CONTEXT, block_sequences=BLOCK)
+    ready = {name: _loader(work / name) for name in sizes}
+    batches = sequences // BATCH
+    for loader in ready.values():
+        _exhaust(loader.micro_batches(0, limit=batches))  # touches, and so checks, every shard
+
+    def run(name: str) -> Callable[[], None]:
+        return lambda: _exhaust(ready[name].micro_batches(0, limit=batches))
+
+    seconds = in_turn(*(run(name) for name in sizes), rounds=2 * ROUNDS - 1, clock=time.process_time)
+    one, lots, few = (statistics.median(part) for part in seconds)
+    starts = [_seconds(lambda: next(_loader(work / "many").micro_batches(0)), time.perf_counter) for _ in range(ROUNDS)]
+    return {
+        "loader_tokens_per_second": batches * BATCH * CONTEXT / one,
+        "loader_flat_shards": one / lots,
+        "loader_flat_sequences": few / one,
+        f"loader_startup_seconds_{many}_shards": statistics.median(starts),
+        "loader_sequences": sequences,
+    }
+
+
+def _loader(folder: Path) -> TrainLoader:
+    reader = TokenReader(TokenIndex.load(folder), "train")
+    return TrainLoader(reader, seed=0, global_batch=BATCH, micro_batch=BATCH // 4, rank=0, world_size=1)
+
+
+def bench_order() -> dict[str, Any]:
+    """Peak bytes of computing the same number of positions of a small and of a huge order."""
+    peaks = {}
+    for name, size in (("order_bytes_1e3", 10**3), ("order_bytes", 10**12)):
+        order = Order(num_sequences=size, block_sequences=BLOCK, fingerprint="bench", seed=0)
+        order.global_batch(0, 4096)
+        tracemalloc.start()
+        order.global_batch(size // 2, 4096)
+        peaks[name] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return peaks
+
+
+def in_turn(
+    *parts: Callable[[], Any], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
+    """Seconds of each part in each round. Who begins changes from round to round."""
+    seconds: list[list[float]] = [[] for _ in parts]
+    for number in range(rounds):
+        order = range(len(parts)) if number % 2 == 0 else reversed(range(len(parts)))
+        for part in order:
+            seconds[part].append(_seconds(parts[part], clock))
+    return seconds
+
+
+def _seconds(part: Callable[[], Any], clock: Callable[[], float]) -> float:
+    started = clock()
+    part()
+    return clock() - started
+
+
+def _exhaust(items: Any) -> None:
+    for _ in items:
+        pass
