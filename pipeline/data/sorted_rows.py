@@ -8,6 +8,7 @@ comes: a boilerplate paragraph that a billion documents share is only a long str
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import os
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.storage import publish, sha256_file
+from pipeline.storage import explain_os_error, publish, sha256_file
 
 Rows = npt.NDArray[np.uint64]
 
@@ -169,7 +170,7 @@ class TableWriter:
         self._buffer = bytearray()
 
     def append(self, rows: bytes | Rows) -> None:
-        """Add rows: an array [n, columns], or its bytes."""
+        """Add rows: an array [n, columns], or its bytes. Raises UserError on a full disk."""
         self._buffer += rows if isinstance(rows, bytes) else rows.tobytes()
         if len(self._buffer) >= self.memory:
             self._runs.append(self._write_run())
@@ -178,7 +179,6 @@ class TableWriter:
         """Give the table its name. Returns {"sha256", "size"} of the file."""
         if self._runs and self._buffer:
             self._runs.append(self._write_run())
-        self._spill.flush()
         pieces = merge(self._runs, self.memory) if self._runs else iter([self._sorted()])
         self.rows = sum(run.rows for run in self._runs) or len(self._buffer) // (self.columns * NUMBER.itemsize)
         header = {"descr": NUMBER.str, "fortran_order": False, "shape": (self.rows, self.columns)}
@@ -198,7 +198,11 @@ class TableWriter:
     def _write_run(self) -> Run:
         rows = self._sorted()
         run = Run(self._spill.fileno(), self._spill.tell(), len(rows), self.columns)
-        self._spill.write(rows.data)
+        try:
+            self._spill.write(rows.data)
+            self._spill.flush()
+        except OSError as error:
+            raise explain_os_error(error, str(self.target)) from error
         self._buffer = bytearray()
         return run
 
@@ -208,7 +212,8 @@ class TableWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._spill.close()
+        with contextlib.suppress(OSError):  # the buffer of a full disk, which was reported when it happened
+            self._spill.close()
 
 
 class Lookup:

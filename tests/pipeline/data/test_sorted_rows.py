@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.sorted_rows import Lookup, Rows, Run, TableWriter, merge, run_of, sort_rows
+from pipeline.errors import UserError
 
 NUMBERS = st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1), st.sampled_from([2**63, 2**63 - 1, 2**64 - 1]))
 TABLES = st.integers(2, 4).flatmap(
@@ -69,6 +70,17 @@ def test_neighbours_above_two_to_the_53_are_told_apart(tmp_path: Path, big: int)
     lookup = Lookup([tmp_path / "t.npy"])
     assert lookup.rows(big + 3) == [(3,)]
     assert lookup.rows(big + 4) == [(4,)]
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"t\.npy: the disk is full"),
+        open("/dev/full", "wb") as full,
+        TableWriter(tmp_path / "t.npy", 3, 24) as table,
+    ):
+        table._spill = full
+        table.append(as_rows([(1, 2, 3)]))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lookup_refuses_to_go_back(tmp_path: Path) -> None:
