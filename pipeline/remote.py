@@ -102,6 +102,14 @@ def size_of(url: str) -> int:
     return int(size)
 
 
+def version_of(url: str) -> dict[str, Any]:
+    """What tells one content of a remote file from another without reading it: size, and what the store has of ETag,
+    generation and hash. Raises FileNotFoundError, or UserError naming the URL."""
+    filesystem, path = filesystem_of(url)
+    info = retrying(url, lambda: filesystem.info(path))
+    return {key: info[key] for key in VERSION_KEYS if info.get(key) is not None}
+
+
 def retrying(url: str, action: Callable[[], Result], *, what: str = "read") -> Result:
     """The result of `action`, tried again while it fails for a reason that may pass.
 
@@ -188,9 +196,7 @@ class _Ranges(io.RawIOBase):
         return count
 
     def _look(self) -> dict[str, Any]:
-        self._filesystem.invalidate_cache()
-        info = retrying(self._url, lambda: self._filesystem.info(self._path))
-        return {key: info.get(key) for key in VERSION_KEYS}
+        return version_of(self._url)
 
 
 class _HttpStream(io.RawIOBase):

@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
-from pipeline.remote import filesystem_of, open_retrying, retrying
+from pipeline.remote import filesystem_of, open_retrying, retrying, version_of
 from pipeline.storage import explain_os_error, publish
 from pipeline.urls import is_local, join, public_url
 
@@ -88,7 +88,8 @@ class TarWriter:
         return offset
 
     def publish(self) -> dict[str, Any]:
-        """End the archive and give it its name. Returns {"sha256", "size"} of the file."""
+        """End the archive and give it its name. Returns {"sha256", "size"} of the file; at a URL also its "version"
+        there, so that a restart knows it again without reading it."""
         self._write(bytes(2 * BLOCK))
         self._write(bytes(-self._size % tarfile.RECORDSIZE))
         try:
@@ -97,7 +98,8 @@ class TarWriter:
             raise explain_os_error(error, self._shown) from error
         # A link spares the copy where spool and temporary files are on two disks; the upload follows it.
         publish(self.target, self._spool_as_link if self._remote else partial(os.replace, self._spool))
-        return {"sha256": self._sha256.hexdigest(), "size": self._size}
+        facts = {"sha256": self._sha256.hexdigest(), "size": self._size}
+        return {**facts, "version": version_of(self.target)} if self._remote else facts
 
     def _spool_as_link(self, temporary: Path) -> None:
         temporary.symlink_to(self._spool.absolute())

@@ -6,7 +6,7 @@ finished. On top of that:
 - Markers live in a folder named by a key of everything that goes in, so changed inputs never meet old markers.
 - A marker counts only while the files it stands for are there with their sha256 (`records/`): what is complete is not redone,
   what is half-written or damaged is not believed. Of files in an object store, which were read back when they were
-  published, the size is looked at.
+  published, the size is looked at, and where the record has it what the store calls their version (ETag).
 - Decision: LocalPipelineExecutor's `run` is replaced by the standard library's process pool. datatrove's own pool waits for
   ever for a worker that was killed (out of memory), and leaves its manager process behind when the parent is killed. The
   other engines: engines.py.
@@ -36,7 +36,7 @@ from pipeline.data.engines import ERRORS, LOCAL, DryRun, Engine, RayExecutor, Re
 from pipeline.data.progress import Bar
 from pipeline.data.tar import remove_leftovers
 from pipeline.errors import UserError
-from pipeline.remote import filesystem_of, size_of
+from pipeline.remote import filesystem_of, size_of, version_of
 from pipeline.storage import publish_json, sha256_file
 from pipeline.urls import is_local, join, local_path
 
@@ -146,6 +146,8 @@ def _believable(work: Path, output: Path | str, rank: int) -> bool:
 
 
 def _is(url: str, facts: dict[str, Any]) -> bool:
+    if not is_local(url) and "version" in facts:
+        return bool(version_of(url) == facts["version"])
     size: int = facts["size"]
     return size_of(url) == size and (not is_local(url) or sha256_file(url) == facts["sha256"])
 
