@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pipeline import storage
 from pipeline.checkpoints import TRAINING_LOCK
-from pipeline.config import RunConfig, RunPaths, parse_config, tokens_folder
+from pipeline.config import RunPaths, parse_config, tokens_folder
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def run(job_file: Path) -> None:
     reader = open_split(index, "train", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
     val = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
     skip = config.data.on_bad_shard == "skip"
-    agree = _agreement(config) if skip else None
+    agree = agreement(config.train.timeout_s) if skip else None
     # One sequence more than are scored: it lends its G to the others.
     wanted = config.train.val_sequences + 1
     chosen = evenly_spread(val, np.arange(val.num_sequences), wanted, skip=skip, agree=agree)
@@ -117,13 +117,13 @@ def run(job_file: Path) -> None:
     dist.destroy_process_group()
 
 
-def _agreement(config: RunConfig) -> Callable[[list[bool]], list[bool]]:
+def agreement(timeout_s: float) -> Callable[[list[bool]], list[bool]]:
     """Which of its verdicts any rank shares: an all-reduce in a group of its own, which a thread can use beside training's.
-    On the CPU: it must not wait for the GPU's queue."""
+    On the CPU: it must not wait for the GPU's queue. Collective."""
     import torch
     import torch.distributed as dist
 
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.train.timeout_s))
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def agree(verdicts: list[bool]) -> list[bool]:
         votes = torch.tensor(verdicts, dtype=torch.uint8)

@@ -124,10 +124,25 @@ class NodeCache:
             return (_open_block(path, sha256) if stored else None) or data
 
     def _store(self, path: Path, data: bytes) -> bool:
-        """Write a block, unless there is no room for it even without the others."""
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not self._make_room(len(data)):
+        """Write a block; False when there is no room for it even without the others. One rank at a time: what is being
+        written would be missing from what another one counts."""
+        if len(data) > self.limit:
             return False
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._lock("held") as stream:
+            held = _read_number(stream)
+            if held is None or held + len(data) > self.limit or self._lacking(len(data)) > 0:
+                held = self._evict(len(data))
+            fits = held + len(data) <= self.limit and self._lacking(len(data)) <= 0
+            if fits:
+                self._write(path, data)
+                held += len(data)
+            if stream is not None:
+                stream.truncate(0)
+                stream.write(b"%d" % held)
+        return fits
+
+    def _write(self, path: Path, data: bytes) -> None:
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{UNFINISHED}")
         try:
             temporary.write_bytes(data)
@@ -137,21 +152,6 @@ class NodeCache:
             held = sum(size for _, size, _ in self._files())
             self.limit = min(self.limit, int(held * LOW_WATER))  # a quota, a disk that others fill: be smaller
             raise
-        return True
-
-    def _make_room(self, size: int) -> bool:
-        """Count `size` bytes in. When the limit or the disk have no room for them, blocks go first; False: still none."""
-        if size > self.limit:
-            return False
-        with self._lock("held") as stream:
-            held = _read_number(stream)
-            if held is None or held + size > self.limit or self._lacking(size) > 0:
-                held = self._evict(size)
-            fits = held + size <= self.limit and self._lacking(size) <= 0
-            if stream is not None:
-                stream.truncate(0)
-                stream.write(b"%d" % (held + size if fits else held))
-        return fits
 
     def _lacking(self, size: int) -> int:
         """Bytes that the disk is short of when `size` more are written and others keep their share."""

@@ -20,7 +20,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from io import BufferedReader
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,31 +171,31 @@ class TokenReader:
 
     def _map(self, shard: TokenShard, number: int) -> Buffer:
         """A local shard, checked and mapped. What was checked before and is the same file is not checked again."""
-        path = Path(self.index.folder.removeprefix("file://")) / shard.name
+        path = join(self.index.folder.removeprefix("file://"), shard.name)
         try:
             with open(path, "rb") as stream:
                 facts = os.fstat(stream.fileno())
                 if facts.st_size != shard.bytes:
-                    raise BadUnit(wrong_size(str(path), facts.st_size, shard))
+                    raise BadUnit(wrong_size(path, facts.st_size, shard))
                 identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
                 if self._whole.get(number) != identity:
                     self._check(stream, path, shard, identity)
                     self._whole[number] = identity
                 return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except (FileNotFoundError, NotADirectoryError):
-            raise BadUnit(missing(str(path))) from None
+            raise BadUnit(missing(path)) from None
         except OSError as error:
             raise BadUnit(f"{path}: cannot be read ({error.strerror}); mend the disk or make the file again") from None
 
-    def _check(self, stream: BufferedReader, path: Path, shard: TokenShard, identity: tuple[int, ...]) -> None:
+    def _check(self, stream: BufferedReader, path: str, shard: TokenShard, identity: tuple[int, ...]) -> None:
         def compare() -> None:
             if hashlib.file_digest(stream, "sha256").hexdigest() != shard.sha256:
-                raise BadUnit(wrong_sha256(str(path)))
+                raise BadUnit(wrong_sha256(path))
 
         if self._stamps is None:
             compare()
         else:
-            self._stamps.once(f"{path.absolute()}|{identity}|{shard.sha256}", compare)
+            self._stamps.once(f"{os.path.abspath(path)}|{identity}|{shard.sha256}", compare)
 
     def _fetch(self, shard: int, block: int, start: int, size: int, sha256: str) -> Buffer:
         """A block of a remote shard, from the node's cache or from its URL."""
