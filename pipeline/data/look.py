@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.data.documents import DocumentIndex, read_removed, read_shard
 from pipeline.data.index import TOKENIZE_AGAIN, TokenIndex, TokenShard, missing, wrong_sha256
@@ -175,10 +177,15 @@ def read_sequence(index: TokenIndex, split: str, number: int) -> Sequence:
 
     Raises UserError for a number that does not exist, or a block that is missing or damaged.
     """
+    return next(read_sequences(index, split, number))
+
+
+def read_sequences(index: TokenIndex, split: str, number: int) -> Iterator[Sequence]:
+    """`read_sequence`, and the sequences behind it in the same block: one read of the file."""
     total = index.num_sequences(split)
     if not total:
         known = ", ".join(dict.fromkeys(shard.split for shard in index.shards))
-        raise UserError(f"{index.folder}: no split {split!r} with sequences; there are: {known}")
+        raise UserError(f"{public_url(index.folder)}: no split {split!r} with sequences; there are: {known}")
     if not 0 <= number < total:
         raise UserError(f"sequence {number}: the {split} split has sequences 0 to {total - 1}; name one of these")
     shards = index.of_split(split)
@@ -186,27 +193,28 @@ def read_sequence(index: TokenIndex, split: str, number: int) -> Sequence:
     position = bisect.bisect_right(ends, number)
     shard = shards[position]
     block, row = divmod(number - (ends[position] - shard.sequences), index.block_sequences)
-    ids = _row(index, shard, block, row, shard.offsets, shard.block_sha256, index.dtype)
+    ids = _block(index, shard, block, shard.offsets, shard.block_sha256, index.dtype)
     segments = None
     if index.boundaries:
-        segments = _row(index, shard, block, row, shard.segment_offsets, shard.segment_sha256, "uint16")
-    return Sequence(split, number, total, shard.name, block, row, ids, segments)
+        segments = _block(index, shard, block, shard.segment_offsets, shard.segment_sha256, "uint16")
+    for behind in range(len(ids) - row):
+        numbers = None if segments is None else tuple(segments[row + behind].tolist())
+        place = (split, number + behind, total, shard.name, block, row + behind)
+        yield Sequence(*place, tuple(ids[row + behind].tolist()), numbers)
 
 
-def _row(
-    index: TokenIndex, shard: TokenShard, block: int, row: int, offsets: Any, hashes: Any, dtype: str
-) -> tuple[int, ...]:
-    width = index.context_length + 1
-    rows = index.rows(shard, block)
+def _block(index: TokenIndex, shard: TokenShard, block: int, offsets: Any, hashes: Any, dtype: str) -> npt.NDArray[Any]:
+    """The rows of a block [n, context_length + 1], checked."""
+    shape = index.rows(shard, block), index.context_length + 1
     numbers = np.dtype(dtype).newbyteorder("<")
     url = join(index.folder, shard.name)
     try:
-        data = read_range(url, offsets[block], offsets[block] + rows * width * numbers.itemsize)
+        data = read_range(url, offsets[block], offsets[block] + math.prod(shape) * numbers.itemsize)
     except FileNotFoundError:
         raise UserError(missing(url)) from None
-    if not hashlib.sha256(data).hexdigest().startswith(hashes[block]):
+    if not hashes[block] or not hashlib.sha256(data).hexdigest().startswith(hashes[block]):
         raise UserError(wrong_sha256(url, f", block {block}"))
-    return tuple(np.frombuffer(data, dtype=numbers).reshape(rows, width)[row].tolist())
+    return np.frombuffer(data, dtype=numbers).reshape(shape)
 
 
 def spans(sequence: Sequence, tokenizer: Tokenizer) -> Iterator[Span]:

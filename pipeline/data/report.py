@@ -9,9 +9,10 @@ quick: the lists are read until each reason has its ten examples.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ import jinja2
 from pipeline.data.charts import charts
 from pipeline.data.documents import SPLITS, DocumentIndex, read_removed
 from pipeline.data.index import TokenIndex
-from pipeline.data.look import Sequence, read_sequence, spans, tokenizer_of, visible
+from pipeline.data.look import read_sequences, spans, tokenizer_of, visible
 from pipeline.storage import exists, join, publish_bytes
 from pipeline.urls import public_url
 
 EXAMPLES = 10  # of each reason
 DASH = "\u2013"
 SAMPLES = {"train": 3, "val": 1, "test": 1}
-CANDIDATES = 8  # sequences looked at for each sample, for one with a document end in it
+CANDIDATES = 32  # neighbours looked at for one with a document end in it
 EXACT, NEAR, PARAGRAPHS = "exact_duplicate", "near_duplicate", "paragraph_duplicates"  # two reasons, one step
 
 Tree = dict[str, Any]
@@ -81,7 +82,7 @@ def page(title: str, index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
     """Everything the page shows, as plain values."""
     tree = index.tree
     examples = _examples(index)
-    counted: dict[str, int] = {reason: n for step in tree["steps"] for reason, n in step["removed"].items()}
+    counted = _removed(tree)
     taken = [_group(step, reason, counted.get(reason), found) for (step, reason), found in examples.items()]
     copies = [group for group in taken if group["reason"] in (EXACT, NEAR) or group["step"] == PARAGRAPHS]
     return {
@@ -154,12 +155,19 @@ def _width(part: int, whole: int) -> float:
     return round(100 * min(1.0, part / max(1, whole)), 2)
 
 
+def _removed(tree: Tree) -> dict[str, int]:
+    """Documents removed, by reason. A step can stand there twice: lengths are checked again where text was cut."""
+    counted: Counter[str] = Counter()
+    for step in tree["steps"]:
+        counted.update(step["removed"])
+    return dict(counted)
+
+
 def _examples(index: DocumentIndex) -> dict[tuple[str, str], list[Tree]]:
     """The first records of each (step, reason). Whole files are read, as many as it takes to satisfy every counted reason."""
     found: dict[tuple[str, str], list[Tree]] = defaultdict(list)
-    counted = [*((step["name"], *entry) for step in index.tree["steps"] for entry in step["removed"].items())]
-    wanted = {reason: min(EXAMPLES, n) for _, reason, n in counted}
-    wanted |= {reason: min(EXAMPLES, n) for reason, n in index.tree["rejected"].items()}
+    counted = _removed(index.tree) | index.tree["rejected"]
+    wanted = {reason: min(EXAMPLES, n) for reason, n in counted.items()}
     for file in index.tree["removed"]:
         for record in read_removed(replace(index, tree={**index.tree, "removed": [file]})):
             known = found[str(record["step"]), str(record["reason"])]
@@ -195,7 +203,7 @@ def _rejected(reason: str, count: int, groups: list[Tree]) -> Tree:
 
 
 def _duplicates(tree: Tree) -> list[Tree]:
-    removed = {reason: n for step in tree["steps"] for reason, n in step["removed"].items()}
+    removed = _removed(tree)
     paragraphs: Tree = next((step for step in tree["steps"] if step["name"] == PARAGRAPHS), {})
     on = tree["settings"].get("clean") or {}
 
@@ -237,24 +245,19 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def _samples(tokens: TokenIndex) -> Iterator[Tree]:
-    """A few sequences of each split, evenly spaced, rather such with a document end in their middle."""
+    """A few sequences of each split from evenly spaced places, there one with a document end inside, where there is one."""
     tokenizer = tokenizer_of(tokens)
     for split, wanted in SAMPLES.items():
         total = tokens.num_sequences(split)
-        numbers = sorted({i * total // (wanted * CANDIDATES) for i in range(wanted * CANDIDATES)}) if total else []
-        read = [read_sequence(tokens, split, number) for number in numbers]
-        chosen = sorted(read, key=lambda sequence: (not _ends(sequence, tokenizer.eos_id), sequence.number))[:wanted]
-        for sequence in sorted(chosen, key=lambda sequence: sequence.number):
+        for place in sorted({i * total // wanted for i in range(min(wanted, total))}):
+            near = list(islice(read_sequences(tokens, split, place), CANDIDATES))
+            sequence = next((one for one in near if tokenizer.eos_id in one.ids[1:-1]), near[0])
             yield {
                 **{key: getattr(sequence, key) for key in ("split", "number", "of", "shard", "block", "row")},
                 "length": len(sequence.ids),
                 "ends": sequence.ids.count(tokenizer.eos_id),
                 "spans": [{"kind": span.kind, "text": visible(span.text)} for span in spans(sequence, tokenizer)],
             }
-
-
-def _ends(sequence: Sequence, eos_id: int) -> bool:
-    return eos_id in sequence.ids[1:-1]
 
 
 def _identity(index: DocumentIndex, tokens: TokenIndex | None) -> list[tuple[str, str]]:
@@ -274,7 +277,8 @@ def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
         for key, inner in value.items():
             yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
     else:
-        yield prefix, visible("off" if value is None or value is False else str(value))
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else "on" if value is True else str(value)
+        yield prefix, visible("off" if value is None or value is False else shown)
 
 
 def _size(number: int) -> str:
