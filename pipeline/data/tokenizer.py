@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 
-from pipeline.data.documents import DocumentIndex, read_shard
+from pipeline.data.documents import DocumentIndex, read_texts
 from pipeline.errors import UserError
 from pipeline.storage import publish_bytes
 from pipeline.tokenizer import SPECIAL_IDS, Tokenizer
@@ -48,11 +48,12 @@ def make_tokenizer(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
         data = _read(Path(given))
         path = Path(given)
     else:
+        documents = DocumentIndex.load(config.data.output or paths.documents)
         data = train(
-            _train_texts(paths.documents),
+            _train_texts(documents),
             vocab_size=vocab_size,
             character_coverage=config.tokenizer.character_coverage,
-            share=_share(paths.documents, config.tokenizer.max_megabytes * 10**6),
+            share=_share(documents, config.tokenizer.max_megabytes * 10**6),
         )
         path = paths.tokenizer
     tokenizer = Tokenizer.from_bytes(data, path=path)
@@ -120,13 +121,12 @@ def spread(pieces: Iterable[str], share: float) -> Iterator[str]:
     return (piece for i, piece in enumerate(pieces) if int((i + 1) * share) > int(i * share))
 
 
-def _train_texts(documents: Path) -> Iterator[str]:
-    index = DocumentIndex.load(documents)
-    return (document.text for shard in index.of_split("train") for document in read_shard(documents, shard))
+def _train_texts(documents: DocumentIndex) -> Iterator[str]:
+    return (text.decode() for shard in documents.of_split("train") for text in read_texts(documents.folder, shard))
 
 
-def _share(documents: Path, max_bytes: int) -> float:
-    return min(1.0, max_bytes / max(1, DocumentIndex.load(documents).splits["train"]["text_bytes"]))
+def _share(documents: DocumentIndex, max_bytes: int) -> float:
+    return min(1.0, max_bytes / max(1, documents.splits["train"]["text_bytes"]))
 
 
 def _read(path: Path) -> bytes:

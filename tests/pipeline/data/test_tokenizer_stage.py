@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -145,6 +146,15 @@ def test_a_given_model_must_fit_the_model(
     with pytest.raises(UserError, match=r"bad\.model: not a SentencePiece model"):
         make_tokenizer(config, RunPaths(tmp_path))
     assert not RunPaths(tmp_path).tokenizer.exists()
+
+
+def test_documents_at_a_url(
+    s3: Any, tmp_path: Path, corpus: Path, make_config: MakeConfig, finished: tuple[RunConfig, RunPaths]
+) -> None:
+    for path in finished[1].documents.glob("*.*"):
+        s3.put(f"documents/{path.name}", path.read_bytes())
+    make_tokenizer(make_config(tmp_path, str(corpus), data={"output": s3.url("documents")}), RunPaths(tmp_path))
+    assert RunPaths(tmp_path).tokenizer.read_bytes() == finished[1].tokenizer.read_bytes()
 
 
 def test_no_documents_yet(tmp_path: Path, corpus: Path, make_config: MakeConfig) -> None:
