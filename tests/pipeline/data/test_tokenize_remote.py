@@ -102,7 +102,13 @@ def test_a_store_that_refuses_leaves_no_tokens(
         TokenIndex.load(faulty_s3.url("tokens"))
 
 
-@pytest.mark.parametrize("moment", ["while a shard is on its way", "when some shards are published"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "while a shard is on its way",
+        pytest.param("when some shards are published", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_started_again(
     moment: str,
     faulty_s3: Any,
