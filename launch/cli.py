@@ -104,6 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
     for name in NAMES:
         sub = with_config(verb(name, _stage, STAGE_HELP[name]))
         sub.add_argument("--force", action="store_true", help="do it again even if it is complete")
+        if name in ("shard", "tokenize"):
+            sub.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="data.executor=slurm: write the job's script, check it, submit nothing",
+            )
         if name == "train":
             sub.add_argument(
                 "--resume", default="auto", metavar="auto|RUN_ID", help="go on from MLflow's last checkpoint"
@@ -185,6 +191,10 @@ def _stage(arguments: Any, show: Callable[[str], None]) -> Result:
     with exclusive(line.config, _show):
         if getattr(arguments, "prepare", None) is not None:
             return _prepare(line, arguments)
+        if getattr(arguments, "dry_run", False):
+            script, tasks = line.dry_run(arguments.verb)
+            _show(f"{script}: {tasks} tasks; checked, nothing was submitted")
+            return {"script": str(script), "tasks": tasks}
         return line.stage(
             arguments.verb,
             resume=getattr(arguments, "resume", "auto"),

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.data_config import DataConfig, Section, TokenizerConfig, TokensConfig
 from pipeline.errors import ConfigError
+from pipeline.urls import without_secrets
 from pldr_model.config import ModelConfig
 from pldr_model.model import load_g_file
 
@@ -141,7 +142,7 @@ class RunConfig(Section):
                 for key, inner in value.items():
                     walk(f"{prefix}.{key}" if prefix else key, inner)
             else:
-                out[prefix] = value if isinstance(value, str) else json.dumps(value)
+                out[prefix] = without_secrets(value if isinstance(value, str) else json.dumps(value))  # signed URLs
 
         walk("", self.as_dict())
         return out

@@ -15,15 +15,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
+from pipeline import remote, storage
 from pipeline.checkpoints import COMMITTED, committed
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config import RunConfig, RunPaths, documents_folder, tokens_folder
 from pipeline.errors import ConfigError, UserError
 from pipeline.pretrain import Launch, Say, pretrain
+from pipeline.urls import is_local, local_path
 
 SCHEMA_VERSION = 2
 LOCK = ".lock"  # its presence marks a run directory
@@ -63,7 +63,7 @@ class Line:
         self._say(f"{name:<12} ...")
         started = time.perf_counter()
         result = self._work(name, resume=resume, uncertified=uncertified)
-        outputs = {str(p.relative_to(self.paths.root)): _facts(p) for p in self._output_files(name)}
+        outputs = self._outputs(name)
         new = {
             "schema_version": SCHEMA_VERSION,
             "stage": name,
@@ -76,6 +76,19 @@ class Line:
         self._say(f"{name:<12} done in {new['seconds']:.1f} s  {_brief(result)}")
         self._after(name, result)
         return {**new, "skipped": False}
+
+    def dry_run(self, name: str) -> tuple[Path, int]:
+        """The script that stage shard or tokenize would submit to Slurm first, written and checked, and its number of tasks."""
+        from pipeline.data.engines import DryRun
+        from pipeline.data.shard import shard_documents
+        from pipeline.data.tokenize import tokenize_documents
+
+        work = {"shard": shard_documents, "tokenize": tokenize_documents}[name]
+        try:
+            work(self.config, self.paths, dry_run=True)
+        except DryRun as dry_run:
+            return dry_run.script, dry_run.tasks
+        raise AssertionError("a dry run ends at the first script")
 
     def record(self, name: str) -> dict[str, Any] | None:
         """What a finished stage left, None when it has not finished."""
@@ -101,7 +114,7 @@ class Line:
         """Everything that decides a stage's output."""
         config = self.config.as_dict()
         of_stage: dict[str, Any] = {
-            "shard": {k: v for k, v in config["data"].items() if k != "workers"},
+            "shard": {},
             "tokenizer": {**config["tokenizer"], "vocab_size": config["model"]["vocab_size"]},
             "tokenize": {
                 **{k: v for k, v in config["tokens"].items() if k != "workers"},
@@ -115,9 +128,9 @@ class Line:
         }[name]
         inputs: dict[str, Any] = {"config": of_stage}
         if name == "shard":
-            from pipeline.data.sources import find_files
+            from pipeline.data.shard import stage_inputs
 
-            inputs["sources"] = [asdict(file) for file in find_files(self.config.data.sources)[0]]
+            inputs = stage_inputs(self.config)
         else:
             before = self.record(UPSTREAM[name])
             if before is None:
@@ -133,25 +146,36 @@ class Line:
             inputs["given"] = storage.sha256_file(given)
         return inputs
 
-    def _output_files(self, name: str) -> list[Path]:
+    def _outputs(self, name: str) -> dict[str, tuple[int, int, str]]:
+        """Each output file's size, time and hash, by its path (below run_dir: relative to it) or URL."""
         paths = self.paths
+        folder = {"shard": documents_folder(self.config), "tokenize": tokens_folder(self.config)}.get(name)
+        if folder is not None and not is_local(folder):
+            return _remote_outputs(folder)
         if name == "train":
             newest = committed(paths.checkpoints)[-1]
-            return [newest / COMMITTED, newest / storage.MANIFEST]
-        where = {
-            "shard": paths.documents,
-            "tokenizer": paths.tokenizer.parent,
-            "tokenize": paths.tokens,
-            "consolidate": paths.weights,
-            "extract": paths.g_lm,
-            "validate": paths.certificate,
-            "bundle": paths.bundle,
-        }[name]
-        return sorted(p for p in where.rglob("*") if p.is_file() and not p.name.startswith("."))
+            files = [newest / COMMITTED, newest / storage.MANIFEST]
+        else:
+            where = {
+                "tokenizer": paths.tokenizer.parent,
+                "consolidate": paths.weights,
+                "extract": paths.g_lm,
+                "validate": paths.certificate,
+                "bundle": paths.bundle,
+            }
+            root = where[name] if folder is None else local_path(folder).absolute()
+            files = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
+        inside = {p: str(p.relative_to(paths.root)) if p.is_relative_to(paths.root) else str(p) for p in files}
+        return {label: _facts(path) for path, label in inside.items()}
 
     def _intact(self, record: dict[str, Any], *, thorough: bool) -> bool:
-        """Whether the outputs are as they were left. A file that looks untouched is hashed only when `thorough`."""
+        """Whether the outputs are as they were left. A file that looks untouched is hashed only when `thorough`; of remote
+        ones only the index is (`pldr data verify` reads them all)."""
         for name, (size, mtime_ns, sha256) in record["outputs"].items():
+            if not is_local(name):
+                if not _remote_is(name, size, sha256):
+                    return False
+                continue
             path = self.paths.root / name
             if not path.is_file() or path.stat().st_size != size:
                 return False
@@ -218,6 +242,23 @@ def exclusive(config: RunConfig, say: Say) -> Iterator[None]:
 def _facts(path: Path) -> tuple[int, int, str]:
     """Size, time and hash of an output."""
     return path.stat().st_size, path.stat().st_mtime_ns, storage.sha256_file(path)
+
+
+def _remote_is(url: str, size: int, sha256: str) -> bool:
+    """Whether a remote file is there with its size; of an index, also with its hash."""
+    try:
+        return remote.size_of(url) == size and (not url.endswith("/index.json") or storage.sha256_file(url) == sha256)
+    except FileNotFoundError:
+        return False
+
+
+def _remote_outputs(folder: str) -> dict[str, tuple[int, int, str]]:
+    """What an index in an object store lists, and the index itself; nothing is read but the index."""
+    url = storage.join(folder, "index.json")
+    index = storage.read_json(url)
+    listed = [*index["shards"], *index.get("removed", []), *([index["tokenizer"]] if "tokenizer" in index else [])]
+    files = {storage.join(folder, file["name"]): (file["bytes"], 0, file["sha256"]) for file in listed}
+    return {**files, url: (remote.size_of(url), 0, storage.sha256_file(url))}
 
 
 def _identity(result: dict[str, Any]) -> Any:

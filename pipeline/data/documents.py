@@ -25,7 +25,7 @@ from pipeline.remote import open_retrying, size_of
 from pipeline.storage import CHUNK, exists, read_json, sha256_file, sha256_json
 from pipeline.urls import check_url, is_local, join, public_url
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
 SHARD_AGAIN = "run `pldr shard` again"
 
@@ -90,6 +90,12 @@ def read_shard(folder: str | Path, shard: dict[str, Any]) -> Iterator[Document]:
             meta_name, meta = next(members)
             assert extension == "txt" and meta_name == f"{key}.json", f"{path}: {name} is followed by {meta_name}"
             yield Document(key, payload.decode("utf-8"), orjson.loads(meta))
+
+
+def read_texts(folder: str | Path, shard: dict[str, Any]) -> Iterator[bytes]:
+    """The texts alone of `read_shard`, as UTF-8, at half its cost: what matters where documents are short."""
+    with checked_file(join(folder, shard["name"]), shard, mend=SHARD_AGAIN) as path:
+        yield from (payload for name, payload in read_members(path) if name.endswith(".txt"))
 
 
 def read_removed(index: DocumentIndex) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,6 @@ punctuation, so that fewer of its near-duplicates are found.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,15 +37,11 @@ from datatrove.pipeline.base import PipelineStep
 from pipeline.data.duplicates import KeysStep, found_file, found_files, key_row, normalised
 from pipeline.data.sorted_rows import MEMORY, NUMBER, Rows, TableWriter, merge, run_of
 from pipeline.data.tasks import write_record
+from pipeline.data.words import WordHashes, ngrams, splitmix64
 
 Indices = npt.NDArray[np.int64]
 
-WORD = re.compile(r"\w+")
-PIECE = 1 << 20  # characters whose words are in memory at once
 BLOCK = 512  # n-grams times all hash functions at once: stays in the processor's cache
-MAX_WORDS_KNOWN = 500_000  # hashes of words kept in memory
-GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's constants
-MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def bands_for(similarity: float, hashes: int) -> tuple[int, int]:
@@ -67,14 +62,6 @@ def bands_for(similarity: float, hashes: int) -> tuple[int, int]:
     return best[1], best[2]
 
 
-def splitmix64(numbers: Rows) -> Rows:
-    """A well mixed 64-bit number for each."""
-    mixed = numbers + np.uint64(GOLDEN)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(MIX[0])
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(MIX[1])
-    return mixed ^ (mixed >> np.uint64(31))
-
-
 class MinHasher:
     """The smallest hashes of a text's word n-grams; the same on every machine."""
 
@@ -83,32 +70,19 @@ class MinHasher:
         draws = splitmix64(np.arange(2 * hashes, dtype=NUMBER))
         self._factors = (draws[:hashes] | np.uint64(1))[:, None]  # odd: the map is a permutation of 64-bit numbers
         self._summands = draws[hashes:][:, None]
-        self._words = _WordHashes()
+        self._words = WordHashes()
 
     def signature(self, text: str) -> Rows | None:
         """uint64 [hashes]; None for a text without words. A text of fewer than `ngram` words is one n-gram."""
-        words = self._hash_words(normalised(text))
+        words = self._words.of(normalised(text))
         if not len(words):
             return None
         size = min(self.ngram, len(words))
         smallest = np.full(len(self._factors), np.iinfo(NUMBER).max, NUMBER)
         for start in range(0, len(words) - size + 1, BLOCK):
-            grams = _ngrams(words[start : start + BLOCK + size - 1], size)
+            grams = ngrams(words[start : start + BLOCK + size - 1], size)
             np.minimum(smallest, (grams * self._factors + self._summands).min(axis=1), out=smallest)
         return smallest
-
-    def _hash_words(self, text: str) -> Rows:
-        """The hash of each word, in order. A piece ends at a space, so that no word is cut."""
-        pieces, start = [], 0
-        while start < len(text):
-            stop = text.find(" ", start + PIECE)
-            stop = len(text) if stop < 0 else stop
-            words = WORD.findall(text, start, stop)
-            pieces.append(np.fromiter(map(self._words.__getitem__, words), NUMBER, len(words)))
-            start = stop
-            if len(self._words) > MAX_WORDS_KNOWN:
-                self._words.clear()
-        return np.concatenate(pieces) if pieces else np.empty(0, NUMBER)
 
 
 class NearKeys(KeysStep):
@@ -182,24 +156,6 @@ def components(pairs: Rows) -> Rows:
         ends = ends[ends[:, 0] != ends[:, 1]]
     later = parent != np.arange(len(ordinals))
     return np.column_stack([ordinals[later], ordinals[parent[later]]])
-
-
-class _WordHashes(dict[str, int]):
-    """Word -> 64-bit hash, computed when first asked for."""
-
-    def __missing__(self, word: str) -> int:
-        value = int.from_bytes(hashlib.blake2b(word.encode("utf-8"), digest_size=8).digest(), "little")
-        self[word] = value
-        return value
-
-
-def _ngrams(words: Rows, size: int) -> Rows:
-    """The hash of each `size` words in a row."""
-    count = len(words) - size + 1
-    total = np.zeros(count, NUMBER)
-    for place in range(size):
-        total = total * np.uint64(GOLDEN) + words[place : place + count]
-    return splitmix64(total)
 
 
 def _band_hash(band: Rows) -> bytes:

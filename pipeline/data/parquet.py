@@ -37,7 +37,7 @@ def read_parquet(unit: Unit, limit: int) -> Iterator[Text | Rejected]:
     """The documents of a unit's row groups; `record` is the row's number in the file, from 1."""
     shown = unit.file.shown
     with contextlib.ExitStack() as stack:
-        source, size = _source(unit, stack)
+        source, size = open_parquet(unit, stack)
         if not size:
             if unit.part == 0:
                 yield Rejected(None, "empty_file", shown, f"empty, not one byte; fetch or drop it {SKIP}")
@@ -129,7 +129,7 @@ def _damaged(unit: Unit, rows: str, error: Exception) -> Iterator[Rejected]:
         yield Rejected(None, "damaged_file", unit.file.shown + rows, problem)
 
 
-def _source(unit: Unit, stack: contextlib.ExitStack) -> tuple[Any, int]:
+def open_parquet(unit: Unit, stack: contextlib.ExitStack) -> tuple[Any, int]:
     """What Arrow reads, a path or a seekable file, and its size."""
     url, compression = unit.file.url, unit.file.compression
     if compression is None and is_local(url):

@@ -1,118 +1,218 @@
-"""How far a job is: counted in the workers, shown in the process that waits for them.
+"""How far a job is: counted in the workers, shown by the process that waits for them.
 
-A worker leaves its task's counts in `work/progress/{rank:05d}.json` twice a second at most, whatever the engine: the run
-directory is on a file system that all see. On a terminal the parent adds them up and draws one bar; elsewhere it is silent.
+A worker leaves its task's counts in `work/progress/{rank:05d}.json`, twice a second at most, whatever the engine: the run
+directory is on a file system that all of them see. The waiting process adds them up. On a terminal it draws one bar, and
+one line is left when the job is done; elsewhere it logs a line a minute (level INFO).
+
+Counts are for people: they are not fsynced, and a full disk that refuses them stops nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
 FOLDER = "progress"
-SECONDS = 0.5
+SECONDS = 0.5  # between two writes of a task, and two looks at them
+LOG_SECONDS = 60.0
+LAYOUT = "{desc} {percentage:3.0f}% {remaining} left |{bar}| {n_fmt}/{total_fmt}B {rate_fmt}{postfix}"
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Counts:
+    """What a task has done so far."""
+
+    documents: int = 0
+    bytes: int = 0
+    done: bool = False
 
 
 class _Task:
-    """The task this process works on."""
+    """The task this process works on, if it does."""
 
     file: Path | None = None
-    documents = 0
-    bytes = 0
+    counts = Counts()
     written = 0.0
 
 
 _task = _Task()
 
 
-def begin(work: Path, rank: int) -> None:
-    """This process begins a task."""
-    _task.file = work / FOLDER / f"{rank:05d}.json"
-    _task.file.parent.mkdir(parents=True, exist_ok=True)
-    _task.documents = _task.bytes = 0
-    _write()
-
-
-def advance(documents: int = 1, bytes: int = 0) -> None:
-    """So much more is done. Cheap: called for every document."""
-    _task.documents += documents
-    _task.bytes += bytes
-    if _task.file is not None and time.monotonic() - _task.written > SECONDS:
-        _write()
-
-
-def end() -> None:
-    """The task is done."""
-    if _task.file is not None:
-        _write()
+@contextmanager
+def counting(work: Path, rank: int) -> Iterator[None]:
+    """Inside, `advance` counts for this task; it is done when the block ends well."""
+    _task.file, _task.counts = work / FOLDER / f"{rank:05d}.json", Counts()
+    try:
+        _write(_task.file)
+        yield
+        _task.counts.done = True
+    finally:
+        _write(_task.file)
         _task.file = None
 
 
-def _write() -> None:
-    assert _task.file is not None
-    temporary = _task.file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps([_task.documents, _task.bytes]))
-    os.replace(temporary, _task.file)  # a reader never sees half of it; no fsync, it is gone tomorrow
+def advance(documents: int = 1, bytes: int = 0) -> None:
+    """So much more is done. Cheap: steps call it for every document. Outside of a task it does nothing."""
+    if _task.file is None:
+        return
+    _task.counts.documents += documents
+    _task.counts.bytes += bytes
+    if time.monotonic() - _task.written > SECONDS:
+        _write(_task.file)
+
+
+def _write(file: Path) -> None:
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    counts = _task.counts
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps([counts.documents, counts.bytes, counts.done]))
+        os.replace(temporary, file)  # a reader never sees half of it
     _task.written = time.monotonic()
 
 
-def read(work: Path) -> tuple[int, int]:
-    """(documents, bytes) of all tasks so far, those of an earlier start too."""
-    documents = size = 0
-    for file in (work / FOLDER).glob("*.json"):
-        try:
-            counts = json.loads(file.read_text())
-        except (OSError, ValueError):  # a task that starts again
-            continue
-        documents, size = documents + counts[0], size + counts[1]
-    return documents, size
+def forget(work: Path, ranks: list[int]) -> None:
+    """Tasks that start again start at nothing."""
+    for rank in ranks:
+        (work / FOLDER / f"{rank:05d}.json").unlink(missing_ok=True)
+
+
+class Counter:
+    """Adds up a job's tasks; files of finished ones are read once."""
+
+    def __init__(self, work: Path) -> None:
+        self._folder = work / FOLDER
+        self._done: dict[str, Counts] = {}
+
+    def read(self) -> list[Counts]:
+        """The counts of every task that has begun, in this start or an earlier one."""
+        found = dict(self._done)
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(self._folder):
+                if entry.name in self._done or not entry.name.endswith(".json"):
+                    continue
+                with contextlib.suppress(OSError, ValueError, TypeError):  # gone, or damaged: a picture, no ledger
+                    counts = Counts(*json.loads(Path(entry.path).read_bytes()))
+                    found[entry.name] = counts
+                    if counts.done:
+                        self._done[entry.name] = counts
+        return list(found.values())
+
+
+def expected_bytes(counts: list[Counts], *, tasks: int, total_bytes: int) -> int:
+    """How many bytes the whole job will have read, judged from the plan and the tasks that are done.
+
+    The plan is an estimate (compressed sources, documents that an earlier job removed), and tasks are dealt evenly: the
+    mean of those that are done tells more and more about the others.
+    """
+    done = [task.bytes for task in counts if task.done]
+    mean = (total_bytes / tasks + sum(done)) / (1 + len(done))  # the plan counts like one task
+    running = [max(mean, task.bytes) for task in counts if not task.done]
+    return round(sum(done) + sum(running) + mean * max(0, tasks - len(counts)))
 
 
 class Bar:
-    """A bar with rate and time left while the block runs, when stderr is a terminal."""
+    """Shows a job's progress while the block runs: a bar when stderr is a terminal, log lines otherwise.
 
-    def __init__(self, work: Path, label: str, total_bytes: int | None) -> None:
-        self.work = work
-        self.label = label
-        self.total = total_bytes
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+    total_bytes: of text, about; None for a job that is counted in tasks.
+    """
+
+    def __init__(self, work: Path, label: str, *, tasks: int, total_bytes: int | None) -> None:
+        self._counter = Counter(work)
+        self._label = label or "job"
+        self._tasks = tasks
+        self._total_bytes = total_bytes
+        self._ended = threading.Event()
+        self._failed = False
+        self._thread = threading.Thread(target=self._show, name="progress", daemon=True)
 
     def __enter__(self) -> Bar:
-        if sys.stderr.isatty():
-            self._thread = threading.Thread(target=self._draw, name="progress", daemon=True)
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._failed = kind is not None
+        self._ended.set()
+        self._thread.join()
+
+    def _show(self) -> None:
+        if sys.stderr.isatty():
+            self._draw()
+        else:
+            self._log()
 
     def _draw(self) -> None:
-        _, before = read(self.work)
+        before = self._counter.read()
+        if self._ended.wait(2 * SECONDS):
+            return  # over in a moment: no need of a bar
+        in_tasks = self._total_bytes is None
+        started = time.monotonic()
+        sys.stderr.write("\r\033[K")  # a status line may be standing there
         with tqdm(
-            total=self.total,
-            initial=before,  # the rate is of this start
-            desc=self.label,
-            unit="B",
-            unit_scale=True,
+            total=self._total(before),
+            initial=self._position(before),  # the rate is of this start
+            desc=self._label,
+            bar_format=LAYOUT.replace("B {rate_fmt}", " tasks") if in_tasks else LAYOUT,
+            unit="task" if in_tasks else "B",
+            unit_scale=not in_tasks,
             dynamic_ncols=True,
             leave=False,
+            smoothing=0.1,
+            mininterval=0,
+            miniters=1,
             file=sys.stderr,
         ) as bar:
-            while not self._stop.wait(SECONDS / 2):
-                documents, size = read(self.work)
-                if bar.total is not None:
-                    bar.total = max(bar.total, size)  # it was an estimate
-                bar.n = size
-                bar.set_postfix_str(f"{documents:,} documents", refresh=True)
+            over = False
+            while not over:
+                over = self._ended.wait(SECONDS)
+                counts = self._counter.read()
+                bar.total = self._total(counts)
+                bar.set_postfix_str(_documents(counts), refresh=False)
+                if not bar.update(max(0, self._position(counts) - bar.n)):
+                    bar.refresh()
+        if not self._failed:
+            print(self._summary(counts, before, 2 * SECONDS + time.monotonic() - started), file=sys.stderr)
+
+    def _log(self) -> None:
+        started, before = time.monotonic(), self._counter.read()
+        while not self._ended.wait(LOG_SECONDS):
+            counts = self._counter.read()
+            share = self._position(counts) / max(1, self._total(counts))
+            log.info("%3.0f%% of %s", 100 * share, self._summary(counts, before, time.monotonic() - started))
+
+    def _position(self, counts: list[Counts]) -> int:
+        if self._total_bytes is None:
+            return sum(task.done for task in counts)
+        return sum(task.bytes for task in counts)
+
+    def _total(self, counts: list[Counts]) -> int:
+        if self._total_bytes is None:
+            return self._tasks
+        return max(1, expected_bytes(counts, tasks=self._tasks, total_bytes=self._total_bytes))
+
+    def _summary(self, counts: list[Counts], before: list[Counts], seconds: float) -> str:
+        done, new = (sum(task.bytes for task in tasks) for tasks in (counts, before))
+        parts = [f"{sum(task.done for task in counts)} of {self._tasks} tasks", _documents(counts)]
+        if done:
+            parts.append(f"{done / 1e6:,.1f} MB, {(done - new) / 1e6 / seconds:,.1f} MB/s")
+        return f"{self._label}: {', '.join(part for part in parts if part)} in {tqdm.format_interval(seconds)}"
+
+
+def _documents(counts: list[Counts]) -> str:
+    documents = sum(task.documents for task in counts)
+    return f"{documents:,} documents" if documents else ""

@@ -125,7 +125,7 @@ def _read(unit: Unit, limit: int) -> Iterator[Text | Rejected]:
         if start >= unit.file.size:
             return
     before = 1 if unit.file.kind == "jsonl" and start else 0  # tells whether a line begins at `start`
-    with closing(_open(unit.file, start - before)) as stream:
+    with closing(open_input(unit.file, start - before)) as stream:
         if start == 0 and not (begin := stream.peek(4)[:4]):
             if unit.part == 0:
                 yield Rejected(None, "empty_file", unit.file.shown, f"empty, not one byte; fetch or drop it {SKIP}")
@@ -141,7 +141,7 @@ def _read(unit: Unit, limit: int) -> Iterator[Text | Rejected]:
             yield from _read_jsonl(unit, stream, start, limit)
 
 
-def _open(file: InputFile, start: int) -> io.BufferedReader:
+def open_input(file: InputFile, start: int) -> io.BufferedReader:
     """The file's bytes from `start` on, decompressed."""
     raw = open_retrying(file.url, size=file.size or None, start=start)
     if file.compression is not None:
@@ -176,9 +176,9 @@ def _read_jsonl(unit: Unit, stream: io.BufferedReader, start: int, limit: int) -
     end = _end(unit)
     position, number = start, 0
     if start:
-        position += _next_line(stream, limit)[1] - 1
+        position += next_line(stream, limit)[1] - 1
     while end is None or position < end:
-        line, length = _next_line(stream, limit)
+        line, length = next_line(stream, limit)
         if not length:
             return
         number += 1
@@ -190,7 +190,7 @@ def _read_jsonl(unit: Unit, stream: io.BufferedReader, start: int, limit: int) -
             yield _parse(unit, number, line) if line is not None else _too_long(unit, number, limit)
 
 
-def _next_line(stream: io.BufferedReader, limit: int) -> tuple[bytes | None, int]:
+def next_line(stream: io.BufferedReader, limit: int) -> tuple[bytes | None, int]:
     """(line, its length); None for a line longer than `limit`, which is read but not kept. Length 0: the end."""
     line = stream.readline(BLOCK)
     length = len(line)

@@ -1,268 +1,294 @@
-"""Stage `shard`: corpora to document tars, in parallel, restartable, byte-identical whoever runs it.
+"""Stage `shard`: corpora to document tars, cleaned, in parallel, restartable, byte-identical whoever runs it.
 
-    files --(datatrove tasks: read | filter | write)--> documents/{train,val,test}-{shard:06d}.tar +
-    index.json
+    files -> units -> clean -> spool -> find duplicates -> write -> documents/{train,val,test}-{shard:06d}.tar, index.json
 
-Files are dealt to `data.tasks` tasks by size; task i writes shard i of each split. `data.workers` tasks run
-at once and change nothing in the result. A document's split is decided by the sha256 of its text alone:
-re-sharding, adding sources or another order of files never moves a document between splits, and equal texts
-are always in the same one. The val split is cut from the low end of the hashes and test from the high end,
-so that changing one fraction leaves the other.
+Each arrow is a job of datatrove tasks (tasks.py) on the engine of `data.executor`; docs/data.md has the picture. Units, pieces
+of files, are dealt to `data.tasks` tasks by size; task i writes shard i of each split. `data.workers` and the engine change
+nothing in the result. Duplicates are found between jobs from sorted keys on disk (duplicates.py): memory does not grow with
+the corpus.
 
-Restart: see tasks.py. The index is written last; a folder without it is unfinished.
+Restart: finished tasks are believed as long as their files have their sha256 (tasks.py); the index is written last, and a
+folder without it is unfinished. The spool is deleted at the end: to run the stage again is to clean again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import heapq
-import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+import re
+import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.filters.base_filter import BaseFilter
 
-from pipeline.data.documents import SCHEMA_VERSION, SPLITS, fingerprint_of
+from pipeline.data import clean, decontaminate
+from pipeline.data.documents import SCHEMA_VERSION
+from pipeline.data.duplicates import DropDuplicates, ExactKeys, FindDuplicates, count_keys, partitions
+from pipeline.data.engines import Engine, engine_of
+from pipeline.data.near import ClusterNear, NearKeys
+from pipeline.data.paragraphs import CutParagraphs, ParagraphKeys
+from pipeline.data.progress import advance
 from pipeline.data.read import Rejected, bad_input_error, read_unit
-from pipeline.data.sources import InputFile, find_files
-from pipeline.data.tar import TarWriter
-from pipeline.data.tasks import DROPPED, run_tasks, stat_totals, write_record
-from pipeline.data.units import plan_units
-from pipeline.errors import UserError
-from pipeline.storage import publish_json, require_free_space, sha256_json
+from pipeline.data.shard_index import READ, build_index, check_splits
+from pipeline.data.sources import find_files
+from pipeline.data.spool import ReadSpool, RemovedWriter, WriteSpool
+from pipeline.data.tar import remove_strays
+from pipeline.data.tasks import DROPPED, is_complete, run_tasks, step_stats
+from pipeline.data.units import Unit, deal, ordinal, plan_units, unit_as_dict, unit_from_dict
+from pipeline.data.write import WriteDocuments
+from pipeline.storage import publish_json, read_json, require_free_space, sha256_json
+from pipeline.urls import is_local, join, local_path
 
 if TYPE_CHECKING:  # workers import this module; torch is behind the configuration
     from pipeline.config import RunConfig, RunPaths
-    from pipeline.data_config import DataConfig
 
-READ = "documents_read"
-GROWTH = {None: 1.1, "gzip": 4.5, "bz2": 5.5, "xz": 6.0, "zstd": 5.5}  # about, bytes of tar per byte read
+NOT_IN_RESULT = ("workers", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
+TASK_BYTES = 256_000_000  # of text, about: what one task gets unless data.tasks is set
+REMOVED = re.compile(r"\d{6}\.jsonl\.zst")
+SPOOL = 0.5  # bytes of spool per byte of text, about
 
 
-def shard_documents(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
-    """Run the stage. Returns {"fingerprint", "documents", "dropped", "splits", "shards", "files"}.
+def shard_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = False) -> dict[str, Any]:
+    """Run the stage. Returns {"fingerprint", "documents", "removed", "rejected", "splits", "shards", "files"}.
 
-    Raises UserError for a source, file or line that cannot be read (unless data.on_bad_input is skip), a
-    corpus that ends up empty, a split without documents, or a full disk.
+    dry_run: with data.executor slurm, only write the first job's script and check it; raises engines.DryRun.
+
+    Raises UserError for a source, file or line that cannot be read (unless data.on_bad_input is skip), a corpus that ends up
+    empty, a split without documents, a package that a step needs, or a full disk.
     """
-    data = config.data
-    files, ignored = find_files(data.sources)
-    needed = sum(file.size * GROWTH[file.compression] for file in files)
-    require_free_space(paths.documents, int(needed), "writing the documents")
-
-    tasks = min(data.tasks or 2, len(files))
-    settings: dict[str, float] = {
-        "val_fraction": data.val_fraction,
-        "test_fraction": data.test_fraction,
-        "min_characters": data.min_characters,
-        "tasks": tasks,
-    }
-    plan = deal(files, tasks)
-    inputs = [asdict(file) for file in files]
-    key = sha256_json([SCHEMA_VERSION, settings, data.on_bad_input, inputs])
-    work = paths.logs / f"shard-{key[:16]}"
-    for rank, share in enumerate(plan):
-        publish_json(work / "plan" / f"{rank:05d}.json", [asdict(file) for file in share])
-
-    steps = [
-        ReadFiles(work / "plan", stop=data.on_bad_input == "error"),
-        LengthFilter(data.min_characters),
-        WriteDocuments(paths.documents, work, val_fraction=data.val_fraction, test_fraction=data.test_fraction),
-    ]
-    records = run_tasks(
-        steps, tasks=tasks, workers=data.workers, workers_key="data.workers", work=work, output=paths.documents
+    clean.check_extras(config.data.clean.model_dump())
+    chain = _Chain(config, paths, engine_of(config.data, dry_run=dry_run))
+    records = chain.run()
+    index = build_index(
+        config.data,
+        files=chain.files,
+        ignored=chain.ignored,
+        tasks=chain.tasks,
+        steps=chain.step_stats(),
+        records=records,
     )
-    counts = stat_totals(work, tasks)
-    index = _index(records, counts, settings, ignored=ignored, files=len(files), sources=data)
-    _check_splits(index, data, records)
-    _remove_strays(paths.documents, {shard["name"] for shard in index["shards"]})
-    publish_json(paths.documents / "index.json", index)
+    check_splits(index, config.data, records)
+    chain.remove_strays({shard["name"] for shard in index["shards"]}, {file["name"] for file in index["removed"]})
+    publish_json(join(chain.folder, "index.json"), index)
+    chain.discard_spool()
+    counted = ("documents", "text_bytes", "shards")
     return {
         "fingerprint": index["fingerprint"],
-        "documents": index["counts"]["documents_kept"],
-        "dropped": index["counts"]["dropped"],
-        "splits": index["splits"],
+        "documents": index["counts"]["documents_written"],
+        "removed": {reason: n for step in index["steps"] for reason, n in step["removed"].items()},
+        "rejected": index["rejected"],
+        "splits": {split: {key: facts[key] for key in counted} for split, facts in index["splits"].items()},
         "shards": len(index["shards"]),
-        "files": len(files),
+        "files": index["counts"]["files"],
     }
 
 
-def deal(files: list[InputFile], tasks: int) -> list[list[InputFile]]:
-    """Files to tasks, the largest first to the least loaded: even work, and the same deal on every
-    machine."""
-    plan: list[list[tuple[int, InputFile]]] = [[] for _ in range(tasks)]
-    load = [(0, rank) for rank in range(tasks)]
-    for position, file in sorted(enumerate(files), key=lambda entry: (-entry[1].size, entry[0])):
-        size, rank = heapq.heappop(load)
-        plan[rank].append((position, file))
-        heapq.heappush(load, (size + file.size + 1, rank))
-    return [[file for _, file in sorted(share, key=lambda entry: entry[0])] for share in plan]
+def stage_inputs(config: RunConfig) -> dict[str, Any]:
+    """Everything that decides the stage's result: its settings, and which files there are, with size and times."""
+    data = config.data
+    decontamination = data.clean.decontaminate
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "config": {key: value for key, value in data.model_dump(mode="json").items() if key not in NOT_IN_RESULT},
+        "sources": [asdict(file) for file in find_files(data.sources)[0]],
+        "evaluation": [asdict(f) for f in decontaminate.evaluation_files(decontamination.files)]
+        if decontamination
+        else [],
+    }
 
 
-def split_of(sha256: str, *, val_fraction: float, test_fraction: float) -> str:
-    """The split of a document by the hex sha256 of its text."""
-    position = hash_position(sha256)
-    if position < val_fraction:
-        return "val"
-    return "test" if position >= 1 - test_fraction else "train"
-
-
-def hash_position(sha256: str) -> float:
-    """A hex sha256 as a number in [0, 1)."""
-    return int(sha256[:13], 16) / 2**52  # 52 bits: exact in a double, never rounded up to 1
-
-
-class ReadFiles(PipelineStep):  # type: ignore[misc]  # datatrove has no types
-    """The documents of a task's files. Bad input stops the task, or is counted by its reason."""
+class ReadUnits(PipelineStep):  # type: ignore[misc]  # datatrove has no types
+    """The documents of a task's units. Bad input stops the task, or is counted by its reason and recorded."""
 
     type = "READER"
-    name = "files"
+    name = "read"
 
-    def __init__(self, plan: Path, *, stop: bool) -> None:
+    def __init__(self, plan: Path, removed: RemovedWriter, *, max_document_bytes: int, stop: bool) -> None:
         super().__init__()
         self.plan = plan
+        self.removed = removed
+        self.max_document_bytes = max_document_bytes
         self.stop = stop
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        for entry in json.loads((self.plan / f"{rank:05d}.json").read_text(encoding="utf-8")):
-            for unit in plan_units([InputFile(**entry)]):
-                for item in read_unit(unit, max_document_bytes=64_000_000):
-                    if not isinstance(item, Rejected):
-                        self.stat_update(READ)
-                        name = unit.document_id(item.record)
-                        yield Document(text=item.text, id=name, metadata={"license": unit.file.license})
-                    elif self.stop:
-                        raise bad_input_error(unit, item)
-                    else:
+        with self.removed as removed:
+            for tree in read_json(self.plan / f"{rank:05d}.json"):
+                unit = unit_from_dict(tree)
+                for item in read_unit(unit, max_document_bytes=self.max_document_bytes):
+                    if isinstance(item, Rejected):
+                        if self.stop:
+                            raise bad_input_error(unit, item)
                         self.stat_update(DROPPED + item.reason)
+                        removed.write(_rejected(unit, item), rank)
+                        continue
+                    self.stat_update(READ)
+                    metadata: dict[str, Any] = {
+                        "ordinal": ordinal(unit.number, item.record),
+                        "source": unit.file.source,
+                    }
+                    if unit.file.license is not None:
+                        metadata["license"] = unit.file.license
+                    yield Document(text=item.text, id=unit.document_id(item.record), metadata=metadata)
+                    advance(1, len(item.text))
 
 
-class LengthFilter(BaseFilter):  # type: ignore[misc]
-    """Drops documents with fewer than `minimum` characters, white space at the ends not counted."""
-
-    name = "length"
-
-    def __init__(self, minimum: int) -> None:
-        super().__init__()
-        self.minimum = minimum
-
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        return len(doc.text.strip()) >= self.minimum or (False, "too_short")
+def _rejected(unit: Unit, item: Rejected) -> Document:
+    name = unit.file.name if item.record is None else unit.document_id(item.record)
+    metadata = {"filter_reason": item.reason, "message": item.message, "source": unit.file.source}
+    return Document(text="", id=name, metadata=metadata)
 
 
-class WriteDocuments(PipelineStep):  # type: ignore[misc]
-    """Writes a task's documents to one tar a split; publishes them together with the task's record at the
-    end."""
+class _Chain:
+    """The stage's jobs in order, and the folders they meet in."""
 
-    type = "WRITER"
-    name = "documents"
+    def __init__(self, config: RunConfig, paths: RunPaths, engine: Engine) -> None:
+        self.data = config.data
+        self.engine = engine
+        self.files, self.ignored = find_files(self.data.sources)
+        self.units = plan_units(self.files)
+        self.text_bytes = sum(unit.size for unit in self.units)
+        wanted = self.data.tasks or math.ceil(self.text_bytes / TASK_BYTES)
+        self.tasks = max(1, min(wanted, len(self.units)))
+        self.folder = self.data.output or str(paths.documents)
+        self.work = paths.logs / f"shard-{sha256_json(stage_inputs(config))[:16]}"
+        self.spool = self.work / "clean" / "spool"
+        self.found = self.work / "found"
 
-    def __init__(self, folder: Path, work: Path, *, val_fraction: float, test_fraction: float) -> None:
-        super().__init__()
-        self.folder = folder
-        self.work = work
-        self.fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
+    def run(self) -> list[dict[str, Any]]:
+        """Every job that is not complete; the records of the last one's tasks, by rank."""
+        needed = self.text_bytes * (SPOOL + (1.1 if is_local(self.folder) else 0))
+        require_free_space(self.work, int(needed), "cleaning and writing the documents")
+        steps = self.data.clean
+        last = self._write_steps()
+        if not is_complete(self.work / "write", self.folder, self.tasks):
+            self._clean()
+            if steps.exact_duplicates:
+                self._find(self.work / "clean" / "exact-keys", "exact")
+            if near := steps.near_duplicates:
+                keys = self.work / "near-keys"
+                tap = NearKeys(keys, near.similarity, near.ngram, near.hashes, work=keys)
+                self._job("near-keys", [*self._survivors(near=False), tap])
+                self._find(keys, "near-pairs")
+                cluster = ClusterNear(self.found / "near-pairs", self.found / "near", work=self.found / "near")
+                self._job("found/near", [cluster], tasks=1)
+            if paragraphs := steps.paragraph_duplicates:
+                keys = self.work / "paragraph-keys"
+                tap = ParagraphKeys(keys, paragraphs.min_characters, work=keys)
+                self._job("paragraph-keys", [*self._survivors(), tap])
+                self._find(keys, "paragraphs")
+        return self._job("write", last, output=self.folder)
 
-    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        tars: dict[str, TarWriter] = {}
-        shards: dict[str, dict[str, Any]] = {}
-        lowest = 1.0
-        with ExitStack() as open_tars:
-            for document in data:
-                text = document.text.encode("utf-8")
-                sha256 = hashlib.sha256(text).hexdigest()
-                lowest = min(lowest, hash_position(sha256))
-                split = split_of(sha256, **self.fractions)
-                if split not in tars:
-                    name = f"{split}-{rank:06d}.tar"
-                    tars[split] = open_tars.enter_context(TarWriter(self.folder / name))
-                    shards[split] = {"name": name, "split": split, "documents": 0, "text_bytes": 0}
-                shard = shards[split]
-                meta = {"source": document.id, "sha256": sha256, "split": split, **document.metadata}
-                known = {key: value for key, value in meta.items() if value is not None}
-                key = f"{split}-{rank:06d}-{shard['documents']:08d}"
-                tars[split].add(f"{key}.txt", text)
-                tars[split].add(f"{key}.json", json.dumps(known, sort_keys=True, ensure_ascii=False).encode())
-                shard["documents"] += 1
-                shard["text_bytes"] += len(text)
-                yield document
-            files = {shards[split]["name"]: tar.publish() for split, tar in tars.items()}
-        for shard in shards.values():
-            shard["bytes"], shard["sha256"] = files[shard["name"]]["size"], files[shard["name"]]["sha256"]
-        write_record(self.work, rank, {"shards": list(shards.values()), "lowest_hash": lowest}, files)
+    def step_stats(self) -> list[dict[str, Any]]:
+        """What each step of the first and the last job counted, in their order."""
+        return [step for job in ("clean", "write") for step in step_stats(self.work / job, self.tasks)]
 
+    def discard_spool(self) -> None:
+        """Delete what only a restart in the middle needs."""
+        for job in ("clean/spool", "clean/exact-keys", "near-keys", "paragraph-keys", "found"):
+            shutil.rmtree(self.work / job, ignore_errors=True)
 
-def _index(
-    records: list[dict[str, Any]],
-    counts: dict[str, int],
-    settings: dict[str, float],
-    *,
-    ignored: int,
-    files: int,
-    sources: DataConfig,
-) -> dict[str, Any]:
-    by_split = {split: [s for r in records for s in r["shards"] if s["split"] == split] for split in SPLITS}
-    splits = {
-        split: {
-            "documents": sum(s["documents"] for s in shards),
-            "text_bytes": sum(s["text_bytes"] for s in shards),
-            "shards": len(shards),
-        }
-        for split, shards in by_split.items()
-    }
-    kept = sum(split["documents"] for split in splits.values())
-    dropped = {k.removeprefix(DROPPED): v for k, v in sorted(counts.items()) if k.startswith(DROPPED)}
-    read = counts.get(READ, 0)
-    not_read = sum(v for reason, v in dropped.items() if reason != "too_short")  # rejected before it was a document
-    assert kept == read - (sum(dropped.values()) - not_read), f"documents lost: {counts}, kept {kept}"
-    index: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "settings": settings,
-        "sources": [source.model_dump(mode="json") for source in sources.sources],
-        "counts": {
-            "files": files,
-            "files_of_unknown_ending": ignored,
-            "documents_read": read,
-            "documents_kept": kept,
-            "dropped": dropped,
-        },
-        "splits": splits,
-        "shards": [shard for shards in by_split.values() for shard in shards],
-    }
-    return {**index, "fingerprint": fingerprint_of(index)}
+    def remove_strays(self, shards: set[str], removed: set[str]) -> None:
+        """Files of an earlier corpus with more tasks: a reader that globs would mix them in."""
+        remove_strays(self.folder, shards)
+        lists = join(self.folder, "removed")
+        if not is_local(lists) or local_path(lists).is_dir():
+            remove_strays(lists, {name.removeprefix("removed/") for name in removed}, REMOVED)
 
-
-def _check_splits(index: dict[str, Any], data: DataConfig, records: list[dict[str, Any]]) -> None:
-    """Raise UserError when there is nothing to train or to validate on."""
-    counts = index["counts"]
-    kept, dropped = counts["documents_kept"], counts["dropped"]
-    if not kept:
-        why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the files are empty"
-        raise UserError(
-            f"data.sources: {counts['files']} files and no document left ({why}); "
-            "name other sources or lower data.min_characters"
-        )
-    if not index["splits"]["val"]["documents"]:
-        smallest = math.ceil(min(record["lowest_hash"] for record in records) * 1000 + 1e-9) / 1000
-        raise UserError(
-            f"the val split is empty: data.val_fraction {data.val_fraction} of {kept} documents took none; "
-            f"set data.val_fraction to {smallest} or more (it is measured in documents, chosen by hash)"
-        )
-    if not index["splits"]["train"]["documents"]:
-        raise UserError(
-            f"the train split is empty: data.val_fraction {data.val_fraction} and data.test_fraction "
-            f"{data.test_fraction} took all {kept} documents; lower them or name more text"
+    def _job(
+        self, name: str, steps: list[PipelineStep], *, tasks: int | None = None, output: str | None = None
+    ) -> list[dict[str, Any]]:
+        work = self.work / name
+        return run_tasks(
+            steps,
+            tasks=tasks or self.tasks,
+            workers=self.data.workers,
+            workers_key="data.workers",
+            work=work,
+            output=output or work,
+            engine=self.engine,
+            label=f"shard: {name}",
+            total_bytes=None if tasks else self.text_bytes,
         )
 
+    def _clean(self) -> None:
+        plan = self.work / "plan"
+        for rank, share in enumerate(deal(self.units, self.tasks)):
+            publish_json(plan / f"{rank:05d}.json", [unit_as_dict(unit) for unit in share])
+        publish_json(self.work / "units.json", [unit_as_dict(unit) for unit in self.units])
+        data, settings = self.data, self.data.clean.model_dump()
+        contamination = None
+        if decontamination := data.clean.decontaminate:
+            contamination = self.work / "contamination.npy"
+            decontaminate.build_index(
+                decontamination.files, decontamination.ngram, contamination, data.max_document_megabytes * 10**6
+            )
+        keys = self.work / "clean" / "exact-keys" if data.clean.exact_duplicates else None
+        folder = self.work / "clean" / "removed"
+        steps: list[PipelineStep] = [
+            ReadUnits(
+                plan,
+                RemovedWriter(folder, "read"),
+                max_document_bytes=data.max_document_megabytes * 10**6,
+                stop=data.on_bad_input == "error",
+            ),
+            *clean.document_blocks(
+                settings,
+                min_characters=data.min_characters,
+                max_characters=data.max_characters,
+                contamination=contamination,
+                removed=lambda step: RemovedWriter(folder, step),
+            ),
+        ]
+        taps = [ExactKeys(keys)] if keys else []
+        removed = [step.name for step in steps]
+        self._job("clean", [*steps, *taps, WriteSpool(self.work / "clean", keys=keys, removed=removed)])
 
-def _remove_strays(folder: Path, names: set[str]) -> None:
-    """Shards of an earlier corpus with more tasks: a reader that globs would mix them in."""
-    for path in folder.glob("*.tar"):
-        if path.name not in names and path.name.split("-")[0] in SPLITS:
-            path.unlink()
+    def _find(self, keys: Path, name: str) -> None:
+        """Duplicates among sorted keys: one task for each range of hashes."""
+        found = self.found / name
+        self._job(f"found/{name}", [FindDuplicates(keys, found, work=found)], tasks=partitions(count_keys(keys)))
+
+    def _survivors(self, *, near: bool = True) -> list[PipelineStep]:
+        """The spool without the duplicates found so far; they are recorded when the documents are written."""
+        return [ReadSpool(self.spool), *self._drops(None, near=near)]
+
+    def _drops(self, removed: Path | None, *, near: bool = True) -> list[PipelineStep]:
+        steps = self.data.clean
+        kinds = [("exact", steps.exact_duplicates), ("near", near and steps.near_duplicates is not None)]
+        return [
+            DropDuplicates(
+                self.found / kind,
+                f"{kind}_duplicate",
+                exclusion_writer=removed
+                and RemovedWriter(removed, f"{kind}_duplicates", units=self.work / "units.json"),
+            )
+            for kind, on in kinds
+            if on
+        ]
+
+    def _write_steps(self) -> list[PipelineStep]:
+        data, steps = self.data, self.data.clean
+        folder = self.work / "write" / "removed"
+        blocks = self._drops(folder)
+        if steps.paragraph_duplicates:
+            writer = RemovedWriter(folder, CutParagraphs.name, units=self.work / "units.json")
+            blocks.append(CutParagraphs(self.found / "paragraphs", writer))
+        if steps.paragraph_duplicates or (steps.decontaminate and steps.decontaminate.action == "cut"):
+            writer = RemovedWriter(folder, "length")
+            blocks.append(clean.LengthFilter(data.min_characters, data.max_characters, exclusion_writer=writer))
+        if steps.split_long:
+            blocks.append(clean.SplitLong(steps.split_long.max_characters))
+        cleaned = self.work / "clean" / "removed"
+        names = ["read", *clean.block_names(steps.model_dump())]
+        sink = WriteDocuments(
+            self.folder,
+            self.work / "write",
+            val_fraction=data.val_fraction,
+            test_fraction=data.test_fraction,
+            weights=[source.weight for source in data.sources],
+            removed=[(cleaned, name) for name in names] + [(folder, block.name) for block in blocks],
+        )
+        return [ReadSpool(self.spool), *blocks, sink]

@@ -5,8 +5,10 @@ finished. On top of that:
 
 - Markers live in a folder named by a key of everything that goes in, so changed inputs never meet old markers.
 - A marker counts only while the files it stands for are there with their sha256 (`records/`): what is complete is not redone,
-  what is half-written or damaged is not believed. Of files in an object store, which were read back when they were
-  published, the size is looked at, and where the record has it what the store calls their version (ETag).
+  what is half-written or damaged is not believed.
+- Decision: a file in an object store was read back when it was published; to read all of them again at every start may cost
+  hours. As long as the store names the version (ETag, generation) that the record has, it is believed; otherwise, and where a
+  store has no versions, it is read and hashed.
 - Decision: LocalPipelineExecutor's `run` is replaced by the standard library's process pool. datatrove's own pool waits for
   ever for a worker that was killed (out of memory), and leaves its manager process behind when the parent is killed. The
   other engines: engines.py.
@@ -17,11 +19,13 @@ finished. On top of that:
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import shutil
+import re
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -32,11 +36,12 @@ from typing import Any
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from pipeline.data.engines import ERRORS, LOCAL, DryRun, Engine, RayExecutor, Reporting, SlurmExecutor
-from pipeline.data.progress import Bar
+from pipeline.data import progress
+from pipeline.data.engines import LOCAL, DryRun, Engine
+from pipeline.data.reporting import Reporting, forget_errors, raise_error
 from pipeline.data.tar import remove_leftovers
 from pipeline.errors import UserError
-from pipeline.remote import filesystem_of, size_of, version_of
+from pipeline.remote import filesystem_of, retrying, size_of, version_of
 from pipeline.storage import publish_json, sha256_file
 from pipeline.urls import is_local, join, local_path
 
@@ -62,18 +67,21 @@ def run_tasks(
     goes away before anything in it changes. workers: tasks at once; workers_key: what a user calls that setting. label,
     total_bytes: of the progress bar.
 
-    Raises whatever a step raises; UserError when a worker dies; DryRun.
+    Raises whatever a step raises (on a cluster: always as a UserError); UserError when a worker dies; DryRun.
     """
     work.mkdir(parents=True, exist_ok=True)
     _forget_unbelievable(work, output, tasks)
-    executor = _make(engine, steps, tasks=tasks, workers=workers, work=work)
-    if engine.dry_run:
-        raise DryRun(executor.render(), tasks)
+    executor = _executor_of(engine, steps, tasks=tasks, workers=workers, work=work, label=label, output=output)
     ranks = executor.get_incomplete_ranks()
+    if engine.dry_run:
+        ranks = ranks or list(range(tasks))
+        raise DryRun(executor.render(ranks), len(ranks))
     if ranks:
-        _prepare(output)
-        shutil.rmtree(work / ERRORS, ignore_errors=True)
-        with Bar(work, label, total_bytes):
+        if not executor.goes_on():
+            _prepare(output)
+            forget_errors(work)
+            progress.forget(work, ranks)
+        with progress.Bar(work, label, tasks=tasks, total_bytes=total_bytes):
             executor.run_ranks(ranks, console=work / "console.log", workers_key=workers_key)
     return [_read(work, RECORDS, rank) for rank in range(tasks)]
 
@@ -85,24 +93,43 @@ def is_complete(work: Path, output: Path | str, tasks: int) -> bool:
     )
 
 
-def _make(engine: Engine, steps: list[PipelineStep], *, tasks: int, workers: int, work: Path) -> Any:
-    if engine.kind == "local":
-        return _Executor(steps, tasks=tasks, workers=workers, logging_dir=str(work))
-    kind = SlurmExecutor if engine.kind == "slurm" else RayExecutor
-    return kind(steps, tasks=tasks, workers=workers, work=work, engine=engine)
+def _executor_of(
+    engine: Engine,
+    steps: list[PipelineStep],
+    *,
+    tasks: int,
+    workers: int,
+    work: Path,
+    label: str,
+    output: Path | str,
+) -> Any:
+    local = _Executor(steps, tasks=tasks, workers=workers, logging_dir=str(work.absolute()))
+    if engine.kind == "slurm":
+        from pipeline.data.slurm import SlurmExecutor
+
+        where = str(local_path(output).resolve()) if is_local(output) else str(output)
+        name = f"pldr-{re.sub('[^a-z0-9]+', '-', label.lower())}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
+        return SlurmExecutor(steps, tasks=tasks, workers=workers, work=work, name=name, settings=engine.slurm)
+    if engine.kind == "ray":
+        from pipeline.data.ray_cluster import RayExecutor
+
+        return RayExecutor(steps, tasks=tasks, workers=workers, work=work, address=engine.ray_address, in_process=local)
+    return local
 
 
 def _prepare(output: Path | str) -> None:
-    """An unfinished folder has no index; and nothing of a killed run's half-written files."""
+    """An unfinished folder has no index, and nothing of a killed run's half-written files."""
     if is_local(output):
         folder = local_path(output)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "index.json").unlink(missing_ok=True)
         remove_leftovers(folder)
         return
-    filesystem, path = filesystem_of(join(output, "index.json"))
-    if filesystem.exists(path):
-        filesystem.rm_file(path)
+    index = join(output, "index.json")
+    filesystem, path = filesystem_of(index)
+    with contextlib.suppress(FileNotFoundError):
+        retrying(index, lambda: filesystem.info(path))
+        retrying(index, lambda: filesystem.rm_file(path), what="removed")
 
 
 def write_record(work: Path, rank: int, record: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
@@ -140,16 +167,20 @@ def _forget_unbelievable(work: Path, output: Path | str, tasks: int) -> None:
 def _believable(work: Path, output: Path | str, rank: int) -> bool:
     try:
         _read(work, "stats", rank)
-        return all(_is(join(output, name), facts) for name, facts in _read(work, RECORDS, rank)["files"].items())
-    except (OSError, ValueError, KeyError):
+        files = _read(work, RECORDS, rank)["files"]
+        return all(_is_unchanged(join(output, name), facts) for name, facts in files.items())
+    except (OSError, ValueError, KeyError):  # a UserError is a ValueError: what cannot be read is made again
         return False
 
 
-def _is(url: str, facts: dict[str, Any]) -> bool:
-    if not is_local(url) and "version" in facts:
-        return bool(version_of(url) == facts["version"])
+def _is_unchanged(url: str, facts: dict[str, Any]) -> bool:
+    """Whether a published file is what its record says."""
+    if not is_local(url):
+        version = version_of(url)
+        if len(version) > 1 and version == facts.get("version"):  # more than the size
+            return True
     size: int = facts["size"]
-    return size_of(url) == size and (not is_local(url) or sha256_file(url) == facts["sha256"])
+    return size_of(url) == size and sha256_file(url) == facts["sha256"]
 
 
 class _Executor(Reporting, LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
@@ -176,6 +207,7 @@ class _Executor(Reporting, LocalPipelineExecutor):  # type: ignore[misc]  # data
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
             except BrokenProcessPool:
+                raise_error(self.work)  # an exception that cannot be pickled breaks the pool too
                 raise UserError(
                     f"a worker process died (killed, or out of memory), see {console}; lower {workers_key} or free "
                     "memory and start again, finished work is kept"

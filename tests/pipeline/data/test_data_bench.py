@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def test_every_number_is_there(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: tuple[RunConfig, RunPaths]
 ) -> None:
     monkeypatch.setattr(benches, "ROUNDS", 1)
+    monkeypatch.setattr(benches, "RATIO_ROUNDS", 2)
     monkeypatch.setattr(benches, "SHARDS", 2)
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": part}) + "\n" for part in made_up(300_000)))
@@ -75,3 +77,5 @@ def test_parts_take_turns() -> None:
     parts: list[Callable[[], None]] = [lambda: order.append("a"), lambda: order.append("b")]
     seconds = in_turn(*parts, rounds=3)
     assert "".join(order) == "abbaab" and [len(part) for part in seconds] == [3, 3]
+    slept, worked = in_turn(lambda: time.sleep(0.05), lambda: sum(range(10**6)), rounds=1)
+    assert slept[0].wall >= 0.05 > slept[0].cpu and worked[0].cpu > slept[0].cpu

@@ -13,9 +13,10 @@ import pytest
 import webdataset
 
 from pipeline.config import RunConfig, RunPaths
-from pipeline.data.documents import DocumentIndex, read_shard
-from pipeline.data.shard import deal, shard_documents, split_of
-from pipeline.data.sources import InputFile
+from pipeline.data.documents import DocumentIndex, read_removed, read_shard
+from pipeline.data.shard import shard_documents
+from pipeline.data.spool import split_key
+from pipeline.data.write import copies, split_of
 from pipeline.errors import UserError
 
 MakeConfig = Callable[..., RunConfig]
@@ -46,11 +47,15 @@ def test_every_document_arrives_once_with_its_facts(corpus: Path, finished: tupl
     assert sorted(document.text for document in read) == sorted(written)
     for document in read:
         sha256 = hashlib.sha256(document.text.encode()).hexdigest()
-        split = split_of(sha256, val_fraction=0.1, test_fraction=0.05)
+        split = split_of(split_key(document.text), val_fraction=0.1, test_fraction=0.05)
         assert document.meta["sha256"] == sha256 and document.meta["split"] == split
-        assert document.key.startswith(split) and document.meta["source"].startswith(str(corpus))
-    counts = json.loads((paths.documents / "index.json").read_text())["counts"]
-    assert counts["documents_read"] == counts["documents_kept"] == len(written) == 160 and counts["dropped"] == {}
+        file, _, line = document.meta["source"].removeprefix(f"{corpus.name}/").partition("#")
+        assert json.loads((corpus / file).read_text().splitlines()[int(line) - 1])["text"] == document.text
+    counts = index.tree["counts"]
+    assert counts["documents_read"] == counts["documents_kept"] == counts["documents_written"] == len(written) == 160
+    assert index.tree["rejected"] == {} and index.tree["removed"] == []
+    assert sum(sum(split["length_histogram"]) for split in index.splits.values()) == 160
+    assert index.splits["train"]["words"] == sum(len(d.text.split()) for d in read if d.meta["split"] == "train")
     assert {split: index.splits[split]["documents"] > 0 for split in ("train", "val", "test")}
 
 
@@ -99,8 +104,13 @@ def test_dropped_documents_are_counted_by_reason(tmp_path: Path, make_config: Ma
     settings = {"on_bad_input": "skip", "min_characters": 8}
     sources = [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.txt"]
     result, paths = run(make_config(tmp_path / "run", sources, data=settings))
-    assert result["dropped"] == {"no_text": 1, "not_json": 1, "not_utf8": 1, "too_short": 2}
-    counts = json.loads((paths.documents / "index.json").read_text())["counts"]
+    assert result["rejected"] == {"no_text": 1, "not_json": 1, "not_utf8": 1} and result["removed"] == {"too_short": 2}
+    index = DocumentIndex.load(paths.documents)
+    counts = index.tree["counts"]
+    removed = {record["id"].partition("/")[2]: record for record in read_removed(index)}
+    assert set(removed) == {"a.jsonl#51", "a.jsonl#52", "a.jsonl#53", "a.jsonl#54", "b.txt"}
+    assert "a.jsonl, line 51: not JSON" in removed["a.jsonl#51"]["message"]
+    assert removed["a.jsonl#53"]["reason"] == "too_short" and removed["a.jsonl#53"]["excerpt"] == "   short   "
     assert counts["documents_read"] == 52 and counts["documents_kept"] == result["documents"] == 50
 
 
@@ -117,9 +127,9 @@ def test_bad_input_stops_with_its_place_and_leaves_no_index(tmp_path: Path, make
     ("texts", "settings", "message"),
     [
         ([""], {}, "no document left.*1 too_short"),
-        (["a", "b"], {"min_characters": 5}, "2 too_short.*lower data.min_characters"),
+        (["a", "b"], {"min_characters": 5}, "2 too_short.*or data.min_characters"),
         (["a", "b", "c"], {"val_fraction": 0.0}, r"the val split is empty: .*set data.val_fraction to 0\.\d+"),
-        (["a", "b", "c"], {"val_fraction": 0.95}, "the train split is empty"),
+        (["a", "b", "c"], {"val_fraction": 0.94}, "the train split is empty"),
     ],
 )
 def test_an_empty_corpus_or_split(
@@ -194,14 +204,96 @@ def test_too_little_disk_is_said_before_anything_is_written(
     assert not (tmp_path / "run" / "documents").exists()
 
 
-def test_work_is_dealt_evenly_and_completely() -> None:
-    files = [
-        InputFile(str(n), str(n), "text", None, "text", None, size, "") for n, size in enumerate([100, 1, 1, 50, 49])
-    ]
-    plan = deal(files, 2)
-    assert sorted(file.url for share in plan for file in share) == ["0", "1", "2", "3", "4"]
-    assert [sum(file.size for file in share) for share in plan] == [101, 100]
-    assert all([file.url for file in share] == sorted(file.url for file in share) for share in plan)
+def test_the_fingerprint_does_not_depend_on_where_the_corpus_lies(
+    tmp_path: Path, make_config: MakeConfig, contents: Contents
+) -> None:
+    for place in ("here", "there/deep"):
+        (tmp_path / place / "books").mkdir(parents=True)
+        write_jsonl(tmp_path / place / "books" / "a.jsonl", [f"a text, number {n}" for n in range(60)])
+    _, one = run(make_config(tmp_path / "one", f"{tmp_path}/here/books/*.jsonl"))
+    _, two = run(make_config(tmp_path / "two", f"{tmp_path}/there/deep/books"))
+    assert contents(one.documents) == contents(two.documents)
+
+
+def words(number: int, count: int = 60) -> str:
+    """Text that shares no run of words with that of another number."""
+    return " ".join(f"w{hashlib.sha256(f'{number} {n}'.encode()).hexdigest()[:6]}" for n in range(count))
+
+
+def test_duplicates_are_removed_whatever_the_tasks_and_never_straddle_a_split(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    plain = [words(n) for n in range(60)]
+    shared = "This paragraph, which is long enough to be looked at, stands in two documents. " + words(1000, 20)
+    loud = [f"  {text.upper()}\n" for text in plain[:20]]
+    near = [text.replace(text.split()[30], "other", 1) for text in (words(n, 300) for n in range(2000, 2010))]
+    far = [words(n, 300) for n in range(2000, 2010)]
+    cut = [f"{words(3000 + n)}\n\n{shared}\n\n{words(4000 + n)}" for n in range(3)]
+    write_jsonl(tmp_path / "a.jsonl", [*plain, *far, cut[0]])
+    write_jsonl(tmp_path / "b.jsonl", [*loud, *near, *cut[1:]])
+    write_jsonl(tmp_path / "c.jsonl", plain[:5])
+    sources = [f"{tmp_path}/{name}.jsonl" for name in "abc"]
+    splits = {}
+    for texts in (texts_of(run(make_config(tmp_path / "all", sources, data={"tasks": 2}))[1]),):
+        splits = {text: texts[text] for text in [*plain, *loud]}
+    assert all(splits[plain[n]] == splits[loud[n]] for n in range(20)) and len(set(splits.values())) > 1
+    clean = {"exact_duplicates": True, "near_duplicates": True, "paragraph_duplicates": True}
+    results = []
+    for tasks in (1, 3):
+        result, paths = run(make_config(tmp_path / str(tasks), sources, data={"tasks": tasks, "clean": clean}))
+        assert result["removed"] == {"exact_duplicate": 25, "near_duplicate": 10}
+        removed = list(read_removed(DocumentIndex.load(paths.documents)))
+        results.append((texts_of(paths), {(r["id"], r["reason"], r["keeper"]) for r in removed}))
+    assert results[0] == results[1]
+    texts, removed_ids = results[0]
+    assert set(texts) == {*plain, *far, cut[0], *(text.replace(shared + "\n\n", "") for text in cut[1:])}
+    assert ("c/c.jsonl#1", "exact_duplicate", "a/a.jsonl#1") in removed_ids
+    assert ("b/b.jsonl#21", "near_duplicate", "a/a.jsonl#61") in removed_ids
+    assert ("b/b.jsonl#31", "paragraph_duplicate", "a/a.jsonl#71") in removed_ids
+
+
+def test_weights_repeat_training_documents_exactly(tmp_path: Path, make_config: MakeConfig) -> None:
+    for name in ("much", "some", "once"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {n}" for n in range(300)])
+    weights = {"much": 2.5, "some": 0.4, "once": 1.0}
+    sources = [{"url": f"{tmp_path}/{name}.jsonl", "weight": weight} for name, weight in weights.items()]
+    result, paths = run(make_config(tmp_path / "run", sources, data={"tasks": 2}))
+    index = DocumentIndex.load(paths.documents)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for shard in index.shards:
+        for document in read_shard(paths.documents, shard):
+            found.setdefault(document.text, []).append(document.meta)
+    for name, weight in weights.items():
+        for text in (f"{name} {n}" for n in range(300)):
+            metas = found.get(text, [])
+            expected = copies(split_key(text), weight)
+            train = split_of(split_key(text), val_fraction=0.1, test_fraction=0.05) == "train"
+            assert len(metas) == (expected if train else min(expected, 1)), text
+            assert [meta.get("repeat") for meta in metas] == [None, *range(1, len(metas))][: len(metas)]
+            assert {meta["split"] for meta in metas} <= {
+                split_of(split_key(text), val_fraction=0.1, test_fraction=0.05)
+            }
+    assert {copies(split_key(f"much {n}"), 2.5) for n in range(300)} == {2, 3}
+    counts = index.tree["counts"]
+    assert counts["documents_kept"] == 900 and counts["documents_written"] == result["documents"]
+    thinned = sum(not copies(split_key(f"some {n}"), 0.4) for n in range(300))
+    assert counts["left_out_by_weight"] == thinned and 150 < thinned < 210
+
+
+def test_parts_of_a_long_document_stay_together(tmp_path: Path, make_config: MakeConfig) -> None:
+    texts = ["\n\n".join(words(100 * n + p, 20) for p in range(10)) for n in range(30)]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    clean = {"split_long": {"max_characters": 500}}
+    result, paths = run(make_config(tmp_path / "run", f"{tmp_path}/a.jsonl", data={"clean": clean}))
+    index = DocumentIndex.load(paths.documents)
+    together: dict[str, list[Any]] = {}
+    for shard in index.shards:
+        for document in read_shard(paths.documents, shard):
+            assert len(document.text) <= 500
+            together.setdefault(document.meta["source"].rpartition("/")[0], []).append(document)
+    assert sorted("".join(d.text for d in parts) for parts in together.values()) == sorted(texts)
+    assert all(len({d.meta["split"] for d in parts}) == 1 for parts in together.values())
+    assert index.tree["counts"]["documents_kept"] == 30 < result["documents"]
 
 
 def test_nothing_is_printed(

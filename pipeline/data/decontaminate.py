@@ -1,0 +1,256 @@
+"""Text that evaluation files hold too: found by runs of words, removed with its document or cut out of it.
+
+An index of the evaluation files is made once: every string in every record counts (questions, answers, contexts), and gives
+the hashes of its runs of `ngram` words. A document that has one of them is contaminated. Words are compared without case,
+compatibility forms and punctuation; hashes have 64 bits, so that a document of a million words meets one of a million
+n-grams by chance once in 10**7.
+
+Decision: a string of fewer words than `ngram`, but at least SHORTEST, is looked for as a whole; shorter ones ("Make a new
+plan") stand everywhere and judge nothing.
+Decision: `cut` takes out the matching words, from the first to the last of a run, and no more: what is around them was not in
+the evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import unicodedata
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from datatrove.data import Document
+from datatrove.pipeline.filters.base_filter import BaseFilter
+
+from pipeline.data.read import Rejected, next_line, open_input, read_unit
+from pipeline.data.sorted_rows import NUMBER, Rows
+from pipeline.data.sources import InputFile, find_files
+from pipeline.data.units import Unit
+from pipeline.data.words import WORD, WordHashes, ngrams
+from pipeline.errors import UserError
+from pipeline.storage import publish, sha256_file
+
+SHORTEST = 8  # words of a string that is looked for as a whole
+BITS = 24  # of a hash, that a table of what occurs at all is made of: most words need no search
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """An entry of `data.clean.decontaminate.files`, as `find_files` wants it."""
+
+    url: str
+    name: str | None = None
+    text_key: str = "text"
+    license: str | None = None
+
+
+class _FoldedHashes(WordHashes):
+    """Hashes of words without case and compatibility forms."""
+
+    def hash_of(self, word: str) -> int:
+        return super().hash_of(unicodedata.normalize("NFKC", word).casefold())
+
+
+def evaluation_files(files: list[str]) -> list[InputFile]:
+    """The files that these paths, globs and URLs name. Raises UserError for one that names none."""
+    try:
+        return find_files([_Evaluation(url) for url in files])[0]
+    except UserError as error:
+        raise UserError(f"data.clean.decontaminate.files: {str(error).removeprefix('data.sources: ')}") from None
+
+
+def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: int) -> str:
+    """Write the index of the evaluation files to `target` (.npz); returns its sha256.
+
+    Raises UserError for a file that cannot be read, a line that is not JSON, or files without one usable string.
+    """
+    grams: list[Rows] = []
+    owners: list[Rows] = []
+    short: list[Rows] = []  # [first SHORTEST words, all words] of strings shorter than ngram
+    lengths: set[int] = set()
+    hashes = _FoldedHashes()
+    inputs = evaluation_files(files)
+    for number, file in enumerate(inputs):
+        for text in _strings_of(file, max_document_bytes):
+            words = hashes.of(text)
+            if len(words) >= ngram:
+                grams.append(ngrams(words, ngram))
+                owners.append(np.full(len(grams[-1]), number, NUMBER))
+            elif len(words) >= SHORTEST:
+                short.append(np.array([ngrams(words[:SHORTEST], SHORTEST)[0], ngrams(words, len(words))[0]], NUMBER))
+                lengths.add(len(words))
+    if not grams and not short:
+        raise UserError(
+            f"data.clean.decontaminate.files: no text of {min(ngram, SHORTEST)} words or more in {len(inputs)} files; name "
+            "others or lower data.clean.decontaminate.ngram"
+        )
+    hashed, first = np.unique(np.concatenate([*grams, np.empty(0, NUMBER)]), return_index=True)
+    arrays = {
+        "grams": hashed,
+        "owners": np.concatenate([*owners, np.empty(0, NUMBER)])[first].astype(np.uint32),
+        "short_first": np.unique(np.array([row[0] for row in short], NUMBER)),
+        "short_whole": np.unique(np.array([row[1] for row in short], NUMBER)),
+        "short_lengths": np.array(sorted(lengths), np.int64),
+        "names": np.frombuffer(json.dumps([file.name for file in inputs]).encode(), np.uint8),
+    }
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as stream:
+            np.savez(stream, **arrays)
+
+    publish(target, write)
+    return sha256_file(target)
+
+
+def _strings_of(file: InputFile, limit: int) -> Iterator[str]:
+    """Every string in a file: of records all values, however deep."""
+    if file.kind == "jsonl":
+        with closing(open_input(file, 0)) as stream:
+            number = 0
+            while (found := next_line(stream, limit))[1]:
+                number += 1
+                line = found[0]
+                if line is None or not line.strip():
+                    continue
+                try:
+                    yield from _strings_in(orjson.loads(line.removeprefix(b"\xef\xbb\xbf")))
+                except orjson.JSONDecodeError as error:
+                    raise UserError(f"{file.shown}, line {number}: not JSON ({error}); mend the line") from None
+    elif file.kind == "parquet":
+        from pipeline.data.parquet import open_parquet, pq
+
+        with contextlib.ExitStack() as stack:
+            source, _ = open_parquet(Unit(0, file, 0, 1, file.size), stack)
+            for batch in pq.ParquetFile(source).iter_batches(batch_size=256):
+                yield from _strings_in(batch.to_pylist())
+    else:
+        for item in read_unit(Unit(0, file, 0, 1, file.size), max_document_bytes=limit):
+            if isinstance(item, Rejected):
+                raise UserError(item.message)
+            yield item.text
+
+
+def _strings_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _strings_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings_in(inner)
+
+
+class _Index:
+    """An index in a worker's memory."""
+
+    def __init__(self, path: Path, ngram: int) -> None:
+        self.ngram = ngram
+        with np.load(path, allow_pickle=False) as arrays:
+            self.grams, self.owners = arrays["grams"], arrays["owners"]
+            self.first, self.whole = arrays["short_first"], set(arrays["short_whole"].tolist())
+            self.lengths = arrays["short_lengths"].tolist()
+            self.names = json.loads(arrays["names"].tobytes())
+        self._table = np.zeros(1 << BITS, bool)
+        self._table[self.grams >> np.uint64(64 - BITS)] = True
+        self.hashes = _FoldedHashes()
+
+    def matches(self, text: str) -> list[tuple[int, int, str]]:
+        """(first word, behind the last word, file) of each run of words that stands in an evaluation file."""
+        words = self.hashes.of(text)
+        grams = ngrams(words, self.ngram)
+        maybe = np.flatnonzero(self._table[grams >> np.uint64(64 - BITS)])
+        places = np.searchsorted(self.grams, grams[maybe])
+        places[places == len(self.grams)] = 0
+        hits = self.grams[places] == grams[maybe] if len(self.grams) else np.zeros(0, bool)
+        found = [
+            (int(start), int(start) + self.ngram, self.names[self.owners[place]])
+            for start, place in zip(maybe[hits], places[hits], strict=True)
+        ]
+        if self.lengths:
+            for start in np.flatnonzero(np.isin(ngrams(words, SHORTEST), self.first)).tolist():
+                for length in self.lengths:
+                    run = ngrams(words[start : start + length], length)
+                    if len(run) and int(run[0]) in self.whole:
+                        found.append((start, start + length, "a short text"))
+        return sorted(found)
+
+
+class Decontaminate(BaseFilter):  # type: ignore[misc]  # datatrove has no types
+    """Drops documents that share a run of words with the evaluation files, or cuts the runs out of them.
+
+    index: what `build_index` wrote. exclusion_writer: gets the documents, or each passage that was cut.
+    """
+
+    name = "decontaminate"
+
+    def __init__(self, index: Path, ngram: int, *, cut: bool, exclusion_writer: Any = None) -> None:
+        super().__init__(exclusion_writer)
+        self.index = index
+        self.ngram = ngram
+        self.cut = cut
+        self._index: _Index | None = None
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        self._index = _Index(self.index, self.ngram)
+        yield from (self._run_cutting(data, rank) if self.cut else super().run(data, rank, world_size))
+        self._index = None
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        assert self._index is not None
+        found = self._index.matches(doc.text)
+        if not found:
+            return True
+        start, end, file = found[0]
+        spans = _word_spans(doc.text)
+        doc.metadata["detail"] = f"{file}: {doc.text[spans[start][0] : spans[end - 1][1]]}"
+        return False, "contaminated"
+
+    def _run_cutting(self, data: Iterable[Document], rank: int) -> Iterator[Document]:
+        assert self._index is not None
+        with self.exclusion_writer or contextlib.nullcontext() as writer:
+            for document in data:
+                self.stat_update("total", "forwarded")
+                found = self._index.matches(document.text)
+                if found:
+                    text, passages = cut_words(document.text, found)
+                    self.stat_update("changed")
+                    self.stat_update("characters_cut", value=len(document.text) - len(text))
+                    for passage, file in passages if writer else []:
+                        known = {"filter_reason": "passage_cut", "detail": file}
+                        writer.write(Document(passage, document.id, {**document.metadata, **known}), rank)
+                    document.text = text
+                yield document
+
+
+def cut_words(text: str, found: list[tuple[int, int, str]]) -> tuple[str, list[tuple[str, str]]]:
+    """(the text without these runs of words, [(passage, file)] that were cut). Runs that overlap or touch are one passage;
+    with it goes the punctuation behind it and the white space before it, if there is some on both sides."""
+    runs: list[list[Any]] = []
+    for start, end, file in found:
+        if runs and start <= runs[-1][1]:
+            runs[-1][1] = max(runs[-1][1], end)
+        else:
+            runs.append([start, end, file])
+    spans = _word_spans(text)
+    kept: list[str] = []
+    passages: list[tuple[str, str]] = []
+    position = 0
+    for start, end, file in runs:
+        first, last = spans[start][0], spans[end - 1][1]
+        while last < len(text) and not text[last].isspace() and not WORD.match(text, last):
+            last += 1
+        passages.append((text[first:last], file))
+        before = text[position:first]
+        kept.append(before.rstrip(" \t") if last == len(text) or text[last].isspace() else before)
+        position = last
+    return "".join([*kept, text[position:]]), passages
+
+
+def _word_spans(text: str) -> list[tuple[int, int]]:
+    return [found.span() for found in WORD.finditer(text)]

@@ -1,0 +1,171 @@
+"""Tasks on a Ray cluster: datatrove's Ray executor, which spreads the tasks and starts those of lost nodes again.
+
+What it does not do, and is done here:
+
+- It ends quietly, whatever became of its tasks: afterwards, errors and markers are looked at.
+- It waits for ever when a node cannot import datatrove. Every node is asked first, also whether it sees the run directory.
+- It runs a task in a fork of an actor, a process with threads, and waits for ever when that fork is killed (out of memory).
+  Here the fork only starts `python -m pipeline.data.run_task`, a process like those of a local job, and looks at how it ends.
+  It also ends it when the actor is gone, or a killed run's tasks would write on beside those of the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dill
+from datatrove.executor.base import PipelineExecutor
+from datatrove.executor.ray import RayPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.stats import PipelineStats
+from loguru import logger
+
+from pipeline.data.reporting import Reporting, has_failed, leave_error, raise_error
+from pipeline.errors import UserError, first_line
+
+PROBE_SECONDS = 120
+log = logging.getLogger(__name__)
+
+
+class RayExecutor(Reporting, RayPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
+    """datatrove's Ray executor that says what went wrong. in_process: what runs a task in a process of a node."""
+
+    def __init__(
+        self,
+        steps: list[PipelineStep],
+        *,
+        tasks: int,
+        workers: int,
+        work: Path,
+        address: str,
+        in_process: PipelineExecutor,
+    ) -> None:
+        with _quiet():  # of a warning that the folder has to be shared
+            super().__init__(steps, tasks=tasks, workers=workers, logging_dir=str(work.absolute()), mem_per_cpu_gb=0)
+        self.address = address
+        self.folder = os.getcwd()
+        self.python_path = os.pathsep.join(path for path in sys.path if path)
+        self.in_process = in_process
+
+    def run_ranks(self, ranks: list[int], *, console: Path, workers_key: str) -> None:
+        """Run the tasks on the cluster and wait for them. Raises a task's UserError, and UserError for a cluster that does not
+        answer, a node that cannot take part, or tasks that did not finish."""
+        with open(self.work / "executor.pik", "wb") as stream:
+            dill.dump(self.in_process, stream)
+        with _connected(self.address), _quiet():
+            _check_nodes(self.work)
+            self.run()
+        raise_error(self.work)
+        if missing := self.get_incomplete_ranks(ranks):
+            raise UserError(
+                f"{len(missing)} of {len(ranks)} tasks (the first is {missing[0]}) did not finish on the Ray cluster: their "
+                f"nodes were lost; look at them (ray status, {console}) and start again, finished work is kept"
+            )
+
+    def _run_for_rank(self, rank: int, *arguments: Any, **options: Any) -> PipelineStats:
+        """In the fork of a Ray actor: the task in a process of its own."""
+        if self.is_rank_completed(rank) or has_failed(self.work):
+            return PipelineStats()
+        actor = os.getppid()
+        console = self.work / "console.log"
+        with open(console, "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.data.run_task", str(self.work / "executor.pik"), str(rank)],
+                cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": self.python_path},
+                stdin=subprocess.PIPE,  # it ends when this closes, so also when this process is killed
+                stdout=output,
+                stderr=output,
+            )
+        while process.poll() is None:
+            if os.getppid() != actor:
+                process.kill()
+                os._exit(1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+        if process.returncode and not has_failed(self.work):
+            error = UserError(
+                f"task {rank}: its process on {os.uname().nodename} ended with {process.returncode} (negative: killed by that "
+                f"signal; 9 may be: out of memory), see {console}; raise data.tasks for smaller tasks or free memory and start "
+                "again, finished work is kept"
+            )
+            leave_error(self.work, rank, error)
+        return PipelineStats()
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[None]:
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"data.ray_address {address}: no Ray cluster can be used there ({first_line(error)}); start one (ray start --head) "
+            "or mend the address"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_nodes(work: Path) -> None:
+    """Raise UserError for a node that cannot take part. Nodes that an autoscaler adds later are not asked."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    probe = work / f".probe-{os.getpid()}-{time.time_ns()}"
+    probe.touch()
+    asked = {}
+    try:
+        for node in ray.nodes():
+            if node["Alive"] and node["Resources"].get("CPU"):
+                here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                task = ray.remote(_sees).options(num_cpus=0, scheduling_strategy=here, max_retries=0)
+                asked[node["NodeManagerAddress"], node["NodeID"]] = task.remote(str(probe))
+        for (address, _), answer in asked.items():
+            try:
+                seen = ray.get(answer, timeout=PROBE_SECONDS)
+            except Exception as error:
+                cause = getattr(error, "cause", None) or error
+                raise UserError(
+                    f"the Ray node {address} cannot run tasks ({first_line(cause)}); install the same version of pldr there"
+                ) from None
+            if not seen:
+                raise UserError(
+                    f"the Ray node {address} does not see {work}; set run_dir to a file system that all nodes share"
+                )
+    finally:
+        probe.unlink()
+    if not asked:
+        log.warning("the Ray cluster has no node with CPUs yet; waiting for one")
+
+
+def _sees(path: str) -> bool:
+    """On a node: whether it has what tasks need, and the file."""
+    import pipeline.data.tasks  # noqa: F401
+
+    return Path(path).is_file()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without datatrove's log lines on the user's terminal."""
+    logger.disable("datatrove")
+    try:
+        yield
+    finally:
+        logger.enable("datatrove")

@@ -1,0 +1,271 @@
+"""Tasks on a Slurm cluster: datatrove's Slurm executor, and what it leaves to its user: waiting, and saying what failed.
+
+A job becomes one array (several, one after the other, when it has more tasks than `data.slurm.max_array_size`), one element a
+task that is not complete, `data.workers` of them at once. The process that submitted them waits. When it is stopped, the array
+goes on, and the next start waits for the same array (`slurm_jobs.json`) instead of submitting another.
+
+datatrove's `launch_job` cannot write scripts without submitting them, does not quote paths, starts tasks through srun (which
+since Slurm 22.05 gives a task one CPU, whatever cpus-per-task says), and submits a further job to merge statistics which
+waits for ever when a task fails. So submitting is done here; the script's frame, its options and what happens inside
+the array's elements are datatrove's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import dill
+from datatrove.executor.slurm import SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+
+from pipeline.data.reporting import Reporting, has_failed, raise_error
+from pipeline.errors import ConfigError, UserError
+from pipeline.storage import publish_json
+
+SCRIPT = "launch_script{}.slurm"
+JOBS = "slurm_jobs.json"  # the ids of what was submitted last
+POLL_SECONDS = 2.0  # between two looks at the markers: files
+QUEUE_SECONDS = 10.0  # between two questions to the controller, which many users share
+GONE = 3  # so often has a job to be missing in the queue: the markers may come late through a network file system
+PATIENCE = 60  # so often may squeue fail: controllers restart
+# Long options of sbatch in Slurm 22.05 to 24.11, by its manual pages.
+OPTIONS = set(
+    """
+account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint container container-id
+contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot dependency distribution error
+exclude exclusive export export-file extra extra-node-info get-user-env gid gpu-bind gpu-freq gpus gpus-per-node
+gpus-per-socket gpus-per-task gres gres-flags hint hold ignore-pbs input job-name kill-on-invalid-dep licenses mail-type
+mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice no-kill no-requeue nodefile nodelist nodes ntasks
+ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket oom-kill-step open-mode output overcommit oversubscribe
+parsable partition power prefer priority profile propagate qos quiet reboot requeue reservation resv-ports segment signal
+sockets-per-node spread-job stepmgr switches test-only thread-spec threads-per-core time time-min tmp tres-bind tres-per-task
+uid use-min-nodes verbose wait wait-all-nodes wckey wrap
+""".split()  # noqa: SIM905  # a list of 120 strings is longer
+)
+OURS = (
+    "array",
+    "dependency",
+    "error",
+    "job-name",
+    "nodes",
+    "ntasks",
+    "output",
+    "parsable",
+    "test-only",
+    "wait",
+    "wrap",
+)
+MENDS = {
+    "TIMEOUT": "raise data.slurm.time, or data.tasks for smaller tasks",
+    "OUT_OF_MEMORY": "raise data.slurm.mem_per_cpu_gb",
+    "CANCELLED": "somebody cancelled it",
+}
+log = logging.getLogger(__name__)
+
+
+class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
+    """datatrove's Slurm executor that waits for its arrays.
+
+    name: of the Slurm job; the same for all jobs that publish to the same folder, so that two cannot do so at once.
+    """
+
+    def __init__(
+        self, steps: list[PipelineStep], *, tasks: int, workers: int, work: Path, name: str, settings: dict[str, Any]
+    ) -> None:
+        bin_folder = Path(sys.executable).parent  # of the virtual environment, if it is one
+        super().__init__(
+            steps,
+            tasks=tasks,
+            workers=workers,
+            job_name=name,
+            logging_dir=str(work.absolute()),
+            env_command=f"set -e; cd {shlex.quote(os.getcwd())}; export PATH={shlex.quote(str(bin_folder))}:$PATH",
+            requeue_signals=None,
+            **settings,
+        )
+        for key in settings.get("sbatch_args", {}):
+            if key not in OPTIONS:
+                raise ConfigError(f"data.slurm.sbatch_args: sbatch has no option --{key}; see man sbatch")
+            if key in OURS:
+                raise ConfigError(f"data.slurm.sbatch_args: {key} is set by pldr; leave it out")
+
+    def render(self, ranks: list[int]) -> list[Path]:
+        """Write the scripts that run these tasks, one for each array, and check them. Raises UserError."""
+        scripts = []
+        for number, start in enumerate(range(0, len(ranks), self.max_array_size)):
+            jobs = min(self.max_array_size, len(ranks) - start)
+            pickled = shlex.quote(str(self.work / "executor.pik"))
+            # Not the launcher's own command: -m finds a package that lies in the working directory.
+            command = f"exec {shlex.quote(sys.executable)} -m datatrove.tools.launch_pickled_pipeline {pickled}"
+            options = {key: _quote(key, value) for key, value in self.get_sbatch_args(jobs).items()}
+            script = self.work / SCRIPT.format(f".{number}" if number else "")
+            text = self.get_launch_file_contents(options, f"export RUN_OFFSET={number}\n        {command}")
+            script.write_text(text, encoding="utf-8")
+            check_script(script, jobs)
+            scripts.append(script)
+        return scripts
+
+    def goes_on(self) -> bool:
+        """Whether the arrays of an earlier start still run or wait. Raises UserError when another job that writes to the
+        same folder does."""
+        queued = _queue()
+        others = sorted({job for job, name in queued if name == self.job_name} - set(self._jobs()))
+        if others:
+            raise UserError(
+                f"Slurm job {others[0]} of an earlier start with other settings still writes to the same folder; wait for it, "
+                f"or scancel {others[0]}"
+            )
+        return bool({job for job, _ in queued} & set(self._jobs()))
+
+    def run_ranks(self, ranks: list[int], *, console: Path, workers_key: str) -> None:
+        """Submit the tasks, unless an earlier start's still run, and wait for them. Raises a task's UserError, and UserError
+        for a task that ended without finishing, with the last line of its log."""
+        if not self.goes_on():
+            self._submit(ranks)
+        jobs = self._jobs()
+        try:
+            self._wait(jobs, ranks)
+        except KeyboardInterrupt:
+            ids = " ".join(jobs)
+            print(
+                f"\nSlurm goes on with job {ids}: start again to wait for it, or end it with: scancel {ids}",
+                file=sys.stderr,
+            )
+            raise
+
+    def _submit(self, ranks: list[int]) -> None:
+        scripts = self.render(ranks)
+        with open(self.work / "executor.pik", "wb") as stream:
+            dill.dump(self, stream)
+        publish_json(self.work / "ranks_to_run.json", ranks)
+        jobs: list[str] = []
+        for script in scripts:
+            after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []  # together they would be more than `workers`
+            jobs.append(_sbatch(script, after))
+            publish_json(self.work / JOBS, jobs)
+        log.info("submitted Slurm job %s: %d tasks, %s", " ".join(jobs), len(ranks), scripts[0])
+
+    def _jobs(self) -> list[str]:
+        file = self.work / JOBS
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+    def _wait(self, jobs: list[str], ranks: list[int]) -> None:
+        asked, gone, failures, cancelled = 0.0, 0, 0, False
+        while self.get_incomplete_ranks(ranks):
+            if has_failed(self.work) and not cancelled:
+                cancelled = True  # what runs may finish: its work is kept
+                subprocess.run(["scancel", "--state=PENDING", *jobs], capture_output=True)
+            if time.monotonic() - asked >= QUEUE_SECONDS:
+                try:
+                    gone = 0 if {job for job, _ in _queue()} & set(jobs) else gone + 1
+                    failures = 0
+                except UserError as error:
+                    failures += 1
+                    log.warning("%s", error)
+                    if failures == PATIENCE:
+                        raise
+                asked = time.monotonic()
+            if gone and has_failed(self.work):
+                raise_error(self.work)
+            if gone == GONE:
+                self._explain(jobs)
+            time.sleep(POLL_SECONDS)
+
+    def _explain(self, jobs: list[str]) -> None:
+        """Raise what can be found out about the first task that is not complete though its array is gone."""
+        ranks = json.loads((self.work / "ranks_to_run.json").read_text(encoding="utf-8"))
+        missing = self.get_incomplete_ranks(ranks)
+        if not missing:
+            return
+        position = ranks.index(missing[0])
+        element = f"{jobs[position // self.max_array_size]}_{position % self.max_array_size}"
+        output = Path(self.slurm_logs_folder) / f"{element}.out"
+        state = _state_of(element)
+        mend = MENDS.get(state, "see there")
+        raise UserError(
+            f"task {missing[0]} ({len(missing)} of {len(ranks)} are unfinished) ended as {state} in Slurm job {element}, "
+            f"{output}: {_last_line(output)}; {mend}, and start again, finished work is kept"
+        )
+
+
+def check_script(script: Path, jobs: int) -> None:
+    """A script is good bash, its options are sbatch's, and its array has `jobs` elements. Raises UserError."""
+    parsed = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    if parsed.returncode:
+        raise UserError(f"{script}: no bash script ({parsed.stderr.strip()[:200]}); mend data.slurm")
+    options = {}
+    for line in script.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#SBATCH"):
+            option = re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(.+))?", line)
+            if option is None or option[1] not in OPTIONS:
+                raise UserError(f"{script}: {line!r} is no option of sbatch; mend data.slurm.sbatch_args")
+            options[option[1]] = option[2]
+    array = re.fullmatch(r"0-(\d+)(%[1-9]\d*)?", options.get("array") or "")
+    assert array is not None and int(array[1]) == jobs - 1, f"{script}: the array is not of {jobs} tasks"
+
+
+def _quote(key: str, value: Any) -> str:
+    """A value as sbatch reads it in a script."""
+    text = str(value)
+    if "\n" in text or '"' in text:
+        raise ConfigError(f"data.slurm: {key} must not have line breaks or quotes in it: {text!r}")
+    return f'"{text}"' if re.search(r"[\s#'\\;]", text) else text
+
+
+def _sbatch(script: Path, arguments: list[str]) -> str:
+    """Submit a script; the job's id. Inside a Slurm job, its variables would be taken for this one's."""
+    kept = ("SLURM_CONF", "SLURM_JWT")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key in kept}
+    command = ["sbatch", "--parsable", *arguments, str(script)]
+    asked = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if asked.returncode:
+        raise UserError(f"sbatch refused {script} ({_one_line(asked.stderr)}); mend data.slurm")
+    return asked.stdout.strip().partition(";")[0]
+
+
+def _queue() -> set[tuple[str, str]]:
+    """(id, name) of our jobs that wait or run. An array has one id. Raises UserError when the controller does not answer."""
+    asked = subprocess.run(["squeue", "--me", "--noheader", "--format=%F %j"], capture_output=True, text=True)
+    if asked.returncode:
+        raise UserError(
+            f"squeue does not answer ({_one_line(asked.stderr)}); submitted jobs may go on, start again later"
+        )
+    lines = (line.strip().partition(" ") for line in asked.stdout.splitlines())
+    return {(job, name) for job, _, name in lines}
+
+
+def _state_of(element: str) -> str:
+    """How Slurm says that an element of an array ended; what it says depends on the site's accounting."""
+    for command in (
+        ["sacct", "-n", "-X", "-P", "-j", element, "--format=State"],
+        ["scontrol", "-o", "show", "job", element],
+    ):
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            continue
+        found = re.search(r"(?:^|JobState=)([A-Z_]+)", asked.stdout)
+        if asked.returncode == 0 and found:
+            return found[1]
+    return "unknown"
+
+
+def _last_line(file: Path) -> str:
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return "no output"
+    return lines[-1][:300] if lines else "no output"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

@@ -1,0 +1,64 @@
+"""Long documents in parts, cut where it hurts least.
+
+Joined, the parts are the document, character for character. They know their number (`part`) and are called after it, and
+write.py keeps them in one split.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+
+# Where a part may end, best first: behind a paragraph, a line, a sentence, a word.
+ENDS = [re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"[.!?。！？]['\"”’)]*\s+", r"\s+")]
+WINDOW = 0.5  # of a part, at its end: where a good place is looked for
+
+
+class SplitLong(PipelineStep):  # type: ignore[misc]  # datatrove has no types
+    """Splits documents of more than `max_characters`; others pass untouched."""
+
+    type = "FORMAT"
+    name = "split_long"
+
+    def __init__(self, max_characters: int) -> None:
+        super().__init__()
+        self.max_characters = max_characters
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        for document in data:
+            self.stat_update("total")
+            if len(document.text) <= self.max_characters:
+                self.stat_update("forwarded")
+                yield document
+                continue
+            self.stat_update("changed")
+            for number, part in enumerate(split(document.text, self.max_characters)):
+                self.stat_update("forwarded")
+                metadata = {**document.metadata, "part": number}
+                yield Document(text=part, id=f"{document.id}/{number}", metadata=metadata)
+
+
+def split(text: str, max_characters: int) -> list[str]:
+    """The text in parts of at most `max_characters`, as even as the places to cut allow."""
+    parts: list[str] = []
+    start = 0
+    while (left := len(text) - start) > max_characters:
+        even = -(-left // -(-left // max_characters))  # what is left, in equal parts
+        end = _end(text, start, start + even, start + max_characters)
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
+def _end(text: str, start: int, wanted: int, latest: int) -> int:
+    """The best place to end a part, the nearest to `wanted` of its kind; `latest` at most."""
+    earliest = max(start + 1, int(wanted - WINDOW * (wanted - start)))
+    for end in ENDS:
+        # An end is behind the match: matches may begin a little before the window.
+        places = [found.end() for found in end.finditer(text, earliest - 1, latest) if found.end() <= latest]
+        if places:
+            return min(places, key=lambda place: (abs(place - wanted), place))
+    return latest
