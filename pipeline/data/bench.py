@@ -239,7 +239,7 @@ def _seconds(part: Callable[[], Any]) -> Seconds:
 
 def _ratio(one: list[Seconds], other: list[Seconds], clock: Literal["wall", "cpu"]) -> float:
     """The median of the rounds' ratios."""
-    return statistics.median(getattr(a, clock) / getattr(b, clock) for a, b in zip(one, other, strict=True))
+    return float(statistics.median(getattr(a, clock) / getattr(b, clock) for a, b in zip(one, other, strict=True)))
 
 
 def _exhaust(items: Any) -> None:

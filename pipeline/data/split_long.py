@@ -13,7 +13,9 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 # Where a part may end, best first: behind a paragraph, a line, a sentence, a word.
-ENDS = [re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"[.!?。！？]['\"”’)]*\s+", r"\s+")]
+ENDS = [
+    re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"[.!?\u3002\uff01\uff1f]['\"\u201d\u2019)]*\s+", r"\s+")
+]
 WINDOW = 0.5  # of a part, at its end: where a good place is looked for
 
 

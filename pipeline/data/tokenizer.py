@@ -126,7 +126,8 @@ def _train_texts(documents: DocumentIndex) -> Iterator[str]:
 
 
 def _share(documents: DocumentIndex, max_bytes: int) -> float:
-    return min(1.0, max_bytes / max(1, documents.splits["train"]["text_bytes"]))
+    text_bytes: int = documents.splits["train"]["text_bytes"]
+    return min(1.0, max_bytes / max(1, text_bytes))
 
 
 def _read(path: Path) -> bytes:

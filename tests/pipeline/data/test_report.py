@@ -113,7 +113,9 @@ def test_what_was_taken_is_counted_with_ten_examples(run: RunConfig, tmp_path: P
     index = DocumentIndex.load(paths.documents)
     removed = {reason: n for step in index.tree["steps"] for reason, n in step["removed"].items()}
     assert removed == {"too_short": 3, "exact_duplicate": 30} and index.tree["rejected"] == {"not_json": 1}
-    assert re.search(r"exact_duplicate · 30\s+\S 10 examples", text) and re.search(r"too_short · 3\s+\S 3 examples", text)
+    assert re.search(r"exact_duplicate · 30\s+\S 10 examples", text) and re.search(
+        r"too_short · 3\s+\S 3 examples", text
+    )
     records = [record for record in read_removed(index) if record["reason"] == "exact_duplicate"]
     assert len(records) == 30
     assert all(record["id"] in text and record["keeper"] in text for record in records[:10])
