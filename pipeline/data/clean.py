@@ -6,8 +6,10 @@ duplicates.py.
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -55,9 +57,9 @@ def document_blocks(
         blocks.append(LanguageFilter(language["keep"], language["min_score"], removed("language")))
     if quality := clean["quality"]:
         if quality["quality"]:
-            blocks.append(_quality(quality["min_words"], quality["max_words"], removed("quality")))
+            blocks.append(Quality(quality["min_words"], quality["max_words"], removed("quality")))
         if quality["repetition"]:
-            blocks.append(_repetition(removed("repetition")))
+            blocks.append(Repetition(removed("repetition")))
     if decontamination := clean["decontaminate"]:
         assert contamination is not None
         cut = decontamination["action"] == "cut"
@@ -131,16 +133,25 @@ def _repair_once(text: str, form: Form) -> str:
 
 
 def _fix_line(line: str) -> str:
-    import ftfy
-
-    return str(ftfy.fix_text(line, config=_ftfy_config()))
+    fix_text, config = _ftfy()
+    return str(fix_text(line, config=config))
 
 
 @cache
-def _ftfy_config() -> Any:
+def _ftfy() -> tuple[Any, Any]:
+    """ftfy's function and its settings.
+
+    ftfy brings encodings of its own. The package future_typing (which the quickstart's corpus installs) answers for every
+    encoding that Python does not know, so it is asked after ftfy's.
+    """
+    other = getattr(sys.modules.get("future_typing.codec"), "search_function", None)
+    for _ in range(4 if other is not None else 0):  # its .pth file registers it twice
+        codecs.unregister(other)
     import ftfy
 
-    return ftfy.TextFixerConfig(
+    if other is not None:
+        codecs.register(other)
+    config = ftfy.TextFixerConfig(
         unescape_html=False,
         fix_latin_ligatures=False,
         fix_character_width=False,
@@ -150,6 +161,7 @@ def _ftfy_config() -> Any:
         normalization=None,
         explain=False,
     )
+    return ftfy.fix_text, config
 
 
 class LengthFilter(BaseFilter):  # type: ignore[misc]
@@ -200,9 +212,9 @@ def language_of(text: str) -> tuple[str, float]:
     if len(text) > 3 * SAMPLE:
         middle = len(text) // 2
         text = f"{text[:SAMPLE]} {text[middle : middle + SAMPLE]} {text[-SAMPLE:]}"
-    labels, scores = _language_model().predict(" ".join(text.split()), k=1)
-    if not labels:  # no letters at all
+    if not any(character.isalpha() for character in text):
         return "none", 0.0
+    labels, scores = _language_model().predict(" ".join(text.split()), k=1)
     return labels[0].removeprefix("__label__"), min(1.0, float(scores[0]))
 
 
@@ -232,15 +244,21 @@ class Words(WordTokenizer):  # type: ignore[misc]
         return [found.span() for found in self.WORD.finditer(text)]
 
 
-def _quality(min_words: int, max_words: int, removed: Any) -> PipelineStep:
-    block = GopherQualityFilter(
-        min_doc_words=min_words, max_doc_words=max_words, exclusion_writer=removed, language=Words()
-    )
-    block.name = "quality"
-    return block
+class Quality(GopherQualityFilter):  # type: ignore[misc]
+    """datatrove's Gopher quality rules on our words."""
+
+    name = "quality"
+
+    def __init__(self, min_words: int, max_words: int, exclusion_writer: Any = None) -> None:
+        super().__init__(
+            min_doc_words=min_words, max_doc_words=max_words, exclusion_writer=exclusion_writer, language=Words()
+        )
 
 
-def _repetition(removed: Any) -> PipelineStep:
-    block = GopherRepetitionFilter(exclusion_writer=removed, language=Words())
-    block.name = "repetition"
-    return block
+class Repetition(GopherRepetitionFilter):  # type: ignore[misc]
+    """datatrove's Gopher repetition rules on our words."""
+
+    name = "repetition"
+
+    def __init__(self, exclusion_writer: Any = None) -> None:
+        super().__init__(exclusion_writer=exclusion_writer, language=Words())

@@ -27,12 +27,13 @@ import orjson
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
+from pipeline.data.decompress import DAMAGE
 from pipeline.data.read import Rejected, next_line, open_input, read_unit
 from pipeline.data.sorted_rows import NUMBER, Rows
 from pipeline.data.sources import InputFile, find_files
 from pipeline.data.units import Unit
 from pipeline.data.words import WORD, WordHashes, ngrams
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.storage import publish, sha256_file
 
 SHORTEST = 8  # words of a string that is looked for as a whole
@@ -76,7 +77,7 @@ def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: 
     hashes = _FoldedHashes()
     inputs = evaluation_files(files)
     for number, file in enumerate(inputs):
-        for text in _strings_of(file, max_document_bytes):
+        for text in _readable(file, max_document_bytes):
             words = hashes.of(text)
             if len(words) >= ngram:
                 grams.append(ngrams(words, ngram))
@@ -105,6 +106,13 @@ def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: 
 
     publish(target, write)
     return sha256_file(target)
+
+
+def _readable(file: InputFile, limit: int) -> Iterator[str]:
+    try:
+        yield from _strings_of(file, limit)
+    except DAMAGE as error:
+        raise UserError(f"{file.shown}: cut or damaged ({first_line(error)}); fetch it again") from None
 
 
 def _strings_of(file: InputFile, limit: int) -> Iterator[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from pipeline.data.reporting import Reporting, has_failed, leave_error, raise_er
 from pipeline.errors import UserError, first_line
 
 PROBE_SECONDS = 120
+CONNECT_SECONDS = 10
 log = logging.getLogger(__name__)
 
 
@@ -63,7 +65,8 @@ class RayExecutor(Reporting, RayPipelineExecutor):  # type: ignore[misc]  # data
             dill.dump(self.in_process, stream)
         with _connected(self.address), _quiet():
             _check_nodes(self.work)
-            self.run()
+            with contextlib.suppress(FileNotFoundError):  # at its end it adds up statistics; failed tasks left none
+                self.run()
         raise_error(self.work)
         if missing := self.get_incomplete_ranks(ranks):
             raise UserError(
@@ -109,6 +112,7 @@ def _connected(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _check_address(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
@@ -120,6 +124,20 @@ def _connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raise UserError when nothing listens at host:port: Ray itself would go on trying for many minutes without a word."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return  # auto, local, or a client's address: Ray knows at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"data.ray_address {address}: nothing answers there ({first_line(error)}); start a cluster (ray start --head) or "
+            "mend the address"
+        ) from None
 
 
 def _check_nodes(work: Path) -> None:

@@ -32,7 +32,7 @@ from pipeline.data.near import ClusterNear, NearKeys
 from pipeline.data.paragraphs import CutParagraphs, ParagraphKeys
 from pipeline.data.progress import advance
 from pipeline.data.read import Rejected, bad_input_error, read_unit
-from pipeline.data.shard_index import READ, build_index, check_splits
+from pipeline.data.shard_index import READ, build_index, check_splits, removed_by_reason
 from pipeline.data.sources import find_files
 from pipeline.data.spool import ReadSpool, RemovedWriter, WriteSpool
 from pipeline.data.tar import remove_strays
@@ -78,7 +78,7 @@ def shard_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = False
     return {
         "fingerprint": index["fingerprint"],
         "documents": index["counts"]["documents_written"],
-        "removed": {reason: n for step in index["steps"] for reason, n in step["removed"].items()},
+        "removed": removed_by_reason(index),
         "rejected": index["rejected"],
         "splits": {split: {key: facts[key] for key in counted} for split, facts in index["splits"].items()},
         "shards": len(index["shards"]),

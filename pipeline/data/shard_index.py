@@ -7,6 +7,7 @@ here says where the corpus lies, or which engine and how many workers ran: equal
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.decontaminate import evaluation_files
@@ -97,6 +98,14 @@ def _reasons(stats: dict[str, int]) -> dict[str, int]:
     return {label.removeprefix(DROPPED): n for label, n in sorted(stats.items()) if label.startswith(DROPPED)}
 
 
+def removed_by_reason(index: dict[str, Any]) -> dict[str, int]:
+    """How many documents were removed for each reason, over all steps (two of them look at the length)."""
+    total: Counter[str] = Counter()
+    for step in index["steps"]:
+        total.update(step["removed"])
+    return dict(total)
+
+
 def _totals(shards: list[dict[str, Any]]) -> dict[str, Any]:
     counted = ("documents", "text_bytes", "characters", "words")
     histogram = [sum(counts) for counts in zip(*(shard["length_histogram"] for shard in shards), strict=True)]
@@ -111,7 +120,7 @@ def check_splits(index: dict[str, Any], data: DataConfig, records: list[dict[str
     """Raise UserError when there is nothing to train or to validate on."""
     counts, splits = index["counts"], index["splits"]
     if not counts["documents_written"]:
-        gone = {**index["rejected"], **{r: n for step in index["steps"] for r, n in step["removed"].items()}}
+        gone = {**index["rejected"], **removed_by_reason(index)}
         why = ", ".join(f"{n} {reason}" for reason, n in gone.items()) or "the files are empty"
         raise UserError(
             f"data.sources: {counts['files']} files and no document left ({why}); name other sources, or loosen data.clean "

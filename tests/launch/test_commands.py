@@ -89,7 +89,7 @@ def test_bench_keys(capsys, repository):
         (["export", "/nowhere", "x.pth"], 1, "/nowhere"),
         (["bench", "CONFIG", "model.context_length=16"], 2, "bench"),
         (["train", "CONFIG", "--prepare", "0"], 2, "1 or more"),
-        (["shard", "CONFIG", "data.sources=[{url: 'pipe:cat /etc/passwd'}]"], 1, "refused"),
+        (["shard", "CONFIG", "data.sources=[{url: 'pipe:cat /etc/passwd'}]"], 2, "refused"),
         (["shard", "CONFIG", "run_dir=/proc/nowhere"], 2, "set run_dir to a folder that can be written"),
     ],
 )

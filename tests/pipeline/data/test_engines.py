@@ -1,4 +1,4 @@
-"""The engines: what a job is to its caller on each of them. Real clusters: test_slurm.py and test_ray.py (slow)."""
+"""The engines: what a job is to its caller on each of them. A real Ray cluster: test_ray.py (slow)."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import near
+from pipeline.data import words as word_hashes
 from pipeline.data.duplicates import DropDuplicates, FindDuplicates, count_keys, normalised
 from pipeline.data.near import ClusterNear, MinHasher, NearKeys, bands_for, components
 
@@ -204,9 +205,9 @@ def test_long_texts_are_hashed_piece_by_piece_to_the_same(monkeypatch: pytest.Mo
     whole = MinHasher(NGRAM, 16).signature(text)
     expected = {hash(gram) for gram in grams(text, NGRAM)}
     assert len(expected) > 2000
-    monkeypatch.setattr(near, "PIECE", 37)
+    monkeypatch.setattr(word_hashes, "PIECE", 37)
     monkeypatch.setattr(near, "BLOCK", 7)
-    monkeypatch.setattr(near, "MAX_WORDS_KNOWN", 11)
+    monkeypatch.setattr(word_hashes, "MAX_WORDS_KNOWN", 11)
     assert np.array_equal(whole, MinHasher(NGRAM, 16).signature(text))
     # the smallest of all n-grams is the smallest of what each n-gram gives alone
     words = text.split()

@@ -301,4 +301,4 @@ def test_nothing_is_printed(
 ) -> None:
     run(make_config(tmp_path, f"{corpus}/*.jsonl"))
     assert capfd.readouterr() == ("", "")
-    assert "Processing done" in next((tmp_path / "logs").glob("shard-*/logs/task_00000.log")).read_text()
+    assert "Processing done" in next((tmp_path / "logs").glob("shard-*/write/logs/task_00000.log")).read_text()
