@@ -281,6 +281,6 @@ def _explain(error: Any) -> str:
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
     if kind in ("missing", "missing_keyword_only_argument", "missing_argument"):
         return f"key {key} is missing"
-    got = "" if isinstance(error.get("input"), dict | list) else f" (got {error.get('input')!r})"
+    got = "" if isinstance(error.get("input"), dict | list) else without_secrets(f" (got {error.get('input')!r})")
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}: {message}{got}" if key else message

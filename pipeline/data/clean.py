@@ -144,7 +144,7 @@ def _ftfy() -> tuple[Any, Any]:
     ftfy brings encodings of its own. The package future_typing (which the quickstart's corpus installs) answers for every
     encoding that Python does not know, so it is asked after ftfy's.
     """
-    other = getattr(sys.modules.get("future_typing.codec"), "search_function", None)
+    other: Any = getattr(sys.modules.get("future_typing.codec"), "search_function", None)
     for _ in range(4 if other is not None else 0):  # its .pth file registers it twice
         codecs.unregister(other)
     import ftfy
@@ -226,10 +226,14 @@ def _language_model() -> Any:
 
 
 class Words(WordTokenizer):  # type: ignore[misc]
-    """Words (with inner apostrophes and hyphens) and punctuation, for datatrove's filters: its own splitter for English is
-    spaCy, a hundred times the size of all else here, and slow."""
+    """Words with their inner apostrophes and hyphens, and symbols that stand alone, for datatrove's filters.
 
-    WORD = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]")
+    Decision: punctuation at a word is no word. Gopher's rule that 80 % of the words have a letter counts what white space
+    separates; with each comma and quotation mark as a word, a fifth of plain prose with dialogue fell to it. datatrove's own
+    splitter for English is spaCy, a hundred times the size of all else here, and slow.
+    """
+
+    WORD = re.compile(r"\w+(?:['\u2019-]\w+)*|(?<!\S)[^\w\s]+(?!\S)")
 
     def __init__(self) -> None:
         super().__init__("any")

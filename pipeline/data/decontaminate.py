@@ -2,8 +2,8 @@
 
 An index of the evaluation files is made once: every string in every record counts (questions, answers, contexts), and gives
 the hashes of its runs of `ngram` words. A document that has one of them is contaminated. Words are compared without case,
-compatibility forms and punctuation; hashes have 64 bits, so that a document of a million words meets one of a million
-n-grams by chance once in 10**7.
+punctuation, invisible characters and the ways Unicode has of writing the same; hashes have 64 bits, so that a document of a
+million words meets one of a million n-grams by chance once in 10**7.
 
 Decision: a string of fewer words than `ngram`, but at least SHORTEST, is looked for as a whole; shorter ones ("Make a new
 plan") stand everywhere and judge nothing.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -24,18 +25,20 @@ from typing import Any
 
 import numpy as np
 import orjson
+import regex
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from pipeline.data.decompress import DAMAGE
-from pipeline.data.read import Rejected, next_line, open_input, read_unit
+from pipeline.data.read import SKIP, Rejected, next_line, open_input, read_unit
 from pipeline.data.sorted_rows import NUMBER, Rows
 from pipeline.data.sources import InputFile, find_files
 from pipeline.data.units import Unit
-from pipeline.data.words import WORD, WordHashes, ngrams
+from pipeline.data.words import WordHashes, ngrams
 from pipeline.errors import UserError, first_line
-from pipeline.storage import publish, sha256_file
+from pipeline.storage import explain_os_error, publish, sha256_file
 
+log = logging.getLogger(__name__)
 SHORTEST = 8  # words of a string that is looked for as a whole
 BITS = 24  # of a hash, that a table of what occurs at all is made of: most words need no search
 
@@ -50,19 +53,35 @@ class _Evaluation:
     license: str | None = None
 
 
+INVISIBLE = "\u00ad\u200b-\u200d\u2060\ufeff"  # soft hyphen, spaces of no width: inside a word
+FOLDED_WORD = regex.compile(rf"[\p{{L}}\p{{N}}][\p{{L}}\p{{N}}\p{{M}}{INVISIBLE}]*")  # marks belong to their letter
+_INVISIBLE = regex.compile(f"[{INVISIBLE}]+")
+
+
 class _FoldedHashes(WordHashes):
-    """Hashes of words without case and compatibility forms."""
+    """Hashes of words without case, compatibility forms, composition and invisible characters."""
+
+    word = FOLDED_WORD
 
     def hash_of(self, word: str) -> int:
-        return super().hash_of(unicodedata.normalize("NFKC", word).casefold())
+        if not word.isascii():
+            word = unicodedata.normalize("NFKC", _INVISIBLE.sub("", word))
+        return super().hash_of(unicodedata.normalize("NFKC", word.casefold()))
 
 
 def evaluation_files(files: list[str]) -> list[InputFile]:
-    """The files that these paths, globs and URLs name. Raises UserError for one that names none."""
-    try:
-        return find_files([_Evaluation(url) for url in files])[0]
-    except UserError as error:
-        raise UserError(f"data.clean.decontaminate.files: {str(error).removeprefix('data.sources: ')}") from None
+    """The files that these paths, globs and URLs name, each once. Raises UserError for one that names none."""
+    found: dict[str, InputFile] = {}
+    for url in files:
+        try:
+            listed, ignored = find_files([_Evaluation(url)])
+        except UserError as error:
+            what = str(error).removeprefix("data.sources: ").replace("data.sources reads", "read are")
+            raise UserError(f"data.clean.decontaminate.files: {what}") from None
+        if ignored:
+            log.warning("data.clean.decontaminate.files: %d files of unknown ending in %s are not read", ignored, url)
+        found.update({file.url: file for file in listed})
+    return list(found.values())
 
 
 def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: int) -> str:
@@ -77,7 +96,9 @@ def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: 
     hashes = _FoldedHashes()
     inputs = evaluation_files(files)
     for number, file in enumerate(inputs):
+        texts = 0
         for text in _readable(file, max_document_bytes):
+            texts += 1
             words = hashes.of(text)
             if len(words) >= ngram:
                 grams.append(ngrams(words, ngram))
@@ -85,6 +106,8 @@ def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: 
             elif len(words) >= SHORTEST:
                 short.append(np.array([ngrams(words[:SHORTEST], SHORTEST)[0], ngrams(words, len(words))[0]], NUMBER))
                 lengths.add(len(words))
+        if not texts:
+            raise UserError(f"{file.shown}: no text in this evaluation file; mend it or take it from the list")
     if not grams and not short:
         raise UserError(
             f"data.clean.decontaminate.files: no text of {min(ngram, SHORTEST)} words or more in {len(inputs)} files; name "
@@ -111,7 +134,9 @@ def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: 
 def _readable(file: InputFile, limit: int) -> Iterator[str]:
     try:
         yield from _strings_of(file, limit)
-    except DAMAGE as error:
+    except (*DAMAGE, OSError) as error:  # damage of bz2 is an OSError without a number
+        if isinstance(error, OSError) and error.errno is not None:
+            raise explain_os_error(error, file.shown) from error
         raise UserError(f"{file.shown}: cut or damaged ({first_line(error)}); fetch it again") from None
 
 
@@ -132,6 +157,8 @@ def _strings_of(file: InputFile, limit: int) -> Iterator[str]:
                 try:
                     yield from _strings_in(orjson.loads(line.removeprefix(b"\xef\xbb\xbf")))
                 except orjson.JSONDecodeError as error:
+                    if not _is_utf8(line):
+                        raise UserError(f"{file.shown}, line {number}: not UTF-8; convert it (iconv)") from None
                     raise UserError(f"{file.shown}, line {number}: not JSON ({error}); mend the line") from None
     elif file.kind == "parquet":
         from pipeline.data.parquet import read_rows
@@ -141,19 +168,32 @@ def _strings_of(file: InputFile, limit: int) -> Iterator[str]:
     else:
         for item in read_unit(Unit(0, file, 0, 1, file.size), max_document_bytes=limit):
             if isinstance(item, Rejected):
-                raise UserError(item.message)
+                raise UserError(item.message.removesuffix(SKIP).rstrip())
             yield item.text
 
 
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _strings_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _strings_in(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings_in(inner)
+    """Every string in a value of JSON or Parquet, in order; bytes that are UTF-8 are text too, others are pictures."""
+    left = [value]
+    while left:
+        found = left.pop()
+        if isinstance(found, str):
+            yield found
+        elif isinstance(found, bytes):
+            if _is_utf8(found):
+                yield found.decode()
+        elif isinstance(found, dict):
+            left.extend(reversed(found.values()))
+        elif isinstance(found, list | tuple):  # a map of Parquet is a list of tuples
+            left.extend(reversed(found))
 
 
 class _Index:
@@ -234,7 +274,8 @@ class Decontaminate(BaseFilter):  # type: ignore[misc]  # datatrove has no types
                     if writer:
                         for passage, file in passages:
                             known = {"filter_reason": "passage_cut", "detail": file}
-                            writer.write(Document(passage, document.id, {**document.metadata, **known}), rank)
+                            cut = Document(passage, document.id, metadata={**document.metadata, **known})
+                            writer.write(cut, rank)
                     document.text = text
                 yield document
 
@@ -254,7 +295,7 @@ def cut_words(text: str, found: list[tuple[int, int, str]]) -> tuple[str, list[t
     position = 0
     for start, end, file in runs:
         first, last = spans[start][0], spans[end - 1][1]
-        while last < len(text) and not text[last].isspace() and not WORD.match(text, last):
+        while last < len(text) and not text[last].isspace() and not FOLDED_WORD.match(text, last):
             last += 1
         passages.append((text[first:last], file))
         before = text[position:first]
@@ -264,4 +305,4 @@ def cut_words(text: str, found: list[tuple[int, int, str]]) -> tuple[str, list[t
 
 
 def _word_spans(text: str) -> list[tuple[int, int]]:
-    return [found.span() for found in WORD.finditer(text)]
+    return [found.span() for found in FOLDED_WORD.finditer(text)]

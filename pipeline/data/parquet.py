@@ -131,7 +131,7 @@ def read_rows(unit: Unit) -> Iterator[Any]:
             stack.callback(file.close)
             for batch in file.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{unit.file.shown}: no whole parquet file ({first_line(error)}); fetch it again") from None
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.remote import filesystem_of, retrying
 from pipeline.storage import explain_os_error
 from pipeline.urls import check_url, is_http, is_local, public_url
@@ -144,18 +144,35 @@ def _matches(url: str) -> tuple[str, list[_Found]]:
         infos = {}
     except OSError as error:
         raise explain_os_error(error, f"data.sources: {public_url(url)}") from error
+    except ValueError as error:  # of fsspec: `**` inside a name, a bucket that is not named
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"data.sources: {public_url(url)}: {first_line(error)}; mend the path or glob") from None
     if not infos:
-        raise UserError(
-            f"data.sources: {public_url(url)} matches no file; mend the path or glob (** goes into folders)"
-        )
+        mend = "mend the path or glob (** goes into folders)"
+        if is_local(url) and "::" in url:
+            mend = "`::` begins a chained URL; rename the file"
+        raise UserError(f"data.sources: {public_url(url)} matches no file; {mend}")
     out = []
     for name, info in sorted(infos.items()):
+        if not _is_unicode(name):
+            shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+            raise UserError(f"data.sources: {shown}: this name is not UTF-8; rename the file")
         full = name if is_local(located) else filesystem.unstrip_protocol(name)
         relative = name[len(fixed) :].lstrip("/") if name.startswith(fixed) else name
         if is_http(located):
             full, relative = located, public_url(located).rpartition("/")[2]
         out.append(_Found(full, relative, _follow(name, info) if is_local(located) else info))
     return how, out
+
+
+def _is_unicode(name: str) -> bool:
+    """Whether a name can be written in UTF-8: a file system gives bytes that are not as lone surrogates."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _list(filesystem: Any, path: str, options: dict[str, Any]) -> tuple[str, str, dict[str, dict[str, Any]]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,9 @@ MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 class WordHashes(dict[str, int]):
-    """Word -> 64-bit hash, computed when first asked for."""
+    """Word -> 64-bit hash, computed when first asked for. word: the pattern of one."""
+
+    word: Any = WORD
 
     def __missing__(self, word: str) -> int:
         value = self.hash_of(word)
@@ -37,7 +40,7 @@ class WordHashes(dict[str, int]):
         while start < len(text):
             stop = text.find(" ", start + PIECE)  # a piece ends at a space, so that no word is cut
             stop = len(text) if stop < 0 else stop
-            words = WORD.findall(text, start, stop)
+            words = self.word.findall(text, start, stop)
             pieces.append(np.fromiter(map(self.__getitem__, words), NUMBER, len(words)))
             start = stop
             if len(self) > MAX_WORDS_KNOWN:

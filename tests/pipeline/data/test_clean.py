@@ -141,6 +141,18 @@ def test_gopher_rules() -> None:
     assert "prose" in kept and removed["repeated"] == "dup_line_frac" and removed["symbols"] == "top_2_gram"
 
 
+def test_dialogue_and_quotation_marks_are_no_words(tmp_path: Path) -> None:
+    said = [
+        '"Well," said Jeeves, "I think, sir, that the aunt, if I may say so, is - well - out," he said;',
+        '"Oh, no!"',
+    ]
+    prose = "\n".join(f"{line} and the lamp of number {n}." for n, line in enumerate(said * 8))
+    kept, removed = through({"prose": prose}, quality={"repetition": False})
+    assert set(kept) == {"prose"}, removed
+    table = "\n".join(f"{n + 10**5} | {n * 7 + 10**6} | {n * 13 + 10**6} the of with" for n in range(40))
+    assert through({"table": table}, quality={"repetition": False})[1] == {"table": "gopher_below_alpha_threshold"}
+
+
 def test_steps_are_off_unless_named_and_their_order_is_fixed() -> None:
     assert block_names(Clean().model_dump()) == ["length"]
     every = {"quality": True, "language": True, "unicode": "nfc", "decontaminate": {"files": ["x"]}}

@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from datatrove.data import Document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.decontaminate import Decontaminate, build_index, cut_words
+from pipeline.data.decontaminate import Decontaminate, build_index, cut_words, evaluation_files
 from pipeline.data.spool import RemovedWriter
 from pipeline.errors import UserError
 
@@ -65,6 +66,33 @@ def test_the_reason_names_file_and_words(tmp_path: Path) -> None:
     assert document.metadata["detail"].endswith("arc.jsonl: " + " ".join(QUESTION.split()[:13]))
 
 
+def test_a_cut_passage_is_recorded_with_source_and_file(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "arc.jsonl", QUESTION)
+    build_index([str(file)], 13, tmp_path / "index.npz", LIMIT)
+    step = Decontaminate(
+        tmp_path / "index.npz", 13, cut=True, exclusion_writer=RemovedWriter(tmp_path / "out", "decontaminate")
+    )
+    assert len(list(step.run([Document(f"first. {QUESTION}", "id", metadata={"source": 3})]))) == 1
+    record = json.loads((tmp_path / "out" / "00000.decontaminate.jsonl").read_text())
+    assert record["reason"] == "passage_cut" and record["source"] == 3 and record["excerpt"] == QUESTION
+    assert record["detail"].endswith("arc.jsonl")
+
+
+@pytest.mark.parametrize("way", ["NFC", "NFD", "NFKD", "soft hyphen", "no width", "upper", "_"])
+def test_other_ways_of_writing_the_same_do_not_hide_it(tmp_path: Path, way: str) -> None:
+    plain = "Où l\u2019élève étudiait-il déjà la géométrie à l\u2019été de l\u2019année dernière, près de la ﬁnale du château"
+    file = jsonl(tmp_path / "eval.jsonl", plain)
+    written = {
+        "soft hyphen": plain.replace("géo", "géo\u00ad"),
+        "no width": plain.replace("g", "g\u200b"),
+        "upper": plain.upper(),
+        "_": plain.replace(" ", "_"),
+    }.get(way) or unicodedata.normalize(way, plain)
+    assert clean(tmp_path, [file], [f"Avant. {written}. Après."]) == {}
+    left = clean(tmp_path, [file], [f"Avant. {written}. Après."], cut=True)[0]
+    assert left == "Avant. Après."
+
+
 def test_short_strings_are_found_as_a_whole_and_the_shortest_not_at_all(tmp_path: Path) -> None:
     nine, seven = words(10, 9), words(11, 7)
     file = jsonl(tmp_path / "eval.jsonl", {"goal": nine, "choices": {"text": [seven]}})
@@ -108,13 +136,17 @@ def test_passages_that_touch_are_one() -> None:
 
 
 def test_every_format(tmp_path: Path) -> None:
-    texts = [words(n, 20) for n in range(5)]
+    texts = [words(n, 20) for n in range(7)]
     pq.write_table(pa.table({"id": [1, 2], "ctx": [texts[0], "short"]}), tmp_path / "a.parquet")
     (tmp_path / "b.txt").write_text(texts[1])
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps([texts[2]]).encode() + b"\n\n"))
     pq.write_table(pa.table({"choices": [{"text": [texts[3]]}]}), tmp_path / "d.parquet")
-    files = [tmp_path / name for name in ("a.parquet", "b.txt", "c.jsonl.gz", "d.parquet")]
-    assert set(clean(tmp_path, files, texts)) == {4}
+    kind = pa.map_(pa.string(), pa.string())
+    pq.write_table(
+        pa.table({"m": pa.array([[("key", texts[4])]], kind), "b": [texts[5].encode()]}), tmp_path / "e.parquet"
+    )
+    files = [tmp_path / name for name in ("a.parquet", "b.txt", "c.jsonl.gz", "d.parquet", "e.parquet")]
+    assert set(clean(tmp_path, files, texts)) == {6}
 
 
 @pytest.mark.parametrize(
@@ -125,6 +157,9 @@ def test_every_format(tmp_path: Path) -> None:
         ("a.jsonl", b'{"q": "one two"}\n', "no text of 8 words or more in 1 files"),
         ("a.parquet", b"PAR1 not really", r"a\.parquet: no whole parquet file"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.jsonl", b'{"q": "\xe9t\xe9"}\n', r"a\.jsonl, line 1: not UTF-8"),
+        ("a.jsonl", b"", r"a\.jsonl: no text in this evaluation file"),
+        ("a.txt.bz2", b"not bz2 at all", r"a\.txt\.bz2: cut or damaged"),
         ("a.jsonl.gz", gzip.compress(b'{"q": "x"}\n')[:-9], r"a\.jsonl\.gz"),
     ],
 )
@@ -132,6 +167,25 @@ def test_evaluation_files_that_cannot_be_read(tmp_path: Path, name: str, content
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         build_index([str(tmp_path / name)], 13, tmp_path / "index.npz", LIMIT)
+
+
+def test_deep_records_and_the_advice_for_sources(tmp_path: Path) -> None:
+    deep = jsonl(tmp_path / "deep.jsonl", json.loads("[" * 900 + json.dumps(QUESTION) + "]" * 900))
+    assert clean(tmp_path, [deep], [QUESTION]) == {}
+    (tmp_path / "lat.txt").write_bytes("été".encode("latin-1"))
+    with pytest.raises(UserError) as caught:
+        build_index([str(tmp_path / "lat.txt")], 13, tmp_path / "index.npz", LIMIT)
+    assert "on_bad_input" not in str(caught.value)
+
+
+def test_files_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "evals").mkdir()
+    jsonl(tmp_path / "evals" / "a.jsonl", QUESTION)
+    (tmp_path / "evals" / "b.csv").write_text(QUESTION)
+    assert [file.name for file in evaluation_files([f"{tmp_path}/evals", f"{tmp_path}/evals/*.jsonl"])] == [
+        "evals/a.jsonl"
+    ]
+    assert "1 files of unknown ending" in caplog.text
 
 
 def test_no_such_file_is_named_by_its_key(tmp_path: Path) -> None:

@@ -226,3 +226,15 @@ def test_a_missing_package_for_pages_is_named_before_any_work(tmp_path: Path, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trafilatura" else there(name))
     with pytest.raises(UserError, match=r"a.html: reading web pages needs trafilatura; pip install 'pldr\[html\]'"):
         find(str(tmp_path))
+
+
+def test_names_and_urls_that_fsspec_cannot_take_are_one_line(tmp_path: Path) -> None:
+    with open(os.path.join(os.fsencode(tmp_path), b"lat\xe9.txt"), "w") as stream:
+        stream.write("text")
+    with pytest.raises(UserError, match=r"lat\\xe9\.txt: this name is not UTF-8; rename"):
+        find_files([Source(url=str(tmp_path))])
+    with pytest.raises(UserError, match=r"x\*\*\.jsonl.*mend the path or glob"):
+        find_files([Source(url=f"{tmp_path}/x**.jsonl")])
+    (tmp_path / "a::b.txt").write_text("text")
+    with pytest.raises(UserError, match="rename the file"):
+        find_files([Source(url=f"{tmp_path}/a::b.txt")])
