@@ -138,7 +138,9 @@ class DataConfig(Section):
     executor: Literal["local", "slurm", "ray"] = "local"
     slurm: Slurm = Slurm()
     ray_address: str = "auto"  # of the cluster, for executor ray
-    tasks: int | None = Field(None, ge=1)  # shards a split; null: one for every 256 MB of text
+    tasks: int | None = Field(
+        None, ge=1
+    )  # shards a split, at most one for each piece of a file; null: one for every 256 MB
     workers: int = Field(2, ge=1)  # tasks at once; never changes the result
     on_bad_shard: Literal["error", "skip"] = "error"  # in training: a token shard that is missing or damaged
     cache_gigabytes: float = Field(50.0, gt=0)  # of a node's disk, for token shards that are read from a URL

@@ -157,6 +157,8 @@ def read_json(url: str | Path, *, schema_version: int | None = None) -> Any:
             value = json.loads(stream.read())
     except FileNotFoundError:
         raise UserError(f"{public_url(url)}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{url}: a folder stands in place of this file; remove it and make the file again") from None
     except UserError:
         raise
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError

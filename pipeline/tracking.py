@@ -34,7 +34,9 @@ TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 # Settings that may change on resume without making it another run. Everything else must be equal.
 MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.workers", "train.ranks", "train.log_every",
               "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout_s",
-              "train.deepspeed", "train.compile", "train.peak_tflops", "train.val_sequences")  # fmt: skip
+              "train.deepspeed", "train.compile", "train.peak_tflops", "train.val_sequences",
+              "data.on_bad_shard", "data.cache_gigabytes", "data.executor", "data.slurm.",
+              "data.ray_address")  # fmt: skip
 
 
 def tracking_uri(config: RunConfig) -> str:

@@ -99,9 +99,14 @@ class TokenIndex:
         tree = read_json(url, schema_version=SCHEMA_VERSION)
         if tree.get("fingerprint") != fingerprint_of(tree):
             raise UserError(f"{url}: its fingerprint does not fit its content; it was changed: {TOKENIZE_AGAIN}")
-        shards = tuple(TokenShard.from_dict(shard) for shard in tree["shards"])
-        fields = {name: tree[name] for name in cls.__dataclass_fields__ if name not in ("folder", "shards")}
-        return cls(folder=str(folder), shards=shards, **fields)
+        if "context_length" not in tree and "splits" in tree:
+            raise UserError(f"{url}: an index of documents, not of tokens; name the folder that `pldr tokenize` made")
+        try:
+            shards = tuple(TokenShard.from_dict(shard) for shard in tree["shards"])
+            fields = {name: tree[name] for name in cls.__dataclass_fields__ if name not in ("folder", "shards")}
+            return cls(folder=str(folder), shards=shards, **fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{url}: no index of ours ({type(error).__name__}: {error}); {TOKENIZE_AGAIN}") from None
 
     def of_split(self, split: str) -> list[TokenShard]:
         """The shards of a split, in order."""

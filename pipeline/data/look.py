@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from pipeline.data.documents import DocumentIndex, read_removed, read_shard
 from pipeline.data.index import TOKENIZE_AGAIN, TokenIndex, TokenShard, missing, wrong_sha256
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.remote import open_retrying, read_range
 from pipeline.storage import exists, join, read_json, safe_member
 from pipeline.tokenizer import Tokenizer
@@ -212,6 +212,8 @@ def _block(index: TokenIndex, shard: TokenShard, block: int, offsets: Any, hashe
         data = read_range(url, offsets[block], offsets[block] + math.prod(shape) * numbers.itemsize)
     except FileNotFoundError:
         raise UserError(missing(url)) from None
+    except (UserError, IsADirectoryError) as error:
+        raise UserError(f"{first_line(error)}; {TOKENIZE_AGAIN}") from None
     if not hashes[block] or not hashlib.sha256(data).hexdigest().startswith(hashes[block]):
         raise UserError(wrong_sha256(url, f", block {block}"))
     return np.frombuffer(data, dtype=numbers).reshape(shape)

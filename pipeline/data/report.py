@@ -83,7 +83,11 @@ def page(title: str, index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
     tree = index.tree
     examples = _examples(index)
     counted = _removed(tree)
-    taken = [_group(step, reason, counted.get(reason), found) for (step, reason), found in examples.items()]
+    order = {step["name"]: place for place, step in enumerate(tree["steps"])}
+    taken = [
+        _group(step, reason, counted.get(reason), found)
+        for (step, reason), found in sorted(examples.items(), key=lambda group: order.get(group[0][0], -1))
+    ]
     copies = [group for group in taken if group["reason"] in (EXACT, NEAR) or group["step"] == PARAGRAPHS]
     return {
         "title": title,
@@ -251,7 +255,9 @@ def _samples(tokens: TokenIndex) -> Iterator[Tree]:
         total = tokens.num_sequences(split)
         for place in sorted({i * total // wanted for i in range(min(wanted, total))}):
             near = list(islice(read_sequences(tokens, split, place), CANDIDATES))
-            sequence = next((one for one in near if tokenizer.eos_id in one.ids[1:-1]), near[0])
+            inside = (one for one in near if tokenizer.eos_id in one.ids[1:-1])
+            at_end = (one for one in near if tokenizer.eos_id == one.ids[-1])  # packed best-fit, a long document's rest
+            sequence = next(inside, None) or next(at_end, near[0])
             yield {
                 **{key: getattr(sequence, key) for key in ("split", "number", "of", "shard", "block", "row")},
                 "length": len(sequence.ids),
@@ -282,7 +288,7 @@ def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
 
 
 def _size(number: int) -> str:
-    return f"{_short(number)}B" if number >= 1000 else f"{number} bytes"
+    return f"{_short(number)}B" if number >= 10_000 else f"{number:,} bytes"
 
 
 def _short(number: int) -> str:

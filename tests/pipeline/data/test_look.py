@@ -247,3 +247,38 @@ def test_an_index_may_be_named_by_its_file() -> None:
         == "s3://bucket/run/tokens"
     )
     assert folder_of("index.json") == "."
+
+
+def test_an_index_of_documents_or_of_another_shape_is_told(
+    tmp_path: Path, finished: tuple[RunConfig, RunPaths]
+) -> None:
+    _, paths = finished
+    with pytest.raises(UserError, match="an index of documents, not of tokens; name the folder"):
+        TokenIndex.load(paths.documents)
+    tree = json.loads((paths.tokens / "index.json").read_text())
+    for change in ("shards", "offsets"):
+        other = json.loads(json.dumps(tree))
+        other.pop(change, None) or other["shards"][0].pop(change)
+        (tmp_path / "index.json").write_text(json.dumps(other | {"fingerprint": fingerprint_of(other)}))
+        with pytest.raises(UserError, match=f"no index of ours .*{change}.*pldr tokenize"):
+            TokenIndex.load(tmp_path)
+
+
+def test_folders_in_place_of_files_and_cut_shards_name_the_mend(
+    tmp_path: Path, finished: tuple[RunConfig, RunPaths]
+) -> None:
+    _, paths = finished
+    (tmp_path / "index.json").mkdir()
+    with pytest.raises(UserError, match="a folder stands in place of this file"):
+        TokenIndex.load(tmp_path)
+    (tmp_path / "index.json").rmdir()
+    (tmp_path / "index.json").write_bytes((paths.tokens / "index.json").read_bytes())
+    index = TokenIndex.load(tmp_path)
+    shard = tmp_path / index.of_split("train")[0].name
+    shard.write_bytes((paths.tokens / shard.name).read_bytes()[:700])
+    with pytest.raises(UserError, match=f"{shard.name}.*it was cut; run `pldr tokenize` again"):
+        read_sequence(index, "train", 3)
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(UserError, match=f"{shard.name}.*; run `pldr tokenize` again"):
+        read_sequence(index, "train", 3)
