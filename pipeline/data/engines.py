@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Engine:
-    """Where tasks run. slurm: `data.slurm` as plain values. dry_run: only write the scripts and check them."""
+    """Where tasks run. slurm: `data.slurm` as plain values. dry_run: only write the scripts and check them. in_process: one
+    after the other in this process, which alone sees what memory:// holds."""
 
     kind: str = "local"
     slurm: dict[str, Any] = field(default_factory=dict)
     ray_address: str = "auto"
     dry_run: bool = False
+    in_process: bool = False
 
 
 LOCAL = Engine()
@@ -50,8 +52,14 @@ class DryRun(Exception):
         self.tasks = tasks
 
 
-def engine_of(data: DataConfig, *, dry_run: bool = False) -> Engine:
-    """The engine a configuration asks for. Raises UserError when it cannot be used here."""
+def engine_of(data: DataConfig, *, dry_run: bool = False, output: str | None = None) -> Engine:
+    """The engine a configuration asks for. output: `tokens.output`, of stage tokenize. Raises UserError when the engine cannot
+    be used here."""
+    evaluation = data.clean.decontaminate.files if data.clean.decontaminate else []
+    urls = [source.url for source in data.sources] + [url for url in (data.output, output, *evaluation) if url]
+    in_process = any(url.startswith("memory://") for url in urls)
+    if in_process and data.executor != "local":
+        raise ConfigError(f"memory:// is seen by one process only, data.executor is {data.executor}; set it to local")
     if dry_run and data.executor != "slurm":
         raise ConfigError(f"--dry-run writes Slurm scripts, data.executor is {data.executor}; set data.executor=slurm")
     if data.executor == "slurm" and not dry_run and shutil.which("sbatch") is None:
@@ -61,4 +69,4 @@ def engine_of(data: DataConfig, *, dry_run: bool = False) -> Engine:
         )
     if data.executor == "ray" and importlib.util.find_spec("ray") is None:
         raise UserError("data.executor is ray, but ray is not installed; pip install 'pldr[ray]'")
-    return Engine(data.executor, data.slurm.model_dump(), data.ray_address, dry_run)
+    return Engine(data.executor, data.slurm.model_dump(), data.ray_address, dry_run, in_process)

@@ -104,6 +104,7 @@ def _executor_of(
     output: Path | str,
 ) -> Any:
     local = _Executor(steps, tasks=tasks, workers=workers, logging_dir=str(work.absolute()))
+    local.in_process = engine.in_process
     if engine.kind == "slurm":
         from pipeline.data.slurm import SlurmExecutor
 
@@ -186,7 +187,13 @@ def _is_unchanged(url: str, facts: dict[str, Any]) -> bool:
 class _Executor(Reporting, LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
     """datatrove's local executor with a pool that notices dead workers and dies with its parent."""
 
+    in_process = False
+
     def run_ranks(self, ranks: list[int], *, console: Path, workers_key: str) -> None:
+        if self.in_process:
+            for rank in ranks:
+                self.run_rank(rank)
+            return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, *sorted({type(step).__module__ for step in self.pipeline})])
         pool = ProcessPoolExecutor(

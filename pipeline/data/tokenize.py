@@ -74,7 +74,7 @@ def tokenize_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = Fa
         workers_key="tokens.workers",
         work=work,
         output=folder,
-        engine=engine_of(config.data, dry_run=dry_run),
+        engine=engine_of(config.data, dry_run=dry_run, output=config.tokens.output),
         label="tokenize",
         total_bytes=sum(shard["text_bytes"] for shard in documents.shards),
     )

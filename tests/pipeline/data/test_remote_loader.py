@@ -153,7 +153,8 @@ def test_bytes_that_were_damaged_on_the_way_are_asked_for_again(
 
     monkeypatch.setattr(module, "read_range", read_range)
     assert stream(loader(open_reader(bucket, tmp_path))) == stream(loader(local_reader(tmp_path)))
-    assert len(damaged) == 14
+    own = {(url, start) for url, start in damaged if url.startswith(bucket.url(""))}  # other tests' readers may go on
+    assert len(own) == 14
 
 
 def test_held_out_sequences_of_a_bucket(bucket: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import webdataset
 
@@ -302,3 +303,21 @@ def test_nothing_is_printed(
     run(make_config(tmp_path, f"{corpus}/*.jsonl"))
     assert capfd.readouterr() == ("", "")
     assert "Processing done" in next((tmp_path / "logs").glob("shard-*/write/logs/task_00000.log")).read_text()
+
+
+def test_a_corpus_in_memory_is_read_where_it_is(
+    tmp_path: Path, corpus: Path, make_config: MakeConfig, contents: Contents
+) -> None:
+    """memory:// is seen by one process only."""
+    memory = fsspec.filesystem("memory")
+    for file in corpus.glob("*.jsonl"):
+        memory.pipe(f"/shard/{corpus.name}/{file.name}", file.read_bytes())
+    _, here = run(make_config(tmp_path / "here", f"{corpus}/*.jsonl"))
+    config = make_config(
+        tmp_path / "there", f"memory://shard/{corpus.name}/*.jsonl", data={"output": "memory://shard/documents"}
+    )
+    run(config)
+    found = {name.rpartition("/")[2]: memory.cat_file(name) for name in memory.find("/shard/documents")}
+    assert found == {name: data for name, data in contents(here.documents).items() if not name.startswith(".")}
+    with pytest.raises(UserError, match="seen by one process only"):
+        run(make_config(tmp_path / "ray", "memory://shard/x.txt", data={"executor": "ray"}))
