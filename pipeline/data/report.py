@@ -1,7 +1,7 @@
 """The data report: one HTML page of what came in, what each step took, and what a model will see.
 
-The page is one file without scripts, and loads nothing. Documents are hostile input: every value goes through jinja2's
-escaping, control characters become symbols, and a content security policy forbids the rest. Equal data give an equal page.
+Documents are hostile input: what page.py does for every page is done here too, and control characters become symbols. Equal
+data give an equal page.
 
 Only indexes, the lists of removed documents and a few blocks of tokens are read, so that a report of a large corpus is
 quick: the lists are read until each reason has its ten examples.
@@ -10,18 +10,17 @@ quick: the lists are read until each reason has its ten examples.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from pipeline.data.charts import charts
 from pipeline.data.documents import SPLITS, DocumentIndex, read_removed
 from pipeline.data.index import TokenIndex
 from pipeline.data.look import read_sequences, spans, tokenizer_of, visible
+from pipeline.page import render as page_of
 from pipeline.storage import exists, join, publish_bytes
 from pipeline.urls import public_url
 
@@ -66,16 +65,14 @@ def headline(index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
 
 def render(content: Tree) -> str:
     """The page of what `page` gathered."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {
+    filters: dict[str, Callable[[Any], str]] = {
         "count": lambda number: f"{number:,}",
         "count_or_dash": lambda number: DASH if number is None else f"{number:,}",
         "size": _size,
         "percent": lambda share: f"{share:.1%}",
         "ratio": lambda number: DASH if number is None else f"{number:.3f}",
     }
-    source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(content)
+    return page_of(Path(__file__).with_name("report.html"), content, filters)
 
 
 def page(title: str, index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
