@@ -126,11 +126,14 @@ def safe_unpickling() -> Iterator[None]:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
-def safe_load(path: str | Path, map_location: Any = None) -> Any:
-    """`torch.load` inside `safe_unpickling`. Raises UserError naming the file when it is damaged or holds anything else."""
+def safe_load(path: str | Path, map_location: Any = None, *, mmap: bool = False) -> Any:
+    """`torch.load` inside `safe_unpickling`; `mmap`: tensors are read when they are used.
+
+    Raises UserError naming the file when it is damaged or holds anything else.
+    """
     try:
         with safe_unpickling():
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; the checkpoint is incomplete, resume from an earlier one") from None
     except Exception as error:  # a damaged pickle fails in any way
