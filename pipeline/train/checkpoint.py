@@ -22,7 +22,7 @@ from pipeline import storage
 from pipeline.checkpoints import COMMITTED, SCHEMA_VERSION, STATE, checkpoint_name, clean, committed, safe_load
 from pipeline.device import has_gpu
 from pipeline.errors import UserError
-from pipeline.train.reshard import carry_over, fits
+from pipeline.train.reshard import carry_over, check_shapes, fits
 from pipeline.zero_state import ZeroState
 
 log = logging.getLogger(__name__)
@@ -142,6 +142,7 @@ def load(engine: Any, checkpoint: Path, state: dict[str, Any], *, precision: str
     carried over by us (reshard.py). Raises UserError when it is of another model.
     """
     old = ZeroState(checkpoint / checkpoint_name(state["step"]))
+    check_shapes(engine, old)
     before = {"world_size": state["world_size"], "precision": state["config"]["train"]["precision"]}
     if fits(engine, old, **before, today=precision):
         path, _ = engine.load_checkpoint(str(checkpoint), tag=checkpoint_name(state["step"]))

@@ -34,12 +34,8 @@ def fits(engine: Any, old: ZeroState, *, world_size: int, precision: str, today:
 
 @torch.no_grad()
 def carry_over(engine: Any, old: ZeroState) -> None:
-    """Put a checkpoint's weights, moments and step counts into the engine; collective.
-
-    Raises UserError when the checkpoint is of a model with other parameters.
-    """
+    """Put a checkpoint's weights, moments and step counts into the engine; collective. Shapes have been checked."""
     parameters = dict(engine.module.named_parameters())
-    _check_shapes(parameters, old)
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
         optimizer.checkpoint_event_prologue()  # every parameter back into its partition, as DeepSpeed's load does
@@ -56,8 +52,9 @@ def carry_over(engine: Any, old: ZeroState) -> None:
     engine.skipped_steps = old.counters["skipped_steps"]
 
 
-def _check_shapes(parameters: dict[str, nn.Parameter], old: ZeroState) -> None:
-    ours = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+def check_shapes(engine: Any, old: ZeroState) -> None:
+    """Raises UserError naming the first parameter that the checkpoint and the engine's model do not share."""
+    ours = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     for name in [*ours, *old.shapes]:
         there, here = old.shapes.get(name), ours.get(name)
         if there != here:
