@@ -103,7 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
     with_config(verb("run", _run, "the whole line, from corpora to a certified bundle"))
     for name in NAMES:
         sub = with_config(verb(name, _stage, STAGE_HELP[name]))
-        sub.add_argument("--force", action="store_true", help="do it again even if it is complete")
+        also = "; go on with other data, model or tokenizer than the checkpoint's" if name == "train" else ""
+        sub.add_argument("--force", action="store_true", help=f"do it again even if it is complete{also}")
         if name in ("shard", "tokenize"):
             sub.add_argument(
                 "--dry-run",
@@ -112,7 +113,10 @@ def build_parser() -> argparse.ArgumentParser:
             )
         if name == "train":
             sub.add_argument(
-                "--resume", default="auto", metavar="auto|RUN_ID", help="go on from MLflow's last checkpoint"
+                "--resume",
+                default="auto",
+                metavar="auto|RUN_ID|runs:/RUN_ID[/checkpoints/step-000500]|PATH",
+                help="go on from a run's newest checkpoint (auto), from that one, or in a run of its own from PATH",
             )
             sub.add_argument(
                 "--prepare",
@@ -209,7 +213,9 @@ def _prepare(line: Line, arguments: Any) -> Result:
 
     if arguments.prepare < 1:
         raise ConfigError(f"--prepare {arguments.prepare}: give the number of ranks on all nodes, 1 or more")
-    job = prepare(line.config, line.paths, resume=arguments.resume, ranks=arguments.prepare, say=_show)
+    job = prepare(
+        line.config, line.paths, resume=arguments.resume, ranks=arguments.prepare, say=_show, force=arguments.force
+    )
     command = f"deepspeed --hostfile HOSTFILE --module pipeline.worker {shlex.quote(str(job.file))}"
     _show(f"start       {command}\nthen        pldr run {arguments.config}")
     start = None if job.start is None else job.start.name

@@ -67,9 +67,9 @@ def clean(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def set_aside(checkpoint: Path) -> None:
-    """Rename a checkpoint that cannot be used to `.damaged-step-…`: nothing takes it for one, nothing is deleted."""
-    target = checkpoint.with_name(f".damaged-{checkpoint.name}")
+def set_aside(checkpoint: Path, why: str = "damaged") -> None:
+    """Rename a checkpoint that is not to be used to `.WHY-step-…`: nothing takes it for one, nothing is deleted."""
+    target = checkpoint.with_name(f".{why}-{checkpoint.name}")
     shutil.rmtree(target, ignore_errors=True)
     checkpoint.rename(target)
 
@@ -102,6 +102,38 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def adopt(checkpoint: Path, folder: Path, *, mlflow_run_id: str) -> Path:
+    """Take a verified checkpoint of another run into `folder` as one of this run, committed. Large files are linked, or
+    copied where the disk is another: a checkpoint's files are never written again."""
+
+    def link_or_copy(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+    staging = folder / f".{checkpoint.name}.adopted"  # removed by `clean` when this is killed
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        shutil.copytree(checkpoint, staging, copy_function=link_or_copy)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(
+            f"{folder}: {checkpoint} could not be copied: {error}; free some space or mend the disk"
+        ) from error
+    (staging / COMMITTED).unlink()
+    state, manifest = storage.read_json(staging / STATE), storage.read_json(staging / storage.MANIFEST)
+    storage.publish_json(staging / STATE, {**state, "mlflow_run_id": mlflow_run_id})
+    manifest["files"][STATE] = {
+        "sha256": storage.sha256_file(staging / STATE),
+        "size": (staging / STATE).stat().st_size,
+    }
+    storage.publish_json(staging / storage.MANIFEST, manifest)
+    storage.publish_bytes(staging / COMMITTED, storage.sha256_file(staging / storage.MANIFEST).encode())
+    storage.replace_dir(staging, folder / checkpoint.name)
+    return folder / checkpoint.name
+
+
 @contextlib.contextmanager
 def safe_unpickling() -> Iterator[None]:
     """Every torch.load inside loads weights only, whatever its caller asks for."""
@@ -126,11 +158,14 @@ def safe_unpickling() -> Iterator[None]:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
-def safe_load(path: str | Path, map_location: Any = None) -> Any:
-    """`torch.load` inside `safe_unpickling`. Raises UserError naming the file when it is damaged or holds anything else."""
+def safe_load(path: str | Path, map_location: Any = None, *, mmap: bool = False) -> Any:
+    """`torch.load` inside `safe_unpickling`; `mmap`: tensors are read when they are used.
+
+    Raises UserError naming the file when it is damaged or holds anything else.
+    """
     try:
         with safe_unpickling():
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; the checkpoint is incomplete, resume from an earlier one") from None
     except Exception as error:  # a damaged pickle fails in any way

@@ -135,17 +135,22 @@ class RunConfig(Section):
 
     def flat(self) -> dict[str, str]:
         """`section.key` -> text, as MLflow parameters."""
-        out: dict[str, str] = {}
+        return flatten(self.as_dict())
 
-        def walk(prefix: str, value: Any) -> None:
-            if isinstance(value, dict):
-                for key, inner in value.items():
-                    walk(f"{prefix}.{key}" if prefix else key, inner)
-            else:
-                out[prefix] = without_secrets(value if isinstance(value, str) else json.dumps(value))  # signed URLs
 
-        walk("", self.as_dict())
-        return out
+def flatten(tree: dict[str, Any]) -> dict[str, str]:
+    """`section.key` -> text of a tree of plain values."""
+    out: dict[str, str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            out[prefix] = without_secrets(value if isinstance(value, str) else json.dumps(value))  # signed URLs
+
+    walk("", tree)
+    return out
 
 
 class RunPaths:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage, tracking
-from pipeline.checkpoints import TRAINING_LOCK, clean, committed, set_aside, step_of, verify
+from pipeline.checkpoints import TRAINING_LOCK, committed, step_of, verify
 from pipeline.config import RunConfig, RunPaths, tokens_folder
 from pipeline.device import has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError
+from pipeline.resume import Say, changes, find_start
 
 Launch = Callable[[RunConfig, Path, int], None]  # start the ranks of a job file and wait; UserError when it failed
-Say = Callable[[str], None]
 JOB_SCHEMA_VERSION = 1
 
 
@@ -31,13 +31,15 @@ class Job:
     start: Path | None
 
 
-def pretrain(config: RunConfig, paths: RunPaths, *, resume: str, launch: Launch, say: Say) -> dict[str, Any]:
-    """Train to the last step. `resume`: auto (go on with this run directory's run) or an MLflow run id.
+def pretrain(
+    config: RunConfig, paths: RunPaths, *, resume: str, launch: Launch, say: Say, force: bool = False
+) -> dict[str, Any]:
+    """Train to the last step. `resume`: where it goes on (resume.py); `force`: also with other data, model or tokenizer.
 
     Returns {"checkpoint", "run_id", "steps", "tokens", "resumed_from"}. Raises UserError or ConfigError, one line.
     """
     ranks = ranks_on_this_node(config)
-    job = prepare(config, paths, resume=resume, ranks=ranks, say=say)
+    job = prepare(config, paths, resume=resume, ranks=ranks, say=say, force=force)
     if job.start is None or step_of(job.start) < config.train.steps:
         try:
             launch(config, job.file, ranks)
@@ -62,7 +64,7 @@ def pretrain(config: RunConfig, paths: RunPaths, *, resume: str, launch: Launch,
     }
 
 
-def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say: Say) -> Job:
+def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say: Say, force: bool = False) -> Job:
     """Check everything that can be checked before ranks start, open the MLflow run, write `logs/job.json`.
 
     ranks: how many there will be, on all nodes. Raises UserError or ConfigError, one line.
@@ -80,22 +82,30 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say:
     deepspeed_config(config.train, ranks)  # its errors belong here, not in a rank's log
     _wait_for_old_ranks(paths)
     _require_disk(config, paths)
-    run_id = tracking.open_run(config, run_id=None if resume == "auto" else resume)
-    clean(paths.checkpoints)
-    start = _resume_point(config, paths, run_id, explicit=resume != "auto", say=say)
-    if start is not None:
-        _check_inputs(start, {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256})
+    today = {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256}
+    start = find_start(config, paths, resume, today=today, force=force, say=say)
+    if start.checkpoint is not None:
+        if step_of(start.checkpoint) > config.train.steps:
+            raise ConfigError(
+                f"{start.checkpoint}: is past train.steps {config.train.steps}; raise it or resume from an earlier one"
+            )
+        changed = changes(start, config, ranks)
+        for key, change in changed.items():
+            say(f"changed     {key} {change}")
+        tracking.set_tags(
+            config, start.run_id, {f"resumed.{step_of(start.checkpoint)}.{k}": v for k, v in changed.items()}
+        )
     job_file = paths.logs / "job.json"
     storage.publish_json(
         job_file,
         {
             "schema_version": JOB_SCHEMA_VERSION,
             "config": config.model_copy(update={"run_dir": str(paths.root)}).as_dict(),
-            "run_id": run_id,
-            "resume_from": None if start is None else str(start),
+            "run_id": start.run_id,
+            "resume_from": None if start.checkpoint is None else str(start.checkpoint),
         },
     )
-    return Job(job_file, run_id, start)
+    return Job(job_file, start.run_id, start.checkpoint)
 
 
 def ranks_on_this_node(config: RunConfig) -> int:
@@ -131,45 +141,3 @@ def _wait_for_old_ranks(paths: RunPaths) -> None:
             time.sleep(0.3)
         holder = storage.lock_holder(stream)
     raise UserError(f"{paths.root}: process {holder} trains here; wait for it or stop it")
-
-
-def _check_inputs(checkpoint: Path, today: dict[str, str]) -> None:
-    """A checkpoint goes on with the data and tokenizer it was trained with, or not at all."""
-    saved = verify(checkpoint)
-    for key, ours in today.items():
-        if saved[key] != ours:
-            raise ConfigError(
-                f"{checkpoint}: was trained with {key} {saved[key][:12]}, the run directory now holds {ours[:12]}; "
-                "use another run_dir for other data"
-            )
-
-
-def _resume_point(config: RunConfig, paths: RunPaths, run_id: str, *, explicit: bool, say: Say) -> Path | None:
-    """The newest committed checkpoint of the run that is whole: local first, then MLflow's. None: step 0."""
-    for candidate in reversed(committed(paths.checkpoints)):
-        try:
-            state = verify(candidate)
-        except UserError as error:
-            say(f"{candidate.name} is damaged and left out: {error}")
-            set_aside(candidate)
-            continue
-        if state["mlflow_run_id"] != run_id:
-            raise ConfigError(
-                f"{candidate}: belongs to MLflow run {state['mlflow_run_id']}, not to {run_id}; use another run_dir, "
-                f"or go on with --resume {state['mlflow_run_id']}"
-            )
-        return candidate
-    uri = tracking.tracking_uri(config)
-    for name in tracking.published_checkpoints(uri, run_id):
-        fetched = tracking.fetch_checkpoint(uri, run_id, name, paths.checkpoints)
-        try:
-            verify(fetched)
-        except UserError as error:
-            say(f"{name} in MLflow is damaged and left out: {error}")
-            set_aside(fetched)
-            continue
-        say(f"{name} fetched from MLflow run {run_id}")
-        return fetched
-    if explicit:
-        raise UserError(f"MLflow run {run_id} has no committed checkpoint; start without --resume {run_id}")
-    return None

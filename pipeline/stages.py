@@ -22,7 +22,8 @@ from pipeline import remote, storage
 from pipeline.checkpoints import COMMITTED, committed
 from pipeline.config import RunConfig, RunPaths, documents_folder, tokens_folder
 from pipeline.errors import ConfigError, UserError
-from pipeline.pretrain import Launch, Say, pretrain
+from pipeline.pretrain import Launch, pretrain
+from pipeline.resume import Say, names_run
 from pipeline.urls import is_local, local_path
 
 SCHEMA_VERSION = 2
@@ -52,8 +53,8 @@ class Line:
             inputs["uncertified"] = True
         digest = storage.sha256_json(inputs)
         known = self.record(name)
-        if resume != "auto" and known and known["result"].get("run_id") != resume:
-            known = None  # another MLflow run is asked for than the finished one
+        if known and not names_run(resume, known["result"].get("run_id")):
+            known = None  # another run or checkpoint is asked for than the finished one
         if known and known["inputs"] == digest and self._intact(known, thorough=thorough) and not force:
             self._say(f"{name:<12} complete, skipped")
             self._after(name, known["result"])
@@ -62,7 +63,7 @@ class Line:
         record.unlink(missing_ok=True)
         self._say(f"{name:<12} ...")
         started = time.perf_counter()
-        result = self._work(name, resume=resume, uncertified=uncertified)
+        result = self._work(name, resume=resume, force=force, uncertified=uncertified)
         outputs = self._outputs(name)
         new = {
             "schema_version": SCHEMA_VERSION,
@@ -183,7 +184,7 @@ class Line:
                 return False
         return True
 
-    def _work(self, name: str, *, resume: str, uncertified: bool) -> dict[str, Any]:
+    def _work(self, name: str, *, resume: str, force: bool, uncertified: bool) -> dict[str, Any]:
         config, paths = self.config, self.paths
         if name == "shard":
             from pipeline.data.shard import shard_documents
@@ -198,7 +199,7 @@ class Line:
 
             return tokenize_documents(config, paths)
         if name == "train":
-            return pretrain(config, paths, resume=resume, launch=self._launch, say=self._say)
+            return pretrain(config, paths, resume=resume, launch=self._launch, say=self._say, force=force)
         from pipeline import posttrain
 
         if name == "consolidate":

@@ -34,9 +34,11 @@ TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 # Settings that may change on resume without making it another run. Everything else must be equal.
 MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.workers", "train.ranks", "train.log_every",
               "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout_s",
-              "train.deepspeed", "train.compile", "train.peak_tflops", "train.val_sequences",
-              "data.on_bad_shard", "data.cache_gigabytes", "data.executor", "data.slurm.",
-              "data.ray_address")  # fmt: skip
+              "train.deepspeed", "train.compile", "train.peak_tflops", "train.val_sequences", "train.zero_stage",
+              "train.micro_batch", "train.precision", "data.on_bad_shard", "data.cache_gigabytes", "data.executor",
+              "data.slurm.", "data.ray_address")  # fmt: skip
+# What `pldr train --force` lets change besides.
+FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -60,7 +62,7 @@ def client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def open_run(config: RunConfig, *, run_id: str | None = None) -> str:
+def open_run(config: RunConfig, *, run_id: str | None = None, force: bool = False) -> str:
     """The id of the run to log to: `run_id` when given, the run directory's own, or a new one.
 
     Raises ConfigError when that run was made by another configuration (naming the first differing key), UserError when
@@ -75,7 +77,7 @@ def open_run(config: RunConfig, *, run_id: str | None = None) -> str:
         if run_id is None:
             run_id = _create(mlflow, config, paths)
         else:
-            _check_same(mlflow, run_id, config)
+            _check_same(mlflow, run_id, config, force)
             mlflow.update_run(run_id, status="RUNNING")
     except UserError:
         raise
@@ -129,7 +131,7 @@ def _create(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
     return str(run.info.run_id)
 
 
-def _check_same(mlflow: Any, run_id: str, config: RunConfig) -> None:
+def _check_same(mlflow: Any, run_id: str, config: RunConfig, force: bool) -> None:
     try:
         params = mlflow.get_run(run_id).data.params
     except Exception as error:
@@ -140,10 +142,23 @@ def _check_same(mlflow: Any, run_id: str, config: RunConfig) -> None:
         ) from error
     for key, value in config.flat().items():
         if not key.startswith(MAY_CHANGE) and key in params and params[key] != value[:6000]:
+            if force and key.startswith(FORCIBLE):
+                log.warning("forced: MLflow run %s was made with %s=%s, now %s", run_id, key, params[key], value)
+                continue
             raise ConfigError(
                 f"MLflow run {run_id} was made with {key}={params[key]}, this configuration has {value}; "
-                "use another run_dir for another run"
+                "use another run_dir for another run" + (", or --force" if key.startswith(FORCIBLE) else "")
             )
+
+
+def set_tags(config: RunConfig, run_id: str, tags: dict[str, str]) -> None:
+    """Set a run's tags, if MLflow answers. What changed on a resume is told so: parameters cannot change."""
+    try:
+        mlflow = client(tracking_uri(config))
+        for key, value in tags.items():
+            mlflow.set_tag(run_id, key, value[:5000])
+    except Exception as error:
+        log.warning("MLflow run %s did not take the tags %s: %s", run_id, ", ".join(tags), first_line(error))
 
 
 def mark(config: RunConfig, run_id: str, status: str) -> None:
@@ -332,6 +347,17 @@ def fetch_checkpoint(uri: str, run_id: str, name: str, folder: Path) -> Path:
     storage.replace_dir(downloaded, target)
     shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def withdraw_checkpoints(uri: str, run_id: str, names: list[str]) -> None:
+    """Take COMMITTED away from published checkpoints: they no longer count, and are published again when the run gets there."""
+    if not names:
+        return
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    repository = get_artifact_repository(client(uri).get_run(run_id).info.artifact_uri)
+    for name in names:
+        repository.delete_artifacts(f"checkpoints/{name}/{COMMITTED}")
 
 
 def _upload_checkpoint(mlflow: Any, run_id: str, checkpoint: Path) -> None:

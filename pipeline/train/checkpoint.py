@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -21,6 +22,10 @@ from pipeline import storage
 from pipeline.checkpoints import COMMITTED, SCHEMA_VERSION, STATE, checkpoint_name, clean, committed, safe_load
 from pipeline.device import has_gpu
 from pipeline.errors import UserError
+from pipeline.train.reshard import carry_over, check_shapes, fits
+from pipeline.zero_state import ZeroState
+
+log = logging.getLogger(__name__)
 
 
 class _HashingFile:
@@ -130,20 +135,31 @@ def _commit(staging: Path, final: Path, state: dict[str, Any], hashes: list[dict
     storage.replace_dir(staging, final)
 
 
-def load(engine: Any, checkpoint: Path, state: dict[str, Any]) -> None:
+def load(engine: Any, checkpoint: Path, state: dict[str, Any], *, precision: str) -> None:
     """Restore weights, optimizer and this rank's RNG from a verified checkpoint; collective.
 
-    Raises UserError for another world size than it was saved with.
+    By DeepSpeed itself, bit for bit, when the checkpoint is of the same world size, ZeRO settings and `precision`; else
+    carried over by us (reshard.py). Raises UserError when it is of another model.
     """
-    if state["world_size"] != dist.get_world_size():
-        raise UserError(
-            f"{checkpoint}: saved by {state['world_size']} ranks, this job has {dist.get_world_size()}; "
-            f"set train.ranks={state['world_size']}"
-        )
-    path, _ = engine.load_checkpoint(str(checkpoint), tag=checkpoint.name)
-    if path is None:
-        raise UserError(f"{checkpoint}: DeepSpeed found no checkpoint in it")
-    _restore_rng(state["rng"][dist.get_rank()])
+    old = ZeroState(checkpoint / checkpoint_name(state["step"]))
+    check_shapes(engine, old)
+    before = {"world_size": state["world_size"], "precision": state["config"]["train"]["precision"]}
+    if fits(engine, old, **before, today=precision):
+        path, _ = engine.load_checkpoint(str(checkpoint), tag=checkpoint_name(state["step"]))
+        if path is None:
+            raise UserError(f"{checkpoint}: DeepSpeed found no checkpoint in it")
+    else:
+        carry_over(engine, old)
+        if dist.get_rank() == 0:
+            log.warning(
+                "%s converted: %s, ZeRO %s -> %s, ZeRO %s",
+                *(checkpoint.name, f"{before['world_size']} ranks, {before['precision']}", old.zero.get("stage")),
+                *(f"{dist.get_world_size()} ranks, {precision}", engine.zero_optimization_stage()),
+            )
+    # Training draws no random numbers (no dropout; the data order has a seed of its own), so at another world size a rank
+    # without a predecessor keeps the generator that the run's seed gave it.
+    if dist.get_rank() < len(state["rng"]):
+        _restore_rng(state["rng"][dist.get_rank()])
 
 
 def retain(folder: Path, keep: int) -> list[Path]:

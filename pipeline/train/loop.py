@@ -91,7 +91,7 @@ def train(
     engine.checkpoint_engine = checkpoint.make_safe_engine()
     state = TrainState()
     if resume_from is not None:
-        state = _resume(engine, resume_from)
+        state = _resume(engine, resume_from, settings.precision)
     progress = Progress(config, start_step=state.step) if dist.get_rank() == 0 else None
     throughput = Throughput()
     budget = invariance_budget(settings, state.step)
@@ -167,9 +167,9 @@ def train(
     return state
 
 
-def _resume(engine: Any, folder: Path) -> TrainState:
+def _resume(engine: Any, folder: Path, precision: str) -> TrainState:
     saved = verify(folder)
-    checkpoint.load(engine, folder, saved)
+    checkpoint.load(engine, folder, saved, precision=precision)
     state = {key: saved[key] for key in TrainState.__dataclass_fields__ if key != "sequences_left_out"}
     return TrainState(**state, sequences_left_out=saved.get("sequences_left_out", 0))  # older checkpoints left out none
 

@@ -1,0 +1,123 @@
+"""A checkpoint of another world size, ZeRO stage or precision, put into this job's engine.
+
+DeepSpeed's plain load refuses another world size, and its universal checkpoint changes the stage only between 1 and 2.
+So the old files are read by parameter name (pipeline/zero_state.py) and every rank takes its own share of the weights and
+of Adam's moments. Nothing is computed with them: in fp32 what goes on is, bit for bit, what was saved; only sums over
+ranks then run in another order. One parameter at a time is whole in memory.
+
+Every rank reads all files: what goes over the network or disk is (new ranks) x (checkpoint), once, at the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.zero_state import MOMENTS, ZeroState
+
+Put = Callable[[nn.Parameter, Tensor, dict[str, Tensor]], None]
+
+
+def fits(engine: Any, old: ZeroState, *, world_size: int, precision: str, today: str) -> bool:
+    """Whether DeepSpeed can load these files itself, bit for bit: the same ranks, precision and `zero_optimization`.
+
+    world_size, precision: of the job that saved; today: this job's precision.
+    """
+    same_ranks = world_size == dist.get_world_size()
+    return bool(same_ranks and precision == today and old.zero == engine.config["zero_optimization"])
+
+
+@torch.no_grad()
+def carry_over(engine: Any, old: ZeroState) -> None:
+    """Put a checkpoint's weights, moments and step counts into the engine; collective. Shapes have been checked."""
+    parameters = dict(engine.module.named_parameters())
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()  # every parameter back into its partition, as DeepSpeed's load does
+    put = _put_by_stage(engine, old.adam_step)
+    for name, parameter in parameters.items():
+        put(parameter, old.tensor(name), {key: old.tensor(name, key) for key in MOMENTS})
+    if stage == 3:
+        optimizer.checkpoint_event_epilogue()  # the small parameters that stay whole on every rank
+    for name, buffer in engine.module.named_buffers():
+        if name in old.buffers:
+            buffer.copy_(old.buffers[name])
+    engine.global_steps = old.counters["global_steps"]
+    engine.global_samples = old.counters["global_samples"]
+    engine.skipped_steps = old.counters["skipped_steps"]
+
+
+def check_shapes(engine: Any, old: ZeroState) -> None:
+    """Raises UserError naming the first parameter that the checkpoint and the engine's model do not share."""
+    ours = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    for name in [*ours, *old.shapes]:
+        there, here = old.shapes.get(name), ours.get(name)
+        if there != here:
+            raise UserError(
+                f"{old.folder}: {name} is {list(there) if there else 'missing'} in the checkpoint, "
+                f"{list(here) if here else 'missing'} in this model; set model.* as it was trained, or begin a new run_dir"
+            )
+
+
+def _put_by_stage(engine: Any, step: float) -> Put:
+    """How one parameter gets into the engine's optimizer. Its state is laid out here: Adam makes it at its first step."""
+    states = engine.basic_optimizer.state
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+
+    def fresh(master: Tensor) -> dict[str, Tensor]:
+        return {"step": torch.tensor(step), **{key: torch.zeros_like(master) for key in MOMENTS}}
+
+    if stage == 0:
+        # bf16: DeepSpeed keeps fp32 masters beside the parameters, in the same groups.
+        groups = [group["params"] for group in optimizer.param_groups]
+        held = zip(getattr(optimizer, "fp16_groups", groups), getattr(optimizer, "fp32_groups", groups), strict=True)
+        masters = {p: master for ours, theirs in held for p, master in zip(ours, theirs, strict=True)}
+
+        def put_whole(parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
+            master = masters[parameter]
+            master.copy_(weight)
+            parameter.copy_(weight)
+            states[master] = fresh(master)
+            for key, value in moments.items():
+                states[master][key].copy_(value)
+
+        return put_whole
+    flats = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    for flat in flats:
+        states[flat] = fresh(flat.detach())
+    if stage == 3:
+        return _put_piece
+    optimizer._lazy_init_hp_params_optimizer_state()  # links parameters to their share of the moments, once
+    return _put_share
+
+
+def _put_share(parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
+    """Stages 1 and 2: the parameter is whole on every rank, of the rest a rank keeps its share (which can be nothing)."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    parameter.copy_(weight)
+    safe_set_full_fp32_param(parameter, weight)
+    for key, value in moments.items():
+        safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _put_piece(parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
+    """Stage 3: of everything a rank keeps its piece; pieces are equal, so the last is padded with zeros."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    held: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+
+    def piece(whole: Tensor) -> Tensor:
+        size, rank = held.numel(), dist.get_rank()
+        mine = whole.reshape(-1)[size * rank : size * (rank + 1)]
+        return torch.nn.functional.pad(mine, (0, size - mine.numel()))
+
+    held.copy_(piece(weight))
+    safe_set_local_fp32_param(parameter, piece(weight))
+    for key, value in moments.items():
+        safe_set_local_optimizer_state(parameter, piece(value), key)

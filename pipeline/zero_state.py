@@ -1,0 +1,173 @@
+"""What a DeepSpeed checkpoint holds, by parameter name: fp32 weights and Adam moments, whole, for every ZeRO stage.
+
+Consolidation wants the weights; a resume at another world size or ZeRO stage wants the moments too (train/reshard.py).
+Where DeepSpeed 0.19 keeps them, in its tag folder:
+
+    stage 0, fp32   mp_rank_00_model_states.pt: `module`, and `optimizer` with the moments of parameter 0, 1, 2 ...
+    stage 0, bf16   the same file; fp32 masters and moments both in `optimizer`, parameters without names
+    stages 1, 2     *zero_pp_rank_R_*_optim_states.pt, one a rank: a flat partition for each parameter group, and
+                    `param_slice_mappings`, which parameter's elements lie where in it
+    stage 3         the same files: each parameter cut into equal pieces, one a rank, the last one padded; a rank's pieces
+                    lie one behind the other in its flat sub-groups
+
+Decision: DeepSpeed's own merging (`zero_to_fp32`) leaves the moments out and asks torch for pickles that may run code, so
+the files are read here, with `safe_load`. They are memory-mapped: only the parameter that is asked for is in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoints import safe_load
+from pipeline.errors import UserError, first_line
+from pldr_model.model import is_metric_parameter
+
+WEIGHT = "weight"  # beside the moments' own names
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _Piece(NamedTuple):
+    """Elements [start, start + numel) of flat tensors: one rank's share of one parameter."""
+
+    flat: dict[str, Tensor]  # WEIGHT and MOMENTS
+    start: int
+    numel: int
+
+
+class ZeroState:
+    """A checkpoint's parameters and moments. `shapes`: by name, in the order of the optimizer; `buffers`: the model's;
+    `adam_step`: updates that Adam has made; `zero`: DeepSpeed's `zero_optimization` settings; `counters`: its step counts.
+
+    Raises UserError naming the folder or file that is missing, damaged, holds more than tensors, or is of an unknown layout.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; this checkpoint has no weights: name another one")
+        self._pieces: dict[str, list[_Piece]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        steps: set[float] = set()
+        try:
+            model = _model_states(folder)
+            self.zero: dict[str, Any] = dict(model["ds_config"]["zero_optimization"])
+            self.counters = {key: int(model[key]) for key in ("global_steps", "global_samples", "skipped_steps")}
+            names = model["buffer_names"]
+            self.buffers: dict[str, Tensor] = {n: t for n, t in model["module"].items() if n in names}
+            partitions = _partitions(folder)
+            if not partitions:
+                self._read_unpartitioned(model, steps)
+            else:
+                groups = [{n: tuple(shape) for n, shape in group.items()} for group in model["param_shapes"]]
+                self.shapes = {name: shape for group in groups for name, shape in group.items()}
+                read = self._read_stage_3 if int(partitions[0]["zero_stage"]) == 3 else self._read_stages_1_2
+                for partition in partitions:
+                    read(partition, len(partitions), steps)
+        except UserError:
+            raise
+        except Exception as error:  # what the files hold is not what we know
+            raise UserError(
+                f"{folder}: DeepSpeed's files cannot be merged: {first_line(error)}; nothing of them was executed: "
+                "name another checkpoint"
+            ) from error
+        for name, shape in self.shapes.items():
+            found = sum(piece.numel for piece in self._pieces.get(name, []))
+            if found < math.prod(shape):
+                raise UserError(f"{folder}: {name} has {found} of {math.prod(shape)} elements; name another checkpoint")
+        if len(steps) != 1:
+            raise UserError(f"{folder}: Adam's step is {sorted(steps) or 'missing'}; name another checkpoint")
+        self.adam_step = steps.pop()
+
+    def tensor(self, name: str, what: str = WEIGHT) -> Tensor:
+        """A whole parameter (what: WEIGHT) or moment (exp_avg, exp_avg_sq), fp32, in the parameter's shape."""
+        shape = self.shapes[name]
+        pieces = [p.flat[what].view(-1).narrow(0, p.start, p.numel) for p in self._pieces[name]]
+        return torch.cat(pieces)[: math.prod(shape)].view(shape).detach().float()
+
+    def _read_unpartitioned(self, model: dict[str, Any], steps: set[float]) -> None:
+        """Stage 0. The moments have numbers for names: the order of the optimizer, whose first group is all other
+        parameters, whose second the metric learner's. fp32 masters must round to the bf16 weight they are taken for."""
+        names = [name for name in model["module"] if name not in self.buffers]
+        names.sort(key=is_metric_parameter)  # stable: within a group the module's order
+        weights = {name: model["module"][name] for name in names}
+        optimizer = model["optimizer"]
+        if "fp32_groups" in optimizer:
+            masters = [master for group in optimizer["fp32_groups"] for master in group]
+            for (name, weight), master in zip(weights.items(), masters, strict=True):
+                if not torch.equal(weight, master.detach().to(weight.dtype)):
+                    raise UserError(
+                        f"{self.folder}: the fp32 weights of ZeRO stage 0 in bf16 are in no known order ({name}); "
+                        "use train.zero_stage=1"
+                    )
+            weights = dict(zip(names, masters, strict=True))
+            optimizer = optimizer["optimizer_state_dict"]
+        for number, (name, weight) in enumerate(weights.items()):
+            moments = optimizer["state"][number]
+            if any(moments[key].shape != weight.shape for key in MOMENTS):
+                raise ValueError(f"the moments of parameter {number} have not the shape of {name}")
+            steps.add(float(moments["step"]))
+            self.shapes[name] = tuple(weight.shape)
+            flat = {WEIGHT: weight, **{key: moments[key] for key in MOMENTS}}
+            self._pieces[name] = [_Piece(flat, 0, weight.numel())]
+
+    def _read_stages_1_2(self, partition: dict[str, Any], ranks: int, steps: set[float]) -> None:
+        """One rank's file: append its pieces (ranks come in order, so pieces do)."""
+        weights = partition["single_partition_of_fp32_groups"]
+        moments = partition["base_optimizer_state"]["state"]
+        for group, mapping in enumerate(partition["param_slice_mappings"]):
+            flat = _flat(weights[group], moments[group], steps)
+            for name, address in mapping.items():
+                self._pieces.setdefault(name, []).append(_Piece(flat, address.start, address.numel))
+
+    def _read_stage_3(self, partition: dict[str, Any], ranks: int, steps: set[float]) -> None:
+        """One rank's file: walk its sub-groups in step with the parameters."""
+        moments = partition["optimizer_state_dict"]["state"]
+        flats = [_flat(weight, moments[i], steps) for i, weight in enumerate(partition["fp32_flat_groups"])]
+        number = start = 0
+        for name, shape in self.shapes.items():
+            numel = math.ceil(math.prod(shape) / ranks)
+            while start == flats[number][WEIGHT].numel():
+                number, start = number + 1, 0
+            if start + numel > flats[number][WEIGHT].numel():
+                raise ValueError(f"{name} does not fit into sub-group {number}")
+            self._pieces.setdefault(name, []).append(_Piece(flats[number], start, numel))
+            start += numel
+        if start != flats[number][WEIGHT].numel() or number + 1 != len(flats):
+            raise ValueError("the sub-groups hold more than the parameters")
+
+
+def _flat(weight: Tensor, state: dict[str, Any], steps: set[float]) -> dict[str, Tensor]:
+    steps.add(float(state["step"]))
+    if any(state[key].numel() < weight.numel() for key in MOMENTS):  # weights are saved without their padding
+        raise ValueError("a partition's moments are smaller than its weights")
+    return {WEIGHT: weight, **{key: state[key] for key in MOMENTS}}
+
+
+def _model_states(folder: Path) -> dict[str, Any]:
+    """The file with the module: rank 0's, where every rank has one (stage 3)."""
+    candidates = [folder / "mp_rank_00_model_states.pt", folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise UserError(f"{candidates[0]}: no such file; this checkpoint has no weights: name another one")
+    states = safe_load(found, "cpu", mmap=True)
+    assert isinstance(states, dict)
+    return states
+
+
+def _partitions(folder: Path) -> list[dict[str, Any]]:
+    """Every rank's optimizer file, in the order of ranks; none at stage 0."""
+    by_rank = {}
+    for path in folder.glob("*_optim_states.pt"):
+        match = re.search(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$", path.name)
+        if match is None:
+            raise UserError(f"{path}: not a file of ours; name another checkpoint")
+        by_rank[int(match[1])] = path
+    if sorted(by_rank) != list(range(len(by_rank))):
+        raise UserError(f"{folder}: optimizer files of ranks {sorted(by_rank)}; name a checkpoint that has all")
+    return [safe_load(path, "cpu", mmap=True)["optimizer_state_dict"] for _, path in sorted(by_rank.items())]
