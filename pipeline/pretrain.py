@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage, tracking
+from pipeline import publish, storage, tracking
 from pipeline.checkpoints import TRAINING_LOCK, clean, committed, set_aside, step_of, verify
 from pipeline.config import RunConfig, RunPaths, tokens_folder
 from pipeline.device import has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError
+from pipeline.retention import policy_of
 
 Launch = Callable[[RunConfig, Path, int], None]  # start the ranks of a job file and wait; UserError when it failed
 Say = Callable[[str], None]
@@ -39,10 +40,12 @@ def pretrain(config: RunConfig, paths: RunPaths, *, resume: str, launch: Launch,
     ranks = ranks_on_this_node(config)
     job = prepare(config, paths, resume=resume, ranks=ranks, say=say)
     if job.start is None or step_of(job.start) < config.train.steps:
+        log = paths.logs / "train.log"
+        log_from = log.stat().st_size if log.exists() else 0
         try:
             launch(config, job.file, ranks)
-        except BaseException:
-            tracking.mark(config, job.run_id, "FAILED")
+        except BaseException as error:
+            tracking.fail(config, job.run_id, error, log_from=log_from)
             raise
     done = committed(paths.checkpoints)
     if not done or step_of(done[-1]) != config.train.steps:
@@ -51,11 +54,11 @@ def pretrain(config: RunConfig, paths: RunPaths, *, resume: str, launch: Launch,
         )
     if job.start == done[-1]:
         say(f"{done[-1].name} is the last step: nothing was left to train")
-    tracking.finish(config, job.run_id)
+    run_id = tracking.finish(config, job.run_id)
     state = verify(done[-1])
     return {
         "checkpoint": done[-1].name,
-        "run_id": job.run_id,
+        "run_id": run_id,
         "steps": state["step"],
         "tokens": state["tokens_consumed"],
         "resumed_from": None if job.start is None else job.start.name,
@@ -115,8 +118,11 @@ def _require_disk(config: RunConfig, paths: RunPaths) -> None:
     """Room for the checkpoints kept, one being staged, and MLflow's copies where its store is in the run directory."""
     # fp32 masters and two Adam moments, the weights themselves, DeepSpeed's records.
     size = 17 * config.model.num_parameters()["total"]
-    keep = config.train.keep_checkpoints
-    copies = keep + 1 + (keep if config.tracking.uri is None else 0)
+    keep = policy_of(config.train).at_most(
+        config.train.steps // config.train.checkpoint_every * config.train.checkpoint_every
+    )
+    # One being staged, one being uploaded while a newer one is already there.
+    copies = keep + 2 + (keep if config.tracking.uri is None and config.train.publish_to is None else 0)
     held = sum(f.stat().st_size for c in committed(paths.checkpoints) for f in c.rglob("*") if f.is_file())
     storage.require_free_space(paths.root, max(size, copies * size - held), "training (its checkpoints)")
 
@@ -153,22 +159,23 @@ def _resume_point(config: RunConfig, paths: RunPaths, run_id: str, *, explicit: 
             say(f"{candidate.name} is damaged and left out: {error}")
             set_aside(candidate)
             continue
-        if state["mlflow_run_id"] != run_id:
+        if not tracking.same_run(config, state["mlflow_run_id"], run_id):
             raise ConfigError(
                 f"{candidate}: belongs to MLflow run {state['mlflow_run_id']}, not to {run_id}; use another run_dir, "
                 f"or go on with --resume {state['mlflow_run_id']}"
             )
         return candidate
-    uri = tracking.tracking_uri(config)
-    for name in tracking.published_checkpoints(uri, run_id):
-        fetched = tracking.fetch_checkpoint(uri, run_id, name, paths.checkpoints)
+    place, names = publish.available(config, run_id)
+    for name in names:
+        assert place is not None
+        fetched = publish.fetch(place, name, paths.checkpoints)
         try:
             verify(fetched)
         except UserError as error:
-            say(f"{name} in MLflow is damaged and left out: {error}")
+            say(f"{name} in {place} is damaged and left out: {error}")
             set_aside(fetched)
             continue
-        say(f"{name} fetched from MLflow run {run_id}")
+        say(f"{name} fetched from {place}")
         return fetched
     if explicit:
         raise UserError(f"MLflow run {run_id} has no committed checkpoint; start without --resume {run_id}")
