@@ -60,7 +60,7 @@ class Tracker:
         self._sent, self._floor = 0, dict[str, int]()
         self._client: Any = None
         self.mlflow_id: str | None = None  # None until MLflow has answered
-        self.met = threading.Event()
+        self.tried = threading.Event()  # MLflow has answered once, or has not
         self.points_sent = 0
         self._stop = threading.Event()
         self._warned = False
@@ -137,6 +137,7 @@ class Tracker:
                             "MLflow at %s does not answer (%s); metrics wait in %s", self._uri, why, self._spool
                         )
                     self._warned = True
+                self.tried.set()
                 self._stop.wait(SEND_EVERY_S)
 
     def _meet(self) -> None:
@@ -152,7 +153,6 @@ class Tracker:
         self._sent, self._floor = known
         self._write_sent()
         self.mlflow_id = run_id
-        self.met.set()
 
     def _read_sent(self) -> tuple[int, dict[str, int]] | None:
         """Bytes of the spool that MLflow has, and steps it had before; None when that is not known."""

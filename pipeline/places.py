@@ -95,11 +95,10 @@ class MlflowPlace:
             repository.delete_artifacts(f"{FOLDER}/{name}")
 
     def download(self, name: str, folder: Path) -> None:
-        with patience():
-            got = Path(self._client.download_artifacts(self._run_id, f"{FOLDER}/{name}", str(folder)))
-        for path in list(got.iterdir()):  # MLflow puts them into FOLDER/NAME below
-            path.rename(folder / path.name)
-        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        with patience(), tempfile.TemporaryDirectory(prefix=".mlflow-", dir=folder) as temporary:
+            got = Path(self._client.download_artifacts(self._run_id, f"{FOLDER}/{name}", temporary))
+            for path in list(got.iterdir()):  # how deep it puts them depends on the store
+                path.rename(folder / path.name)
 
 
 class UrlPlace:

@@ -31,7 +31,7 @@ from pipeline.run_record import PLACE_TAG, place_url, record_of
 log = logging.getLogger(__name__)
 CHECKPOINTS_TAG = "pldr.checkpoints"
 LONGEST_WAIT_S = 30.0  # between attempts
-MEET_S = 5.0  # how long an attempt waits for MLflow to have made the run
+MEET_S = 5.0  # how long the first attempt waits until MLflow was asked for the run
 CLOSING_ATTEMPTS = 3  # once training has ended
 
 
@@ -164,7 +164,8 @@ def open_publisher(config: RunConfig, tracker: Tracker) -> Publisher:
     uri = tracking_uri(config)
 
     def place() -> Place | None:
-        if url is None and not tracker.met.wait(MEET_S):
+        tracker.tried.wait(MEET_S)
+        if url is None and tracker.mlflow_id is None:
             return None
         return place_at(uri, tracker.mlflow_id or "", url)
 

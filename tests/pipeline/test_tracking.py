@@ -1,19 +1,10 @@
-"""The MLflow seam against real stores: a SQLite file, and a server that is killed and comes back."""
-
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
+"""The MLflow seam against a real store, a SQLite file. Servers that are away: test_outage.py."""
 
 import pytest
 
 from pipeline import tracking
 from pipeline.config import parse_config
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import ConfigError
 
 TREE = {
     "name": "t",
@@ -88,86 +79,3 @@ def test_a_run_of_another_configuration_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not found"):
         tracking.open_run(configuration(tmp_path), run_id="0" * 32)
     tracking.open_run(configuration(tmp_path, train={"log_every": 7}))  # changes nothing of the run
-
-
-def test_a_server_that_does_not_answer_at_the_start_is_one_line(tmp_path):
-    config = configuration(tmp_path, tracking={"uri": "http://127.0.0.1:9"})
-    started = time.monotonic()
-    with pytest.raises(UserError, match="start the server, or set tracking.uri=null") as error:
-        tracking.open_run(config)
-    assert "\n" not in str(error.value) and time.monotonic() - started < 60
-
-
-def test_checkpoints_come_back_from_mlflow(tmp_path):
-    config = configuration(tmp_path / "a")
-    run_id = tracking.open_run(config)
-    tracker = tracking.Tracker(tracking.tracking_uri(config), run_id, tmp_path / "m.jsonl")
-    for step in (1, 2, 3):
-        folder = tmp_path / f"step-{step:06d}"
-        (folder / folder.name).mkdir(parents=True)
-        (folder / folder.name / "weights.pt").write_bytes(bytes([step]) * 100)
-        (folder / "MANIFEST.json").write_text("{}")
-        if step < 3:
-            (folder / "COMMITTED").write_text("x")
-            tracker.sync_checkpoints([folder])
-    # An upload that was cut before COMMITTED does not exist.
-    tracker._get_client().log_artifact(
-        run_id, str(tmp_path / "step-000003" / "MANIFEST.json"), "checkpoints/step-000003"
-    )
-    tracker.close()
-    uri = tracking.tracking_uri(config)
-    assert tracking.published_checkpoints(uri, run_id) == ["step-000002"]  # 1 was outdated, 3 was cut
-    fetched = tracking.fetch_checkpoint(uri, run_id, "step-000002", tmp_path / "b" / "checkpoints")
-    assert fetched == tmp_path / "b" / "checkpoints" / "step-000002"
-    assert (fetched / "step-000002" / "weights.pt").read_bytes() == bytes([2]) * 100
-    assert (fetched / "COMMITTED").exists()
-
-
-def start_server(folder, port):
-    log = open(folder / "server.log", "ab")  # noqa: SIM115
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder / "artifacts")],
-        stdout=log, stderr=log, start_new_session=True, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-    )  # fmt: skip
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-            return server
-        except OSError:
-            assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
-            time.sleep(0.1)
-    raise AssertionError("the server did not start")
-
-
-def stop_server(server):
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
-
-
-@pytest.mark.slow
-def test_an_outage_loses_nothing_and_never_blocks(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = start_server(tmp_path, port)
-    try:
-        config = configuration(tmp_path, tracking={"uri": f"http://127.0.0.1:{port}"})
-        run_id = tracking.open_run(config)
-        tracker = tracking.Tracker(tracking.tracking_uri(config), run_id, tmp_path / "m.jsonl")
-        slowest = 0.0
-        for step in range(1, 41):
-            if step == 10:
-                stop_server(server)
-            if step == 30:
-                server = start_server(tmp_path, port)
-            started = time.monotonic()
-            tracker.log(step, {"train/loss": float(step)})
-            slowest = max(slowest, time.monotonic() - started)
-            time.sleep(0.1)
-        assert tracker.close("FINISHED")
-        assert slowest < 0.5
-        assert history(config, run_id, "train/loss") == [(step, float(step)) for step in range(1, 41)]
-        assert json.loads((tmp_path / "run.json").read_text())["run_id"] == run_id
-    finally:
-        stop_server(server)
