@@ -112,6 +112,7 @@ def log_steps(tracker, steps, every=0.0):
     return slowest
 
 
+@pytest.mark.slow
 def test_a_new_run_begins_without_the_server_and_is_replayed_once(tmp_path, server, capsys):
     """Away from start to end, over a kill and a resume; then `pldr track replay` on the run directory, twice."""
     config = configuration(tmp_path / "run", tracking={"uri": server.uri})

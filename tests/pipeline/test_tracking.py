@@ -1,10 +1,14 @@
 """The MLflow seam against a real store, a SQLite file. Servers that are away: test_outage.py."""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 
 from pipeline import tracking
 from pipeline.config import parse_config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UserError
 
 TREE = {
     "name": "t",
@@ -13,7 +17,18 @@ TREE = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def empty_store(tmp_path_factory):
+    """MLflow takes seconds to make a SQLite file; the tests copy one."""
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    tracking.client(f"sqlite:///{file}").search_experiments()
+    configuration.store = file
+
+
 def configuration(folder, **sections):
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "mlflow.db").exists():
+        shutil.copy(configuration.store, folder / "mlflow.db")
     return parse_config({**TREE, "run_dir": str(folder), **sections}, where="test")
 
 
@@ -79,3 +94,60 @@ def test_a_run_of_another_configuration_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not found"):
         tracking.open_run(configuration(tmp_path), run_id="0" * 32)
     tracking.open_run(configuration(tmp_path, train={"log_every": 7}))  # changes nothing of the run
+
+
+CRASH = """
+def deep():
+    try:
+        [][1]
+    except IndexError as error:
+        raise RuntimeError("two lines\\nof message") from error
+def main():
+    deep()
+main()
+"""
+
+
+def test_a_failure_is_marked_with_the_tracebacks_of_this_start(tmp_path):
+    """The log of two starts, with tracebacks as Python writes them; only the second start's are the failure's."""
+    config = configuration(tmp_path)
+    run_id = tracking.open_run(config)
+    log = tmp_path / "logs" / "train.log"
+    log.parent.mkdir(exist_ok=True)
+    log.write_text('Traceback (most recent call last):\n  File "old.py", line 1\nOldError: of an earlier start\n')
+    start = log.stat().st_size
+    crash = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True)
+    with open(log, "a") as stream:
+        stream.write("pldr-status| step 10/40\n" + crash.stderr + "[launch] exits with return code = 1\n" * 300)
+    tracking.fail(config, run_id, UserError("training failed: rank 1"), log_from=start)
+    mlflow = tracking.client(tracking.tracking_uri(config))
+    assert mlflow.get_run(run_id).info.status == "FAILED"
+    (artifact,) = mlflow.list_artifacts(run_id, "failure")
+    with open(mlflow.download_artifacts(run_id, artifact.path, str(tmp_path))) as stream:
+        text = stream.read()
+    assert text.startswith("UserError: training failed: rank 1\n")
+    assert "IndexError: list index out of range" in text and "RuntimeError: two lines" in text and "in deep" in text
+    assert "OldError" not in text and "return code" not in text
+
+
+def test_a_failure_without_a_traceback_keeps_the_end_of_the_log():
+    text = "".join(f"line {number}\n" for number in range(500))
+    kept = tracking.tracebacks(text).splitlines()
+    assert kept[-1] == "line 499" and len(kept) == tracking.LOG_TAIL
+    assert tracking.tracebacks("") == "\n"
+
+
+def test_what_only_one_metric_lacks_is_logged_after_an_earlier_resume(tmp_path):
+    """Resumed from step 10 of 30: what was logged stays once, a metric that is new there begins there."""
+    config = configuration(tmp_path)
+    run_id = tracking.open_run(config)
+    first = tracking.open_tracker(config, run_id)
+    for step in (10, 20, 30):
+        first.log(step, {"train/loss": float(step)})
+    assert first.close()
+    second = tracking.open_tracker(config, run_id)
+    for step in (20, 30, 40):
+        second.log(step, {"train/loss": float(step), "train/new": 1.0})
+    assert second.close("FINISHED")
+    assert [step for step, _ in history(config, run_id, "train/loss")] == [10, 20, 30, 40]
+    assert [step for step, _ in history(config, run_id, "train/new")] == [20, 30, 40]
