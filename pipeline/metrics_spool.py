@@ -24,7 +24,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import first_line
-from pipeline.mlflow_client import client, latest_points
+from pipeline.mlflow_client import client, import_mlflow, latest_points
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,7 @@ class Tracker:
         self.points_sent = 0
         self._stop = threading.Event()
         self._warned = False
-        import mlflow  # noqa: F401 - takes seconds: here, and not beside the first steps
-
+        import_mlflow()  # here, and not beside the first steps
         self._thread = threading.Thread(target=self._send_forever, name="mlflow-sender", daemon=True)
         self._thread.start()
 

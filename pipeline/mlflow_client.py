@@ -34,21 +34,27 @@ def tracking_uri(config: RunConfig) -> str:
     return config.tracking.uri or f"sqlite:///{RunPaths(config.run_dir).root / 'mlflow.db'}"
 
 
-def client(uri: str) -> Any:
-    """An MLflow client that fails fast. Imported here: the import takes seconds."""
+def import_mlflow() -> Any:
+    """The module, silent and without telemetry. The import takes seconds, so it is nowhere at the top of a file."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault(TIMEOUT, SHORT_S)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
+    import mlflow
 
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return mlflow
+
+
+def client(uri: str) -> Any:
+    """An MLflow client that fails fast."""
+    mlflow = import_mlflow()
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def is_away(uri: str, error: Exception) -> bool:

@@ -118,9 +118,7 @@ def _require_disk(config: RunConfig, paths: RunPaths) -> None:
     """Room for the checkpoints kept, one being staged, and MLflow's copies where its store is in the run directory."""
     # fp32 masters and two Adam moments, the weights themselves, DeepSpeed's records.
     size = 17 * config.model.num_parameters()["total"]
-    keep = policy_of(config.train).at_most(
-        config.train.steps // config.train.checkpoint_every * config.train.checkpoint_every
-    )
+    keep = policy_of(config.train).at_most(config.train.steps, config.train.checkpoint_every)
     # One being staged, one being uploaded while a newer one is already there.
     copies = keep + 2 + (keep if config.tracking.uri is None and config.train.publish_to is None else 0)
     held = sum(f.stat().st_size for c in committed(paths.checkpoints) for f in c.rglob("*") if f.is_file())

@@ -26,7 +26,7 @@ from pipeline.metrics_spool import Tracker
 from pipeline.mlflow_client import client, is_away, mend_for, tracking_uri
 from pipeline.places import MlflowPlace, Place, UrlPlace, place_at
 from pipeline.retention import Policy, local_losses, loss_in, policy_of, retain
-from pipeline.run_record import PLACE_TAG, place_url, record_of
+from pipeline.run_record import PLACE_TAG, RunRecord, place_url, record_of
 
 log = logging.getLogger(__name__)
 CHECKPOINTS_TAG = "pldr.checkpoints"
@@ -213,7 +213,7 @@ def available(config: RunConfig, run_id: str) -> tuple[Place | None, list[str]]:
         place = None
     if place is None and url is not None:
         place = UrlPlace(url)
-    if place is None and record.run_id is None:
+    if place is None and (record.run_id is None or _never_saved(config, record)):
         return None, []
     try:
         place = place or MlflowPlace(uri, record.id)
@@ -222,6 +222,11 @@ def available(config: RunConfig, run_id: str) -> tuple[Place | None, list[str]]:
         raise
     except Exception as error:
         raise UserError(f"checkpoints of MLflow run {record.id}: {first_line(error)}; {mend_for(uri)}") from error
+
+
+def _never_saved(config: RunConfig, record: RunRecord) -> bool:
+    """Whether the run was begun in this directory and has not come to its first checkpoint."""
+    return bool(record.params) and not RunPaths(config.run_dir).checkpoints.exists()
 
 
 def fetch(place: Place, name: str, folder: Path) -> Path:

@@ -41,9 +41,10 @@ class Policy:
             stay |= {-step for _, step in sorted(known)[:1]}
         return stay
 
-    def at_most(self, steps: int) -> int:
-        """How many checkpoints a run of that many steps holds at its end, for the disk."""
-        return self.last + self.best + (steps // self.every if self.every is not None else 0)
+    def at_most(self, steps: int, interval: int) -> int:
+        """How many checkpoints a run holds at its end that saves every `interval` steps and at the last, for the disk."""
+        for_ever = 0 if self.every is None else steps // math.lcm(self.every, interval) + 1
+        return min(self.last + self.best + for_ever, steps // interval + 1)
 
 
 def policy_of(train: TrainConfig) -> Policy:

@@ -1,13 +1,8 @@
 """MLflow away at the start, during and at the end of a run: real servers that are killed, started again, or hang."""
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
 
 import pytest
 
@@ -46,60 +41,6 @@ def save(config, step):
     manifest = {"schema_version": 1, "files": storage.manifest_of(target)}
     storage.publish_json(target / storage.MANIFEST, manifest)
     (target / "COMMITTED").write_text(storage.sha256_file(target / storage.MANIFEST))
-
-
-class Server:
-    """`mlflow server` on a port of its own; `kill` and `start` as often as wanted."""
-
-    def __init__(self, folder):
-        self.folder, self.process = folder, None
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-
-    def start(self):
-        log = open(self.folder / "server.log", "ab")  # noqa: SIM115
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--workers",
-            "1",
-        ]
-        stores = ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}", "--artifacts-destination",
-                  str(self.folder / "artifacts")]  # fmt: skip
-        self.process = subprocess.Popen(
-            [*command, *stores], stdout=log, stderr=log, start_new_session=True,
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        )  # fmt: skip
-        for _ in range(900):
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
-                return
-            except OSError:
-                assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
-                time.sleep(0.1)
-        raise AssertionError("the server did not start")
-
-    def kill(self):
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
-@pytest.fixture
-def server(tmp_path):
-    (tmp_path / "server").mkdir()
-    server = Server(tmp_path / "server")
-    yield server
-    server.kill()
 
 
 def log_steps(tracker, steps, every=0.0):
@@ -196,7 +137,10 @@ def test_a_known_run_goes_on_while_the_server_is_away_and_its_end_is_told_later(
     save(config, 20)
     publisher = publish.open_publisher(config, first)
     assert publisher.close(30) == [] and first.close("FAILED")
+    young = configuration(tmp_path / "young", tracking={"uri": server.uri})
+    begun = tracking.open_run(young)
     server.kill()
+    assert tracking.open_run(young) == begun and publish.available(young, begun) == (None, [])  # step 0 is all there is
     assert tracking.open_run(config) == run_id
     with pytest.raises(UserError, match="start the server"):  # it has published, and cannot be asked what
         publish.available(config, run_id)
