@@ -13,6 +13,7 @@ be sent stays in the spool and is sent later, in order. Each point once:
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -56,7 +57,8 @@ class Tracker:
         spool.parent.mkdir(parents=True, exist_ok=True)
         self._cut_torn_line()
         self._last = self._last_steps()
-        self._stream = open(spool, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._stream = open(spool, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._unwritten: list[bytes] = []  # as long as the disk is full
         self._sent, self._floor = 0, dict[str, int]()
         self._client: Any = None
         self.mlflow_id: str | None = None  # None until MLflow has answered
@@ -75,11 +77,26 @@ class Tracker:
             return
         self._last.update(dict.fromkeys(new, step))
         point = {"step": step, "time": int(time.time() * 1000), "values": new}
-        self._stream.write(json.dumps(point) + "\n")
-        self._stream.flush()
+        self._unwritten.append(json.dumps(point).encode() + b"\n")
+        self._write()
+
+    def _write(self) -> None:
+        """Append what is not in the spool yet, whole lines or nothing: a full disk must not end a run."""
+        data, size = b"".join(self._unwritten), os.fstat(self._stream.fileno()).st_size
+        try:
+            if self._stream.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._stream.fileno(), size)
+            if len(self._unwritten) == 1:
+                log.warning("%s: %s; metrics stay in memory until it can be written", self._spool, first_line(error))
+        else:
+            self._unwritten.clear()
 
     def close(self, status: str | None = None, *, wait_s: float = CLOSE_S) -> bool:
         """Send what is left, `wait_s` at most. Returns whether everything arrived, the run's status included."""
+        if self._unwritten:
+            self._write()
         self._stop.set()
         self._thread.join(timeout=wait_s)
         self._stream.close()

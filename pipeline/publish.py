@@ -39,7 +39,7 @@ class Publisher:
     """The thread of rank 0 that publishes.
 
     folder: the run's `checkpoints/`. place: where to, None as long as MLflow has not made the run; called at each attempt.
-    told: gets the names of all published checkpoints after each publication.
+    told: gets the names of all published checkpoints after each publication; what it raises is tried again too.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Publisher:
             except Exception as error:  # an outage must not end a run: the local checkpoints are committed
                 failures += 1
                 if not warned:
-                    log.warning("checkpoints are not published for now: %s", first_line(error))
+                    log.warning("publishing checkpoints is tried again: %s", first_line(error))
                 warned = True
                 with self._change:
                     if self._closing and failures >= CLOSING_ATTEMPTS:
@@ -171,13 +171,10 @@ def open_publisher(config: RunConfig, tracker: Tracker) -> Publisher:
 
     def told(names: list[str]) -> None:
         if tracker.mlflow_id is None:
-            return
-        try:
-            mlflow = client(uri)
-            mlflow.set_tag(tracker.mlflow_id, CHECKPOINTS_TAG, ",".join(names))
-            mlflow.set_tag(tracker.mlflow_id, PLACE_TAG, url or "")
-        except Exception as error:  # said again with the next publication
-            log.warning("MLflow run %s was not told what is published: %s", tracker.mlflow_id, first_line(error))
+            raise UserError("MLflow has not made the run yet; it is told later what is published")
+        mlflow = client(uri)
+        mlflow.set_tag(tracker.mlflow_id, CHECKPOINTS_TAG, ",".join(names))
+        mlflow.set_tag(tracker.mlflow_id, PLACE_TAG, url or "")
 
     return Publisher(RunPaths(config.run_dir).checkpoints, policy_of(config.train), place, told)
 

@@ -287,7 +287,8 @@ def log_report(config: RunConfig, report: Path) -> str | None:
     try:
         mlflow = client(uri)
         record = remembered(config)
-        run_id = _report_run(mlflow, config) if record is None else create(config, record).id
+        # Not `create`: a training that goes on may be making its run at this moment.
+        run_id = record.run_id if record is not None and record.run_id else _report_run(mlflow, config)
         with patience():
             mlflow.log_artifact(run_id, str(report), "data")
         return run_id

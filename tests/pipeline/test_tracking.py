@@ -1,5 +1,7 @@
 """The MLflow seam against a real store, a SQLite file. Servers that are away: test_outage.py."""
 
+import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -151,3 +153,23 @@ def test_what_only_one_metric_lacks_is_logged_after_an_earlier_resume(tmp_path):
     assert second.close("FINISHED")
     assert [step for step, _ in history(config, run_id, "train/loss")] == [10, 20, 30, 40]
     assert [step for step, _ in history(config, run_id, "train/new")] == [20, 30, 40]
+
+
+def test_a_full_disk_costs_no_metric_and_no_run(tmp_path, caplog):
+    """The kernel cuts a write in the middle of a line and refuses the next ones (a limit on file sizes, for a disk)."""
+    config = configuration(tmp_path, tracking={"uri": "http://127.0.0.1:9"})
+    tracker = tracking.open_tracker(config, tracking.open_run(config))
+    tracker.log(1, {"train/loss": 1.0})
+    spool = tracking.spool_of(config, tracker.run_id)
+    whole = spool.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, hard))
+    try:
+        tracker.log(2, {"train/loss": 2.0})
+        tracker.log(3, {"train/loss": 3.0})
+        assert spool.read_bytes() == whole and caplog.text.count("metrics stay in memory") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    tracker.log(4, {"train/loss": 4.0})
+    tracker.close(wait_s=0)
+    assert [json.loads(line)["step"] for line in spool.read_bytes().splitlines()] == [1, 2, 3, 4]
