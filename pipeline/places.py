@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -27,8 +27,8 @@ ATTEMPTS, WAIT_S = 3, 0.5  # of one file to MLflow; a whole publication is tried
 class Place(Protocol):
     """Published checkpoints of one run, by name (`step-000500`)."""
 
-    def names(self) -> list[str]:
-        """The committed ones, newest first."""
+    def listing(self) -> dict[str, bool]:
+        """What is there, newest first -> whether it is committed. What is not is left of a cut upload or removal."""
         ...
 
     def read(self, name: str, member: str) -> bytes:
@@ -36,11 +36,11 @@ class Place(Protocol):
         ...
 
     def upload(self, checkpoint: Path) -> None:
-        """Publish a local checkpoint, COMMITTED last. Raises what the store raises."""
+        """Publish a local checkpoint under a name that is free, COMMITTED last. Raises what the store raises."""
         ...
 
     def remove(self, name: str) -> None:
-        """Take one away, COMMITTED first."""
+        """Take away what is under a name, if anything, COMMITTED first."""
         ...
 
     def download(self, name: str, folder: Path) -> None:
@@ -58,13 +58,12 @@ class MlflowPlace:
     def __str__(self) -> str:
         return f"MLflow run {self._run_id}"
 
-    def names(self) -> list[str]:
-        found = [Path(item.path).name for item in self._client.list_artifacts(self._run_id, FOLDER) if item.is_dir]
-        return _newest_first([name for name in found if is_checkpoint_name(name) and self._is_committed(name)])
+    def listing(self) -> dict[str, bool]:
+        found = self._members(FOLDER)
+        return {name: COMMITTED in self._members(f"{FOLDER}/{name}") for name in _newest_first(found)}
 
-    def _is_committed(self, name: str) -> bool:
-        members = self._client.list_artifacts(self._run_id, f"{FOLDER}/{name}")
-        return any(Path(item.path).name == COMMITTED for item in members)
+    def _members(self, folder: str) -> list[str]:
+        return [Path(item.path).name for item in self._client.list_artifacts(self._run_id, folder)]
 
     def read(self, name: str, member: str) -> bytes:
         with tempfile.TemporaryDirectory(prefix="pldr-artifact-") as folder:
@@ -90,9 +89,12 @@ class MlflowPlace:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         repository = get_artifact_repository(self._client.get_run(self._run_id).info.artifact_uri)
+        members = self._members(f"{FOLDER}/{name}")
         with patience():
-            repository.delete_artifacts(f"{FOLDER}/{name}/{COMMITTED}")
-            repository.delete_artifacts(f"{FOLDER}/{name}")
+            if COMMITTED in members:
+                repository.delete_artifacts(f"{FOLDER}/{name}/{COMMITTED}")
+            if members:
+                repository.delete_artifacts(f"{FOLDER}/{name}")
 
     def download(self, name: str, folder: Path) -> None:
         with patience(), tempfile.TemporaryDirectory(prefix=".mlflow-", dir=folder) as temporary:
@@ -110,9 +112,10 @@ class UrlPlace:
     def __str__(self) -> str:
         return public_url(self._url)
 
-    def names(self) -> list[str]:
-        found = {tuple(name.split("/")) for name in self._files("")}
-        return _newest_first([n[0] for n in found if n[1:] == (COMMITTED,) and is_checkpoint_name(n[0])])
+    def listing(self) -> dict[str, bool]:
+        found = set(self._files(""))
+        names = _newest_first({file.split("/")[0] for file in found})
+        return {name: f"{name}/{COMMITTED}" in found for name in names}
 
     def _files(self, below: str) -> list[str]:
         """Names of the files below a folder, relative to it."""
@@ -165,6 +168,11 @@ class UrlPlace:
                 shutil.copyfileobj(source, stream, 1 << 20)
 
 
+def names_in(place: Place) -> list[str]:
+    """The committed checkpoints of a place, newest first."""
+    return [name for name, is_committed in place.listing().items() if is_committed]
+
+
 def place_at(uri: str, run_id: str, url: str | None) -> Place:
     """The folder `url`, or without one the artifacts of the run."""
     return UrlPlace(url) if url is not None else MlflowPlace(uri, run_id)
@@ -175,5 +183,6 @@ def _committed_last(checkpoint: Path) -> list[Path]:
     return [*files, checkpoint / COMMITTED]
 
 
-def _newest_first(names: list[str]) -> list[str]:
-    return sorted(names, key=lambda name: (len(name), name), reverse=True)
+def _newest_first(names: Iterable[str]) -> list[str]:
+    found = [name for name in names if is_checkpoint_name(name)]
+    return sorted(found, key=lambda name: (len(name), name), reverse=True)

@@ -24,9 +24,9 @@ from pipeline.config import RunConfig, RunPaths
 from pipeline.errors import UserError, first_line
 from pipeline.metrics_spool import Tracker
 from pipeline.mlflow_client import client, is_away, mend_for, tracking_uri
-from pipeline.places import MlflowPlace, Place, UrlPlace, place_at
+from pipeline.places import MlflowPlace, Place, UrlPlace, names_in, place_at
 from pipeline.retention import Policy, local_losses, loss_in, policy_of, retain
-from pipeline.run_record import PLACE_TAG, RunRecord, place_url, record_of
+from pipeline.run_record import LOCAL_PREFIX, PLACE_TAG, RunRecord, place_url, record_of
 
 log = logging.getLogger(__name__)
 CHECKPOINTS_TAG = "pldr.checkpoints"
@@ -47,7 +47,9 @@ class Publisher:
     ) -> None:
         self._folder, self._policy, self._find_place, self._told = folder, policy, place, told
         self._change = threading.Condition()
-        self._asked = 1 if committed(folder) else 0  # what an earlier start left unpublished
+        there = committed(folder)
+        self._step = step_of(there[-1]) if there else 0  # how far the run is
+        self._asked = 1 if there else 0  # what an earlier start left unpublished
         self._done = 0
         self._closing = False
         self._busy: str | None = None
@@ -55,10 +57,11 @@ class Publisher:
         self._thread = threading.Thread(target=self._publish_forever, name="publisher", daemon=True)
         self._thread.start()
 
-    def saved(self) -> None:
-        """A checkpoint was committed: remove what is no longer kept, publish what is."""
+    def saved(self, step: int) -> None:
+        """A checkpoint of this step was committed: remove what is no longer kept, publish what is."""
         with self._change:
-            retain(self._folder, self._policy, busy={self._busy} if self._busy else ())
+            self._step = step
+            retain(self._folder, self._policy, now=step, busy={self._busy} if self._busy else ())
             self._asked += 1
             self._change.notify()
 
@@ -76,13 +79,13 @@ class Publisher:
                 self._folder,
             )
         if not self._thread.is_alive() and committed(self._folder):
-            retain(self._folder, self._policy)
+            retain(self._folder, self._policy, now=self._step)
         return missing
 
     def _missing(self) -> list[str]:
-        losses = local_losses(self._folder)
-        kept = self._policy.keep(losses, max(losses, default=0)) & losses.keys()
-        return [name for step in sorted(kept) if (name := checkpoint_name(step)) not in self._known]
+        kept = self._policy.keep(local_losses(self._folder), self._step)
+        names = [checkpoint_name(step) for step in sorted(kept) if step <= self._step]
+        return [name for name in names if name not in self._known]
 
     def _publish_forever(self) -> None:
         failures, warned = 0, False
@@ -111,19 +114,22 @@ class Publisher:
         place = self._find_place()
         if place is None:
             raise UserError("MLflow has not made the run yet")
-        losses = self._look(place)
-        local = local_losses(self._folder)
-        keep = self._policy.keep({**losses, **local}, max(local, default=0))
-        for step in sorted(keep & local.keys()):
-            self._upload(place, self._folder / checkpoint_name(step))
-        for step in sorted(losses.keys() - keep):
-            place.remove(checkpoint_name(step))
-            del self._known[checkpoint_name(step)]
+        listing = place.listing()
+        losses, local = self._look(place, listing), local_losses(self._folder)
+        keep = self._policy.keep({**losses, **local}, self._step)
+        for step in sorted(keep & local.keys(), reverse=True):  # the newest is needed first
+            if step <= self._step:
+                self._upload(place, self._folder / checkpoint_name(step))
+        outdated = {checkpoint_name(step) for step in losses.keys() - keep}
+        unfinished = {name for name, is_committed in listing.items() if not is_committed and name not in self._known}
+        for name in sorted(outdated | unfinished):
+            place.remove(name)
+            self._known.pop(name, None)
         self._told(sorted(self._known))
 
-    def _look(self, place: Place) -> dict[int, float | None]:
+    def _look(self, place: Place, listing: dict[str, bool]) -> dict[int, float | None]:
         """Step -> loss of what is published. What was seen before is not read again."""
-        names = place.names()
+        names = [name for name, is_committed in listing.items() if is_committed]
         self._known = {name: self._known[name] if name in self._known else _facts(place, name) for name in names}
         return {step_of(Path(name)): loss for name, (_, loss) in self._known.items()}
 
@@ -142,8 +148,8 @@ class Publisher:
             except UserError as error:
                 log.warning("%s is damaged and not published: %s", checkpoint.name, error)
                 return
-            if published is not None:  # the run went back and came here again another way
-                place.remove(checkpoint.name)
+            # A cut upload, or the run went back and came here another way: nothing of that may stay among our files.
+            place.remove(checkpoint.name)
             place.upload(checkpoint)
             self._known[checkpoint.name] = (seal, loss_in(state))
         finally:
@@ -185,8 +191,23 @@ def place_of(uri: str, run_id: str) -> Place:
 
 
 def published_checkpoints(uri: str, run_id: str) -> list[str]:
-    """Names of the committed checkpoints that a run has published, newest first."""
-    return place_of(uri, run_id).names()
+    """Names of the committed checkpoints that a run has published, newest first. UserError when MLflow does not answer."""
+    if run_id.startswith(LOCAL_PREFIX):  # MLflow has not made it yet
+        return []
+    try:
+        return names_in(place_of(uri, run_id))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"checkpoints of MLflow run {run_id}: {first_line(error)}; {mend_for(uri)}") from error
+
+
+def withdraw_checkpoints(uri: str, run_id: str, names: list[str]) -> None:
+    """Take published checkpoints away: the run went back to before them, and publishes them again when it gets there."""
+    place = place_of(uri, run_id) if names else None
+    for name in names:
+        assert place is not None
+        place.remove(name)
 
 
 def fetch_checkpoint(uri: str, run_id: str, name: str, folder: Path) -> Path:
@@ -214,7 +235,7 @@ def available(config: RunConfig, run_id: str) -> tuple[Place | None, list[str]]:
         return None, []
     try:
         place = place or MlflowPlace(uri, record.id)
-        return place, place.names()
+        return place, names_in(place)
     except UserError:
         raise
     except Exception as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.mlflow_client import client, is_away, latest_points, mend_for
-from pipeline.places import MlflowPlace
+from pipeline.places import MlflowPlace, names_in
 from pipeline.publish import CHECKPOINTS_TAG
 from pipeline.run_record import LOCAL_TAG, PLACE_TAG, VERDICT_TAG
 
@@ -66,7 +66,7 @@ def _row(uri: str, run: Any, experiments: dict[str, str], verdicts: dict[str, st
     info, tags, points = run.info, run.data.tags, latest_points(run)
     checkpoints = tags.get(CHECKPOINTS_TAG)
     if checkpoints is None and LOCAL_TAG not in tags:  # begun before runs said it themselves
-        checkpoints = ",".join(reversed(MlflowPlace(uri, info.run_id).names()))
+        checkpoints = ",".join(reversed(names_in(MlflowPlace(uri, info.run_id))))
     return {
         "id": info.run_id,
         "name": info.run_name,

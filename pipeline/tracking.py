@@ -21,11 +21,13 @@ from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.metrics_spool import CLOSE_S
 from pipeline.metrics_spool import Tracker as Tracker
 from pipeline.mlflow_client import client as client
-from pipeline.mlflow_client import is_away, mend_for, patience
+from pipeline.mlflow_client import is_away, patience
+from pipeline.mlflow_client import mend_for as mend_for
 from pipeline.mlflow_client import tracking_uri as tracking_uri
 from pipeline.publish import fetch_checkpoint as fetch_checkpoint
 from pipeline.publish import open_publisher
 from pipeline.publish import published_checkpoints as published_checkpoints
+from pipeline.publish import withdraw_checkpoints as withdraw_checkpoints
 from pipeline.run_record import (
     LOCAL_TAG,
     RUN_DIR_TAG,
@@ -49,13 +51,16 @@ _TRACEBACK = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n
 MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.workers", "train.ranks", "train.log_every",
               "train.validate_every", "train.checkpoint_every", "train.keep_", "train.publish_", "train.timeout_s",
               "train.deepspeed", "train.compile", "train.peak_tflops", "train.val_sequences")  # fmt: skip
+# What a caller may force besides.
+FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
 
 
-def open_run(config: RunConfig, *, run_id: str | None = None) -> str:
+def open_run(config: RunConfig, *, run_id: str | None = None, force: bool = False) -> str:
     """The id of the run to log to: `run_id` when given, the run directory's own, or a new one.
 
     With the server away a known run goes on, and a new one gets a local id until the server is back. Raises ConfigError
-    when that run was made by another configuration (naming the first differing key), UserError when MLflow refuses.
+    when that run was made by another configuration (naming the first differing key; FORCIBLE ones pass with `force`),
+    UserError when MLflow refuses.
     """
     uri = tracking_uri(config)
     record = remembered(config)
@@ -65,13 +70,13 @@ def open_run(config: RunConfig, *, run_id: str | None = None) -> str:
         record = new_record(config)
     if record.run_id is None:
         remember(config, record)  # first: whatever is killed from here on, the run is made only once
-    _compare(record.params, record.id, config)
+    _compare(record.params, record.id, config, force)
     try:
         mlflow = client(uri)
         if record.run_id is None:
             record = create(config, record)
         else:
-            tags = _check_same(mlflow, record.run_id, config)
+            tags = _check_same(mlflow, record.run_id, config, force)
             record = replace(record, local_id=tags.get(LOCAL_TAG, record.local_id))
         mlflow.update_run(record.run_id, status="RUNNING")
     except UserError:
@@ -90,7 +95,7 @@ def open_run(config: RunConfig, *, run_id: str | None = None) -> str:
     return record.id
 
 
-def _check_same(mlflow: Any, run_id: str, config: RunConfig) -> dict[str, str]:
+def _check_same(mlflow: Any, run_id: str, config: RunConfig, force: bool) -> dict[str, str]:
     """The run's tags, when it was made by this configuration."""
     try:
         data = mlflow.get_run(run_id).data
@@ -102,13 +107,16 @@ def _check_same(mlflow: Any, run_id: str, config: RunConfig) -> dict[str, str]:
             f"MLflow run {run_id}: not found at {tracking_uri(config)}; give the id of a run there, or, if {record} names it, "
             "restore the store or remove that file to begin a new run"
         ) from error
-    _compare(data.params, run_id, config)
+    _compare(data.params, run_id, config, force)
     return dict(data.tags)
 
 
-def _compare(params: dict[str, str], run_id: str, config: RunConfig) -> None:
+def _compare(params: dict[str, str], run_id: str, config: RunConfig, force: bool) -> None:
     for key, value in config.flat().items():
         if not key.startswith(MAY_CHANGE) and key in params and params[key] != value[:6000]:
+            if force and key.startswith(FORCIBLE):
+                log.warning("forced: MLflow run %s was made with %s=%s, now %s", run_id, key, params[key], value)
+                continue
             raise ConfigError(
                 f"MLflow run {run_id} was made with {key}={params[key]}, this configuration has {value}; "
                 "use another run_dir for another run"
@@ -165,6 +173,19 @@ def settle(
 def finish(config: RunConfig, run_id: str) -> str:
     """The run has come to its end: send what is left, mark it finished. Returns MLflow's id, where it has one by now."""
     return str(settle(config, run_id, status="FINISHED")["run_id"])
+
+
+def mark(config: RunConfig, run_id: str, status: str) -> None:
+    """Set a run's status; in an outage that is owed. What is left in the spool is sent with it."""
+    settle(config, run_id, status=status)
+
+
+def set_tags(config: RunConfig, run_id: str, tags: dict[str, str]) -> None:
+    """Set a run's tags; in an outage they are owed."""
+    _owe(config, tags={key: value[:5000] for key, value in tags.items()})
+    record = record_of(config, run_id)
+    if record.run_id is not None:
+        _pay(config, record.run_id)
 
 
 def fail(config: RunConfig, run_id: str, error: BaseException, *, log_from: int) -> None:
@@ -272,7 +293,7 @@ def _pay(config: RunConfig, run_id: str) -> bool:
         if owed.get("status"):
             mlflow.set_terminated(run_id, status=owed["status"])
     except Exception as error:
-        log.warning("MLflow run %s was not told its end: %s", run_id, first_line(error))
+        log.warning("MLflow run %s is told later (%s)", run_id, first_line(error))
         return False
     file.unlink(missing_ok=True)
     return True

@@ -194,7 +194,7 @@ def _checkpoint(
     }
     checkpoint.save(engine, folder, record)
     if publisher is not None:
-        publisher.saved()
+        publisher.saved(state.step)
     elif dist.get_rank() == 0:
         retain(folder, policy_of(config.train), now=state.step)
 

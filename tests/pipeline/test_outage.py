@@ -67,7 +67,7 @@ def test_a_new_run_begins_without_the_server_and_is_replayed_once(tmp_path, serv
     publisher = publish.open_publisher(config, first)
     assert log_steps(first, range(10, 31, 10)) < 0.5
     save(config, 20)
-    publisher.saved()
+    publisher.saved(20)
     assert publisher.close(0) == ["step-000020"] and not first.close()
     assert tracking.open_run(config) == run_id  # a second start, resumed from step 20
     second = tracking.open_tracker(config, run_id, running=True)
@@ -115,7 +115,7 @@ def test_an_outage_in_the_middle_loses_nothing_and_never_blocks(tmp_path, server
     slowest = max(slowest, log_steps(tracker, range(11, 21), every=0.1))
     save(config, 20)
     started = time.monotonic()
-    publisher.saved()
+    publisher.saved(20)
     assert time.monotonic() - started < 1
     slowest = max(slowest, log_steps(tracker, range(21, 31), every=0.1))
     server.start()
@@ -207,7 +207,7 @@ def test_a_server_that_hangs_holds_neither_the_start_nor_a_step_nor_the_end(tmp_
         assert time.monotonic() - started < 20
         save(config, 20)
         started = time.monotonic()
-        publisher.saved()
+        publisher.saved(20)
         assert log_steps(tracker, range(1, 200)) < 0.5 and time.monotonic() - started < 1
         started = time.monotonic()
         assert publisher.close(1) == ["step-000020"]

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import checkpoints, publish, storage, tracking
 from pipeline.config import parse_config
-from pipeline.places import MlflowPlace, UrlPlace
+from pipeline.places import MlflowPlace, UrlPlace, names_in
 from pipeline.publish import Publisher
 from pipeline.retention import Policy
 
@@ -56,23 +56,24 @@ def place(request, tmp_path, store):
 
 
 def test_a_place_holds_checkpoints_whole_or_not_at_all(place, tmp_path):
-    assert place.names() == []
+    assert names_in(place) == []
     one, two = save(tmp_path / "c", 1, 2.0), save(tmp_path / "c", 2, 1.0)
     place.upload(one)
     place.upload(two)
-    assert place.names() == ["step-000002", "step-000001"]
+    assert names_in(place) == ["step-000002", "step-000001"]
     assert json.loads(place.read("step-000002", "state.json"))["val_loss_cached"] == 1.0
     fetched = publish.fetch(place, "step-000002", tmp_path / "elsewhere")
     assert checkpoints.verify(fetched)["step"] == 2
     assert [p.name for p in (tmp_path / "elsewhere").iterdir()] == ["step-000002"]
     place.remove("step-000002")
-    assert place.names() == ["step-000001"]
+    assert names_in(place) == ["step-000001"]
     (two / "COMMITTED").rename(two / "MANIFEST.json")  # what a cut upload leaves has no COMMITTED
     with pytest.raises(FileNotFoundError):
         place.upload(two)
-    assert place.names() == ["step-000001"]
-    place.remove("step-000001")
-    assert place.names() == []
+    assert place.listing() == {"step-000002": False, "step-000001": True}
+    for name in ("step-000001", "step-000002", "step-000003"):  # of the third there is nothing
+        place.remove(name)
+    assert place.listing() == {}
 
 
 class Gate(UrlPlace):
@@ -103,34 +104,34 @@ def test_training_does_not_wait_and_what_is_uploaded_stays(tmp_path):
     folder, place, told = tmp_path / "checkpoints", Gate(str(tmp_path / "published")), []
     publisher = Publisher(folder, Policy(2), lambda: place, told.append)
     save(folder, 1)
-    publisher.saved()
+    publisher.saved(1)
     assert place.began.wait(10)
     slowest = 0.0
     for step in (2, 3, 4, 5):  # the first upload hangs all the while
         save(folder, step)
         started = time.monotonic()
-        publisher.saved()
+        publisher.saved(step)
         slowest = max(slowest, time.monotonic() - started)
     assert slowest < 1
     assert [c.name for c in checkpoints.committed(folder)] == ["step-000001", "step-000004", "step-000005"]
     place.open.set()
     assert publisher.close(30) == []
-    assert place.uploads == ["step-000001", "step-000004", "step-000005"] and place.most == 1
+    assert place.uploads == ["step-000001", "step-000005", "step-000004"] and place.most == 1
     assert [c.name for c in checkpoints.committed(folder)] == ["step-000004", "step-000005"]
-    assert place.names() == ["step-000005", "step-000004"] and told[-1] == ["step-000004", "step-000005"]
+    assert names_in(place) == ["step-000005", "step-000004"] and told[-1] == ["step-000004", "step-000005"]
 
 
 def test_an_upload_that_hangs_does_not_hold_the_end(tmp_path, caplog):
     folder, place = tmp_path / "checkpoints", Gate(str(tmp_path / "published"))
     publisher = Publisher(folder, Policy(2), lambda: place, print)
     save(folder, 1)
-    publisher.saved()
+    publisher.saved(1)
     assert place.began.wait(10)
     started = time.monotonic()
     assert publisher.close(0.5) == ["step-000001"]
     assert time.monotonic() - started < 5
     assert "step-000001 not published" in caplog.text and "pldr track replay" in caplog.text
-    assert place.names() == []
+    assert names_in(place) == []
     place.open.set()
 
 
@@ -139,19 +140,19 @@ def test_the_same_set_here_and_there_with_the_best_and_every_nth(tmp_path):
     publisher = Publisher(folder, policy, lambda: place, lambda names: None)
     for step, loss in enumerate([3.0, 2.5, 1.0, 2.0, 2.2, 2.1, 2.05], start=1):
         save(folder, step, loss)
-        publisher.saved()
+        publisher.saved(step)
     assert publisher.close(30) == []
     kept = [c.name for c in checkpoints.committed(folder)]
     assert kept == ["step-000003", "step-000004", "step-000006", "step-000007"]
-    assert place.names() == kept[::-1]
+    assert names_in(place) == kept[::-1]
     # Another machine holds the newest one only: nothing that stays for ever is lost, the best is known from there.
     other = tmp_path / "other"
     publish.fetch(place, "step-000007", other)
     publisher = Publisher(other, policy, lambda: place, lambda names: None)
     save(other, 8, 1.5)
-    publisher.saved()
+    publisher.saved(8)
     assert publisher.close(30) == []
-    assert place.names() == ["step-000008", "step-000007", "step-000004", "step-000003"]
+    assert names_in(place) == ["step-000008", "step-000007", "step-000004", "step-000003"]
 
 
 def test_a_step_that_was_reached_another_way_replaces_the_published_one(tmp_path):
@@ -159,14 +160,41 @@ def test_a_step_that_was_reached_another_way_replaces_the_published_one(tmp_path
     publisher = Publisher(folder, Policy(2), lambda: place, lambda names: None)
     for step in (1, 2):
         save(folder, step)
-    publisher.saved()
-    wait_for(lambda: place.names() == ["step-000002", "step-000001"])
+    publisher.saved(step)
+    wait_for(lambda: names_in(place) == ["step-000002", "step-000001"])
     storage.replace_dir(save(tmp_path / "again", 2, content=b"others!"), folder / "step-000002")
-    publisher.saved()
+    publisher.saved(2)
     assert publisher.close(30) == []
     fetched = publish.fetch(place, "step-000002", tmp_path / "x")
     checkpoints.verify(fetched)
     assert (fetched / "step-000002" / "rank_0.pt").read_bytes().startswith(b"others!")
+
+
+def test_what_a_cut_upload_left_is_taken_away(tmp_path):
+    """Half a checkpoint of a name that comes again with other files, and half of one that never comes again."""
+    folder, url = tmp_path / "checkpoints", tmp_path / "p"
+    for name, file in (("step-000002", "rank_7.pt"), ("step-000001", "rank_0.pt")):
+        (url / name / name).mkdir(parents=True)
+        (url / name / name / file).write_bytes(b"half")
+    place = UrlPlace(str(url))
+    save(folder, 2)
+    assert Publisher(folder, Policy(2), lambda: place, lambda names: None).close(30) == []
+    assert place.listing() == {"step-000002": True}
+    assert checkpoints.verify(publish.fetch(place, "step-000002", tmp_path / "x"))["step"] == 2
+
+
+def test_a_future_that_the_run_left_is_neither_published_nor_in_the_way(tmp_path):
+    """Steps 30 and 40 are of the time before a rollback to 20."""
+    folder, place = tmp_path / "checkpoints", UrlPlace(str(tmp_path / "p"))
+    publisher = Publisher(folder, Policy(2), lambda: place, lambda names: None)
+    for step in (10, 20, 30, 40):
+        save(folder, step)
+    place.upload(folder / "step-000030")
+    save(folder, 25)
+    publisher.saved(25)
+    assert publisher.close(30) == []
+    assert names_in(place) == ["step-000030", "step-000025", "step-000020"]
+    assert [c.name for c in checkpoints.committed(folder)] == [f"step-0000{step}" for step in (20, 25, 30, 40)]
 
 
 def test_a_damaged_checkpoint_is_not_published(tmp_path, caplog):
@@ -176,7 +204,7 @@ def test_a_damaged_checkpoint_is_not_published(tmp_path, caplog):
     (folder / "step-000002" / "step-000002" / "rank_1.pt").write_bytes(b"flipped")
     publisher = Publisher(folder, Policy(2), lambda: place, lambda names: None)
     publisher.close(30)
-    assert place.names() == ["step-000001"] and "step-000002 is damaged and not published" in caplog.text
+    assert names_in(place) == ["step-000001"] and "step-000002 is damaged and not published" in caplog.text
 
 
 def test_an_upload_that_fails_half_way_is_tried_again_and_never_committed_half(
@@ -192,24 +220,24 @@ def test_an_upload_that_fails_half_way_is_tried_again_and_never_committed_half(
 
     publisher = Publisher(folder, Policy(2), lambda: place, told)
     save(folder, 1)
-    publisher.saved()
+    publisher.saved(1)
     wait_for(lambda: seen == [["step-000001"]])
     real = place._put
 
     def put(source, url):
         real(source, url)
         if source.name == "rank_0.pt" and source.parent.name == "step-000002" and len(cuts) < 2:
-            cuts.append(place.names())
+            cuts.append(names_in(place))
             faulty_s3.fail_next(1, 500, "PUT")  # the next file of this checkpoint
 
     cuts = []
     monkeypatch.setattr(place, "_put", put)
     save(folder, 2)
-    publisher.saved()
+    publisher.saved(2)
     assert publisher.close(60) == []
     assert cuts == [["step-000001"]] * 2  # twice half of it was there, and was no checkpoint
     assert "publishing checkpoints is tried again" in caplog.text
-    assert place.names() == ["step-000002", "step-000001"]
+    assert names_in(place) == ["step-000002", "step-000001"]
     checkpoints.verify(publish.fetch(place, "step-000002", tmp_path / "x"))
 
 
@@ -224,9 +252,9 @@ def test_a_store_that_stays_away_is_given_up_at_the_end(tmp_path, faulty_s3, mon
     assert time.monotonic() - started < 30
     assert "publishing checkpoints is tried again" in caplog.text
     faulty_s3.heal()
-    assert place.names() == []
+    assert names_in(place) == []
     assert Publisher(folder, Policy(2), lambda: place, print).close(30) == []  # what `pldr track replay` does
-    assert place.names() == ["step-000001"]
+    assert names_in(place) == ["step-000001"]
 
 
 @pytest.mark.parametrize("kind", ["mlflow", "s3"])
@@ -240,7 +268,7 @@ def test_a_run_says_where_its_checkpoints_are(tmp_path, request, kind, store):
     folder = tmp_path / "a" / "checkpoints"
     for step in (1, 2, 3):
         save(folder, step)
-        publisher.saved()
+        publisher.saved(step)
     assert publisher.close(30) == [] and tracker.close()
     tags = tracking.client(uri).get_run(run_id).data.tags
     assert tags["pldr.checkpoints"] == "step-000002,step-000003"
