@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from launch.data import add_bench_options, add_data_verbs, bench_data
+from launch.runs import add_run_verbs
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.stages import NAMES, Line, exclusive
@@ -144,6 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb("parity", _parity, "compare with a golden case of the reference implementation")
     sub.add_argument("directory", metavar="DIR")
     add_data_verbs(verbs, common)
+    add_run_verbs(verbs, common)
     sub = verb("bench", _bench, "CONFIG: time the model against its own SDPA twin; data: time tokenising and loading")
     sub.add_argument("config", metavar="CONFIG|data", help="YAML of the run, or the word data")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the YAML")

@@ -56,6 +56,11 @@ def step_of(checkpoint: Path) -> int:
     return int(match.group(1))
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of this name can be a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
 def clean(folder: Path) -> None:
     """Remove what a killed save, download or removal left behind. What was set aside stays."""
     if folder.is_dir():

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.data_config import DataConfig, Section, TokenizerConfig, TokensConfig
 from pipeline.errors import ConfigError
-from pipeline.urls import without_secrets
+from pipeline.urls import check_url, is_http, without_secrets
 from pldr_model.config import ModelConfig
 from pldr_model.model import load_g_file
 
@@ -52,9 +52,20 @@ class TrainConfig(Section):
     validate_every: int = Field(1000, ge=1)
     val_sequences: int = Field(64, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(2, ge=2)
+    keep_checkpoints: int = Field(2, ge=2)  # the last ones stay
+    keep_every: int | None = Field(None, ge=1)  # checkpoints at multiples of this step stay for ever; null: none
+    keep_best: bool = True  # the best by val/loss_cached stays; only a checkpoint that was validated at its step counts
+    publish_to: str | None = None  # URL for checkpoints of any fsspec kind (s3://…, a path); null: MLflow artifacts
+    publish_wait_s: float = Field(600.0, ge=0)  # how long the end of training waits for the last upload
     timeout_s: float = Field(1800.0, gt=0)  # of collectives; groups that ZeRO makes itself keep torch's 30 minutes
     peak_tflops: float | None = Field(None, gt=0)  # of one device, for MFU; null: the data sheet of a known GPU
+
+    @field_validator("publish_to")
+    @classmethod
+    def _writable_url(cls, url: str | None) -> str | None:
+        if url is not None and (not check_url(url) or is_http(url)):
+            raise ValueError(f"{url!r} cannot be written to: name a folder or an object store (s3://, gs://)")
+        return url
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

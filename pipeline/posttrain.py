@@ -19,8 +19,9 @@ from pipeline import storage
 from pipeline.checkpoints import committed
 from pipeline.config import RunConfig, RunPaths, tokens_folder
 from pipeline.errors import UserError
+from pipeline.run_record import VERDICT_TAG
 from pipeline.schedule import invariance_budget
-from pipeline.tracking import log_files, tracking_uri
+from pipeline.tracking import log_files, mlflow_id, tracking_uri
 
 CERTIFICATE = "certificate.json"
 
@@ -65,7 +66,7 @@ def certify(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     )
     target = paths.certificate / CERTIFICATE
     storage.publish_json(target, certificate)
-    log_files(config, source["mlflow_run_id"], {str(target): "certificate"})
+    log_files(config, source["mlflow_run_id"], {str(target): "certificate"}, tags={VERDICT_TAG: certificate["verdict"]})
     deviation = certificate["measures"]["relative_deviation_g"]
     return {
         "verdict": certificate["verdict"],
@@ -102,7 +103,7 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
         version = register(
             paths.bundle,
             tracking_uri=tracking_uri(config),
-            run_id=source["mlflow_run_id"],
+            run_id=mlflow_id(config, source["mlflow_run_id"]),
             name=config.post.register_as,
             certified=result["certified"],
         )

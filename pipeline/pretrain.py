@@ -17,6 +17,7 @@ from pipeline.config import RunConfig, RunPaths, tokens_folder
 from pipeline.device import has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError
 from pipeline.resume import Say, changes, find_start
+from pipeline.retention import policy_of
 
 Launch = Callable[[RunConfig, Path, int], None]  # start the ranks of a job file and wait; UserError when it failed
 JOB_SCHEMA_VERSION = 1
@@ -41,10 +42,12 @@ def pretrain(
     ranks = ranks_on_this_node(config)
     job = prepare(config, paths, resume=resume, ranks=ranks, say=say, force=force)
     if job.start is None or step_of(job.start) < config.train.steps:
+        log = paths.logs / "train.log"
+        log_from = log.stat().st_size if log.exists() else 0
         try:
             launch(config, job.file, ranks)
-        except BaseException:
-            tracking.mark(config, job.run_id, "FAILED")
+        except BaseException as error:
+            tracking.fail(config, job.run_id, error, log_from=log_from)
             raise
     done = committed(paths.checkpoints)
     if not done or step_of(done[-1]) != config.train.steps:
@@ -53,11 +56,11 @@ def pretrain(
         )
     if job.start == done[-1]:
         say(f"{done[-1].name} is the last step: nothing was left to train")
-    tracking.finish(config, job.run_id)
+    run_id = tracking.finish(config, job.run_id)
     state = verify(done[-1])
     return {
         "checkpoint": done[-1].name,
-        "run_id": job.run_id,
+        "run_id": run_id,
         "steps": state["step"],
         "tokens": state["tokens_consumed"],
         "resumed_from": None if job.start is None else job.start.name,
@@ -125,8 +128,9 @@ def _require_disk(config: RunConfig, paths: RunPaths) -> None:
     """Room for the checkpoints kept, one being staged, and MLflow's copies where its store is in the run directory."""
     # fp32 masters and two Adam moments, the weights themselves, DeepSpeed's records.
     size = 17 * config.model.num_parameters()["total"]
-    keep = config.train.keep_checkpoints
-    copies = keep + 1 + (keep if config.tracking.uri is None else 0)
+    keep = policy_of(config.train).at_most(config.train.steps, config.train.checkpoint_every)
+    # One being staged, one being uploaded while a newer one is already there.
+    copies = keep + 2 + (keep if config.tracking.uri is None and config.train.publish_to is None else 0)
     held = sum(f.stat().st_size for c in committed(paths.checkpoints) for f in c.rglob("*") if f.is_file())
     storage.require_free_space(paths.root, max(size, copies * size - held), "training (its checkpoints)")
 

@@ -6,8 +6,8 @@
     PATH                                  a checkpoint, a folder of checkpoints, or a run directory
 
 Decision: a checkpoint that is named, of this run directory's own run, takes the run back to it. Later checkpoints would be
-taken for newer ones at the next start: local ones are renamed `.later-step-…`, published ones lose their COMMITTED;
-nothing is deleted. Metrics up to where the run had come stay as they are.
+taken for newer ones at the next start: local ones are renamed `.later-step-…`, published ones are removed;
+nothing local is deleted. Metrics up to where the run had come stay as they are.
 Decision: a PATH outside of the run directory begins a run of its own, with its own parameters, that goes on from there. The
 checkpoint is linked (else copied) into the run directory first, so that a second start finds it, or a newer one, also
 with `auto`.
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage, tracking
+from pipeline import publish, storage, tracking
 from pipeline.checkpoints import adopt, clean, committed, set_aside, step_of, verify
 from pipeline.config import RunConfig, RunPaths, flatten
-from pipeline.errors import ConfigError, UserError, first_line
+from pipeline.errors import ConfigError, UserError
 
 Say = Callable[[str], None]
 State = dict[str, Any]  # a checkpoint's state.json
@@ -179,26 +179,25 @@ def _begin_from(source: Path, config: RunConfig, paths: RunPaths, check: Check, 
 
 def _go_back(config: RunConfig, paths: RunPaths, run_id: str, name: str, check: Check, *, say: Say) -> Start:
     """One named checkpoint of the run; what is later is no longer taken for the run's."""
-    target, uri = paths.checkpoints / name, tracking.tracking_uri(config)
-    try:
-        published = tracking.published_checkpoints(uri, run_id)
-    except Exception as error:
-        raise UserError(f"MLflow at {uri}: {first_line(error)}; {tracking.mend_for(uri)}") from error
+    target = paths.checkpoints / name
+    place, published = publish.available(config, run_id)
     if target not in committed(paths.checkpoints):
-        if name not in published:
+        if place is None or name not in published:
             raise UserError(f"MLflow run {run_id} has no committed checkpoint {name}; it has {published or 'none'}")
-        tracking.fetch_checkpoint(uri, run_id, name, paths.checkpoints)
-        say(f"{name} fetched from MLflow run {run_id}")
-    state = _of_run(target, verify(target), run_id)
+        publish.fetch(place, name, paths.checkpoints)
+        say(f"{name} fetched from {place}")
+    state = _of_run(target, verify(target), config, run_id)
     check(target, state)
     later = [c for c in committed(paths.checkpoints) if step_of(c) > step_of(target)]
     for checkpoint in later:
         set_aside(checkpoint, "later")
     withdrawn = [p for p in published if step_of(Path(p)) > step_of(target)]
-    tracking.withdraw_checkpoints(uri, run_id, withdrawn)
+    for gone in withdrawn:
+        assert place is not None
+        place.remove(gone)
     names = sorted({c.name for c in later} | set(withdrawn))
     if names:
-        say(f"back at {name}: {', '.join(names)} set aside, kept as .later-… and in MLflow without COMMITTED")
+        say(f"back at {name}: {', '.join(names)} no longer the run's; local ones are kept as .later-…")
     return Start(run_id, target, state)
 
 
@@ -213,28 +212,29 @@ def _newest(
             say(f"{candidate.name} is damaged and left out: {error}")
             set_aside(candidate)
             continue
-        _of_run(candidate, state, run_id)
+        _of_run(candidate, state, config, run_id)
         if check is not None:
             check(candidate, state)
         return candidate, state
-    uri = tracking.tracking_uri(config)
-    for name in tracking.published_checkpoints(uri, run_id):
-        fetched = tracking.fetch_checkpoint(uri, run_id, name, paths.checkpoints)
+    place, names = publish.available(config, run_id)
+    for name in names:
+        assert place is not None
+        fetched = publish.fetch(place, name, paths.checkpoints)
         try:
             state = verify(fetched)
         except UserError as error:
-            say(f"{name} in MLflow is damaged and left out: {error}")
+            say(f"{name} in {place} is damaged and left out: {error}")
             set_aside(fetched)
             continue
-        say(f"{name} fetched from MLflow run {run_id}")
+        say(f"{name} fetched from {place}")
         if check is not None:
             check(fetched, state)
         return fetched, state
     return None
 
 
-def _of_run(checkpoint: Path, state: State, run_id: str) -> State:
-    if state["mlflow_run_id"] != run_id:
+def _of_run(checkpoint: Path, state: State, config: RunConfig, run_id: str) -> State:
+    if not tracking.same_run(config, state["mlflow_run_id"], run_id):
         raise ConfigError(
             f"{checkpoint}: belongs to MLflow run {state['mlflow_run_id']}, not to {run_id}; use another run_dir, "
             f"or go on with --resume {state['mlflow_run_id']}"

@@ -1,145 +1,118 @@
-"""The one seam to MLflow while a run trains: one run per job, written by rank 0; metrics are never waited for.
+"""A training run in MLflow: begun, marked, ended, and caught up with after an outage. One run per job.
 
-Oddities explained once (MLflow 3.17, measured): with a dead server one call with default settings blocks for minutes, and
-asynchronous logging then drops metrics with only a line in the log. So the loop appends points to a JSONL spool on local
-disk and a daemon thread sends them in batches, without retries and with a short timeout; what could not be sent stays in
-the spool and is sent later. Logging a step twice stores it twice: the sender remembers how much of the spool is sent, and
-a resumed run leaves out points up to the last step that MLflow has.
+MLflow may be away at any time. A new run then gets a local name and is made in MLflow later (run_record.py); metrics wait
+in a spool (metrics_spool.py), checkpoints in the run directory (publish.py), and what a run should be told at its end
+waits in `logs/owed.json`. `settle` pays all of it: at the end of every training, and as `pldr track replay`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import os
-import shutil
-import threading
-import time
-from collections.abc import Iterable, Iterator
+import re
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline import storage
-from pipeline.checkpoints import COMMITTED, committed, verify
+from pipeline.checkpoints import committed, step_of
 from pipeline.config import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError, first_line
+from pipeline.metrics_spool import CLOSE_S
+from pipeline.metrics_spool import Tracker as Tracker
+from pipeline.mlflow_client import client as client
+from pipeline.mlflow_client import is_away, patience
+from pipeline.mlflow_client import mend_for as mend_for
+from pipeline.mlflow_client import tracking_uri as tracking_uri
+from pipeline.publish import fetch_checkpoint as fetch_checkpoint
+from pipeline.publish import open_publisher
+from pipeline.publish import published_checkpoints as published_checkpoints
+from pipeline.run_record import (
+    LOCAL_TAG,
+    RUN_DIR_TAG,
+    RUN_FILE,
+    RunRecord,
+    create,
+    experiment,
+    new_record,
+    record_of,
+    remember,
+    remembered,
+)
 
 log = logging.getLogger(__name__)
 
-SEND_EVERY_S = 1.0
-BATCH = 500  # MLflow takes at most 1000 points a call
-RUN_FILE = "run.json"
-TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+OWED = "owed.json"  # in logs/: {"status", "files": {path: folder}, "tags"} that MLflow has not taken yet
+LOG_TAIL = 100  # lines of the log that go with a failure
+MOST_TRACEBACK = 200_000  # characters
+_TRACEBACK = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)+\S.*$", re.MULTILINE)
 # Settings that may change on resume without making it another run. Everything else must be equal.
 MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.workers", "train.ranks", "train.log_every",
-              "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout_s",
+              "train.validate_every", "train.checkpoint_every", "train.keep_", "train.publish_", "train.timeout_s",
               "train.deepspeed", "train.compile", "train.peak_tflops", "train.val_sequences", "train.zero_stage",
               "train.micro_batch", "train.precision", "data.on_bad_shard", "data.cache_gigabytes", "data.executor",
               "data.slurm.", "data.ray_address")  # fmt: skip
-# What `pldr train --force` lets change besides.
+# What a caller may force besides.
 FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
-
-
-def tracking_uri(config: RunConfig) -> str:
-    """The configured server, or a SQLite file in the run directory."""
-    return config.tracking.uri or f"sqlite:///{RunPaths(config.run_dir).root / 'mlflow.db'}"
-
-
-def client(uri: str) -> Any:
-    """An MLflow client that fails fast. Imported here: the import takes seconds."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault(TIMEOUT, "3")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def open_run(config: RunConfig, *, run_id: str | None = None, force: bool = False) -> str:
     """The id of the run to log to: `run_id` when given, the run directory's own, or a new one.
 
-    Raises ConfigError when that run was made by another configuration (naming the first differing key), UserError when
-    MLflow does not answer.
+    With the server away a known run goes on, and a new one gets a local id until the server is back. Raises ConfigError
+    when that run was made by another configuration (naming the first differing key; FORCIBLE ones pass with `force`),
+    UserError when MLflow refuses.
     """
-    paths = RunPaths(config.run_dir)
     uri = tracking_uri(config)
-    record = paths.root / RUN_FILE
+    record = remembered(config)
+    if run_id is not None and (record is None or not record.answers_to(run_id)):
+        record = RunRecord(uri, run_id)
+    if record is None:
+        record = new_record(config)
+    if record.run_id is None:
+        remember(config, record)  # first: whatever is killed from here on, the run is made only once
+    _compare(record.params, record.id, config, force)
     try:
         mlflow = client(uri)
-        run_id = run_id or _remembered_run(paths, uri)
-        if run_id is None:
-            run_id = _create(mlflow, config, paths)
+        if record.run_id is None:
+            record = create(config, record)
         else:
-            _check_same(mlflow, run_id, config, force)
-            mlflow.update_run(run_id, status="RUNNING")
+            tags = _check_same(mlflow, record.run_id, config, force)
+            record = replace(record, local_id=tags.get(LOCAL_TAG, record.local_id))
+        mlflow.update_run(record.run_id, status="RUNNING")
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"MLflow at {uri}: {first_line(error)}; {mend_for(uri)}") from error
-    storage.publish_json(record, {"run_id": run_id, "tracking_uri": uri})
-    return run_id
-
-
-def mend_for(uri: str) -> str:
-    """What to do about a store that does not answer."""
-    if uri.startswith("sqlite:///"):
-        return (
-            f"restore {uri.removeprefix('sqlite:///')}, or remove it and {RUN_FILE} beside it to begin a new MLflow run"
+        if not is_away(uri, error):
+            raise UserError(f"MLflow at {uri}: {first_line(error)}; {mend_for(uri)}") from error
+        log.warning(
+            "MLflow at %s does not answer (%s); training goes on as %s, and what it logs is sent when the server is back",
+            uri,
+            first_line(error),
+            record.id,
         )
-    return "start the server, or set tracking.uri=null"
+    remember(config, record)
+    _owe(config, status=None)  # it is not over
+    return record.id
 
 
-def _remembered_run(paths: RunPaths, uri: str) -> str | None:
-    """The run this directory logs to: by its run.json, or, when that is damaged, by its newest checkpoint."""
-    record = paths.root / RUN_FILE
+def _check_same(mlflow: Any, run_id: str, config: RunConfig, force: bool) -> dict[str, str]:
+    """The run's tags, when it was made by this configuration."""
     try:
-        known = storage.read_json(record) if record.exists() else {"tracking_uri": None}
-        return str(known["run_id"]) if known["tracking_uri"] == uri else None
-    except (UserError, TypeError, KeyError):
-        log.warning("%s is damaged; going by the newest checkpoint", record)
-        for checkpoint in reversed(committed(paths.checkpoints)):
-            return str(verify(checkpoint)["mlflow_run_id"])
-        return None
-
-
-def _experiment(mlflow: Any, config: RunConfig) -> str:
-    """The experiment's id; it is made when it does not exist."""
-    experiment = mlflow.get_experiment_by_name(config.tracking.experiment)
-    if experiment is not None:
-        return str(experiment.experiment_id)
-    # A SQLite store keeps artifacts beside the database and not in the working directory.
-    location = (RunPaths(config.run_dir).root / "mlartifacts").as_uri() if config.tracking.uri is None else None
-    return str(mlflow.create_experiment(config.tracking.experiment, artifact_location=location))
-
-
-def _create(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
-    experiment_id = _experiment(mlflow, config)
-    run = mlflow.create_run(experiment_id, run_name=config.name, tags={"pldr.run_dir": str(paths.root)})
-    from mlflow.entities import Param
-
-    flat = config.flat()
-    params = [Param(key, value[:6000]) for key, value in flat.items()]
-    for start in range(0, len(params), 100):
-        mlflow.log_batch(run.info.run_id, params=params[start : start + 100])
-    return str(run.info.run_id)
-
-
-def _check_same(mlflow: Any, run_id: str, config: RunConfig, force: bool) -> None:
-    try:
-        params = mlflow.get_run(run_id).data.params
+        data = mlflow.get_run(run_id).data
     except Exception as error:
+        if is_away(tracking_uri(config), error):
+            raise
         record = RunPaths(config.run_dir).root / RUN_FILE
         raise ConfigError(
             f"MLflow run {run_id}: not found at {tracking_uri(config)}; give the id of a run there, or, if {record} names it, "
             "restore the store or remove that file to begin a new run"
         ) from error
+    _compare(data.params, run_id, config, force)
+    return dict(data.tags)
+
+
+def _compare(params: dict[str, str], run_id: str, config: RunConfig, force: bool) -> None:
     for key, value in config.flat().items():
         if not key.startswith(MAY_CHANGE) and key in params and params[key] != value[:6000]:
             if force and key.startswith(FORCIBLE):
@@ -147,245 +120,184 @@ def _check_same(mlflow: Any, run_id: str, config: RunConfig, force: bool) -> Non
                 continue
             raise ConfigError(
                 f"MLflow run {run_id} was made with {key}={params[key]}, this configuration has {value}; "
-                "use another run_dir for another run" + (", or --force" if key.startswith(FORCIBLE) else "")
+                "use another run_dir for another run"
             )
 
 
-def set_tags(config: RunConfig, run_id: str, tags: dict[str, str]) -> None:
-    """Set a run's tags, if MLflow answers. What changed on a resume is told so: parameters cannot change."""
-    try:
-        mlflow = client(tracking_uri(config))
-        for key, value in tags.items():
-            mlflow.set_tag(run_id, key, value[:5000])
-    except Exception as error:
-        log.warning("MLflow run %s did not take the tags %s: %s", run_id, ", ".join(tags), first_line(error))
+def same_run(config: RunConfig, one: str, other: str) -> bool:
+    """Whether two ids name the same run: a checkpoint may hold the local one."""
+    return record_of(config, other).answers_to(one)
 
 
-def mark(config: RunConfig, run_id: str, status: str) -> None:
-    """Set a run's status, if MLflow answers: a run must not end because its log book is away."""
-    try:
-        client(tracking_uri(config)).set_terminated(run_id, status=status)
-    except Exception as error:
-        log.warning("MLflow run %s could not be marked %s: %s", run_id, status, first_line(error))
+def open_tracker(config: RunConfig, run_id: str, *, running: bool = False) -> Tracker:
+    """The line to the run's metrics; it makes the run in MLflow where it does not exist yet."""
+    record = record_of(config, run_id)
+    return Tracker(
+        record.tracking_uri,
+        record.id,
+        spool_of(config, run_id),
+        identify=lambda: create(config, record).id,
+        running=running,
+    )
 
 
 def spool_of(config: RunConfig, run_id: str) -> Path:
     """The run's metrics on local disk."""
-    return RunPaths(config.run_dir).logs / f"metrics-{run_id}.jsonl"
+    paths, record = RunPaths(config.run_dir), record_of(config, run_id)
+    return paths.logs / f"metrics-{record.folder}.jsonl"
 
 
-def finish(config: RunConfig, run_id: str) -> None:
-    """Send what an outage left in the spool, and mark the run finished."""
-    Tracker(tracking_uri(config), run_id, spool_of(config, run_id)).close("FINISHED")
+def settle(
+    config: RunConfig, run_id: str, *, status: str | None = None, wait_s: float = CLOSE_S, checkpoints: bool = False
+) -> dict[str, Any]:
+    """Send what an outage left: metrics, status, files, tags, and with `checkpoints` those too; `wait_s` for each at most.
+
+    Returns {"run_id", "complete", "points_sent", "unpublished"}. What MLflow does not take now stays owed.
+    """
+    tracker = open_tracker(config, run_id)
+    unpublished: list[str] = []
+    if checkpoints and committed(RunPaths(config.run_dir).checkpoints):
+        unpublished = open_publisher(config, tracker).close(wait_s)
+    complete = tracker.close(wait_s=wait_s)
+    if status is not None:
+        _owe(config, status=status)
+    if tracker.mlflow_id is not None:
+        complete = _pay(config, tracker.mlflow_id) and complete
+    return {
+        "run_id": tracker.mlflow_id or run_id,
+        "complete": complete and not unpublished,
+        "points_sent": tracker.points_sent,
+        "unpublished": unpublished,
+    }
 
 
-class Tracker:
-    """Rank 0's line to MLflow. `log` costs an append to a file; everything else happens in a thread."""
-
-    def __init__(self, uri: str, run_id: str, spool: Path) -> None:
-        self._uri, self.run_id = uri, run_id
-        self._spool, self._sent_file = spool, spool.with_suffix(".sent")
-        spool.parent.mkdir(parents=True, exist_ok=True)
-        self._sent = self._read_sent()
-        self._cut_torn_line()
-        self._client: Any = None
-        self._last = self._last_steps()
-        self._stream = open(spool, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._stop = threading.Event()
-        self._warned = False
-        self._thread = threading.Thread(target=self._send_forever, name="mlflow-sender", daemon=True)
-        self._thread.start()
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Record metrics of a step. A metric that already has this step (a resumed run) is left out."""
-        new = {key: value for key, value in values.items() if step > self._last.get(key, -1)}
-        if not new:
-            return
-        self._last.update(dict.fromkeys(new, step))
-        point = {"step": step, "time": int(time.time() * 1000), "values": new}
-        self._stream.write(json.dumps(point) + "\n")
-        self._stream.flush()
-
-    def sync_checkpoints(self, kept: list[Path]) -> None:
-        """Make the run's artifacts hold exactly these committed checkpoints: upload what is missing (COMMITTED last),
-        remove older ones. Safe to repeat, so that what an outage left undone is done the next time."""
-        mlflow = self._get_client()
-        published = published_checkpoints(self._uri, self.run_id)
-        with _patience():
-            for checkpoint in kept:
-                if checkpoint.name not in published:
-                    _upload_checkpoint(mlflow, self.run_id, checkpoint)
-        outdated = [name for name in published if name < kept[0].name]
-        if outdated:
-            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-            repository = get_artifact_repository(mlflow.get_run(self.run_id).info.artifact_uri)
-            for name in outdated:
-                repository.delete_artifacts(f"checkpoints/{name}")
-
-    def close(self, status: str | None = None) -> bool:
-        """Send what is left (a few seconds at most). Returns whether everything arrived."""
-        self._stop.set()
-        self._thread.join(timeout=10)
-        self._stream.close()
-        sent_all = self._sent >= self._spool.stat().st_size
-        if not sent_all:
-            log.warning("MLflow at %s did not take all metrics; they are kept in %s", self._uri, self._spool)
-        elif status is not None:
-            try:
-                self._get_client().set_terminated(self.run_id, status=status)
-            except Exception as error:
-                log.warning("MLflow run %s could not be marked %s: %s", self.run_id, status, first_line(error))
-        return sent_all
-
-    def _get_client(self) -> Any:
-        if self._client is None:
-            self._client = client(self._uri)
-        return self._client
-
-    def _read_sent(self) -> int:
-        """Bytes of the spool that MLflow has. Unreadable: none; MLflow stores an equal point only once."""
-        try:
-            sent = int(self._sent_file.read_text())
-        except (OSError, ValueError):
-            return 0
-        return sent if self._spool.exists() and sent <= self._spool.stat().st_size else 0
-
-    def _cut_torn_line(self) -> None:
-        """A process killed inside a write leaves half a line: it was never logged."""
-        if self._spool.exists():
-            data = self._spool.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole != len(data):
-                os.truncate(self._spool, whole)
-
-    def _last_steps(self) -> dict[str, int]:
-        last: dict[str, int] = {}
-        if self._spool.exists():
-            with open(self._spool, "rb") as stream:
-                for point in _points(stream):
-                    last.update(dict.fromkeys(point["values"], point["step"]))
-        else:  # the run goes on on another machine: MLflow knows how far it came
-            mlflow = client(self._uri)
-            for key in mlflow.get_run(self.run_id).data.metrics:
-                history = mlflow.get_metric_history(self.run_id, key)
-                last[key] = max(point.step for point in history)
-        return last
-
-    def _send_forever(self) -> None:
-        while not self._stop.wait(SEND_EVERY_S):
-            self._send_pending()
-        self._send_pending()
-
-    def _send_pending(self) -> None:
-        from mlflow.entities import Metric
-
-        while True:
-            with open(self._spool, "rb") as stream:
-                stream.seek(self._sent)
-                lines: list[bytes] = []
-                while len(lines) < BATCH // 10 and (line := stream.readline()).endswith(b"\n"):
-                    lines.append(line)
-            if not lines:
-                return
-            points = list(_points(lines))
-            metrics = [
-                Metric(key, value, point["time"], point["step"])
-                for point in points
-                for key, value in point["values"].items()
-            ]
-            try:
-                for start in range(0, len(metrics), BATCH):
-                    self._get_client().log_batch(self.run_id, metrics=metrics[start : start + BATCH])
-            except Exception as error:
-                if not self._warned:
-                    log.warning(
-                        "MLflow at %s does not answer (%s); metrics wait in %s",
-                        self._uri,
-                        first_line(error),
-                        self._spool,
-                    )
-                    self._warned = True
-                return
-            self._warned = False
-            self._sent += sum(len(line) for line in lines)
-            storage.publish_bytes(self._sent_file, str(self._sent).encode())
+def finish(config: RunConfig, run_id: str) -> str:
+    """The run has come to its end: send what is left, mark it finished. Returns MLflow's id, where it has one by now."""
+    return str(settle(config, run_id, status="FINISHED")["run_id"])
 
 
-def _points(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The points of spool lines; a damaged line is told and left out: the log book must not end a run."""
-    for line in lines:
-        try:
-            point = json.loads(line)
-            whole = isinstance(point["step"], int) and isinstance(point["values"], dict) and point["time"] > 0
-        except (ValueError, TypeError, KeyError):
-            whole = False
-        if whole:
-            yield point
-        else:
-            log.warning("a damaged line of the metrics spool is left out: %.60r", line)
+def mark(config: RunConfig, run_id: str, status: str) -> None:
+    """Set a run's status; in an outage that is owed. What is left in the spool is sent with it."""
+    settle(config, run_id, status=status)
 
 
-def published_checkpoints(uri: str, run_id: str) -> list[str]:
-    """Names of the committed checkpoints among a run's artifacts, newest first."""
-    mlflow = client(uri)
-    names = [Path(item.path).name for item in mlflow.list_artifacts(run_id, "checkpoints") if item.is_dir]
-
-    def whole(name: str) -> bool:
-        return any(Path(item.path).name == COMMITTED for item in mlflow.list_artifacts(run_id, f"checkpoints/{name}"))
-
-    return sorted(filter(whole, names), key=lambda name: (len(name), name), reverse=True)
+def set_tags(config: RunConfig, run_id: str, tags: dict[str, str]) -> None:
+    """Set a run's tags; in an outage they are owed."""
+    _owe(config, tags={key: value[:5000] for key, value in tags.items()})
+    record = record_of(config, run_id)
+    if record.run_id is not None:
+        _pay(config, record.run_id)
 
 
-def fetch_checkpoint(uri: str, run_id: str, name: str, folder: Path) -> Path:
-    """Bring a published checkpoint into `folder`. Its bytes are checked against its manifest by who loads it."""
-    target = folder / storage.safe_member(name)
-    staging = folder / f".{name}.download"
-    staging.mkdir(parents=True, exist_ok=True)
-    with _patience():
-        downloaded = Path(client(uri).download_artifacts(run_id, f"checkpoints/{name}", str(staging)))
-    storage.replace_dir(downloaded, target)
-    shutil.rmtree(staging, ignore_errors=True)
-    return target
-
-
-def withdraw_checkpoints(uri: str, run_id: str, names: list[str]) -> None:
-    """Take COMMITTED away from published checkpoints: they no longer count, and are published again when the run gets there."""
-    if not names:
-        return
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    repository = get_artifact_repository(client(uri).get_run(run_id).info.artifact_uri)
-    for name in names:
-        repository.delete_artifacts(f"checkpoints/{name}/{COMMITTED}")
-
-
-def _upload_checkpoint(mlflow: Any, run_id: str, checkpoint: Path) -> None:
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != COMMITTED)
-    for path in [*files, checkpoint / COMMITTED]:
-        folder = Path("checkpoints") / checkpoint.name / path.parent.relative_to(checkpoint)
-        mlflow.log_artifact(run_id, str(path), folder.as_posix())
-
-
-@contextlib.contextmanager
-def _patience() -> Iterator[None]:
-    """Artifacts may take long: the short timeout is for metrics."""
-    before = os.environ.get(TIMEOUT)
-    os.environ[TIMEOUT] = "600"
+def fail(config: RunConfig, run_id: str, error: BaseException, *, log_from: int) -> None:
+    """The run failed: mark it so, with the tracebacks of its log from byte `log_from` on as an artifact."""
+    logs = RunPaths(config.run_dir).logs
+    moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    target = logs / "failures" / f"{moment}-traceback.txt"
     try:
-        yield
-    finally:
-        os.environ[TIMEOUT] = before or "3"
+        text = read_log(logs / "train.log", log_from)
+        reason = f"{type(error).__name__}: {first_line(error)}\n\n"
+        storage.publish_bytes(target, (reason + tracebacks(text)).encode())
+        _owe(config, files={str(target): "failure"})
+    except (OSError, UserError) as problem:
+        log.warning("the failure's traceback was not kept: %s", first_line(problem))
+    settle(config, run_id, status="FAILED")
 
 
-def log_files(config: RunConfig, run_id: str, files: dict[str, str]) -> None:
-    """Attach local files to a run as artifacts, `path -> folder`. An outage is a warning: the files stay where they are."""
+def read_log(file: Path, start: int) -> str:
+    """A log from byte `start` on; empty when there is none."""
     try:
-        mlflow = client(tracking_uri(config))
-        for path, folder in files.items():
-            mlflow.log_artifact(run_id, path, folder)
+        with open(file, "rb") as stream:
+            stream.seek(start)
+            return stream.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+
+
+def tracebacks(text: str) -> str:
+    """The tracebacks in a log, in order (the first is nearest to the cause); without any the end of the log."""
+    found = [match[0] for match in _TRACEBACK.finditer(text)]
+    shown = "\n\n".join(found) if found else "\n".join(text.splitlines()[-LOG_TAIL:])
+    return shown[:MOST_TRACEBACK] + "\n"
+
+
+def replay(config: RunConfig) -> dict[str, Any]:
+    """Send everything that an outage left in a run directory whose training is over. See `settle` for the result.
+
+    Raises UserError when there is no run, or MLflow still does not take everything.
+    """
+    paths, uri = RunPaths(config.run_dir), tracking_uri(config)
+    record = remembered(config)
+    if record is None:
+        raise UserError(
+            f"{paths.root / RUN_FILE}: names no run at {uri}; nothing was logged here: `pldr train` begins one"
+        )
+    done = committed(paths.checkpoints)
+    status = "FINISHED" if done and step_of(done[-1]) == config.train.steps else None
+    result = settle(config, record.id, status=status, wait_s=config.train.publish_wait_s, checkpoints=True)
+    if not result["complete"]:
+        missing = f"; not published: {', '.join(result['unpublished'])}" if result["unpublished"] else ""
+        raise UserError(f"MLflow at {uri} did not take everything{missing}; {mend_for(uri)} and replay again")
+    return result
+
+
+def mlflow_id(config: RunConfig, run_id: str) -> str:
+    """MLflow's id for an id that a checkpoint holds; the id itself while MLflow has not made the run."""
+    return record_of(config, run_id).id
+
+
+def log_files(config: RunConfig, run_id: str, files: dict[str, str], *, tags: dict[str, str] | None = None) -> None:
+    """Attach local files to a run as artifacts, `path -> folder`, and set tags. In an outage that is owed."""
+    _owe(config, files=files, tags=tags or {})
+    record = record_of(config, run_id)
+    try:
+        _pay(config, create(config, record).id)
     except Exception as error:
         log.warning("MLflow did not take %s: %s", ", ".join(files), first_line(error))
+
+
+def _owe(
+    config: RunConfig,
+    *,
+    files: dict[str, str] | None = None,
+    tags: dict[str, str] | None = None,
+    status: str | bool | None = False,
+) -> dict[str, Any]:
+    """Write down what MLflow is to be told. status: None takes an owed one back, False leaves it."""
+    file = RunPaths(config.run_dir).logs / OWED
+    try:
+        owed = dict(storage.read_json(file)) if file.exists() else {}
+    except (UserError, TypeError, ValueError):
+        owed = {}
+    owed["files"] = {**owed.get("files", {}), **(files or {})}
+    owed["tags"] = {**owed.get("tags", {}), **(tags or {})}
+    if status is not False:
+        owed["status"] = status
+    if any(owed.values()):
+        storage.publish_json(file, owed)
+    else:
+        file.unlink(missing_ok=True)
+    return owed
+
+
+def _pay(config: RunConfig, run_id: str) -> bool:
+    """Tell MLflow what it is owed. Returns whether it took all."""
+    file = RunPaths(config.run_dir).logs / OWED
+    owed = _owe(config)
+    try:
+        mlflow = client(tracking_uri(config))
+        for path, folder in owed["files"].items():
+            if Path(path).exists():
+                mlflow.log_artifact(run_id, path, folder)
+        for key, value in owed["tags"].items():
+            mlflow.set_tag(run_id, key, value)
+        if owed.get("status"):
+            mlflow.set_terminated(run_id, status=owed["status"])
+    except Exception as error:
+        log.warning("MLflow run %s is told later (%s)", run_id, first_line(error))
+        return False
+    file.unlink(missing_ok=True)
+    return True
 
 
 def log_report(config: RunConfig, report: Path) -> str | None:
@@ -396,8 +308,10 @@ def log_report(config: RunConfig, report: Path) -> str | None:
     uri = tracking_uri(config)
     try:
         mlflow = client(uri)
-        run_id = _remembered_run(RunPaths(config.run_dir), uri) or _report_run(mlflow, config)
-        with _patience():
+        record = remembered(config)
+        # Not `create`: a training that goes on may be making its run at this moment.
+        run_id = record.run_id if record is not None and record.run_id else _report_run(mlflow, config)
+        with patience():
             mlflow.log_artifact(run_id, str(report), "data")
         return run_id
     except Exception as error:
@@ -407,10 +321,11 @@ def log_report(config: RunConfig, report: Path) -> str | None:
 
 def _report_run(mlflow: Any, config: RunConfig) -> str:
     """The run that this run directory's earlier reports went to, or a new one."""
-    experiment_id, root = _experiment(mlflow, config), str(RunPaths(config.run_dir).root)
+    here = new_record(config)
+    experiment_id, root = experiment(mlflow, here.experiment, here.artifact_location), here.tags[RUN_DIR_TAG]
     for run in mlflow.search_runs([experiment_id], "tags.`mlflow.runName` = 'data-report'"):
-        if run.data.tags.get("pldr.run_dir") == root:
+        if run.data.tags.get(RUN_DIR_TAG) == root:
             return str(run.info.run_id)
-    run = mlflow.create_run(experiment_id, run_name="data-report", tags={"pldr.run_dir": root})
+    run = mlflow.create_run(experiment_id, run_name="data-report", tags={RUN_DIR_TAG: root})
     mlflow.set_terminated(run.info.run_id)
     return str(run.info.run_id)

@@ -22,6 +22,7 @@ from pipeline.config import RunPaths, parse_config, tokens_folder
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
+STOPPED_WAIT_S = 5.0  # for uploads, when training ends before its last step
 PARENT_PIPE = "PLDR_PARENT_PIPE"  # set when stdin is a pipe whose other end the launching process holds open
 
 
@@ -57,7 +58,8 @@ def run(job_file: Path) -> None:
     from pipeline.data.loader import TrainLoader, evenly_spread
     from pipeline.data.reader import open_split
     from pipeline.device import has_gpu
-    from pipeline.tracking import Tracker, spool_of, tracking_uri
+    from pipeline.publish import open_publisher
+    from pipeline.tracking import open_tracker
     from pipeline.train.engine import init_distributed
     from pipeline.train.loop import Lineage, train
 
@@ -95,26 +97,31 @@ def run(job_file: Path) -> None:
         on_bad_shard=config.data.on_bad_shard,
         agree=agree,
     )
-    tracker = None
+    tracker = publisher = None
     if rank == 0:
-        tracker = Tracker(tracking_uri(config), job["run_id"], spool_of(config, job["run_id"]))
-    status = "FAILED"
+        tracker = open_tracker(config, job["run_id"], running=True)
+        publisher = open_publisher(config, tracker)
+    status, wait_s = "FAILED", STOPPED_WAIT_S
     try:
-        train(
+        state = train(
             config,
             loader,
             held_out,
             bytes_per_token=index.splits["val"]["text_bytes"] / index.splits["val"]["tokens_in"],
             lineage=Lineage(index.fingerprint, index.tokenizer_sha256, job["run_id"]),
             tracker=tracker,
+            publisher=publisher,
             resume_from=None if job["resume_from"] is None else Path(job["resume_from"]),
         )
-        status = "FINISHED"
+        if state.step == config.train.steps:
+            status, wait_s = "FINISHED", config.train.publish_wait_s
+        dist.barrier()
+        dist.destroy_process_group()  # the others end here, and do not wait for rank 0's uploads
     finally:
+        if publisher is not None:
+            publisher.close(wait_s)
         if tracker is not None:
             tracker.close(status)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def agreement(timeout_s: float) -> Callable[[list[bool]], list[bool]]:

@@ -1,4 +1,4 @@
-"""Write, restore and retain committed checkpoints (the format: pipeline/checkpoints.py).
+"""Write and restore committed checkpoints (the format: pipeline/checkpoints.py; which stay: pipeline/retention.py).
 
 All ranks write into a hidden staging folder; rank 0 checks that every rank's files arrived with the bytes that were
 meant, commits, and renames the folder. DeepSpeed's `latest` is not written and never read: it precedes the other ranks'
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import storage
-from pipeline.checkpoints import COMMITTED, SCHEMA_VERSION, STATE, checkpoint_name, clean, committed, safe_load
+from pipeline.checkpoints import COMMITTED, SCHEMA_VERSION, STATE, checkpoint_name, safe_load
 from pipeline.device import has_gpu
 from pipeline.errors import UserError
 from pipeline.train.reshard import carry_over, check_shapes, fits
@@ -160,16 +160,6 @@ def load(engine: Any, checkpoint: Path, state: dict[str, Any], *, precision: str
     # without a predecessor keeps the generator that the run's seed gave it.
     if dist.get_rank() < len(state["rng"]):
         _restore_rng(state["rng"][dist.get_rank()])
-
-
-def retain(folder: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` committed checkpoints, and what was never committed. Returns the removed."""
-    removed = committed(folder)[:-keep]
-    for checkpoint in removed:
-        (checkpoint / COMMITTED).unlink()  # first: a half-removed folder must not look like a checkpoint
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    clean(folder)
-    return removed
 
 
 def _rng_state() -> dict[str, str]:

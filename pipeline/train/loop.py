@@ -18,11 +18,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoints import committed, verify
+from pipeline.checkpoints import verify
 from pipeline.config import RunConfig, RunPaths
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError
+from pipeline.metrics_spool import Tracker
+from pipeline.publish import Publisher
+from pipeline.retention import policy_of, retain
 from pipeline.schedule import invariance_budget, learning_rate
-from pipeline.tracking import Tracker
 from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, device_of_rank, set_learning_rate
 from pipeline.train.metrics import Throughput, peak_flops, system_metrics, validate
@@ -51,6 +53,7 @@ class TrainState:
     """How far the run is; what a checkpoint's state.json says about it.
 
     sequences_consumed: the position in the data order, sequences that were left out as bad (sequences_left_out) included.
+    val_loss_cached: the newest validation's, at val_step; None before the first one and when it is not finite.
     """
 
     step: int = 0
@@ -58,6 +61,8 @@ class TrainState:
     tokens_consumed: int = 0
     skipped_steps: int = 0
     sequences_left_out: int = 0
+    val_loss_cached: float | None = None
+    val_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,11 @@ def train(
     bytes_per_token: float,
     lineage: Lineage,
     tracker: Tracker | None,
+    publisher: Publisher | None,
     resume_from: Path | None,
 ) -> TrainState:
-    """Train to `train.steps`; collective. `held_out`: validation sequences [n, S+1]; `tracker`: rank 0's, else None.
+    """Train to `train.steps`; collective. `held_out`: validation sequences [n, S+1]; `tracker` and `publisher`: rank 0's,
+    else None.
 
     Raises UserError when the loss is no longer finite, a checkpoint does not fit, or a file cannot be written.
     """
@@ -155,12 +162,14 @@ def train(
                 values |= validate(
                     engine, config.model, held_out, batch_size=settings.micro_batch, bytes_per_token=bytes_per_token
                 )
+            cached = values["val/loss_cached"]
+            state.val_loss_cached, state.val_step = cached if math.isfinite(cached) else None, state.step
 
         if values:
             _report(tracker, progress, state.step, values)
         if checkpoint_due:
             with throughput.pause():
-                _checkpoint(engine, config, paths.checkpoints, state, lineage, tracker)
+                _checkpoint(engine, config, paths.checkpoints, state, lineage, publisher)
 
     if progress is not None:
         progress.end()
@@ -170,12 +179,12 @@ def train(
 def _resume(engine: Any, folder: Path, precision: str) -> TrainState:
     saved = verify(folder)
     checkpoint.load(engine, folder, saved, precision=precision)
-    state = {key: saved[key] for key in TrainState.__dataclass_fields__ if key != "sequences_left_out"}
-    return TrainState(**state, sequences_left_out=saved.get("sequences_left_out", 0))  # older checkpoints left out none
+    # Older checkpoints lack fields that were added since; their defaults are what was true then.
+    return TrainState(**{key: saved[key] for key in TrainState.__dataclass_fields__ if key in saved})
 
 
 def _checkpoint(
-    engine: Any, config: RunConfig, folder: Path, state: TrainState, lineage: Lineage, tracker: Tracker | None
+    engine: Any, config: RunConfig, folder: Path, state: TrainState, lineage: Lineage, publisher: Publisher | None
 ) -> None:
     record = {
         **asdict(state),
@@ -183,14 +192,11 @@ def _checkpoint(
         "config": config.as_dict(),
         "world_size": dist.get_world_size(),
     }
-    saved = checkpoint.save(engine, folder, record)
-    if dist.get_rank() == 0:
-        checkpoint.retain(folder, config.train.keep_checkpoints)
-        if tracker is not None:
-            try:
-                tracker.sync_checkpoints(committed(folder))
-            except Exception as error:  # an outage of MLflow must not end a run: the local checkpoint is committed
-                log.warning("%s was not published to MLflow: %s", saved.name, first_line(error))
+    checkpoint.save(engine, folder, record)
+    if publisher is not None:
+        publisher.saved(state.step)
+    elif dist.get_rank() == 0:
+        retain(folder, policy_of(config.train), now=state.step)
 
 
 def _mean_over_ranks(value: torch.Tensor) -> float:

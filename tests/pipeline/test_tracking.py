@@ -1,13 +1,10 @@
-"""The MLflow seam against real stores: a SQLite file, and a server that is killed and comes back."""
+"""The MLflow seam against a real store, a SQLite file. Servers that are away: test_outage.py."""
 
 import json
-import os
-import signal
-import socket
+import resource
+import shutil
 import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
 
@@ -22,7 +19,18 @@ TREE = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def empty_store(tmp_path_factory):
+    """MLflow takes seconds to make a SQLite file; the tests copy one."""
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    tracking.client(f"sqlite:///{file}").search_experiments()
+    configuration.store = file
+
+
 def configuration(folder, **sections):
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "mlflow.db").exists():
+        shutil.copy(configuration.store, folder / "mlflow.db")
     return parse_config({**TREE, "run_dir": str(folder), **sections}, where="test")
 
 
@@ -90,84 +98,78 @@ def test_a_run_of_another_configuration_is_refused(tmp_path):
     tracking.open_run(configuration(tmp_path, train={"log_every": 7}))  # changes nothing of the run
 
 
-def test_a_server_that_does_not_answer_at_the_start_is_one_line(tmp_path):
-    config = configuration(tmp_path, tracking={"uri": "http://127.0.0.1:9"})
-    started = time.monotonic()
-    with pytest.raises(UserError, match="start the server, or set tracking.uri=null") as error:
-        tracking.open_run(config)
-    assert "\n" not in str(error.value) and time.monotonic() - started < 60
-
-
-def test_checkpoints_come_back_from_mlflow(tmp_path):
-    config = configuration(tmp_path / "a")
-    run_id = tracking.open_run(config)
-    tracker = tracking.Tracker(tracking.tracking_uri(config), run_id, tmp_path / "m.jsonl")
-    for step in (1, 2, 3):
-        folder = tmp_path / f"step-{step:06d}"
-        (folder / folder.name).mkdir(parents=True)
-        (folder / folder.name / "weights.pt").write_bytes(bytes([step]) * 100)
-        (folder / "MANIFEST.json").write_text("{}")
-        if step < 3:
-            (folder / "COMMITTED").write_text("x")
-            tracker.sync_checkpoints([folder])
-    # An upload that was cut before COMMITTED does not exist.
-    tracker._get_client().log_artifact(
-        run_id, str(tmp_path / "step-000003" / "MANIFEST.json"), "checkpoints/step-000003"
-    )
-    tracker.close()
-    uri = tracking.tracking_uri(config)
-    assert tracking.published_checkpoints(uri, run_id) == ["step-000002"]  # 1 was outdated, 3 was cut
-    fetched = tracking.fetch_checkpoint(uri, run_id, "step-000002", tmp_path / "b" / "checkpoints")
-    assert fetched == tmp_path / "b" / "checkpoints" / "step-000002"
-    assert (fetched / "step-000002" / "weights.pt").read_bytes() == bytes([2]) * 100
-    assert (fetched / "COMMITTED").exists()
-
-
-def start_server(folder, port):
-    log = open(folder / "server.log", "ab")  # noqa: SIM115
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder / "artifacts")],
-        stdout=log, stderr=log, start_new_session=True, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-    )  # fmt: skip
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-            return server
-        except OSError:
-            assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
-            time.sleep(0.1)
-    raise AssertionError("the server did not start")
-
-
-def stop_server(server):
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
-
-
-@pytest.mark.slow
-def test_an_outage_loses_nothing_and_never_blocks(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = start_server(tmp_path, port)
+CRASH = """
+def deep():
     try:
-        config = configuration(tmp_path, tracking={"uri": f"http://127.0.0.1:{port}"})
-        run_id = tracking.open_run(config)
-        tracker = tracking.Tracker(tracking.tracking_uri(config), run_id, tmp_path / "m.jsonl")
-        slowest = 0.0
-        for step in range(1, 41):
-            if step == 10:
-                stop_server(server)
-            if step == 30:
-                server = start_server(tmp_path, port)
-            started = time.monotonic()
-            tracker.log(step, {"train/loss": float(step)})
-            slowest = max(slowest, time.monotonic() - started)
-            time.sleep(0.1)
-        assert tracker.close("FINISHED")
-        assert slowest < 0.5
-        assert history(config, run_id, "train/loss") == [(step, float(step)) for step in range(1, 41)]
-        assert json.loads((tmp_path / "run.json").read_text())["run_id"] == run_id
+        [][1]
+    except IndexError as error:
+        raise RuntimeError("two lines\\nof message") from error
+def main():
+    deep()
+main()
+"""
+
+
+def test_a_failure_is_marked_with_the_tracebacks_of_this_start(tmp_path):
+    """The log of two starts, with tracebacks as Python writes them; only the second start's are the failure's."""
+    config = configuration(tmp_path)
+    run_id = tracking.open_run(config)
+    log = tmp_path / "logs" / "train.log"
+    log.parent.mkdir(exist_ok=True)
+    log.write_text('Traceback (most recent call last):\n  File "old.py", line 1\nOldError: of an earlier start\n')
+    start = log.stat().st_size
+    crash = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True)
+    with open(log, "a") as stream:
+        stream.write("pldr-status| step 10/40\n" + crash.stderr + "[launch] exits with return code = 1\n" * 300)
+    tracking.fail(config, run_id, UserError("training failed: rank 1"), log_from=start)
+    mlflow = tracking.client(tracking.tracking_uri(config))
+    assert mlflow.get_run(run_id).info.status == "FAILED"
+    (artifact,) = mlflow.list_artifacts(run_id, "failure")
+    with open(mlflow.download_artifacts(run_id, artifact.path, str(tmp_path))) as stream:
+        text = stream.read()
+    assert text.startswith("UserError: training failed: rank 1\n")
+    assert "IndexError: list index out of range" in text and "RuntimeError: two lines" in text and "in deep" in text
+    assert "OldError" not in text and "return code" not in text
+
+
+def test_a_failure_without_a_traceback_keeps_the_end_of_the_log():
+    text = "".join(f"line {number}\n" for number in range(500))
+    kept = tracking.tracebacks(text).splitlines()
+    assert kept[-1] == "line 499" and len(kept) == tracking.LOG_TAIL
+    assert tracking.tracebacks("") == "\n"
+
+
+def test_what_only_one_metric_lacks_is_logged_after_an_earlier_resume(tmp_path):
+    """Resumed from step 10 of 30: what was logged stays once, a metric that is new there begins there."""
+    config = configuration(tmp_path)
+    run_id = tracking.open_run(config)
+    first = tracking.open_tracker(config, run_id)
+    for step in (10, 20, 30):
+        first.log(step, {"train/loss": float(step)})
+    assert first.close()
+    second = tracking.open_tracker(config, run_id)
+    for step in (20, 30, 40):
+        second.log(step, {"train/loss": float(step), "train/new": 1.0})
+    assert second.close("FINISHED")
+    assert [step for step, _ in history(config, run_id, "train/loss")] == [10, 20, 30, 40]
+    assert [step for step, _ in history(config, run_id, "train/new")] == [20, 30, 40]
+
+
+def test_a_full_disk_costs_no_metric_and_no_run(tmp_path, caplog):
+    """The kernel cuts a write in the middle of a line and refuses the next ones (a limit on file sizes, for a disk)."""
+    config = configuration(tmp_path, tracking={"uri": "http://127.0.0.1:9"})
+    tracker = tracking.open_tracker(config, tracking.open_run(config))
+    tracker.log(1, {"train/loss": 1.0})
+    spool = tracking.spool_of(config, tracker.run_id)
+    whole = spool.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, hard))
+    try:
+        tracker.log(2, {"train/loss": 2.0})
+        tracker.log(3, {"train/loss": 3.0})
+        assert spool.read_bytes() == whole and caplog.text.count("metrics stay in memory") == 1
     finally:
-        stop_server(server)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    tracker.log(4, {"train/loss": 4.0})
+    tracker.close(wait_s=0)
+    assert [json.loads(line)["step"] for line in spool.read_bytes().splitlines()] == [1, 2, 3, 4]

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 SAVE = """
 import sys, torch, numpy as np
 from pathlib import Path
+from pipeline.retention import Policy, retain
 from pipeline.train import checkpoint
 from pipeline.train.engine import init_distributed, build_engine
 from pipeline.config import TrainConfig
@@ -31,7 +32,7 @@ folder = Path(sys.argv[1])
 for step in range(1, 5):
     engine.backward(engine(torch.ones(2, 4)).square().mean()); engine.step()
     checkpoint.save(engine, folder, {"step": step, "world_size": 1, "config": {}})
-    checkpoint.retain(folder, 3)
+    retain(folder, Policy(3))
 # A disk that is full: the ranks agree that nothing was saved, and say so.
 real = checkpoint._HashingFile.write
 def full(self, data):

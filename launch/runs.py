@@ -1,0 +1,109 @@
+"""`pldr runs` and `pldr track replay`: what MLflow knows of our runs, and what it does not know yet."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage, tracking
+from pipeline.checkpoints import TRAINING_LOCK
+from pipeline.config import RunConfig, RunPaths, load_config, parse_config
+from pipeline.errors import ConfigError, UserError
+from pipeline.runs import list_runs
+
+Result = dict[str, Any]
+Show = Callable[[str], None]
+HEADER = ("run", "name", "status", "step", "loss", "cached", "order par.", "budget", "checkpoints", "verdict")
+
+
+def add_run_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """The verbs `runs` and `track`."""
+    about = "training runs, their checkpoints and verdicts, from MLflow, newest first"
+    runs = verbs.add_parser("runs", help=about, description=about, parents=[common])
+    runs.add_argument("config", nargs="?", metavar="CONFIG", help="YAML of a run: its store and experiment")
+    runs.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the YAML")
+    runs.add_argument("--uri", help="an MLflow server or sqlite:///PATH (else MLFLOW_TRACKING_URI)")
+    runs.add_argument("--experiment", metavar="NAME", help="only this one (with CONFIG: its own; without: all)")
+    runs.set_defaults(work=_runs)
+    about = "send what an outage of MLflow left behind"
+    track = verbs.add_parser("track", help=about, description=about)
+    inner = track.add_subparsers(dest="track_verb", required=True, metavar="replay")
+    about = "make the run where it does not exist, send spooled metrics in order and once, publish checkpoints"
+    replay = inner.add_parser("replay", help=about, description=about, parents=[common])
+    replay.add_argument("config", metavar="CONFIG|RUN_DIR", help="YAML of a run, or its run directory")
+    replay.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the YAML")
+    replay.set_defaults(work=_replay)
+
+
+def _runs(arguments: Any, show: Show) -> Result:
+    if arguments.config is not None:
+        config = load_config(arguments.config, arguments.overrides)
+        uri = arguments.uri or tracking.tracking_uri(config)
+        experiment = arguments.experiment or config.tracking.experiment
+    else:
+        uri, experiment = arguments.uri or os.environ.get("MLFLOW_TRACKING_URI"), arguments.experiment
+        if not uri:
+            raise ConfigError("runs: name the YAML of a run, or --uri http://HOST:PORT or sqlite:///PATH")
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise UserError(f"{uri.removeprefix('sqlite:///')}: no such file; nothing was logged there yet")
+    rows = list_runs(uri, experiment)
+    for line in _table(rows):
+        show(line)
+    return {"uri": uri, "runs": rows}
+
+
+def _table(rows: list[Result]) -> list[str]:
+    cells = [HEADER, *(_cells(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def _cells(row: Result) -> tuple[str, ...]:
+    def number(key: str, form: str) -> str:
+        return "-" if row[key] is None else format(row[key], form)
+
+    steps = [str(int(name.rpartition("-")[2])) for name in row["checkpoints"]]
+    shown = ",".join(steps if len(steps) <= 4 else ["…", *steps[-4:]])
+    return (
+        row["id"],
+        row["name"],
+        row["status"],
+        number("step", "d"),
+        number("loss", ".4f"),
+        number("val_loss_cached", ".4f"),
+        number("order_parameter", ".1e"),
+        number("budget", ".2f"),
+        shown or "-",
+        row["verdict"] or "-",
+    )
+
+
+def _replay(arguments: Any, show: Show) -> Result:
+    config = _config_of(arguments)
+    logs = RunPaths(config.run_dir).logs
+    if not logs.is_dir():
+        raise UserError(f"{logs}: no such folder; nothing was trained here")
+    with open(logs / TRAINING_LOCK, "a+", encoding="utf-8") as stream:
+        if not storage.lock(stream):
+            holder = storage.lock_holder(stream)
+            raise UserError(f"{logs.parent}: process {holder} trains here, and sends by itself when MLflow is back")
+        result = tracking.replay(config)
+    show(f"MLflow run {result['run_id']}: {result['points_sent']} points sent, nothing is left over")
+    return result
+
+
+def _config_of(arguments: Any) -> RunConfig:
+    """The YAML's configuration, or that of a run directory's last start."""
+    folder = Path(arguments.config)
+    if not folder.is_dir():
+        return load_config(arguments.config, arguments.overrides)
+    if arguments.overrides:
+        raise ConfigError(f"track replay: {arguments.overrides[0]} goes with the YAML of a run, not with its folder")
+    job = RunPaths(folder).logs / "job.json"
+    if not job.exists():
+        raise UserError(f"{job}: missing; no training was started in {folder}: name the YAML of the run")
+    config = parse_config(storage.read_json(job, schema_version=1)["config"], where=str(job))
+    return config.model_copy(update={"run_dir": str(folder)})

@@ -1,0 +1,220 @@
+"""Rank 0's metrics on their way to MLflow: a spool on local disk and a thread that sends it; training never waits.
+
+Asynchronous logging of MLflow drops metrics when the server is away, with only a line in its log. So the loop appends
+points to a JSONL spool and a daemon thread sends them in batches, without retries and with a short timeout; what could not
+be sent stays in the spool and is sent later, in order. Each point once:
+
+- `.sent` says how many bytes of the spool MLflow has. A batch whose answer was lost is sent again; an equal point (same
+  time, step and value) is stored only once.
+- A resumed run leaves out points that its spool already holds for that step.
+- On another machine there is no spool: at the first contact MLflow is asked how far the run came (`floor`), and what it
+  has is not sent.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import first_line
+from pipeline.mlflow_client import client, import_mlflow, latest_points
+
+log = logging.getLogger(__name__)
+
+SEND_EVERY_S = 1.0
+BATCH = 500  # MLflow takes at most 1000 points a call
+CLOSE_S = 10.0
+
+
+class Tracker:
+    """Rank 0's line to MLflow. `log` costs an append to a file; everything else happens in a thread.
+
+    identify: gives MLflow's id of the run, making the run where it does not exist yet; called in the thread, and again
+    after it raised. running: mark the run RUNNING at the first contact.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        run_id: str,
+        spool: Path,
+        *,
+        identify: Callable[[], str] | None = None,
+        running: bool = False,
+    ) -> None:
+        self._uri, self.run_id = uri, run_id
+        self._identify = identify or (lambda: run_id)
+        self._running = running
+        self._spool, self._sent_file = spool, spool.with_suffix(".sent")
+        spool.parent.mkdir(parents=True, exist_ok=True)
+        self._cut_torn_line()
+        self._last = self._last_steps()
+        self._stream = open(spool, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._unwritten: list[bytes] = []  # as long as the disk is full
+        self._sent, self._floor = 0, dict[str, int]()
+        self._client: Any = None
+        self.mlflow_id: str | None = None  # None until MLflow has answered
+        self.tried = threading.Event()  # MLflow has answered once, or has not
+        self.points_sent = 0
+        self._stop = threading.Event()
+        self._warned = False
+        import_mlflow()  # here, and not beside the first steps
+        self._thread = threading.Thread(target=self._send_forever, name="mlflow-sender", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record metrics of a step. A metric that already has this step (a resumed run) is left out."""
+        new = {key: value for key, value in values.items() if step > self._last.get(key, -1)}
+        if not new:
+            return
+        self._last.update(dict.fromkeys(new, step))
+        point = {"step": step, "time": int(time.time() * 1000), "values": new}
+        self._unwritten.append(json.dumps(point).encode() + b"\n")
+        self._write()
+
+    def _write(self) -> None:
+        """Append what is not in the spool yet, whole lines or nothing: a full disk must not end a run."""
+        data, size = b"".join(self._unwritten), os.fstat(self._stream.fileno()).st_size
+        try:
+            if self._stream.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._stream.fileno(), size)
+            if len(self._unwritten) == 1:
+                log.warning("%s: %s; metrics stay in memory until it can be written", self._spool, first_line(error))
+        else:
+            self._unwritten.clear()
+
+    def close(self, status: str | None = None, *, wait_s: float = CLOSE_S) -> bool:
+        """Send what is left, `wait_s` at most. Returns whether everything arrived, the run's status included."""
+        if self._unwritten:
+            self._write()
+        self._stop.set()
+        self._thread.join(timeout=wait_s)
+        self._stream.close()
+        if self.mlflow_id is None or self._sent < self._spool.stat().st_size:
+            log.warning(
+                "MLflow at %s did not take all metrics; they are kept in %s, `pldr track replay` sends them",
+                self._uri,
+                self._spool,
+            )
+            return False
+        if status is not None:
+            try:
+                self._client.set_terminated(self.mlflow_id, status=status)
+            except Exception as error:
+                log.warning("MLflow run %s could not be marked %s: %s", self.mlflow_id, status, first_line(error))
+                return False
+        return True
+
+    def _cut_torn_line(self) -> None:
+        """A process killed inside a write leaves half a line: it was never logged."""
+        if self._spool.exists():
+            data = self._spool.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole != len(data):
+                os.truncate(self._spool, whole)
+
+    def _last_steps(self) -> dict[str, int]:
+        last: dict[str, int] = {}
+        if self._spool.exists():
+            with open(self._spool, "rb") as stream:
+                for point in _points(stream):
+                    for key in point["values"]:
+                        last[key] = max(point["step"], last.get(key, -1))
+        return last
+
+    def _send_forever(self) -> None:
+        # One sender per spool: a replay in another process and this one must not send the same points.
+        with open(self._spool.with_suffix(".lock"), "a+", encoding="utf-8") as lock:
+            while not storage.lock(lock):
+                if self._stop.wait(0.2):
+                    return
+            stopped = False
+            while not stopped:
+                stopped = self._stop.is_set()
+                try:
+                    if self.mlflow_id is None:
+                        self._meet()
+                    self._send_pending()
+                    self._warned = False
+                except Exception as error:
+                    if not self._warned:
+                        why = first_line(error)
+                        log.warning(
+                            "MLflow at %s does not answer (%s); metrics wait in %s", self._uri, why, self._spool
+                        )
+                    self._warned = True
+                self.tried.set()
+                self._stop.wait(SEND_EVERY_S)
+
+    def _meet(self) -> None:
+        """The first contact: which run it is, and how far MLflow has it."""
+        run_id = self._identify()
+        self._client = client(self._uri)
+        if self._running:
+            self._client.update_run(run_id, status="RUNNING")
+        known = self._read_sent()
+        if known is None:
+            points = latest_points(self._client.get_run(run_id))
+            known = (0, {key: step for key, (step, _) in points.items()})
+        self._sent, self._floor = known
+        self._write_sent()
+        self.mlflow_id = run_id
+
+    def _read_sent(self) -> tuple[int, dict[str, int]] | None:
+        """Bytes of the spool that MLflow has, and steps it had before; None when that is not known."""
+        try:
+            known = json.loads(self._sent_file.read_text())
+            sent, floor = (known["sent"], known["floor"]) if isinstance(known, dict) else (known, {})
+            return (int(sent), dict(floor)) if int(sent) <= self._spool.stat().st_size else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def _write_sent(self) -> None:
+        storage.publish_bytes(self._sent_file, json.dumps({"sent": self._sent, "floor": self._floor}).encode())
+
+    def _send_pending(self) -> None:
+        from mlflow.entities import Metric
+
+        while True:
+            with open(self._spool, "rb") as stream:
+                stream.seek(self._sent)
+                lines: list[bytes] = []
+                while len(lines) < BATCH // 10 and (line := stream.readline()).endswith(b"\n"):
+                    lines.append(line)
+            if not lines:
+                return
+            metrics = [
+                Metric(key, value, point["time"], point["step"])
+                for point in _points(lines)
+                for key, value in point["values"].items()
+                if point["step"] > self._floor.get(key, -1)
+            ]
+            for start in range(0, len(metrics), BATCH):
+                self._client.log_batch(self.mlflow_id, metrics=metrics[start : start + BATCH])
+            self.points_sent += len(metrics)
+            self._sent += sum(len(line) for line in lines)
+            self._write_sent()
+
+
+def _points(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The points of spool lines; a damaged line is told and left out: the log book must not end a run."""
+    for line in lines:
+        try:
+            point = json.loads(line)
+            whole = isinstance(point["step"], int) and isinstance(point["values"], dict) and point["time"] > 0
+        except (ValueError, TypeError, KeyError):
+            whole = False
+        if whole:
+            yield point
+        else:
+            log.warning("a damaged line of the metrics spool is left out: %.60r", line)

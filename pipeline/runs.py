@@ -1,0 +1,81 @@
+"""The runs of an experiment as MLflow has them: what `pldr runs` shows."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline.errors import ConfigError, UserError, first_line
+from pipeline.mlflow_client import client, is_away, latest_points, mend_for
+from pipeline.places import MlflowPlace, names_in
+from pipeline.publish import CHECKPOINTS_TAG
+from pipeline.run_record import LOCAL_TAG, PLACE_TAG, VERDICT_TAG
+
+COLUMNS = {  # metric -> key of a row
+    "train/loss": "loss",
+    "val/loss_cached": "val_loss_cached",
+    "invariance/order_parameter_G": "order_parameter",
+    "invariance/budget": "budget",
+}
+
+
+def list_runs(uri: str, experiment: str | None) -> list[dict[str, Any]]:
+    """One row per training run of an experiment (None: of all), newest first.
+
+    Keys: id, name, experiment, status, started, step, loss, val_loss_cached, order_parameter, budget, checkpoints (names),
+    published_to, verdict; None where a run has none. Raises ConfigError for an experiment that is not there, UserError
+    when MLflow does not answer.
+    """
+    try:
+        mlflow = client(uri)
+        found = mlflow.search_experiments()
+        names = {e.experiment_id: e.name for e in found if experiment in (None, e.name)}
+        if experiment is not None and not names:
+            known = ", ".join(sorted(e.name for e in found))
+            raise ConfigError(f"experiment {experiment}: not at {uri}; there are: {known}")
+        verdicts = _verdicts(mlflow)
+        return [
+            _row(uri, run, names, verdicts) for run in _runs(mlflow, list(names)) if "train.steps" in run.data.params
+        ]
+    except UserError:
+        raise
+    except Exception as error:
+        mend = mend_for(uri) if is_away(uri, error) else "look at the URI"
+        raise UserError(f"MLflow at {uri}: {first_line(error)}; {mend}") from error
+
+
+def _runs(mlflow: Any, experiments: list[str]) -> list[Any]:
+    runs: list[Any] = []
+    token = None
+    while experiments:
+        page = mlflow.search_runs(experiments, order_by=["attributes.start_time DESC"], page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            break
+    return runs
+
+
+def _verdicts(mlflow: Any) -> dict[str, str]:
+    """Run id -> verdict of its newest registered bundle: older runs have no tag for it."""
+    versions = sorted(mlflow.search_model_versions(), key=lambda v: v.creation_timestamp)
+    return {v.run_id: v.tags["verdict"] for v in versions if v.run_id and "verdict" in v.tags}
+
+
+def _row(uri: str, run: Any, experiments: dict[str, str], verdicts: dict[str, str]) -> dict[str, Any]:
+    info, tags, points = run.info, run.data.tags, latest_points(run)
+    checkpoints = tags.get(CHECKPOINTS_TAG)
+    if checkpoints is None and LOCAL_TAG not in tags:  # begun before runs said it themselves
+        checkpoints = ",".join(reversed(names_in(MlflowPlace(uri, info.run_id))))
+    return {
+        "id": info.run_id,
+        "name": info.run_name,
+        "experiment": experiments[info.experiment_id],
+        "status": info.status,
+        "started": datetime.fromtimestamp(info.start_time / 1000, UTC).isoformat(timespec="seconds"),
+        "step": max((step for step, _ in points.values()), default=None),
+        **{key: points[metric][1] if metric in points else None for metric, key in COLUMNS.items()},
+        "checkpoints": [name for name in (checkpoints or "").split(",") if name],
+        "published_to": tags.get(PLACE_TAG) or None,
+        "verdict": tags.get(VERDICT_TAG) or verdicts.get(info.run_id),
+    }

@@ -1,0 +1,215 @@
+"""MLflow away at the start, during and at the end of a run: real servers that are killed, started again, or hang."""
+
+import json
+import socket
+import time
+
+import pytest
+
+from launch.cli import main
+from pipeline import checkpoints, publish, storage, tracking
+from pipeline.config import parse_config
+from pipeline.errors import ConfigError, UserError
+
+TREE = {
+    "name": "t",
+    "data": {"sources": [{"url": "x.txt"}]},
+    "model": {"vocab_size": 300, "num_layers": 1, "num_heads": 1, "head_dim": 4, "context_length": 8},
+    "train": {"steps": 40, "warmup_steps": 0, "publish_wait_s": 20},
+}
+
+
+def configuration(folder, **sections):
+    return parse_config({**TREE, "run_dir": str(folder), **sections}, where="test")
+
+
+def history(config, run_id, key):
+    points = tracking.client(tracking.tracking_uri(config)).get_metric_history(run_id, key)
+    return [(p.step, p.value) for p in sorted(points, key=lambda p: (p.step, p.timestamp))]
+
+
+def save(config, step):
+    """A committed checkpoint as the run's own."""
+    name = checkpoints.checkpoint_name(step)
+    target = tracking.RunPaths(config.run_dir).checkpoints / name
+    (target / name).mkdir(parents=True)
+    (target / name / "rank_0.pt").write_bytes(bytes([step]) * 1000)
+    run_id = tracking.remembered(config).id
+    storage.publish_json(
+        target / "state.json", {"schema_version": 1, "step": step, "config": {}, "mlflow_run_id": run_id}
+    )
+    manifest = {"schema_version": 1, "files": storage.manifest_of(target)}
+    storage.publish_json(target / storage.MANIFEST, manifest)
+    (target / "COMMITTED").write_text(storage.sha256_file(target / storage.MANIFEST))
+
+
+def log_steps(tracker, steps, every=0.0):
+    slowest = 0.0
+    for step in steps:
+        started = time.monotonic()
+        tracker.log(step, {"train/loss": float(step)})
+        slowest = max(slowest, time.monotonic() - started)
+        time.sleep(every)
+    return slowest
+
+
+@pytest.mark.slow
+def test_a_new_run_begins_without_the_server_and_is_replayed_once(tmp_path, server, capsys):
+    """Away from start to end, over a kill and a resume; then `pldr track replay` on the run directory, twice."""
+    config = configuration(tmp_path / "run", tracking={"uri": server.uri})
+    started = time.monotonic()
+    run_id = tracking.open_run(config)
+    assert run_id.startswith("local-") and time.monotonic() - started < 20
+    assert publish.available(config, run_id) == (None, [])
+    with pytest.raises(ConfigError, match="was made with seed=1"):  # checked without the server
+        tracking.open_run(configuration(tmp_path / "run", tracking={"uri": server.uri}, seed=2))
+    first = tracking.open_tracker(config, run_id, running=True)
+    publisher = publish.open_publisher(config, first)
+    assert log_steps(first, range(10, 31, 10)) < 0.5
+    save(config, 20)
+    publisher.saved(20)
+    assert publisher.close(0) == ["step-000020"] and not first.close()
+    assert tracking.open_run(config) == run_id  # a second start, resumed from step 20
+    second = tracking.open_tracker(config, run_id, running=True)
+    log_steps(second, range(30, 41, 10))
+    save(config, 40)
+    assert not second.close("FINISHED")
+    assert tracking.finish(config, run_id) == run_id
+    storage.publish_json(
+        tmp_path / "run" / "logs" / "job.json", {"schema_version": 1, "config": config.as_dict(), "run_id": run_id}
+    )
+    assert main(["track", "replay", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "did not take everything; not published: step-000020, step-000040; start the server" in error
+
+    server.start()
+    for points in (4, 0):  # the second replay has nothing to send
+        assert main(["track", "replay", str(tmp_path / "run"), "--json"]) == 0
+        result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+        assert result["complete"] and result["points_sent"] == points and result["run_id"] != run_id
+    real = result["run_id"]
+    assert tracking.open_run(config) == real and tracking.same_run(config, run_id, real)
+    assert history(config, real, "train/loss") == [(10, 10.0), (20, 20.0), (30, 30.0), (40, 40.0)]
+    assert tracking.published_checkpoints(server.uri, real) == ["step-000040", "step-000020"]
+    fetched = tracking.fetch_checkpoint(server.uri, real, "step-000040", tmp_path / "elsewhere")
+    assert checkpoints.verify(fetched)["mlflow_run_id"] == run_id
+    mlflow = tracking.client(server.uri)
+    runs = mlflow.search_runs([mlflow.get_experiment_by_name("pldr").experiment_id])
+    assert [run.info.run_id for run in runs] == [real] and runs[0].info.run_name == "t"
+    assert runs[0].data.params["model.head_dim"] == "4" and runs[0].data.tags["pldr.local_id"] == run_id
+    # Another machine that is told MLflow's id takes the checkpoints that hold the local one for its own.
+    other = configuration(tmp_path / "other", tracking={"uri": server.uri})
+    assert tracking.open_run(other, run_id=real) == real and tracking.same_run(other, run_id, real)
+
+
+@pytest.mark.slow
+def test_an_outage_in_the_middle_loses_nothing_and_never_blocks(tmp_path, server):
+    server.start()
+    config = configuration(tmp_path / "run", tracking={"uri": server.uri})
+    run_id = tracking.open_run(config)
+    assert not run_id.startswith("local-")
+    tracker = tracking.open_tracker(config, run_id, running=True)
+    publisher = publish.open_publisher(config, tracker)
+    slowest = log_steps(tracker, range(1, 11), every=0.1)
+    server.kill()
+    slowest = max(slowest, log_steps(tracker, range(11, 21), every=0.1))
+    save(config, 20)
+    started = time.monotonic()
+    publisher.saved(20)
+    assert time.monotonic() - started < 1
+    slowest = max(slowest, log_steps(tracker, range(21, 31), every=0.1))
+    server.start()
+    slowest = max(slowest, log_steps(tracker, range(31, 41), every=0.1))
+    assert publisher.close(60) == [] and tracker.close("FINISHED")
+    assert slowest < 0.5
+    assert history(config, run_id, "train/loss") == [(step, float(step)) for step in range(1, 41)]
+    assert tracking.published_checkpoints(server.uri, run_id) == ["step-000020"]
+    assert tracking.client(server.uri).get_run(run_id).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_known_run_goes_on_while_the_server_is_away_and_its_end_is_told_later(tmp_path, server):
+    server.start()
+    config = configuration(tmp_path / "run", tracking={"uri": server.uri})
+    run_id = tracking.open_run(config)
+    first = tracking.open_tracker(config, run_id, running=True)
+    log_steps(first, (10, 20, 30))
+    save(config, 20)
+    publisher = publish.open_publisher(config, first)
+    assert publisher.close(30) == [] and first.close("FAILED")
+    young = configuration(tmp_path / "young", tracking={"uri": server.uri})
+    begun = tracking.open_run(young)
+    server.kill()
+    assert tracking.open_run(young) == begun and publish.available(young, begun) == (None, [])  # step 0 is all there is
+    assert tracking.open_run(config) == run_id
+    with pytest.raises(UserError, match="start the server"):  # it has published, and cannot be asked what
+        publish.available(config, run_id)
+    second = tracking.open_tracker(config, run_id, running=True)  # resumed from step 20
+    log_steps(second, (30, 40))
+    assert not second.close("FINISHED")
+    (tmp_path / "certificate.json").write_text("{}")
+    tracking.log_files(config, run_id, {str(tmp_path / "certificate.json"): "certificate"}, tags={"pldr.verdict": "x"})
+    assert tracking.finish(config, run_id) == run_id
+    server.start()
+    assert tracking.client(server.uri).get_run(run_id).info.status == "FAILED"
+    assert tracking.settle(config, run_id)["complete"]
+    assert [step for step, _ in history(config, run_id, "train/loss")] == [10, 20, 30, 40]
+    run = tracking.client(server.uri).get_run(run_id)
+    assert run.info.status == "FINISHED" and run.data.tags["pldr.verdict"] == "x"
+    names = [item.path for item in tracking.client(server.uri).list_artifacts(run_id, "certificate")]
+    assert names == ["certificate/certificate.json"]
+
+
+@pytest.mark.slow
+def test_on_another_machine_nothing_is_logged_twice_when_the_server_goes_right_after_the_fetch(tmp_path, server):
+    server.start()
+    here = configuration(tmp_path / "here", tracking={"uri": server.uri})
+    run_id = tracking.open_run(here)
+    tracker = tracking.open_tracker(here, run_id)
+    log_steps(tracker, (10, 20, 30))
+    assert tracker.close()
+    there = configuration(tmp_path / "there", tracking={"uri": server.uri})
+    assert tracking.open_run(there, run_id=run_id) == run_id
+    server.kill()
+    for steps in ((20, 30), (30, 40)):  # no spool here, and nobody to ask how far the run came; and killed once more
+        tracker = tracking.open_tracker(there, run_id, running=True)
+        log_steps(tracker, steps)
+        assert not tracker.close()
+    server.start()
+    assert tracking.settle(there, run_id)["complete"]
+    assert [step for step, _ in history(there, run_id, "train/loss")] == [10, 20, 30, 40]
+
+
+@pytest.mark.slow
+def test_a_batch_whose_answer_was_lost_is_stored_once(tmp_path, server):
+    server.start()
+    config = configuration(tmp_path / "run", tracking={"uri": server.uri})
+    run_id = tracking.open_run(config)
+    tracker = tracking.open_tracker(config, run_id)
+    log_steps(tracker, (10, 20, 30))
+    assert tracker.close()
+    sent = tracking.spool_of(config, run_id).with_suffix(".sent")
+    sent.write_text(json.dumps({**json.loads(sent.read_text()), "sent": 0}))  # as if killed before it was noted
+    assert tracking.settle(config, run_id)["points_sent"] == 3
+    assert [step for step, _ in history(config, run_id, "train/loss")] == [10, 20, 30]
+
+
+def test_a_server_that_hangs_holds_neither_the_start_nor_a_step_nor_the_end(tmp_path):
+    """It accepts connections and never answers, the worst kind."""
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(50)
+        config = configuration(tmp_path, tracking={"uri": f"http://127.0.0.1:{deaf.getsockname()[1]}"})
+        started = time.monotonic()
+        run_id = tracking.open_run(config)
+        tracker = tracking.open_tracker(config, run_id, running=True)
+        publisher = publish.open_publisher(config, tracker)
+        assert time.monotonic() - started < 20
+        save(config, 20)
+        started = time.monotonic()
+        publisher.saved(20)
+        assert log_steps(tracker, range(1, 200)) < 0.5 and time.monotonic() - started < 1
+        started = time.monotonic()
+        assert publisher.close(1) == ["step-000020"]
+        assert not tracker.close("FINISHED", wait_s=1)
+        assert time.monotonic() - started < 5

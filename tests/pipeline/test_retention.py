@@ -1,0 +1,85 @@
+"""Which checkpoints stay: properties of the rule, and the rule on a folder."""
+
+import json
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import checkpoints
+from pipeline.retention import Policy, local_losses, loss_in, retain
+
+LOSSES = st.dictionaries(
+    st.integers(1, 400), st.none() | st.sampled_from([1.0, 2.0]) | st.floats(allow_nan=True), max_size=40
+)
+POLICIES = st.builds(Policy, st.integers(2, 5), st.none() | st.integers(1, 50), st.booleans())
+
+
+@given(LOSSES, POLICIES)
+def test_what_stays(losses, policy):
+    now = max(losses, default=0)
+    stay = policy.keep(losses, now)
+    steps = sorted(losses)
+    assert stay <= losses.keys()
+    assert set(steps[-policy.last :]) <= stay
+    every = {s for s in steps if policy.every and s % policy.every == 0}
+    assert every <= stay
+    rest = stay - set(steps[-policy.last :]) - every
+    assert len(rest) <= policy.best  # nothing but the best is there for another reason
+    finite = {s: loss for s, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    if policy.best and finite:
+        assert min(finite.values()) in [finite[s] for s in stay if s in finite]
+    assert rest <= finite.keys()
+    assert policy.keep({s: losses[s] for s in stay}, now) == stay  # asked again, the same
+
+
+@given(LOSSES, POLICIES)
+def test_saving_one_after_the_other_keeps_what_hindsight_keeps(losses, policy):
+    here: dict[int, float | None] = {}
+    for step in sorted(losses):
+        here[step] = losses[step]
+        stay = policy.keep(here, step)
+        here = {s: here[s] for s in stay}
+    assert here.keys() == policy.keep(losses, max(losses, default=0))
+
+
+@given(LOSSES, POLICIES, st.integers(0, 400))
+def test_a_future_that_was_left_is_not_judged_and_crowds_nothing_out(losses, policy, now):
+    past = {s: loss for s, loss in losses.items() if s <= now}
+    assert policy.keep(losses, now) == policy.keep(past, now) | (losses.keys() - past.keys())
+
+
+@given(POLICIES, st.integers(1, 300), st.integers(1, 30))
+def test_the_disk_is_asked_for_enough(policy, steps, interval):
+    saved = {step: float(step) for step in {*range(interval, steps + 1, interval), steps}}  # the best is the oldest
+    kept = len(policy.keep(saved, steps))
+    assert kept <= policy.at_most(steps, interval) <= kept + 2
+
+
+def save(folder, step, **state):
+    checkpoint = folder / checkpoints.checkpoint_name(step)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"schema_version": 1, "step": step, **state}))
+    (checkpoint / "COMMITTED").write_text("x")
+    return checkpoint
+
+
+def test_a_loss_counts_at_its_own_step_only():
+    assert loss_in({"step": 20, "val_step": 20, "val_loss_cached": 1.5}) == 1.5
+    assert loss_in({"step": 30, "val_step": 20, "val_loss_cached": 1.5}) is None
+    assert loss_in({"step": 20, "val_step": 20, "val_loss_cached": None}) is None
+    assert loss_in({"step": 20}) is None and loss_in([]) is None
+
+
+def test_a_folder_is_left_with_the_last_the_nth_and_the_best(tmp_path):
+    values = {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.5, 50: 2.0, 60: 1.7}
+    removed = []
+    for step, loss in values.items():
+        save(tmp_path, step, val_step=step, val_loss_cached=loss)
+        removed += [path.name for path in retain(tmp_path, Policy(2, every=30, best=True), busy={"step-000040"})]
+    (tmp_path / "step-000070").mkdir()  # never committed
+    (tmp_path / "step-000020" / "state.json").write_text("{")  # damaged: its loss is not known any more
+    assert local_losses(tmp_path) == {20: None, 30: 2.0, 40: 2.5, 50: 2.0, 60: 1.7}
+    assert removed == ["step-000010"]
+    retain(tmp_path, Policy(2, every=30, best=True))  # nobody reads 40 any more
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000030", "step-000050", "step-000060"]
