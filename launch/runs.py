@@ -1,4 +1,4 @@
-"""`pldr runs` and `pldr track replay`: what MLflow knows of our runs, and what it does not know yet."""
+"""`pldr runs`, `report` and `track replay`: what MLflow knows of our runs, and what it does not know yet."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage, tracking
+from pipeline import run_record, storage, tracking
 from pipeline.checkpoints import TRAINING_LOCK
 from pipeline.config import RunConfig, RunPaths, load_config, parse_config
 from pipeline.errors import ConfigError, UserError
-from pipeline.runs import list_runs
+from pipeline.runs import list_runs, read_run
+from pipeline.urls import without_secrets
 
 Result = dict[str, Any]
 Show = Callable[[str], None]
@@ -28,6 +29,17 @@ def add_run_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     runs.add_argument("--uri", help="an MLflow server or sqlite:///PATH (else MLFLOW_TRACKING_URI)")
     runs.add_argument("--experiment", metavar="NAME", help="only this one (with CONFIG: its own; without: all)")
     runs.set_defaults(work=_runs)
+    about = "one HTML page of a run's curves, from MLflow"
+    report = verbs.add_parser("report", help=about, description=about, parents=[common])
+    report.add_argument(
+        "run", metavar="CONFIG|RUN_DIR|RUN_ID", help="YAML of a run, its run directory, or an MLflow id"
+    )
+    report.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the YAML")
+    report.add_argument("--uri", help="with RUN_ID: an MLflow server or sqlite:///PATH (else MLFLOW_TRACKING_URI)")
+    report.add_argument(
+        "--output", metavar="FILE", help="where to (else report/training.html of the run, or RUN_ID.html)"
+    )
+    report.set_defaults(work=_report)
     about = "send what an outage of MLflow left behind"
     track = verbs.add_parser("track", help=about, description=about)
     inner = track.add_subparsers(dest="track_verb", required=True, metavar="replay")
@@ -53,6 +65,32 @@ def _runs(arguments: Any, show: Show) -> Result:
     for line in _table(rows):
         show(line)
     return {"uri": uri, "runs": rows}
+
+
+def _report(arguments: Any, show: Show) -> Result:
+    from pipeline.run_report import write_run_report
+
+    given = Path(arguments.run)
+    if given.suffix in (".yaml", ".yml") or given.is_dir():
+        config = _config_of(arguments.run, arguments.overrides, verb="report")
+        record = run_record.remembered(config)
+        if record is None or record.run_id is None:
+            raise UserError(f"{config.run_dir}: MLflow has no run of it yet; train first, or `pldr track replay`")
+        uri, run_id = record.tracking_uri, record.run_id
+        target = RunPaths(config.run_dir).root / "report" / "training.html"
+    else:
+        uri, run_id = arguments.uri or os.environ.get("MLFLOW_TRACKING_URI", ""), arguments.run
+        if not uri or arguments.overrides:
+            raise ConfigError(
+                "report: an MLflow run id goes with --uri http://HOST:PORT or sqlite:///PATH, and nothing else"
+            )
+        target = Path(f"{run_id}.html")
+    row, data, histories = read_run(uri, run_id)
+    facts = {**{key: row[key] for key in ("name", "status", "started", "verdict", "checkpoints")}, "run_id": run_id}
+    target = Path(arguments.output) if arguments.output else target
+    result = write_run_report({**facts, "uri": without_secrets(uri)}, data.params, data.tags, histories, target)
+    show(result["report"])
+    return result
 
 
 def _table(rows: list[Result]) -> list[str]:
@@ -82,7 +120,7 @@ def _cells(row: Result) -> tuple[str, ...]:
 
 
 def _replay(arguments: Any, show: Show) -> Result:
-    config = _config_of(arguments)
+    config = _config_of(arguments.config, arguments.overrides, verb="track replay")
     logs = RunPaths(config.run_dir).logs
     if not logs.is_dir():
         raise UserError(f"{logs}: no such folder; nothing was trained here")
@@ -95,13 +133,13 @@ def _replay(arguments: Any, show: Show) -> Result:
     return result
 
 
-def _config_of(arguments: Any) -> RunConfig:
+def _config_of(given: str, overrides: list[str], *, verb: str) -> RunConfig:
     """The YAML's configuration, or that of a run directory's last start."""
-    folder = Path(arguments.config)
+    folder = Path(given)
     if not folder.is_dir():
-        return load_config(arguments.config, arguments.overrides)
-    if arguments.overrides:
-        raise ConfigError(f"track replay: {arguments.overrides[0]} goes with the YAML of a run, not with its folder")
+        return load_config(given, overrides)
+    if overrides:
+        raise ConfigError(f"{verb}: {overrides[0]} goes with the YAML of a run, not with its folder")
     job = RunPaths(folder).logs / "job.json"
     if not job.exists():
         raise UserError(f"{job}: missing; no training was started in {folder}: name the YAML of the run")

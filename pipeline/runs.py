@@ -44,6 +44,28 @@ def list_runs(uri: str, experiment: str | None) -> list[dict[str, Any]]:
         raise UserError(f"MLflow at {uri}: {first_line(error)}; {mend}") from error
 
 
+def read_run(uri: str, run_id: str) -> tuple[dict[str, Any], Any, dict[str, list[tuple[int, float]]]]:
+    """A run's row, as `list_runs` has it, MLflow's own data of it (params, tags), and every metric's (step, value) points.
+
+    Raises UserError when MLflow does not answer or has no such run.
+    """
+    try:
+        mlflow = client(uri)
+        run = mlflow.get_run(run_id)
+        experiment = mlflow.get_experiment(run.info.experiment_id)
+        row = _row(uri, run, {run.info.experiment_id: experiment.name}, _verdicts(mlflow))
+        histories = {
+            metric: [(point.step, point.value) for point in mlflow.get_metric_history(run_id, metric)]
+            for metric in run.data.metrics
+        }
+        return row, run.data, histories
+    except UserError:
+        raise
+    except Exception as error:
+        mend = mend_for(uri) if is_away(uri, error) else "look at the id (`pldr runs` lists them)"
+        raise UserError(f"MLflow at {uri}: {first_line(error)}; {mend}") from error
+
+
 def _runs(mlflow: Any, experiments: list[str]) -> list[Any]:
     runs: list[Any] = []
     token = None

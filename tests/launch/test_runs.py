@@ -1,6 +1,7 @@
 """`pldr runs` on a store with runs in it, and what wrong use of it and of `pldr track replay` looks like."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -84,3 +85,30 @@ def test_wrong_use_is_one_line(capsys, runs, tmp_path, monkeypatch, arguments, c
     got, _, errors = run(capsys, *words)
     assert got == code and message in errors and "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("pldr: error: ")
+
+
+def test_a_report_by_yaml_and_by_id(capsys, runs, tmp_path):
+    path, uri, ids = runs
+    code, out, errors = run(capsys, "report", path, "--json")
+    assert code == 0, errors
+    result = json.loads(out.splitlines()[-1])
+    page = Path(result["report"]).read_text()
+    assert result["step"] == 20 and result["train/loss"] == 2.0 and result["val/loss_cached"] == 2.5
+    assert page.count("<polyline") >= 3 and ids[0] in page and "certified" in page and "train.global_batch" in page
+    target = tmp_path / "second.html"
+    code, _, errors = run(capsys, "report", ids[1], "--uri", uri, "--output", target)
+    assert code == 0 and "second" in target.read_text(), errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "f" * 32], "--uri"),
+        (["report", "f" * 32, "--uri", "URI"], "look at the id"),
+        (["report", "/nowhere.yaml"], "no such file"),
+    ],
+)
+def test_a_report_of_nothing_is_one_line(capsys, runs, arguments, message, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    code, _, errors = run(capsys, *[runs[1] if word == "URI" else word for word in arguments])
+    assert code in (1, 2) and message in errors and errors.count("\n") == 1
