@@ -6,8 +6,8 @@
     PATH                                  a checkpoint, a folder of checkpoints, or a run directory
 
 Decision: a checkpoint that is named, of this run directory's own run, takes the run back to it. Later checkpoints would be
-taken for newer ones at the next start: local ones are renamed `.later-step-…`, published ones are removed;
-nothing local is deleted. Metrics up to where the run had come stay as they are.
+taken for newer ones at the next start: local ones are renamed `.later-step-…` (what was renamed before is replaced), published
+ones are removed. Metrics up to where the run had come stay as they are.
 Decision: a PATH outside of the run directory begins a run of its own, with its own parameters, that goes on from there. The
 checkpoint is linked (else copied) into the run directory first, so that a second start finds it, or a newer one, also
 with `auto`.

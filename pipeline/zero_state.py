@@ -66,7 +66,10 @@ class ZeroState:
             else:
                 groups = [{n: tuple(shape) for n, shape in group.items()} for group in model["param_shapes"]]
                 self.shapes = {name: shape for group in groups for name, shape in group.items()}
-                read = self._read_stage_3 if int(partitions[0]["zero_stage"]) == 3 else self._read_stages_1_2
+                stage = int(
+                    partitions[0].get("zero_stage", 1)
+                )  # of bf16 with fp32 accumulation no stage is told: it is 1
+                read = self._read_stage_3 if stage == 3 else self._read_stages_1_2
                 for partition in partitions:
                     read(partition, len(partitions), steps)
         except UserError:
@@ -119,7 +122,8 @@ class ZeroState:
     def _read_stages_1_2(self, partition: dict[str, Any], ranks: int, steps: set[float]) -> None:
         """One rank's file: append its pieces (ranks come in order, so pieces do)."""
         weights = partition["single_partition_of_fp32_groups"]
-        moments = partition["base_optimizer_state"]["state"]
+        moments = partition["base_optimizer_state"]
+        moments = moments if isinstance(moments, list) else moments["state"]  # a list: "elastic_checkpoint"
         for group, mapping in enumerate(partition["param_slice_mappings"]):
             flat = _flat(weights[group], moments[group], steps)
             for name, address in mapping.items():

@@ -34,7 +34,10 @@ def fits(engine: Any, old: ZeroState, *, world_size: int, precision: str, today:
 
 @torch.no_grad()
 def carry_over(engine: Any, old: ZeroState) -> None:
-    """Put a checkpoint's weights, moments and step counts into the engine; collective. Shapes have been checked."""
+    """Put a checkpoint's weights, moments and step counts into the engine; collective. Shapes have been checked.
+
+    Raises UserError when DeepSpeed's settings bring an optimizer that is not known here.
+    """
     parameters = dict(engine.module.named_parameters())
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
@@ -87,7 +90,14 @@ def _put_by_stage(engine: Any, step: float) -> Put:
                 states[master][key].copy_(value)
 
         return put_whole
-    flats = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    flats = getattr(
+        optimizer, "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups", None
+    )
+    if flats is None:  # data_types.grad_accum_dtype brings in another one
+        raise UserError(
+            f"train.deepspeed: a checkpoint cannot be converted for DeepSpeed's {type(optimizer).__name__}; resume with the "
+            "ranks, train.zero_stage and train.precision that it was saved with"
+        )
     for flat in flats:
         states[flat] = fresh(flat.detach())
     if stage == 3:

@@ -15,7 +15,7 @@ WORKER = Path(__file__).with_name("reshard_worker.py")
 FEW = {
     1: ["fp32-2", "2-fp32-0:fp32-3:2", "2-fp32-1:fp32-1:4", "2-fp32-3:fp32-0:2"],
     2: ["fp32-0", "fp32-1", "fp32-3", "1-fp32-2:fp32-3:2:split", "2-fp32-3:fp32-2:4", "2-fp32-1:fp32-0:2",
-        "1-fp32-2:fp32-1:2:lost"],
+        "2-fp32-1:fp32-1:4", "1-fp32-2:fp32-1:2:lost"],
 }  # fmt: skip
 
 
