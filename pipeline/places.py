@@ -88,7 +88,8 @@ class MlflowPlace:
     def remove(self, name: str) -> None:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        repository = get_artifact_repository(self._client.get_run(self._run_id).info.artifact_uri)
+        artifacts = self._client.get_run(self._run_id).info.artifact_uri
+        repository = get_artifact_repository(artifacts, tracking_uri=self._uri)
         members = self._members(f"{FOLDER}/{name}")
         with patience():
             if COMMITTED in members:

@@ -134,9 +134,14 @@ def test_a_known_run_goes_on_while_the_server_is_away_and_its_end_is_told_later(
     run_id = tracking.open_run(config)
     first = tracking.open_tracker(config, run_id, running=True)
     log_steps(first, (10, 20, 30))
-    save(config, 20)
+    for step in (5, 10):
+        save(config, step)
+    assert publish.open_publisher(config, first).close(60) == []
     publisher = publish.open_publisher(config, first)
-    assert publisher.close(30) == [] and first.close("FAILED")
+    save(config, 20)
+    publisher.saved(20)
+    assert publisher.close(60) == [] and first.close("FAILED")
+    assert tracking.published_checkpoints(server.uri, run_id) == ["step-000020", "step-000010"]  # 5 is gone there too
     young = configuration(tmp_path / "young", tracking={"uri": server.uri})
     begun = tracking.open_run(young)
     server.kill()
