@@ -53,7 +53,10 @@ class TrainConfig(Section):
     val_sequences: int = Field(64, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=2)
-    timeout_s: float = Field(1800.0, gt=0)  # of collectives; groups that ZeRO makes itself keep torch's 30 minutes
+    timeout_s: float = Field(
+        60.0, gt=0
+    )  # a rank that another waits for longer, or whose data take longer, fails the job
+    max_restarts: int = Field(0, ge=0)  # after a crash, from the last commit; not after a stop or a user's mistake
     peak_tflops: float | None = Field(None, gt=0)  # of one device, for MFU; null: the data sheet of a known GPU
 
     @model_validator(mode="after")
@@ -163,6 +166,11 @@ class RunPaths:
         self.bundle = self.root / "bundle"
         self.stages = self.root / "stages"
         self.logs = self.root / "logs"
+
+    @staticmethod
+    def ranks_of(job_file: Path) -> Path:
+        """Where the ranks of a job leave their signs of life: beside its file, in logs/."""
+        return job_file.parent / "ranks"
 
 
 def documents_folder(config: RunConfig) -> str:

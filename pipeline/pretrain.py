@@ -15,7 +15,7 @@ from pipeline import storage, tracking
 from pipeline.checkpoints import TRAINING_LOCK, clean, committed, set_aside, step_of, verify
 from pipeline.config import RunConfig, RunPaths, tokens_folder
 from pipeline.device import has_gpu, num_devices
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import ConfigError, Stopped, UserError
 
 Launch = Callable[[RunConfig, Path, int], None]  # start the ranks of a job file and wait; UserError when it failed
 Say = Callable[[str], None]
@@ -39,11 +39,7 @@ def pretrain(config: RunConfig, paths: RunPaths, *, resume: str, launch: Launch,
     ranks = ranks_on_this_node(config)
     job = prepare(config, paths, resume=resume, ranks=ranks, say=say)
     if job.start is None or step_of(job.start) < config.train.steps:
-        try:
-            launch(config, job.file, ranks)
-        except BaseException:
-            tracking.mark(config, job.run_id, "FAILED")
-            raise
+        job = _train(config, paths, job, ranks=ranks, launch=launch, say=say)
     done = committed(paths.checkpoints)
     if not done or step_of(done[-1]) != config.train.steps:
         raise UserError(
@@ -60,6 +56,36 @@ def pretrain(config: RunConfig, paths: RunPaths, *, resume: str, launch: Launch,
         "tokens": state["tokens_consumed"],
         "resumed_from": None if job.start is None else job.start.name,
     }
+
+
+def _train(config: RunConfig, paths: RunPaths, job: Job, *, ranks: int, launch: Launch, say: Say) -> Job:
+    """Start the ranks; after a crash again, `train.max_restarts` times. Returns the job of the last start."""
+    for restarts_left in range(config.train.max_restarts, -1, -1):
+        try:
+            launch(config, job.file, ranks)
+            return job
+        except Stopped as stop:
+            tracking.mark(config, job.run_id, "KILLED")
+            done = committed(paths.checkpoints)
+            where = done[-1].name if done else "step 0"
+            raise Stopped(
+                f"{stop}; start again to go on from {where}",
+                details={**stop.details, "run_id": job.run_id, "checkpoint": done[-1].name if done else None},
+            ) from None
+        except UserError as error:
+            if error.exit_code == 2 or not restarts_left:  # 2: it would only happen again
+                tracking.mark(config, job.run_id, "FAILED")
+                raise
+            crash = error
+        except BaseException:
+            tracking.mark(config, job.run_id, "FAILED")
+            raise
+        job = prepare(config, paths, resume="auto", ranks=ranks, say=say)
+        if job.start is not None and step_of(job.start) == config.train.steps:  # it crashed after its last save
+            return job
+        where = "the beginning" if job.start is None else job.start.name
+        say(f"{crash}; restarted from {where}, {restarts_left - 1} of {config.train.max_restarts} restarts are left")
+    raise AssertionError("the last start returns or raises")
 
 
 def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say: Say) -> Job:

@@ -34,6 +34,7 @@ TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 # Settings that may change on resume without making it another run. Everything else must be equal.
 MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.workers", "train.ranks", "train.log_every",
               "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout_s",
+              "train.max_restarts", "train.max_skipped_steps", "train.on_spike", "train.spike_",
               "train.deepspeed", "train.compile", "train.peak_tflops", "train.val_sequences")  # fmt: skip
 
 

@@ -25,10 +25,12 @@ from pipeline.schedule import invariance_budget, learning_rate
 from pipeline.tracking import Tracker
 from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, device_of_rank, set_learning_rate
+from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.metrics import Throughput, peak_flops, system_metrics, validate
 from pipeline.train.optim import gradient_norm
 from pipeline.train.progress import Progress
-from pldr_model.loss import total_loss
+from pipeline.train.step import global_step
+from pipeline.train.stop import StopRequest
 from pldr_model.model import PLDRModel
 
 log = logging.getLogger(__name__)
@@ -78,11 +80,15 @@ def train(
     lineage: Lineage,
     tracker: Tracker | None,
     resume_from: Path | None,
+    heart: Heartbeat | None = None,
+    stop: StopRequest | None = None,
 ) -> TrainState:
-    """Train to `train.steps`; collective. `held_out`: validation sequences [n, S+1]; `tracker`: rank 0's, else None.
+    """Train to `train.steps`, or to the step in which a rank was asked to stop; collective.
 
-    Raises UserError when the loss is no longer finite, a checkpoint does not fit, or a file cannot be written.
+    `held_out`: validation sequences [n, S+1]; `tracker`: rank 0's, else None. Raises UserError when the loss is no longer
+    finite, a checkpoint does not fit, or a file cannot be written.
     """
+    heart, stop = heart or Heartbeat(), stop or StopRequest()
     settings, paths = config.train, RunPaths(config.run_dir)
     world, device = dist.get_world_size(), device_of_rank()
     torch.manual_seed(config.seed)  # the same weights on every rank and at every world size
@@ -95,7 +101,6 @@ def train(
     progress = Progress(config, start_step=state.step) if dist.get_rank() == 0 else None
     throughput = Throughput()
     budget = invariance_budget(settings, state.step)
-    wants_outputs = any(config.model.dag_coefficients)
     tokens_per_batch = settings.global_batch * config.model.context_length
     flops = config.model.flops_per_token(training=True)
     peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_flops()
@@ -103,33 +108,31 @@ def train(
     gc.disable()  # ranks must not pause one after another; collected at the logging interval
 
     while state.step < settings.steps:
+        heart.at(state.step + 1, "data")
+        micro_batches, position = next(batches)
+        heart.at(state.step + 1, "compute")
         rate = learning_rate(settings, state.step)
         set_learning_rate(engine, rate)
-        loss_sum = torch.zeros((), device=device)
-        micro_batches, position = next(batches)
-        for micro in micro_batches:
-            ids = torch.from_numpy(micro).to(device, non_blocking=True)
-            result = engine(ids[:, :-1], padded=False, return_outputs=wants_outputs)
-            logits, outputs = result if wants_outputs else (result, None)
-            losses = total_loss(logits, ids[:, 1:], config.model, outputs=outputs)
-            engine.backward(losses.total)
-            engine.step()
-            loss_sum += losses.cross_entropy.detach()
+        outcome = global_step(engine, micro_batches, config.model, stop=stop, device=device)
         budget += rate * settings.metric_decay
         state.step += 1
         state.sequences_left_out += position - state.sequences_consumed - settings.global_batch
         state.sequences_consumed = position
         state.tokens_consumed += tokens_per_batch
         throughput.add(tokens_per_batch)
-        last = state.step == settings.steps
+        last = state.step == settings.steps or outcome.stop is not None
         checkpoint_due = state.step % settings.checkpoint_every == 0 or last
         values: dict[str, float] = {}
 
-        if state.step % settings.log_every == 0 or checkpoint_due:
+        if (
+            state.step % settings.log_every == 0
+            or state.step % settings.checkpoint_every == 0
+            or state.step == settings.steps
+        ):
             gc.collect(1)
             state.skipped_steps = int(engine.skipped_steps)
             values |= {
-                "train/loss": _mean_over_ranks(loss_sum / len(micro_batches)),
+                "train/loss": outcome.loss,
                 "train/lr": rate,
                 "train/grad_norm": _gradient_norm(engine),
                 "train/tokens_per_second": throughput.read(),
@@ -150,7 +153,8 @@ def train(
                         "lengthen train.warmup_steps, in a new run_dir"
                     )
 
-        if state.step % settings.validate_every == 0 or last:
+        if state.step % settings.validate_every == 0 or state.step == settings.steps:
+            heart.at(state.step, "validate")
             with throughput.pause():
                 values |= validate(
                     engine, config.model, held_out, batch_size=settings.micro_batch, bytes_per_token=bytes_per_token
@@ -159,11 +163,15 @@ def train(
         if values:
             _report(tracker, progress, state.step, values)
         if checkpoint_due:
+            heart.at(state.step, "save")
             with throughput.pause():
                 _checkpoint(engine, config, paths.checkpoints, state, lineage, tracker)
+        if outcome.stop is not None:
+            break
 
+    heart.at(state.step, "end")
     if progress is not None:
-        progress.end()
+        progress.end(state.step, stop=outcome.stop)
     return state
 
 
@@ -191,12 +199,6 @@ def _checkpoint(
                 tracker.sync_checkpoints(committed(folder))
             except Exception as error:  # an outage of MLflow must not end a run: the local checkpoint is committed
                 log.warning("%s was not published to MLflow: %s", saved.name, first_line(error))
-
-
-def _mean_over_ranks(value: torch.Tensor) -> float:
-    value = value.detach().double()
-    dist.all_reduce(value)
-    return float(value) / dist.get_world_size()
 
 
 def _gradient_norm(engine: Any) -> float:
