@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,10 +25,12 @@ from pipeline.schedule import invariance_budget, learning_rate
 from pipeline.tracking import Tracker
 from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, device_of_rank, set_learning_rate
+from pipeline.train.guard import Guard
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.metrics import Throughput, peak_flops, system_metrics, validate
 from pipeline.train.optim import gradient_norm
 from pipeline.train.progress import Progress
+from pipeline.train.response import checkpoint_to_go_back_to, judge, told
 from pipeline.train.step import global_step
 from pipeline.train.stop import StopRequest
 from pldr_model.model import PLDRModel
@@ -45,6 +47,10 @@ class TrainData(Protocol):
         """Sequences in an epoch."""
         ...
 
+    def indices(self, position: int) -> np.ndarray:
+        """The sequence numbers of the batch that begins at a position."""
+        ...
+
     def micro_batches(self, position: int, *, limit: int) -> Iterator[tuple[Sequence[np.ndarray], int]]: ...
 
 
@@ -52,7 +58,8 @@ class TrainData(Protocol):
 class TrainState:
     """How far the run is; what a checkpoint's state.json says about it.
 
-    sequences_consumed: the position in the data order, sequences that were left out as bad (sequences_left_out) included.
+    sequences_consumed: the position in the data order, sequences that were left out (sequences_left_out) included: as bad,
+    or by a rollback.
     """
 
     step: int = 0
@@ -60,6 +67,8 @@ class TrainState:
     tokens_consumed: int = 0
     skipped_steps: int = 0
     sequences_left_out: int = 0
+    budget_skipped: float = 0.0  # what skipped steps would have added to the invariance budget
+    guard: Guard = field(default_factory=Guard)
 
 
 @dataclass(frozen=True)
@@ -85,8 +94,8 @@ def train(
 ) -> TrainState:
     """Train to `train.steps`, or to the step in which a rank was asked to stop; collective.
 
-    `held_out`: validation sequences [n, S+1]; `tracker`: rank 0's, else None. Raises UserError when the loss is no longer
-    finite, a checkpoint does not fit, or a file cannot be written.
+    `held_out`: validation sequences [n, S+1]; `tracker`: rank 0's, else None. Raises UserError when too many losses in a
+    row are not finite, a spike is to stop the run, a checkpoint does not fit, or the last one cannot be written.
     """
     heart, stop = heart or Heartbeat(), stop or StopRequest()
     settings, paths = config.train, RunPaths(config.run_dir)
@@ -100,7 +109,7 @@ def train(
         state = _resume(engine, resume_from)
     progress = Progress(config, start_step=state.step) if dist.get_rank() == 0 else None
     throughput = Throughput()
-    budget = invariance_budget(settings, state.step)
+    budget = invariance_budget(settings, state.step) - state.budget_skipped
     tokens_per_batch = settings.global_batch * config.model.context_length
     flops = config.model.flops_per_token(training=True)
     peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_flops()
@@ -109,13 +118,22 @@ def train(
 
     while state.step < settings.steps:
         heart.at(state.step + 1, "data")
-        micro_batches, position = next(batches)
+        batch = next(batches, None)
+        if batch is None:  # steps that were rolled back are trained on further batches
+            batches = data.micro_batches(state.sequences_consumed, limit=settings.steps - state.step)
+            continue
+        micro_batches, position = batch
         heart.at(state.step + 1, "compute")
         rate = learning_rate(settings, state.step)
         set_learning_rate(engine, rate)
         outcome = global_step(engine, micro_batches, config.model, stop=stop, device=device)
-        budget += rate * settings.metric_decay
+        ids = partial(data.indices, state.sequences_consumed)
+        if outcome.skipped:
+            state.budget_skipped += rate * settings.metric_decay
+        else:
+            budget += rate * settings.metric_decay
         state.step += 1
+        state.skipped_steps = int(engine.skipped_steps)
         state.sequences_left_out += position - state.sequences_consumed - settings.global_batch
         state.sequences_consumed = position
         state.tokens_consumed += tokens_per_batch
@@ -130,13 +148,13 @@ def train(
             or state.step == settings.steps
         ):
             gc.collect(1)
-            state.skipped_steps = int(engine.skipped_steps)
             values |= {
                 "train/loss": outcome.loss,
                 "train/lr": rate,
                 "train/grad_norm": _gradient_norm(engine),
                 "train/tokens_per_second": throughput.read(),
                 "train/skipped_steps": float(state.skipped_steps),
+                "train/spikes": float(state.guard.spikes),
                 "data/epoch": state.sequences_consumed / data.num_sequences,
                 "data/tokens": float(state.tokens_consumed),
                 "data/left_out_sequences": float(state.sequences_left_out),
@@ -146,12 +164,8 @@ def train(
                 values["train/mfu"] = values["train/tokens_per_second"] * flops / (peak * world)
             if config.model.g_source == "learned":
                 values["invariance/budget"] = budget
-            for key in ("train/loss", "train/grad_norm"):
-                if not math.isfinite(values[key]):
-                    raise UserError(
-                        f"step {state.step}: {key} is {values[key]}; nothing of it was saved. Lower train.max_lr or "
-                        "lengthen train.warmup_steps, in a new run_dir"
-                    )
+            if outcome.skipped:
+                del values["train/loss"], values["train/grad_norm"]
 
         if state.step % settings.validate_every == 0 or state.step == settings.steps:
             heart.at(state.step, "validate")
@@ -160,12 +174,29 @@ def train(
                     engine, config.model, held_out, batch_size=settings.micro_batch, bytes_per_token=bytes_per_token
                 )
 
+        event = judge(state.guard, settings, state.step, outcome, values, ids)
+        if event is not None:
+            values["train/spikes"] = float(state.guard.spikes)
+            _tell(progress, f"warning: {told(event)}")
         if values:
             _report(tracker, progress, state.step, values)
+        if event is not None and event["action"] == "rollback":
+            earlier = _roll_back(engine, paths.checkpoints, state)
+            if earlier is not None:
+                state = earlier
+                budget = invariance_budget(settings, state.step) - state.budget_skipped
+                _tell(progress, f"rolled back to step {state.step}; goes on at position {state.sequences_consumed}")
+                continue
+            _tell(progress, "warning: there is no checkpoint to roll back to; training goes on")
         if checkpoint_due:
             heart.at(state.step, "save")
             with throughput.pause():
-                _checkpoint(engine, config, paths.checkpoints, state, lineage, tracker)
+                try:
+                    _checkpoint(engine, config, paths.checkpoints, state, lineage, tracker)
+                except UserError as error:  # on every rank: a full disk, say
+                    if last:
+                        raise
+                    _tell(progress, f"warning: {error}; training goes on, earlier checkpoints are kept")
         if outcome.stop is not None:
             break
 
@@ -178,8 +209,22 @@ def train(
 def _resume(engine: Any, folder: Path) -> TrainState:
     saved = verify(folder)
     checkpoint.load(engine, folder, saved)
-    state = {key: saved[key] for key in TrainState.__dataclass_fields__ if key != "sequences_left_out"}
-    return TrainState(**state, sequences_left_out=saved.get("sequences_left_out", 0))  # older checkpoints left out none
+    known = {
+        key: saved[key] for key in TrainState.__dataclass_fields__ if key in saved
+    }  # older ones lack the newer keys
+    return TrainState(**{**known, "guard": Guard(**saved.get("guard", {}))})
+
+
+def _roll_back(engine: Any, folder: Path, state: TrainState) -> TrainState | None:
+    """The newest whole checkpoint, loaded; its state, but behind the batches seen until now. None: there is no checkpoint."""
+    target = checkpoint_to_go_back_to(folder, state.guard)
+    if target is None:
+        return None
+    earlier = _resume(engine, target)
+    earlier.guard.roll_back(state.guard, target.name)
+    earlier.sequences_left_out += state.sequences_consumed - earlier.sequences_consumed
+    earlier.sequences_consumed = state.sequences_consumed
+    return earlier
 
 
 def _checkpoint(
@@ -204,6 +249,12 @@ def _checkpoint(
 def _gradient_norm(engine: Any) -> float:
     norm = engine.get_global_grad_norm()
     return gradient_norm(engine.optimizer) if norm is None else float(norm)
+
+
+def _tell(progress: Progress | None, text: str) -> None:
+    if progress is not None:
+        progress.event(text)
+        log.warning("%s", text)
 
 
 def _report(tracker: Tracker | None, progress: Progress | None, step: int, values: dict[str, float]) -> None:
