@@ -21,13 +21,13 @@ MIN_LOSSES = 20  # before that there is no bound
 ORDER_WINDOW = 9  # validations
 MIN_ORDERS = 3
 ORDER_FACTOR = 10.0
-LEAST_SIGMA = 1e-3  # of the median: a window of equal losses is no reason to call the next one a spike
+LEAST_SIGMA = 0.01  # of the median: MAD is 0 when half of the window is equal, and a few percent are no king
 MAX_ROLLBACKS = 3  # to one checkpoint: what spikes again on other data does not spike because of its data
 KEPT_EVENTS = 100
 
 
 def robust_bound(values: Sequence[float], threshold: float) -> float:
-    """`median + threshold * max(1.4826 * MAD, 0.001 * |median|)` of at least one finite value."""
+    """`median + threshold * max(1.4826 * MAD, 0.01 * |median|)` of at least one finite value."""
     median = statistics.median(values)
     mad = statistics.median(abs(value - median) for value in values)
     return median + threshold * max(1.4826 * mad, LEAST_SIGMA * abs(median))

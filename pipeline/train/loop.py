@@ -217,7 +217,7 @@ def _resume(engine: Any, folder: Path) -> TrainState:
 
 def _roll_back(engine: Any, folder: Path, state: TrainState) -> TrainState | None:
     """The newest whole checkpoint, loaded; its state, but behind the batches seen until now. None: there is no checkpoint."""
-    target = checkpoint_to_go_back_to(folder, state.guard)
+    target = checkpoint_to_go_back_to(folder, state.guard, state.step)
     if target is None:
         return None
     earlier = _resume(engine, target)

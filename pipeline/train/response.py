@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
-from pipeline.checkpoints import committed, verify
+from pipeline.checkpoints import committed, step_of, verify
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.train.guard import MAX_ROLLBACKS, Guard
@@ -87,14 +87,14 @@ def told(event: Event) -> str:
     return f"step {event['step']}: {event['what']}, {value}{above}{batch}"
 
 
-def checkpoint_to_go_back_to(folder: Path, guard: Guard) -> Path | None:
-    """The newest whole checkpoint, the same on all ranks; None when there is none. Collective.
+def checkpoint_to_go_back_to(folder: Path, guard: Guard, step: int) -> Path | None:
+    """The newest whole checkpoint from before `step`, the same on all ranks; None when there is none. Collective.
 
     Raises ConfigError when the run has gone back to it MAX_ROLLBACKS times already.
     """
     chosen: list[Path | None] = [None]
     if dist.get_rank() == 0:
-        for candidate in reversed(committed(folder)):
+        for candidate in reversed([c for c in committed(folder) if step_of(c) < step]):
             try:
                 verify(candidate)
                 chosen[0] = candidate

@@ -1,6 +1,7 @@
 """One rank of tests/pipeline/train/test_guard_ranks.py: a step that is not finite, and a spike that is rolled back.
 
-Usage: guard_worker.py FOLDER STAGES PRECISION. STAGES of ZeRO, with commas; `+` before one: roll back, too. Rank 0 writes FOLDER/result.json.
+Usage: guard_worker.py FOLDER STAGES PRECISION. STAGES of ZeRO, with commas; `+` before one: roll back, too. Rank 0
+writes FOLDER/result.json.
 """
 
 import hashlib
