@@ -13,22 +13,25 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pipeline import storage
 from pipeline.checkpoints import TRAINING_LOCK
-from pipeline.config import RunPaths, parse_config, tokens_folder
+from pipeline.config import RunConfig, RunPaths, parse_config, tokens_folder
 from pipeline.errors import UserError, first_line
 from pipeline.train.heartbeat import Heartbeat, blame
 from pipeline.train.progress import FAILURE, LISTENING
 from pipeline.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 PARENT_PIPE = "PLDR_PARENT_PIPE"  # set when stdin is a pipe whose other end the launching process holds open
 
 
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> int:
         from pipeline.train.engine import is_peer_failure
 
         traceback.print_exc()
-        said = f"{type(error).__name__}: {first_line(error)}"
+        said = f"rank {rank_and_world()[0]}: {type(error).__name__}: {first_line(error)}"
         if is_peer_failure(error):
             rank, world = rank_and_world()
             said = f"{blame(RunPaths.ranks_of(job_file), _stamp(job_file), me=rank, world=world)} ({said})"
@@ -64,14 +67,14 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def _failed(message: str, exit_code: int) -> int:
-    print(f"{FAILURE}{exit_code} rank {os.environ.get('RANK', '?')}: {message}", flush=True)
+    print(f"{FAILURE}{exit_code} {message}", flush=True)
     return exit_code
 
 
 def _give_up(message: str) -> None:
     """End this process at once, from any thread: the main one hangs."""
     faulthandler.dump_traceback()
-    os._exit(_failed(message, 1))
+    os._exit(_failed(f"rank {rank_and_world()[0]}: {message}", 1))
 
 
 def _stamp(job_file: Path) -> str:
@@ -88,7 +91,7 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.data.cache import Stamps
     from pipeline.data.index import TokenIndex
     from pipeline.data.loader import TrainLoader, evenly_spread
-    from pipeline.data.reader import open_split
+    from pipeline.data.reader import TokenReader, open_split
     from pipeline.device import has_gpu
     from pipeline.tracking import Tracker, spool_of, tracking_uri
     from pipeline.train.engine import init_distributed
@@ -105,11 +108,19 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     lock = open(paths.logs / TRAINING_LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held to the end of the process
     if rank == 0 and not storage.lock(lock):
         raise UserError(f"{paths.root}: process {storage.lock_holder(lock)} trains here; wait for it or stop it")
-    index = TokenIndex.load(tokens_folder(config))
-    index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
     stamps = Stamps(_stamp(job_file))  # what its ranks check together is checked once a start on each node
-    reader = open_split(index, "train", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
-    val = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
+
+    def have_data_and_disk() -> tuple[TokenIndex, TokenReader, TokenReader]:
+        require_disk(config, paths, rank)
+        index = TokenIndex.load(tokens_folder(config))
+        index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
+        reader = open_split(index, "train", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
+        val = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
+        if config.data.on_bad_shard == "error":  # else what cannot be read is left out
+            val.read(np.arange(min(1, val.num_sequences)))
+        return index, reader, val
+
+    index, reader, val = on_every_rank(have_data_and_disk)
     skip = config.data.on_bad_shard == "skip"
     agree = agreement(config.train.timeout_s) if skip else None
     # One sequence more than are scored: it lends its G to the others.
@@ -151,6 +162,36 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     dist.barrier()
     heart.close()
     dist.destroy_process_group()
+
+
+def on_every_rank(work: Callable[[], T]) -> T:
+    """What `work` gives on this rank, when it went well on all of them. Collective.
+
+    Raises UserError on every rank otherwise, naming the ranks that failed and why: before training, not with a hang in it.
+    """
+    import torch.distributed as dist
+
+    problem: tuple[int, str] | None = None
+    try:
+        result = work()
+    except (UserError, OSError) as error:
+        code = error.exit_code if isinstance(error, UserError) else 1
+        problem = (code, f"rank {dist.get_rank()} on {socket.gethostname()}: {first_line(error)}")
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = [p for p in problems if p is not None]
+    if found:
+        raise UserError("; ".join(dict.fromkeys(text for _, text in found)), exit_code=max(code for code, _ in found))
+    return result
+
+
+def require_disk(config: RunConfig, paths: RunPaths, rank: int) -> None:
+    """This rank can write its part of a checkpoint. Raises UserError or OSError."""
+    probe = paths.checkpoints / f".probe-{rank}"
+    storage.publish_bytes(probe, b"")
+    probe.unlink()
+    share = 17 * config.model.num_parameters()["total"] // int(os.environ["WORLD_SIZE"])  # pretrain.py tells why 17
+    storage.require_free_space(paths.checkpoints, share, "this rank's part of a checkpoint")
 
 
 def agreement(timeout_s: float) -> Callable[[list[bool]], list[bool]]:
