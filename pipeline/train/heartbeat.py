@@ -66,6 +66,7 @@ class Heartbeat:
                     _write(folder, rank, record)
                 if place.phase == "data" and waited > timeout_s:
                     fail(f"no batch for step {place.step} within train.timeout_s={timeout_s:g} s: its data do not come")
+                    return
                 if self._stop.wait(BEAT_S):
                     return
 
