@@ -21,7 +21,7 @@ from typing import Any
 from launch.data import add_bench_options, add_data_verbs, bench_data
 from launch.runs import add_run_verbs
 from pipeline.config import RunConfig, load_config
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.stages import NAMES, Line, exclusive
 from pipeline.storage import explain_os_error
 
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     show = _show_live if sys.stdout.isatty() and not arguments.json else _show
     try:
         result = arguments.work(arguments, show)
+    except Stopped as stop:
+        result = {"stopped": str(stop), **stop.details}
+        _show(str(stop))
     except UserError as error:
         return _fail(arguments, str(error), error.exit_code, **error.details)
     except OSError as error:

@@ -57,7 +57,14 @@ class TrainConfig(Section):
     keep_best: bool = True  # the best by val/loss_cached stays; only a checkpoint that was validated at its step counts
     publish_to: str | None = None  # URL for checkpoints of any fsspec kind (s3://…, a path); null: MLflow artifacts
     publish_wait_s: float = Field(600.0, ge=0)  # how long the end of training waits for the last upload
-    timeout_s: float = Field(1800.0, gt=0)  # of collectives; groups that ZeRO makes itself keep torch's 30 minutes
+    timeout_s: float = Field(
+        60.0, gt=0
+    )  # a rank that another waits for longer, or whose data take longer, fails the job
+    max_skipped_steps: int = Field(10, ge=1)  # in a row, whose loss or gradients are not finite: the run stops
+    on_spike: Literal["warn", "rollback", "stop"] = "warn"  # what a loss spike does (pipeline/train/response.py)
+    spike_window: int = Field(200, ge=20)  # losses that its bound comes from, median + spike_threshold * 1.4826 MAD
+    spike_threshold: float = Field(8.0, gt=0)
+    max_restarts: int = Field(0, ge=0)  # after a crash, from the last commit; not after a stop or a user's mistake
     peak_tflops: float | None = Field(None, gt=0)  # of one device, for MFU; null: the data sheet of a known GPU
 
     @field_validator("publish_to")
@@ -179,6 +186,11 @@ class RunPaths:
         self.bundle = self.root / "bundle"
         self.stages = self.root / "stages"
         self.logs = self.root / "logs"
+
+    @staticmethod
+    def ranks_of(job_file: Path) -> Path:
+        """Where the ranks of a job leave their signs of life: beside its file, in logs/."""
+        return job_file.parent / "ranks"
 
 
 def documents_folder(config: RunConfig) -> str:

@@ -27,6 +27,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+class Stopped(UserError):
+    """Not an error: the user's signal ended training after a save (exit code 0)."""
+
+    def __init__(self, message: str, *, details: dict[str, Any]) -> None:
+        super().__init__(message, exit_code=0, details=details)
+
+
 class ConfigError(UserError):
     """Wrong usage or configuration (exit code 2)."""
 

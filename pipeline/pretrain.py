@@ -15,7 +15,7 @@ from pipeline import storage, tracking
 from pipeline.checkpoints import TRAINING_LOCK, committed, step_of, verify
 from pipeline.config import RunConfig, RunPaths, tokens_folder
 from pipeline.device import has_gpu, num_devices
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.resume import Say, changes, find_start
 from pipeline.retention import policy_of
 
@@ -42,13 +42,7 @@ def pretrain(
     ranks = ranks_on_this_node(config)
     job = prepare(config, paths, resume=resume, ranks=ranks, say=say, force=force)
     if job.start is None or step_of(job.start) < config.train.steps:
-        log = paths.logs / "train.log"
-        log_from = log.stat().st_size if log.exists() else 0
-        try:
-            launch(config, job.file, ranks)
-        except BaseException as error:
-            tracking.fail(config, job.run_id, error, log_from=log_from)
-            raise
+        job = _train(config, paths, job, ranks=ranks, launch=launch, say=say, force=force)
     done = committed(paths.checkpoints)
     if not done or step_of(done[-1]) != config.train.steps:
         raise UserError(
@@ -65,6 +59,38 @@ def pretrain(
         "tokens": state["tokens_consumed"],
         "resumed_from": None if job.start is None else job.start.name,
     }
+
+
+def _train(config: RunConfig, paths: RunPaths, job: Job, *, ranks: int, launch: Launch, say: Say, force: bool) -> Job:
+    """Start the ranks; after a crash again, `train.max_restarts` times. Returns the job of the last start."""
+    log = paths.logs / "train.log"
+    for restarts_left in range(config.train.max_restarts, -1, -1):
+        log_from = log.stat().st_size if log.exists() else 0
+        try:
+            launch(config, job.file, ranks)
+            return job
+        except Stopped as stop:
+            tracking.mark(config, job.run_id, "KILLED")
+            done = committed(paths.checkpoints)
+            where = done[-1].name if done else "step 0"
+            raise Stopped(
+                f"{stop}; start again to go on from {where}",
+                details={**stop.details, "run_id": job.run_id, "checkpoint": done[-1].name if done else None},
+            ) from None
+        except UserError as error:
+            if error.exit_code == 2 or not restarts_left:  # 2: it would only happen again
+                tracking.fail(config, job.run_id, error, log_from=log_from)
+                raise
+            crash = error
+        except BaseException as error:
+            tracking.fail(config, job.run_id, error, log_from=log_from)
+            raise
+        job = prepare(config, paths, resume="auto", ranks=ranks, say=say, force=force)
+        if job.start is not None and step_of(job.start) == config.train.steps:  # it crashed after its last save
+            return job
+        where = "the beginning" if job.start is None else job.start.name
+        say(f"{crash}; restarted from {where}, {restarts_left - 1} of {config.train.max_restarts} restarts are left")
+    raise AssertionError("the last start returns or raises")
 
 
 def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say: Say, force: bool = False) -> Job:

@@ -3,51 +3,87 @@
     deepspeed --num_gpus 2 --module pipeline.worker JOB.json
 
 JOB.json (written by `pipeline.pretrain`): the whole configuration, the MLflow run to log to and the checkpoint to resume from.
+
+How a rank ends: 0 when training is done, or when a signal (stop.py) ended it after a save; otherwise with its first failure in
+one marked line, which the launching process shows. A collective that failed is told as the rank that was waited for.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
+import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pipeline import storage
 from pipeline.checkpoints import TRAINING_LOCK
-from pipeline.config import RunPaths, parse_config, tokens_folder
-from pipeline.errors import UserError
+from pipeline.config import RunConfig, RunPaths, parse_config, tokens_folder
+from pipeline.errors import UserError, first_line
+from pipeline.train.heartbeat import Heartbeat, blame
+from pipeline.train.progress import FAILURE, LISTENING
+from pipeline.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
 STOPPED_WAIT_S = 5.0  # for uploads, when training ends before its last step
+T = TypeVar("T")
 PARENT_PIPE = "PLDR_PARENT_PIPE"  # set when stdin is a pipe whose other end the launching process holds open
 
 
 def main(argv: list[str]) -> int:
     """Run this rank to the end; the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    stop = StopRequest()
+    stop.listen()
+    print(LISTENING, flush=True)
     if os.environ.get(PARENT_PIPE) == "1":
         threading.Thread(target=_die_with_parent, daemon=True).start()
-    from pipeline.train.progress import FAILURE
-
-    arguments = [a for a in argv if not a.startswith("--local_rank")]
+    job_file = Path(next(a for a in argv if not a.startswith("--local_rank")))
+    heart = Heartbeat()
     try:
-        run(Path(arguments[0]))
+        run(job_file, heart, stop)
     except UserError as error:
-        print(f"{FAILURE}{error}", flush=True)
-        return error.exit_code
-    except Exception:
+        return _failed(str(error), error.exit_code)
+    except Exception as error:
+        from pipeline.train.engine import is_peer_failure
+
         traceback.print_exc()
-        last = traceback.format_exc().strip().splitlines()[-1]
-        print(f"{FAILURE}rank {os.environ.get('RANK', '?')}: {last}", flush=True)
-        return 1
+        said = f"rank {rank_and_world()[0]}: {type(error).__name__}: {first_line(error)}"
+        if is_peer_failure(error):
+            rank, world = rank_and_world()
+            said = f"{blame(RunPaths.ranks_of(job_file), _stamp(job_file), me=rank, world=world)} ({said})"
+        return _failed(said, 1)
     return 0
 
 
-def run(job_file: Path) -> None:
+def rank_and_world() -> tuple[int, int]:
+    """This rank and how many there are, as the launcher has set them."""
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def _failed(message: str, exit_code: int) -> int:
+    print(f"{FAILURE}{exit_code} {message}", flush=True)
+    return exit_code
+
+
+def _give_up(message: str) -> None:
+    """End this process at once, from any thread: the main one hangs."""
+    faulthandler.dump_traceback()
+    os._exit(_failed(f"rank {rank_and_world()[0]}: {message}", 1))
+
+
+def _stamp(job_file: Path) -> str:
+    """Tells this start from others: every start writes a new job file."""
+    return f"{job_file.absolute()}|{job_file.stat().st_mtime_ns}"
+
+
+def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     """Read the job, open the data, train."""
     import numpy as np
     import torch
@@ -56,7 +92,7 @@ def run(job_file: Path) -> None:
     from pipeline.data.cache import Stamps
     from pipeline.data.index import TokenIndex
     from pipeline.data.loader import TrainLoader, evenly_spread
-    from pipeline.data.reader import open_split
+    from pipeline.data.reader import TokenReader, open_split
     from pipeline.device import has_gpu
     from pipeline.publish import open_publisher
     from pipeline.tracking import open_tracker
@@ -68,17 +104,25 @@ def run(job_file: Path) -> None:
     paths = RunPaths(config.run_dir)
     if not has_gpu():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    rank, world = rank_and_world()
+    heart.start(RunPaths.ranks_of(job_file), _stamp(job_file), rank, timeout_s=config.train.timeout_s, fail=_give_up)
     init_distributed(config.train.timeout_s)
-    rank, world = dist.get_rank(), dist.get_world_size()
     lock = open(paths.logs / TRAINING_LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held to the end of the process
     if rank == 0 and not storage.lock(lock):
         raise UserError(f"{paths.root}: process {storage.lock_holder(lock)} trains here; wait for it or stop it")
-    index = TokenIndex.load(tokens_folder(config))
-    index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
-    # Every start writes a new job file: what its ranks check together is checked once a start on each node.
-    stamps = Stamps(f"{job_file.absolute()}|{job_file.stat().st_mtime_ns}")
-    reader = open_split(index, "train", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
-    val = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
+    stamps = Stamps(_stamp(job_file))  # what its ranks check together is checked once a start on each node
+
+    def have_data_and_disk() -> tuple[TokenIndex, TokenReader, TokenReader]:
+        require_disk(config, paths, rank)
+        index = TokenIndex.load(tokens_folder(config))
+        index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
+        reader = open_split(index, "train", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
+        val = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
+        if config.data.on_bad_shard == "error":  # else what cannot be read is left out
+            val.read(np.arange(min(1, val.num_sequences)))
+        return index, reader, val
+
+    index, reader, val = on_every_rank(have_data_and_disk)
     skip = config.data.on_bad_shard == "skip"
     agree = agreement(config.train.timeout_s) if skip else None
     # One sequence more than are scored: it lends its G to the others.
@@ -112,16 +156,51 @@ def run(job_file: Path) -> None:
             tracker=tracker,
             publisher=publisher,
             resume_from=None if job["resume_from"] is None else Path(job["resume_from"]),
+            heart=heart,
+            stop=stop,
         )
         if state.step == config.train.steps:
             status, wait_s = "FINISHED", config.train.publish_wait_s
+        else:
+            status = "KILLED"
         dist.barrier()
+        heart.close()
         dist.destroy_process_group()  # the others end here, and do not wait for rank 0's uploads
     finally:
         if publisher is not None:
             publisher.close(wait_s)
         if tracker is not None:
             tracker.close(status)
+
+
+def on_every_rank(work: Callable[[], T]) -> T:
+    """What `work` gives on this rank, when it went well on all of them. Collective.
+
+    Raises UserError on every rank otherwise, naming the ranks that failed and why: before training, not with a hang in it.
+    """
+    import torch.distributed as dist
+
+    problem: tuple[int, str] | None = None
+    try:
+        result = work()
+    except (UserError, OSError) as error:
+        code = error.exit_code if isinstance(error, UserError) else 1
+        problem = (code, f"rank {dist.get_rank()} on {socket.gethostname()}: {first_line(error)}")
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = [p for p in problems if p is not None]
+    if found:
+        raise UserError("; ".join(dict.fromkeys(text for _, text in found)), exit_code=max(code for code, _ in found))
+    return result
+
+
+def require_disk(config: RunConfig, paths: RunPaths, rank: int) -> None:
+    """This rank can write its part of a checkpoint. Raises UserError or OSError."""
+    probe = paths.checkpoints / f".probe-{rank}"
+    storage.publish_bytes(probe, b"")
+    probe.unlink()
+    share = 17 * config.model.num_parameters()["total"] // int(os.environ["WORLD_SIZE"])  # pretrain.py tells why 17
+    storage.require_free_space(paths.checkpoints, share, "this rank's part of a checkpoint")
 
 
 def agreement(timeout_s: float) -> Callable[[list[bool]], list[bool]]:

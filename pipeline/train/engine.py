@@ -4,11 +4,13 @@ Oddities explained once (measured on DeepSpeed 0.19.8):
 - On a CPU `init_distributed` compiles an optional C++ op for collectives (a minute, needs a compiler; a kill during the
   build leaves a lock on which every later start hangs). It is switched off unless PLDR_BUILD_SHM_OP=1.
 - `"type": "AdamW"` in DeepSpeed's configuration compiles an optimizer on a CPU: the engine is handed a torch optimizer.
+- ZeRO makes process groups itself, with torch's 30 minutes: `torch.distributed.new_group` gets our timeout as its default.
 - bf16 at stage 0 runs through a wrapper whose Adam step count is off by one after a resume: use stage 1.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -95,7 +97,26 @@ def init_distributed(timeout_s: float) -> None:
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    _default_timeout_of_new_groups(timedelta(seconds=timeout_s))
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+def _default_timeout_of_new_groups(default: timedelta) -> None:
+    """ZeRO trains in a group that it makes itself, which knows nothing of `init_distributed`'s timeout (30 minutes)."""
+    make = torch.distributed.new_group
+
+    @functools.wraps(make)
+    def new_group(ranks: Any = None, timeout: timedelta | None = None, *args: Any, **kwargs: Any) -> Any:
+        return make(ranks, timeout or default, *args, **kwargs)
+
+    torch.distributed.new_group = new_group
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether a collective failed because another rank did not come or left."""
+    text = str(error).lower()
+    signs = ("timed out", "timeout", "gloo", "nccl", "connection closed", "connection reset", "broken pipe")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 def device_of_rank() -> torch.device:

@@ -10,7 +10,8 @@ import gc
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,10 +28,14 @@ from pipeline.retention import policy_of, retain
 from pipeline.schedule import invariance_budget, learning_rate
 from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, device_of_rank, set_learning_rate
+from pipeline.train.guard import Guard
+from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.metrics import Throughput, peak_flops, system_metrics, validate
 from pipeline.train.optim import gradient_norm
 from pipeline.train.progress import Progress
-from pldr_model.loss import total_loss
+from pipeline.train.response import checkpoint_to_go_back_to, judge, told
+from pipeline.train.step import global_step
+from pipeline.train.stop import StopRequest
 from pldr_model.model import PLDRModel
 
 log = logging.getLogger(__name__)
@@ -45,6 +50,10 @@ class TrainData(Protocol):
         """Sequences in an epoch."""
         ...
 
+    def indices(self, position: int) -> np.ndarray:
+        """The sequence numbers of the batch that begins at a position."""
+        ...
+
     def micro_batches(self, position: int, *, limit: int) -> Iterator[tuple[Sequence[np.ndarray], int]]: ...
 
 
@@ -52,7 +61,8 @@ class TrainData(Protocol):
 class TrainState:
     """How far the run is; what a checkpoint's state.json says about it.
 
-    sequences_consumed: the position in the data order, sequences that were left out as bad (sequences_left_out) included.
+    sequences_consumed: the position in the data order, sequences that were left out (sequences_left_out) included: as bad,
+    or by a rollback.
     val_loss_cached: the newest validation's, at val_step; None before the first one and when it is not finite.
     """
 
@@ -63,6 +73,8 @@ class TrainState:
     sequences_left_out: int = 0
     val_loss_cached: float | None = None
     val_step: int | None = None
+    budget_skipped: float = 0.0  # what skipped steps would have added to the invariance budget
+    guard: Guard = field(default_factory=Guard)
 
 
 @dataclass(frozen=True)
@@ -84,12 +96,15 @@ def train(
     tracker: Tracker | None,
     publisher: Publisher | None,
     resume_from: Path | None,
+    heart: Heartbeat | None = None,
+    stop: StopRequest | None = None,
 ) -> TrainState:
-    """Train to `train.steps`; collective. `held_out`: validation sequences [n, S+1]; `tracker` and `publisher`: rank 0's,
-    else None.
+    """Train to `train.steps`, or to the step in which a rank was asked to stop; collective.
 
-    Raises UserError when the loss is no longer finite, a checkpoint does not fit, or a file cannot be written.
+    `held_out`: validation sequences [n, S+1]; `tracker`, `publisher`: rank 0's, else None. Raises UserError when too many losses in a
+    row are not finite, a spike is to stop the run, a checkpoint does not fit, or the last one cannot be written.
     """
+    heart, stop = heart or Heartbeat(), stop or StopRequest()
     settings, paths = config.train, RunPaths(config.run_dir)
     world, device = dist.get_world_size(), device_of_rank()
     torch.manual_seed(config.seed)  # the same weights on every rank and at every world size
@@ -101,8 +116,7 @@ def train(
         state = _resume(engine, resume_from, settings.precision)
     progress = Progress(config, start_step=state.step) if dist.get_rank() == 0 else None
     throughput = Throughput()
-    budget = invariance_budget(settings, state.step)
-    wants_outputs = any(config.model.dag_coefficients)
+    budget = invariance_budget(settings, state.step) - state.budget_skipped
     tokens_per_batch = settings.global_batch * config.model.context_length
     flops = config.model.flops_per_token(training=True)
     peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_flops()
@@ -110,37 +124,44 @@ def train(
     gc.disable()  # ranks must not pause one after another; collected at the logging interval
 
     while state.step < settings.steps:
+        heart.at(state.step + 1, "data")
+        batch = next(batches, None)
+        if batch is None:  # steps that were rolled back are trained on further batches
+            batches = data.micro_batches(state.sequences_consumed, limit=settings.steps - state.step)
+            continue
+        micro_batches, position = batch
+        heart.at(state.step + 1, "compute")
         rate = learning_rate(settings, state.step)
         set_learning_rate(engine, rate)
-        loss_sum = torch.zeros((), device=device)
-        micro_batches, position = next(batches)
-        for micro in micro_batches:
-            ids = torch.from_numpy(micro).to(device, non_blocking=True)
-            result = engine(ids[:, :-1], padded=False, return_outputs=wants_outputs)
-            logits, outputs = result if wants_outputs else (result, None)
-            losses = total_loss(logits, ids[:, 1:], config.model, outputs=outputs)
-            engine.backward(losses.total)
-            engine.step()
-            loss_sum += losses.cross_entropy.detach()
-        budget += rate * settings.metric_decay
+        outcome = global_step(engine, micro_batches, config.model, stop=stop, device=device)
+        ids = partial(data.indices, state.sequences_consumed)
+        if outcome.skipped:
+            state.budget_skipped += rate * settings.metric_decay
+        else:
+            budget += rate * settings.metric_decay
         state.step += 1
+        state.skipped_steps = int(engine.skipped_steps)
         state.sequences_left_out += position - state.sequences_consumed - settings.global_batch
         state.sequences_consumed = position
         state.tokens_consumed += tokens_per_batch
         throughput.add(tokens_per_batch)
-        last = state.step == settings.steps
+        last = state.step == settings.steps or outcome.stop is not None
         checkpoint_due = state.step % settings.checkpoint_every == 0 or last
         values: dict[str, float] = {}
 
-        if state.step % settings.log_every == 0 or checkpoint_due:
+        if (
+            state.step % settings.log_every == 0
+            or state.step % settings.checkpoint_every == 0
+            or state.step == settings.steps
+        ):
             gc.collect(1)
-            state.skipped_steps = int(engine.skipped_steps)
             values |= {
-                "train/loss": _mean_over_ranks(loss_sum / len(micro_batches)),
+                "train/loss": outcome.loss,
                 "train/lr": rate,
                 "train/grad_norm": _gradient_norm(engine),
                 "train/tokens_per_second": throughput.read(),
                 "train/skipped_steps": float(state.skipped_steps),
+                "train/spikes": float(state.guard.spikes),
                 "data/epoch": state.sequences_consumed / data.num_sequences,
                 "data/tokens": float(state.tokens_consumed),
                 "data/left_out_sequences": float(state.sequences_left_out),
@@ -150,14 +171,11 @@ def train(
                 values["train/mfu"] = values["train/tokens_per_second"] * flops / (peak * world)
             if config.model.g_source == "learned":
                 values["invariance/budget"] = budget
-            for key in ("train/loss", "train/grad_norm"):
-                if not math.isfinite(values[key]):
-                    raise UserError(
-                        f"step {state.step}: {key} is {values[key]}; nothing of it was saved. Lower train.max_lr or "
-                        "lengthen train.warmup_steps, in a new run_dir"
-                    )
+            if outcome.skipped:
+                del values["train/loss"], values["train/grad_norm"]
 
-        if state.step % settings.validate_every == 0 or last:
+        if state.step % settings.validate_every == 0 or state.step == settings.steps:
+            heart.at(state.step, "validate")
             with throughput.pause():
                 values |= validate(
                     engine, config.model, held_out, batch_size=settings.micro_batch, bytes_per_token=bytes_per_token
@@ -165,14 +183,35 @@ def train(
             cached = values["val/loss_cached"]
             state.val_loss_cached, state.val_step = cached if math.isfinite(cached) else None, state.step
 
+        event = judge(state.guard, settings, state.step, outcome, values, ids)
+        if event is not None:
+            values["train/spikes"] = float(state.guard.spikes)
+            _tell(progress, f"warning: {told(event)}")
         if values:
             _report(tracker, progress, state.step, values)
+        if event is not None and event["action"] == "rollback":
+            earlier = _roll_back(engine, paths.checkpoints, state, settings.precision)
+            if earlier is not None:
+                state = earlier
+                budget = invariance_budget(settings, state.step) - state.budget_skipped
+                _tell(progress, f"rolled back to step {state.step}; goes on at position {state.sequences_consumed}")
+                continue
+            _tell(progress, "warning: there is no checkpoint to roll back to; training goes on")
         if checkpoint_due:
+            heart.at(state.step, "save")
             with throughput.pause():
-                _checkpoint(engine, config, paths.checkpoints, state, lineage, publisher)
+                try:
+                    _checkpoint(engine, config, paths.checkpoints, state, lineage, publisher)
+                except UserError as error:  # on every rank: a full disk, say
+                    if last:
+                        raise
+                    _tell(progress, f"warning: {error}; training goes on, earlier checkpoints are kept")
+        if outcome.stop is not None:
+            break
 
+    heart.at(state.step, "end")
     if progress is not None:
-        progress.end()
+        progress.end(state.step, stop=outcome.stop)
     return state
 
 
@@ -180,7 +219,20 @@ def _resume(engine: Any, folder: Path, precision: str) -> TrainState:
     saved = verify(folder)
     checkpoint.load(engine, folder, saved, precision=precision)
     # Older checkpoints lack fields that were added since; their defaults are what was true then.
-    return TrainState(**{key: saved[key] for key in TrainState.__dataclass_fields__ if key in saved})
+    known = {key: saved[key] for key in TrainState.__dataclass_fields__ if key in saved}
+    return TrainState(**{**known, "guard": Guard(**saved.get("guard", {}))})
+
+
+def _roll_back(engine: Any, folder: Path, state: TrainState, precision: str) -> TrainState | None:
+    """The newest whole checkpoint, loaded; its state, but behind the batches seen until now. None: there is no checkpoint."""
+    target = checkpoint_to_go_back_to(folder, state.guard, state.step)
+    if target is None:
+        return None
+    earlier = _resume(engine, target, precision)
+    earlier.guard.roll_back(state.guard, target.name)
+    earlier.sequences_left_out += state.sequences_consumed - earlier.sequences_consumed
+    earlier.sequences_consumed = state.sequences_consumed
+    return earlier
 
 
 def _checkpoint(
@@ -199,15 +251,15 @@ def _checkpoint(
         retain(folder, policy_of(config.train), now=state.step)
 
 
-def _mean_over_ranks(value: torch.Tensor) -> float:
-    value = value.detach().double()
-    dist.all_reduce(value)
-    return float(value) / dist.get_world_size()
-
-
 def _gradient_norm(engine: Any) -> float:
     norm = engine.get_global_grad_norm()
     return gradient_norm(engine.optimizer) if norm is None else float(norm)
+
+
+def _tell(progress: Progress | None, text: str) -> None:
+    if progress is not None:
+        progress.event(text)
+        log.warning("%s", text)
 
 
 def _report(tracker: Tracker | None, progress: Progress | None, step: int, values: dict[str, float]) -> None:

@@ -23,12 +23,24 @@ class ClippedAdamW(torch.optim.AdamW):
     [-clip_value, clip_value]; None: not.
 
     `sum_of_squares` is the squared 2-norm of the last step's gradients before that, of what this rank holds.
+
+    checks_finite: leave out a step whose gradients hold NaN or infinity, and say so in `overflow`, which is where DeepSpeed
+    looks when it counts skipped steps. Waits for the device.
     """
 
-    def __init__(self, params: Any, *, clip_value: float | None, clip_norm: float | None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        *,
+        clip_value: float | None,
+        clip_norm: float | None,
+        checks_finite: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(params, **kwargs)
-        self.clip_value, self.clip_norm = clip_value, clip_norm
+        self.clip_value, self.clip_norm, self.checks_finite = clip_value, clip_norm, checks_finite
         self.sum_of_squares: torch.Tensor | None = None
+        self.overflow = False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -37,6 +49,9 @@ class ClippedAdamW(torch.optim.AdamW):
         if gradients:
             norms = torch._foreach_norm(gradients)
             self.sum_of_squares = torch.stack(norms).float().square().sum()
+            self.overflow = self.checks_finite and not math.isfinite(float(self.sum_of_squares))
+            if self.overflow:
+                return None
             if self.clip_norm is not None:
                 scale = (self.clip_norm / (self.sum_of_squares.sqrt() + 1e-6)).clamp(max=1.0)
                 torch._foreach_mul_(gradients, scale)
@@ -65,6 +80,7 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> ClippedAdamW:
         parameter_groups(model, train),
         clip_value=train.clip if train.clip_by == "value" else None,
         clip_norm=train.clip if optimizer_clips_norm(train) else None,
+        checks_finite=train.zero_stage == 0 and train.precision == "fp32",  # else DeepSpeed does
         lr=0.0,
         betas=train.betas,
         eps=train.eps,

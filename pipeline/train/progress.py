@@ -12,7 +12,9 @@ import time
 from pipeline.config import RunConfig
 
 STATUS = "pldr-status| "
-FAILURE = "pldr-failure| "
+FAILURE = "pldr-failure| "  # followed by an exit code, a space, and one line
+STOPPED = "pldr-stopped| "
+LISTENING = "pldr-listening| "  # a rank will save and stop when it gets a signal
 
 
 class Progress:
@@ -33,9 +35,16 @@ class Progress:
             self._validated = step
         _say(self._line(step))
 
-    def end(self) -> None:
-        """The last line."""
-        _say(f"trained {self._steps} steps")
+    def end(self, step: int, *, stop: str | None) -> None:
+        """The last line. `stop`: the signal that ended training before its last step."""
+        if step == self._steps:
+            _say(f"trained {self._steps} steps")
+        else:
+            _say(f"{stop} at step {step} of {self._steps}: saved", STOPPED)
+
+    def event(self, text: str) -> None:
+        """Something that a user should know at once."""
+        _say(text)
 
     def _line(self, step: int) -> str:
         v = self._latest
@@ -56,6 +65,6 @@ class Progress:
         return "  ".join(parts)
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(f"{STATUS}{text}\n")
+def _say(text: str, mark: str = STATUS) -> None:
+    sys.stdout.write(f"{mark}{text}\n")
     sys.stdout.flush()

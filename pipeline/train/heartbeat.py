@@ -1,0 +1,143 @@
+"""Signs of life: each rank keeps a small file up to date, so that when a collective fails the others can say whose fault it is.
+
+A collective that times out says "timed out" and nothing else: not which rank did not come. So a thread of every rank writes
+`logs/ranks/rank-N.json` once a second: where the rank is (step and phase) and when it wrote. A rank whose collective failed
+reads them and names the rank that is gone, stopped, silent, or behind the others.
+
+Decision: files, not keys of the rendezvous store. The store lives in rank 0, which may be the rank that hangs, and the run
+directory is on a file system that all nodes see anyway (docs/cluster.md). The loop itself pays for an assignment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Phase = Literal["start", "data", "compute", "validate", "save", "end"]
+PHASES: tuple[Phase, ...] = ("start", "data", "compute", "validate", "save", "end")  # in the order of a step
+BEAT_S = 1.0
+SILENT_S = 5.0  # a file this old is of a process that does not run: it is renewed every second
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is: what it does (phase) for which step, since when (monotonic seconds)."""
+
+    step: int
+    phase: Phase
+    since: float
+
+
+class Heartbeat:
+    """This rank's sign of life. `at` says where the rank is; `start` lets a thread write it down."""
+
+    def __init__(self) -> None:
+        self._place = Place(0, "start", time.monotonic())
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def at(self, step: int, phase: Phase) -> None:
+        """The rank begins this phase of this step."""
+        self._place = Place(step, phase, time.monotonic())
+
+    def start(self, folder: Path, job: str, rank: int, *, timeout_s: float, fail: Callable[[str], None]) -> None:
+        """Write to `folder` from now on. `job`: what tells this start's files from an earlier one's.
+
+        fail: called once, with one line, when this rank has waited for its own data longer than timeout_s: no collective
+        of its own can time out then. (Any other wait ends with a collective's error, here or on another rank.)
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        fixed = {"job": job, "rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+
+        def beat() -> None:
+            while True:
+                place = self._place
+                waited = time.monotonic() - place.since
+                record = {**fixed, "step": place.step, "phase": place.phase, "for_s": waited, "time": time.time()}
+                with contextlib.suppress(OSError):  # a full disk must not end a run, and least of all here
+                    _write(folder, rank, record)
+                if place.phase == "data" and waited > timeout_s:
+                    fail(f"no batch for step {place.step} within train.timeout_s={timeout_s:g} s: its data do not come")
+                    return
+                if self._stop.wait(BEAT_S):
+                    return
+
+        self._thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop writing."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def blame(folder: Path, job: str, *, me: int, world: int) -> str:
+    """Which rank a failed collective of rank `me` waited for, as far as the files tell. One line."""
+    others = {rank: _read(folder, rank, job) for rank in range(world) if rank != me}
+    for judge in (_absent, _gone, _silent):
+        named = [said for rank, record in others.items() if (said := judge(rank, record)) is not None]
+        if named:
+            return "; ".join(named)
+    everyone = {rank: record for rank, record in others.items() if record is not None}
+    mine = _read(folder, me, job)
+    if mine is not None:
+        everyone[me] = mine
+    places = {rank: (r["step"], PHASES.index(r["phase"])) for rank, r in everyone.items()}
+    behind = [r for r, place in places.items() if place < max(places.values())]
+    if behind:
+        return "; ".join(f"rank {r} hangs at step {everyone[r]['step']} ({everyone[r]['phase']})" for r in behind)
+    names = ", ".join(f"rank {rank} on {record['host']}" for rank, record in sorted(everyone.items()))
+    return f"every rank lives and is at step {max(places.values())[0]}: the network between {names} is cut"
+
+
+def _absent(rank: int, record: dict[str, Any] | None) -> str | None:
+    return f"rank {rank} has not started" if record is None else None
+
+
+def _gone(rank: int, record: dict[str, Any] | None) -> str | None:
+    """Only for a rank of this host: gone, or stopped by a signal."""
+    if record is None or record["host"] != socket.gethostname():
+        return None
+    who = f"rank {rank} (process {record['pid']})"
+    try:
+        state = Path(f"/proc/{record['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return f"{who} is gone"
+    return f"{who} is gone" if state in "ZX" else f"{who} is stopped" if state in "Tt" else None
+
+
+def _silent(rank: int, record: dict[str, Any] | None) -> str | None:
+    assert record is not None, rank
+    age = time.time() - record["time"]
+    if age <= SILENT_S:
+        return None
+    return f"rank {rank} on {record['host']} has given no sign of life for {age:.0f} s, since step {record['step']}"
+
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.json"
+
+
+def _write(folder: Path, rank: int, record: dict[str, Any]) -> None:
+    """Whole or not at all for a reader; not fsynced: a machine that lost its power has no collective left to explain."""
+    target = _file(folder, rank)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record))
+    os.replace(temporary, target)
+
+
+def _read(folder: Path, rank: int, job: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(_file(folder, rank).read_text())
+        return record if record["job"] == job else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

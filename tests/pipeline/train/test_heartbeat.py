@@ -1,0 +1,88 @@
+"""Who is to blame, told from the files that real processes leave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from pipeline.train.heartbeat import Heartbeat, blame
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from pipeline.train.heartbeat import Heartbeat
+heart = Heartbeat()
+heart.at(int(sys.argv[3]), sys.argv[4])
+heart.start(Path(sys.argv[1]), "job", int(sys.argv[2]), timeout_s=600, fail=print)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def rank(tmp_path):
+    """`rank(number, step, phase)`: a process with a heartbeat."""
+    children = []
+
+    def start(number, step, phase):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path), str(number), str(step), phase])
+        children.append(child)
+        end = time.monotonic() + 60
+        while not (tmp_path / f"rank-{number}.json").exists():
+            assert time.monotonic() < end and child.poll() is None
+            time.sleep(0.02)
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+def test_gone_stopped_behind_or_nobody(tmp_path, rank):
+    mine, other = rank(0, 7, "compute"), rank(1, 7, "data")
+    assert blame(tmp_path, "job", me=0, world=2) == "rank 1 hangs at step 7 (data)"
+    assert blame(tmp_path, "job", me=1, world=2) == "rank 1 hangs at step 7 (data)"
+    assert blame(tmp_path, "job", me=0, world=3) == "rank 2 has not started"
+    assert blame(tmp_path, "an earlier job", me=0, world=2) == "rank 1 has not started"
+    os.kill(other.pid, signal.SIGSTOP)
+    time.sleep(0.2)
+    assert blame(tmp_path, "job", me=0, world=2) == f"rank 1 (process {other.pid}) is stopped"
+    other.kill()
+    other.wait()
+    assert blame(tmp_path, "job", me=0, world=2) == f"rank 1 (process {other.pid}) is gone"
+    assert mine.poll() is None
+
+
+def test_equal_places_are_a_cut_network_and_old_files_of_another_host_are_silence(tmp_path, rank):
+    rank(0, 3, "compute"), rank(1, 3, "compute")
+    said = blame(tmp_path, "job", me=0, world=2)
+    assert "every rank lives and is at step 3" in said and "between rank 0 on" in said and said.endswith("is cut")
+    far = {"job": "job", "rank": 2, "host": "elsewhere", "pid": 1, "step": 2, "phase": "data", "time": time.time() - 40}
+    (tmp_path / "rank-2.json").write_text(json.dumps(far))
+    assert "rank 2 on elsewhere has given no sign of life for 40 s, since step 2" in blame(
+        tmp_path, "job", me=0, world=3
+    )
+    (tmp_path / "rank-2.json").write_text("{")
+    assert "rank 2 has not started" in blame(tmp_path, "job", me=0, world=3)
+
+
+def test_data_that_do_not_come_are_told_by_the_rank_itself(tmp_path):
+    told, heart = threading.Event(), Heartbeat()
+    said = []
+
+    def fail(message):
+        said.append(message)
+        told.set()
+
+    heart.at(5, "compute")
+    heart.start(tmp_path, "job", 0, timeout_s=0.5, fail=fail)
+    assert not told.wait(2.5)  # computing may take long
+    heart.at(6, "data")
+    assert told.wait(10)
+    heart.close()
+    assert "no batch for step 6 within train.timeout_s=0.5 s" in said[0]
