@@ -101,8 +101,8 @@ def train(
 ) -> TrainState:
     """Train to `train.steps`, or to the step in which a rank was asked to stop; collective.
 
-    `held_out`: validation sequences [n, S+1]; `tracker`, `publisher`: rank 0's, else None. Raises UserError when too many losses in a
-    row are not finite, a spike is to stop the run, a checkpoint does not fit, or the last one cannot be written.
+    `held_out`: validation sequences [n, S+1]; `tracker`, `publisher`: rank 0's, else None. Raises UserError when too many
+    losses in a row are not finite, a spike is to stop the run, a checkpoint does not fit, or the last one cannot be written.
     """
     heart, stop = heart or Heartbeat(), stop or StopRequest()
     settings, paths = config.train, RunPaths(config.run_dir)
