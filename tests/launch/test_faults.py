@@ -20,6 +20,7 @@ import pytest
 from launch.cli import main
 from pipeline.checkpoints import committed, verify
 
+pytestmark = pytest.mark.timeout(900)  # each start loads torch and deepspeed in four processes
 PLDR = [sys.executable, "-m", "launch.cli"]
 
 
