@@ -10,7 +10,7 @@ quickstart: $(READY)
 	$(BIN)/pldr run configs/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or multinode"

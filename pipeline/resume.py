@@ -197,7 +197,7 @@ def _go_back(config: RunConfig, paths: RunPaths, run_id: str, name: str, check: 
         place.remove(gone)
     names = sorted({c.name for c in later} | set(withdrawn))
     if names:
-        say(f"back at {name}: {', '.join(names)} no longer the run's; local ones are kept as .later-…")
+        say(f"back at {name}: {', '.join(names)} set aside; local ones are kept as .later-…")
     return Start(run_id, target, state)
 
 

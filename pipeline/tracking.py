@@ -121,7 +121,7 @@ def _compare(params: dict[str, str], run_id: str, config: RunConfig, force: bool
                 continue
             raise ConfigError(
                 f"MLflow run {run_id} was made with {key}={params[key]}, this configuration has {value}; "
-                "use another run_dir for another run"
+                "use another run_dir for another run" + (", or --force" if key.startswith(FORCIBLE) else "")
             )
 
 

@@ -94,8 +94,8 @@ def train(
     bytes_per_token: float,
     lineage: Lineage,
     tracker: Tracker | None,
-    publisher: Publisher | None,
     resume_from: Path | None,
+    publisher: Publisher | None = None,
     heart: Heartbeat | None = None,
     stop: StopRequest | None = None,
 ) -> TrainState:

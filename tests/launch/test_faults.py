@@ -119,6 +119,7 @@ def straight(tokens, tmp_path_factory):
     return last_bytes(folder)
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_command_saves_and_ends_with_0(work):
     with Training(work) as training:
         training.wait_for_checkpoint()
@@ -146,6 +147,7 @@ def test_a_run_that_signals_stopped_again_and_again_is_bit_equal(work, straight)
     assert last_bytes(work) == straight
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_within_the_timeout(work):
     with Training(work, "train.timeout_s=10") as training:
         training.wait_for_checkpoint()

@@ -211,6 +211,7 @@ def test_a_corrupted_checkpoint_falls_back_loudly(finished):
     assert code == 0, errors
 
 
+@pytest.mark.slow
 def test_a_corrupted_token_tar_stops_training_with_its_name(finished, tmp_path):
     path, run_dir, _, _ = finished
     tar = next((run_dir / "tokens").glob("train-*.tar"))

@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 from pipeline import storage, tracking
-from pipeline.checkpoints import committed, verify
+from pipeline.checkpoints import committed, step_of, verify
 from pipeline.config import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
+from pipeline.publish import open_publisher
 from pipeline.resume import Resume, changes, find_start, names_run, parse_resume
 
 TODAY = {"data_fingerprint": "d" * 64, "tokenizer_sha256": "t" * 64}
@@ -50,9 +51,10 @@ class Run:
         )
 
     def publish(self, run_id):
-        tracker = tracking.Tracker(tracking.tracking_uri(self.config()), run_id, self.paths.logs / "m.jsonl")
-        tracker.sync_checkpoints(committed(self.paths.checkpoints))
-        tracker.close()
+        tracker = tracking.open_tracker(self.config(), run_id)
+        publisher = open_publisher(self.config(), tracker)
+        publisher.saved(step_of(committed(self.paths.checkpoints)[-1]))
+        assert publisher.close(60) == [] and tracker.close()
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,6 @@ def test_what_is_logged(fp32):
     last = points["6"]
     assert last["val/leak_gap"] == pytest.approx(last["val/loss_cached"] - last["val/loss_block"])
     assert last["val/bits_per_byte"] == pytest.approx(last["val/loss_cached"] / math.log(2) / 2.0)
-    assert fp32["1-norm"]["published"] == ["step-000003", "step-000006"]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -48,13 +48,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.points = {}
-        self.checkpoints = []
 
     def log(self, step, values):
         self.points.setdefault(step, {}).update(values)
-
-    def sync_checkpoints(self, kept):
-        self.checkpoints = [path.name for path in kept]
 
 
 def configuration(folder: Path, stage: int, precision: str, clip_by: str, g_source: str = "learned") -> RunConfig:
@@ -130,7 +126,6 @@ def main() -> None:
                 "sdpa": run(twin, held_out).points,
                 "straight": straight.points,
                 "resumed": resumed.points,
-                "published": straight.checkpoints,
                 "budget": schedule.invariance_budget(config.train),
             }
     results["failing"] = {
