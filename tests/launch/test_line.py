@@ -146,6 +146,7 @@ def test_a_prompt_over_the_context_is_one_line(finished):
     assert code in (1, 2) and "context" in errors and "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_resume_from_mlflow_alone_is_bit_equal(finished, tmp_path):
     """Another run directory, as on another machine: weights, position and metrics come from the MLflow run."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -193,6 +194,7 @@ def test_other_data_under_a_trained_run_is_refused(finished):
     assert code == 0, errors
 
 
+@pytest.mark.slow
 def test_a_corrupted_checkpoint_falls_back_loudly(finished):
     path, run_dir, _, _ = finished
     newest = run_dir / "checkpoints" / "step-000500"

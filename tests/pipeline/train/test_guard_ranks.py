@@ -10,6 +10,7 @@ zero_ranks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(zero_ranks)
 WORKER = Path(__file__).with_name("guard_worker.py")
 STAGES = [0, 1, 2, 3]
+pytestmark = pytest.mark.slow  # a minute for all of it
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,6 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(fp32, stage, ki
     check_skip(fp32[f"{stage}-{kind}"])
 
 
-@pytest.mark.slow
 def test_in_bf16_too(tmp_path):
     results = zero_ranks.start_ranks(tmp_path, "0,+1,+2,+3", "bf16", worker=WORKER)
     for stage in STAGES:
@@ -88,7 +88,6 @@ def test_a_spike_is_rolled_back_and_its_batches_left_out(fp32):
     check_rollback(fp32["1-rollback"])
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_spike_is_rolled_back_at_the_other_stages(tmp_path):
     results = zero_ranks.start_ranks(tmp_path, "+0,+2,+3", "fp32", worker=WORKER)
