@@ -80,7 +80,9 @@ def page(title: str, index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
     tree = index.tree
     examples = _examples(index)
     counted = _removed(tree)
-    order = {step["name"]: place for place, step in enumerate(tree["steps"])}
+    order: dict[str, int] = {}
+    for place, step in enumerate(tree["steps"]):
+        order.setdefault(step["name"], place)  # two of them look at the length
     taken = [
         _group(step, reason, counted.get(reason), found)
         for (step, reason), found in sorted(examples.items(), key=lambda group: order.get(group[0][0], -1))
