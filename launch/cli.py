@@ -19,7 +19,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from launch.data import add_bench_options, add_data_verbs, bench_data
+from launch.launch import add_launch_verbs
 from launch.runs import add_run_verbs
+from launch.terminal import say as _show
+from launch.terminal import say_live as _show_live
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.stages import NAMES, Line, exclusive
@@ -46,10 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     signal.signal(signal.SIGTERM, _interrupted)
     show = _show_live if sys.stdout.isatty() and not arguments.json else _show
+    exit_code = 0
     try:
         result = arguments.work(arguments, show)
     except Stopped as stop:
         result = {"stopped": str(stop), **stop.details}
+        exit_code = stop.exit_code
         _show(str(stop))
     except UserError as error:
         return _fail(arguments, str(error), error.exit_code, **error.details)
@@ -62,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(arguments, "stopped; start again to go on", 1)
     if arguments.json:
         print(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
-    return 0
+    return exit_code
 
 
 def _fail(arguments: argparse.Namespace, message: str, exit_code: int, **details: Any) -> int:
@@ -149,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("directory", metavar="DIR")
     add_data_verbs(verbs, common)
     add_run_verbs(verbs, common)
+    add_launch_verbs(verbs, common)
     sub = verb("bench", _bench, "CONFIG: time the model against its own SDPA twin; data: time tokenising and loading")
     sub.add_argument("config", metavar="CONFIG|data", help="YAML of the run, or the word data")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the YAML")
@@ -319,26 +325,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-_live = False
-
-
-def _show(text: str) -> None:
-    """A plain line."""
-    global _live
-    if _live:
-        print()
-        _live = False
-    print(text, flush=True)
-
-
-def _show_live(text: str) -> None:
-    """A line that the next one overwrites, on a terminal."""
-    global _live
-    width = os.get_terminal_size().columns if sys.stdout.isatty() else 200
-    print(f"\r\033[K{text[: width - 1]}", end="", flush=True)
-    _live = True
 
 
 def _interrupted(signum: int, frame: Any) -> None:

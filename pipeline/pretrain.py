@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import storage, tracking
 from pipeline.checkpoints import TRAINING_LOCK, committed, step_of, verify
@@ -18,6 +18,9 @@ from pipeline.device import has_gpu, num_devices
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.resume import Say, changes, find_start
 from pipeline.retention import policy_of
+
+if TYPE_CHECKING:
+    from pipeline.data.index import TokenIndex
 
 Launch = Callable[[RunConfig, Path, int], None]  # start the ranks of a job file and wait; UserError when it failed
 JOB_SCHEMA_VERSION = 1
@@ -33,13 +36,21 @@ class Job:
 
 
 def pretrain(
-    config: RunConfig, paths: RunPaths, *, resume: str, launch: Launch, say: Say, force: bool = False
+    config: RunConfig,
+    paths: RunPaths,
+    *,
+    resume: str,
+    launch: Launch,
+    say: Say,
+    force: bool = False,
+    ranks: int | None = None,
 ) -> dict[str, Any]:
-    """Train to the last step. `resume`: where it goes on (resume.py); `force`: also with other data, model or tokenizer.
+    """Train to the last step. `resume`: where it goes on (resume.py); `force`: also with other data, model or tokenizer;
+    `ranks`: how many on all nodes (None: what this node has).
 
     Returns {"checkpoint", "run_id", "steps", "tokens", "resumed_from"}. Raises UserError or ConfigError, one line.
     """
-    ranks = ranks_on_this_node(config)
+    ranks = ranks_on_this_node(config) if ranks is None else ranks
     job = prepare(config, paths, resume=resume, ranks=ranks, say=say, force=force)
     if job.start is None or step_of(job.start) < config.train.steps:
         job = _train(config, paths, job, ranks=ranks, launch=launch, say=say, force=force)
@@ -98,17 +109,7 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say:
 
     ranks: how many there will be, on all nodes. Raises UserError or ConfigError, one line.
     """
-    from pipeline.data.index import TokenIndex
-    from pipeline.tokenizer import Tokenizer
-    from pipeline.train.engine import deepspeed_config
-
-    index = TokenIndex.load(tokens_folder(config))
-    index.check(
-        context_length=config.model.context_length,
-        vocab_size=config.model.vocab_size,
-        tokenizer_sha256=Tokenizer.load(paths.tokenizer).sha256,
-    )
-    deepspeed_config(config.train, ranks)  # its errors belong here, not in a rank's log
+    index = check(config, paths, ranks=ranks)
     _wait_for_old_ranks(paths)
     _require_disk(config, paths)
     today = {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256}
@@ -135,6 +136,25 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say:
         },
     )
     return Job(job_file, start.run_id, start.checkpoint)
+
+
+def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
+    """The tokens to train on, when they, the tokenizer, the model and the batch sizes fit together. Writes nothing.
+
+    Raises UserError or ConfigError, one line: its errors belong here, not in a rank's log or after a wait in a queue.
+    """
+    from pipeline.data.index import TokenIndex
+    from pipeline.tokenizer import Tokenizer
+    from pipeline.train.engine import deepspeed_config
+
+    deepspeed_config(config.train, ranks)
+    index = TokenIndex.load(tokens_folder(config))
+    index.check(
+        context_length=config.model.context_length,
+        vocab_size=config.model.vocab_size,
+        tokenizer_sha256=Tokenizer.load(paths.tokenizer).sha256,
+    )
+    return index
 
 
 def ranks_on_this_node(config: RunConfig) -> int:

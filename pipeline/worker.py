@@ -22,10 +22,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline import storage
+from pipeline import lifeline, storage
 from pipeline.checkpoints import TRAINING_LOCK
 from pipeline.config import RunConfig, RunPaths, parse_config, tokens_folder
 from pipeline.errors import UserError, first_line
+from pipeline.network import choose_interface
 from pipeline.train.heartbeat import Heartbeat, blame
 from pipeline.train.progress import FAILURE, LISTENING
 from pipeline.train.stop import StopRequest
@@ -33,6 +34,7 @@ from pipeline.train.stop import StopRequest
 log = logging.getLogger(__name__)
 STOPPED_WAIT_S = 5.0  # for uploads, when training ends before its last step
 T = TypeVar("T")
+ENVIRONMENT_FILE = "PLDR_ENVIRONMENT_FILE"  # names a JSON file of variables that must not stand in a command line
 PARENT_PIPE = "PLDR_PARENT_PIPE"  # set when stdin is a pipe whose other end the launching process holds open
 
 
@@ -47,6 +49,8 @@ def main(argv: list[str]) -> int:
     job_file = Path(next(a for a in argv if not a.startswith("--local_rank")))
     heart = Heartbeat()
     try:
+        if ENVIRONMENT_FILE in os.environ:
+            os.environ.update(storage.read_json(os.environ[ENVIRONMENT_FILE]))
         run(job_file, heart, stop)
     except UserError as error:
         return _failed(str(error), error.exit_code)
@@ -99,13 +103,21 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.train.engine import init_distributed
     from pipeline.train.loop import Lineage, train
 
+    if not job_file.exists():
+        raise UserError(
+            f"{job_file}: not on host {socket.gethostname()}; run_dir has to be on a file system that every node sees"
+        )
     job = storage.read_json(job_file, schema_version=1)
     config = parse_config(job["config"], where=str(job_file))
     paths = RunPaths(config.run_dir)
     if not has_gpu():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     rank, world = rank_and_world()
+    if lifeline.HEAD_FILE in os.environ:
+        head = Path(os.environ[lifeline.HEAD_FILE])
+        lifeline.follow(head, patience_s=config.train.timeout_s, note=stop.note, fail=_give_up)
     heart.start(RunPaths.ranks_of(job_file), _stamp(job_file), rank, timeout_s=config.train.timeout_s, fail=_give_up)
+    choose_interface()
     init_distributed(config.train.timeout_s)
     lock = open(paths.logs / TRAINING_LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held to the end of the process
     if rank == 0 and not storage.lock(lock):
