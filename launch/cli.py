@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from launch.data import add_bench_options, add_data_verbs, bench_data
+from launch.doctor import add_doctor_verb
 from launch.launch import add_launch_verbs
 from launch.runs import add_run_verbs
 from launch.terminal import say as _show
@@ -155,6 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_verbs(verbs, common)
     add_run_verbs(verbs, common)
     add_launch_verbs(verbs, common)
+    add_doctor_verb(verbs, common)
     sub = verb("bench", _bench, "CONFIG: time the model against its own SDPA twin; data: time tokenising and loading")
     sub.add_argument("config", metavar="CONFIG|data", help="YAML of the run, or the word data")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the YAML")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -41,6 +42,7 @@ FAILURE_GRACE_S = 5.0  # for the other ranks' tracebacks, and for MLflow
 ORPHAN_GRACE_S = 2.0
 POLL_S = 0.5
 IGNORING = ["sh", "-c", 'trap "" TERM USR1; exec "$@"', "sh"]  # what is ignored stays so across exec
+_SSH = re.compile(r"\bssh: |Permission denied|Host key verification failed|Connection closed by|not responding")
 log = logging.getLogger(__name__)
 
 
@@ -97,7 +99,9 @@ def run_job(
         raise Stopped(f"training was stopped by {how}", details={"stopped": how})
     if job.orphaned or code:
         killed = job.orphaned or code == -signal.SIGKILL
-        reason = "its launcher was killed" if killed else f"the launcher ended with code {code}"
+        reason = (
+            "its launcher was killed" if killed else f"the launcher ended with code {code}, {job.ssh_said}".rstrip(", ")
+        )
         raise UserError(f"training failed: {reason} (log: {log_file})")
 
 
@@ -109,6 +113,7 @@ class _Job:
         self.listening = 0  # ranks that have begun, and know what to do with a signal
         self.failures: list[tuple[int, str]] = []
         self.stopped: str | None = None
+        self.ssh_said = ""  # why a host cannot be reached
         self.passed_on: list[str] = []  # names of signals
         self.orphaned = False  # the launcher ended before its ranks
         self.done = threading.Event()
@@ -132,6 +137,8 @@ class _Job:
             elif FAILURE in line:
                 code, _, reason = line.partition(FAILURE)[2].partition(" ")
                 self.failures.append((int(code), reason))
+            elif self.head is not None and not self.ssh_said and _SSH.search(line):
+                self.ssh_said = f"{line.strip()}; try `pldr doctor --hostfile`"
 
     def watch(self) -> None:
         """In a thread: kill what is left of a job that has failed, or whose launcher is gone."""

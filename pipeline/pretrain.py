@@ -111,7 +111,7 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say:
     """
     index = check(config, paths, ranks=ranks)
     _wait_for_old_ranks(paths)
-    _require_disk(config, paths)
+    storage.require_free_space(paths.root, disk_needed(config, paths), "training (its checkpoints)")
     today = {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256}
     start = find_start(config, paths, resume, today=today, force=force, say=say)
     if start.checkpoint is not None:
@@ -170,15 +170,16 @@ def ranks_on_this_node(config: RunConfig) -> int:
     return fitting[-1]
 
 
-def _require_disk(config: RunConfig, paths: RunPaths) -> None:
-    """Room for the checkpoints kept, one being staged, and MLflow's copies where its store is in the run directory."""
+def disk_needed(config: RunConfig, paths: RunPaths) -> int:
+    """Bytes that training still needs in the run directory: the checkpoints kept, one being staged, and MLflow's copies where
+    its store is there too; less what is there already."""
     # fp32 masters and two Adam moments, the weights themselves, DeepSpeed's records.
     size = 17 * config.model.num_parameters()["total"]
     keep = policy_of(config.train).at_most(config.train.steps, config.train.checkpoint_every)
     # One being staged, one being uploaded while a newer one is already there.
     copies = keep + 2 + (keep if config.tracking.uri is None and config.train.publish_to is None else 0)
     held = sum(f.stat().st_size for c in committed(paths.checkpoints) for f in c.rglob("*") if f.is_file())
-    storage.require_free_space(paths.root, max(size, copies * size - held), "training (its checkpoints)")
+    return max(size, copies * size - held)
 
 
 def _wait_for_old_ranks(paths: RunPaths) -> None:

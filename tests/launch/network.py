@@ -49,7 +49,20 @@ class Network:
     def make(self) -> None:
         for name in self.names:
             ip("netns", "add", name)
-        ip("link", "add", "cable", "netns", self.names[0], "type", "veth", "peer", "name", "cable", "netns", self.names[1])
+        ip(
+            "link",
+            "add",
+            "cable",
+            "netns",
+            self.names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable",
+            "netns",
+            self.names[1],
+        )
         for name, address in zip(self.names, ADDRESSES, strict=True):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
             ip("-n", name, "link", "set", "cable", "up")
