@@ -98,7 +98,7 @@ class Follower:
         with _announced(self._folder / f"node-{self._node}.json", token):
             while time.monotonic() < limit:
                 end = _read(self._folder / "end.json")
-                if end is not None and end["tokens"].get(self._node) in (token, self._previous):
+                if end is not None and end["tokens"].get(self._node, "") in (token, self._previous):
                     return End(end["exit_code"], end["message"])
                 start = _read(self._folder / "start.json")
                 if start is not None and start["tokens"].get(self._node) == token:
