@@ -202,35 +202,33 @@ def _lead(arguments: Any, config: RunConfig, run: Callable[[], None], *, nodes: 
         run()
 
     line = Line(config, launch=start, say=say, ranks=ranks)
-    code, message = 1, "node 0 ended early"
+    code, message, stopped = 1, "node 0 ended early", False
     try:
         with exclusive(config, say):
             result = _train(line, arguments)
         code, message = 0, "training is complete"
         return result
     except Stopped as stop:
-        code, message = arguments.stopped_code, str(stop)
+        code, message, stopped = arguments.stopped_code, str(stop), True
         raise
     except UserError as error:
         code, message = error.exit_code, str(error)
         raise
     finally:
-        lead.end(code, message)
+        lead.end(code, message, stopped=stopped)
 
 
 def _follow(arguments: Any, config: RunConfig, run: Callable[[], None], node: int) -> Result:
     """Another node: its ranks as often as node 0 starts the job, and its verdict."""
     follower = Follower(RunPaths(config.run_dir), node, wait_s=arguments.wait + config.train.publish_wait_s)
-    stopped = False
     while (end := follower.wait()) is None:
-        stopped = False
         try:
             run()
         except Stopped:
-            stopped = True
+            pass  # node 0 tells
         except UserError as error:
             say(f"node {node}: {error}")
-    if stopped and end.exit_code == arguments.stopped_code:
+    if end.stopped:
         raise Stopped(end.message, details={"node": node}, exit_code=end.exit_code)
     if end.exit_code:
         raise UserError(f"node 0: {end.message}", exit_code=end.exit_code)
@@ -242,6 +240,7 @@ def _slurm(arguments: Any, show: Show) -> Result:
     config = load_config(arguments.config, arguments.overrides)
     _check_sizes(arguments)
     paths = RunPaths(config.run_dir)
+    _check_resume(arguments, paths)
     check(config, paths, ranks=arguments.nodes * arguments.ranks_per_node)
     script = slurm.render(
         config,
@@ -270,6 +269,7 @@ def _kubernetes(arguments: Any, show: Show) -> Result:
 
     config = load_config(arguments.config, arguments.overrides)
     _check_sizes(arguments)
+    _check_resume(arguments, RunPaths(config.run_dir))
     accumulation_steps(config.train, arguments.nodes * arguments.ranks_per_node)  # raises when they do not divide
     name, manifests = kubernetes.render(
         config,
@@ -295,6 +295,16 @@ def _kubernetes(arguments: Any, show: Show) -> Result:
     say(f"watch       kubectl -n {arguments.namespace} get trainjob {name} -w")
     say(f"again       kubectl delete -f {file} && kubectl apply -f {file}   (goes on from the last commit)")
     return {"job": name, "file": str(file)}
+
+
+def _check_resume(arguments: Any, paths: RunPaths) -> None:
+    """A scheduler starts the same command again: what goes back to an earlier checkpoint would do so every time."""
+    given = arguments.resume
+    if "/checkpoints/step-" in given and (given.startswith("runs:/") or Path(given).is_relative_to(paths.checkpoints)):
+        raise ConfigError(
+            f"--resume {given}: would go back there at every start; go back once with `pldr train CONFIG --resume {given} "
+            "--prepare N`, then launch without --resume"
+        )
 
 
 def _train(line: Line, arguments: Any) -> Result:

@@ -37,6 +37,7 @@ class End:
 
     exit_code: int
     message: str
+    stopped: bool  # by a signal, after a save
 
 
 class Lead:
@@ -58,12 +59,13 @@ class Lead:
         storage.publish_json(self._folder / "start.json", {"tokens": tokens})
         self._started = tokens
 
-    def end(self, exit_code: int, message: str) -> None:
+    def end(self, exit_code: int, message: str, *, stopped: bool = False) -> None:
         """Tell the others. Those that never came are waited for a little: they would wait for a start in vain."""
         if not self._others:
             return
         tokens = self._started or self._gather(min(FAREWELL_S, self._wait_s))
-        storage.publish_json(self._folder / "end.json", {"tokens": tokens, "exit_code": exit_code, "message": message})
+        record = {"tokens": tokens, "exit_code": exit_code, "message": message, "stopped": stopped}
+        storage.publish_json(self._folder / "end.json", record)
 
     def _gather(self, wait_s: float) -> dict[str, str]:
         """node -> token of those that live: whose file changes while we look, with a token that had no start yet."""
@@ -99,7 +101,7 @@ class Follower:
             while time.monotonic() < limit:
                 end = _read(self._folder / "end.json")
                 if end is not None and end["tokens"].get(self._node, "") in (token, self._previous):
-                    return End(end["exit_code"], end["message"])
+                    return End(end["exit_code"], end["message"], end["stopped"])
                 start = _read(self._folder / "start.json")
                 if start is not None and start["tokens"].get(self._node) == token:
                     self._previous = token

@@ -128,10 +128,14 @@ def test_dry_run_over_ssh(tokens, capsys, monkeypatch):
         (["deepspeed", "--hostfile", "hosts", "--no-ssh", "--node-rank", "2"], "there are 2 nodes, 0 to 1"),
         (["torchrun", "--nodes", "2"], "--master-addr"),
         (["slurm", "--nodes", "3", "--ranks-per-node", "1"], "not a multiple of micro_batch 4 x 3 ranks"),
+        (
+            ["slurm", "--nodes", "1", "--ranks-per-node", "1", "--resume", "runs:/abc/checkpoints/step-000010"],
+            "every start",
+        ),
         (["slurm", "--nodes", "1", "--ranks-per-node", "1", "--sbatch", "nodes=7"], "nodes is set by pldr"),
         (["slurm", "--nodes", "1", "--ranks-per-node", "1", "--sbatch", "x=a\nb"], "write an option of sbatch"),
     ],
-    ids=["no rank", "rank", "address", "batch", "ours", "line break"],
+    ids=["no rank", "rank", "address", "batch", "back", "ours", "line break"],
 )
 def test_mistakes_are_told_before_anything_starts(tokens, capsys, monkeypatch, words, said):
     monkeypatch.chdir(tokens)
@@ -245,8 +249,8 @@ def test_nodes_meet_start_again_and_hear_the_end(tmp_path, monkeypatch):
         for thread, _ in waiting:
             thread.join(5)
         assert [results for _, results in waiting] == [[None], [None]]
-    lead.end(75, "stopped")
-    assert one.wait() == two.wait() == nodes.End(75, "stopped")
+    lead.end(75, "by a signal", stopped=True)
+    assert one.wait() == two.wait() == nodes.End(75, "by a signal", True)
 
 
 def test_a_node_that_does_not_come_is_named(tmp_path, monkeypatch):
