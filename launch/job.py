@@ -98,11 +98,16 @@ def run_job(
         how = job.stopped or f"{job.passed_on[0]} before a step was done"
         raise Stopped(f"training was stopped by {how}", details={"stopped": how})
     if job.orphaned or code:
-        killed = job.orphaned or code == -signal.SIGKILL
-        reason = (
-            "its launcher was killed" if killed else f"the launcher ended with code {code}, {job.ssh_said}".rstrip(", ")
-        )
-        raise UserError(f"training failed: {reason} (log: {log_file})")
+        raise UserError(f"training failed: {_how(job, code)} (log: {log_file})")
+
+
+def _how(job: _Job, code: int) -> str:
+    """How a job ended whose ranks said nothing."""
+    if job.orphaned or code == -signal.SIGKILL:
+        return "its launcher was killed"
+    if code == 256 - signal.SIGKILL:  # DeepSpeed's launch.py ends with its rank's return code, -9
+        return "a rank was killed with SIGKILL (was the memory full?)"
+    return f"the launcher ended with code {code}" + (f", {job.ssh_said}" if job.ssh_said else "")
 
 
 class _Job:

@@ -61,7 +61,9 @@ def main(argv: list[str]) -> int:
         said = f"rank {rank_and_world()[0]}: {type(error).__name__}: {first_line(error)}"
         if is_peer_failure(error):
             rank, world = rank_and_world()
-            said = f"{blame(RunPaths.ranks_of(job_file), _stamp(job_file), me=rank, world=world)} ({said})"
+            closed = "by peer" in str(error)  # gloo: "Connection closed by peer", "Connection reset by peer"
+            named = blame(RunPaths.ranks_of(job_file), _stamp(job_file), me=rank, world=world, closed=closed)
+            said = f"{named} ({said})"
         return _failed(said, 1)
     return 0
 
