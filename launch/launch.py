@@ -8,11 +8,12 @@ the stage `train` of the run: `pldr run CONFIG` finds it complete and goes on fr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def _deepspeed(arguments: Any, show: Show) -> Result:
         launch_over_ssh(config, job_file, ranks, job, show=lambda text: show(f"  {text}"))
 
     line = Line(config, launch=start, say=say, ranks=ranks)
-    with exclusive(config, say):
+    with _stops_told(arguments), exclusive(config, say):
         return _train(line, arguments)
 
 
@@ -180,11 +181,18 @@ def _one_node(
             show=lambda text: show(f"  {text}"),
         )
 
-    try:
+    with _stops_told(arguments):
         if node == 0:
             return _lead(arguments, config, run, nodes=nodes, ranks=ranks)
         paths.logs.mkdir(parents=True, exist_ok=True)
         return _follow(arguments, config, run, node)
+
+
+@contextlib.contextmanager
+def _stops_told(arguments: Any) -> Iterator[None]:
+    """A stop by signal ends with --stopped-code; so does a signal that came while no rank ran."""
+    try:
+        yield
     except Stopped as stop:
         raise Stopped(str(stop), details=stop.details, exit_code=arguments.stopped_code) from None
     except KeyboardInterrupt:
