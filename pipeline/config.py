@@ -65,6 +65,8 @@ class TrainConfig(Section):
     spike_window: int = Field(200, ge=20)  # losses that its bound comes from, median + spike_threshold * 1.4826 MAD
     spike_threshold: float = Field(8.0, gt=0)
     max_restarts: int = Field(0, ge=0)  # after a crash, from the last commit; not after a stop or a user's mistake
+    profile_steps: tuple[int, int] | None = None  # [first, last]: traced on every rank (pipeline/train/profiler.py)
+    memory_history: bool = False  # on a GPU: which code asked for each block, in the snapshot of a rank out of memory
     peak_tflops: float | None = Field(None, gt=0)  # of one device, for MFU; null: the data sheet of a known GPU
 
     @field_validator("publish_to")
@@ -82,6 +84,10 @@ class TrainConfig(Section):
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must be in [0, 1)")
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1] <= self.steps:
+            raise ValueError(
+                f"profile_steps {list(self.profile_steps)}: [first, last] with 1 <= first <= last <= steps"
+            )
         return self
 
     @property
@@ -186,6 +192,8 @@ class RunPaths:
         self.bundle = self.root / "bundle"
         self.stages = self.root / "stages"
         self.logs = self.root / "logs"
+        self.profiles = self.logs / "profile"
+        self.memory = self.logs / "memory"
 
     @staticmethod
     def ranks_of(job_file: Path) -> Path:

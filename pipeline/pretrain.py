@@ -65,9 +65,12 @@ def _train(config: RunConfig, paths: RunPaths, job: Job, *, ranks: int, launch: 
     """Start the ranks; after a crash again, `train.max_restarts` times. Returns the job of the last start."""
     log = paths.logs / "train.log"
     for restarts_left in range(config.train.max_restarts, -1, -1):
-        log_from = log.stat().st_size if log.exists() else 0
+        log_from, since = log.stat().st_size if log.exists() else 0, time.time()
         try:
-            launch(config, job.file, ranks)
+            try:
+                launch(config, job.file, ranks)
+            finally:
+                tracking.keep_evidence(config, since=since)
             return job
         except Stopped as stop:
             tracking.mark(config, job.run_id, "KILLED")

@@ -51,8 +51,8 @@ MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.w
               "train.validate_every", "train.checkpoint_every", "train.keep_", "train.publish_", "train.timeout_s",
               "train.max_restarts", "train.max_skipped_steps", "train.on_spike", "train.spike_",
               "train.deepspeed", "train.compile", "train.peak_tflops", "train.val_sequences", "train.zero_stage",
-              "train.micro_batch", "train.precision", "data.on_bad_shard", "data.cache_gigabytes", "data.executor",
-              "data.slurm.", "data.ray_address")  # fmt: skip
+              "train.micro_batch", "train.precision", "train.profile_steps", "train.memory_history",
+              "data.on_bad_shard", "data.cache_gigabytes", "data.executor", "data.slurm.", "data.ray_address")  # fmt: skip
 # What a caller may force besides.
 FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
 
@@ -203,6 +203,17 @@ def fail(config: RunConfig, run_id: str, error: BaseException, *, log_from: int)
     except (OSError, UserError) as problem:
         log.warning("the failure's traceback was not kept: %s", first_line(problem))
     settle(config, run_id, status="FAILED")
+
+
+def keep_evidence(config: RunConfig, *, since: float) -> None:
+    """What ranks wrote since then (seconds of the epoch) goes to the run with its end: rank 0's traces of
+    `train.profile_steps`, every rank's memory when it ran out."""
+    paths = RunPaths(config.run_dir)
+    found = {file: f"profile/{file.parent.name}" for file in paths.profiles.glob("*/rank-0.*")}
+    found |= {file: "failure" for file in paths.memory.glob("rank-*")}
+    files = {str(file): folder for file, folder in found.items() if file.stat().st_mtime >= since}
+    if files:
+        _owe(config, files=files)
 
 
 def read_log(file: Path, start: int) -> str:

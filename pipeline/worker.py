@@ -52,11 +52,14 @@ def main(argv: list[str]) -> int:
         return _failed(str(error), error.exit_code)
     except Exception as error:
         from pipeline.train.engine import is_peer_failure
+        from pipeline.train.memory import is_out_of_memory, out_of_memory
 
         traceback.print_exc()
-        said = f"rank {rank_and_world()[0]}: {type(error).__name__}: {first_line(error)}"
-        if is_peer_failure(error):
-            rank, world = rank_and_world()
+        rank, world = rank_and_world()
+        said = f"rank {rank}: {type(error).__name__}: {first_line(error)}"
+        if is_out_of_memory(error):
+            said = out_of_memory(error, job_file.parent / "memory", rank, heart.where)
+        elif is_peer_failure(error):
             said = f"{blame(RunPaths.ranks_of(job_file), _stamp(job_file), me=rank, world=world)} ({said})"
         return _failed(said, 1)
     return 0
@@ -95,9 +98,10 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.data.reader import TokenReader, open_split
     from pipeline.device import has_gpu
     from pipeline.publish import open_publisher
-    from pipeline.tracking import open_tracker
+    from pipeline.tracking import open_tracker, set_tags
     from pipeline.train.engine import init_distributed
     from pipeline.train.loop import Lineage, train
+    from pipeline.train.system import NODES_TAG, node_names
 
     job = storage.read_json(job_file, schema_version=1)
     config = parse_config(job["config"], where=str(job_file))
@@ -142,7 +146,10 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
         agree=agree,
     )
     tracker = publisher = None
+    hosts: list[Any] = [None] * world
+    dist.all_gather_object(hosts, (socket.gethostname(), os.environ.get("LOCAL_RANK", "0") == "0"))
     if rank == 0:
+        set_tags(config, job["run_id"], {NODES_TAG: node_names(hosts)})
         tracker = open_tracker(config, job["run_id"], running=True)
         publisher = open_publisher(config, tracker)
     status, wait_s = "FAILED", STOPPED_WAIT_S

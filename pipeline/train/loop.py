@@ -30,12 +30,15 @@ from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, device_of_rank, set_learning_rate
 from pipeline.train.guard import Guard
 from pipeline.train.heartbeat import Heartbeat
-from pipeline.train.metrics import Throughput, peak_flops, system_metrics, validate
+from pipeline.train.memory import record_history
+from pipeline.train.metrics import Throughput, peak_flops, validate
 from pipeline.train.optim import gradient_norm
+from pipeline.train.profiler import StepProfiler
 from pipeline.train.progress import Progress
 from pipeline.train.response import checkpoint_to_go_back_to, judge, told
 from pipeline.train.step import global_step
 from pipeline.train.stop import StopRequest
+from pipeline.train.system import Measures
 from pldr_model.model import PLDRModel
 
 log = logging.getLogger(__name__)
@@ -107,6 +110,8 @@ def train(
     heart, stop = heart or Heartbeat(), stop or StopRequest()
     settings, paths = config.train, RunPaths(config.run_dir)
     world, device = dist.get_world_size(), device_of_rank()
+    if settings.memory_history:
+        record_history()
     torch.manual_seed(config.seed)  # the same weights on every rank and at every world size
     model = PLDRModel(config.model)
     engine = build_engine(model, settings, world)
@@ -115,7 +120,8 @@ def train(
     if resume_from is not None:
         state = _resume(engine, resume_from, settings.precision)
     progress = Progress(config, start_step=state.step) if dist.get_rank() == 0 else None
-    throughput = Throughput()
+    throughput, measures = Throughput(), Measures(paths.root, device)
+    profiler = StepProfiler(settings.profile_steps, paths.profiles, dist.get_rank())
     budget = invariance_budget(settings, state.step) - state.budget_skipped
     tokens_per_batch = settings.global_batch * config.model.context_length
     flops = config.model.flops_per_token(training=True)
@@ -124,8 +130,10 @@ def train(
     gc.disable()  # ranks must not pause one after another; collected at the logging interval
 
     while state.step < settings.steps:
+        profiler.begin(state.step + 1)
         heart.at(state.step + 1, "data")
-        batch = next(batches, None)
+        with measures.data.running():
+            batch = next(batches, None)
         if batch is None:  # steps that were rolled back are trained on further batches
             batches = data.micro_batches(state.sequences_consumed, limit=settings.steps - state.step)
             continue
@@ -133,7 +141,7 @@ def train(
         heart.at(state.step + 1, "compute")
         rate = learning_rate(settings, state.step)
         set_learning_rate(engine, rate)
-        outcome = global_step(engine, micro_batches, config.model, stop=stop, device=device)
+        outcome = global_step(engine, micro_batches, config.model, stop=stop, device=device, forward=measures.forward)
         ids = partial(data.indices, state.sequences_consumed)
         if outcome.skipped:
             state.budget_skipped += rate * settings.metric_decay
@@ -145,6 +153,7 @@ def train(
         state.sequences_consumed = position
         state.tokens_consumed += tokens_per_batch
         throughput.add(tokens_per_batch)
+        measures.step()
         last = state.step == settings.steps or outcome.stop is not None
         checkpoint_due = state.step % settings.checkpoint_every == 0 or last
         values: dict[str, float] = {}
@@ -165,7 +174,7 @@ def train(
                 "data/epoch": state.sequences_consumed / data.num_sequences,
                 "data/tokens": float(state.tokens_consumed),
                 "data/left_out_sequences": float(state.sequences_left_out),
-                **system_metrics(),
+                **measures.gather(),
             }
             if peak is not None:
                 values["train/mfu"] = values["train/tokens_per_second"] * flops / (peak * world)
@@ -209,6 +218,7 @@ def train(
         if outcome.stop is not None:
             break
 
+    profiler.close()
     heart.at(state.step, "end")
     if progress is not None:
         progress.end(state.step, stop=outcome.stop)

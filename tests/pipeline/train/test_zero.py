@@ -1,5 +1,6 @@
 """The training floor on two real ranks (gloo): every ZeRO stage trains the same run, and a resumed run is bit-equal."""
 
+import gzip
 import json
 import math
 import os
@@ -42,8 +43,13 @@ def start_ranks(folder: Path, stages: str, precision: str, world: int = 2, worke
 
 
 @pytest.fixture(scope="module")
-def fp32(tmp_path_factory):
-    return start_ranks(tmp_path_factory.mktemp("fp32"), "0,1,2,3", "fp32")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fp32")
+
+
+@pytest.fixture(scope="module")
+def fp32(folder):
+    return start_ranks(folder, "0,1,2,3", "fp32")
 
 
 def losses(points: dict) -> list[float]:
@@ -106,8 +112,8 @@ def test_a_resumed_run_is_bit_equal(fp32, stage):
 
 def test_what_is_logged(fp32):
     points = fp32["1-norm"]["straight"]
-    assert set(points["6"]) == {
-        "data/epoch", "data/tokens", "data/left_out_sequences", "system/rss_gb",
+    assert {key for key in points["6"] if not key.startswith("system/")} == {
+        "data/epoch", "data/tokens", "data/left_out_sequences",
         "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/skipped_steps", "train/spikes",
         "val/loss_block", "val/loss_cached", "val/leak_gap", "val/bits_per_byte",
         "invariance/budget", "invariance/order_parameter_A", "invariance/order_parameter_A_LM",
@@ -117,6 +123,27 @@ def test_what_is_logged(fp32):
     last = points["6"]
     assert last["val/leak_gap"] == pytest.approx(last["val/loss_cached"] - last["val/loss_block"])
     assert last["val/bits_per_byte"] == pytest.approx(last["val/loss_cached"] / math.log(2) / 2.0)
+
+
+def test_a_traced_step_and_a_slow_rank_change_no_number_and_are_seen(fp32, folder):
+    watched, straight = fp32["watched"], fp32["3-norm"]["straight"]
+    for step, values in straight.items():
+        for key in values:
+            if key != "train/tokens_per_second" and not key.startswith("system/"):
+                assert watched[step][key] == values[key], (step, key)
+    last = watched["6"]
+    assert last["system/slowest_rank"] == 1 and last["system/data_wait_seconds"] >= 0.1
+    assert last["system/rank_seconds_max"] - last["system/rank_seconds_min"] > 0.05
+    assert last["system/rank_seconds_median"] == pytest.approx(
+        (last["system/rank_seconds_max"] + last["system/rank_seconds_min"]) / 2
+    )
+    for rank in (0, 1):
+        traces = folder / "watched" / "logs" / "profile" / "steps-000002-000003"
+        with gzip.open(traces / f"rank-{rank}.json.gz", "rt") as stream:
+            names = {event.get("name", "") for event in json.load(stream)["traceEvents"]}
+        assert {name for name in names if name.startswith("train step")} == {"train step 2", "train step 3"}
+        assert any("gloo" in name or "c10d" in name for name in names)
+        assert "aten::" in (traces / f"rank-{rank}.txt").read_text()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
