@@ -50,8 +50,16 @@ class _HashingFile:
         return self._digest.hexdigest()
 
 
-def make_safe_engine() -> Any:
-    """DeepSpeed's torch checkpoint engine with hashed, fsynced writes and code-free reads."""
+def make_safe(engine: Any) -> None:
+    """Let a DeepSpeed engine write its checkpoints hashed and fsynced, and read them without executing anything.
+
+    Nor does it put its conversion script beside them: a copy that a full disk ends in an exception on rank 0 alone.
+    """
+    engine.checkpoint_engine = _make_checkpoint_engine()
+    engine._copy_recovery_script = lambda path: None
+
+
+def _make_checkpoint_engine() -> Any:
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
     class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]

@@ -5,6 +5,8 @@ Oddities explained once (measured on DeepSpeed 0.19.8):
   build leaves a lock on which every later start hangs). It is switched off unless PLDR_BUILD_SHM_OP=1.
 - `"type": "AdamW"` in DeepSpeed's configuration compiles an optimizer on a CPU: the engine is handed a torch optimizer.
 - ZeRO makes process groups itself, with torch's 30 minutes: `torch.distributed.new_group` gets our timeout as its default.
+- A process group's timeout is also the time in which all ranks must have come. A node that starts late is no fault yet, so
+  ranks meet first, with START_TIMEOUT_S, and the group is made then.
 - bf16 at stage 0 runs through a wrapper whose Adam step count is off by one after a resume: use stage 1.
 """
 
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.config import TrainConfig
 from pipeline.device import has_gpu
@@ -28,6 +31,7 @@ from pipeline.train.optim import build_optimizer, optimizer_clips_norm
 
 log = logging.getLogger(__name__)
 
+START_TIMEOUT_S = 300.0  # for all ranks to come: images are pulled, and libraries read from a shared disk
 OURS = {  # DeepSpeed keys that our configuration sets: the mend names where
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -98,7 +102,12 @@ def init_distributed(timeout_s: float) -> None:
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     _default_timeout_of_new_groups(timedelta(seconds=timeout_s))
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+    timeout = timedelta(seconds=timeout_s)
+    late = timedelta(seconds=max(START_TIMEOUT_S, timeout_s))
+    store, rank, world = next(rendezvous("env://", timeout=late))
+    store.set_timeout(timeout)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 def _default_timeout_of_new_groups(default: timedelta) -> None:

@@ -115,7 +115,7 @@ def train(
     torch.manual_seed(config.seed)  # the same weights on every rank and at every world size
     model = PLDRModel(config.model)
     engine = build_engine(model, settings, world)
-    engine.checkpoint_engine = checkpoint.make_safe_engine()
+    checkpoint.make_safe(engine)
     state = TrainState()
     if resume_from is not None:
         state = _resume(engine, resume_from, settings.precision)

@@ -47,7 +47,7 @@ def main(out: Path, cases: list[str]) -> None:
         )
         torch.manual_seed(1)
         engine = build_engine(PLDRModel(MODEL), config.train, dist.get_world_size())
-        engine.checkpoint_engine = checkpoint.make_safe_engine()
+        checkpoint.make_safe(engine)
         for step in range(2):
             ids = torch.randint(4, 40, (1, 17), generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
             loss = cross_entropy(engine(ids[:, :-1], padded=False), ids[:, 1:])

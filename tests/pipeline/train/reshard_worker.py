@@ -63,7 +63,7 @@ def resumed(folder, case):
 def carried(config, start, folder):
     """Load, save at once, and compare what the two checkpoints hold of every parameter."""
     engine = build_engine(PLDRModel(config.model), config.train, dist.get_world_size())
-    engine.checkpoint_engine = checkpoint.make_safe_engine()
+    checkpoint.make_safe(engine)
     checkpoint.load(engine, start, verify(start), precision=config.train.precision)
     saved = checkpoint.save(engine, folder, {"step": STEPS // 2})
     old, new = ZeroState(start / HALF), ZeroState(saved / HALF)

@@ -27,7 +27,7 @@ init_distributed(60)
 model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
 train = TrainConfig(steps=5, warmup_steps=0, global_batch=2, micro_batch=2, precision="fp32", zero_stage=1)
 engine = build_engine(model, train, 1)
-engine.checkpoint_engine = checkpoint.make_safe_engine()
+checkpoint.make_safe(engine)
 folder = Path(sys.argv[1])
 for step in range(1, 5):
     engine.backward(engine(torch.ones(2, 4)).square().mean()); engine.step()
