@@ -20,7 +20,6 @@ import pytest
 from launch.cli import main
 from pipeline import tracking
 from pipeline.checkpoints import committed, verify
-from pipeline.config import load_config
 
 pytestmark = pytest.mark.timeout(900)  # each start loads torch and deepspeed in four processes
 PLDR = [sys.executable, "-m", "launch.cli"]
@@ -103,6 +102,13 @@ class Training:
 
 def steps_saved(folder: Path) -> list[int]:
     return [verify(checkpoint)["step"] for checkpoint in committed(folder / "run" / "checkpoints")]
+
+
+def mlflow_run(folder: Path):
+    """MLflow's client and its only run."""
+    client = tracking.client(f"sqlite:///{folder / 'run' / 'mlflow.db'}")
+    [run] = client.search_runs([client.get_experiment_by_name("pldr").experiment_id])
+    return client, run
 
 
 def last_bytes(folder: Path) -> dict[str, bytes]:
@@ -220,10 +226,9 @@ def test_a_rank_out_of_memory_says_so_and_what_was_in_it(work):
     assert done.returncode == 1 and "is out of memory in step 1" in said and "lower train.micro_batch" in said
     written = [Path(word) for word in said.split() if word.endswith(".txt")]
     assert len(written) == 1 and "GB resident" in written[0].read_text()
-    config = load_config(work / "tiny.yaml", [f"run_dir={work / 'run'}"])
-    [run] = tracking.client(tracking.tracking_uri(config)).search_runs(["1"])
+    client, run = mlflow_run(work)
     assert run.info.status == "FAILED"
-    artifacts = tracking.client(tracking.tracking_uri(config)).list_artifacts(run.info.run_id, "failure")
+    artifacts = client.list_artifacts(run.info.run_id, "failure")
     assert {f"failure/{written[0].name}"} < {item.path for item in artifacts}
 
 
@@ -237,12 +242,10 @@ def outcome(folder: Path) -> tuple[dict[str, dict[str, bytes]], list[tuple[int, 
         c.name: {p.name: p.read_bytes() for p in (c / c.name).iterdir()}
         for c in committed(folder / "run" / "checkpoints")
     }
-    config = load_config(folder / "tiny.yaml", [f"run_dir={folder / 'run'}"])
-    client = tracking.client(tracking.tracking_uri(config))
-    [run] = client.search_runs(["1"])
+    client, run = mlflow_run(folder)
     assert run.info.status == "FINISHED"
     losses = sorted((p.step, p.value) for p in client.get_metric_history(run.info.run_id, "train/loss"))
-    published = tracking.published_checkpoints(config, run.info.run_id)
+    published = tracking.published_checkpoints(f"sqlite:///{folder / 'run' / 'mlflow.db'}", run.info.run_id)
     return kept, losses, set(published)
 
 
@@ -269,7 +272,8 @@ def test_kill_minus_9_of_anything_at_any_time_loses_nothing(tokens, tmp_path):
             if number % 4 == 0:  # while it starts
                 time.sleep(rng.uniform(0, 15))
             else:
-                reached(lambda goal=known + rng.randint(1, 3): len(committed(checkpoints)) >= goal)
+                goal = known + rng.randint(1, 3)
+                reached(lambda goal=goal: len(committed(checkpoints)) >= goal)
                 if number % 2:
                     reached(lambda: any(checkpoints.glob(".*.staging")))
                     time.sleep(rng.uniform(0, 0.12))
