@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.data_config import DataConfig, Section, TokenizerConfig, TokensConfig
 from pipeline.errors import ConfigError
+from pipeline.storage import sha256_json
 from pipeline.urls import check_url, is_http, without_secrets
 from pldr_model.config import ModelConfig
 from pldr_model.model import load_g_file
@@ -55,6 +56,7 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(2, ge=2)  # the last ones stay
     keep_every: int | None = Field(None, ge=1)  # checkpoints at multiples of this step stay for ever; null: none
     keep_best: bool = True  # the best by val/loss_cached stays; only a checkpoint that was validated at its step counts
+    staging: str | None = None  # a folder on each node's own disk that checkpoints are written to first; null: run_dir
     publish_to: str | None = None  # URL for checkpoints of any fsspec kind (s3://…, a path); null: MLflow artifacts
     publish_wait_s: float = Field(600.0, ge=0)  # how long the end of training waits for the last upload
     timeout_s: float = Field(
@@ -209,6 +211,14 @@ def documents_folder(config: RunConfig) -> str:
 def tokens_folder(config: RunConfig) -> str:
     """Where the token tars are: a path, or the URL `tokens.output`."""
     return config.tokens.output or str(RunPaths(config.run_dir).tokens)
+
+
+def staging_folder(config: RunConfig) -> Path | None:
+    """Where this run's checkpoints are written first on each node, below `train.staging`: its own folder, or None."""
+    if config.train.staging is None:
+        return None
+    root = str(RunPaths(config.run_dir).root)
+    return Path(config.train.staging).expanduser().absolute() / f"{config.name}-{sha256_json(root)[:12]}"
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from pipeline import storage
 from pipeline.checkpoints import TRAINING_LOCK
-from pipeline.config import RunConfig, RunPaths, parse_config, tokens_folder
+from pipeline.config import RunConfig, RunPaths, parse_config, staging_folder, tokens_folder
 from pipeline.errors import UserError, first_line
 from pipeline.train.heartbeat import Heartbeat, blame
 from pipeline.train.progress import FAILURE, LISTENING
@@ -101,7 +101,7 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.tracking import open_tracker, set_tags
     from pipeline.train.engine import init_distributed
     from pipeline.train.loop import Lineage, train
-    from pipeline.train.system import NODES_TAG, node_names
+    from pipeline.train.system import NODES_TAG, first_on_node, node_names
 
     job = storage.read_json(job_file, schema_version=1)
     config = parse_config(job["config"], where=str(job_file))
@@ -147,7 +147,7 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     )
     tracker = publisher = None
     hosts: list[Any] = [None] * world
-    dist.all_gather_object(hosts, (socket.gethostname(), os.environ.get("LOCAL_RANK", "0") == "0"))
+    dist.all_gather_object(hosts, (socket.gethostname(), first_on_node()))
     if rank == 0:
         set_tags(config, job["run_id"], {NODES_TAG: node_names(hosts)})
         tracker = open_tracker(config, job["run_id"], running=True)
@@ -208,6 +208,11 @@ def require_disk(config: RunConfig, paths: RunPaths, rank: int) -> None:
     probe.unlink()
     share = 17 * config.model.num_parameters()["total"] // int(os.environ["WORLD_SIZE"])  # pretrain.py tells why 17
     storage.require_free_space(paths.checkpoints, share, "this rank's part of a checkpoint")
+    staging = staging_folder(config)
+    if staging is not None:
+        storage.publish_bytes(staging.parent / f".probe-{rank}", b"")
+        (staging.parent / f".probe-{rank}").unlink()
+        storage.require_free_space(staging, share, "train.staging: this rank's part of a checkpoint")
 
 
 def agreement(timeout_s: float) -> Callable[[list[bool]], list[bool]]:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.checkpoints import verify
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config import RunConfig, RunPaths, staging_folder
 from pipeline.errors import UserError
 from pipeline.metrics_spool import Tracker
 from pipeline.publish import Publisher
@@ -36,9 +36,10 @@ from pipeline.train.optim import gradient_norm
 from pipeline.train.profiler import StepProfiler
 from pipeline.train.progress import Progress
 from pipeline.train.response import checkpoint_to_go_back_to, judge, told
+from pipeline.train.save import Saver
 from pipeline.train.step import global_step
 from pipeline.train.stop import StopRequest
-from pipeline.train.system import Measures
+from pipeline.train.system import Measures, first_on_node
 from pldr_model.model import PLDRModel
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,13 @@ def train(
     model = PLDRModel(config.model)
     engine = build_engine(model, settings, world)
     checkpoint.make_safe(engine)
+    saver = Saver(
+        engine,
+        paths.checkpoints,
+        staging=staging_folder(config),
+        first_on_node=first_on_node(),
+        committed=partial(_committed, config, paths.checkpoints, publisher),
+    )
     state = TrainState()
     if resume_from is not None:
         state = _resume(engine, resume_from, settings.precision)
@@ -192,29 +200,34 @@ def train(
             cached = values["val/loss_cached"]
             state.val_loss_cached, state.val_step = cached if math.isfinite(cached) else None, state.step
 
-        event = judge(state.guard, settings, state.step, outcome, values, ids)
+        try:
+            event = judge(state.guard, settings, state.step, outcome, values, ids)
+        except UserError:  # the same on every rank
+            saver.settle()
+            raise
         if event is not None:
             values["train/spikes"] = float(state.guard.spikes)
-            _tell(progress, f"warning: {told(event)}")
+            _warn(progress, told(event))
         if values:
             _report(tracker, progress, state.step, values)
         if event is not None and event["action"] == "rollback":
+            _warn(progress, saver.settle())
             earlier = _roll_back(engine, paths.checkpoints, state, settings.precision)
             if earlier is not None:
                 state = earlier
                 budget = invariance_budget(settings, state.step) - state.budget_skipped
                 _tell(progress, f"rolled back to step {state.step}; goes on at position {state.sequences_consumed}")
                 continue
-            _tell(progress, "warning: there is no checkpoint to roll back to; training goes on")
+            _warn(progress, "there is no checkpoint to roll back to; training goes on")
         if checkpoint_due:
             heart.at(state.step, "save")
             with throughput.pause():
                 try:
-                    _checkpoint(engine, config, paths.checkpoints, state, lineage, publisher)
+                    _warn(progress, saver.save(_record(config, state, lineage), wait=last))
                 except UserError as error:  # on every rank: a full disk, say
                     if last:
                         raise
-                    _tell(progress, f"warning: {error}; training goes on, earlier checkpoints are kept")
+                    _warn(progress, f"{error}; training goes on, earlier checkpoints are kept")
         if outcome.stop is not None:
             break
 
@@ -245,25 +258,28 @@ def _roll_back(engine: Any, folder: Path, state: TrainState, precision: str) -> 
     return earlier
 
 
-def _checkpoint(
-    engine: Any, config: RunConfig, folder: Path, state: TrainState, lineage: Lineage, publisher: Publisher | None
-) -> None:
-    record = {
-        **asdict(state),
-        **asdict(lineage),
-        "config": config.as_dict(),
-        "world_size": dist.get_world_size(),
-    }
-    checkpoint.save(engine, folder, record)
+def _record(config: RunConfig, state: TrainState, lineage: Lineage) -> dict[str, Any]:
+    """What state.json says."""
+    world_size = dist.get_world_size()
+    return {**asdict(state), **asdict(lineage), "config": config.as_dict(), "world_size": world_size}
+
+
+def _committed(config: RunConfig, folder: Path, publisher: Publisher | None, step: int) -> None:
+    """On rank 0, which has the publisher where there is one."""
     if publisher is not None:
-        publisher.saved(state.step)
-    elif dist.get_rank() == 0:
-        retain(folder, policy_of(config.train), now=state.step)
+        publisher.saved(step)
+    else:
+        retain(folder, policy_of(config.train), now=step)
 
 
 def _gradient_norm(engine: Any) -> float:
     norm = engine.get_global_grad_norm()
     return gradient_norm(engine.optimizer) if norm is None else float(norm)
+
+
+def _warn(progress: Progress | None, text: str | None) -> None:
+    if text is not None:
+        _tell(progress, f"warning: {text}")
 
 
 def _tell(progress: Progress | None, text: str) -> None:

@@ -116,7 +116,7 @@ class Measures:
         except OSError:
             disk_free_gb = math.nan
         return Reading(
-            first_on_node=float(os.environ.get("LOCAL_RANK", "0") == "0"),
+            first_on_node=float(first_on_node()),
             data_s=self.data.read() / steps,
             forward_s=self.forward.read() / steps,
             rss_gb=psutil.Process().memory_info().rss / 1e9,
@@ -154,6 +154,11 @@ def summary(rows: np.ndarray) -> dict[str, float]:
         values |= {f"system/node-{node}/{name}": column[name][start] for name in NODE_FIELDS}
         values[f"system/node-{node}/gpu_percent"] = column["gpu_percent"][start:end].mean()
     return {name: float(value) for name, value in values.items() if math.isfinite(value)}
+
+
+def first_on_node() -> bool:
+    """Whether this rank is its node's first, as every launcher says."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def node_names(hosts: list[tuple[str, bool]]) -> str:

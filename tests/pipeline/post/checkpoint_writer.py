@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from pipeline.config import RunConfig
 from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, init_distributed, set_learning_rate
+from pipeline.train.save import Saver
 from pldr_model.config import ModelConfig
 from pldr_model.loss import cross_entropy
 from pldr_model.model import PLDRModel
@@ -65,7 +66,7 @@ def main(out: Path, cases: list[str]) -> None:
             "mlflow_run_id": "run",
             "world_size": dist.get_world_size(),
         }
-        checkpoint.save(engine, folder, state)
+        Saver(engine, folder).save(state)
         import deepspeed
 
         parameters = list(engine.module.parameters())

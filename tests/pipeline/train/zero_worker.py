@@ -17,7 +17,7 @@ from pipeline import schedule
 from pipeline.checkpoints import checkpoint_name, verify
 from pipeline.config import RunConfig, parse_config
 from pipeline.errors import UserError
-from pipeline.train import checkpoint, loop
+from pipeline.train import checkpoint, loop, save
 from pipeline.train.engine import init_distributed
 
 STEPS = 6
@@ -113,6 +113,32 @@ def failing_save(folder, stage, precision, held_out, bad):
     return {"messages": messages, "left": sorted(p.name for p in (folder / "checkpoints").iterdir())}
 
 
+def failing_copy(folder, stage, precision, held_out):
+    """The disk that all nodes see is full when rank 1 brings its files of the first checkpoint there, beside training."""
+    config = with_train(configuration(folder, stage, precision, "norm"), staging=str(folder / "nvme"))
+    real, failed = save._copy, []
+
+    def full(source, target):
+        if dist.get_rank() == 1 and not failed:
+            failed.append(target)
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    save._copy = full
+    try:
+        run(config, held_out)
+    finally:
+        save._copy = real
+    return {
+        "left": sorted(p.name for p in (folder / "checkpoints").iterdir()),
+        "staged": [p.name for p in (folder / "nvme").rglob("*") if p.is_file()],
+    }
+
+
+def with_train(config, **keys):
+    return config.model_copy(update={"train": config.train.model_copy(update=keys)})
+
+
 def main() -> None:
     folder, stages, precision = Path(sys.argv[1]), [int(s) for s in sys.argv[2].split(",")], sys.argv[3]
     torch.set_num_threads(1)
@@ -138,8 +164,9 @@ def main() -> None:
         for stage in stages
         for bad in (0, 1)
     }
+    results["failing_copy"] = failing_copy(folder / "copy", stages[-1], precision, held_out)
     watched = configuration(folder / "watched", stages[-1], precision, "norm")
-    watched = watched.model_copy(update={"train": watched.train.model_copy(update={"profile_steps": (2, 3)})})
+    watched = with_train(watched, profile_steps=(2, 3), staging=str(folder / "nvme"))
     Batches.slow = {1: 0.1}
     results["watched"] = run(watched, held_out).points
     if dist.get_rank() == 0:
