@@ -81,7 +81,7 @@ def _train(config: RunConfig, paths: RunPaths, job: Job, *, ranks: int, launch: 
                 details={**stop.details, "run_id": job.run_id, "checkpoint": done[-1].name if done else None},
             ) from None
         except UserError as error:
-            if error.exit_code == 2 or not restarts_left:  # 2: it would only happen again
+            if not error.again or not restarts_left:
                 tracking.fail(config, job.run_id, error, log_from=log_from)
                 raise
             crash = error

@@ -27,7 +27,7 @@ from pipeline.checkpoints import TRAINING_LOCK
 from pipeline.config import RunConfig, RunPaths, parse_config, staging_folder, tokens_folder
 from pipeline.errors import UserError, first_line
 from pipeline.train.heartbeat import Heartbeat, blame
-from pipeline.train.progress import FAILURE, LISTENING
+from pipeline.train.progress import FAILURE, LISTENING, say_line
 from pipeline.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
     stop = StopRequest()
     stop.listen()
-    print(LISTENING, flush=True)
+    say_line(LISTENING)
     if os.environ.get(PARENT_PIPE) == "1":
         threading.Thread(target=_die_with_parent, daemon=True).start()
     job_file = Path(next(a for a in argv if not a.startswith("--local_rank")))
@@ -71,7 +71,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def _failed(message: str, exit_code: int) -> int:
-    print(f"{FAILURE}{exit_code} {message}", flush=True)
+    say_line(f"{FAILURE}{exit_code} {message}")
     return exit_code
 
 

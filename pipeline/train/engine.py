@@ -147,6 +147,12 @@ def build_engine(model: nn.Module, train: TrainConfig, world_size: int) -> Any:
     return engine
 
 
+def set_recipe(engine: Any, train: TrainConfig) -> None:
+    """This run's weight decay, betas and eps: with a checkpoint of another run DeepSpeed has loaded that one's."""
+    for group, decay in zip(engine.optimizer.param_groups, (train.weight_decay, train.metric_decay), strict=False):
+        group["weight_decay"], group["betas"], group["eps"] = decay, train.betas, train.eps
+
+
 def set_learning_rate(engine: Any, rate: float) -> None:
     """The rate of the coming step, on whatever optimizer wrapper ZeRO uses."""
     for group in engine.optimizer.param_groups:

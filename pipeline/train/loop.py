@@ -20,14 +20,14 @@ import torch
 import torch.distributed as dist
 
 from pipeline.checkpoints import verify
-from pipeline.config import RunConfig, RunPaths, staging_folder
+from pipeline.config import RunConfig, RunPaths, TrainConfig, staging_folder
 from pipeline.errors import UserError
 from pipeline.metrics_spool import Tracker
 from pipeline.publish import Publisher
 from pipeline.retention import policy_of, retain
 from pipeline.schedule import invariance_budget, learning_rate
 from pipeline.train import checkpoint
-from pipeline.train.engine import build_engine, device_of_rank, set_learning_rate
+from pipeline.train.engine import build_engine, device_of_rank, set_learning_rate, set_recipe
 from pipeline.train.guard import Guard
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.memory import record_history
@@ -77,7 +77,7 @@ class TrainState:
     sequences_left_out: int = 0
     val_loss_cached: float | None = None
     val_step: int | None = None
-    budget_skipped: float = 0.0  # what skipped steps would have added to the invariance budget
+    budget: float = 0.0  # the invariance budget up to here, without skipped steps
     guard: Guard = field(default_factory=Guard)
 
 
@@ -126,15 +126,15 @@ def train(
     )
     state = TrainState()
     if resume_from is not None:
-        state = _resume(engine, resume_from, settings.precision)
+        state = _resume(engine, resume_from, settings)
     progress = Progress(config, start_step=state.step) if dist.get_rank() == 0 else None
     throughput, measures = Throughput(), Measures(paths.root, device)
     profiler = StepProfiler(settings.profile_steps, paths.profiles, dist.get_rank())
-    budget = invariance_budget(settings, state.step) - state.budget_skipped
     tokens_per_batch = settings.global_batch * config.model.context_length
     flops = config.model.flops_per_token(training=True)
     peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_flops()
     batches = data.micro_batches(state.sequences_consumed, limit=settings.steps - state.step)
+    stopped: str | None = None
     gc.disable()  # ranks must not pause one after another; collected at the logging interval
 
     while state.step < settings.steps:
@@ -151,10 +151,9 @@ def train(
         set_learning_rate(engine, rate)
         outcome = global_step(engine, micro_batches, config.model, stop=stop, device=device, forward=measures.forward)
         ids = partial(data.indices, state.sequences_consumed)
-        if outcome.skipped:
-            state.budget_skipped += rate * settings.metric_decay
-        else:
-            budget += rate * settings.metric_decay
+        stopped = outcome.stop
+        if not outcome.skipped:
+            state.budget += rate * settings.metric_decay
         state.step += 1
         state.skipped_steps = int(engine.skipped_steps)
         state.sequences_left_out += position - state.sequences_consumed - settings.global_batch
@@ -162,7 +161,7 @@ def train(
         state.tokens_consumed += tokens_per_batch
         throughput.add(tokens_per_batch)
         measures.step()
-        last = state.step == settings.steps or outcome.stop is not None
+        last = state.step == settings.steps or stopped is not None
         checkpoint_due = state.step % settings.checkpoint_every == 0 or last
         values: dict[str, float] = {}
 
@@ -187,7 +186,7 @@ def train(
             if peak is not None:
                 values["train/mfu"] = values["train/tokens_per_second"] * flops / (peak * world)
             if config.model.g_source == "learned":
-                values["invariance/budget"] = budget
+                values["invariance/budget"] = state.budget
             if outcome.skipped:
                 del values["train/loss"], values["train/grad_norm"]
 
@@ -212,10 +211,9 @@ def train(
             _report(tracker, progress, state.step, values)
         if event is not None and event["action"] == "rollback":
             _warn(progress, saver.settle())
-            earlier = _roll_back(engine, paths.checkpoints, state, settings.precision)
+            earlier = _roll_back(engine, paths.checkpoints, state, settings)
             if earlier is not None:
                 state = earlier
-                budget = invariance_budget(settings, state.step) - state.budget_skipped
                 _tell(progress, f"rolled back to step {state.step}; goes on at position {state.sequences_consumed}")
                 continue
             _warn(progress, "there is no checkpoint to roll back to; training goes on")
@@ -228,30 +226,32 @@ def train(
                     if last:
                         raise
                     _warn(progress, f"{error}; training goes on, earlier checkpoints are kept")
-        if outcome.stop is not None:
+        if stopped is not None:
             break
 
     profiler.close()
     heart.at(state.step, "end")
     if progress is not None:
-        progress.end(state.step, stop=outcome.stop)
+        progress.end(state.step, stop=stopped)
     return state
 
 
-def _resume(engine: Any, folder: Path, precision: str) -> TrainState:
+def _resume(engine: Any, folder: Path, settings: TrainConfig) -> TrainState:
     saved = verify(folder)
-    checkpoint.load(engine, folder, saved, precision=precision)
+    checkpoint.load(engine, folder, saved, precision=settings.precision)
+    set_recipe(engine, settings)
     # Older checkpoints lack fields that were added since; their defaults are what was true then.
+    saved.setdefault("budget", invariance_budget(settings, saved["step"]) - saved.get("budget_skipped", 0.0))
     known = {key: saved[key] for key in TrainState.__dataclass_fields__ if key in saved}
     return TrainState(**{**known, "guard": Guard(**saved.get("guard", {}))})
 
 
-def _roll_back(engine: Any, folder: Path, state: TrainState, precision: str) -> TrainState | None:
+def _roll_back(engine: Any, folder: Path, state: TrainState, settings: TrainConfig) -> TrainState | None:
     """The newest whole checkpoint, loaded; its state, but behind the batches seen until now. None: there is no checkpoint."""
     target = checkpoint_to_go_back_to(folder, state.guard, state.step)
     if target is None:
         return None
-    earlier = _resume(engine, target, precision)
+    earlier = _resume(engine, target, settings)
     earlier.guard.roll_back(state.guard, target.name)
     earlier.sequences_left_out += state.sequences_consumed - earlier.sequences_consumed
     earlier.sequences_consumed = state.sequences_consumed

@@ -102,7 +102,8 @@ def _put_by_stage(engine: Any, step: float) -> Put:
         states[flat] = fresh(flat.detach())
     if stage == 3:
         return _put_piece
-    optimizer._lazy_init_hp_params_optimizer_state()  # links parameters to their share of the moments, once
+    optimizer._hp_optimizer_states_linked = False  # in a rollback: they are linked to the moments thrown away above
+    optimizer._lazy_init_hp_params_optimizer_state()  # links parameters to their share of the moments
     return _put_share
 
 

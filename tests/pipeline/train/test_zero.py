@@ -112,6 +112,15 @@ def test_a_resumed_run_is_bit_equal(fp32, stage):
                     assert values[key] == straight[key], (step, key)
 
 
+def test_a_run_from_another_runs_checkpoint_has_its_own_recipe(fp32):
+    assert len(fp32["recipes"]) == 4
+    for recipe in fp32["recipes"]:
+        assert recipe["groups"] == [[0.5, [0.5, 0.6], 1e-3], [9.0, [0.5, 0.6], 1e-3]]
+        # The budget of the steps before is what they were trained with.
+        before = fp32["1-norm"]["straight"]["3"]["invariance/budget"]
+        assert recipe["grown"] == pytest.approx(before + recipe["by"], rel=1e-12)
+
+
 def test_what_is_logged(fp32):
     points = fp32["1-norm"]["straight"]
     assert {key for key in points["6"] if not key.startswith("system/")} == {

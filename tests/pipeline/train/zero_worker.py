@@ -135,6 +135,22 @@ def failing_copy(folder, stage, precision, held_out):
     }
 
 
+def other_recipe(config, held_out):
+    """A run that begins from another run's checkpoint with a recipe of its own: what its optimizer has, the budget it logs."""
+    half = Path(config.run_dir) / "checkpoints" / checkpoint_name(3)
+    config = config.model_copy(update={"run_dir": config.run_dir + "-other"})
+    config = with_train(config, weight_decay=0.5, metric_weight_decay=9.0, betas=(0.5, 0.6), eps=1e-3)
+    engines, real = [], loop.build_engine
+    loop.build_engine = lambda *arguments: engines.append(real(*arguments)) or engines[-1]
+    try:
+        points = run(config, held_out, resume_from=half).points
+    finally:
+        loop.build_engine = real
+    groups = [[group[key] for key in ("weight_decay", "betas", "eps")] for group in engines[0].optimizer.param_groups]
+    steps = [config.train.metric_decay * schedule.learning_rate(config.train, step) for step in (3, 4, 5)]
+    return {"groups": groups, "grown": points[6]["invariance/budget"], "by": sum(steps)}
+
+
 def with_train(config, **keys):
     return config.model_copy(update={"train": config.train.model_copy(update=keys)})
 
@@ -149,6 +165,8 @@ def main() -> None:
         for clip_by in ("norm", "value"):
             config = configuration(folder / f"z{stage}-{clip_by}", stage, precision, clip_by)
             straight = run(config, held_out)
+            again = run(config, held_out, resume_from=Path(config.run_dir) / "checkpoints" / checkpoint_name(STEPS))
+            assert not again.points  # nothing is left to train
             half = Path(config.run_dir) / "checkpoints" / checkpoint_name(3)
             assert verify(half)["step"] == 3
             resumed = run(config, held_out, resume_from=half)
@@ -164,6 +182,9 @@ def main() -> None:
         for stage in stages
         for bad in (0, 1)
     }
+    results["recipes"] = [
+        other_recipe(configuration(folder / f"z{stage}-norm", stage, precision, "norm"), held_out) for stage in stages
+    ]
     results["failing_copy"] = failing_copy(folder / "copy", stages[-1], precision, held_out)
     watched = configuration(folder / "watched", stages[-1], precision, "norm")
     watched = with_train(watched, profile_steps=(2, 3), staging=str(folder / "nvme"))
