@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError
 from pipeline.storage import sha256_json
 from pipeline.urls import check_url, is_http, without_secrets
 from pldr_model.config import ModelConfig
-from pldr_model.model import load_g_file
+from pldr_model.model import ActivationCheckpointing, load_g_file
 
 # A stdlib dataclass as a pydantic field: unknown keys in `model:` must be errors like everywhere else.
 ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
@@ -48,7 +48,11 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
     deepspeed: str | None = None  # JSON with DeepSpeed's own keys; {stage} in the name is zero_stage
-    compile: bool = False  # torch.compile of the engine; on a CPU this needs a C++ compiler
+    compile: bool = False  # torch.compile of each decoder layer; on a CPU this needs a C++ compiler
+    activation_checkpointing: ActivationCheckpointing = "none"  # what the backward pass computes again
+    offload: Literal["none", "optimizer", "parameters"] = (
+        "none"  # kept in CPU memory; parameters (stage 3): with the optimizer
+    )
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(1000, ge=1)
     val_sequences: int = Field(64, ge=1)
@@ -86,6 +90,11 @@ class TrainConfig(Section):
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must be in [0, 1)")
+        if self.offload != "none" and self.zero_stage < (3 if self.offload == "parameters" else 1):
+            raise ValueError(
+                f"offload {self.offload!r} needs zero_stage {'3' if self.offload == 'parameters' else '1, 2 or 3'}, "
+                f"not {self.zero_stage}"
+            )
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1] <= self.steps:
             raise ValueError(
                 f"profile_steps {list(self.profile_steps)}: [first, last] with 1 <= first <= last <= steps"

@@ -50,7 +50,8 @@ _TRACEBACK = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n
 MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.workers", "train.ranks", "train.log_every",
               "train.validate_every", "train.checkpoint_every", "train.keep_", "train.publish_", "train.staging",
               "train.timeout_s", "train.max_restarts", "train.max_skipped_steps", "train.on_spike", "train.spike_",
-              "train.deepspeed", "train.compile", "train.peak_tflops", "train.val_sequences", "train.zero_stage",
+              "train.deepspeed", "train.compile", "train.activation_", "train.offload", "train.peak_tflops",
+              "train.val_sequences", "train.zero_stage",
               "train.micro_batch", "train.precision", "train.profile_steps", "train.memory_history",
               "data.on_bad_shard", "data.cache_gigabytes", "data.executor", "data.slurm.", "data.ray_address")  # fmt: skip
 # What a caller may force besides.

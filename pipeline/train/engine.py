@@ -21,13 +21,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.config import TrainConfig
 from pipeline.device import has_gpu
 from pipeline.errors import ConfigError
 from pipeline.train.optim import build_optimizer, optimizer_clips_norm
+from pldr_model.model import PLDRModel, set_activation_checkpointing
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ OURS = {  # DeepSpeed keys that our configuration sets: the mend names where
     "fp16": "train.precision",
     "optimizer": "train.*",
     "scheduler": "train.warmup_steps and train.min_lr_ratio",
+    "activation_checkpointing": "train.activation_checkpointing",
 }
 
 
@@ -66,10 +67,11 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
         stage = own.get("zero_optimization", {}).get("stage", train.zero_stage)
         if stage != train.zero_stage:
             raise ConfigError(f"{train.deepspeed}: ZeRO stage {stage}, but train.zero_stage is {train.zero_stage}")
-    zero = {**own.pop("zero_optimization", {}), "stage": train.zero_stage}
+    zero = {**own.pop("zero_optimization", {}), "stage": train.zero_stage, **_offload(train)}
     return {
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         **own,
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
@@ -78,6 +80,14 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": train.precision == "bf16"},
         "zero_optimization": zero,
     }
+
+
+def _offload(train: TrainConfig) -> dict[str, Any]:
+    """What ZeRO keeps in CPU memory. The step is then torch's fused AdamW on the CPU: DeepSpeed's own would have to be
+    compiled, and cannot clip by value (optim.py)."""
+    place = {"device": "cpu", "pin_memory": has_gpu()}
+    kept = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
+    return dict.fromkeys(kept[train.offload], place)
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
@@ -133,17 +143,19 @@ def device_of_rank() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
-def build_engine(model: nn.Module, train: TrainConfig, world_size: int) -> Any:
+def build_engine(model: PLDRModel, train: TrainConfig, world_size: int) -> Any:
     """The DeepSpeed engine around the model, with our optimizer."""
     import deepspeed
 
     if train.precision == "bf16" and train.zero_stage == 0:
         log.warning("bf16 at ZeRO stage 0: a resumed run is not bit-equal; use train.zero_stage=1")
+    set_activation_checkpointing(model, train.activation_checkpointing)
+    if train.compile:  # by layer: the same graph for all, and ZeRO-3's hooks of the layers stay outside
+        for layer in model.layers:
+            layer.compile()
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, train), config=deepspeed_config(train, world_size)
     )
-    if train.compile:
-        engine.compile()
     return engine
 
 

@@ -73,7 +73,7 @@ def _put_by_stage(engine: Any, step: float) -> Put:
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
 
     def fresh(master: Tensor) -> dict[str, Tensor]:
-        return {"step": torch.tensor(step), **{key: torch.zeros_like(master) for key in MOMENTS}}
+        return {"step": torch.tensor(step, device=master.device), **{key: torch.zeros_like(master) for key in MOMENTS}}
 
     if stage == 0:
         # bf16: DeepSpeed keeps fp32 masters beside the parameters, in the same groups.
