@@ -58,7 +58,7 @@ def command(job_file: Path, ranks: int) -> list[str]:
         "--master_addr",
         "127.0.0.1",
         "--master_port",
-        str(_free_port()),
+        str(free_port()),
         "--module",
         "pipeline.worker",
         str(job_file),
@@ -209,7 +209,8 @@ def _passing_signals_on(job: _Job, show: Callable[[str], None]) -> Iterator[None
             signal.signal(number, handler)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

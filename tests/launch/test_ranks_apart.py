@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.deepspeed import _free_port
+from launch.deepspeed import free_port
 from pipeline.checkpoints import committed
 
 pytestmark = [
@@ -42,7 +42,7 @@ def prepared(tokens: Path, folder: Path) -> Path:
 
 def start(folder: Path, prefixes: list[list[str]], address: str = "127.0.0.1", interface: str = "lo"):
     """Both ranks, each inside its prefix command, with its log beside the run directory."""
-    base = {**os.environ, "MASTER_ADDR": address, "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2",
+    base = {**os.environ, "MASTER_ADDR": address, "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
             "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # fmt: skip
     ranks = []
     for rank, prefix in enumerate(prefixes):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from launch.deepspeed import _free_port
+from launch.deepspeed import free_port
 from pipeline.config import TrainConfig
 from pipeline.schedule import learning_rate
 from pipeline.train.optim import build_optimizer
@@ -76,7 +76,7 @@ def markdown(cells: list[dict], differences: list[str]) -> str:
 def test_every_combination_trains_like_plain_pytorch(tmp_path):
     cells = [cell for cell in CELLS if not cell["compile"] or shutil.which("g++")]
     (tmp_path / "cells.json").write_text(json.dumps(cells))
-    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2",
+    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
             "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     command = [sys.executable, str(WORKER), str(tmp_path), str(tmp_path / "cells.json")]
     ranks = []

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from launch.deepspeed import _free_port
+from launch.deepspeed import free_port
 from pipeline.checkpoints import verify
 from pipeline.schedule import invariance_budget, learning_rate
 from pipeline.train.optim import build_optimizer
@@ -24,7 +24,7 @@ WORKER = Path(__file__).with_name("zero_worker.py")
 
 
 def start_ranks(folder: Path, stages: str, precision: str, world: int = 2, worker: Path = WORKER) -> dict:
-    port = str(_free_port())
+    port = str(free_port())
     base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     logs = [open(folder / f"rank{rank}.log", "wb") for rank in range(world)]  # noqa: SIM115
