@@ -107,6 +107,15 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def model_of(state: dict[str, Any]) -> Any:
+    """The configuration of the model whose weights a checkpoint holds, as plain values: of a run that has frozen its G
+    (train/freeze.py) the one with a constant G."""
+    model = state["config"].get("model")
+    if state.get("frozen") is None or not isinstance(model, dict):
+        return model
+    return {**model, "g_source": "file", "g_file": None, "dag_coefficients": [0.0, 0.0, 0.0]}
+
+
 def adopt(checkpoint: Path, folder: Path, *, mlflow_run_id: str) -> Path:
     """Take a verified checkpoint of another run into `folder` as one of this run, committed. Large files are linked, or
     copied where the disk is another: a checkpoint's files are never written again."""

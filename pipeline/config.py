@@ -29,6 +29,23 @@ from pldr_model.model import ActivationCheckpointing, load_g_file
 ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
 
 
+class FreezeConfig(Section):
+    """When G_LM is frozen to its mean and the metric learner dropped (pipeline/train/freeze.py). At least one of the two."""
+
+    below: float | None = Field(
+        None, gt=0
+    )  # order parameter of G (RMS, relative), for `evaluations` validations in a row
+    evaluations: int = Field(3, ge=1)
+    at_step: int | None = Field(None, ge=1)
+    sequences: int = Field(128, ge=1)  # training sequences that the mean is over, rounded up to whole global batches
+
+    @model_validator(mode="after")
+    def _check(self) -> FreezeConfig:
+        if self.below is None and self.at_step is None:
+            raise ValueError("set below (an order parameter, 1e-5 say) or at_step")
+        return self
+
+
 class TrainConfig(Section):
     """Pretraining (stage `train`). Sizes count sequences of `model.context_length` tokens."""
 
@@ -70,6 +87,7 @@ class TrainConfig(Section):
     on_spike: Literal["warn", "rollback", "stop"] = "warn"  # what a loss spike does (pipeline/train/response.py)
     spike_window: int = Field(200, ge=20)  # losses that its bound comes from, median + spike_threshold * 1.4826 MAD
     spike_threshold: float = Field(8.0, gt=0)
+    freeze_g: FreezeConfig | None = None  # null: the metric learner trains to the end
     max_restarts: int = Field(0, ge=0)  # after a crash, from the last commit; not after a stop or a user's mistake
     profile_steps: tuple[int, int] | None = None  # [first, last]: traced on every rank (pipeline/train/profiler.py)
     memory_history: bool = False  # on a GPU: which code asked for each block, in the snapshot of a rank out of memory
@@ -161,6 +179,10 @@ class RunConfig(Section):
         if ids != (0, 1, 2, 3):
             raise ValueError(
                 f"model.pad_id, unk_id, bos_id, eos_id are {ids}; the tokenizer's are 0, 1, 2, 3: remove these keys"
+            )
+        if self.train.freeze_g is not None and self.model.g_source != "learned":
+            raise ValueError(
+                f"train.freeze_g: model.g_source {self.model.g_source!r} has no learned G to freeze; remove it"
             )
         return self
 

@@ -100,7 +100,8 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.publish import open_publisher
     from pipeline.tracking import open_tracker, set_tags
     from pipeline.train.engine import init_distributed
-    from pipeline.train.loop import Lineage, train
+    from pipeline.train.loop import train
+    from pipeline.train.state import Lineage
     from pipeline.train.system import NODES_TAG, first_on_node, node_names
 
     job = storage.read_json(job_file, schema_version=1)
