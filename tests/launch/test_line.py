@@ -212,7 +212,11 @@ def test_other_data_under_a_trained_run_is_refused(finished):
 
 @pytest.mark.slow
 def test_a_corrupted_checkpoint_falls_back_loudly(finished):
-    path, run_dir, _, _ = finished
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    path, run_dir, output, _ = finished
+    run = tracking.client(tracking.tracking_uri(load_config(path))).get_run(result_of(output)["run_id"])
+    get_artifact_repository(run.info.artifact_uri).delete_artifacts("checkpoints/step-000500")  # else it is fetched
     newest = run_dir / "checkpoints" / "step-000500"
     victim = next((newest / "step-000500").glob("*model_states.pt"))
     data = bytearray(victim.read_bytes())
