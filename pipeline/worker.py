@@ -98,6 +98,7 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.data.reader import TokenReader, open_split
     from pipeline.device import has_gpu
     from pipeline.publish import open_publisher
+    from pipeline.resume import require_newest
     from pipeline.tracking import open_tracker, set_tags
     from pipeline.train.engine import init_distributed
     from pipeline.train.loop import train
@@ -117,7 +118,10 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
         raise UserError(f"{paths.root}: process {storage.lock_holder(lock)} trains here; wait for it or stop it")
     stamps = Stamps(_stamp(job_file))  # what its ranks check together is checked once a start on each node
 
+    start = None if job["resume_from"] is None else Path(job["resume_from"])
+
     def have_data_and_disk() -> tuple[TokenIndex, TokenReader, TokenReader]:
+        require_newest(start, paths)
         require_disk(config, paths, rank)
         index = TokenIndex.load(tokens_folder(config))
         index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
@@ -163,7 +167,7 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
             lineage=Lineage(index.fingerprint, index.tokenizer_sha256, job["run_id"]),
             tracker=tracker,
             publisher=publisher,
-            resume_from=None if job["resume_from"] is None else Path(job["resume_from"]),
+            resume_from=start,
             heart=heart,
             stop=stop,
         )
@@ -176,7 +180,7 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
         dist.destroy_process_group()  # the others end here, and do not wait for rank 0's uploads
     finally:
         if publisher is not None:
-            publisher.close(wait_s)
+            publisher.close(wait_s, stop=lambda: any(stop.flags()))
         if tracker is not None:
             tracker.close(status)
 
