@@ -160,7 +160,32 @@ def build_engine(model: PLDRModel, train: TrainConfig, world_size: int) -> Any:
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, train), config=deepspeed_config(train, world_size)
     )
+    if train.zero_stage in (1, 2) and hasattr(engine.optimizer, "averaged_gradients"):
+        _check_gradients_at_once(engine.optimizer)
     return engine
+
+
+def _check_gradients_at_once(optimizer: Any) -> None:
+    """ZeRO 1 and 2 look at each gradient in Python, twice: for NaN and infinity, and for its norm. Here one kernel does it for
+    all. (A norm that fp32 cannot hold counts as infinite.)"""
+
+    def norms(gradients: Any) -> torch.Tensor:
+        real = [g.detach().float() for g in gradients if g is not None and not getattr(g, "_zero_padding", False)]
+        return torch.stack(torch._foreach_norm(real)) if real else torch.zeros(1, device=device_of_rank())
+
+    def has_overflow() -> torch.Tensor:
+        everything = [g for group in optimizer.averaged_gradients.values() for g in group or ()]
+        return ~norms(everything).isfinite().all().reshape(1)
+
+    def norm(gradients: Any, params: Any, norm_type: int = 2) -> torch.Tensor:
+        assert norm_type == 2, norm_type
+        squares = norms(gradients).square().sum()
+        torch.distributed.all_reduce(squares, group=optimizer.dp_process_group)
+        total = squares.sqrt()
+        return torch.where(total.isfinite(), total, -torch.ones_like(total))  # as DeepSpeed marks it
+
+    optimizer.has_overflow_partitioned_grads_serial = has_overflow
+    optimizer.get_grad_norm_direct = norm
 
 
 def set_recipe(engine: Any, train: TrainConfig) -> None:
