@@ -157,8 +157,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_run_verbs(verbs, common)
     add_launch_verbs(verbs, common)
     add_doctor_verb(verbs, common)
-    sub = verb("bench", _bench, "CONFIG: time the model against its own SDPA twin; data: time tokenising and loading")
-    sub.add_argument("config", metavar="CONFIG|data", help="YAML of the run, or the word data")
+    sub = verb(
+        "bench", _bench, "time the model against its SDPA twin; train: DeepSpeed and saving; data: tokenising, loading"
+    )
+    sub.add_argument(
+        "config",
+        metavar="CONFIG|train CONFIG|data",
+        help="YAML of the run, behind the word train or not; or the word data",
+    )
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the YAML")
     sub.add_argument("--steps", type=int, help="with CONFIG: timed training steps of each model (10)")
     sub.add_argument("--batch", type=int, help="with CONFIG: sequences in a training step (4)")
@@ -279,6 +285,8 @@ def _parity(arguments: Any, show: Callable[[str], None]) -> Result:
 def _bench(arguments: Any, show: Callable[[str], None]) -> Result:
     if arguments.config == "data":
         return bench_data(arguments, _show)
+    if arguments.config == "train":
+        return _bench_train(arguments)
     from pldr_model.bench import bench
 
     if arguments.text is not None or arguments.tokenizer is not None:
@@ -290,6 +298,20 @@ def _bench(arguments: Any, show: Callable[[str], None]) -> Result:
         raise ConfigError(f"{arguments.config}: bench: {error}") from None
     for key, value in result.items():
         _show(f"{key:<32} {value}")
+    return result
+
+
+def _bench_train(arguments: Any) -> Result:
+    from launch.job import free_port
+    from pipeline.train.bench import bench
+
+    files = [word for word in arguments.overrides if "=" not in word]
+    if len(files) != 1:
+        raise ConfigError("bench train: name one YAML: pldr bench train CONFIG [key=value ...]")
+    config = load_config(files[0], [word for word in arguments.overrides if "=" in word])
+    result = bench(config, port=free_port(), steps=arguments.steps or 20, batch=arguments.batch)
+    for key, value in result.items():
+        _show(f"{key:<32} {value:.4g}" if isinstance(value, float) else f"{key:<32} {value}")
     return result
 
 

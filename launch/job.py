@@ -93,7 +93,7 @@ def run_job(
             job.end()
     if job.failures:
         exit_code, reason = job.failures[0]
-        raise UserError(f"training failed: {reason} (log: {log_file})", exit_code=exit_code)
+        raise UserError(f"training failed: {reason} (log: {log_file})", exit_code=exit_code, again=not job.passed_on)
     if job.stopped is not None or (job.passed_on and code):
         how = job.stopped or f"{job.passed_on[0]} before a step was done"
         raise Stopped(f"training was stopped by {how}", details={"stopped": how})
@@ -136,7 +136,7 @@ class _Job:
             if STATUS in line:
                 show(line.partition(STATUS)[2])
             elif LISTENING in line:
-                self.listening += 1
+                self.listening += line.count(LISTENING)
             elif STOPPED in line:
                 self.stopped = line.partition(STOPPED)[2]
             elif FAILURE in line:

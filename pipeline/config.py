@@ -20,12 +20,30 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.data_config import DataConfig, Section, TokenizerConfig, TokensConfig
 from pipeline.errors import ConfigError
+from pipeline.storage import sha256_json
 from pipeline.urls import check_url, is_http, without_secrets
 from pldr_model.config import ModelConfig
-from pldr_model.model import load_g_file
+from pldr_model.model import ActivationCheckpointing, load_g_file
 
 # A stdlib dataclass as a pydantic field: unknown keys in `model:` must be errors like everywhere else.
 ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+
+
+class FreezeConfig(Section):
+    """When G_LM is frozen to its mean and the metric learner dropped (pipeline/train/freeze.py). At least one of the two."""
+
+    below: float | None = Field(
+        None, gt=0
+    )  # order parameter of G (RMS, relative), for `evaluations` validations in a row
+    evaluations: int = Field(3, ge=1)
+    at_step: int | None = Field(None, ge=1)
+    sequences: int = Field(128, ge=1)  # training sequences that the mean is over, rounded up to whole global batches
+
+    @model_validator(mode="after")
+    def _check(self) -> FreezeConfig:
+        if self.below is None and self.at_step is None:
+            raise ValueError("set below (an order parameter, 1e-5 say) or at_step")
+        return self
 
 
 class TrainConfig(Section):
@@ -47,7 +65,11 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
     deepspeed: str | None = None  # JSON with DeepSpeed's own keys; {stage} in the name is zero_stage
-    compile: bool = False  # torch.compile of the engine; on a CPU this needs a C++ compiler
+    compile: bool = False  # torch.compile of each decoder layer; on a CPU this needs a C++ compiler
+    activation_checkpointing: ActivationCheckpointing = "none"  # what the backward pass computes again
+    offload: Literal["none", "optimizer", "parameters"] = (
+        "none"  # kept in CPU memory; parameters (stage 3): with the optimizer
+    )
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(1000, ge=1)
     val_sequences: int = Field(64, ge=1)
@@ -55,6 +77,7 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(2, ge=2)  # the last ones stay
     keep_every: int | None = Field(None, ge=1)  # checkpoints at multiples of this step stay for ever; null: none
     keep_best: bool = True  # the best by val/loss_cached stays; only a checkpoint that was validated at its step counts
+    staging: str | None = None  # a folder on each node's own disk that checkpoints are written to first; null: run_dir
     publish_to: str | None = None  # URL for checkpoints of any fsspec kind (s3://…, a path); null: MLflow artifacts
     publish_wait_s: float = Field(600.0, ge=0)  # how long the end of training waits for the last upload
     timeout_s: float = Field(
@@ -64,7 +87,10 @@ class TrainConfig(Section):
     on_spike: Literal["warn", "rollback", "stop"] = "warn"  # what a loss spike does (pipeline/train/response.py)
     spike_window: int = Field(200, ge=20)  # losses that its bound comes from, median + spike_threshold * 1.4826 MAD
     spike_threshold: float = Field(8.0, gt=0)
+    freeze_g: FreezeConfig | None = None  # null: the metric learner trains to the end
     max_restarts: int = Field(0, ge=0)  # after a crash, from the last commit; not after a stop or a user's mistake
+    profile_steps: tuple[int, int] | None = None  # [first, last]: traced on every rank (pipeline/train/profiler.py)
+    memory_history: bool = False  # on a GPU: which code asked for each block, in the snapshot of a rank out of memory
     peak_tflops: float | None = Field(None, gt=0)  # of one device, for MFU; null: the data sheet of a known GPU
 
     @field_validator("publish_to")
@@ -82,6 +108,15 @@ class TrainConfig(Section):
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must be in [0, 1)")
+        if self.offload != "none" and self.zero_stage < (3 if self.offload == "parameters" else 1):
+            raise ValueError(
+                f"offload {self.offload!r} needs zero_stage {'3' if self.offload == 'parameters' else '1, 2 or 3'}, "
+                f"not {self.zero_stage}"
+            )
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1] <= self.steps:
+            raise ValueError(
+                f"profile_steps {list(self.profile_steps)}: [first, last] with 1 <= first <= last <= steps"
+            )
         return self
 
     @property
@@ -145,6 +180,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.pad_id, unk_id, bos_id, eos_id are {ids}; the tokenizer's are 0, 1, 2, 3: remove these keys"
             )
+        if self.train.freeze_g is not None and self.model.g_source != "learned":
+            raise ValueError(
+                f"train.freeze_g: model.g_source {self.model.g_source!r} has no learned G to freeze; remove it"
+            )
         return self
 
     def as_dict(self) -> dict[str, Any]:
@@ -186,6 +225,8 @@ class RunPaths:
         self.bundle = self.root / "bundle"
         self.stages = self.root / "stages"
         self.logs = self.root / "logs"
+        self.profiles = self.logs / "profile"
+        self.memory = self.logs / "memory"
 
     @staticmethod
     def ranks_of(job_file: Path) -> Path:
@@ -201,6 +242,14 @@ def documents_folder(config: RunConfig) -> str:
 def tokens_folder(config: RunConfig) -> str:
     """Where the token tars are: a path, or the URL `tokens.output`."""
     return config.tokens.output or str(RunPaths(config.run_dir).tokens)
+
+
+def staging_folder(config: RunConfig) -> Path | None:
+    """Where this run's checkpoints are written first on each node, below `train.staging`: its own folder, or None."""
+    if config.train.staging is None:
+        return None
+    root = str(RunPaths(config.run_dir).root)
+    return Path(config.train.staging).expanduser().absolute() / f"{config.name}-{sha256_json(root)[:12]}"
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -14,11 +14,15 @@ class UserError(ValueError):
     """A user's mistake or a broken input. The message is one line: what, where, and the mend.
 
     `exit_code`: 2 for wrong usage or configuration, 1 for a failure while working, 3 for a certificate that failed.
+    `again`: whether the same might go well when it is started again by itself (`train.max_restarts`); never a mistake.
     """
 
-    def __init__(self, message: str, *, exit_code: int = 1, details: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, message: str, *, exit_code: int = 1, details: dict[str, Any] | None = None, again: bool = True
+    ) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.again = again and exit_code != 2
         self.details = details or {}  # plain values for --json
 
 
@@ -31,7 +35,7 @@ class Stopped(UserError):
     """Not an error: the user's signal ended training after a save (exit code 0, or what a scheduler asked to be told)."""
 
     def __init__(self, message: str, *, details: dict[str, Any], exit_code: int = 0) -> None:
-        super().__init__(message, exit_code=exit_code, details=details)
+        super().__init__(message, exit_code=exit_code, details=details, again=False)
 
 
 class ConfigError(UserError):

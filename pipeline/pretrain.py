@@ -55,10 +55,6 @@ def pretrain(
     if job.start is None or step_of(job.start) < config.train.steps:
         job = _train(config, paths, job, ranks=ranks, launch=launch, say=say, force=force)
     done = committed(paths.checkpoints)
-    if not done or step_of(done[-1]) != config.train.steps:
-        raise UserError(
-            f"training ended before step {config.train.steps}; see {paths.logs / 'train.log'} and start again"
-        )
     if job.start == done[-1]:
         say(f"{done[-1].name} is the last step: nothing was left to train")
     run_id = tracking.finish(config, job.run_id)
@@ -76,9 +72,15 @@ def _train(config: RunConfig, paths: RunPaths, job: Job, *, ranks: int, launch: 
     """Start the ranks; after a crash again, `train.max_restarts` times. Returns the job of the last start."""
     log = paths.logs / "train.log"
     for restarts_left in range(config.train.max_restarts, -1, -1):
-        log_from = log.stat().st_size if log.exists() else 0
+        log_from, since = log.stat().st_size if log.exists() else 0, time.time()
         try:
-            launch(config, job.file, ranks)
+            try:
+                launch(config, job.file, ranks)
+            finally:
+                tracking.keep_evidence(config, since=since)
+            done = committed(paths.checkpoints)
+            if not done or step_of(done[-1]) != config.train.steps:
+                raise UserError(f"training ended before step {config.train.steps}; see {log} and start again")
             return job
         except Stopped as stop:
             tracking.mark(config, job.run_id, "KILLED")
@@ -89,14 +91,19 @@ def _train(config: RunConfig, paths: RunPaths, job: Job, *, ranks: int, launch: 
                 details={**stop.details, "run_id": job.run_id, "checkpoint": done[-1].name if done else None},
             ) from None
         except UserError as error:
-            if error.exit_code == 2 or not restarts_left:  # 2: it would only happen again
+            if not error.again or not restarts_left:
                 tracking.fail(config, job.run_id, error, log_from=log_from)
                 raise
             crash = error
         except BaseException as error:
             tracking.fail(config, job.run_id, error, log_from=log_from)
             raise
-        job = prepare(config, paths, resume="auto", ranks=ranks, say=say, force=force)
+        try:
+            job = prepare(config, paths, resume="auto", ranks=ranks, say=say, force=force)
+        except BaseException as error:
+            say(f"{crash}; it could not be restarted")
+            tracking.fail(config, job.run_id, error, log_from=log_from)
+            raise
         if job.start is not None and step_of(job.start) == config.train.steps:  # it crashed after its last save
             return job
         where = "the beginning" if job.start is None else job.start.name
@@ -114,11 +121,8 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say:
     storage.require_free_space(paths.root, disk_needed(config, paths), "training (its checkpoints)")
     today = {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256}
     start = find_start(config, paths, resume, today=today, force=force, say=say)
+    tracking.begin(config)
     if start.checkpoint is not None:
-        if step_of(start.checkpoint) > config.train.steps:
-            raise ConfigError(
-                f"{start.checkpoint}: is past train.steps {config.train.steps}; raise it or resume from an earlier one"
-            )
         changed = changes(start, config, ranks)
         for key, change in changed.items():
             say(f"changed     {key} {change}")

@@ -6,6 +6,7 @@ the cached one cannot (docs/certificate.md). Order parameters are drawn on a log
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 480.0, 200.0, 52.0, 8.0, 22.0  # of a plot, i
 
 @dataclass(frozen=True)
 class Plot:
-    """One chart: its title, the metrics in it, and whether the axis is logarithmic."""
+    """One chart: its title, the metrics in it (patterns), and whether the axis is logarithmic."""
 
     title: str
     metrics: tuple[str, ...]
@@ -52,7 +53,15 @@ PLOTS = (
     Plot("Tokens per second", ("train/tokens_per_second",)),
     Plot("Model FLOP utilisation", ("train/mfu",)),
     Plot("Skipped steps, spikes", ("train/skipped_steps", "train/spikes")),
-    Plot("Memory (GB)", ("system/rss_gb", "system/gpu_peak_gb")),
+    Plot(
+        "Seconds of a step before ranks wait for one another",
+        tuple(f"system/rank_seconds_{name}" for name in ("min", "median", "max")),
+        note="Over ranks: the data and the forward pass. A maximum far above the median is a slow rank (system/slowest_rank).",
+    ),
+    Plot("Memory of the fullest rank (GB)", ("system/rss_gb", "system/gpu_peak_gb")),
+    Plot("CPU of each node (%)", ("system/node-[0-3]/cpu_percent",)),
+    Plot("GPUs of each node (%)", ("system/node-[0-3]/gpu_percent",)),
+    Plot("Memory in use on each node (GB)", ("system/node-[0-3]/memory_gb",)),
 )
 TILES = (
     ("data/tokens", "tokens", "{:,.0f}"),
@@ -95,7 +104,11 @@ def page(facts: Tree, params: dict[str, str], tags: dict[str, str], histories: d
         "plots": [
             drawn
             for plot in PLOTS
-            if (drawn := draw(plot, {m: ordered[m] for m in plot.metrics if m in ordered}, steps))
+            if (
+                drawn := draw(
+                    plot, {m: ordered[m] for p in plot.metrics for m in fnmatch.filter(sorted(ordered), p)}, steps
+                )
+            )
         ],
         "changes": sorted((key, value) for key, value in tags.items() if key.startswith("resumed.")),
         "params": sorted((key, without_secrets(value)) for key, value in params.items()),

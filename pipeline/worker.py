@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 
 from pipeline import lifeline, storage
 from pipeline.checkpoints import TRAINING_LOCK
-from pipeline.config import RunConfig, RunPaths, parse_config, tokens_folder
+from pipeline.config import RunConfig, RunPaths, parse_config, staging_folder, tokens_folder
 from pipeline.errors import UserError, first_line
 from pipeline.network import choose_interface
 from pipeline.train.heartbeat import Heartbeat, blame
-from pipeline.train.progress import FAILURE, LISTENING
+from pipeline.train.progress import FAILURE, LISTENING, say_line
 from pipeline.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
     stop = StopRequest()
     stop.listen()
-    print(LISTENING, flush=True)
+    say_line(LISTENING)
     if os.environ.get(PARENT_PIPE) == "1":
         threading.Thread(target=_die_with_parent, daemon=True).start()
     job_file = Path(next(a for a in argv if not a.startswith("--local_rank")))
@@ -56,11 +56,14 @@ def main(argv: list[str]) -> int:
         return _failed(str(error), error.exit_code)
     except Exception as error:
         from pipeline.train.engine import is_peer_failure
+        from pipeline.train.memory import is_out_of_memory, out_of_memory
 
         traceback.print_exc()
-        said = f"rank {rank_and_world()[0]}: {type(error).__name__}: {first_line(error)}"
-        if is_peer_failure(error):
-            rank, world = rank_and_world()
+        rank, world = rank_and_world()
+        said = f"rank {rank}: {type(error).__name__}: {first_line(error)}"
+        if is_out_of_memory(error):
+            said = out_of_memory(error, job_file.parent / "memory", rank, heart.where)
+        elif is_peer_failure(error):
             closed = "by peer" in str(error)  # gloo: "Connection closed by peer", "Connection reset by peer"
             named = blame(RunPaths.ranks_of(job_file), _stamp(job_file), me=rank, world=world, closed=closed)
             said = f"{named} ({said})"
@@ -74,7 +77,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def _failed(message: str, exit_code: int) -> int:
-    print(f"{FAILURE}{exit_code} {message}", flush=True)
+    say_line(f"{FAILURE}{exit_code} {message}")
     return exit_code
 
 
@@ -101,9 +104,12 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.data.reader import TokenReader, open_split
     from pipeline.device import has_gpu
     from pipeline.publish import open_publisher
-    from pipeline.tracking import open_tracker
+    from pipeline.resume import require_newest
+    from pipeline.tracking import open_tracker, set_tags
     from pipeline.train.engine import init_distributed
-    from pipeline.train.loop import Lineage, train
+    from pipeline.train.loop import train
+    from pipeline.train.state import Lineage
+    from pipeline.train.system import NODES_TAG, first_on_node, node_names
 
     if not job_file.exists():
         raise UserError(
@@ -126,7 +132,10 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
         raise UserError(f"{paths.root}: process {storage.lock_holder(lock)} trains here; wait for it or stop it")
     stamps = Stamps(_stamp(job_file))  # what its ranks check together is checked once a start on each node
 
+    start = None if job["resume_from"] is None else Path(job["resume_from"])
+
     def have_data_and_disk() -> tuple[TokenIndex, TokenReader, TokenReader]:
+        require_newest(start, paths)
         require_disk(config, paths, rank)
         index = TokenIndex.load(tokens_folder(config))
         index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
@@ -156,7 +165,10 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
         agree=agree,
     )
     tracker = publisher = None
+    hosts: list[Any] = [None] * world
+    dist.all_gather_object(hosts, (socket.gethostname(), first_on_node()))
     if rank == 0:
+        set_tags(config, job["run_id"], {NODES_TAG: node_names(hosts)})
         tracker = open_tracker(config, job["run_id"], running=True)
         publisher = open_publisher(config, tracker)
     status, wait_s = "FAILED", STOPPED_WAIT_S
@@ -169,7 +181,7 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
             lineage=Lineage(index.fingerprint, index.tokenizer_sha256, job["run_id"]),
             tracker=tracker,
             publisher=publisher,
-            resume_from=None if job["resume_from"] is None else Path(job["resume_from"]),
+            resume_from=start,
             heart=heart,
             stop=stop,
         )
@@ -182,7 +194,7 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
         dist.destroy_process_group()  # the others end here, and do not wait for rank 0's uploads
     finally:
         if publisher is not None:
-            publisher.close(wait_s)
+            publisher.close(wait_s, stop=lambda: any(stop.flags()))
         if tracker is not None:
             tracker.close(status)
 
@@ -215,6 +227,11 @@ def require_disk(config: RunConfig, paths: RunPaths, rank: int) -> None:
     probe.unlink()
     share = 17 * config.model.num_parameters()["total"] // int(os.environ["WORLD_SIZE"])  # pretrain.py tells why 17
     storage.require_free_space(paths.checkpoints, share, "this rank's part of a checkpoint")
+    staging = staging_folder(config)
+    if staging is not None:
+        storage.publish_bytes(staging.parent / f".probe-{rank}", b"")
+        (staging.parent / f".probe-{rank}").unlink()
+        storage.require_free_space(staging, share, "train.staging: this rank's part of a checkpoint")
 
 
 def agreement(timeout_s: float) -> Callable[[list[bool]], list[bool]]:

@@ -48,6 +48,11 @@ class Heartbeat:
         """The rank begins this phase of this step."""
         self._place = Place(step, phase, time.monotonic())
 
+    @property
+    def where(self) -> str:
+        """Where the rank is, in words."""
+        return f"step {self._place.step} ({self._place.phase})"
+
     def start(self, folder: Path, job: str, rank: int, *, timeout_s: float, fail: Callable[[str], None]) -> None:
         """Write to `folder` from now on. `job`: what tells this start's files from an earlier one's.
 

@@ -9,81 +9,37 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
-from pipeline.checkpoints import verify
-from pipeline.config import RunConfig, RunPaths
+from pipeline.checkpoints import checkpoint_name
+from pipeline.config import RunConfig, RunPaths, staging_folder
 from pipeline.errors import UserError
 from pipeline.metrics_spool import Tracker
 from pipeline.publish import Publisher
 from pipeline.retention import policy_of, retain
-from pipeline.schedule import invariance_budget, learning_rate
-from pipeline.train import checkpoint
-from pipeline.train.engine import build_engine, device_of_rank, set_learning_rate
-from pipeline.train.guard import Guard
+from pipeline.schedule import learning_rate
+from pipeline.train.engine import device_of_rank, set_learning_rate
+from pipeline.train.freeze import calm, freeze, is_due, mean_g, model_config, num_batches
 from pipeline.train.heartbeat import Heartbeat
-from pipeline.train.metrics import Throughput, peak_flops, system_metrics, validate
+from pipeline.train.memory import record_history
+from pipeline.train.metrics import Throughput, peak_flops, validate
 from pipeline.train.optim import gradient_norm
+from pipeline.train.profiler import StepProfiler
 from pipeline.train.progress import Progress
 from pipeline.train.response import checkpoint_to_go_back_to, judge, told
+from pipeline.train.save import Saver
+from pipeline.train.state import Lineage, TrainData, TrainState, begin, record, roll_back, whole
 from pipeline.train.step import global_step
 from pipeline.train.stop import StopRequest
-from pldr_model.model import PLDRModel
+from pipeline.train.system import Measures, first_on_node
 
 log = logging.getLogger(__name__)
-
-
-class TrainData(Protocol):
-    """What the loop needs of a loader: `limit` global batches from a position of the data order on, each as this rank's
-    micro batches [n, S+1], with the position behind it."""
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences in an epoch."""
-        ...
-
-    def indices(self, position: int) -> np.ndarray:
-        """The sequence numbers of the batch that begins at a position."""
-        ...
-
-    def micro_batches(self, position: int, *, limit: int) -> Iterator[tuple[Sequence[np.ndarray], int]]: ...
-
-
-@dataclass
-class TrainState:
-    """How far the run is; what a checkpoint's state.json says about it.
-
-    sequences_consumed: the position in the data order, sequences that were left out (sequences_left_out) included: as bad,
-    or by a rollback.
-    val_loss_cached: the newest validation's, at val_step; None before the first one and when it is not finite.
-    """
-
-    step: int = 0
-    sequences_consumed: int = 0
-    tokens_consumed: int = 0
-    skipped_steps: int = 0
-    sequences_left_out: int = 0
-    val_loss_cached: float | None = None
-    val_step: int | None = None
-    budget_skipped: float = 0.0  # what skipped steps would have added to the invariance budget
-    guard: Guard = field(default_factory=Guard)
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """Where the run's inputs come from; kept in every checkpoint and checked before a resume (pretrain.py)."""
-
-    data_fingerprint: str
-    tokenizer_sha256: str
-    mlflow_run_id: str
 
 
 def train(
@@ -107,25 +63,41 @@ def train(
     heart, stop = heart or Heartbeat(), stop or StopRequest()
     settings, paths = config.train, RunPaths(config.run_dir)
     world, device = dist.get_world_size(), device_of_rank()
-    torch.manual_seed(config.seed)  # the same weights on every rank and at every world size
-    model = PLDRModel(config.model)
-    engine = build_engine(model, settings, world)
-    engine.checkpoint_engine = checkpoint.make_safe_engine()
-    state = TrainState()
-    if resume_from is not None:
-        state = _resume(engine, resume_from, settings.precision)
+    if settings.memory_history:
+        record_history()
+    engine, state = begin(config, resume_from)
+    saver = Saver(
+        engine,
+        paths.checkpoints,
+        staging=staging_folder(config),
+        first_on_node=first_on_node(),
+        committed=partial(_committed, config, paths.checkpoints, publisher),
+    )
     progress = Progress(config, start_step=state.step) if dist.get_rank() == 0 else None
-    throughput = Throughput()
-    budget = invariance_budget(settings, state.step) - state.budget_skipped
+    throughput, measures = Throughput(), Measures(paths.root, device)
+    profiler = StepProfiler(settings.profile_steps, paths.profiles, dist.get_rank())
     tokens_per_batch = settings.global_batch * config.model.context_length
-    flops = config.model.flops_per_token(training=True)
     peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_flops()
     batches = data.micro_batches(state.sequences_consumed, limit=settings.steps - state.step)
+    stopped: str | None = None
     gc.disable()  # ranks must not pause one after another; collected at the logging interval
 
     while state.step < settings.steps:
+        if state.frozen is None and is_due(settings, state.step, state.calm_evaluations):
+            source = whole(paths.checkpoints / checkpoint_name(state.step))
+            ahead = list(islice(batches, num_batches(settings)))
+            batches = chain(ahead, batches)
+            if source is not None and ahead:
+                g_lm = mean_g(engine, config.model, [micro for micro, _ in ahead])
+                del engine, saver.engine
+                saver.engine = engine = freeze(config, source, g_lm)
+                state.frozen = state.step
+                _tell(progress, f"G is frozen after step {state.step}: the metric learner is gone")
+        model = model_config(config, state.frozen is not None)
+        profiler.begin(state.step + 1)
         heart.at(state.step + 1, "data")
-        batch = next(batches, None)
+        with measures.data.running():
+            batch = next(batches, None)
         if batch is None:  # steps that were rolled back are trained on further batches
             batches = data.micro_batches(state.sequences_consumed, limit=settings.steps - state.step)
             continue
@@ -133,19 +105,19 @@ def train(
         heart.at(state.step + 1, "compute")
         rate = learning_rate(settings, state.step)
         set_learning_rate(engine, rate)
-        outcome = global_step(engine, micro_batches, config.model, stop=stop, device=device)
+        outcome = global_step(engine, micro_batches, model, stop=stop, device=device, forward=measures.forward)
         ids = partial(data.indices, state.sequences_consumed)
-        if outcome.skipped:
-            state.budget_skipped += rate * settings.metric_decay
-        else:
-            budget += rate * settings.metric_decay
+        stopped = outcome.stop
+        if not outcome.skipped and state.frozen is None:
+            state.budget += rate * settings.metric_decay
         state.step += 1
         state.skipped_steps = int(engine.skipped_steps)
         state.sequences_left_out += position - state.sequences_consumed - settings.global_batch
         state.sequences_consumed = position
         state.tokens_consumed += tokens_per_batch
         throughput.add(tokens_per_batch)
-        last = state.step == settings.steps or outcome.stop is not None
+        measures.step()
+        last = state.step == settings.steps or stopped is not None
         checkpoint_due = state.step % settings.checkpoint_every == 0 or last
         values: dict[str, float] = {}
 
@@ -165,12 +137,15 @@ def train(
                 "data/epoch": state.sequences_consumed / data.num_sequences,
                 "data/tokens": float(state.tokens_consumed),
                 "data/left_out_sequences": float(state.sequences_left_out),
-                **system_metrics(),
+                **measures.gather(),
             }
             if peak is not None:
-                values["train/mfu"] = values["train/tokens_per_second"] * flops / (peak * world)
+                flops = values["train/tokens_per_second"] * model.flops_per_token(training=True)
+                values["train/mfu"] = flops / (peak * world)
+            if settings.freeze_g is not None:
+                values["invariance/frozen"] = float(state.frozen is not None)
             if config.model.g_source == "learned":
-                values["invariance/budget"] = budget
+                values["invariance/budget"] = state.budget
             if outcome.skipped:
                 del values["train/loss"], values["train/grad_norm"]
 
@@ -178,82 +153,68 @@ def train(
             heart.at(state.step, "validate")
             with throughput.pause():
                 values |= validate(
-                    engine, config.model, held_out, batch_size=settings.micro_batch, bytes_per_token=bytes_per_token
+                    engine, model, held_out, batch_size=settings.micro_batch, bytes_per_token=bytes_per_token
                 )
             cached = values["val/loss_cached"]
+            state.calm_evaluations = calm(settings, state.calm_evaluations, values.get("invariance/order_parameter_G"))
             state.val_loss_cached, state.val_step = cached if math.isfinite(cached) else None, state.step
 
-        event = judge(state.guard, settings, state.step, outcome, values, ids)
+        try:
+            event = judge(state.guard, settings, state.step, outcome, values, ids)
+        except UserError:  # the same on every rank
+            saver.settle()
+            raise
         if event is not None:
             values["train/spikes"] = float(state.guard.spikes)
-            _tell(progress, f"warning: {told(event)}")
+            _warn(progress, told(event))
         if values:
             _report(tracker, progress, state.step, values)
         if event is not None and event["action"] == "rollback":
-            earlier = _roll_back(engine, paths.checkpoints, state, settings.precision)
-            if earlier is not None:
+            _warn(progress, saver.settle())
+            target = checkpoint_to_go_back_to(paths.checkpoints, state.guard, state.step)
+            if target is not None:
+                engine, earlier = roll_back(engine, config, target, state)
+                saver.engine = engine
                 state = earlier
-                budget = invariance_budget(settings, state.step) - state.budget_skipped
                 _tell(progress, f"rolled back to step {state.step}; goes on at position {state.sequences_consumed}")
                 continue
-            _tell(progress, "warning: there is no checkpoint to roll back to; training goes on")
-        if checkpoint_due:
+            _warn(progress, "there is no checkpoint to roll back to; training goes on")
+        freezes = state.frozen is None and is_due(settings, state.step, state.calm_evaluations)
+        if checkpoint_due or freezes or state.step - 1 == state.frozen:
             heart.at(state.step, "save")
             with throughput.pause():
                 try:
-                    _checkpoint(engine, config, paths.checkpoints, state, lineage, publisher)
+                    _warn(progress, saver.save(record(config, state, lineage), wait=last or freezes))
                 except UserError as error:  # on every rank: a full disk, say
                     if last:
                         raise
-                    _tell(progress, f"warning: {error}; training goes on, earlier checkpoints are kept")
-        if outcome.stop is not None:
+                    _warn(progress, f"{error}; training goes on, earlier checkpoints are kept")
+        if stopped is not None:
             break
 
+    profiler.close()
     heart.at(state.step, "end")
     if progress is not None:
-        progress.end(state.step, stop=outcome.stop)
+        progress.end(state.step, stop=stopped)
     return state
 
 
-def _resume(engine: Any, folder: Path, precision: str) -> TrainState:
-    saved = verify(folder)
-    checkpoint.load(engine, folder, saved, precision=precision)
-    # Older checkpoints lack fields that were added since; their defaults are what was true then.
-    known = {key: saved[key] for key in TrainState.__dataclass_fields__ if key in saved}
-    return TrainState(**{**known, "guard": Guard(**saved.get("guard", {}))})
-
-
-def _roll_back(engine: Any, folder: Path, state: TrainState, precision: str) -> TrainState | None:
-    """The newest whole checkpoint, loaded; its state, but behind the batches seen until now. None: there is no checkpoint."""
-    target = checkpoint_to_go_back_to(folder, state.guard, state.step)
-    if target is None:
-        return None
-    earlier = _resume(engine, target, precision)
-    earlier.guard.roll_back(state.guard, target.name)
-    earlier.sequences_left_out += state.sequences_consumed - earlier.sequences_consumed
-    earlier.sequences_consumed = state.sequences_consumed
-    return earlier
-
-
-def _checkpoint(
-    engine: Any, config: RunConfig, folder: Path, state: TrainState, lineage: Lineage, publisher: Publisher | None
-) -> None:
-    record = {
-        **asdict(state),
-        **asdict(lineage),
-        "config": config.as_dict(),
-        "world_size": dist.get_world_size(),
-    }
-    checkpoint.save(engine, folder, record)
+def _committed(config: RunConfig, folder: Path, publisher: Publisher | None, step: int) -> None:
+    """On rank 0, which has the publisher where there is one."""
     if publisher is not None:
-        publisher.saved(state.step)
-    elif dist.get_rank() == 0:
-        retain(folder, policy_of(config.train), now=state.step)
+        publisher.saved(step)
+    else:
+        retain(folder, policy_of(config.train), now=step)
 
 
 def _gradient_norm(engine: Any) -> float:
     norm = engine.get_global_grad_norm()
     return gradient_norm(engine.optimizer) if norm is None else float(norm)
+
+
+def _warn(progress: Progress | None, text: str | None) -> None:
+    if text is not None:
+        _tell(progress, f"warning: {text}")
 
 
 def _tell(progress: Progress | None, text: str) -> None:

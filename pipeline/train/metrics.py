@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -109,14 +108,6 @@ def peak_flops() -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
-
-
-def system_metrics() -> dict[str, float]:
-    """Memory of this rank (rank 0's is logged), in GB."""
-    values = {"system/rss_gb": psutil.Process().memory_info().rss / 1e9}
-    if has_gpu():
-        values["system/gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return values
 
 
 class Throughput:

@@ -66,5 +66,11 @@ class Progress:
 
 
 def _say(text: str, mark: str = STATUS) -> None:
-    sys.stdout.write(f"{mark}{text}\n")
+    say_line(mark + text)
+
+
+def say_line(line: str) -> None:
+    """To stdout in one write: with `python -u`, as DeepSpeed starts ranks, print writes the line's end apart, and what another
+    rank says comes in between."""
+    sys.stdout.write(line + "\n")
     sys.stdout.flush()

@@ -73,7 +73,7 @@ def _put_by_stage(engine: Any, step: float) -> Put:
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
 
     def fresh(master: Tensor) -> dict[str, Tensor]:
-        return {"step": torch.tensor(step), **{key: torch.zeros_like(master) for key in MOMENTS}}
+        return {"step": torch.tensor(step, device=master.device), **{key: torch.zeros_like(master) for key in MOMENTS}}
 
     if stage == 0:
         # bf16: DeepSpeed keeps fp32 masters beside the parameters, in the same groups.
@@ -102,7 +102,8 @@ def _put_by_stage(engine: Any, step: float) -> Put:
         states[flat] = fresh(flat.detach())
     if stage == 3:
         return _put_piece
-    optimizer._lazy_init_hp_params_optimizer_state()  # links parameters to their share of the moments, once
+    optimizer._hp_optimizer_states_linked = False  # in a rollback: they are linked to the moments thrown away above
+    optimizer._lazy_init_hp_params_optimizer_state()  # links parameters to their share of the moments
     return _put_share
 
 

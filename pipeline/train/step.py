@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.train.stop import StopRequest, named
+from pipeline.train.system import Stopwatch
 from pldr_model.config import ModelConfig
 from pldr_model.loss import cross_entropy, total_loss
 
@@ -34,16 +35,23 @@ class Outcome:
 
 
 def global_step(
-    engine: Any, micro_batches: Sequence[np.ndarray], model: ModelConfig, *, stop: StopRequest, device: torch.device
+    engine: Any,
+    micro_batches: Sequence[np.ndarray],
+    model: ModelConfig,
+    *,
+    stop: StopRequest,
+    device: torch.device,
+    forward: Stopwatch,
 ) -> Outcome:
-    """Forward, backward and update over this rank's micro batches, each [n, S+1]; collective."""
+    """Forward, backward and update over this rank's micro batches, each [n, S+1]; collective. `forward` times the first."""
     wants_outputs = any(model.dag_coefficients)
     loss_sum = torch.zeros((), device=device)
     skipped_before = int(engine.skipped_steps)
     told: _Told | None = None
     for number, micro in enumerate(micro_batches, 1):
         ids = torch.from_numpy(micro).to(device, non_blocking=True)
-        result = engine(ids[:, :-1], padded=False, return_outputs=wants_outputs)
+        with forward.running():
+            result = engine(ids[:, :-1], padded=False, return_outputs=wants_outputs)
         logits, outputs = result if wants_outputs else (result, None)
         try:
             losses = total_loss(logits, ids[:, 1:], model, outputs=outputs)

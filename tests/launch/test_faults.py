@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from launch.cli import main
+from pipeline import tracking
 from pipeline.checkpoints import committed, verify
 
 pytestmark = pytest.mark.timeout(900)  # each start loads torch and deepspeed in four processes
@@ -103,6 +104,13 @@ def steps_saved(folder: Path) -> list[int]:
     return [verify(checkpoint)["step"] for checkpoint in committed(folder / "run" / "checkpoints")]
 
 
+def mlflow_run(folder: Path):
+    """MLflow's client and its only run."""
+    client = tracking.client(f"sqlite:///{folder / 'run' / 'mlflow.db'}")
+    [run] = client.search_runs([client.get_experiment_by_name("pldr").experiment_id])
+    return client, run
+
+
 def last_bytes(folder: Path) -> dict[str, bytes]:
     """The tensors of the last checkpoint, file by file."""
     last = committed(folder / "run" / "checkpoints")[-1]
@@ -133,12 +141,12 @@ def test_sigterm_to_the_command_saves_and_ends_with_0(work):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_run_that_signals_stopped_again_and_again_is_bit_equal(work, straight):
     """SIGUSR1 to one rank alone stops both at the same step; so does SIGTERM to DeepSpeed's launcher."""
-    for number, (victim, signum) in enumerate({"1": signal.SIGUSR1, "launch": signal.SIGTERM}.items(), 1):
+    for victim, signum in {"1": signal.SIGUSR1, "launch": signal.SIGTERM}.items():
+        before = len(committed(work / "run" / "checkpoints"))
         with Training(work) as training:
-            training.wait_for_checkpoint(number)
+            training.wait_for_checkpoint(before + 1)
             os.kill(training.job()[victim], signum)
             assert training.wait() == 0, training.log()[-2000:]
             assert signum.name in training.result["stopped"]
@@ -210,32 +218,81 @@ def test_a_full_disk_warns_and_training_goes_on(work, straight):
 
 
 @pytest.mark.slow
+def test_a_rank_out_of_memory_says_so_and_what_was_in_it(work):
+    command = ["prlimit", f"--as={4_500_000_000}", *PLDR, "train", "tiny.yaml", "--json", "train.global_batch=4096",
+               "train.micro_batch=2048", f"run_dir={work / 'run'}"]  # fmt: skip
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=400)
+    said = json.loads(done.stdout.strip().splitlines()[-1])["error"]
+    assert done.returncode == 1 and "is out of memory in step 1" in said and "lower train.micro_batch" in said
+    written = [Path(word) for word in said.split() if word.endswith(".txt")]
+    assert len(written) == 1 and "GB resident" in written[0].read_text()
+    client, run = mlflow_run(work)
+    assert run.info.status == "FAILED"
+    artifacts = client.list_artifacts(run.info.run_id, "failure")
+    assert {f"failure/{written[0].name}"} < {item.path for item in artifacts}
+
+
+OFTEN = ("train.steps=400", "train.checkpoint_every=4", "train.keep_checkpoints=1000", "train.log_every=4",
+         "train.validate_every=400")  # fmt: skip
+
+
+def outcome(folder: Path) -> tuple[dict[str, dict[str, bytes]], list[tuple[int, float]], set[str]]:
+    """Everything that a run leaves: the tensors of every checkpoint, the losses in MLflow, the published checkpoints."""
+    kept = {
+        c.name: {p.name: p.read_bytes() for p in (c / c.name).iterdir()}
+        for c in committed(folder / "run" / "checkpoints")
+    }
+    client, run = mlflow_run(folder)
+    assert run.info.status == "FINISHED"
+    losses = sorted((p.step, p.value) for p in client.get_metric_history(run.info.run_id, "train/loss"))
+    published = tracking.published_checkpoints(f"sqlite:///{folder / 'run' / 'mlflow.db'}", run.info.run_id)
+    return kept, losses, set(published)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_kill_minus_9_of_anything_at_any_time_loses_nothing(work, straight):
-    """30 kills at random moments, of ranks, runner, launcher and command; a third of them while a save is going on. Each start
-    goes on from the last committed checkpoint and none is lost; what comes out is the run that nothing happened to."""
-    rng = random.Random(11)
-    checkpoints = work / "run" / "checkpoints"
-    before: list[int] = []
-    for number in range(30):
-        shutil.rmtree(checkpoints, ignore_errors=True) if before and before[-1] == 60 else None
-        (work / "run" / "run.json").unlink(missing_ok=True) if not checkpoints.exists() else None
-        before = steps_saved(work)
-        with Training(work) as training:
-            training.wait_for(lambda: {"0", "1", "runner", "launch"} <= training.job().keys())
-            jobs = training.job() | {"pldr": training.process.pid}
-            victim = jobs[rng.choice(sorted(jobs))]
-            if number % 3 == 0:
-                training.wait_for(lambda: any(checkpoints.glob(".*.staging")) or training.process.poll() is not None)
-                time.sleep(rng.uniform(0, 0.1))
-            else:
-                time.sleep(rng.uniform(0, 20))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(victim, signal.SIGKILL)
-            training.wait()
-        after = steps_saved(work)
-        assert not before or (after and after[-1] >= before[-1]), (number, before, after)
-        before = after
-    with Training(work) as training:
+def test_kill_minus_9_of_anything_at_any_time_loses_nothing(tokens, tmp_path):
+    """32 kills of ranks, runner, launcher and command, at random moments: of the start, of the steps, and (every other one)
+    of a save. No committed step is lost, and what comes out is, checkpoint for checkpoint and loss for loss, the run that
+    nothing happened to. `kills.json` in the test's folder tells what was hit."""
+    rng, hits = random.Random(11), []
+    for name in ("straight", "killed"):
+        shutil.copytree(tokens, tmp_path / name)
+    with Training(tmp_path / "straight", *OFTEN) as training:
         assert training.wait() == 0, training.log()[-2000:]
-    assert last_bytes(work) == straight
+    work = tmp_path / "killed"
+    checkpoints = work / "run" / "checkpoints"
+    for number in range(32):
+        known = len(committed(checkpoints))
+        with Training(work, *OFTEN) as training:
+
+            def reached(condition, training=training):
+                training.wait_for(lambda: condition() or training.process.poll() is not None)
+
+            if number % 4 == 0:  # while it starts
+                time.sleep(rng.uniform(0, 15))
+            else:
+                goal = known + rng.randint(1, 3)
+                reached(lambda goal=goal: len(committed(checkpoints)) >= goal)
+                if number % 2:
+                    reached(lambda: any(checkpoints.glob(".*.staging")))
+                    time.sleep(rng.uniform(0, 0.12))
+                else:
+                    time.sleep(rng.uniform(0, 0.6))
+            assert training.process.poll() is None, training.log()[-2000:]
+            jobs = training.job() | {"pldr": training.process.pid}
+            victim = rng.choice(sorted(jobs))
+            saving = [sorted(p.name for p in folder.rglob("*")) for folder in checkpoints.glob(".*.staging")]
+            before = steps_saved(work)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(jobs[victim], signal.SIGKILL)
+            assert training.wait() != 0
+        after = steps_saved(work)  # each of them whole
+        hits.append({"victim": victim, "committed": before[-1:], "staging": saving})
+        (tmp_path / "kills.json").write_text(json.dumps(hits, indent=1))
+        assert set(before) <= set(after), (number, victim)
+    assert {hit["victim"] for hit in hits} == {"0", "1", "launch", "runner", "pldr"}
+    assert sum(bool(hit["staging"]) for hit in hits) >= 8
+    with Training(work, *OFTEN) as training:
+        assert training.wait() == 0, training.log()[-2000:]
+    assert outcome(work) == outcome(tmp_path / "straight")

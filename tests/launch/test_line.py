@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,7 +58,7 @@ def workers_of(run_dir):
 def finished(tmp_path_factory, make_run):
     """A run killed with -9 after its first checkpoints, and then finished by a second start."""
     folder = tmp_path_factory.mktemp("line")
-    config = make_run(folder)
+    config = make_run(folder, profile_steps=[490, 491])
     run_dir = folder / "run"
     first = subprocess.Popen([*PLDR, "run", str(config)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(lambda: (run_dir / "checkpoints" / "step-000200" / "COMMITTED").exists() or first.poll() is not None)
@@ -112,6 +113,21 @@ def test_the_run_in_mlflow_has_no_gap_and_no_double(finished):
     names = {Path(item.path).name for item in mlflow.list_artifacts(run_id, "checkpoints")}
     assert names == {"step-000400", "step-000500"}
     assert len(mlflow.search_runs([run.info.experiment_id])) == 1
+
+
+def test_the_run_in_mlflow_knows_its_nodes_and_has_the_trace(finished):
+    path, run_dir, output, _ = finished
+    run_id = result_of(output)["run_id"]
+    mlflow = tracking.client(tracking.tracking_uri(load_config(path)))
+    run = mlflow.get_run(run_id)
+    assert run.data.tags["pldr.nodes"] == f"node-0 {socket.gethostname()}"
+    assert run.data.metrics["system/node-0/memory_gb"] > 0 and run.data.metrics["system/rank_seconds_median"] > 0
+    assert run.data.metrics["system/slowest_rank"] in (0, 1)
+    folder = "profile/steps-000490-000491"
+    assert {item.path for item in mlflow.list_artifacts(run_id, folder)} == {
+        f"{folder}/rank-0.{end}" for end in ("json.gz", "txt")
+    }
+    assert {p.name for p in (run_dir / "logs" / folder).iterdir()} >= {"rank-0.json.gz", "rank-1.json.gz"}
 
 
 def test_a_third_start_does_nothing_again(finished):
@@ -196,7 +212,11 @@ def test_other_data_under_a_trained_run_is_refused(finished):
 
 @pytest.mark.slow
 def test_a_corrupted_checkpoint_falls_back_loudly(finished):
-    path, run_dir, _, _ = finished
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    path, run_dir, output, _ = finished
+    run = tracking.client(tracking.tracking_uri(load_config(path))).get_run(result_of(output)["run_id"])
+    get_artifact_repository(run.info.artifact_uri).delete_artifacts("checkpoints/step-000500")  # else it is fetched
     newest = run_dir / "checkpoints" / "step-000500"
     victim = next((newest / "step-000500").glob("*model_states.pt"))
     data = bytearray(victim.read_bytes())

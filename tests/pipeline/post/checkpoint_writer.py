@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from pipeline.config import RunConfig
 from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, init_distributed, set_learning_rate
+from pipeline.train.save import Saver
 from pldr_model.config import ModelConfig
 from pldr_model.loss import cross_entropy
 from pldr_model.model import PLDRModel
@@ -47,7 +48,7 @@ def main(out: Path, cases: list[str]) -> None:
         )
         torch.manual_seed(1)
         engine = build_engine(PLDRModel(MODEL), config.train, dist.get_world_size())
-        engine.checkpoint_engine = checkpoint.make_safe_engine()
+        checkpoint.make_safe(engine)
         for step in range(2):
             ids = torch.randint(4, 40, (1, 17), generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
             loss = cross_entropy(engine(ids[:, :-1], padded=False), ids[:, 1:])
@@ -65,7 +66,7 @@ def main(out: Path, cases: list[str]) -> None:
             "mlflow_run_id": "run",
             "world_size": dist.get_world_size(),
         }
-        checkpoint.save(engine, folder, state)
+        Saver(engine, folder).save(state)
         import deepspeed
 
         parameters = list(engine.module.parameters())

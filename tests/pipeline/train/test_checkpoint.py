@@ -19,6 +19,7 @@ import sys, torch, numpy as np
 from pathlib import Path
 from pipeline.retention import Policy, retain
 from pipeline.train import checkpoint
+from pipeline.train.save import Saver
 from pipeline.train.engine import init_distributed, build_engine
 from pipeline.config import TrainConfig
 import pipeline.train.optim as optim
@@ -27,11 +28,11 @@ init_distributed(60)
 model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
 train = TrainConfig(steps=5, warmup_steps=0, global_batch=2, micro_batch=2, precision="fp32", zero_stage=1)
 engine = build_engine(model, train, 1)
-engine.checkpoint_engine = checkpoint.make_safe_engine()
+checkpoint.make_safe(engine)
 folder = Path(sys.argv[1])
 for step in range(1, 5):
     engine.backward(engine(torch.ones(2, 4)).square().mean()); engine.step()
-    checkpoint.save(engine, folder, {"step": step, "world_size": 1, "config": {}})
+    Saver(engine, folder).save({"step": step, "world_size": 1, "config": {}})
     retain(folder, Policy(3))
 # A disk that is full: the ranks agree that nothing was saved, and say so.
 real = checkpoint._HashingFile.write
@@ -39,7 +40,7 @@ def full(self, data):
     raise OSError(28, "No space left on device")
 checkpoint._HashingFile.write = full
 try:
-    checkpoint.save(engine, folder, {"step": 9, "world_size": 1, "config": {}})
+    Saver(engine, folder).save({"step": 9, "world_size": 1, "config": {}})
 except Exception as error:
     print("REFUSED", type(error).__name__, error)
 checkpoint._HashingFile.write = real

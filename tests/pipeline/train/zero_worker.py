@@ -5,7 +5,9 @@ Usage: zero_worker.py FOLDER STAGES(comma-separated) PRECISION. Rank 0 writes FO
 
 import json
 import sys
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,14 +17,17 @@ from pipeline import schedule
 from pipeline.checkpoints import checkpoint_name, verify
 from pipeline.config import RunConfig, parse_config
 from pipeline.errors import UserError
-from pipeline.train import checkpoint, loop
+from pipeline.train import checkpoint, loop, save
 from pipeline.train.engine import init_distributed
+from pipeline.train.state import Lineage
 
 STEPS = 6
 
 
 class Batches:
     """Global batches that follow from their position alone."""
+
+    slow: ClassVar[dict[int, float]] = {}  # seconds that a rank waits for a batch
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -40,6 +45,7 @@ class Batches:
             batch = rng.integers(4, model.vocab_size, size=(train.global_batch, model.context_length + 1))
             mine = batch.reshape(-1, world, train.micro_batch, batch.shape[1])[:, rank]
             position += train.global_batch
+            time.sleep(self.slow.get(rank, 0.0))
             yield list(mine), position
 
 
@@ -78,7 +84,7 @@ def run(config, held_out, resume_from=None):
         Batches(config),
         held_out,
         bytes_per_token=2.0,
-        lineage=loop.Lineage("data", "tokenizer", "run"),
+        lineage=Lineage("data", "tokenizer", "run"),
         tracker=recorder,
         resume_from=resume_from,
     )
@@ -108,6 +114,48 @@ def failing_save(folder, stage, precision, held_out, bad):
     return {"messages": messages, "left": sorted(p.name for p in (folder / "checkpoints").iterdir())}
 
 
+def failing_copy(folder, stage, precision, held_out):
+    """The disk that all nodes see is full when rank 1 brings its files of the first checkpoint there, beside training."""
+    config = with_train(configuration(folder, stage, precision, "norm"), staging=str(folder / "nvme"))
+    real, failed = save._copy, []
+
+    def full(source, target):
+        if dist.get_rank() == 1 and not failed:
+            failed.append(target)
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    save._copy = full
+    try:
+        run(config, held_out)
+    finally:
+        save._copy = real
+    return {
+        "left": sorted(p.name for p in (folder / "checkpoints").iterdir()),
+        "staged": [p.name for p in (folder / "nvme").rglob("*") if p.is_file()],
+    }
+
+
+def other_recipe(config, held_out):
+    """A run that begins from another run's checkpoint with a recipe of its own: what its optimizer has, the budget it logs."""
+    half = Path(config.run_dir) / "checkpoints" / checkpoint_name(3)
+    config = config.model_copy(update={"run_dir": config.run_dir + "-other"})
+    config = with_train(config, weight_decay=0.5, metric_weight_decay=9.0, betas=(0.5, 0.6), eps=1e-3)
+    engines, real = [], loop.build_engine
+    loop.build_engine = lambda *arguments: engines.append(real(*arguments)) or engines[-1]
+    try:
+        points = run(config, held_out, resume_from=half).points
+    finally:
+        loop.build_engine = real
+    groups = [[group[key] for key in ("weight_decay", "betas", "eps")] for group in engines[0].optimizer.param_groups]
+    steps = [config.train.metric_decay * schedule.learning_rate(config.train, step) for step in (3, 4, 5)]
+    return {"groups": groups, "grown": points[6]["invariance/budget"], "by": sum(steps)}
+
+
+def with_train(config, **keys):
+    return config.model_copy(update={"train": config.train.model_copy(update=keys)})
+
+
 def main() -> None:
     folder, stages, precision = Path(sys.argv[1]), [int(s) for s in sys.argv[2].split(",")], sys.argv[3]
     torch.set_num_threads(1)
@@ -118,6 +166,8 @@ def main() -> None:
         for clip_by in ("norm", "value"):
             config = configuration(folder / f"z{stage}-{clip_by}", stage, precision, clip_by)
             straight = run(config, held_out)
+            again = run(config, held_out, resume_from=Path(config.run_dir) / "checkpoints" / checkpoint_name(STEPS))
+            assert not again.points  # nothing is left to train
             half = Path(config.run_dir) / "checkpoints" / checkpoint_name(3)
             assert verify(half)["step"] == 3
             resumed = run(config, held_out, resume_from=half)
@@ -133,6 +183,14 @@ def main() -> None:
         for stage in stages
         for bad in (0, 1)
     }
+    results["recipes"] = [
+        other_recipe(configuration(folder / f"z{stage}-norm", stage, precision, "norm"), held_out) for stage in stages
+    ]
+    results["failing_copy"] = failing_copy(folder / "copy", stages[-1], precision, held_out)
+    watched = configuration(folder / "watched", stages[-1], precision, "norm")
+    watched = with_train(watched, profile_steps=(2, 3), staging=str(folder / "nvme"))
+    Batches.slow = {1: 0.1}
+    results["watched"] = run(watched, held_out).points
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(results))
     dist.barrier()
