@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from launch.bundles import add_bundle_verbs, long_name
 from launch.data import add_bench_options, add_data_verbs, bench_data
 from launch.runs import add_run_verbs
 from pipeline.config import RunConfig, load_config
@@ -76,7 +77,7 @@ def _fail(arguments: argparse.Namespace, message: str, exit_code: int, **details
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; `key=value` may stand before, between and after the options."""
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(long_name(sys.argv[1:] if argv is None else argv))
     for word in rest:
         if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides"):
             parser.error(f"unrecognized argument: {word}")
@@ -170,8 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb("export", _export, "our safetensors -> reference checkpoint (.pth or .safetensors)")
     sub.add_argument("source", metavar="FOLDER")
     sub.add_argument("target", metavar="CHECKPOINT")
-    sub = verb("verify", _verify, "check every byte of a bundle")
-    sub.add_argument("bundle", metavar="BUNDLE")
+    add_bundle_verbs(verbs, common)
     return parser
 
 
@@ -302,14 +302,6 @@ def _export(arguments: Any, show: Callable[[str], None]) -> Result:
     from launch.exchange import export_reference
 
     return export_reference(arguments.source, arguments.target, _show)
-
-
-def _verify(arguments: Any, show: Callable[[str], None]) -> Result:
-    from pipeline.post.bundle import verify_bundle
-
-    result = verify_bundle(arguments.bundle)
-    _show(f"{arguments.bundle}: every byte as in its manifest; certified: {result['certified']}")
-    return result
 
 
 def _finite(value: Any) -> Any:

@@ -82,22 +82,35 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
     from pipeline.post.bundle import build_bundle
     from pipeline.post.extract import load_g
     from pipeline.post.register import register
+    from pipeline.post.weight_format import pack_measured
     from pipeline.post.weights import load_weights
 
     model, source = load_weights(paths.weights)
     certificate = storage.read_json(paths.certificate / CERTIFICATE, schema_version=1)
     if certificate.get("verdict") not in ("certified", "failed") or not isinstance(certificate.get("failed"), list):
         raise UserError(f"{paths.certificate / CERTIFICATE}: holds no verdict; run `pldr validate` again")
-    passed = certificate["verdict"] == "certified"
+    g_lm = load_g(paths.g_lm, model.config).g_lm
+    packed = None
+    if config.post.weight_format != "fp32":
+        packed = pack_measured(
+            model,
+            g_lm,
+            held_out(config, paths, half=1),
+            config.post.weight_format,
+            max_loss_difference=config.post.max_format_loss,
+            max_prompts=config.post.prompts,
+        )
+    passed = certificate["verdict"] == "certified" and (packed is None or packed.section["passed"])
     result = build_bundle(
         model,
-        load_g(paths.g_lm, model.config).g_lm,
+        g_lm,
         certificate=certificate,
         tokenizer=paths.tokenizer,
         out=paths.bundle,
         lineage=lineage(source),
         notes=notes(config),
         uncertified=uncertified and not passed,
+        packed=packed,
     )
     if config.post.register_as is not None:
         version = register(

@@ -21,6 +21,7 @@ def model_card(
     config: ModelConfig,
     *,
     certified: bool,
+    weight_format: str = "fp32",
     lineage: dict[str, Any],
     notes: Sequence[str],
 ) -> str:
@@ -38,7 +39,7 @@ def model_card(
         "Power-law decoder language model (PLDR-LLM v510Gi, arXiv 2502.13502): the metric learner is gone, its",
         "energy-curvature tensor G_LM is the constant in `g_lm.safetensors`, and decoding needs only a KV-cache.",
         "",
-        f"- Model: {sizes}; weights fp32.",
+        f"- Model: {sizes}; weights {weight_format}.",
         *(f"- {note}" for note in notes),
         "",
         "## Use",
