@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline import publish, storage, tracking
 from pipeline.checkpoints import adopt, clean, committed, set_aside, step_of, verify
 from pipeline.config import RunConfig, RunPaths, flatten
 from pipeline.errors import ConfigError, UserError
+from pldr_model.config import ModelConfig
 
 Say = Callable[[str], None]
 State = dict[str, Any]  # a checkpoint's state.json
@@ -114,7 +115,9 @@ def check_inputs(
 
     Raises ConfigError naming the first difference.
     """
-    before, model = state["config"].get("model", {}), config.as_dict()["model"]
+    model = config.as_dict()["model"]
+    # A key that did not exist when the checkpoint was saved had its default's meaning.
+    before = {f.name: f.default for f in fields(ModelConfig)} | state["config"].get("model", {})
     differ = [f"{k} {state[k][:12]}, now {ours[:12]}" for k, ours in today.items() if state[k] != ours]
     differ += [f"model.{k}={before.get(k)}, now {v}" for k, v in model.items() if before.get(k) != v]
     if differ and not force:
