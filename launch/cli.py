@@ -21,6 +21,7 @@ from typing import Any
 from launch.bundles import add_bundle_verbs, long_name
 from launch.data import add_bench_options, add_data_verbs, bench_data
 from launch.runs import add_run_verbs
+from launch.sweep import add_sweep_verb
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.stages import NAMES, Line, exclusive
@@ -46,9 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     signal.signal(signal.SIGTERM, _interrupted)
-    show = _show_live if sys.stdout.isatty() and not arguments.json else _show
     try:
-        result = arguments.work(arguments, show)
+        result = arguments.work(arguments, _show)
     except Stopped as stop:
         result = {"stopped": str(stop), **stop.details}
         _show(str(stop))
@@ -150,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("directory", metavar="DIR")
     add_data_verbs(verbs, common)
     add_run_verbs(verbs, common)
+    add_sweep_verb(verbs, common)
     sub = verb("bench", _bench, "CONFIG: time the model against its own SDPA twin; data: time tokenising and loading")
     sub.add_argument("config", metavar="CONFIG|data", help="YAML of the run, or the word data")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the YAML")
@@ -179,9 +180,10 @@ def _line(arguments: Any, show: Callable[[str], None]) -> Line:
     from launch.deepspeed import launch
 
     config = load_config(arguments.config, arguments.overrides)
+    live = _show_live if sys.stdout.isatty() and not arguments.json else show  # only a training's lines make room
 
     def start(config: RunConfig, job_file: Any, ranks: int) -> None:
-        launch(config, job_file, ranks, show=lambda text: show(f"  {text}"))
+        launch(config, job_file, ranks, show=lambda text: live(f"  {text}"))
 
     return Line(config, launch=start, say=lambda text: _show(text))
 

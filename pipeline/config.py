@@ -123,6 +123,7 @@ class TrackingConfig(Section):
 
     uri: str | None = None
     experiment: str = "pldr"
+    parent_run: str | None = None  # MLflow id of the run that a new one is a child of; `pldr sweep` sets it
 
     @field_validator("uri")
     @classmethod

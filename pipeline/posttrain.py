@@ -154,6 +154,12 @@ def notes(config: RunConfig) -> list[str]:
         f"Trained {train.steps:,} steps of {train.global_batch} sequences of {config.model.context_length} tokens, "
         f"AdamW, max lr {train.max_lr:g}, weight decay {train.weight_decay:g}."
     ]
+    if config.model.g_source == "constant":
+        lines.append("G_LM: one trained [K,K] parameter a head, started at the identity; there is no metric learner.")
+    if config.model.g_start == "identity":
+        lines.append(
+            "Started near plain attention (model.g_start=identity: b_a = I, a scaled by 0.1), unlike the papers."
+        )
     if config.model.g_source == "learned":
         lines.append(f"Invariance budget (sum of learning rate x metric weight decay): {invariance_budget(train):.2f}.")
         if train.metric_decay > train.weight_decay:

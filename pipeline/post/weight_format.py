@@ -146,7 +146,7 @@ def check_section(section: Any, *, weight_format: str, sha256: str, where: str) 
     if section.get("passed") not in (True, False) or not all(n is None or type(n) in (int, float) for n in numbers):
         raise UserError(f"{where}: its section {SECTION} is damaged; make the bundle again")
     difference, allowed = numbers
-    within: bool = difference is not None and allowed is not None and abs(difference) <= allowed
+    within = bool(difference is not None and allowed is not None and abs(difference) <= allowed)
     if section["passed"] is not within:
         raise UserError(
             f"{where}: a loss difference of {difference} against {allowed} is not passed={section['passed']}"
