@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import random
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,15 @@ from pipeline.sweep_report import scatter, table_lines, write_sweep_report
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+def in_letters(number):
+    return "".join("abcdefghij"[int(digit)] for digit in str(number))
+
+
 @pytest.fixture
 def make_sweep(tmp_path):
     """A sweep's YAML beside its base configuration."""
-    lines = [json.dumps({"text": f"{i} " + " ".join(f"word{i * j % 97}" for j in range(150))}) for i in range(40)]
+    words = [[random.Random(f"{i} {j}").choice(range(10**6)) for j in range(200)] for i in range(40)]
+    lines = [json.dumps({"text": f"{i} " + " ".join(map(in_letters, found))}) for i, found in enumerate(words)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines) + "\n")
     base = {
         "name": "base",
@@ -41,7 +46,7 @@ def make_sweep(tmp_path):
             "grid": {"train.metric_weight_decay": [0.5, 2], "seed": [1, 2]},
             **changes,
         }
-        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree))
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
         return Sweep(tmp_path / "sweep.yaml", list(overrides))
 
     return make
@@ -92,6 +97,7 @@ def test_a_mistake_is_one_line_before_anything_starts(make_sweep, tmp_path, chan
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_children_share_the_first_ones_data_and_mlflow_knows_their_parent(make_sweep, tmp_path):
     """Nothing trains here: the launcher refuses each child, which is what a crash looks like."""
     from mlflow import MlflowClient
@@ -139,6 +145,7 @@ def test_children_share_the_first_ones_data_and_mlflow_knows_their_parent(make_s
     assert {run.info.run_id for run in again} == {parent.info.run_id, *(run.info.run_id for run in runs.values())}
 
 
+@pytest.mark.slow
 def test_a_stop_ends_the_sweep_at_once_and_leaves_the_parent_killed(make_sweep, tmp_path):
     from mlflow import MlflowClient
 
@@ -214,4 +221,3 @@ def test_links_are_copies_where_the_disk_has_none(make_sweep, monkeypatch):
     RunPaths(second.run_dir).root.mkdir(parents=True)
     sweep._share_data(second)
     assert Line(second, launch=lambda *_: None, say=lambda text: None).stage("tokenize")["skipped"] is True
-    shutil.rmtree(RunPaths(first.run_dir).root)
