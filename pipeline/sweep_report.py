@@ -13,7 +13,7 @@ from pipeline.storage import publish_bytes, publish_json
 
 SCHEMA_VERSION = 1
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 640.0, 320.0, 64.0, 12.0, 34.0  # of the plot, in the SVG's units
-IN_TERMINAL = ("budget", "order_parameter", "relative_deviation_g", "held_out_cached", "tier", "status")
+MOST_WANTED = ("budget", "order_parameter", "relative_deviation_g", "held_out_cached", "tier", "verdict", "status")
 Row = dict[str, Any]
 Result = dict[str, Any]
 
@@ -26,7 +26,9 @@ def write_sweep_report(facts: Result, rows: list[Row], folder: Path) -> Result:
     plain = [{key: _finite(value) for key, value in row.items()} for row in rows]
     files = {"table": str(folder / "sweep.json"), "page": str(folder / "sweep.html")}
     publish_json(files["table"], {"schema_version": SCHEMA_VERSION, **facts, "rows": plain})
-    columns = [key for key in (plain[0] if plain else {}) if any(row[key] is not None for row in plain)]
+    first = [*facts["grid"], *MOST_WANTED]
+    keys = [*first, *(key for key in (plain[0] if plain else {}) if key not in first)]
+    columns = [key for key in dict.fromkeys(keys) if any(row.get(key) is not None for row in plain)]
     content = {"facts": facts, "columns": columns, "rows": plain, "drawn": scatter(plain, **facts["plot"])}
     filters: dict[str, Callable[[Any], str]] = {"cell": cell}
     source = Path(__file__).with_name("sweep_report.html")
@@ -36,7 +38,7 @@ def write_sweep_report(facts: Result, rows: list[Row], folder: Path) -> Result:
 
 def table_lines(grid: list[str], rows: list[Row]) -> list[str]:
     """The table for a terminal: what was varied, and the numbers most looked for."""
-    keys = [*grid, *(key for key in IN_TERMINAL if key not in grid)]
+    keys = [*grid, *(key for key in MOST_WANTED if key not in grid)]
     cells = [[key.rpartition(".")[2] for key in keys], *([cell(row.get(key)) for key in keys] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
     return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
