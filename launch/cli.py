@@ -18,12 +18,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from launch.bundles import add_bundle_verbs, long_name
 from launch.data import add_bench_options, add_data_verbs, bench_data
 from launch.doctor import add_doctor_verb
 from launch.launch import add_launch_verbs
 from launch.runs import add_run_verbs
+from launch.sweep import add_sweep_verb
 from launch.terminal import say as _show
-from launch.terminal import say_live as _show_live
+from launch.terminal import status_lines
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.stages import NAMES, Line, exclusive
@@ -49,10 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     signal.signal(signal.SIGTERM, _interrupted)
-    show = _show_live if sys.stdout.isatty() and not arguments.json else _show
     exit_code = 0
     try:
-        result = arguments.work(arguments, show)
+        result = arguments.work(arguments, _show)
     except Stopped as stop:
         result = {"stopped": str(stop), **stop.details}
         exit_code = stop.exit_code
@@ -82,7 +83,7 @@ def _fail(arguments: argparse.Namespace, message: str, exit_code: int, **details
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; `key=value` may stand before, between and after the options."""
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(long_name(sys.argv[1:] if argv is None else argv))
     for word in rest:
         if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides"):
             parser.error(f"unrecognized argument: {word}")
@@ -157,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_run_verbs(verbs, common)
     add_launch_verbs(verbs, common)
     add_doctor_verb(verbs, common)
+    add_sweep_verb(verbs, common)
     sub = verb(
         "bench", _bench, "time the model against its SDPA twin; train: DeepSpeed and saving; data: tokenising, loading"
     )
@@ -184,8 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb("export", _export, "our safetensors -> reference checkpoint (.pth or .safetensors)")
     sub.add_argument("source", metavar="FOLDER")
     sub.add_argument("target", metavar="CHECKPOINT")
-    sub = verb("verify", _verify, "check every byte of a bundle")
-    sub.add_argument("bundle", metavar="BUNDLE")
+    add_bundle_verbs(verbs, common)
     return parser
 
 
@@ -193,9 +194,10 @@ def _line(arguments: Any, show: Callable[[str], None]) -> Line:
     from launch.deepspeed import launch
 
     config = load_config(arguments.config, arguments.overrides)
+    live = status_lines(json=arguments.json)
 
     def start(config: RunConfig, job_file: Any, ranks: int) -> None:
-        launch(config, job_file, ranks, show=lambda text: show(f"  {text}"))
+        launch(config, job_file, ranks, show=lambda text: live(f"  {text}"))
 
     return Line(config, launch=start, say=lambda text: _show(text))
 
@@ -332,14 +334,6 @@ def _export(arguments: Any, show: Callable[[str], None]) -> Result:
     from launch.exchange import export_reference
 
     return export_reference(arguments.source, arguments.target, _show)
-
-
-def _verify(arguments: Any, show: Callable[[str], None]) -> Result:
-    from pipeline.post.bundle import verify_bundle
-
-    result = verify_bundle(arguments.bundle)
-    _show(f"{arguments.bundle}: every byte as in its manifest; certified: {result['certified']}")
-    return result
 
 
 def _finite(value: Any) -> Any:

@@ -23,7 +23,7 @@ from launch.deepspeed import SshJob, launch_over_ssh, node_command
 from launch.hosts import address_of, environment_file, read_hostfile, require_tools
 from launch.job import WORKER, rank_environment, run_job
 from launch.nodes import Follower, Lead
-from launch.terminal import say
+from launch.terminal import say, status_lines
 from pipeline import storage
 from pipeline.config import RunConfig, RunPaths, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
@@ -104,7 +104,7 @@ def _deepspeed(arguments: Any, show: Show) -> Result:
             node_command, hostfile=hostfile, node_rank=arguments.node_rank, address=address, port=arguments.master_port
         )
         return _one_node(
-            arguments, config, show, command=command, nodes=len(hosts), ranks=ranks,
+            arguments, config, command=command, nodes=len(hosts), ranks=ranks,
             ranks_here=hosts[arguments.node_rank].slots,
         )  # fmt: skip
     job = SshJob(hostfile, hosts, address, arguments.master_port, arguments.ssh_port, arguments.env)
@@ -117,9 +117,10 @@ def _deepspeed(arguments: Any, show: Show) -> Result:
             files[private[0]] = "".join(f"{name}=…\n" for name in sorted(private[1]))
         return _dry_run(files, [job.command(paths.logs / "job.json")], {"DS_ENV_FILE": str(public[0])})
     require_tools()
+    live = status_lines(json=arguments.json)
 
     def start(config: RunConfig, job_file: Path, ranks: int) -> None:
-        launch_over_ssh(config, job_file, ranks, job, show=lambda text: show(f"  {text}"))
+        launch_over_ssh(config, job_file, ranks, job, show=lambda text: live(f"  {text}"))
 
     line = Line(config, launch=start, say=say, ranks=ranks)
     with _stops_told(arguments), exclusive(config, say):
@@ -148,7 +149,7 @@ def _torchrun(arguments: Any, show: Show) -> Result:
         return [sys.executable, "-m", "torch.distributed.run", *words, "-m", WORKER, str(job_file)]
 
     return _one_node(
-        arguments, config, show, command=command, nodes=arguments.nodes, ranks=ranks_here * arguments.nodes,
+        arguments, config, command=command, nodes=arguments.nodes, ranks=ranks_here * arguments.nodes,
         ranks_here=ranks_here,
     )  # fmt: skip
 
@@ -156,7 +157,6 @@ def _torchrun(arguments: Any, show: Show) -> Result:
 def _one_node(
     arguments: Any,
     config: RunConfig,
-    show: Show,
     *,
     command: Callable[[Path], list[str]],
     nodes: int,
@@ -172,13 +172,15 @@ def _one_node(
         return _dry_run({}, [command(job_file)], {})
     signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGTERM))  # while no rank runs: there is nothing to save
 
+    live = status_lines(json=arguments.json)
+
     def run() -> None:
         run_job(
             command(job_file),
             environment=rank_environment(ranks_here),
             ranks=ranks_here,
             log_file=log_file,
-            show=lambda text: show(f"  {text}"),
+            show=lambda text: live(f"  {text}"),
         )
 
     with _stops_told(arguments):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 _live = False
 
@@ -23,3 +24,8 @@ def say_live(text: str) -> None:
     width = os.get_terminal_size().columns if sys.stdout.isatty() else 200
     print(f"\r\033[K{text[: width - 1]}", end="", flush=True)
     _live = True
+
+
+def status_lines(*, json: bool) -> Callable[[str], None]:
+    """For a training's status lines: on a terminal each makes room for the next."""
+    return say_live if sys.stdout.isatty() and not json else say

@@ -25,6 +25,8 @@ from pipeline.urls import check_url, is_http, without_secrets
 from pldr_model.config import ModelConfig
 from pldr_model.model import ActivationCheckpointing, load_g_file
 
+WeightFormat = Literal["fp32", "bf16", "int8"]
+
 # A stdlib dataclass as a pydantic field: unknown keys in `model:` must be errors like everywhere else.
 ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
 
@@ -137,6 +139,8 @@ class PostConfig(Section):
     max_leak_gap: float = Field(1e-3, gt=0)  # nats, |block loss - cached loss|
     max_kl: float = Field(1e-4, gt=0)  # nats per token, cached against full recomputation
     min_top1_agreement: float = Field(0.999, ge=0, le=1)
+    weight_format: WeightFormat = "fp32"  # of the bundle's matrices; bf16 and int8: docs/bundle.md
+    max_format_loss: float = Field(0.01, ge=0)  # nats, |held-out loss of bf16 or int8 weights - of fp32|
     register_as: str | None = Field("pldr", pattern=r"^[^/:]+$")  # MLflow registered model; null: none
     sample_prompt: str = "The "
 
@@ -146,6 +150,7 @@ class TrackingConfig(Section):
 
     uri: str | None = None
     experiment: str = "pldr"
+    parent_run: str | None = None  # MLflow id of the run that a new one is a child of; `pldr sweep` sets it
 
     @field_validator("uri")
     @classmethod

@@ -82,22 +82,35 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
     from pipeline.post.bundle import build_bundle
     from pipeline.post.extract import load_g
     from pipeline.post.register import register
+    from pipeline.post.weight_format import pack_measured
     from pipeline.post.weights import load_weights
 
     model, source = load_weights(paths.weights)
     certificate = storage.read_json(paths.certificate / CERTIFICATE, schema_version=1)
     if certificate.get("verdict") not in ("certified", "failed") or not isinstance(certificate.get("failed"), list):
         raise UserError(f"{paths.certificate / CERTIFICATE}: holds no verdict; run `pldr validate` again")
-    passed = certificate["verdict"] == "certified"
+    g_lm = load_g(paths.g_lm, model.config).g_lm
+    packed = None
+    if config.post.weight_format != "fp32":
+        packed = pack_measured(
+            model,
+            g_lm,
+            held_out(config, paths, half=1),
+            config.post.weight_format,
+            max_loss_difference=config.post.max_format_loss,
+            max_prompts=config.post.prompts,
+        )
+    passed = certificate["verdict"] == "certified" and (packed is None or packed.section["passed"])
     result = build_bundle(
         model,
-        load_g(paths.g_lm, model.config).g_lm,
+        g_lm,
         certificate=certificate,
         tokenizer=paths.tokenizer,
         out=paths.bundle,
         lineage=lineage(source),
         notes=notes(config),
         uncertified=uncertified and not passed,
+        packed=packed,
     )
     if config.post.register_as is not None:
         version = register(
@@ -141,6 +154,12 @@ def notes(config: RunConfig) -> list[str]:
         f"Trained {train.steps:,} steps of {train.global_batch} sequences of {config.model.context_length} tokens, "
         f"AdamW, max lr {train.max_lr:g}, weight decay {train.weight_decay:g}."
     ]
+    if config.model.g_source == "constant":
+        lines.append("G_LM: one trained [K,K] parameter a head, started at the identity; there is no metric learner.")
+    if config.model.g_start == "identity":
+        lines.append(
+            "Started near plain attention (model.g_start=identity: b_a = I, a scaled by 0.1), unlike the papers."
+        )
     if config.model.g_source == "learned":
         lines.append(f"Invariance budget (sum of learning rate x metric weight decay): {invariance_budget(train):.2f}.")
         if train.metric_decay > train.weight_decay:

@@ -20,7 +20,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from pipeline.checkpoints import STATE, adopt, clean, committed, set_aside, step
 from pipeline.config import RunConfig, RunPaths, flatten
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.places import Place
+from pldr_model.config import ModelConfig
 
 Say = Callable[[str], None]
 State = dict[str, Any]  # a checkpoint's state.json
@@ -137,7 +138,9 @@ def check_inputs(
 
     Raises ConfigError naming the first difference.
     """
-    before, model = state["config"].get("model", {}), config.as_dict()["model"]
+    model = config.as_dict()["model"]
+    # A key that did not exist when the checkpoint was saved had its default's meaning.
+    before = {f.name: f.default for f in fields(ModelConfig)} | state["config"].get("model", {})
     differ = [f"{k} {state[k][:12]}, now {ours[:12]}" for k, ours in today.items() if state[k] != ours]
     differ += [f"model.{k}={before.get(k)}, now {v}" for k, v in model.items() if before.get(k) != v]
     if differ and not force:

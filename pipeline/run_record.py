@@ -26,6 +26,7 @@ RUN_FILE = "run.json"
 LOCAL_PREFIX = "local-"
 RUN_DIR_TAG, LOCAL_TAG, PLACE_TAG = "pldr.run_dir", "pldr.local_id", "pldr.publish_to"
 VERDICT_TAG = "pldr.verdict"
+PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name: its page shows the run below that one
 log = logging.getLogger(__name__)
 
 
@@ -74,6 +75,8 @@ def new_record(config: RunConfig, *, local_id: str | None = None) -> RunRecord:
         params={key: value[:6000] for key, value in config.flat().items()},
     )
     tags = {RUN_DIR_TAG: str(root), LOCAL_TAG: record.folder}
+    if config.tracking.parent_run is not None:
+        tags[PARENT_TAG] = config.tracking.parent_run
     place = place_url(config, record)
     return replace(record, tags=tags if place is None else {**tags, PLACE_TAG: place})
 

@@ -29,6 +29,7 @@ from pipeline.urls import is_local, local_path
 SCHEMA_VERSION = 2
 LOCK = ".lock"  # its presence marks a run directory
 NAMES = ("shard", "tokenizer", "tokenize", "train", "consolidate", "extract", "validate", "bundle")
+OF_BUNDLE = ("weight_format", "max_format_loss", "register_as")  # of `post`: what only the last stage reads
 UPSTREAM = {name: NAMES[i - 1] for i, name in enumerate(NAMES) if i}
 
 
@@ -125,8 +126,8 @@ class Line:
             "train": {k: config[k] for k in ("model", "train", "seed")},
             "consolidate": {},
             "extract": {k: config["post"][k] for k in ("g_from", "prompts")},
-            "validate": {k: v for k, v in config["post"].items() if k not in ("register_as", "sample_prompt")},
-            "bundle": {k: config["post"][k] for k in ("register_as",)} | {"tracking": config["tracking"]},
+            "validate": {k: v for k, v in config["post"].items() if k not in (*OF_BUNDLE, "sample_prompt")},
+            "bundle": {k: config["post"][k] for k in OF_BUNDLE} | {"tracking": config["tracking"]},
         }[name]
         inputs: dict[str, Any] = {"config": of_stage}
         if name == "shard":

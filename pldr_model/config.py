@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 RopeStyle = Literal["interleaved", "half"]
-GSource = Literal["learned", "identity", "random", "file"]
+GSource = Literal["learned", "constant", "identity", "random", "file"]
+GStart = Literal["paper", "identity"]
 
 # Reference implementation's hyperparameter names (and the golden cases' config.json) -> ours.
 _REFERENCE_NAMES = {"dff": "d_ff", "max_seq_len": "context_length"}
@@ -72,8 +73,12 @@ class ModelConfig:
     layer_norm_eps: float = 1e-6
     """Epsilon of every LayerNorm."""
     g_source: GSource = "learned"
-    """Where G_LM comes from: `learned` (metric learner, v510), `identity` (SDPA), or a constant that is
-    `random` (v510G) or from a `file` (v510G, v510Gi)."""
+    """Where G_LM comes from: `learned` (metric learner, v510), `constant` (a trained parameter [H,K,K] of each layer
+    that starts at the identity, no metric learner), `identity` (SDPA), or a fixed tensor that is `random` (v510G) or from a
+    `file` (v510G, v510Gi)."""
+    g_start: GStart = "paper"
+    """With g_source `learned`, where training starts: `paper` (b_a = 0) or `identity` (b_a = I and a scaled by 0.1, so
+    that G_LM is near the identity and the model near its SDPA twin)."""
     g_file: str | None = None
     """safetensors file of a constant G_LM [L,H,K,K], for g_source `file`; None: G is handed to the model."""
     g_seed: int = 0
@@ -98,13 +103,16 @@ class ModelConfig:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"{key}: {value!r} must be a positive number")
-        for key, allowed in (("rope_style", get_args(RopeStyle)), ("g_source", get_args(GSource))):
+        choices = {"rope_style": get_args(RopeStyle), "g_source": get_args(GSource), "g_start": get_args(GStart)}
+        for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(allowed)}")
         if self.g_file is not None and not isinstance(self.g_file, str):
             raise ValueError(f"g_file: {self.g_file!r} must be a path")
         if self.g_file is not None and self.g_source != "file":
             raise ValueError(f"g_file: only read with g_source 'file', not {self.g_source!r}; drop one of the two")
+        if self.g_start != "paper" and self.g_source != "learned":
+            raise ValueError(f"g_start: only read with g_source 'learned', not {self.g_source!r}; drop it")
         _require_int("g_seed", self.g_seed, at_least=0)
         self._check_dag_coefficients()
         for key in ("pad_id", "unk_id", "bos_id", "eos_id"):
@@ -181,14 +189,14 @@ class ModelConfig:
 
     def sdpa_twin(self) -> ModelConfig:
         """The same sizes with G = identity and no metric learner: the baseline of every comparison."""
-        return replace(self, g_source="identity", g_file=None, dag_coefficients=(0.0, 0.0, 0.0))
+        return replace(self, g_source="identity", g_start="paper", g_file=None, dag_coefficients=(0.0, 0.0, 0.0))
 
     def with_constant_g(self) -> ModelConfig:
         """The same sizes with a constant G that is handed to the model (v510Gi: what a bundle is)."""
-        return replace(self, g_source="file", g_file=None, dag_coefficients=(0.0, 0.0, 0.0))
+        return replace(self, g_source="file", g_start="paper", g_file=None, dag_coefficients=(0.0, 0.0, 0.0))
 
     def num_parameters(self) -> dict[str, int]:
-        """Trainable parameters by part; `total` is their sum. A constant G is a buffer and not counted."""
+        """Trainable parameters by part; `total` is their sum. A fixed G is a buffer and not counted."""
         D, K, F = self.d_model, self.head_dim, self.feed_forward_size
         glu_A = 3 * K * self.A_dff + 2 * self.A_dff + K
         unit = self.num_denseA * glu_A + 2 * K
@@ -198,6 +206,7 @@ class ModelConfig:
             "attention": self.num_layers * 4 * (D * D + D),
             "metric_learner": learned * self.num_layers * self.num_reslayerA * unit,
             "plga": learned * self.num_layers * (2 * K + 5 * self.num_heads * K * K),
+            "constant_g": int(self.g_source == "constant") * self.num_layers * self.num_heads * K * K,
             "feed_forward": self.num_layers * (3 * D * F + 2 * F + D),
             "norms": 2 * D + self.num_layers * 4 * D,
             "output": self.vocab_size * D + self.vocab_size,

@@ -137,7 +137,12 @@ def _our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _key_table(config: ModelConfig) -> dict[str, list[str]]:
-    """Our key -> the reference keys whose tensors are stacked in it."""
+    """Our key -> the reference keys whose tensors are stacked in it. Errors: ValueError for g_source `constant`."""
+    if config.g_source == "constant":
+        raise ValueError(
+            "g_source: the reference has no trained constant G; its weights would be exported without it. Extract G_LM and "
+            "hand it to the reference as an external G"
+        )
     table: dict[str, list[str]] = {"embedding.weight": ["decoder.embedding.weight"]}
 
     def add(ours: str, *theirs: str) -> None:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from pldr_model.cache import KVCache, attention_mask
 from pldr_model.config import ModelConfig
 from pldr_model.layers import GLU, Linear, RopeTables, apply_rope, rope_tables
-from pldr_model.plga import PLGA, DeductiveOutputs
+from pldr_model.plga import PLGA, ConstantG, DeductiveOutputs
 
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -38,7 +38,9 @@ class Attention(nn.Module):
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.rope_style = config.rope_style
         self.qkv = Linear(config.d_model, config.d_model, num_fused=3)
-        self.plga = PLGA(config) if config.g_source == "learned" else None
+        self.plga: PLGA | ConstantG | None = None
+        if config.g_source in ("learned", "constant"):
+            self.plga = PLGA(config) if config.g_source == "learned" else ConstantG(config)
         self.output = Linear(config.d_model, config.d_model)
 
     def forward(
@@ -55,7 +57,9 @@ class Attention(nn.Module):
         attention; `append` stores new keys and values in a cache and returns all of them."""
         q_BHSK, k_BHSK, v_BHSK = self.project(x_BSD, rope)
         outputs: DeductiveOutputs | None = None
-        if g is None and self.plga is not None:
+        if g is None and isinstance(self.plga, ConstantG):
+            q_BHSK = self.plga(q_BHSK)
+        elif g is None and self.plga is not None:
             outputs = self.plga(q_BHSK)
             g = outputs.G_LM
         if g is not None:
@@ -76,7 +80,7 @@ class Attention(nn.Module):
 
     def energy_curvature(self, x_BSD: Tensor, rope: RopeTables) -> Tensor:
         """G_LM [B,H,K,K] of this layer's input, without attending."""
-        assert self.plga is not None, "a constant G is not computed"
+        assert isinstance(self.plga, PLGA), "a constant G is not computed"
         outputs: DeductiveOutputs = self.plga(self.project(x_BSD, rope)[0])
         return outputs.G_LM
 
@@ -110,9 +114,9 @@ class DecoderLayer(nn.Module):
 class PLDRModel(nn.Module):
     """Decoder-only PLDR-LLM. Weights are drawn from torch's global generator; `config` names the variant.
 
-    A model of a constant G holds it as the buffer `g_lm` [L,H,K,K] (part of the state dict for `random` and
-    `file`; for `identity` it is there to be read, but the product with it is left out). `g_lm_LHKK` hands
-    over the G of g_source `file` when the configuration names no `g_file`.
+    A trained constant G (g_source `constant`) is a parameter of each layer. A model of a fixed G holds it as the buffer
+    `g_lm` [L,H,K,K] (part of the state dict for `random` and `file`; for `identity` it is there to be read, but the product
+    with it is left out). `g_lm_LHKK` hands over the G of g_source `file` when the configuration names no `g_file`.
     """
 
     g_lm: Tensor | None
@@ -168,8 +172,8 @@ class PLDRModel(nn.Module):
 
         A constant G is returned as it is, expanded over the batch (a view).
         """
-        if self.g_lm is not None:
-            return self.g_lm.unsqueeze(1).expand(-1, ids_BS.shape[0], -1, -1, -1)
+        if self.config.g_source != "learned":
+            return self.constant_g().unsqueeze(1).expand(-1, ids_BS.shape[0], -1, -1, -1)
         x_BSD, rope, mask = self._enter(ids_BS, padded)
         per_layer = []
         for layer in self.layers[:-1]:
@@ -177,6 +181,14 @@ class PLDRModel(nn.Module):
             per_layer.append(outputs.G_LM)
         per_layer.append(cast(DecoderLayer, self.layers[-1]).attention.energy_curvature(x_BSD, rope))
         return torch.stack(per_layer)
+
+    def constant_g(self) -> Tensor:
+        """G_LM [L,H,K,K] of a model that deduces none: its buffer, or its layers' parameters stacked."""
+        assert self.config.g_source != "learned", "a learned G needs an input"
+        if self.g_lm is not None:
+            return self.g_lm
+        modules = [cast(DecoderLayer, layer).attention.plga for layer in self.layers]
+        return torch.stack([module.G_LM for module in modules if isinstance(module, ConstantG)])
 
     def extend(self, ids_BS: Tensor, cache: KVCache) -> Tensor:
         """Read new tokens on top of those in `cache`; returns the logits after the last one, [B,V].
@@ -237,7 +249,7 @@ class PLDRModel(nn.Module):
         return x_BSD, RopeTables(rope.cos.unsqueeze(1), rope.sin.unsqueeze(1)), mask
 
     def _g_in_force(self, given: Tensor | None, batch_size: int) -> Tensor | None:
-        """The given G (shape checked), else the constant one; None where G is learned or the identity."""
+        """The given G (shape checked), else the fixed one; None where layers have their own or G is the identity."""
         if given is None:
             return None if self.config.g_source == "identity" else self.g_lm
         shape = g_shape(self.config)
@@ -301,10 +313,10 @@ def load_g_file(path: str | Path, config: ModelConfig) -> Tensor:
 
 
 def _constant_g(config: ModelConfig, given: Tensor | None) -> Tensor | None:
-    """The buffer `g_lm` [L,H,K,K] of a model that learns no G."""
+    """The buffer `g_lm` [L,H,K,K] of a model that trains no G."""
     if given is not None and (config.g_source != "file" or config.g_file is not None):
         raise ValueError("g_lm_LHKK: only for a model with g_source 'file' and no g_file")
-    if config.g_source == "learned":
+    if config.g_source in ("learned", "constant"):
         return None
     if config.g_source == "identity":
         return torch.eye(config.head_dim).expand(g_shape(config)).clone()

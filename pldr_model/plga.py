@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from pldr_model.config import ModelConfig
 from pldr_model.layers import GLU, at_least_float32
 
+IDENTITY_START_SCALE = 0.1  # of `a` when g_start is `identity`; what science.md's comparison was measured with
 METRIC_FLOOR = 1e-9  # keeps A_LM positive, so that any real power of it exists
 
 
@@ -62,6 +63,22 @@ class ResidualUnit(nn.Module):
         return out
 
 
+class ConstantG(nn.Module):
+    """A G_LM [H,K,K] that is a parameter, invariant by construction; starts at the identity. Queries [B,H,S,K] -> q G_LM.
+
+    The missing control of the papers: what of PLGA's effect is the bilinear form, and what its dependence on the input?
+    A module of its own in PLGA's place that takes queries and gives queries, so that ZeRO-3's hooks see it in both passes.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        H, K = config.num_heads, config.head_dim
+        self.G_LM = nn.Parameter(torch.eye(K).repeat(H, 1, 1))
+
+    def forward(self, q_BHSK: Tensor) -> Tensor:
+        return q_BHSK @ self.G_LM.to(q_BHSK.dtype)
+
+
 class PLGA(nn.Module):
     """Rotated, unscaled queries [B,H,S,K] -> the deductive outputs, each [B,H,K,K]."""
 
@@ -78,6 +95,10 @@ class PLGA(nn.Module):
         self.b_a = nn.Parameter(torch.zeros(H, K, K))
         for drawn in (self.W, self.P, self.a):
             nn.init.xavier_normal_(drawn)  # torch's fan rule for 3-D tensors: fan_in K*K, fan_out H*K
+        if config.g_start == "identity":  # the same draws as `paper`, so that all other weights start alike
+            with torch.no_grad():
+                self.a.mul_(IDENTITY_START_SCALE)
+                self.b_a.copy_(torch.eye(K).expand(H, K, K))
 
     def forward(self, q_BHSK: Tensor) -> DeductiveOutputs:
         with torch.autocast(q_BHSK.device.type, enabled=False):

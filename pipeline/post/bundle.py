@@ -1,7 +1,7 @@
 """The bundle: a folder that serves a model with KV-cache and G-cache, and proves that it may. Stage `bundle`.
 
     config.json             ModelConfig of the constant-G model, and whether it is certified
-    model.safetensors       fp32 weights without the metric learner
+    model.safetensors       weights without the metric learner: fp32, bf16 or int8 (weight_format.py)
     g_lm.safetensors        the cached G_LM [L,H,K,K]
     tokenizer.model         SentencePiece
     generation_config.json  how prompts are encoded, ids
@@ -24,11 +24,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from pipeline.config import WeightFormat
 from pipeline.errors import UserError
 from pipeline.post.card import UNCERTIFIED_LINE, model_card
 from pipeline.post.certificate import SCHEMA_VERSION as CERTIFICATE_VERSION
 from pipeline.post.certificate import bundle_g, bundle_tensors
 from pipeline.post.tensors import load_tensors, serialise
+from pipeline.post.weight_format import (
+    BYTES,
+    FORMATS,
+    SECTION,
+    Packed,
+    check_section,
+    describe_format,
+    packed_shapes,
+    unpack,
+)
 from pipeline.post.weights import parse_model, state_shapes
 from pipeline.storage import (
     MANIFEST,
@@ -56,13 +67,14 @@ FILES = (
     "model.safetensors",
     "tokenizer.model",
 )
-MAX_JSON = 64 << 20  # bytes
+MAX_SMALL = 64 << 20  # bytes of a file that holds no tensors
 
 
 class BundleParts(NamedTuple):
-    """A verified bundle's contents."""
+    """A verified bundle's contents; `weights` unpacked to fp32."""
 
     config: ModelConfig
+    weight_format: WeightFormat
     weights: dict[str, Tensor]
     g_lm: Tensor
     tokenizer: Tokenizer
@@ -81,25 +93,31 @@ def build_bundle(
     lineage: dict[str, Any] | None = None,
     notes: Sequence[str] = (),
     uncertified: bool = False,
+    packed: Packed | None = None,
 ) -> dict[str, Any]:
     """Write, verify and publish the bundle folder `out`; returns {"path", "bundle_sha256", "certified", "bytes"}.
 
     lineage: plain values for MANIFEST.json (run, checkpoint, git commit, data fingerprint). notes: lines for the model
     card (how it was trained). uncertified: package a failed certificate all the same, marked everywhere; marks a passed
-    one as well. Raises UserError for a failed certificate (exit code 3), a certificate of other tensors, or a tokenizer
-    that does not fit the model.
+    one as well. packed: the weights in another format than fp32, with what that costs. Raises UserError for a failed
+    certificate or a format that costs too much (exit code 3), a certificate of other tensors, or a tokenizer that does not
+    fit the model.
     """
-    certified = certificate["verdict"] == "certified" and not uncertified
-    if not certified and not uncertified:
-        names = ", ".join(failure["measure"] for failure in certificate["failed"])
-        raise UserError(
-            f"the certificate failed ({names}); mend what it says, or package it marked as uncertified (--uncertified)",
-            exit_code=3,
-        )
+    if not uncertified:
+        _require_passed(certificate, packed)
+    certified = not uncertified
     config = model.config.with_constant_g()
-    weights, g_lm = serialise(bundle_tensors(model)), serialise(bundle_g(g_LHKK))
+    weight_format = "fp32" if packed is None else packed.section["format"]
+    weights = serialise(bundle_tensors(model) if packed is None else packed.tensors)
+    g_lm = serialise(bundle_g(g_LHKK))
     spm = Tokenizer.load(tokenizer)
-    _check_tokenizer(spm, config, where=tokenizer)
+    _check_tokenizer(spm, config, lineage or {}, where=tokenizer)
+    if packed is not None:
+        certificate = {**certificate, SECTION: packed.section}
+        notes = [
+            *notes,
+            f"Stored as {describe_format(packed.section)}. The certificate's measures are of the fp32 weights.",
+        ]
     require_free_space(out, 2 * (len(weights) + len(g_lm)), "the bundle")
     with publish_dir(out) as temporary:
         publish_bytes(temporary / "model.safetensors", weights)
@@ -114,11 +132,14 @@ def build_bundle(
                 "model_type": "pldr",
                 "certified": certified,
                 "variant": model.config.g_source,
+                "weight_format": weight_format,
                 "model": config.to_dict(),
             },
         )
         publish_json(temporary / "generation_config.json", _generation_config(config, spm))
-        card = model_card(certificate, config, certified=certified, lineage=lineage or {}, notes=notes)
+        card = model_card(
+            certificate, config, certified=certified, weight_format=weight_format, lineage=lineage or {}, notes=notes
+        )
         publish_bytes(temporary / "README.md", card.encode())
         manifest = {
             "schema_version": SCHEMA_VERSION,
@@ -138,7 +159,8 @@ def build_bundle(
 
 
 def verify_bundle(path: str | Path) -> dict[str, Any]:
-    """Check everything a reader relies on; returns {"path", "bundle_sha256", "certified", "verdict", "tier"}.
+    """Check everything a reader relies on; returns {"path", "bundle_sha256", "certified", "verdict", "tier",
+    "weight_format", "files"}.
 
     Raises UserError, one line, for whatever is missing, extra, changed, too large, or does not belong together.
     """
@@ -149,6 +171,8 @@ def verify_bundle(path: str | Path) -> dict[str, Any]:
         "certified": parts.manifest["certified"],
         "verdict": parts.certificate["verdict"],
         "tier": parts.certificate["tier"],
+        "weight_format": parts.weight_format,
+        "files": len(FILES) + 1,
     }
 
 
@@ -162,21 +186,34 @@ def read_bundle(path: Path) -> BundleParts:
     record = read_json(path / "config.json", schema_version=SCHEMA_VERSION)
     generation = read_json(path / "generation_config.json", schema_version=SCHEMA_VERSION)
     certificate = read_json(path / "certificate.json", schema_version=CERTIFICATE_VERSION)
+    config, weight_format = _read_config(path, manifest, record)
     _check_certificate(path, manifest, record, certificate)
-    config = parse_model(record.get("model"), where=path / "config.json")
-    if config.g_source != "file" or config.g_file is not None:
-        raise UserError(f"{path / 'config.json'}: g_source {config.g_source!r}: a bundle's model has a given G_LM")
-    data_bytes = 4 * config.num_parameters()["total"]
-    if manifest["files"]["model.safetensors"]["size"] < data_bytes:  # before a giant's shapes are even worked out
-        raise UserError(f"{path / 'config.json'}: describes a model of {data_bytes} bytes, the weights are smaller")
-    shapes = {name: shape for name, shape in state_shapes(config).items() if name != "g_lm"}
-    weights = load_tensors(path / "model.safetensors", shapes)
+    _check_certified_model(path / "certificate.json", config, record, certificate)
+    shapes, dtypes = packed_shapes(
+        {name: shape for name, shape in state_shapes(config).items() if name != "g_lm"}, weight_format
+    )
+    weights = unpack(load_tensors(path / "model.safetensors", shapes, dtypes=dtypes))
     g_lm = load_tensors(path / "g_lm.safetensors", {"g_lm": g_shape(config)})["g_lm"]
     tokenizer = Tokenizer.load(path / "tokenizer.model")
-    _check_tokenizer(tokenizer, config, where=path / "tokenizer.model")
-    if generation.get("tokenizer") != {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}:
-        raise UserError(f"{path / 'tokenizer.model'}: not the tokenizer that generation_config.json names")
-    return BundleParts(config, weights, g_lm, tokenizer, generation, certificate, manifest)
+    _check_tokenizer(tokenizer, config, manifest["lineage"], where=path / "tokenizer.model")
+    if generation != _generation_config(config, tokenizer):
+        raise UserError(
+            f"{path / 'generation_config.json'}: not that of this model and tokenizer.model; make the bundle again"
+        )
+    return BundleParts(config, weight_format, weights, g_lm, tokenizer, generation, certificate, manifest)
+
+
+def _require_passed(certificate: dict[str, Any], packed: Packed | None) -> None:
+    """Raise UserError, exit code 3, unless everything that a certified bundle needs has passed."""
+    mend = "or package it marked as uncertified (--uncertified)"
+    if certificate["verdict"] != "certified":
+        names = ", ".join(failure["measure"] for failure in certificate["failed"])
+        raise UserError(f"the certificate failed ({names}); mend what it says, {mend}", exit_code=3)
+    if packed is not None and not packed.section["passed"]:
+        raise UserError(
+            f"{describe_format(packed.section)}: too much; use another post.weight_format, raise post.max_format_loss, {mend}",
+            exit_code=3,
+        )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -184,18 +221,27 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.is_file() or file.is_symlink():
         raise UserError(f"{file}: missing; this folder is no bundle, or was cut short: make it again")
-    if file.stat().st_size > MAX_JSON:
+    if file.stat().st_size > MAX_SMALL:
         raise UserError(f"{file}: {file.stat().st_size} bytes: damaged; make the bundle again")
     manifest = read_json(file, schema_version=SCHEMA_VERSION)
     rest = {key: value for key, value in manifest.items() if key != "bundle_sha256"}
     files = manifest.get("files")
-    well_formed = isinstance(files, dict) and all(
-        isinstance(entry, dict) and {"sha256", "size"} <= entry.keys() for entry in files.values()
+    well_formed = (
+        manifest.get("kind") == "pldr-bundle"
+        and manifest.keys() == {"schema_version", "kind", "certified", "files", "lineage", "bundle_sha256"}
+        and isinstance(manifest["certified"], bool)
+        and isinstance(manifest["lineage"], dict)
+        and isinstance(files, dict)
+        and all(isinstance(entry, dict) and entry.keys() == {"sha256", "size"} for entry in files.values())
     )
-    if manifest.get("kind") != "pldr-bundle" or not well_formed:
+    if not well_formed:
         raise UserError(f"{file}: not the manifest of a bundle; make the bundle again")
-    # Rendered anew, the manifest must be the same bytes: none is free to change, not even a space.
-    if manifest.get("bundle_sha256") != sha256_json(rest) or render_json(manifest) != file.read_bytes():
+    try:
+        # Rendered anew, the manifest must be the same bytes: none is free to change, not even a space.
+        same = manifest["bundle_sha256"] == sha256_json(rest) and render_json(manifest) == file.read_bytes()
+    except ValueError:  # NaN, or half a surrogate pair: nothing that we write
+        same = False
+    if not same:
         raise UserError(f"{file}: differs from its own bundle_sha256: damaged; make the bundle again")
     assert isinstance(manifest, dict)
     return manifest
@@ -212,25 +258,52 @@ def _check_folder(path: Path, manifest: dict[str, Any]) -> None:
         if not stat.S_ISREG(entry.lstat().st_mode):
             raise UserError(f"{entry}: a link or folder where a plain file belongs; copy the file itself here")
     for name in FILES:
-        if name.endswith(".json") and (path / name).is_file() and (path / name).stat().st_size > MAX_JSON:
+        if not name.endswith(".safetensors") and (path / name).is_file() and (path / name).stat().st_size > MAX_SMALL:
             raise UserError(f"{path / name}: too large for what it is: damaged; make the bundle again")
+
+
+def _read_config(path: Path, manifest: dict[str, Any], record: dict[str, Any]) -> tuple[ModelConfig, WeightFormat]:
+    """The model and the weight format that config.json names."""
+    file = path / "config.json"
+    weight_format = record.get("weight_format", "fp32")  # bundles of before it existed are fp32
+    if weight_format not in FORMATS:
+        raise UserError(f"{file}: weight_format {weight_format!r} is not one of {', '.join(FORMATS)}")
+    config = parse_model(record.get("model"), where=file)
+    if config.g_source != "file" or config.g_file is not None:
+        raise UserError(f"{file}: g_source {config.g_source!r}: a bundle's model has a given G_LM")
+    data_bytes = BYTES[weight_format] * config.num_parameters()["total"]
+    if manifest["files"]["model.safetensors"]["size"] < data_bytes:  # before a giant's shapes are even worked out
+        raise UserError(f"{file}: describes a model of {data_bytes} bytes, the weights are smaller")
+    return config, weight_format
 
 
 def _check_certificate(
     path: Path, manifest: dict[str, Any], record: dict[str, Any], certificate: dict[str, Any]
 ) -> None:
-    """The certificate is of these very tensors, and every mark says the same."""
-    files = certificate.get("files")
+    """The certificate is of these very tensors, its verdict follows from its checks, and every mark says the same."""
+    where = path / "certificate.json"
+    files, checks, failed = (certificate.get(key) for key in ("files", "checks", "failed"))
+    words = [certificate.get(key) for key in ("verdict", "tier", "statement")]
+    well_formed = all(isinstance(word, str) for word in words) and all(
+        isinstance(entries, list) and all(isinstance(e, dict) and isinstance(e.get("measure"), str) for e in entries)
+        for entries in (checks, failed)
+    )
+    if not well_formed:
+        raise UserError(f"{where}: its verdict or its checks are damaged; validate again")
     if not isinstance(files, dict) or set(files) != {"model.safetensors", "g_lm.safetensors"}:
-        raise UserError(f"{path / 'certificate.json'}: does not say which files it certifies; validate again")
+        raise UserError(f"{where}: does not say which files it certifies; validate again")
+    weight_format, stored = record.get("weight_format", "fp32"), manifest["files"]["model.safetensors"]["sha256"]
+    packed_ok = weight_format == "fp32" or check_section(
+        certificate.get(SECTION), weight_format=weight_format, sha256=stored, where=str(where)
+    )
     for name, sha256 in files.items():
-        if manifest["files"][name]["sha256"] != sha256:
-            raise UserError(
-                f"{path / 'certificate.json'}: it certifies another {name}; validate this model and bundle it again"
-            )
-    certified = manifest.get("certified")
+        packed = name == "model.safetensors" and weight_format != "fp32"  # then `files` names the fp32 weights
+        if not packed and manifest["files"][name]["sha256"] != sha256:
+            raise UserError(f"{where}: it certifies another {name}; validate this model and bundle it again")
+    certified = manifest["certified"]
     first_line = (path / "README.md").read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-    passed = certificate.get("verdict") == "certified" and certificate.get("failed") == []
+    passed = certificate["verdict"] == "certified" and failed == [] and packed_ok
+    passed = passed and bool(checks) and all(check.get("passed") is True for check in checks or [])
     if (
         certified is not record.get("certified")
         or certificate.get("packaged") != ("certified" if certified else "uncertified")
@@ -243,7 +316,21 @@ def _check_certificate(
         )
 
 
-def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, *, where: Path) -> None:
+def _check_certified_model(
+    where: Path, config: ModelConfig, record: dict[str, Any], certificate: dict[str, Any]
+) -> None:
+    """config.json describes the certified model, with its G_LM given."""
+    model = certificate.get("model")
+    values = {k: v for k, v in model.items() if k != "num_parameters"} if isinstance(model, dict) else None
+    measured = parse_model(values, where=where)
+    if measured.with_constant_g() != config or measured.g_source != record.get("variant"):
+        raise UserError(f"{where}: it certifies a model of other sizes than config.json; validate this model again")
+
+
+def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, lineage: dict[str, Any], *, where: Path) -> None:
+    """It is the one that the model was trained with, as far as the lineage knows it, and has no more pieces than the model."""
+    if lineage.get("tokenizer_sha256") not in (None, tokenizer.sha256):
+        raise UserError(f"{where}: not the tokenizer that the model was trained with (tokenizer_sha256 of the lineage)")
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{where}: {tokenizer.vocab_size} pieces, the model's vocabulary is {config.vocab_size}; "

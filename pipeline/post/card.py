@@ -13,7 +13,21 @@ from pipeline.post.certificate import summary_lines
 from pldr_model.config import ModelConfig
 
 CERTIFIED_LINE = "# PLDR-LLM bundle, certified: G_LM may be cached"
+CONSTANT_LINE = "# PLDR-LLM bundle, certified: G_LM is constant by construction, so caching it is exact"
 UNCERTIFIED_LINE = "# PLDR-LLM bundle, UNCERTIFIED: its cached G_LM may give other answers than the model"
+
+
+# What the model is, by where its G_LM came from. Only a deduced one can be *measured* to be invariant.
+ABOUT = {
+    "learned": "Power-law decoder language model (PLDR-LLM v510Gi, arXiv 2502.13502): the metric learner is gone, its "
+    "energy-curvature tensor G_LM is the constant in `g_lm.safetensors`, and decoding needs only a KV-cache.",
+    "constant": "PLDR-LLM with a trained constant G_LM: a parameter of each head, which no metric learner ever deduced. It is "
+    "invariant by construction. That was not measured, and says nothing about models with a metric learner.",
+    "identity": "Plain attention (SDPA): a PLDR-LLM whose G_LM is the identity, by construction.",
+}
+GIVEN = (
+    "PLDR-LLM (v510G) with a G_LM that was given before training and is constant by construction, not by measurement."
+)
 
 
 def model_card(
@@ -21,6 +35,7 @@ def model_card(
     config: ModelConfig,
     *,
     certified: bool,
+    weight_format: str = "fp32",
     lineage: dict[str, Any],
     notes: Sequence[str],
 ) -> str:
@@ -30,15 +45,15 @@ def model_card(
         f"vocabulary {config.vocab_size}, context {config.context_length} tokens, "
         f"{config.num_parameters()['total']:,} parameters without the metric learner"
     )
+    certified_line = CONSTANT_LINE if certificate["constant_by_construction"] else CERTIFIED_LINE
     parts = [
-        CERTIFIED_LINE if certified else UNCERTIFIED_LINE,
+        certified_line if certified else UNCERTIFIED_LINE,
         "",
         certificate["statement"] + ".",
         "",
-        "Power-law decoder language model (PLDR-LLM v510Gi, arXiv 2502.13502): the metric learner is gone, its",
-        "energy-curvature tensor G_LM is the constant in `g_lm.safetensors`, and decoding needs only a KV-cache.",
+        ABOUT.get(certificate["model"]["g_source"], GIVEN),
         "",
-        f"- Model: {sizes}; weights fp32.",
+        f"- Model: {sizes}; weights {weight_format}.",
         *(f"- {note}" for note in notes),
         "",
         "## Use",

@@ -79,7 +79,10 @@ def make_checks(
         "attention is dead: the answers do not depend on G_LM, so their agreement proves nothing; train longer, or lower "
         "train.weight_decay or train.max_lr"
     )
-    identity_skip = "G_LM is the identity: it cannot be told from itself" if variant == "identity" else None
+    identity_skip = {
+        "identity": "G_LM is the identity: it cannot be told from itself",
+        "constant": "G_LM is a parameter that started at the identity: a cache is exact however far it went",
+    }.get(variant)
     control_skip = None if variant == "learned" else "G_LM is constant by construction: untrained it is as constant"
     deviation = Check(
         "relative_deviation_g",

@@ -22,7 +22,7 @@ class Bundle:
     """A verified bundle, ready to generate. `certificate`, `manifest`, `config`, `tokenizer` are there to be read."""
 
     def __init__(self, parts: BundleParts) -> None:
-        self.config, self.tokenizer = parts.config, parts.tokenizer
+        self.config, self.weight_format, self.tokenizer = parts.config, parts.weight_format, parts.tokenizer
         self.certificate, self.manifest, self.generation = parts.certificate, parts.manifest, parts.generation
         self.certified: bool = parts.manifest["certified"]
         self.model = PLDRModel(parts.config, g_lm_LHKK=parts.g_lm)
@@ -107,6 +107,7 @@ class Bundle:
         return {
             "bundle_sha256": self.manifest["bundle_sha256"],
             "certified": self.certified,
+            "weight_format": self.weight_format,
             "statement": self.certificate["statement"],
             "context_length": self.config.context_length,
         }

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.errors import UserError
 
 MAX_HEADER = 64 << 20  # bytes; a million tensors
-ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 def serialise(tensors: Mapping[str, Tensor], *, note: str | None = None) -> bytes:
@@ -74,23 +74,30 @@ def _check_header(header: dict[str, Any], *, data_bytes: int) -> dict[str, tuple
     return found
 
 
-def load_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """fp32 tensors of exactly these names and shapes, all finite.
+def load_tensors(
+    path: Path, expected: Mapping[str, tuple[int, ...]], *, dtypes: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Tensors of exactly these names and shapes, all finite; fp32, but for those that `dtypes` names otherwise.
 
-    Raises UserError naming the file and the tensor; nothing is allocated before names, dtypes and shapes agree.
+    dtypes: name -> safetensors' name of a dtype. Raises UserError naming the file and the tensor; nothing is allocated before
+    names, dtypes and shapes agree.
     """
     header = read_header(path)
     for name, shape in expected.items():
         if name not in header:
             raise UserError(f"{path}: {name} is missing; the file belongs to another model")
-        if header[name] != ("F32", tuple(shape)):
+        needed = (dtypes or {}).get(name, "F32")
+        if header[name] != (needed, tuple(shape)):
             dtype, found = header[name]
-            raise UserError(f"{path}: {name} is {dtype} {list(found)}, the model needs F32 {list(shape)}")
+            raise UserError(f"{path}: {name} is {dtype} {list(found)}, the model needs {needed} {list(shape)}")
     for name in header:
         if name not in expected:
             raise UserError(f"{path}: {name} is no part of this model; the file belongs to another model")
-    with safe_open(path, framework="pt") as stream:
-        tensors: dict[str, Tensor] = {name: stream.get_tensor(name) for name in expected}
+    try:
+        with safe_open(path, framework="pt") as stream:
+            tensors: dict[str, Tensor] = {name: stream.get_tensor(name) for name in expected}
+    except SafetensorError as error:  # stricter than we are about the header's JSON
+        raise UserError(f"{path}: its safetensors header is damaged ({error}); make the file again") from None
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds NaN or infinity; training diverged: take an earlier checkpoint")

@@ -17,7 +17,7 @@ def test_paper_size_has_the_published_parameter_count():
     assert (config.d_model, config.feed_forward_size) == (896, 2389)
 
 
-@pytest.mark.parametrize("g_source", ["learned", "identity", "random"])
+@pytest.mark.parametrize("g_source", ["learned", "constant", "identity", "random"])
 def test_counts_are_those_of_the_model(g_source):
     config = ModelConfig(**SMALL, g_source=g_source, A_dff=11, num_reslayerA=3, num_denseA=1, d_ff=50)
     counts = config.num_parameters()
@@ -36,7 +36,13 @@ def test_flops_of_the_paper_size_by_hand():
     expected = 5 * layer + 2 * D * 32000
     assert config.flops_per_token(training=False) == pytest.approx(expected)
     assert config.flops_per_token(training=True) == pytest.approx(3 * expected)
-    assert config.sdpa_twin().flops_per_token(training=False) < expected
+    twin, constant = config.sdpa_twin(), ModelConfig(**PAPER_110M, g_source="constant")
+    assert twin.flops_per_token(training=False) < expected
+    # A constant G costs the product q G and nothing else, and 64 x 64 numbers a head.
+    of_twin = twin.flops_per_token(training=True)
+    assert constant.flops_per_token(training=True) - of_twin == pytest.approx(3 * 5 * 2 * K * D)
+    assert constant.num_parameters()["total"] == twin.num_parameters()["total"] + 5 * 14 * K * K
+    assert constant.num_parameters()["constant_g"] == 5 * 14 * K * K
 
 
 @pytest.mark.parametrize(
@@ -52,6 +58,8 @@ def test_flops_of_the_paper_size_by_hand():
         ({"rope_base": 0.0}, "rope_base"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps"),
         ({"g_source": "learnt"}, "g_source"),
+        ({"g_start": "zero"}, "g_start"),
+        ({"g_start": "identity", "g_source": "constant"}, "g_start"),
         ({"g_file": "g.safetensors"}, "g_file"),
         ({"dag_coefficients": (0.1, 0.0)}, "dag_coefficients"),
         ({"dag_coefficients": (0.1, -1.0, 0.0)}, "dag_coefficients"),
@@ -81,7 +89,7 @@ def test_unknown_key_names_the_nearest_and_missing_key_is_named():
 
 
 def test_variants_keep_the_sizes():
-    config = ModelConfig(**SMALL, dag_coefficients=(0.1, 0.1, 0.1), A_dff=9)
+    config = ModelConfig(**SMALL, dag_coefficients=(0.1, 0.1, 0.1), A_dff=9, g_start="identity")
     for variant, g_source in ((config.sdpa_twin(), "identity"), (config.with_constant_g(), "file")):
         assert variant.g_source == g_source
         assert variant.A_dff == 9

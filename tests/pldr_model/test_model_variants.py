@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pldr_model.config import ModelConfig
+from pldr_model.convert import to_reference
+from pldr_model.loss import cross_entropy
 from pldr_model.model import PLDRModel, is_metric_parameter, load_g_file, to_constant_g
 
 REAL_G = Path("/work/shared/reference/PLDRv51-110M-1.G_LM.safetensors")
@@ -128,6 +130,57 @@ def test_to_constant_g_drops_the_metric_learner_and_nothing_else(tiny):
         assert torch.equal(constant.compute_g(ids), g_lm[:, None].expand(-1, 2, -1, -1, -1))
     constant.embedding.weight.data.zero_()
     assert model.embedding.weight.abs().max() > 0
+
+
+def test_a_trained_constant_g_starts_as_the_sdpa_twin_and_then_is_a_model_of_that_g(tiny):
+    config = ModelConfig.from_dict({**tiny.to_dict(), "g_source": "constant"})
+    model, ids = PLDRModel(config).double(), random_ids(config, 2, 20)
+    names = [name for name, _ in model.named_parameters() if "plga" in name]
+    assert names == ["layers.0.attention.plga.G_LM", "layers.1.attention.plga.G_LM"]
+    twin = PLDRModel(config.sdpa_twin()).double()
+    twin.load_state_dict({n: t for n, t in model.state_dict().items() if n not in names})
+    with torch.no_grad():
+        assert (model(ids) - twin(ids)).abs().max() < 1e-12
+    cross_entropy(model(ids[:, :-1]), ids[:, 1:], pad_id=config.pad_id).backward()
+    for layer in model.layers:
+        assert layer.attention.plga.G_LM.grad.abs().min() > 0
+        with torch.no_grad():
+            layer.attention.plga.G_LM.add_(torch.randn(2, 8, 8))
+    g_lm = model.constant_g().detach()
+    changed = torch.cat((ids[:, :-1], 4 + (ids[:, -1:] - 3) % 57), dim=1)
+    fixed = to_constant_g(model, g_lm)
+    with torch.no_grad():
+        assert torch.equal(model.compute_g(ids), g_lm[:, None].expand(-1, 2, -1, -1, -1))
+        assert (model(ids) - fixed(ids)).abs().max() < 1e-12
+        assert (model(ids) - twin(ids)).abs().max() > 1e-3
+        assert (model(ids) - model(changed))[:, :-1].abs().max() == 0  # no leak, whatever G is
+        assert (model(ids, g_lm=torch.zeros_like(g_lm)) - model(ids)).abs().max() > 1e-3  # a given G replaces it
+        cache = model.new_cache(batch_size=2, capacity=20)
+        cached = [model.extend(ids[:, :12], cache), *(model.extend(ids[:, i : i + 1], cache) for i in range(12, 20))]
+        assert (torch.stack(cached, dim=1) - model(ids)[:, 11:]).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="return_outputs"):
+        model(ids, return_outputs=True)
+    with pytest.raises(ValueError, match="the reference has no trained constant G"):
+        to_reference(model.state_dict(), config)
+
+
+def test_a_start_near_the_identity_changes_a_and_b_a_and_no_other_weight(tiny):
+    near = ModelConfig.from_dict({**tiny.to_dict(), "g_start": "identity"})
+    torch.manual_seed(0)
+    paper = PLDRModel(tiny)
+    torch.manual_seed(0)
+    model = PLDRModel(near)
+    other = dict(paper.named_parameters())
+    differ = {name for name, p in model.named_parameters() if not torch.equal(p, other[name])}
+    assert differ == {f"layers.{i}.attention.plga.{name}" for i in (0, 1) for name in ("a", "b_a")}
+    plga, before = model.layers[1].attention.plga, paper.layers[1].attention.plga
+    assert torch.equal(plga.a, 0.1 * before.a) and torch.equal(plga.b_a, torch.eye(8).repeat(2, 1, 1))
+    assert model.config.num_parameters() == tiny.num_parameters()
+    ids = random_ids(tiny, 2, 20)
+    eye = torch.eye(8)
+    with torch.no_grad():
+        apart = [(m.compute_g(ids) - eye).norm() / eye.norm() for m in (model, paper)]
+    assert apart[0] < 0.2 * apart[1]
 
 
 def test_random_g_comes_from_its_seed_alone(tiny):

@@ -102,12 +102,21 @@ def certificate(invariant: PLDRModel, text: torch.Tensor) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"), vocab_size=CONFIG.vocab_size)
+
+
+@pytest.fixture(scope="session")
+def larger_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With 8 pieces more than the model has rows."""
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"), vocab_size=CONFIG.vocab_size + 8)
+
+
+def train_tokenizer(folder: Path, *, vocab_size: int) -> Path:
     (folder / "text.txt").write_text(TEXT * 20)
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text.txt"),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=CONFIG.vocab_size,
+        vocab_size=vocab_size,
         hard_vocab_limit=False,
         pad_id=0,
         unk_id=1,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,10 +59,18 @@ def test_a_certified_bundle(make_bundle: Make, tiny: SimpleNamespace) -> None:
     assert manifest["lineage"]["data_fingerprint"] == "f00d"
 
 
-def test_two_builds_are_byte_identical(make_bundle: Make) -> None:
-    first, second = make_bundle("one"), make_bundle("two")
+def test_two_builds_are_byte_identical_and_name_no_folder_and_no_time(
+    make_bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_bundle("one")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    second = make_bundle("elsewhere/two")
     for name in (*FILES, MANIFEST):
-        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+        whole = (first / name).read_bytes()
+        assert whole == (second / name).read_bytes(), name
+        assert str(tmp_path).encode() not in whole and str(Path.home()).encode() + b"/" not in whole
 
 
 def test_building_again_replaces_the_older_one(make_bundle: Make) -> None:
@@ -84,6 +94,25 @@ def test_any_changed_byte_is_noticed(make_bundle: Make, name: str) -> None:
         assert name in refused(path.parent)
     path.write_bytes(whole)
     verify_bundle(path.parent)
+
+
+@pytest.mark.slow
+def test_every_single_byte_of_every_file_counts(make_bundle: Make) -> None:
+    """Each byte in turn, one of its bits turned over: about 100,000 verifications."""
+    bundle = make_bundle()
+    for name in (*FILES, MANIFEST):
+        path = bundle / name
+        whole = bytearray(path.read_bytes())
+        with open(path, "r+b") as stream:
+            for offset in range(len(whole)):
+                stream.seek(offset)
+                stream.write(bytes([whole[offset] ^ (1 << offset % 8)]))
+                stream.flush()
+                assert name in refused(bundle), offset
+                stream.seek(offset)
+                stream.write(whole[offset : offset + 1])
+                stream.flush()
+    verify_bundle(bundle)
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
@@ -134,18 +163,77 @@ def test_a_config_of_a_giant_is_refused_by_arithmetic(make_bundle: Make) -> None
         assert "the weights are smaller" in refused(bundle)
     edit(bundle / "config.json", model={**model, "d_ff": 20})
     reseal(bundle)
-    assert "the model needs" in refused(bundle)
+    assert "a model of other sizes than config.json" in refused(bundle)
+    certified = json.loads((bundle / "certificate.json").read_text())["model"]
+    edit(bundle / "certificate.json", model={**certified, "d_ff": 20})
+    reseal(bundle)
+    assert (
+        "model.safetensors: layers.0.feed_forward.w12.weight is F32 [84, 16], the model needs F32 [40, 16]"
+        in refused(bundle)
+    )
     edit(bundle / "config.json", model={**model, "nmu_heads": 2})
     reseal(bundle)
     assert "nmu_heads" in refused(bundle)
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "certificate.json"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "certificate.json", MANIFEST])
 def test_an_unknown_schema_version_is_refused(make_bundle: Make, name: str) -> None:
     bundle = make_bundle()
     edit(bundle / name, schema_version=99)
     reseal(bundle)
     assert f"{name}: schema_version 99" in refused(bundle)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "certificate.json", MANIFEST])
+def test_whatever_a_careless_hand_writes_into_a_json_file_is_one_line_or_harmless(make_bundle: Make, name: str) -> None:
+    """Every key of the file and (but for the certificate's many) of the objects in it, replaced by values of other kinds, the
+    manifest resealed each time."""
+    bundle = make_bundle()
+    whole = json.loads((bundle / name).read_bytes())
+    places: list[tuple[str, ...]] = [(key,) for key in whole]
+    if name != "certificate.json":
+        places += [(key, inner) for key, value in whole.items() if isinstance(value, dict) for inner in value]
+    refusals = 0
+    kinds = (None, -1.5, "x", [3], {"a": 1}, "\ud800")
+    for index, place in enumerate(places):
+        for nonsense in (kinds[index % 6], kinds[(index + 2) % 6], kinds[(index + 3) % 6]):
+            tree = json.loads(json.dumps(whole))
+            node = tree if len(place) == 1 else tree[place[0]]
+            node[place[-1]] = nonsense
+            (bundle / name).write_bytes(json.dumps(tree).encode())
+            if name == MANIFEST:
+                rest = {key: value for key, value in tree.items() if key != "bundle_sha256"}
+                with contextlib.suppress(UnicodeEncodeError):
+                    tree["bundle_sha256"] = sha256_json(rest) if place != ("bundle_sha256",) else nonsense
+                    (bundle / name).write_bytes(render_json(tree))
+            else:
+                reseal(bundle)
+            try:
+                verify_bundle(bundle)
+            except UserError as error:
+                refusals += 1
+                assert "\n" not in str(error)
+    assert refusals > len(places)  # numbers of the certificate and words of the lineage are for people
+
+
+def test_a_verdict_that_does_not_follow_from_its_checks_is_refused(
+    make_bundle: Make, tiny: SimpleNamespace, text: torch.Tensor
+) -> None:
+    """The certificate of a model that failed, its verdict and every mark edited by hand."""
+    model = tiny.make_model(gain=1.0)
+    bundle = make_bundle(model=model, certificate=tiny.certify(model, text), uncertified=True)
+    edit(bundle / "certificate.json", verdict="certified", failed=[], packaged="certified")
+    edit(bundle / "config.json", certified=True)
+    card = (bundle / "README.md").read_text()
+    (bundle / "README.md").write_text(card.replace(UNCERTIFIED_LINE, CERTIFIED_LINE))
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    edit(bundle / MANIFEST, certified=True)
+    reseal(bundle)
+    assert "disagree on whether it is certified" in refused(bundle)
+    edit(bundle / "certificate.json", checks=[])
+    reseal(bundle)
+    assert "disagree on whether it is certified" in refused(bundle)
+    assert manifest["certified"] is False
 
 
 def test_a_transplanted_certificate_is_refused(make_bundle: Make, tiny: SimpleNamespace, text: torch.Tensor) -> None:
@@ -200,17 +288,22 @@ def test_uncertified_marks_a_passed_certificate_too_and_marks_that_disagree_are_
     assert "disagree" in refused(bundle)
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(
-    make_bundle: Make, tokenizer_path: Path, tiny: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_does_not_fit_is_refused(make_bundle: Make, larger_tokenizer: Path) -> None:
     bundle = make_bundle()
     record = json.loads((bundle / "generation_config.json").read_text())
     edit(bundle / "generation_config.json", tokenizer={**record["tokenizer"], "vocab_size": 7})
     reseal(bundle)
-    assert "not the tokenizer" in refused(bundle)
+    assert "not that of this model and tokenizer.model" in refused(bundle)
     (bundle / "tokenizer.model").write_bytes(b"not a model")
     reseal(bundle)
     assert "not a SentencePiece model" in refused(bundle)
+    shutil.copy(larger_tokenizer, bundle / "tokenizer.model")
+    reseal(bundle)
+    assert "tokenizer.model: 56 pieces, the model's vocabulary is 48" in refused(bundle)
+    with pytest.raises(UserError, match="56 pieces, the model's vocabulary is 48"):
+        make_bundle("larger", tokenizer=larger_tokenizer)
+    with pytest.raises(UserError, match="not the tokenizer that the model was trained with"):
+        make_bundle("other", lineage={"tokenizer_sha256": "0" * 64})
 
 
 def test_nan_weights_are_refused(make_bundle: Make, invariant: Any) -> None:

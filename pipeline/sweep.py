@@ -1,0 +1,312 @@
+"""A grid of runs, one after another: the children of one MLflow run, with one table and one plot of what came out.
+
+    name: invariance-budget
+    config: ../quickstart.yaml          # the run that is varied; relative to this file
+    run_dir: runs/sweeps/budget         # of the sweep; its children lie below it
+    set: {train.steps: 600}             # for every child
+    grid: {train.metric_weight_decay: [1, 5, 20], seed: [1, 2]}     # every combination is a child
+    until: validate                     # the last stage of each child
+    plot: {x: budget, y: relative_deviation_g, log_x: false, log_y: true}
+
+Decisions. A child is an ordinary run in a directory of its own, so a sweep that is started again skips what is complete and
+goes on inside a training that was killed, by the same rules as `pldr run`. A certificate that fails is a result of the sweep
+and not its failure. Children whose data are configured alike get the first one's, by hard links, so that they train on the
+same tokens in the same order. The table is written anew after each child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from pipeline import storage
+from pipeline.config import RunConfig, RunPaths, flatten, load_config
+from pipeline.data_config import Section
+from pipeline.errors import ConfigError, Stopped, UserError, first_line
+from pipeline.mlflow_client import client, mend_for, tracking_uri
+from pipeline.pretrain import Launch
+from pipeline.resume import Say
+from pipeline.run_record import create, new_record, remember, remembered
+from pipeline.runs import read_run
+from pipeline.stages import NAMES, Line, exclusive
+from pipeline.sweep_report import write_sweep_report
+
+DATA_STAGES = ("shard", "tokenizer", "tokenize")
+SAME_DATA = ("data", "tokenizer", "tokens")  # sections that decide the tokens, with two keys of the model
+RESERVED = ("name", "run_dir", "tracking.uri", "tracking.parent_run")  # the sweep's own to set
+MAX_CHILDREN = 1000
+Scalar = str | int | float | bool | None
+Result = dict[str, Any]
+MakeLaunch = Callable[[RunConfig], Launch]
+log = logging.getLogger(__name__)
+
+
+class PlotConfig(Section):
+    """What stands against what. Names are columns of the table."""
+
+    x: str = "budget"
+    y: str = "relative_deviation_g"
+    log_x: bool = False
+    log_y: bool = True
+
+
+class SweepConfig(Section):
+    """A sweep's YAML."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    config: str = Field(min_length=1)
+    run_dir: str = Field(min_length=1)
+    set: dict[str, Any] = Field(default_factory=dict)
+    grid: dict[str, list[Scalar]] = Field(min_length=1)
+    until: Literal["train", "consolidate", "extract", "validate", "bundle"] = "validate"
+    plot: PlotConfig = PlotConfig()
+
+
+class Child:
+    """One combination: its name, what it sets, its run."""
+
+    def __init__(self, name: str, values: dict[str, Scalar], config: RunConfig) -> None:
+        self.name, self.values, self.config = name, values, config
+
+
+class Sweep:
+    """A checked sweep: every child's configuration has been read before any of them starts."""
+
+    def __init__(self, path: str | Path, overrides: list[str]) -> None:
+        """Raises ConfigError, one line, for a mistake in the sweep's YAML or in any child's configuration."""
+        self.settings = _read(Path(path))
+        root = RunPaths(self.settings.run_dir).root
+        base = Path(path).absolute().parent / self.settings.config
+        common = [_override(k, v) for k, v in self.settings.set.items()] + overrides
+        for key in [*self.settings.set, *self.settings.grid, *(o.partition("=")[0] for o in overrides)]:
+            if key in RESERVED:
+                raise ConfigError(f"{path}: {key} is the sweep's own to set; remove it")
+        # The parent's configuration: where its MLflow run is, and what all children share.
+        self.config = load_config(base, [*common, f"run_dir={root}", f"name={self.settings.name}"])
+        keys, columns = list(self.settings.grid), list(self.settings.grid.values())
+        combinations = list(itertools.product(*columns))
+        if not combinations or len(combinations) > MAX_CHILDREN:
+            raise ConfigError(f"{path}: grid has {len(combinations)} combinations; give 1 to {MAX_CHILDREN}")
+        self.children = []
+        for combination in combinations:
+            values = dict(zip(keys, combination, strict=True))
+            name = child_name(values)
+            own = [_override(k, v) for k, v in values.items()]
+            own += [f"run_dir={root / 'children' / name}", f"name={self.settings.name}.{name}"]
+            own += [f"tracking.uri={tracking_uri(self.config)}"]
+            self.children.append(Child(name, values, load_config(base, [*common, *own])))
+        names = [child.name for child in self.children]
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                f"{path}: grid: two children would be called {max(names, key=names.count)!r}; a value is twice"
+            )
+
+    def run(self, *, launch: Launch, say: Say) -> Result:
+        """Every child in turn; returns the table, as `report/sweep.json` has it.
+
+        Raises UserError when a child failed for another reason than its certificate, after all others have run; and
+        Stopped, at once, when a child's training was stopped by a signal.
+        """
+        with exclusive(self.config, say):
+            parent = self._open_parent()
+            status, rows = "KILLED", []
+            try:
+                for number, child in enumerate(self.children, start=1):
+                    say(f"child       {number} of {len(self.children)}: {child.name}")
+                    rows.append(self._child(child, parent, launch=launch, say=say))
+                    report = write_sweep_report(self._facts(parent), rows, self._folder())
+                    self._log(parent, report["files"])
+                failed = [row["child"] for row in rows if row["status"] == "failed"]
+                status = "FAILED" if failed else "FINISHED"
+            finally:
+                self._log(parent, {}, status=status)
+        if failed:
+            first = next(row for row in rows if row["status"] == "failed")
+            raise UserError(
+                f"{len(failed)} of {len(rows)} children failed, {first['child']} with: {first['error']}; mend that and start "
+                "again: what is complete is skipped",
+                details={"table": report["table"], "failed": failed},
+            )
+        return {"run_id": parent, "children": len(rows), **report}
+
+    def _child(self, child: Child, parent: str, *, launch: Launch, say: Say) -> Result:
+        """Run or skip one child's stages; its row of the table."""
+        tracking = child.config.tracking.model_copy(update={"parent_run": parent})
+        config = child.config.model_copy(update={"tracking": tracking})
+        row: Result = {"child": child.name, **child.values, "status": "finished", "error": None}
+        try:
+            with exclusive(config, say):
+                self._share_data(config)
+                line = Line(config, launch=launch, say=say)
+                for name in NAMES[: NAMES.index(self.settings.until) + 1]:
+                    line.stage(name, thorough=False)
+        except Stopped:
+            raise
+        except UserError as error:
+            if error.exit_code != 3:  # a certificate that did not pass is what a sweep is there to find
+                say(f"{child.name}: {first_line(error)}")
+                row |= {"status": "failed", "error": first_line(error)}
+        return row | measured(config)
+
+    def _share_data(self, config: RunConfig) -> None:
+        """Link the first child's documents, tokenizer and tokens where this child's would be the same."""
+        first, paths, theirs = (
+            self.children[0].config,
+            RunPaths(config.run_dir),
+            RunPaths(self.children[0].config.run_dir),
+        )
+        if paths.root == theirs.root or _data_of(config) != _data_of(first) or (paths.stages / "shard.json").exists():
+            return
+        if not (theirs.stages / f"{DATA_STAGES[-1]}.json").exists():
+            return
+        for source, target in (
+            (theirs.documents, paths.documents),
+            (theirs.tokenizer.parent, paths.tokenizer.parent),
+            (theirs.tokens, paths.tokens),
+        ):
+            if source.exists():
+                shutil.rmtree(target, ignore_errors=True)
+                shutil.copytree(source, target, copy_function=_link)
+        for name in reversed(DATA_STAGES):  # the first of them, which is looked for above, last
+            record = theirs.stages / f"{name}.json"
+            storage.publish_bytes(paths.stages / record.name, record.read_bytes())
+
+    def _open_parent(self) -> str:
+        """The id of the MLflow run whose children these are: made once, also when a start was killed."""
+        record = remembered(self.config)
+        if record is None:
+            settings = flatten({"sweep": self.settings.model_dump(mode="json")})
+            record = replace(new_record(self.config), params={key: value[:6000] for key, value in settings.items()})
+            remember(self.config, record)
+        try:
+            run_id = create(self.config, record).id
+            client(record.tracking_uri).update_run(run_id, status="RUNNING")
+        except Exception as error:
+            uri = tracking_uri(self.config)
+            raise UserError(f"MLflow at {uri}: {first_line(error)}; {mend_for(uri)}") from error
+        return run_id
+
+    def _log(self, parent: str, files: dict[str, str], *, status: str | None = None) -> None:
+        """Attach the table and the page to the parent run. In an outage they stay where they are: the next start sends them."""
+        try:
+            mlflow = client(tracking_uri(self.config))
+            for file in files.values():
+                mlflow.log_artifact(parent, file, "sweep")
+            if status is not None:
+                mlflow.set_terminated(parent, status=status)
+        except Exception as error:
+            log.warning(
+                "MLflow did not take the sweep's table: %s; start the sweep again to send it", first_line(error)
+            )
+
+    def _facts(self, parent: str) -> Result:
+        settings = self.settings
+        return {
+            "name": settings.name,
+            "run_id": parent,
+            "config": settings.config,
+            "set": {key: str(value) for key, value in settings.set.items()},
+            "grid": list(settings.grid),
+            "children": len(self.children),
+            "plot": settings.plot.model_dump(),
+        }
+
+    def _folder(self) -> Path:
+        return RunPaths(self.config.run_dir).root / "report"
+
+
+def measured(config: RunConfig) -> Result:
+    """What a child's MLflow run and certificate say of it; None for what is not there (yet)."""
+    row: Result = dict.fromkeys(COLUMNS)
+    record = remembered(config)
+    if record is not None and record.run_id is not None:
+        with contextlib.suppress(UserError):  # MLflow away: the certificate is on disk all the same
+            known = read_run(record.tracking_uri, record.run_id)[0]
+            row |= {key: known[key] for key in ("step", "loss", "val_loss_cached", "order_parameter", "budget")}
+            row["run_id"] = record.run_id
+    paths = RunPaths(config.run_dir)
+    file = paths.certificate / "certificate.json"
+    if (paths.stages / "validate.json").exists() and file.exists():
+        certificate = storage.read_json(file)
+        losses = certificate["measures"]["losses"]
+        row |= {key: certificate[key] for key in ("verdict", "tier")}
+        row["relative_deviation_g"] = certificate["measures"]["relative_deviation_g"]
+        row |= {f"held_out_{key}": losses.get(key) for key in ("block", "cached")}
+    tokens = paths.stages / f"{DATA_STAGES[-1]}.json"
+    if tokens.exists():
+        row["data_fingerprint"] = storage.read_json(tokens)["result"]["fingerprint"]
+    return row
+
+
+COLUMNS = (
+    "step",
+    "loss",
+    "val_loss_cached",
+    "order_parameter",
+    "budget",
+    "relative_deviation_g",
+    "held_out_block",
+    "held_out_cached",
+    "tier",
+    "verdict",
+    "data_fingerprint",
+    "run_id",
+)
+
+
+def child_name(values: dict[str, Scalar]) -> str:
+    """`metric_weight_decay-5.seed-2`: the last part of each key with its value, fit for a folder's name."""
+    parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in values.items()]
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", ".".join(parts))[:120]
+
+
+def _read(path: Path) -> SweepConfig:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; name a YAML such as configs/sweeps/invariance_budget.yaml") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    try:
+        settings = SweepConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        known = f"; known keys: {', '.join(SweepConfig.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise ConfigError(f"{path}: {key or 'the file'}: {first['msg'].removeprefix('Value error, ')}{known}") from None
+    columns = (*settings.grid, *COLUMNS)
+    for axis in (settings.plot.x, settings.plot.y):
+        if axis not in columns:
+            raise ConfigError(f"{path}: plot: {axis!r} is no column; there are: {', '.join(columns)}")
+    return settings
+
+
+def _override(key: str, value: Any) -> str:
+    """`key=value` as the command line would have it."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+    return f"{key}={text}"
+
+
+def _data_of(config: RunConfig) -> Result:
+    """Everything that decides documents, tokenizer and tokens."""
+    tree = config.as_dict()
+    return {**{k: tree[k] for k in SAME_DATA}, **{k: tree["model"][k] for k in ("vocab_size", "context_length")}}
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link, where the disk allows it: the stages never write into a finished file."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,65 @@
+"""`pldr bundle` and `pldr bundle verify` from a real checkpoint."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from launch.cli import main
+from pipeline.storage import MANIFEST
+
+
+def test_bundle_verify_is_verify_and_an_error_is_one_line(capsys, tmp_path):
+    for words in (["bundle", "verify"], ["verify"]):
+        assert main([*words, str(tmp_path / "nowhere")]) == 1
+        errors = capsys.readouterr().err
+        assert "nowhere: no such bundle folder" in errors and errors.count("\n") == 1
+    (tmp_path / "empty").mkdir()
+    assert main(["bundle", "verify", "--json", str(tmp_path / "empty")]) == 1
+    out, errors = capsys.readouterr()
+    assert "MANIFEST.json: missing" in json.loads(out)["error"] and errors.count("\n") == 1
+
+
+AGAIN = """
+import sys
+from launch.cli import main
+config, *settings = sys.argv[1:]
+for stage in ("consolidate", "extract", "validate", "bundle"):
+    code = main([stage, config, *settings, *(["--uncertified"] if stage == "bundle" else [])])
+    assert code == (3 if stage == "validate" else 0), (stage, code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_same_checkpoint_gives_the_same_bytes_elsewhere_and_later(capsys, monkeypatch, tmp_path, make_run):
+    """One training of 20 steps (its certificate fails, so --uncertified); then everything after it twice: here, and in a copy
+    of the run directory by another process with another hash seed, time zone, working directory and, of course, time."""
+    path = make_run(tmp_path, steps=20, warmup_steps=2, validate_every=20, checkpoint_every=20, ranks=1)
+    monkeypatch.chdir(tmp_path)
+    for stage in ("shard", "tokenizer", "tokenize", "train"):
+        assert main([stage, str(path)]) == 0, capsys.readouterr().err
+    other = tmp_path / "copies" / "other"
+    shutil.copytree(tmp_path / "run", other)
+    settings = ["post.max_format_loss=1", "post.register_as=null"]
+    moved = [f"run_dir={other}", f"tracking.uri=sqlite:///{tmp_path}/run/mlflow.db"]
+    environment = {**os.environ, "PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo"}
+    for weight_format in ("int8", "fp32"):
+        words = [sys.executable, "-c", AGAIN, str(path), *settings, f"post.weight_format={weight_format}"]
+        for cwd, extra, env in ((tmp_path, [], os.environ), (other, moved, environment)):
+            done = subprocess.run([*words, *extra], cwd=cwd, env=env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+        first, second = (folder / "bundle" for folder in (tmp_path / "run", other))
+        names = sorted(p.name for p in first.iterdir())
+        assert MANIFEST in names and names == sorted(p.name for p in second.iterdir())
+        for name in names:
+            whole = (first / name).read_bytes()
+            assert whole == (second / name).read_bytes(), name
+            assert str(tmp_path).encode() not in whole, name
+        capsys.readouterr()
+        assert main(["bundle", "verify", str(second), "--json"]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result["certified"] is False and result["weight_format"] == weight_format

@@ -1,0 +1,65 @@
+"""`pldr sweep` as a user runs it: two children, killed inside the second one's training, started again."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import tracking
+
+PLDR = [sys.executable, "-m", "launch.cli"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_killed_sweep_goes_on_where_it_was_and_ends_with_one_table(tmp_path, make_run):
+    make_run(tmp_path, steps=120, warmup_steps=10, validate_every=60, checkpoint_every=20, ranks=1)
+    tree = {
+        "name": "two",
+        "config": "tiny.yaml",
+        "run_dir": str(tmp_path / "sweep"),
+        "set": {"post.register_as": None},
+        "grid": {"train.metric_weight_decay": [0.1, 100]},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree))
+    command = [*PLDR, "sweep", "sweep.yaml", "--json"]
+    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    children = tmp_path / "sweep" / "children"
+    second = children / "metric_weight_decay-100"
+    end = time.monotonic() + 600
+    while not list((second / "checkpoints").glob("step-*/COMMITTED")):
+        assert first.poll() is None, first.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    table = json.loads((tmp_path / "sweep" / "report" / "sweep.json").read_bytes())
+    assert [row["child"] for row in table["rows"]] == ["metric_weight_decay-0.1"]  # one was finished, and told
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout.split("child       2 of 2")
+    assert said[0].count("complete, skipped") == 7 and "train        ..." not in said[0]
+    assert "train        ..." in said[1]
+    train = json.loads((second / "stages" / "train.json").read_bytes())["result"]
+    assert train["resumed_from"] is not None and train["steps"] == 120
+
+    result = json.loads(done.stdout.splitlines()[-1])
+    weak, strong = result["table"]
+    assert (weak["status"], strong["status"], weak["verdict"]) == ("finished", "finished", "failed")
+    assert weak["budget"] < 0.1 and 5 < strong["budget"] < 20
+    assert strong["relative_deviation_g"] < 0.2 * weak["relative_deviation_g"]
+    assert weak["data_fingerprint"] == strong["data_fingerprint"]
+    assert "<circle" in Path(result["files"]["page"]).read_text()
+    mlflow = tracking.client(f"sqlite:///{tmp_path}/sweep/mlflow.db")
+    parent = mlflow.get_run(result["run_id"])
+    runs = mlflow.search_runs([parent.info.experiment_id])
+    assert {run.info.run_id for run in runs} == {parent.info.run_id, weak["run_id"], strong["run_id"]}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    kept = {Path(item.path).name for item in mlflow.list_artifacts(parent.info.run_id, "sweep")}
+    assert kept == {"sweep.json", "sweep.html"}
