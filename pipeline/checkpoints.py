@@ -129,11 +129,13 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
 def model_of(state: dict[str, Any]) -> Any:
     """The configuration of the model whose weights a checkpoint holds, as plain values: of a run that has frozen its G
-    (train/freeze.py) the one with a constant G."""
+    (train/freeze.py) the one with a constant or trained G."""
     model = state["config"].get("model")
     if state.get("frozen") is None or not isinstance(model, dict):
         return model
-    return {**model, "g_source": "file", "g_file": None, "dag_coefficients": [0.0, 0.0, 0.0]}
+    trained = state["config"]["train"]["freeze_g"]["become"] == "parameter"
+    source = "constant" if trained else "file"
+    return {**model, "g_source": source, "g_start": "paper", "g_file": None, "dag_coefficients": [0.0, 0.0, 0.0]}
 
 
 def adopt(checkpoint: Path, folder: Path, *, mlflow_run_id: str) -> Path:

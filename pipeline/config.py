@@ -39,6 +39,7 @@ class FreezeConfig(Section):
     )  # order parameter of G (RMS, relative), for `evaluations` validations in a row
     evaluations: int = Field(3, ge=1)
     at_step: int | None = Field(None, ge=1)
+    become: Literal["constant", "parameter"] = "constant"  # a fixed tensor, or one that trains on from there
     sequences: int = Field(128, ge=1)  # training sequences that the mean is over, rounded up to whole global batches
 
     @model_validator(mode="after")

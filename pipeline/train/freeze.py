@@ -4,8 +4,9 @@ When the order parameter of G stayed under a threshold for some evaluations (or 
 
 1. commits a checkpoint of the whole model,
 2. takes the mean of G_LM over the training sequences that come next (they are trained on afterwards all the same),
-3. makes a new engine of the same model with that constant G (v510G): without the metric learner, W, b, P, a and b_a, neither in
-   the graph nor in the optimizer; the other weights and Adam's moments are read from that checkpoint (reshard.py),
+3. makes a new engine of the same model with that G as a constant (v510G) or as a parameter that trains on: the metric
+   learner, W, b, P, a and b_a are neither in the graph nor in the optimizer; the other weights and Adam's moments are read from
+   that checkpoint (reshard.py),
 4. goes on, and commits a checkpoint of the frozen model after the next step.
 
 What was decided is in state.json: `calm_evaluations` before, `frozen` after. A run that is killed in between freezes again,
@@ -31,10 +32,17 @@ from pipeline.zero_state import ZeroState
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, g_shape
 
+PARAMETER = ".attention.plga.G_LM"
+
 
 def model_config(config: RunConfig, frozen: bool) -> ModelConfig:
     """Of the model that is trained now."""
-    return config.model.with_constant_g() if frozen else config.model
+    if not frozen:
+        return config.model
+    assert config.train.freeze_g is not None
+    if config.train.freeze_g.become == "parameter":
+        return config.model.with_trained_constant_g()
+    return config.model.with_constant_g()
 
 
 def calm(settings: TrainConfig, evaluations: int, order_parameter: float | None) -> int:
@@ -63,7 +71,8 @@ def num_batches(settings: TrainConfig) -> int:
 def engine_of(config: RunConfig, g_lm_LHKK: Tensor | None) -> Any:
     """A DeepSpeed engine with its safe checkpoints, of the whole model, or of the frozen one with this G."""
     torch.manual_seed(config.seed)  # the same weights on every rank and at every world size
-    model = PLDRModel(model_config(config, g_lm_LHKK is not None), g_lm_LHKK=g_lm_LHKK)
+    chosen = model_config(config, g_lm_LHKK is not None)
+    model = PLDRModel(chosen, g_lm_LHKK=g_lm_LHKK if chosen.g_source == "file" else None)
     engine = build_engine(model, config.train, dist.get_world_size())
     checkpoint.make_safe(engine)
     return engine
@@ -71,7 +80,9 @@ def engine_of(config: RunConfig, g_lm_LHKK: Tensor | None) -> Any:
 
 def frozen_g(source: ZeroState) -> Tensor:
     """The G [L,H,K,K] of a frozen run's checkpoint."""
-    return source.buffers["g_lm"].detach().float()
+    if "g_lm" in source.buffers:
+        return source.buffers["g_lm"].detach().float()
+    return torch.stack([source.tensor(name) for name in source.shapes if name.endswith(PARAMETER)])
 
 
 def freeze(config: RunConfig, source: ZeroState, g_lm_LHKK: Tensor) -> Any:
@@ -83,7 +94,8 @@ def freeze(config: RunConfig, source: ZeroState, g_lm_LHKK: Tensor) -> Any:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     engine = engine_of(config, g_lm_LHKK)
-    carry_over(engine, source)
+    new = {f"layers.{layer}{PARAMETER}": g for layer, g in enumerate(g_lm_LHKK)}
+    carry_over(engine, source, new=new)
     set_recipe(engine, config.train)
     return engine
 

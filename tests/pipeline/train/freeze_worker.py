@@ -67,6 +67,17 @@ def main() -> None:
     results = {stage: frozen_run(folder, stage, precision, held_out) for stage in stages}
     calm = with_train(configuration(folder / "calm", 1, precision, "norm"), validate_every=1,
                       freeze_g=FreezeConfig(below=1e9, evaluations=2, sequences=8))  # fmt: skip
+    config = with_train(configuration(folder / "trained", 1, precision, "norm"), keep_checkpoints=9,
+                        freeze_g=FreezeConfig(at_step=SWITCH, sequences=12, become="parameter"))  # fmt: skip
+    trained = run(config, held_out).points
+    last = folder / "trained" / "checkpoints" / checkpoint_name(SWITCH + 1)
+    again = run(config, held_out, resume_from=last).points
+    state = ZeroState(last / last.name)
+    results["trained"] = {
+        "points": trained, "again": again, "model": model_of(verify(last))["g_source"],
+        "g": [n for n in state.shapes if n.endswith("plga.G_LM")],
+        "moved": bool(state.tensor("layers.0.attention.plga.G_LM", MOMENTS[0]).any()),
+    }  # fmt: skip
     results["calm"] = run(calm, held_out).points
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(results))

@@ -37,6 +37,12 @@ def check(results: dict, stage: str) -> None:
 def test_a_frozen_run_goes_on_without_its_metric_learner_and_resumes_bit_equal(start_ranks, tmp_path):
     results = start_ranks(WORKER, tmp_path, "1", "fp32")
     check(results, "1")
+    trained = results["trained"]
+    assert trained["model"] == "constant" and trained["moved"]
+    assert trained["g"] == ["layers.0.attention.plga.G_LM", "layers.1.attention.plga.G_LM"]
+    # The step after the switch sees the same G, parameter or not; then it trains, and a resume goes on alike.
+    assert trained["points"]["5"]["train/loss"] == pytest.approx(results["1"]["straight"]["5"]["train/loss"], rel=1e-6)
+    assert trained["again"]["6"]["train/loss"] == trained["points"]["6"]["train/loss"]
     # By the order parameter: frozen after the second validation under the threshold.
     assert [values["invariance/frozen"] for values in results["calm"].values()] == [0, 0, 1, 1, 1, 1]
 
