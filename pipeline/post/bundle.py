@@ -26,8 +26,8 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.post.card import UNCERTIFIED_LINE, model_card
-from pipeline.post.certificate import SCHEMA_VERSION as CERTIFICATE_VERSION
 from pipeline.post.certificate import bundle_g, bundle_tensors
+from pipeline.post.schema import read_certificate
 from pipeline.post.tensors import load_tensors, serialise
 from pipeline.post.weights import parse_model, state_shapes
 from pipeline.storage import (
@@ -161,7 +161,7 @@ def read_bundle(path: Path) -> BundleParts:
     verify_manifest(path, manifest["files"])
     record = read_json(path / "config.json", schema_version=SCHEMA_VERSION)
     generation = read_json(path / "generation_config.json", schema_version=SCHEMA_VERSION)
-    certificate = read_json(path / "certificate.json", schema_version=CERTIFICATE_VERSION)
+    certificate = read_certificate(path / "certificate.json")
     _check_certificate(path, manifest, record, certificate)
     config = parse_model(record.get("model"), where=path / "config.json")
     if config.g_source != "file" or config.g_file is not None:

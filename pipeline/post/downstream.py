@@ -27,6 +27,8 @@ from pipeline.post.observe import batches
 from pipeline.post.ranks import bounds, merged, share
 from pldr_model.model import PLDRModel
 
+COMPARED = ("cached", "random_tokens")  # the given G whose answers are compared with live ones, token by token
+
 
 class Agreement:
     """Streaming comparison of cached against live logits: max |delta|, KL(live || cached) per token, top-1."""
@@ -35,19 +37,15 @@ class Agreement:
         self.tokens = self.same = 0
         self.kl_sum = self.kl_max = self.max_delta = 0.0
 
-    def update(self, live_BSV: Tensor, cached_BSV: Tensor) -> None:
-        """Take in the logits of one batch; fp64, in slices, so that a large vocabulary fits."""
-        rows = max(1, (1 << 24) // live_BSV.shape[-1])
-        live_NV, cached_NV = live_BSV.flatten(0, 1), cached_BSV.flatten(0, 1)
-        for start in range(0, len(live_NV), rows):
-            live_RV, cached_RV = live_NV[start : start + rows], cached_NV[start : start + rows]
-            log_p_RV, log_q_RV = live_RV.double().log_softmax(-1), cached_RV.double().log_softmax(-1)
-            kl_R = (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(-1)
-            self.tokens += len(kl_R)
-            self.same += int((live_RV.argmax(-1) == cached_RV.argmax(-1)).sum())
-            self.kl_sum += kl_R.sum().item()
-            self.kl_max = _larger(self.kl_max, kl_R.max().item())
-            self.max_delta = _larger(self.max_delta, (live_RV.double() - cached_RV.double()).abs().max().item())
+    def update(self, live_NV: Tensor, log_p_NV: Tensor, cached_NV: Tensor) -> None:
+        """Take in the logits of N tokens, live (with their log-probabilities in fp64) and cached."""
+        log_q_NV = cached_NV.double().log_softmax(-1)
+        kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
+        self.tokens += len(kl_N)
+        self.same += int((live_NV.argmax(-1) == cached_NV.argmax(-1)).sum())
+        self.kl_sum += kl_N.sum().item()
+        self.kl_max = _larger(self.kl_max, kl_N.max().item())
+        self.max_delta = _larger(self.max_delta, (live_NV - cached_NV).abs().max().item())
 
     def merge(self, other: Agreement) -> None:
         """Take in what another accumulator has seen."""
@@ -64,6 +62,16 @@ class Agreement:
             "kl_max": self.kl_max,
             "top1": self.same / self.tokens if math.isfinite(self.max_delta) else math.nan,
         }
+
+
+def compare(agreement: Mapping[str, Agreement], live_BSV: Tensor, others_BSV: Mapping[str, Tensor]) -> None:
+    """Take one batch's logits into each of `agreement`; in slices, so that a large vocabulary fits in fp64."""
+    rows = max(1, (1 << 22) // live_BSV.shape[-1])
+    for start in range(0, live_BSV.shape[0] * live_BSV.shape[1], rows):
+        live_RV = live_BSV.flatten(0, 1)[start : start + rows]
+        log_p_RV = live_RV.double().log_softmax(-1)
+        for name, seen in agreement.items():
+            seen.update(live_RV, log_p_RV, others_BSV[name].flatten(0, 1)[start : start + rows])
 
 
 class Totals:
@@ -93,16 +101,16 @@ class Totals:
 def compare_losses(model: PLDRModel, given: Mapping[str, Tensor], text_NT: Tensor) -> dict[str, Any]:
     """Held-out losses in nats per token by the G they were computed with, and how far answers with it agree with live ones.
 
-    given: constant G by name [L,H,K,K], `cached` among them; each is compared with the live logits. N >= 2.
+    given: constant G by name [L,H,K,K], `cached` among them. N >= 2.
     `losses`: `block` (live), each given one, `other` (of the prompt before), `zero`, `identity`. `prefix`: over the second
     half of each sequence only, with G live (`block`), of the first half (`prefix`: it cannot have seen a target, and is what
-    a cache filled by the prompt gives), and cached. `agreement`: by name of the given G.
+    a cache filled by the prompt gives), and cached. `agreement`: by name of the given G, of those in COMPARED.
     """
     device = model.embedding.weight.device
     given = {name: g.to(device) for name, g in given.items()}
     zero_LHKK = torch.zeros_like(given["cached"])
     identity_LHKK = torch.eye(zero_LHKK.shape[-1], dtype=zero_LHKK.dtype, device=device).expand_as(zero_LHKK)
-    totals, agreement = Totals(), {name: Agreement() for name in given}
+    totals, agreement = Totals(), {name: Agreement() for name in COMPARED if name in given}
     half = (text_NT.shape[1] - 1) // 2
     # The first prompt needs a neighbour: before the first of all stands the last.
     before_1S = text_NT[bounds(len(text_NT))[0] - 1, :-1].unsqueeze(0)
@@ -118,14 +126,17 @@ def compare_losses(model: PLDRModel, given: Mapping[str, Tensor], text_NT: Tenso
         totals.add("block", nll_BS.sum().item())
         totals.add("tokens of prefix", nll_BS[:, half:].numel())
         totals.add("prefix block", nll_BS[:, half:].sum().item())
+        compared_BSV: dict[str, Tensor] = {}
         for name, g in {**given, "other": g_other_LBHKK, "zero": zero_LHKK, "identity": identity_LHKK}.items():
             logits_BSV = _logits(model, inputs_BS, g)
             nll_BS = _nll(logits_BSV, targets_BS)
             totals.add(name, nll_BS.sum().item())
             if name in agreement:
-                agreement[name].update(live_BSV, logits_BSV)
+                compared_BSV[name] = logits_BSV
             if name == "cached":
                 totals.add("prefix cached", nll_BS[:, half:].sum().item())
+        compare(agreement, live_BSV, compared_BSV)
+        del compared_BSV
         g_prefix_LBHKK = model.compute_g(inputs_BS[:, : max(1, half)], padded=False)
         nll_BS = _nll(_logits(model, inputs_BS, g_prefix_LBHKK), targets_BS)
         totals.add("prefix prefix", nll_BS[:, half:].sum().item())
@@ -156,8 +167,8 @@ def leak_test(model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, seed: int) -
     for both_BZ in batches(share(both_NZ), model):
         ids_BS, others_BS = both_BZ.split(S, dim=1)
         logits_BSV = {name: _logits(model, ids_BS, g) for name, g in (("live", None), ("cached", g_LHKK))}
-        totals.add("logit", logits_BSV["live"].double().sum().item())
-        totals.add("square", logits_BSV["live"].double().square().sum().item())
+        totals.add("logit", logits_BSV["live"].sum(dtype=torch.float64).item())
+        totals.add("square", logits_BSV["live"].square().sum(dtype=torch.float64).item())
         totals.add("count", logits_BSV["live"].numel())
         for what, start in (("last_token", S - 1), ("last_quarter", S - max(1, S // 4))):
             changed_BS = ids_BS.clone()
@@ -166,10 +177,10 @@ def leak_test(model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, seed: int) -
             new = torch.where(new == ids_BS[:, start:], new + 1, new) % model.config.vocab_size
             changed_BS[:, start:] = torch.where(new == model.config.pad_id, new + 1, new)
             for name, g in (("live", None), ("cached", g_LHKK)):
-                delta_BSV = (_logits(model, changed_BS, g) - logits_BSV[name])[:, :start].double()
+                delta_BSV = (_logits(model, changed_BS, g) - logits_BSV[name])[:, :start]
                 if delta_BSV.numel():
                     totals.take(f"{what} {name}", delta_BSV.abs().max().item())
-                    totals.add(f"{what} {name}", delta_BSV.square().sum().item())
+                    totals.add(f"{what} {name}", delta_BSV.square().sum(dtype=torch.float64).item())
                     totals.add(f"{what} {name} count", delta_BSV.numel())
     totals = merged(totals)
     sums = totals.sums

@@ -75,16 +75,17 @@ class Spread:
 class Scalars:
     """Streaming mean, standard deviation and extremes of [N,L,H] over N; what is not finite is counted apart, per head."""
 
-    def __init__(self) -> None:
-        self.count_LH = self.not_finite_LH = self._mean_LH = self._m2_LH = torch.zeros((), dtype=torch.float64)
-        self._low_LH = torch.full((), math.inf, dtype=torch.float64)
-        self._high_LH = torch.full((), -math.inf, dtype=torch.float64)
+    def __init__(self, num_layers: int, num_heads: int) -> None:
+        shape = (num_layers, num_heads)
+        self.count_LH = self.not_finite_LH = self._mean_LH = self._m2_LH = torch.zeros(shape, dtype=torch.float64)
+        self._low_LH = torch.full(shape, math.inf, dtype=torch.float64)
+        self._high_LH = torch.full(shape, -math.inf, dtype=torch.float64)
 
     def update(self, x_NLH: Tensor) -> None:
         """Take in N more prompts."""
         x = x_NLH.detach().cpu().double()
         finite = x.isfinite()
-        other = Scalars()
+        other = Scalars(*x.shape[1:])
         other.count_LH = finite.double().sum(dim=0)
         other.not_finite_LH = len(x) - other.count_LH
         other._mean_LH = x.where(finite, 0.0).sum(dim=0) / other.count_LH.clamp_min(1)

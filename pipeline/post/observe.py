@@ -33,11 +33,11 @@ class Observation:
     """
 
     def __init__(self, config: ModelConfig, kinds: Sequence[str]) -> None:
-        names = tensors_of(config)
+        names, shape = tensors_of(config), (config.num_layers, config.num_heads)
         self.spreads = {name: {kind: Spread() for kind in kinds} for name in names}
-        self.log_abs_det = {name: Scalars() for name in names}
-        self.rank = {name: Scalars() for name in names}
-        self.row_variance = Scalars()
+        self.log_abs_det = {name: Scalars(*shape) for name in names}
+        self.rank = {name: Scalars(*shape) for name in names}
+        self.row_variance = Scalars(*shape)
         self.not_finite: list[str] = []
 
     def update(self, name: str, kind: str, x_BLHKK: Tensor, *, ranked: int) -> None:
