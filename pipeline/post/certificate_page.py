@@ -105,6 +105,7 @@ def content_of(certificate: Tree, evidence: Evidence) -> Tree:
         "maps": _maps(evidence.g_lm, measures["deviations"].get("fp32", {}).get("G_LM")),
         "maps_left_out": max(0, evidence.g_lm.shape[0] * evidence.g_lm.shape[1] - MAX_MAPS),
         "spectra": _spectra(evidence.g_lm),
+        "ranks": _ranks(measures["cached_rank"]),
         "spread": _spread(evidence.g_lm, evidence.spread),
         "shapes": _shapes(measures),
         "plots": [
@@ -145,7 +146,7 @@ def number(value: Any) -> str:
         return "–"
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e6):
         return f"{int(value):,}"
-    return f"{value:.1e}" if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:.4g}"
+    return f"{value:.1e}".replace(".0e", "e") if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:.4g}"
 
 
 def _tiles(certificate: Tree) -> list[Tree]:
@@ -158,7 +159,8 @@ def _tiles(certificate: Tree) -> list[Tree]:
     tiles.append({"value": f"{count} × {length}", "label": "held-out prompts × tokens"})
     if losses:
         tiles.append({"value": f"{losses['cached']:.4f}", "label": "held-out loss, cached (nats)"})
-        tiles.append({"value": f"{losses['cached'] - losses['block']:+.1e}", "label": "cost of caching (nats)"})
+        gap = next(check["value"] for check in certificate["checks"] if check["measure"] == "cache_gap")
+        tiles.append({"value": number(gap), "label": "cost of caching (nats)"})
     if measures["greedy"]:
         greedy = measures["greedy"]
         tiles.append({"value": f"{greedy['per_decision']:.2%}", "label": f"of {greedy['decisions']:,} greedy tokens agree"})
@@ -186,10 +188,15 @@ def _grids(deviations: Tree) -> list[Tree]:
     out = []
     for precision, tensors in deviations.items():
         for tensor, found in tensors.items():
-            rows = [[{"text": number(x), "shade": _shade(x)} for x in row] for row in found["per_head"]]
-            out.append({"title": f"{tensor}, {precision}", "rows": rows, "max": found["max"], "worst": found["worst"],
-                        "delta": found["max_abs_delta"]})  # fmt: skip
+            rows = [[{"text": _short(x), "shade": _shade(x)} for x in row] for row in found["per_head"]]
+            grid = {"title": f"{tensor}, {precision}", "rows": rows, "wide": len(rows[0]) > 5}
+            out.append({**grid, "max": found["max"], "worst": found["worst"], "delta": found["max_abs_delta"]})
     return sorted(out, key=lambda grid: (not grid["title"].startswith("G_LM"), grid["title"]))
+
+
+def _short(value: float | None) -> str:
+    """Two digits, for a cell."""
+    return number(value) if value is None or value < 1e-2 else f"{value:.2g}"
 
 
 def _shade(value: float | None) -> float:
@@ -242,6 +249,13 @@ def _spectra(g_LHKK: Tensor) -> list[Tree]:
         if drawn := draw(Plot(f"Layer {layer}", (), log=True), curves, g_HKK.shape[-1] - 1):
             out.append(drawn)
     return out
+
+
+def _ranks(rank: Tree | None) -> list[str]:
+    """Effective rank of the cached G_LM by layer: mean and range over the heads."""
+    if rank is None:
+        return []
+    return [f"{sum(row) / len(row):.1f} ({min(row)}–{max(row)})" for row in rank["effective"]]
 
 
 def _spread(g_LHKK: Tensor, spread_LHKK: Tensor) -> list[list[str]]:
