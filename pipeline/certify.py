@@ -122,9 +122,8 @@ def _twin(config: RunConfig, certificate: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:
         return {"loss": None, "note": f"The SDPA twin cannot be shown: {first_line(error)}"}
     same = twin["prompts"]["sha256"] == certificate["prompts"]["sha256"]
-    note = (
-        f"The SDPA twin is {config.post.twin} (G_LM: {twin['model']['g_source']}), "
-        + ("over the same prompts." if same else "over OTHER prompts: the two losses cannot be compared.")
+    note = f"The SDPA twin is {config.post.twin} (G_LM: {twin['model']['g_source']}), " + (
+        "over the same prompts." if same else "over OTHER prompts: the two losses cannot be compared."
     )
     return {"loss": (twin["measures"]["losses"] or {}).get("block"), "note": note}
 

@@ -99,10 +99,14 @@ class PostConfig(Section):
     fp64_prompts: int = Field(16, ge=2)  # of every kind, in the fp64 pass that tells variation from round-off
     generate_tokens: int = Field(256, ge=1)  # of each generated text, as far as the context has room (the papers' 256)
     generate_prompts: int = Field(16, ge=1)  # of greedy agreement and of the papers' order parameter (they take 100)
-    ranks: int | None = Field(None, ge=1)  # processes that validate together on this node; null: one per GPU, 1 on a CPU
+    ranks: int | None = Field(
+        None, ge=1
+    )  # processes that validate together on this node; null: one per GPU, 1 on a CPU
     # Tiers of the relative deviation of G_LM: above each of these it is variant, approximate, invariant; else round-off.
     variant_above: float = Field(1e-2, gt=0)  # variant trained models: 5e-2 and more; untrained: 1e-1 and more
-    approximate_above: float = Field(1e-5, gt=0)  # a near-critical published model has 2e-2..1e-5, with answers that differ
+    approximate_above: float = Field(
+        1e-5, gt=0
+    )  # a near-critical published model has 2e-2..1e-5, with answers that differ
     invariant_above: float = Field(1e-6, gt=0)  # ten times fp32's epsilon: the sums of a pass cannot be told from it
     max_relative_deviation_g: float = Field(1e-5, gt=0)  # tier "invariant"
     min_attention_effect: float = Field(0.05, ge=0)  # nats lost by G=0 and by G=identity; dead attention: 0

@@ -124,7 +124,7 @@ class Line:
             "train": {k: config[k] for k in ("model", "train", "seed")},
             "consolidate": {},
             "extract": {k: config["post"][k] for k in ("g_from", "prompts")},
-            "validate": {k: v for k, v in config["post"].items() if k not in ("register_as", "sample_prompt")},
+            "validate": {k: v for k, v in config["post"].items() if k not in ("register_as", "sample_prompt", "ranks")},
             "bundle": {k: config["post"][k] for k in ("register_as",)} | {"tracking": config["tracking"]},
         }[name]
         inputs: dict[str, Any] = {"config": of_stage}

@@ -119,7 +119,11 @@ def summary_lines(certificate: dict[str, Any]) -> list[str]:
 
 
 def _statement(failed: list[Check], tier: str, deviation: float | None, config: PostConfig, num_prompts: int) -> str:
-    few = f"; judged by {num_prompts} held-out prompts only, {FULL_PROMPTS} are usual" if num_prompts < FULL_PROMPTS else ""
+    few = (
+        f"; judged by {num_prompts} held-out prompts only, {FULL_PROMPTS} are usual"
+        if num_prompts < FULL_PROMPTS
+        else ""
+    )
     if failed:
         names = ", ".join(check.measure for check in failed)
         return f"G_LM must not be cached as if it were exact; failed: {names}{few}"

@@ -83,7 +83,7 @@ def show_sample(how: str, ids: tuple[list[int], list[int], list[int]], decode: C
 
 def certificate_page(certificate: Tree, evidence: Evidence) -> str:
     """The HTML."""
-    filters: dict[str, Callable[[Any], str]] = {"num": number, "loss": lambda x: "–" if x is None else f"{x:.4f}"}
+    filters: dict[str, Callable[[Any], str]] = {"num": number, "loss": lambda x: "-" if x is None else f"{x:.4f}"}
     return render(Path(__file__).with_name("certificate.html"), content_of(certificate, evidence), filters)
 
 
@@ -112,7 +112,11 @@ def content_of(certificate: Tree, evidence: Evidence) -> Tree:
             drawn
             for plot in PLOTS
             if plot.title in OVER_TRAINING
-            and (drawn := draw(plot, {m: sorted(evidence.histories[m]) for m in plot.metrics if evidence.histories.get(m)}, steps))
+            and (
+                drawn := draw(
+                    plot, {m: sorted(evidence.histories[m]) for m in plot.metrics if evidence.histories.get(m)}, steps
+                )
+            )
         ],
         "orders": measures["order_parameter"],
         "samples": evidence.samples,
@@ -137,13 +141,17 @@ def plain_verdict(certificate: Tree) -> Tree:
         why = "Nothing that was measured speaks against it, but too few prompts were: this proves nothing yet."
     else:
         why = "A cached G_LM would give other answers than the model, or it cannot be shown that it would not."
-    return {"passed": False, "title": "Not certified: G_LM must not be cached", "why": f"{why} Failed: {'; '.join(failed)}."}
+    return {
+        "passed": False,
+        "title": "Not certified: G_LM must not be cached",
+        "why": f"{why} Failed: {'; '.join(failed)}.",
+    }
 
 
 def number(value: Any) -> str:
     """A number for a table: short, and a dash where there is none."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "–"
+        return "-"
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e6):
         return f"{int(value):,}"
     return f"{value:.1e}".replace(".0e", "e") if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:.4g}"
@@ -156,14 +164,16 @@ def _tiles(certificate: Tree) -> list[Tree]:
         for name, found in certificate["precision"].items()
     ]
     count, length = certificate["prompts"]["kinds"]["text"]
-    tiles.append({"value": f"{count} × {length}", "label": "held-out prompts × tokens"})
+    tiles.append({"value": f"{count} x {length}", "label": "held-out prompts x tokens"})
     if losses:
         tiles.append({"value": f"{losses['cached']:.4f}", "label": "held-out loss, cached (nats)"})
         gap = next(check["value"] for check in certificate["checks"] if check["measure"] == "cache_gap")
         tiles.append({"value": number(gap), "label": "cost of caching (nats)"})
     if measures["greedy"]:
         greedy = measures["greedy"]
-        tiles.append({"value": f"{greedy['per_decision']:.2%}", "label": f"of {greedy['decisions']:,} greedy tokens agree"})
+        tiles.append(
+            {"value": f"{greedy['per_decision']:.2%}", "label": f"of {greedy['decisions']:,} greedy tokens agree"}
+        )
     if certificate["lineage"].get("invariance_budget") is not None:
         tiles.append({"value": f"{certificate['lineage']['invariance_budget']:.2f}", "label": "invariance budget"})
     return tiles
@@ -173,7 +183,11 @@ def _losses(losses: Tree, twin: Tree) -> list[Tree]:
     """Losses from best to worst that is known, with bars of what each costs over the live one."""
     if not losses:
         return []
-    rows = [{"label": text, "loss": losses[name], "name": name} for name, text in LOSSES.items() if losses.get(name) is not None]
+    rows = [
+        {"label": text, "loss": losses[name], "name": name}
+        for name, text in LOSSES.items()
+        if losses.get(name) is not None
+    ]
     if twin["loss"] is not None:
         rows.append({"label": "the SDPA twin: its own training without G_LM", "loss": twin["loss"], "name": "twin"})
     highest = max(abs(row["loss"] - losses["block"]) for row in rows) or 1.0
@@ -210,10 +224,7 @@ def _kinds(certificate: Tree) -> list[Tree]:
     found = certificate["measures"]["deviations"]
     return [
         {"name": kind, "count": count, "length": length}
-        | {
-            precision: tensors.get("G_LM", {}).get("by_kind", {}).get(kind)
-            for precision, tensors in found.items()
-        }
+        | {precision: tensors.get("G_LM", {}).get("by_kind", {}).get(kind) for precision, tensors in found.items()}
         for kind, (count, length) in certificate["prompts"]["kinds"].items()
     ]
 
@@ -222,7 +233,8 @@ def _maps(g_LHKK: Tensor, deviation: Tree | None) -> list[Tree]:
     """A picture of each head's G_LM, by layer."""
     heads = [(layer, head) for layer in range(g_LHKK.shape[0]) for head in range(g_LHKK.shape[1])]
     if len(heads) > MAX_MAPS and deviation is not None:
-        worst = sorted(heads, key=lambda spot: -(deviation["per_head"][spot[0]][spot[1]] or math.inf))
+        of = {spot: deviation["per_head"][spot[0]][spot[1]] for spot in heads}
+        worst = sorted(heads, key=lambda spot: -math.inf if of[spot] is None else -of[spot])
         heads = sorted(worst[:MAX_MAPS])
     layers: dict[int, list[Tree]] = {}
     for layer, head in heads[:MAX_MAPS]:
@@ -244,7 +256,8 @@ def _spectra(g_LHKK: Tensor) -> list[Tree]:
         values_HK = torch.linalg.svdvals(g_HKK.double())
         values_HK = values_HK / values_HK[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
         curves = {
-            f"head {head}": [(i, max(value, 1e-12)) for i, value in enumerate(row)] for head, row in enumerate(values_HK.tolist())
+            f"head {head}": [(i, max(value, 1e-12)) for i, value in enumerate(row)]
+            for head, row in enumerate(values_HK.tolist())
         }
         if drawn := draw(Plot(f"Layer {layer}", (), log=True), curves, g_HKK.shape[-1] - 1):
             out.append(drawn)
@@ -255,11 +268,12 @@ def _ranks(rank: Tree | None) -> list[str]:
     """Effective rank of the cached G_LM by layer: mean and range over the heads."""
     if rank is None:
         return []
-    return [f"{sum(row) / len(row):.1f} ({min(row)}–{max(row)})" for row in rank["effective"]]
+    return [f"{sum(row) / len(row):.1f} ({min(row)}-{max(row)})" for row in rank["effective"]]
 
 
 def _spread(g_LHKK: Tensor, spread_LHKK: Tensor) -> list[list[str]]:
     """Standard deviation over the extraction's prompts over the head's RMS, [L][H]."""
+
     def rms(x: Tensor) -> Tensor:
         return x.double().square().mean(dim=(-2, -1)).sqrt()
 

@@ -15,7 +15,6 @@ Shapes: N sequences, T = S+1 tokens of a sequence, B batch, V vocabulary, L laye
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,12 +77,12 @@ class Totals:
     """Sums and largest values by name."""
 
     def __init__(self) -> None:
-        self.sums: Counter[str] = Counter()
+        self.sums: dict[str, float] = {}
         self.largest: dict[str, float] = {}
 
     def add(self, name: str, value: float) -> None:
         """Add to a sum."""
-        self.sums[name] += value  # type: ignore[assignment]  # Counter adds floats as well
+        self.sums[name] = self.sums.get(name, 0) + value
 
     def take(self, name: str, value: float) -> None:
         """Keep the largest."""
@@ -162,10 +161,12 @@ def leak_test(model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, seed: int) -
     S = text_NT.shape[1] - 1
     generator = torch.Generator().manual_seed(seed)
     others_NS = torch.randint(model.config.vocab_size, (len(text_NT), S), generator=generator)
-    both_NZ = torch.cat((text_NT[:, :S], others_NS), dim=1)  # each sequence beside its random one, so that they share a rank
+    both_NZ = torch.cat(
+        (text_NT[:, :S], others_NS), dim=1
+    )  # each sequence beside its random one, so that they share a rank
     totals = Totals()
     for both_BZ in batches(share(both_NZ), model):
-        ids_BS, others_BS = both_BZ.split(S, dim=1)
+        ids_BS, others_BS = both_BZ[:, :S], both_BZ[:, S:]
         logits_BSV = {name: _logits(model, ids_BS, g) for name, g in (("live", None), ("cached", g_LHKK))}
         totals.add("logit", logits_BSV["live"].sum(dtype=torch.float64).item())
         totals.add("square", logits_BSV["live"].square().sum(dtype=torch.float64).item())

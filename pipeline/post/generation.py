@@ -73,7 +73,13 @@ def order_parameters(
         ids = {"C": torch.tensor(prompts)}
         for number in (1, 2):
             new = generate(
-                model, prompts, max_new_tokens=num_tokens, use_cache=False, seed=seed + number, temperature=1.0, top_p=0.8
+                model,
+                prompts,
+                max_new_tokens=num_tokens,
+                use_cache=False,
+                seed=seed + number,
+                temperature=1.0,
+                top_p=0.8,
             )
             ids[str(number)] = torch.tensor([p + n for p, n in zip(prompts, new, strict=True)])
         with torch.inference_mode():

@@ -47,7 +47,9 @@ class CheckRecord(Part):
                 self.value <= self.threshold if self.bound == "<=" else self.value >= self.threshold
             )
             if self.passed is not right:
-                raise ValueError(f"{self.measure}: {self.value} against {self.bound} {self.threshold} is not {self.passed}")
+                raise ValueError(
+                    f"{self.measure}: {self.value} against {self.bound} {self.threshold} is not {self.passed}"
+                )
         elif not self.passed:
             raise ValueError(f"{self.measure}: skipped, and failed")
         return self

@@ -32,11 +32,16 @@ def train(config: Any, *, steps: int, metric_weight_decay: float, lr: float = 4e
     torch.manual_seed(0)
     model = PLDRModel(config)
     groups = [
-        {"params": [p for n, p in model.named_parameters() if is_metric_parameter(n)], "weight_decay": metric_weight_decay},
+        {
+            "params": [p for n, p in model.named_parameters() if is_metric_parameter(n)],
+            "weight_decay": metric_weight_decay,
+        },
         {"params": [p for n, p in model.named_parameters() if not is_metric_parameter(n)], "weight_decay": 0.1},
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
     for step in range(steps):
         ids = twice_told(16, config, seed=step + 1)
         loss = cross_entropy(model(ids[:, :-1], padded=False), ids[:, 1:])
@@ -135,7 +140,10 @@ def test_every_measure_is_there_for_every_tensor_layer_and_head(certificate: dic
             assert set(found["by_kind"]) == set(certificate["prompts"]["kinds"])
         for name in ("mean", "std", "low", "high"):
             assert torch.tensor(measures["rank"][tensor][name]).shape == (2, 2)
-            assert torch.tensor([[x or 0 for x in row] for row in measures["log_abs_det"][tensor][name]]).shape == (2, 2)
+            assert torch.tensor([[x or 0 for x in row] for row in measures["log_abs_det"][tensor][name]]).shape == (
+                2,
+                2,
+            )
         for runs in ("1-2", "1-C", "2-C"):
             order = measures["order_parameter"][tensor][runs]
             assert torch.tensor(order["by_rms_per_head"]).shape == (2, 2) and order["by_mean"] is not None

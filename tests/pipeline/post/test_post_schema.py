@@ -69,7 +69,9 @@ def test_what_does_not_follow_or_is_unknown_is_refused_in_one_line(
     assert "certificate.json" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"schema_version": 2}', '{"schema_version": 2, "verdict": NaN}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "null", '{"schema_version": 2}', '{"schema_version": 2, "verdict": NaN}']
+)
 def test_what_is_no_certificate_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "certificate.json").write_text(text)
     with pytest.raises(UserError, match=r"certificate\.json"):
