@@ -70,7 +70,7 @@ def make_checks(
         enough = (
             f"the invariance budget was {budget:.2f}, {BUDGET_INVARIANT:g} or more is needed: {more}"
             if budget < BUDGET_INVARIANT
-            else f"the invariance budget of {budget:.2f} should have been enough: look for a loss spike, lower train.max_lr, "
+            else f"the invariance budget of {budget:.2f} should have been enough: look for a spike, lower train.max_lr, "
             f"or {more}"
         )
     else:

@@ -20,7 +20,8 @@ from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
 
 TENSORS = ("A", "A_LM", "A_P", "G_LM")
-BATCH_LOGITS = 1 << 25  # entries of B*S*V a batch may have: 134 MB in fp32
+BATCH_LOGITS = 1 << 22  # entries of B*S*V a batch may have on a CPU: 17 MB, which its allocator reuses; larger are slower
+ON_GPU = 32  # times as many there
 BATCH_ENTRIES = 1 << 23  # entries of B*L*H*K*K a batch may have: 67 MB in fp64, for each tensor
 RANKED_PROMPTS = 4  # of every kind: singular values cost a hundred times what the other measures do
 
@@ -106,7 +107,8 @@ def batches(ids_NS: Tensor, model: PLDRModel) -> Iterator[Tensor]:
     """Batches on the model's device, small enough for their logits and deductive outputs; none of no prompts."""
     config = model.config
     logits, entries = ids_NS.shape[1] * config.vocab_size, config.num_layers * config.num_heads * config.head_dim**2
-    size = max(1, min(BATCH_LOGITS // logits, BATCH_ENTRIES // entries))
     device = model.embedding.weight.device
+    most = BATCH_LOGITS * (1 if device.type == "cpu" else ON_GPU)
+    size = max(1, min(most // logits, BATCH_ENTRIES // entries))
     for start in range(0, len(ids_NS), size):
         yield ids_NS[start : start + size].to(device)
