@@ -98,8 +98,8 @@ def make_checks(
             float(num_prompts),
             float(config.min_prompts),
             ">=",
-            f"{num_prompts} held-out prompts are too few to certify by: raise post.prompts, data.val_fraction or give more text "
-            "(or lower post.min_prompts knowingly: the certificate will say how few there were)",
+            f"{num_prompts} held-out prompts are too few to certify by: raise post.prompts or data.val_fraction, "
+            "give more text, or lower post.min_prompts knowingly (the certificate will say how few there were)",
         ),
         Check(
             "not_finite",

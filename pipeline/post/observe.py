@@ -20,7 +20,9 @@ from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
 
 TENSORS = ("A", "A_LM", "A_P", "G_LM")
-BATCH_LOGITS = 1 << 22  # entries of B*S*V a batch may have on a CPU: 17 MB, which its allocator reuses; larger are slower
+BATCH_LOGITS = (
+    1 << 22
+)  # entries of B*S*V a batch may have on a CPU: 17 MB, which its allocator reuses; larger are slower
 ON_GPU = 32  # times as many there
 BATCH_ENTRIES = 1 << 23  # entries of B*L*H*K*K a batch may have: 67 MB in fp64, for each tensor
 RANKED_PROMPTS = 4  # of every kind: singular values cost a hundred times what the other measures do

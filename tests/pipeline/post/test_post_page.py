@@ -16,10 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.certify import _twin
+from pipeline.config import RunConfig
 from pipeline.post.certificate_page import MAX_MAPS, Evidence, Shown, certificate_page, number, show_sample
 from pipeline.post.extract import extract_g
 from pipeline.post.picture import LEVELS, palette, png_uri, scale_of
 from pipeline.post.validate import validate
+from pipeline.storage import publish_json
 from pldr_model.model import PLDRModel
 
 REAL_G = Path("/work/shared/reference/PLDRv51-110M-1.G_LM.safetensors")
@@ -84,6 +87,23 @@ def test_a_constant_G_and_too_few_prompts_are_told_in_plain_words(
     post = tiny.post.model_copy(update={"min_prompts": 100})
     certificate = tiny.certify(invariant, text, post=post)
     assert "too few prompts" in page_of(certificate, torch.eye(8).expand(2, 2, 8, 8))
+
+
+def test_the_twin_is_named_and_told_apart_when_its_prompts_are_others(
+    tiny: SimpleNamespace, certificate: dict[str, Any], tmp_path: Path
+) -> None:
+    def twin(**post: Any) -> dict[str, Any]:
+        tree = {"name": "x", "run_dir": "r", "data": {"sources": [{"url": "x"}]}, "model": tiny.config.to_dict()}
+        return _twin(RunConfig.model_validate({**tree, "post": post}), certificate)
+
+    assert twin() == {"loss": None, "note": None}
+    assert "no such file" in twin(twin=str(tmp_path))["note"]
+    target = tmp_path / "certificate" / "certificate.json"
+    publish_json(target, certificate)
+    found = twin(twin=str(tmp_path))
+    assert found["loss"] == certificate["measures"]["losses"]["block"] and "over the same prompts" in found["note"]
+    publish_json(target, {**certificate, "prompts": {**certificate["prompts"], "sha256": "0" * 64}})
+    assert "cannot be compared" in twin(twin=str(tmp_path))["note"]
 
 
 def decode(uri: str) -> list[list[int]]:
