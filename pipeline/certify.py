@@ -77,6 +77,8 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any]) 
 
     model, source = load_weights(paths.weights)
     extracted = load_g(paths.g_lm, model.config)
+    if has_gpu():
+        model.cuda()
     shown = []
     if not certificate["measures"]["not_finite"]:
         tokenizer = Tokenizer.load(paths.tokenizer)
