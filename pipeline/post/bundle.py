@@ -27,8 +27,8 @@ from torch import Tensor
 from pipeline.config import WeightFormat
 from pipeline.errors import UserError
 from pipeline.post.card import UNCERTIFIED_LINE, model_card
-from pipeline.post.certificate import SCHEMA_VERSION as CERTIFICATE_VERSION
 from pipeline.post.certificate import bundle_g, bundle_tensors
+from pipeline.post.schema import read_certificate
 from pipeline.post.tensors import load_tensors, serialise
 from pipeline.post.weight_format import (
     BYTES,
@@ -185,7 +185,7 @@ def read_bundle(path: Path) -> BundleParts:
     verify_manifest(path, manifest["files"])
     record = read_json(path / "config.json", schema_version=SCHEMA_VERSION)
     generation = read_json(path / "generation_config.json", schema_version=SCHEMA_VERSION)
-    certificate = read_json(path / "certificate.json", schema_version=CERTIFICATE_VERSION)
+    certificate = read_certificate(path / "certificate.json")
     config, weight_format = _read_config(path, manifest, record)
     _check_certificate(path, manifest, record, certificate)
     _check_certified_model(path / "certificate.json", config, record, certificate)

@@ -49,7 +49,10 @@ def tiny_run(folder: Path, **train) -> Path:
             "metric_weight_decay": 40.0, "clip_by": "norm", "precision": "fp32", "zero_stage": 1, "log_every": 10,
             "validate_every": 250, "val_sequences": 16, "checkpoint_every": 100, **train,
         },
-        "post": {"prompts": 8, "generate_tokens": 16, "sample_prompt": "ab"},
+        "post": {
+            "prompts": 8, "min_prompts": 8, "fp64_prompts": 2, "generate_tokens": 16, "generate_prompts": 4,
+            "sample_prompt": "ab",
+        },
     }  # fmt: skip
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))
