@@ -1,4 +1,4 @@
-"""How a job's ranks are listened to and ended (launch/deepspeed.py), with processes that stand in for ranks: what counts here
+"""How a job's ranks are listened to and ended (launch/job.py), with processes that stand in for ranks: what counts here
 is what they print, how they end and which signals reach them."""
 
 import json
@@ -39,12 +39,12 @@ def on(number, frame):
     os.write(1, {answer!r})
     os._exit({code})
 signal.signal(signal.SIGTERM, on)
-open(sys.argv[2], "w").close()
+open(sys.argv[3], "w").close()
 time.sleep(30)
 '''
 import os, time
 ready = ["{folder}/ready" + str(n) for n in (0, 1)]
-ranks = [subprocess.Popen([sys.executable, "-c", rank, "--local_rank=%d" % n, ready[n]]) for n in (0, 1)]
+ranks = [subprocess.Popen([sys.executable, "-c", rank, "-m", "pipeline.worker", ready[n]]) for n in (0, 1)]
 while not all(os.path.exists(name) for name in ready):
     time.sleep(0.02)
 os.write(1, b"{listening}")
