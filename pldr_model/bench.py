@@ -19,7 +19,7 @@ import torch
 
 from pldr_model.config import ModelConfig
 from pldr_model.loss import total_loss
-from pldr_model.model import PLDRModel
+from pldr_model.model import PLDRModel, g_shape
 
 
 def bench(
@@ -35,7 +35,8 @@ def bench(
     steps of one row with KV- and G-cache, after one warm-up of each, in fp32 on the GPU if there is one, else
     the CPU.
 
-    Returns tokens per second of model and twin (medians), their ratios (model / twin), and memory.
+    Returns tokens per second of model and twin (medians), their ratios (model / twin), and memory;
+    `train_ratio_to_sdpa_frozen` is of the model with a constant G, as training goes on after `train.freeze_g`.
     `peak_rss_mb` is the process's peak resident memory (Python and libraries included) after the model's
     first whole training step, before the twin exists; `peak_rss_with_twin_mb` at the end. `peak_cuda_mb`
     (only on a GPU) is allocator memory.
@@ -66,6 +67,13 @@ def bench(
         "train_tokens_per_second_sdpa": tokens / twin_seconds,
         "train_ratio_to_sdpa": twin_seconds / model_seconds,
     }
+    del model_seconds, twin_seconds, train_model
+    g_lm_LHKK = torch.randn(g_shape(config))
+    frozen = PLDRModel(config.with_constant_g(), g_lm_LHKK=g_lm_LHKK).to(device)
+    train_frozen = _training_step(frozen, ids_BS)
+    train_frozen()
+    frozen_seconds, twin_seconds = in_turn(train_frozen, train_twin, steps, device)
+    result["train_ratio_to_sdpa_frozen"] = twin_seconds / frozen_seconds
     prompt_1S = ids_BS[:1, :prompt_length]
     decode_model = _decoding_step(model, prompt_1S, decode_tokens)
     decode_twin = _decoding_step(twin, prompt_1S, decode_tokens)
