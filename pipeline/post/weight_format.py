@@ -143,11 +143,11 @@ def check_section(section: Any, *, weight_format: str, sha256: str, where: str) 
             f"{where}: it measured no {weight_format} weights like model.safetensors; make the bundle again"
         )
     numbers = (section.get("loss_difference"), section.get("max_loss_difference"))
-    if section.get("passed") not in (True, False) or not all(n is None or type(n) in (int, float) for n in numbers):
+    if type(section.get("passed")) is not bool or not all(n is None or type(n) in (int, float) for n in numbers):
         raise UserError(f"{where}: its section {SECTION} is damaged; make the bundle again")
     difference, allowed = numbers
     within = bool(difference is not None and allowed is not None and abs(difference) <= allowed)
-    if section["passed"] is not within:
+    if section["passed"] != within:
         raise UserError(
             f"{where}: a loss difference of {difference} against {allowed} is not passed={section['passed']}"
         )
