@@ -43,7 +43,7 @@ def model_card(
     sizes = (
         f"{config.num_layers} layers x {config.num_heads} heads x {config.head_dim}, width {config.d_model}, "
         f"vocabulary {config.vocab_size}, context {config.context_length} tokens, "
-        f"{config.num_parameters()['total']:,} parameters without the metric learner"
+        f"{config.num_parameters()['total']:,} parameters beside G_LM"
     )
     certified_line = CONSTANT_LINE if certificate["constant_by_construction"] else CERTIFIED_LINE
     parts = [

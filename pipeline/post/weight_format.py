@@ -165,4 +165,4 @@ def describe_format(section: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
+    return "not finite" if value is None else f"{value:.5g}"
