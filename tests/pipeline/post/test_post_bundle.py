@@ -135,11 +135,15 @@ def test_extra_files_links_and_path_tricks_are_refused(make_bundle: Make, tmp_pa
     (bundle / "config.json").symlink_to(tmp_path / "outside.json")
     assert "config.json: a link" in refused(bundle)
     (bundle / "config.json").unlink()
-    manifest = json.loads((bundle / MANIFEST).read_text())
-    manifest.pop("bundle_sha256")
-    manifest["files"]["../outside.json"] = manifest["files"].pop("config.json")
-    (bundle / MANIFEST).write_bytes(render_json({**manifest, "bundle_sha256": sha256_json(manifest)}))
-    assert "../outside.json" in refused(bundle)
+    whole = json.loads((bundle / MANIFEST).read_text())
+    whole.pop("bundle_sha256")
+    for trick in ("../outside.json", str(tmp_path / "outside.json"), "./config.json", "a/../config.json", ""):
+        files = {name: entry for name, entry in whole["files"].items() if name != "config.json"}
+        manifest = {**whole, "files": {**files, trick: whole["files"]["config.json"]}}
+        (bundle / MANIFEST).write_bytes(render_json({**manifest, "bundle_sha256": sha256_json(manifest)}))
+        assert f"{trick!r} is no file of a bundle" in refused(bundle) or "'config.json' is not listed" in refused(
+            bundle
+        )
     assert "no such bundle" in refused(tmp_path / "nowhere")
 
 
