@@ -20,8 +20,12 @@ from typing import Any
 
 from launch.bundles import add_bundle_verbs, long_name
 from launch.data import add_bench_options, add_data_verbs, bench_data
+from launch.doctor import add_doctor_verb
+from launch.launch import add_launch_verbs
 from launch.runs import add_run_verbs
 from launch.sweep import add_sweep_verb
+from launch.terminal import say as _show
+from launch.terminal import status_lines
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.stages import NAMES, Line, exclusive
@@ -47,10 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     signal.signal(signal.SIGTERM, _interrupted)
+    exit_code = 0
     try:
         result = arguments.work(arguments, _show)
     except Stopped as stop:
         result = {"stopped": str(stop), **stop.details}
+        exit_code = stop.exit_code
         _show(str(stop))
     except UserError as error:
         return _fail(arguments, str(error), error.exit_code, **error.details)
@@ -63,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(arguments, "stopped; start again to go on", 1)
     if arguments.json:
         print(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
-    return 0
+    return exit_code
 
 
 def _fail(arguments: argparse.Namespace, message: str, exit_code: int, **details: Any) -> int:
@@ -150,9 +156,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("directory", metavar="DIR")
     add_data_verbs(verbs, common)
     add_run_verbs(verbs, common)
+    add_launch_verbs(verbs, common)
+    add_doctor_verb(verbs, common)
     add_sweep_verb(verbs, common)
-    sub = verb("bench", _bench, "CONFIG: time the model against its own SDPA twin; data: time tokenising and loading")
-    sub.add_argument("config", metavar="CONFIG|data", help="YAML of the run, or the word data")
+    sub = verb(
+        "bench", _bench, "time the model against its SDPA twin; train: DeepSpeed and saving; data: tokenising, loading"
+    )
+    sub.add_argument(
+        "config",
+        metavar="CONFIG|train CONFIG|data",
+        help="YAML of the run, behind the word train or not; or the word data",
+    )
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the YAML")
     sub.add_argument("--steps", type=int, help="with CONFIG: timed training steps of each model (10)")
     sub.add_argument("--batch", type=int, help="with CONFIG: sequences in a training step (4)")
@@ -180,7 +194,7 @@ def _line(arguments: Any, show: Callable[[str], None]) -> Line:
     from launch.deepspeed import launch
 
     config = load_config(arguments.config, arguments.overrides)
-    live = _show_live if sys.stdout.isatty() and not arguments.json else show  # only a training's lines make room
+    live = status_lines(json=arguments.json)
 
     def start(config: RunConfig, job_file: Any, ranks: int) -> None:
         launch(config, job_file, ranks, show=lambda text: live(f"  {text}"))
@@ -273,6 +287,8 @@ def _parity(arguments: Any, show: Callable[[str], None]) -> Result:
 def _bench(arguments: Any, show: Callable[[str], None]) -> Result:
     if arguments.config == "data":
         return bench_data(arguments, _show)
+    if arguments.config == "train":
+        return _bench_train(arguments)
     from pldr_model.bench import bench
 
     if arguments.text is not None or arguments.tokenizer is not None:
@@ -284,6 +300,20 @@ def _bench(arguments: Any, show: Callable[[str], None]) -> Result:
         raise ConfigError(f"{arguments.config}: bench: {error}") from None
     for key, value in result.items():
         _show(f"{key:<32} {value}")
+    return result
+
+
+def _bench_train(arguments: Any) -> Result:
+    from launch.job import free_port
+    from pipeline.train.bench import bench
+
+    files = [word for word in arguments.overrides if "=" not in word]
+    if len(files) != 1:
+        raise ConfigError("bench train: name one YAML: pldr bench train CONFIG [key=value ...]")
+    config = load_config(files[0], [word for word in arguments.overrides if "=" in word])
+    result = bench(config, port=free_port(), steps=arguments.steps or 20, batch=arguments.batch)
+    for key, value in result.items():
+        _show(f"{key:<32} {value:.4g}" if isinstance(value, float) else f"{key:<32} {value}")
     return result
 
 
@@ -313,26 +343,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-_live = False
-
-
-def _show(text: str) -> None:
-    """A plain line."""
-    global _live
-    if _live:
-        print()
-        _live = False
-    print(text, flush=True)
-
-
-def _show_live(text: str) -> None:
-    """A line that the next one overwrites, on a terminal."""
-    global _live
-    width = os.get_terminal_size().columns if sys.stdout.isatty() else 200
-    print(f"\r\033[K{text[: width - 1]}", end="", flush=True)
-    _live = True
 
 
 def _interrupted(signum: int, frame: Any) -> None:

@@ -1,43 +1,33 @@
-"""Start a training job's ranks on this node with the `deepspeed` launcher, and wait for them.
-
-Oddities explained once (measured): the launcher that gets SIGTERM ends the ranks one after another, 30 s each, and its runner
-leaves them behind; it can return 0 when a worker died or `launch.py` was killed. So the job has its own process group, which
-goes as a whole; signals are passed on to the ranks and not to the launcher; and whether the job succeeded is judged by the
-committed checkpoint (pipeline.pretrain), not by the exit code alone. The workers' stdin is a pipe that this process holds:
-when it closes, because this process was killed, they end themselves.
-
-A rank that fails says why and ends; the others follow within moments, or hang for as long as a collective waits. After
-FAILURE_GRACE_S nothing of the group is left, nor ORPHAN_GRACE_S after a launcher that ended before its ranks.
-"""
+"""DeepSpeed's launcher: on one node, over ssh from one host, or one on each node where a scheduler starts them."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import signal
-import socket
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
-import psutil
-
+from launch.hosts import SSH_ARGS, Host, carried, environment_file, is_private, private_file, ssh_options, sweep
+from launch.job import WORKER, free_port, rank_environment, run_job
+from pipeline import lifeline, storage
 from pipeline.config import RunConfig, RunPaths
 from pipeline.device import has_gpu
-from pipeline.errors import Stopped, UserError
-from pipeline.train.progress import FAILURE, LISTENING, STATUS, STOPPED
-from pipeline.worker import PARENT_PIPE
+from pipeline.errors import Stopped
+from pipeline.worker import ENVIRONMENT_FILE, PARENT_PIPE
 
-GRACE_S = 20.0  # between asking a job to end and killing it
-FAILURE_GRACE_S = 5.0  # for the other ranks' tracebacks, and for MLflow
-ORPHAN_GRACE_S = 2.0
-POLL_S = 0.5
-log = logging.getLogger(__name__)
+RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]
+
+
+def launch(config: RunConfig, job_file: Path, ranks: int, *, show: Callable[[str], None]) -> None:
+    """Run the job on this node to its end. `show` gets each status line; all output is kept in `logs/train.log`.
+
+    Raises Stopped and UserError as `run_job` does.
+    """
+    environment = rank_environment(ranks)
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    log_file = RunPaths(config.run_dir).logs / "train.log"
+    run_job(command(job_file, ranks), environment=environment, ranks=ranks, log_file=log_file, show=show)
 
 
 def command(job_file: Path, ranks: int) -> list[str]:
@@ -50,166 +40,102 @@ def command(job_file: Path, ranks: int) -> list[str]:
         where = ["--include", f"localhost:{','.join(chosen.split(',')[:ranks])}"]
     else:
         where = ["--num_gpus", str(ranks)]
-    return [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        *where,
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(_free_port()),
-        "--module",
-        "pipeline.worker",
-        str(job_file),
-    ]
+    return [*RUNNER, *where, *_rendezvous("127.0.0.1", free_port()), "--module", WORKER, str(job_file)]
 
 
-def launch(config: RunConfig, job_file: Path, ranks: int, *, show: Callable[[str], None]) -> None:
-    """Run the job to its end. `show` gets each status line. All output is kept in `logs/train.log`.
+def ssh_command(job_file: Path, *, hostfile: str, address: str, port: int, ssh_port: int | None) -> list[str]:
+    """The launcher's command line for all hosts of a hostfile, over pdsh and ssh.
 
-    SIGTERM, SIGUSR1 and the first Ctrl-C are passed on to the ranks, which save and end; Stopped is raised then. The second
-    Ctrl-C ends the job at once (KeyboardInterrupt). Raises UserError with the first failure that a rank named, and the log's
-    name; its exit code is that rank's.
+    Its own check of the first host ignores the ssh options that pdsh gets, and its log shows every exported variable.
     """
-    log_file = RunPaths(config.run_dir).logs / "train.log"
-    environment = {**os.environ, PARENT_PIPE: "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not has_gpu():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with open(log_file, "ab") as stream:
-        process = subprocess.Popen(
-            command(job_file, ranks),
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+    options = [
+        "--hostfile",
+        hostfile,
+        "--force_multi",
+        "--launcher",
+        "pdsh",
+        "--no_ssh_check",
+        "--log_level",
+        "warning",
+    ]
+    if ssh_port is not None:
+        options += ["--ssh_port", str(ssh_port)]
+    return [*RUNNER, *options, *_rendezvous(address, port), "--module", WORKER, str(job_file)]
+
+
+def node_command(job_file: Path, *, hostfile: str, node_rank: int, address: str, port: int) -> list[str]:
+    """The launcher's command line for one node of a hostfile; every node runs its own."""
+    options = ["--hostfile", hostfile, "--no_ssh", "--node_rank", str(node_rank)]
+    return [*RUNNER, *options, *_rendezvous(address, port), "--module", WORKER, str(job_file)]
+
+
+def _rendezvous(address: str, port: int) -> list[str]:
+    return ["--master_addr", address, "--master_port", str(port)]
+
+
+@dataclass(frozen=True)
+class SshJob:
+    """Where a job over ssh runs, and how its hosts are reached."""
+
+    hostfile: str
+    hosts: list[Host]
+    address: str  # rank 0's
+    port: int
+    ssh_port: int | None
+    env: Sequence[str]  # further variables to carry, NAME or NAME=VALUE
+
+    def files(self, logs: Path) -> dict[Path, dict[str, str]]:
+        """The environment files of the job -> their variables: DeepSpeed's, then the private one (empty: not written)."""
+        variables = carried(self.env)
+        private = {k: v for k, v in variables.items() if is_private(k, v)}
+        public = {k: v for k, v in variables.items() if k not in private}
+        public |= {
+            lifeline.HEAD_FILE: str(logs / "head.json"),
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        private_path = logs / "environment.json"
+        if private:
+            public[ENVIRONMENT_FILE] = str(private_path)
+        return {logs / "deepspeed_env": public, private_path: private}
+
+    def environment(self, logs: Path) -> dict[str, str]:
+        """What DeepSpeed's launcher itself gets."""
+        _, private = self.files(logs).values()  # else it carries MLFLOW_TRACKING_PASSWORD by itself
+        kept = {k: v for k, v in os.environ.items() if k != PARENT_PIPE and k not in private}
+        return {**kept, "DS_ENV_FILE": str(logs / "deepspeed_env"), SSH_ARGS: ssh_options()}
+
+    def command(self, job_file: Path) -> list[str]:
+        """The launcher's command line."""
+        return ssh_command(
+            job_file, hostfile=self.hostfile, address=self.address, port=self.port, ssh_port=self.ssh_port
         )
-        job = _Job(process, ranks)
-        try:
-            with _passing_signals_on(job, show):
-                watcher = threading.Thread(target=job.watch, name="launcher-watch", daemon=True)
-                watcher.start()
-                job.read(stream, show)
-                code = process.wait()
-        finally:
-            job.done.set()
-            job.end()
-    if job.failures:
-        exit_code, reason = job.failures[0]
-        raise UserError(f"training failed: {reason} (log: {log_file})", exit_code=exit_code, again=not job.passed_on)
-    if job.stopped is not None or (job.passed_on and code):
-        how = job.stopped or f"{job.passed_on[0]} before a step was done"
-        raise Stopped(f"training was stopped by {how}", details={"stopped": how})
-    if job.orphaned or code:
-        killed = job.orphaned or code == -signal.SIGKILL
-        reason = "its launcher was killed" if killed else f"the launcher ended with code {code}"
-        raise UserError(f"training failed: {reason} (log: {log_file})")
 
 
-class _Job:
-    """A running process group, and what its output and its end have told so far."""
-
-    def __init__(self, process: subprocess.Popen[bytes], num_ranks: int) -> None:
-        self.process, self.num_ranks = process, num_ranks
-        self.listening = 0  # ranks that have begun, and know what to do with a signal
-        self.failures: list[tuple[int, str]] = []
-        self.stopped: str | None = None
-        self.passed_on: list[str] = []  # names of signals
-        self.orphaned = False  # the launcher ended before its ranks
-        self.done = threading.Event()
-
-    def read(self, log_file: IO[bytes], show: Callable[[str], None]) -> None:
-        """The job's output to its end."""
-        assert self.process.stdout is not None
-        for raw in self.process.stdout:
-            line = raw.decode("utf-8", "replace").rstrip("\n")
-            try:
-                log_file.write(raw)
-                log_file.flush()
-            except OSError as error:  # a full disk must not end a run
-                log.debug("%s", error)
-            if STATUS in line:
-                show(line.partition(STATUS)[2])
-            elif LISTENING in line:
-                self.listening += line.count(LISTENING)
-            elif STOPPED in line:
-                self.stopped = line.partition(STOPPED)[2]
-            elif FAILURE in line:
-                code, _, reason = line.partition(FAILURE)[2].partition(" ")
-                self.failures.append((int(code), reason))
-
-    def watch(self) -> None:
-        """In a thread: kill what is left of a job that has failed, or whose launcher is gone."""
-        doomed: float | None = None
-        while not self.done.wait(POLL_S):
-            ended = self.process.poll() is not None
-            if doomed is None and (self.failures or ended):
-                doomed = time.monotonic() + (FAILURE_GRACE_S if self.failures else ORPHAN_GRACE_S)
-            if doomed is not None and time.monotonic() > doomed:
-                self.orphaned = ended and not self.failures
-                self.kill()
-                return
-
-    def ranks(self) -> list[int]:
-        """Process ids of the ranks on this node; DeepSpeed's launcher gives each its `--local_rank=`."""
-        found = []
-        for process in psutil.process_iter(["pid", "cmdline"]):
-            words = process.info["cmdline"] or []
-            with contextlib.suppress(ProcessLookupError):
-                if any(w.startswith("--local_rank=") for w in words) and os.getpgid(process.pid) == self.process.pid:
-                    found.append(process.pid)
-        return found
-
-    def pass_on(self, number: int) -> None:
-        """Send a signal to all ranks; the launcher does not get it."""
-        self.passed_on.append(signal.Signals(number).name)
-        if self.listening < self.num_ranks:
-            self.kill()  # still starting: a rank would die of it, and there is nothing to save
-        for rank in self.ranks():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, number)
-
-    def kill(self) -> None:
-        """Nothing of the job's process group stays."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def end(self) -> None:
-        """Nothing of it stays; what still runs is asked first."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE_S)
-        self.kill()
-        self.process.wait()
-
-
-@contextlib.contextmanager
-def _passing_signals_on(job: _Job, show: Callable[[str], None]) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 go to the ranks; so does Ctrl-C (as SIGTERM), but only once. In the main thread; else nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def pass_on(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and job.passed_on:
-            raise KeyboardInterrupt
-        again = "; Ctrl-C again ends them at once" if number == signal.SIGINT else ""
-        show(f"{signal.Signals(number).name}: the ranks save and stop{again}")
-        job.pass_on(signal.SIGTERM if number == signal.SIGINT else number)
-
-    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+def launch_over_ssh(config: RunConfig, job_file: Path, ranks: int, job: SshJob, *, show: Callable[[str], None]) -> None:
+    """Run the job on all hosts to its end, as `launch` does on one. When it did not end well, nothing of it stays there."""
+    logs = RunPaths(config.run_dir).logs
+    (env_path, public), (private_path, private) = job.files(logs).items()
+    storage.publish_bytes(env_path, environment_file(public).encode())
     try:
-        yield
+        if private:
+            private_file(private, private_path)
+        with lifeline.Head(logs / "head.json") as head:
+            run_job(
+                job.command(job_file),
+                environment=job.environment(logs),
+                ranks=ranks,
+                log_file=logs / "train.log",
+                show=show,
+                head=head,
+            )
+    except Stopped:
+        raise
+    except BaseException:
+        for host in sweep(job.hosts, job_file, ssh_port=job.ssh_port):
+            show(
+                f"warning: {host} does not answer; ranks that still run there end by themselves within train.timeout_s"
+            )
+        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        private_path.unlink(missing_ok=True)

@@ -34,6 +34,8 @@ COMMITTED = "COMMITTED"
 STATE = "state.json"
 TRAINING_LOCK = "training.lock"  # in logs/; rank 0 of a training job holds it
 _NAME = re.compile(r"step-(\d{6,})")
+_RENAMED = re.compile(r"\.(step-\d{6,})\.(?:staging|[0-9a-f]{8}\.old)")  # a whole one, before or after it had its name
+log = logging.getLogger(__name__)
 
 
 def checkpoint_name(step: int) -> str:
@@ -62,14 +64,32 @@ def is_checkpoint_name(name: str) -> bool:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed save, download or removal left behind. What was set aside stays."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            unfinished = path.name.startswith(".step-") or (
-                _NAME.fullmatch(path.name) and not (path / COMMITTED).is_file()
-            )
-            if path.is_dir() and unfinished:
-                shutil.rmtree(path, ignore_errors=True)
+    """Remove what a killed save, download or removal left behind. What was set aside stays.
+
+    A checkpoint replaced by one of its step is renamed, then the new one (`storage.replace_dir`). A kill between the two
+    leaves no committed folder of that name: the new one, or else the old one, gets it back when it is whole.
+    """
+    if not folder.is_dir():
+        return
+    remove_unfinished(folder)
+    hidden = [path for path in folder.iterdir() if path.name.startswith(".step-") and path.is_dir()]
+    for path in sorted(hidden, key=lambda path: (not path.name.endswith(".staging"), path.name)):
+        match = _RENAMED.fullmatch(path.name)
+        if match is not None and (path / COMMITTED).is_file() and not (folder / match[1]).exists():
+            with contextlib.suppress(UserError):
+                verify(path)
+                path.rename(folder / match[1])
+                storage.fsync_dir(folder)
+                log.warning("%s: a killed start had finished it; it has its name back", folder / match[1])
+                continue
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove checkpoints without COMMITTED: halves of a removal. A save that goes on is in a hidden folder and stays."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and _NAME.fullmatch(path.name) and not (path / COMMITTED).is_file():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(checkpoint: Path, why: str = "damaged") -> None:
@@ -105,6 +125,17 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint / STATE}: holds no run config or no step; name another checkpoint")
     assert isinstance(state, dict)
     return state
+
+
+def model_of(state: dict[str, Any]) -> Any:
+    """The configuration of the model whose weights a checkpoint holds, as plain values: of a run that has frozen its G
+    (train/freeze.py) the one with a constant or trained G."""
+    model = state["config"].get("model")
+    if state.get("frozen") is None or not isinstance(model, dict):
+        return model
+    trained = state["config"]["train"]["freeze_g"]["become"] == "parameter"
+    source = "constant" if trained else "file"
+    return {**model, "g_source": source, "g_start": "paper", "g_file": None, "dag_coefficients": [0.0, 0.0, 0.0]}
 
 
 def adopt(checkpoint: Path, folder: Path, *, mlflow_run_id: str) -> Path:

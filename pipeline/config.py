@@ -23,12 +23,30 @@ from pipeline.errors import ConfigError
 from pipeline.storage import sha256_json
 from pipeline.urls import check_url, is_http, without_secrets
 from pldr_model.config import ModelConfig
-from pldr_model.model import load_g_file
+from pldr_model.model import ActivationCheckpointing, load_g_file
 
 WeightFormat = Literal["fp32", "bf16", "int8"]
 
 # A stdlib dataclass as a pydantic field: unknown keys in `model:` must be errors like everywhere else.
 ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+
+
+class FreezeConfig(Section):
+    """When G_LM is frozen to its mean and the metric learner dropped (pipeline/train/freeze.py). At least one of the two."""
+
+    below: float | None = Field(
+        None, gt=0
+    )  # order parameter of G (RMS, relative), for `evaluations` validations in a row
+    evaluations: int = Field(3, ge=1)
+    at_step: int | None = Field(None, ge=1)
+    become: Literal["constant", "parameter"] = "constant"  # a fixed tensor, or one that trains on from there
+    sequences: int = Field(128, ge=1)  # training sequences that the mean is over, rounded up to whole global batches
+
+    @model_validator(mode="after")
+    def _check(self) -> FreezeConfig:
+        if self.below is None and self.at_step is None:
+            raise ValueError("set below (an order parameter, 1e-5 say) or at_step")
+        return self
 
 
 class TrainConfig(Section):
@@ -50,7 +68,11 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
     deepspeed: str | None = None  # JSON with DeepSpeed's own keys; {stage} in the name is zero_stage
-    compile: bool = False  # torch.compile of the engine; on a CPU this needs a C++ compiler
+    compile: bool = False  # torch.compile of each decoder layer; on a CPU this needs a C++ compiler
+    activation_checkpointing: ActivationCheckpointing = "none"  # what the backward pass computes again
+    offload: Literal["none", "optimizer", "parameters"] = (
+        "none"  # kept in CPU memory; parameters (stage 3): with the optimizer
+    )
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(1000, ge=1)
     val_sequences: int = Field(64, ge=1)
@@ -68,6 +90,7 @@ class TrainConfig(Section):
     on_spike: Literal["warn", "rollback", "stop"] = "warn"  # what a loss spike does (pipeline/train/response.py)
     spike_window: int = Field(200, ge=20)  # losses that its bound comes from, median + spike_threshold * 1.4826 MAD
     spike_threshold: float = Field(8.0, gt=0)
+    freeze_g: FreezeConfig | None = None  # null: the metric learner trains to the end
     max_restarts: int = Field(0, ge=0)  # after a crash, from the last commit; not after a stop or a user's mistake
     profile_steps: tuple[int, int] | None = None  # [first, last]: traced on every rank (pipeline/train/profiler.py)
     memory_history: bool = False  # on a GPU: which code asked for each block, in the snapshot of a rank out of memory
@@ -88,6 +111,11 @@ class TrainConfig(Section):
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must be in [0, 1)")
+        if self.offload != "none" and self.zero_stage < (3 if self.offload == "parameters" else 1):
+            raise ValueError(
+                f"offload {self.offload!r} needs zero_stage {'3' if self.offload == 'parameters' else '1, 2 or 3'}, "
+                f"not {self.zero_stage}"
+            )
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1] <= self.steps:
             raise ValueError(
                 f"profile_steps {list(self.profile_steps)}: [first, last] with 1 <= first <= last <= steps"
@@ -101,21 +129,40 @@ class TrainConfig(Section):
 
 
 class PostConfig(Section):
-    """Consolidate, extract, validate, bundle. Thresholds: see docs/certificate.md for their reasons."""
+    """Consolidate, extract, validate, bundle. Why each threshold is where it is: docs/certificate.md."""
 
     g_from: Literal["mean", "first"] = "mean"  # over many held-out prompts, or the first one (the paper's way)
-    prompts: int = Field(32, ge=2)  # held-out prompts of full context length
-    generate_tokens: int = Field(64, ge=1)  # of greedy agreement with and without caches
+    prompts: int = Field(128, ge=2)  # held-out prompts; each is also cut to several lengths
+    min_prompts: int = Field(100, ge=2)  # with fewer nothing is certified; lower it knowingly, the certificate says so
+    fp64_prompts: int = Field(16, ge=2)  # of every kind, in the fp64 pass that tells variation from round-off
+    generate_tokens: int = Field(256, ge=1)  # of each generated text, as far as the context has room (the papers' 256)
+    generate_prompts: int = Field(16, ge=1)  # of greedy agreement and of the papers' order parameter (they take 100)
+    ranks: int | None = Field(
+        None, ge=1
+    )  # processes that validate together on this node; null: one per GPU, 1 on a CPU
+    # Tiers of the relative deviation of G_LM: above each of these it is variant, approximate, invariant; else round-off.
+    variant_above: float = Field(1e-2, gt=0)  # variant trained models: 5e-2 and more; untrained: 1e-1 and more
+    approximate_above: float = Field(
+        1e-5, gt=0
+    )  # a near-critical published model has 2e-2..1e-5, with answers that differ
+    invariant_above: float = Field(1e-6, gt=0)  # ten times fp32's epsilon: the sums of a pass cannot be told from it
     max_relative_deviation_g: float = Field(1e-5, gt=0)  # tier "invariant"
-    min_attention_effect: float = Field(0.05, ge=0)  # nats lost by G=0 and by G=identity
-    max_leak_effect: float = Field(1e-4, gt=0)  # RMS move of earlier logits by a changed last token, / their spread
-    max_leak_gap: float = Field(1e-3, gt=0)  # nats, |block loss - cached loss|
+    min_attention_effect: float = Field(0.05, ge=0)  # nats lost by G=0 and by G=identity; dead attention: 0
+    max_leak_effect: float = Field(1e-4, gt=0)  # RMS move of earlier logits by a changed suffix, / their spread
+    max_leak_gap: float = Field(1e-3, gt=0)  # nats, |block loss - loss with a G that cannot have seen the targets|
     max_kl: float = Field(1e-4, gt=0)  # nats per token, cached against full recomputation
     min_top1_agreement: float = Field(0.999, ge=0, le=1)
     weight_format: WeightFormat = "fp32"  # of the bundle's matrices; bf16 and int8: docs/bundle.md
     max_format_loss: float = Field(0.01, ge=0)  # nats, |held-out loss of bf16 or int8 weights - of fp32|
+    twin: str | None = None  # run_dir of the SDPA twin (model.g_source=identity): the report shows its loss beside
     register_as: str | None = Field("pldr", pattern=r"^[^/:]+$")  # MLflow registered model; null: none
     sample_prompt: str = "The "
+
+    @model_validator(mode="after")
+    def _tiers_in_order(self) -> PostConfig:
+        if not self.variant_above > self.approximate_above > self.invariant_above:
+            raise ValueError("variant_above > approximate_above > invariant_above must hold")
+        return self
 
 
 class TrackingConfig(Section):
@@ -157,6 +204,10 @@ class RunConfig(Section):
         if ids != (0, 1, 2, 3):
             raise ValueError(
                 f"model.pad_id, unk_id, bos_id, eos_id are {ids}; the tokenizer's are 0, 1, 2, 3: remove these keys"
+            )
+        if self.train.freeze_g is not None and self.model.g_source != "learned":
+            raise ValueError(
+                f"train.freeze_g: model.g_source {self.model.g_source!r} has no learned G to freeze; remove it"
             )
         return self
 

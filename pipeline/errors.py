@@ -32,10 +32,10 @@ def first_line(error: BaseException) -> str:
 
 
 class Stopped(UserError):
-    """Not an error: the user's signal ended training after a save (exit code 0)."""
+    """Not an error: the user's signal ended training after a save (exit code 0, or what a scheduler asked to be told)."""
 
-    def __init__(self, message: str, *, details: dict[str, Any]) -> None:
-        super().__init__(message, exit_code=0, details=details, again=False)
+    def __init__(self, message: str, *, details: dict[str, Any], exit_code: int = 0) -> None:
+        super().__init__(message, exit_code=exit_code, details=details, again=False)
 
 
 class ConfigError(UserError):

@@ -7,8 +7,9 @@ be sent stays in the spool and is sent later, in order. Each point once:
 - `.sent` says how many bytes of the spool MLflow has. A batch whose answer was lost is sent again; an equal point (same
   time, step and value) is stored only once.
 - A resumed run leaves out points that its spool already holds for that step.
-- On another machine there is no spool: at the first contact MLflow is asked how far the run came (`floor`), and what it
-  has is not sent.
+- Another machine may have gone on with the run, before this one or since: at the first contact MLflow is asked how far the
+  run came (`floor`), and later points up to there are not sent. What the spool owes since an earlier start may be older than
+  that and still be missing: there MLflow is asked which steps it has.
 """
 
 from __future__ import annotations
@@ -55,11 +56,12 @@ class Tracker:
         self._running = running
         self._spool, self._sent_file = spool, spool.with_suffix(".sent")
         spool.parent.mkdir(parents=True, exist_ok=True)
-        self._cut_torn_line()
-        self._last = self._last_steps()
+        _cut_torn_line(spool)
+        self._last = last_steps(spool)
         self._stream = open(spool, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         self._unwritten: list[bytes] = []  # as long as the disk is full
         self._sent, self._floor = 0, dict[str, int]()
+        self._held: dict[str, set[int]] = {}  # metric -> the steps that MLflow has, where the floor does not tell
         self._client: Any = None
         self.mlflow_id: str | None = None  # None until MLflow has answered
         self.tried = threading.Event()  # MLflow has answered once, or has not
@@ -115,23 +117,6 @@ class Tracker:
                 return False
         return True
 
-    def _cut_torn_line(self) -> None:
-        """A process killed inside a write leaves half a line: it was never logged."""
-        if self._spool.exists():
-            data = self._spool.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole != len(data):
-                os.truncate(self._spool, whole)
-
-    def _last_steps(self) -> dict[str, int]:
-        last: dict[str, int] = {}
-        if self._spool.exists():
-            with open(self._spool, "rb") as stream:
-                for point in _points(stream):
-                    for key in point["values"]:
-                        last[key] = max(point["step"], last.get(key, -1))
-        return last
-
     def _send_forever(self) -> None:
         # One sender per spool: a replay in another process and this one must not send the same points.
         with open(self._spool.with_suffix(".lock"), "a+", encoding="utf-8") as lock:
@@ -162,25 +147,25 @@ class Tracker:
         self._client = client(self._uri)
         if self._running:
             self._client.update_run(run_id, status="RUNNING")
-        known = self._read_sent()
-        if known is None:
-            points = latest_points(self._client.get_run(run_id))
-            known = (0, {key: step for key, (step, _) in points.items()})
-        self._sent, self._floor = known
+        points = latest_points(self._client.get_run(run_id))
+        self._floor = {key: step for key, (step, _) in points.items()}
+        self._sent = read_sent(self._spool)
+        with open(self._spool, "rb") as stream:
+            stream.seek(self._sent)
+            whole = (line for line in stream if line.endswith(b"\n"))  # the loop may be writing one
+            doubtful = {
+                key for point in _points(whole) for key in point["values"] if point["step"] <= self._floor.get(key, -1)
+            }
+        self._held = {key: {p.step for p in self._client.get_metric_history(run_id, key)} for key in sorted(doubtful)}
         self._write_sent()
         self.mlflow_id = run_id
 
-    def _read_sent(self) -> tuple[int, dict[str, int]] | None:
-        """Bytes of the spool that MLflow has, and steps it had before; None when that is not known."""
-        try:
-            known = json.loads(self._sent_file.read_text())
-            sent, floor = (known["sent"], known["floor"]) if isinstance(known, dict) else (known, {})
-            return (int(sent), dict(floor)) if int(sent) <= self._spool.stat().st_size else None
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
-
     def _write_sent(self) -> None:
-        storage.publish_bytes(self._sent_file, json.dumps({"sent": self._sent, "floor": self._floor}).encode())
+        storage.publish_bytes(self._sent_file, json.dumps({"sent": self._sent}).encode())
+
+    def _is_new(self, key: str, step: int) -> bool:
+        """Whether MLflow lacks a point."""
+        return step not in self._held[key] if key in self._held else step > self._floor.get(key, -1)
 
     def _send_pending(self) -> None:
         from mlflow.entities import Metric
@@ -197,13 +182,66 @@ class Tracker:
                 Metric(key, value, point["time"], point["step"])
                 for point in _points(lines)
                 for key, value in point["values"].items()
-                if point["step"] > self._floor.get(key, -1)
+                if self._is_new(key, point["step"])
             ]
             for start in range(0, len(metrics), BATCH):
                 self._client.log_batch(self.mlflow_id, metrics=metrics[start : start + BATCH])
             self.points_sent += len(metrics)
             self._sent += sum(len(line) for line in lines)
             self._write_sent()
+
+
+def read_sent(spool: Path) -> int:
+    """Bytes of a spool that MLflow has; 0 where that is not known: what it has is then left out by step."""
+    try:
+        known = json.loads(spool.with_suffix(".sent").read_text())
+        sent = int(known["sent"] if isinstance(known, dict) else known)
+        return sent if sent <= spool.stat().st_size else 0
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
+
+
+def take_over(old: Path, spool: Path) -> None:
+    """What a spool still owes that was begun under another name of the run goes to the end of this one; it is then gone.
+
+    A point whose step this spool has reached is left out. Killed in between, the same again does the rest.
+    """
+    if old == spool or not old.exists():
+        return
+    _cut_torn_line(spool)
+    last, lines = last_steps(spool), list[bytes]()
+    with open(old, "rb") as stream:
+        stream.seek(read_sent(old))
+        for point in _points(line for line in stream if line.endswith(b"\n")):
+            new = {key: value for key, value in point["values"].items() if point["step"] > last.get(key, -1)}
+            if new:
+                lines.append(json.dumps({**point, "values": new}).encode() + b"\n")
+    with open(spool, "ab") as stream:
+        stream.write(b"".join(lines))
+        stream.flush()
+        os.fsync(stream.fileno())
+    for suffix in (".jsonl", ".sent", ".lock"):
+        old.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def _cut_torn_line(spool: Path) -> None:
+    """A process killed inside a write leaves half a line: it was never logged."""
+    if spool.exists():
+        data = spool.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole != len(data):
+            os.truncate(spool, whole)
+
+
+def last_steps(spool: Path) -> dict[str, int]:
+    """Metric -> the last step that a spool holds."""
+    last: dict[str, int] = {}
+    if spool.exists():
+        with open(spool, "rb") as stream:
+            for point in _points(stream):
+                for key in point["values"]:
+                    last[key] = max(point["step"], last.get(key, -1))
+    return last
 
 
 def _points(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

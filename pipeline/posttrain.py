@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 from pipeline import storage
+from pipeline.certify import CERTIFICATE, certificate_of, write_page
 from pipeline.checkpoints import committed
 from pipeline.config import RunConfig, RunPaths, tokens_folder
-from pipeline.errors import UserError
+from pipeline.device import has_gpu
+from pipeline.errors import ConfigError, UserError
 from pipeline.run_record import VERDICT_TAG
 from pipeline.schedule import invariance_budget
 from pipeline.tracking import log_files, mlflow_id, tracking_uri
-
-CERTIFICATE = "certificate.json"
+from pldr_model.config import ModelConfig
 
 
 def consolidate_newest(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
@@ -43,38 +44,49 @@ def extract(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     from pipeline.post.weights import load_weights
 
     model, _ = load_weights(paths.weights)
+    if has_gpu():
+        model.cuda()
     prompts = held_out(config, paths, half=0, limit=config.post.prompts)[:, :-1]
     return save_g(extract_g(model, prompts, config.post.g_from), paths.g_lm)
 
 
 def certify(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
-    """Measure and judge -> `certificate/certificate.json`, also an artifact of the MLflow run."""
-    from pipeline.post.extract import load_g
-    from pipeline.post.validate import validate
-    from pipeline.post.weights import load_weights
-
-    model, source = load_weights(paths.weights)
-    g_lm = load_g(paths.g_lm, model.config).g_lm
-    certificate = validate(
-        model,
-        g_lm,
-        held_out(config, paths, half=1),
-        config.post,
-        lineage=lineage(source),
-        budget=invariance_budget(config.train) if model.config.g_source == "learned" else None,
-        seed=config.seed,
-    )
+    """Measure and judge -> `certificate/certificate.{json,html}`, also artifacts of the MLflow run."""
+    certificate = certificate_of(config, paths)
     target = paths.certificate / CERTIFICATE
-    storage.publish_json(target, certificate)
-    log_files(config, source["mlflow_run_id"], {str(target): "certificate"}, tags={VERDICT_TAG: certificate["verdict"]})
-    deviation = certificate["measures"]["relative_deviation_g"]
+    page = write_page(config, paths, certificate)
+    log_files(
+        config,
+        certificate["lineage"]["mlflow_run_id"],
+        {str(target): "certificate", str(page): "certificate"},
+        tags={VERDICT_TAG: certificate["verdict"]},
+    )
     return {
         "verdict": certificate["verdict"],
         "tier": certificate["tier"],
-        "relative_deviation_g": deviation,
+        "relative_deviation_g": certificate["measures"]["relative_deviation_g"],
+        "page": str(page),
         "failed": certificate["failed"],
         "certificate_sha256": storage.sha256_file(target),
     }
+
+
+def require_same(config: RunConfig, paths: RunPaths, model: ModelConfig, source: dict[str, Any]) -> None:
+    """Raise ConfigError when the weights are of another model or tokenizer than the run's configuration and tokens."""
+    from pipeline.data.index import TokenIndex
+
+    ours, theirs = config.model.to_dict(), model.to_dict()
+    for key, value in ours.items():
+        if key != "g_file" and theirs[key] != value:
+            raise ConfigError(
+                f"{paths.weights}: a checkpoint of another model: its {key} is {theirs[key]}, the configuration's is {value}; "
+                "name the configuration that it was trained with"
+            )
+    index = TokenIndex.load(tokens_folder(config))
+    if source.get("tokenizer_sha256") not in (None, index.tokenizer_sha256):
+        raise ConfigError(
+            f"{paths.weights}: trained with another tokenizer than {index.folder} was made with; validate it with its own"
+        )
 
 
 def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[str, Any]:
@@ -82,13 +94,12 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
     from pipeline.post.bundle import build_bundle
     from pipeline.post.extract import load_g
     from pipeline.post.register import register
+    from pipeline.post.schema import read_certificate
     from pipeline.post.weight_format import pack_measured
     from pipeline.post.weights import load_weights
 
     model, source = load_weights(paths.weights)
-    certificate = storage.read_json(paths.certificate / CERTIFICATE, schema_version=1)
-    if certificate.get("verdict") not in ("certified", "failed") or not isinstance(certificate.get("failed"), list):
-        raise UserError(f"{paths.certificate / CERTIFICATE}: holds no verdict; run `pldr validate` again")
+    certificate = read_certificate(paths.certificate / CERTIFICATE)
     g_lm = load_g(paths.g_lm, model.config).g_lm
     packed = None
     if config.post.weight_format != "fp32":

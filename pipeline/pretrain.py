@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import storage, tracking
 from pipeline.checkpoints import TRAINING_LOCK, committed, step_of, verify
@@ -18,6 +18,9 @@ from pipeline.device import has_gpu, num_devices
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.resume import Say, changes, find_start
 from pipeline.retention import policy_of
+
+if TYPE_CHECKING:
+    from pipeline.data.index import TokenIndex
 
 Launch = Callable[[RunConfig, Path, int], None]  # start the ranks of a job file and wait; UserError when it failed
 JOB_SCHEMA_VERSION = 1
@@ -33,21 +36,25 @@ class Job:
 
 
 def pretrain(
-    config: RunConfig, paths: RunPaths, *, resume: str, launch: Launch, say: Say, force: bool = False
+    config: RunConfig,
+    paths: RunPaths,
+    *,
+    resume: str,
+    launch: Launch,
+    say: Say,
+    force: bool = False,
+    ranks: int | None = None,
 ) -> dict[str, Any]:
-    """Train to the last step. `resume`: where it goes on (resume.py); `force`: also with other data, model or tokenizer.
+    """Train to the last step. `resume`: where it goes on (resume.py); `force`: also with other data, model or tokenizer;
+    `ranks`: how many on all nodes (None: what this node has).
 
     Returns {"checkpoint", "run_id", "steps", "tokens", "resumed_from"}. Raises UserError or ConfigError, one line.
     """
-    ranks = ranks_on_this_node(config)
+    ranks = ranks_on_this_node(config) if ranks is None else ranks
     job = prepare(config, paths, resume=resume, ranks=ranks, say=say, force=force)
     if job.start is None or step_of(job.start) < config.train.steps:
         job = _train(config, paths, job, ranks=ranks, launch=launch, say=say, force=force)
     done = committed(paths.checkpoints)
-    if not done or step_of(done[-1]) != config.train.steps:
-        raise UserError(
-            f"training ended before step {config.train.steps}; see {paths.logs / 'train.log'} and start again"
-        )
     if job.start == done[-1]:
         say(f"{done[-1].name} is the last step: nothing was left to train")
     run_id = tracking.finish(config, job.run_id)
@@ -71,6 +78,9 @@ def _train(config: RunConfig, paths: RunPaths, job: Job, *, ranks: int, launch: 
                 launch(config, job.file, ranks)
             finally:
                 tracking.keep_evidence(config, since=since)
+            done = committed(paths.checkpoints)
+            if not done or step_of(done[-1]) != config.train.steps:
+                raise UserError(f"training ended before step {config.train.steps}; see {log} and start again")
             return job
         except Stopped as stop:
             tracking.mark(config, job.run_id, "KILLED")
@@ -88,7 +98,12 @@ def _train(config: RunConfig, paths: RunPaths, job: Job, *, ranks: int, launch: 
         except BaseException as error:
             tracking.fail(config, job.run_id, error, log_from=log_from)
             raise
-        job = prepare(config, paths, resume="auto", ranks=ranks, say=say, force=force)
+        try:
+            job = prepare(config, paths, resume="auto", ranks=ranks, say=say, force=force)
+        except BaseException as error:
+            say(f"{crash}; it could not be restarted")
+            tracking.fail(config, job.run_id, error, log_from=log_from)
+            raise
         if job.start is not None and step_of(job.start) == config.train.steps:  # it crashed after its last save
             return job
         where = "the beginning" if job.start is None else job.start.name
@@ -101,26 +116,13 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say:
 
     ranks: how many there will be, on all nodes. Raises UserError or ConfigError, one line.
     """
-    from pipeline.data.index import TokenIndex
-    from pipeline.tokenizer import Tokenizer
-    from pipeline.train.engine import deepspeed_config
-
-    index = TokenIndex.load(tokens_folder(config))
-    index.check(
-        context_length=config.model.context_length,
-        vocab_size=config.model.vocab_size,
-        tokenizer_sha256=Tokenizer.load(paths.tokenizer).sha256,
-    )
-    deepspeed_config(config.train, ranks)  # its errors belong here, not in a rank's log
+    index = check(config, paths, ranks=ranks)
     _wait_for_old_ranks(paths)
-    _require_disk(config, paths)
+    storage.require_free_space(paths.root, disk_needed(config, paths), "training (its checkpoints)")
     today = {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256}
     start = find_start(config, paths, resume, today=today, force=force, say=say)
+    tracking.begin(config)
     if start.checkpoint is not None:
-        if step_of(start.checkpoint) > config.train.steps:
-            raise ConfigError(
-                f"{start.checkpoint}: is past train.steps {config.train.steps}; raise it or resume from an earlier one"
-            )
         changed = changes(start, config, ranks)
         for key, change in changed.items():
             say(f"changed     {key} {change}")
@@ -140,6 +142,25 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say:
     return Job(job_file, start.run_id, start.checkpoint)
 
 
+def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
+    """The tokens to train on, when they, the tokenizer, the model and the batch sizes fit together. Writes nothing.
+
+    Raises UserError or ConfigError, one line: its errors belong here, not in a rank's log or after a wait in a queue.
+    """
+    from pipeline.data.index import TokenIndex
+    from pipeline.tokenizer import Tokenizer
+    from pipeline.train.engine import deepspeed_config
+
+    deepspeed_config(config.train, ranks)
+    index = TokenIndex.load(tokens_folder(config))
+    index.check(
+        context_length=config.model.context_length,
+        vocab_size=config.model.vocab_size,
+        tokenizer_sha256=Tokenizer.load(paths.tokenizer).sha256,
+    )
+    return index
+
+
 def ranks_on_this_node(config: RunConfig) -> int:
     """`train.ranks`, or as many GPUs (on a CPU: up to 2 processes) as divide the global batch."""
     devices, train = num_devices(), config.train
@@ -153,15 +174,16 @@ def ranks_on_this_node(config: RunConfig) -> int:
     return fitting[-1]
 
 
-def _require_disk(config: RunConfig, paths: RunPaths) -> None:
-    """Room for the checkpoints kept, one being staged, and MLflow's copies where its store is in the run directory."""
+def disk_needed(config: RunConfig, paths: RunPaths) -> int:
+    """Bytes that training still needs in the run directory: the checkpoints kept, one being staged, and MLflow's copies where
+    its store is there too; less what is there already."""
     # fp32 masters and two Adam moments, the weights themselves, DeepSpeed's records.
     size = 17 * config.model.num_parameters()["total"]
     keep = policy_of(config.train).at_most(config.train.steps, config.train.checkpoint_every)
     # One being staged, one being uploaded while a newer one is already there.
     copies = keep + 2 + (keep if config.tracking.uri is None and config.train.publish_to is None else 0)
     held = sum(f.stat().st_size for c in committed(paths.checkpoints) for f in c.rglob("*") if f.is_file())
-    storage.require_free_space(paths.root, max(size, copies * size - held), "training (its checkpoints)")
+    return max(size, copies * size - held)
 
 
 def _wait_for_old_ranks(paths: RunPaths) -> None:

@@ -3,7 +3,7 @@
 Rank 0 hands over after each save and goes on at once; one thread uploads. So there is never more than one publication under
 way: that of a second save waits for the first in this thread, not in the training loop, and when several are waiting only
 what is still kept is uploaded. Retention is done here too, because the checkpoint that is being uploaded must stay until
-it is.
+it is: in a second thread, because an upload may take long and the disk must not fill meanwhile.
 
 What is published follows the run's retention policy over everything that is there and here: a machine that has only the
 newest checkpoints does not remove what other machines published and what stays for ever.
@@ -15,6 +15,7 @@ import json
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,7 @@ CHECKPOINTS_TAG = "pldr.checkpoints"
 LONGEST_WAIT_S = 30.0  # between attempts
 MEET_S = 5.0  # how long the first attempt waits until MLflow was asked for the run
 CLOSING_ATTEMPTS = 3  # once training has ended
+LOOK_S, STOPPING_S = 0.2, 5.0  # how often the end looks for a wish to stop, and what it still waits then
 
 
 class Publisher:
@@ -51,26 +53,36 @@ class Publisher:
         self._step = step_of(there[-1]) if there else 0  # how far the run is
         self._asked = 1 if there else 0  # what an earlier start left unpublished
         self._done = 0
+        self._pruned = self._asked
         self._closing = False
+        self._files = threading.Lock()  # nothing is removed while it is being decided that it is uploaded
         self._busy: str | None = None
         self._known: dict[str, tuple[str, float | None]] = {}  # published: its COMMITTED and loss
         self._thread = threading.Thread(target=self._publish_forever, name="publisher", daemon=True)
         self._thread.start()
+        self._pruner = threading.Thread(target=self._prune_forever, name="retention", daemon=True)
+        self._pruner.start()
 
     def saved(self, step: int) -> None:
-        """A checkpoint of this step was committed: remove what is no longer kept, publish what is."""
+        """A checkpoint of this step was committed: what is no longer kept is removed, and what is gets published, beside."""
         with self._change:
             self._step = step
-            retain(self._folder, self._policy, now=step, busy={self._busy} if self._busy else ())
             self._asked += 1
-            self._change.notify()
+            self._change.notify_all()
 
-    def close(self, wait_s: float) -> list[str]:
-        """Wait for the last publication, `wait_s` at most and a few attempts; the names that are still not published."""
+    def close(self, wait_s: float, *, stop: Callable[[], bool] | None = None) -> list[str]:
+        """Wait for the last publication, `wait_s` at most and a few attempts; the names that are still not published.
+
+        stop: asked all the while whether somebody wants the process to end; then STOPPING_S is what is left to wait.
+        """
         with self._change:
             self._closing = True
-            self._change.notify()
-        self._thread.join(wait_s)
+            self._change.notify_all()
+        end = time.monotonic() + wait_s
+        while self._thread.is_alive() and (left := end - time.monotonic()) > 0:
+            self._thread.join(min(left, LOOK_S))
+            if stop is not None and stop():
+                end, stop = min(end, time.monotonic() + STOPPING_S), None
         missing = [] if self._done == self._asked else self._missing()
         if missing:
             log.warning(
@@ -78,9 +90,22 @@ class Publisher:
                 ", ".join(missing),
                 self._folder,
             )
-        if not self._thread.is_alive() and committed(self._folder):
-            retain(self._folder, self._policy, now=self._step)
+        self._prune()  # what was being uploaded too, when it is not any more
         return missing
+
+    def _prune(self) -> None:
+        with self._files:
+            retain(self._folder, self._policy, now=self._step, busy={self._busy} if self._busy else ())
+
+    def _prune_forever(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._asked > self._pruned or self._closing)
+                if self._closing:  # `close` does it
+                    return
+                asked = self._asked
+            self._prune()
+            self._pruned = asked
 
     def _missing(self) -> list[str]:
         kept = self._policy.keep(local_losses(self._folder), self._step)
@@ -134,7 +159,7 @@ class Publisher:
         return {step_of(Path(name)): loss for name, (_, loss) in self._known.items()}
 
     def _upload(self, place: Place, checkpoint: Path) -> None:
-        with self._change:  # from here on retention leaves it alone
+        with self._files:  # from here on retention leaves it alone
             if not (checkpoint / COMMITTED).is_file():
                 return
             self._busy = checkpoint.name
@@ -210,8 +235,8 @@ def fetch_checkpoint(uri: str, run_id: str, name: str, folder: Path) -> Path:
 def available(config: RunConfig, run_id: str) -> tuple[Place | None, list[str]]:
     """Where a run's checkpoints are published, and their names, newest first.
 
-    With MLflow away the configuration is believed; a run that it has not made yet has nothing among its artifacts. Raises
-    UserError when MLflow would have to be asked and does not answer.
+    With MLflow away the configuration is believed, where the folder's name is known; a run that MLflow has not made yet has
+    nothing among its artifacts. Raises UserError when MLflow would have to be asked and does not answer.
     """
     uri, record = tracking_uri(config), record_of(config, run_id)
     url = place_url(config, record)
@@ -219,9 +244,9 @@ def available(config: RunConfig, run_id: str) -> tuple[Place | None, list[str]]:
         place = place_of(uri, record.run_id) if record.run_id is not None else None
     except Exception as error:
         if not is_away(uri, error):
-            raise
+            raise UserError(f"checkpoints of MLflow run {record.id}: {first_line(error)}; {mend_for(uri)}") from error
         place = None
-    if place is None and url is not None:
+    if place is None and url is not None and record.local_id is not None:
         place = UrlPlace(url)
     if place is None and (record.run_id is None or _never_saved(config, record)):
         return None, []

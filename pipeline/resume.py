@@ -1,7 +1,7 @@
 """Where a run goes on: what `--resume` names, whether that checkpoint fits today's configuration, and what has changed.
 
-    auto                                  this run directory's run, from its newest committed checkpoint
-    RUN_ID, runs:/RUN_ID                  that MLflow run, from its newest: local ones first, then its artifacts
+    auto                                  this run directory's run, from its newest, be it here or published
+    RUN_ID, runs:/RUN_ID                  that MLflow run, from its newest, be it here or published
     runs:/RUN_ID/checkpoints/step-000500  that run, back at that checkpoint
     PATH                                  a checkpoint, a folder of checkpoints, or a run directory
 
@@ -15,17 +15,20 @@ with `auto`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pipeline import publish, storage, tracking
-from pipeline.checkpoints import adopt, clean, committed, set_aside, step_of, verify
+from pipeline import publish, run_record, storage, tracking
+from pipeline.checkpoints import STATE, adopt, clean, committed, set_aside, step_of, verify
 from pipeline.config import RunConfig, RunPaths, flatten
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import ConfigError, UserError, first_line
+from pipeline.places import Place
 from pldr_model.config import ModelConfig
 
 Say = Callable[[str], None]
@@ -88,6 +91,10 @@ def find_start(config: RunConfig, paths: RunPaths, text: str, *, today: dict[str
     """
 
     def check(checkpoint: Path, state: State) -> None:
+        if state["step"] > config.train.steps:
+            raise ConfigError(
+                f"{checkpoint}: is past train.steps {config.train.steps}; raise it or resume from an earlier one"
+            )
         check_inputs(checkpoint, state, config, today, force=force, say=say)
 
     resume = parse_resume(text)
@@ -98,14 +105,30 @@ def find_start(config: RunConfig, paths: RunPaths, text: str, *, today: dict[str
             return _begin_from(source, config, paths, check, force=force, say=say)
         if source == resume.path:  # the folder alone, or the run directory, is what auto means
             named = source.name
-    run_id = tracking.open_run(config, run_id=run_id, force=force)
-    clean(paths.checkpoints)
-    if named is not None:
-        return _go_back(config, paths, run_id, named, check, say=say)
-    found = _newest(config, paths, run_id, check, say=say)
-    if found is None and resume.run_id is not None:
-        raise UserError(f"MLflow run {run_id} has no committed checkpoint; start without --resume {text}")
-    return Start(run_id, None, {}) if found is None else Start(run_id, *found)
+    with run_record.forgotten_when_refused(config) if run_id is not None else contextlib.nullcontext():
+        run_id = tracking.open_run(config, run_id=run_id, force=force)
+        clean(paths.checkpoints)
+        _require_no_other(config, paths, run_id)
+        if named is not None:
+            return _go_back(config, paths, run_id, named, check, say=say)
+        found = _newest(config, paths, run_id, check, say=say)
+        if found is None and resume.run_id is not None:
+            raise UserError(f"MLflow run {run_id} has no committed checkpoint; start without --resume {text}")
+        return Start(run_id, None, {}) if found is None else Start(run_id, *found)
+
+
+def require_newest(resume_from: Path | None, paths: RunPaths) -> None:
+    """A job file is for one start: given to a second one (a scheduler's requeue) it would train again what is committed since.
+
+    Raises ConfigError when the run directory holds a later committed checkpoint than the one that the job begins with.
+    """
+    done = committed(paths.checkpoints)
+    if done and step_of(done[-1]) > (0 if resume_from is None else step_of(resume_from)):
+        where = "the beginning" if resume_from is None else resume_from.name
+        raise ConfigError(
+            f"{paths.logs / 'job.json'}: begins at {where}, but {done[-1].name} is committed since; make it again with "
+            "`pldr train CONFIG --prepare RANKS` before each start"
+        )
 
 
 def check_inputs(
@@ -187,9 +210,12 @@ def _go_back(config: RunConfig, paths: RunPaths, run_id: str, name: str, check: 
     if target not in committed(paths.checkpoints):
         if place is None or name not in published:
             raise UserError(f"MLflow run {run_id} has no committed checkpoint {name}; it has {published or 'none'}")
-        publish.fetch(place, name, paths.checkpoints)
+        try:
+            _fetch(place, name, paths, check)
+        except _Damaged as error:
+            raise UserError(f"{name} in {place}: {error}") from error
         say(f"{name} fetched from {place}")
-    state = _of_run(target, verify(target), config, run_id)
+    state = verify(target)
     check(target, state)
     later = [c for c in committed(paths.checkpoints) if step_of(c) > step_of(target)]
     for checkpoint in later:
@@ -207,39 +233,84 @@ def _go_back(config: RunConfig, paths: RunPaths, run_id: str, name: str, check: 
 def _newest(
     config: RunConfig, paths: RunPaths, run_id: str, check: Check | None, *, say: Say
 ) -> tuple[Path, State] | None:
-    """The newest committed checkpoint of the run that is whole, checked: local first, then MLflow's. None: step 0."""
-    for candidate in reversed(committed(paths.checkpoints)):
-        try:
-            state = verify(candidate)
-        except UserError as error:
-            say(f"{candidate.name} is damaged and left out: {error}")
-            set_aside(candidate)
-            continue
-        _of_run(candidate, state, config, run_id)
-        if check is not None:
-            check(candidate, state)
-        return candidate, state
-    place, names = publish.available(config, run_id)
-    for name in names:
-        assert place is not None
-        fetched = publish.fetch(place, name, paths.checkpoints)
-        try:
-            state = verify(fetched)
-        except UserError as error:
-            say(f"{name} in {place} is damaged and left out: {error}")
-            set_aside(fetched)
-            continue
-        say(f"{name} fetched from {place}")
-        if check is not None:
-            check(fetched, state)
-        return fetched, state
+    """The newest committed checkpoint of the run that is whole, checked. None: step 0.
+
+    One that is here is taken before its published copy; a later one, from another machine, before both. With the place away
+    what is here is taken, and said.
+    """
+    here = committed(paths.checkpoints)
+    away: UserError | None = None
+    place, published = None, list[str]()
+    try:
+        place, published = publish.available(config, run_id)
+    except UserError as error:
+        away = error
+    for name in sorted({c.name for c in here} | set(published), key=lambda name: step_of(Path(name)), reverse=True):
+        candidate = paths.checkpoints / name
+        if candidate in here:
+            try:
+                state = _whole(candidate)
+            except _Damaged as error:
+                say(f"{name} is damaged and left out: {error}")
+                set_aside(candidate)
+            else:
+                if check is not None:
+                    check(candidate, state)
+                if away is not None:
+                    say(f"it is not known whether another machine went on from {name}: {away}")
+                return candidate, state
+        if name in published:
+            assert place is not None
+            try:
+                found = _fetch(place, name, paths, check)
+            except _Damaged as error:
+                say(f"{name} in {place} is damaged and left out: {error}")
+            else:
+                later = bool(here) and step_of(found[0]) > step_of(here[-1])
+                why = f": the run is further than {here[-1].name} here" if later else ""
+                say(f"{name} fetched from {place}{why}")
+                return found
+    if away is not None:
+        raise away
     return None
 
 
-def _of_run(checkpoint: Path, state: State, config: RunConfig, run_id: str) -> State:
-    if not tracking.same_run(config, state["mlflow_run_id"], run_id):
-        raise ConfigError(
-            f"{checkpoint}: belongs to MLflow run {state['mlflow_run_id']}, not to {run_id}; use another run_dir, "
-            f"or go on with --resume {state['mlflow_run_id']}"
-        )
-    return state
+class _Damaged(Exception):
+    """A checkpoint that is not as it was written."""
+
+
+def _whole(checkpoint: Path) -> State:
+    try:
+        return verify(checkpoint)
+    except UserError as error:
+        raise _Damaged(str(error)) from error
+
+
+def _fetch(place: Place, name: str, paths: RunPaths, check: Check | None) -> tuple[Path, State]:
+    """A published checkpoint, brought here; nothing of it stays when it is damaged or refused."""
+    try:
+        fetched = publish.fetch(place, name, paths.checkpoints)
+    except Exception as error:
+        raise UserError(f"{name} could not be fetched from {place}: {first_line(error)}; start again") from error
+    try:
+        state = _whole(fetched)
+        if check is not None:
+            check(fetched, state)
+    except BaseException:
+        shutil.rmtree(fetched, ignore_errors=True)
+        raise
+    return fetched, state
+
+
+def _require_no_other(config: RunConfig, paths: RunPaths, run_id: str) -> None:
+    """All checkpoints here are of this run: none is brought in, or set aside, beside another run's."""
+    for checkpoint in committed(paths.checkpoints):
+        try:
+            owner = storage.read_json(checkpoint / STATE)["mlflow_run_id"]
+        except (UserError, TypeError, KeyError):  # damaged: told where it would be taken
+            continue
+        if not tracking.same_run(config, owner, run_id):
+            raise ConfigError(
+                f"{checkpoint}: belongs to MLflow run {owner}, not to {run_id}; use another run_dir, or go on with "
+                f"--resume {owner}"
+            )

@@ -5,6 +5,7 @@ The loss of a checkpoint counts only when the validation was at its own step (`v
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Collection, Mapping
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
-from pipeline.checkpoints import COMMITTED, STATE, clean, committed, step_of
+from pipeline.checkpoints import COMMITTED, STATE, committed, remove_unfinished, step_of
 from pipeline.config import TrainConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,21 @@ def local_losses(folder: Path) -> dict[int, float | None]:
 
 
 def retain(folder: Path, policy: Policy, *, now: int | None = None, busy: Collection[str] = ()) -> list[Path]:
-    """Remove the committed checkpoints that the policy does not keep, and what was never committed. Returns the removed.
+    """Remove the committed checkpoints that the policy does not keep, and halves of earlier removals. Returns the removed.
 
-    now: the step just saved (the newest there is). busy: names that somebody is reading; they go the next time.
+    now: the step just saved (the newest there is). busy: names that somebody is reading; they go the next time. May run beside
+    a save. What cannot be removed is told in the log and tried again the next time: that must not end a training.
     """
-    losses = local_losses(folder)
-    stay = policy.keep(losses, max(losses, default=0) if now is None else now)
-    removed = [c for c in committed(folder) if step_of(c) not in stay and c.name not in busy]
-    for checkpoint in removed:
-        (checkpoint / COMMITTED).unlink()  # first: a half-removed folder must not look like a checkpoint
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    clean(folder)
+    removed: list[Path] = []
+    try:
+        losses = local_losses(folder)
+        stay = policy.keep(losses, max(losses, default=0) if now is None else now)
+        for checkpoint in committed(folder):
+            if step_of(checkpoint) not in stay and checkpoint.name not in busy:
+                (checkpoint / COMMITTED).unlink()  # first: a half-removed folder must not look like a checkpoint
+                removed.append(checkpoint)
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        remove_unfinished(folder)
+    except OSError as error:
+        log.warning("old checkpoints are not all removed: %s", first_line(error))
     return removed

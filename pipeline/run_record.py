@@ -7,9 +7,11 @@ whoever creates the run looks for the tag first, so that it is created once, wha
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -68,8 +70,7 @@ def new_record(config: RunConfig, *, local_id: str | None = None) -> RunRecord:
         local_id=local_id or LOCAL_PREFIX + uuid.uuid4().hex,
         name=config.name,
         experiment=config.tracking.experiment,
-        # A SQLite store keeps artifacts beside the database and not in the working directory.
-        artifact_location=(root / "mlartifacts").as_uri() if config.tracking.uri is None else None,
+        artifact_location=_location(config),
         started_ms=int(time.time() * 1000),
         params={key: value[:6000] for key, value in config.flat().items()},
     )
@@ -78,6 +79,11 @@ def new_record(config: RunConfig, *, local_id: str | None = None) -> RunRecord:
         tags[PARENT_TAG] = config.tracking.parent_run
     place = place_url(config, record)
     return replace(record, tags=tags if place is None else {**tags, PLACE_TAG: place})
+
+
+def _location(config: RunConfig) -> str | None:
+    """A SQLite store keeps artifacts beside the database and not in the working directory."""
+    return (RunPaths(config.run_dir).root / "mlartifacts").as_uri() if config.tracking.uri is None else None
 
 
 def place_url(config: RunConfig, record: RunRecord) -> str | None:
@@ -89,9 +95,18 @@ def place_url(config: RunConfig, record: RunRecord) -> str | None:
 
 
 def remembered(config: RunConfig) -> RunRecord | None:
-    """The run this directory logs to: by its run.json, or, when that is damaged, by its newest checkpoint."""
-    paths, uri = RunPaths(config.run_dir), tracking_uri(config)
-    file = paths.root / RUN_FILE
+    """The run this directory logs to: by its run.json, or, when that is damaged, by its newest checkpoint. None: no run, or
+    one of another server."""
+    record, uri = written(config), tracking_uri(config)
+    if record is None or record.tracking_uri == uri:
+        return record
+    # MLflow never made it, so it is not bound to a server: that may have been a mistyped one.
+    return replace(record, tracking_uri=uri, artifact_location=_location(config)) if record.run_id is None else None
+
+
+def written(config: RunConfig) -> RunRecord | None:
+    """The run that run.json names, at whichever server; when it is damaged, that of the newest checkpoint."""
+    file = RunPaths(config.run_dir).root / RUN_FILE
     if not file.exists():
         return None
     try:
@@ -99,13 +114,40 @@ def remembered(config: RunConfig) -> RunRecord | None:
         record = RunRecord(**{key: known[key] for key in RunRecord.__dataclass_fields__ if key in known})
         if not record.id or not isinstance(record.id, str):
             raise KeyError("run_id")
-        return record if record.tracking_uri == uri else None
+        return record
     except (UserError, TypeError, KeyError):
         log.warning("%s is damaged; going by the newest checkpoint", file)
-    for checkpoint in reversed(committed(paths.checkpoints)):
-        name = str(verify(checkpoint)["mlflow_run_id"])
-        return new_record(config, local_id=name) if name.startswith(LOCAL_PREFIX) else RunRecord(uri, run_id=name)
+    name = run_of_checkpoints(config)
+    if name is None:
+        return None
+    return (
+        new_record(config, local_id=name)
+        if name.startswith(LOCAL_PREFIX)
+        else RunRecord(tracking_uri(config), run_id=name)
+    )
+
+
+def run_of_checkpoints(config: RunConfig) -> str | None:
+    """The id that the newest whole checkpoint of the run directory holds."""
+    for checkpoint in reversed(committed(RunPaths(config.run_dir).checkpoints)):
+        with contextlib.suppress(UserError):
+            return str(verify(checkpoint)["mlflow_run_id"])
     return None
+
+
+@contextlib.contextmanager
+def forgotten_when_refused(config: RunConfig) -> Iterator[None]:
+    """run.json as it was, when what is inside is refused: else the next start would go on with a run that was not accepted."""
+    file = RunPaths(config.run_dir).root / RUN_FILE
+    before = file.read_bytes() if file.exists() else None
+    try:
+        yield
+    except UserError:
+        if before is None:
+            file.unlink(missing_ok=True)
+        else:
+            storage.publish_bytes(file, before)
+        raise
 
 
 def remember(config: RunConfig, record: RunRecord) -> None:
@@ -136,7 +178,7 @@ def create(config: RunConfig, record: RunRecord) -> RunRecord:
         if made
         else mlflow.create_run(experiment_id, start_time=record.started_ms, run_name=record.name, tags=record.tags)
     )
-    params = [Param(key, value) for key, value in record.params.items()]
+    params = [Param(key, value) for key, value in record.params.items() if key not in run.data.params]
     for start in range(0, len(params), 100):
         mlflow.log_batch(run.info.run_id, params=params[start : start + 100])
     known = replace(record, run_id=str(run.info.run_id))

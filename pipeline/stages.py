@@ -34,11 +34,12 @@ UPSTREAM = {name: NAMES[i - 1] for i, name in enumerate(NAMES) if i}
 
 
 class Line:
-    """One run's stages. `launch` starts a training job's ranks; `say` gets a line for the user now and then."""
+    """One run's stages. `launch` starts a training job's ranks; `say` gets a line for the user now and then.
+    `ranks`: how many train, on all nodes (None: what this node has)."""
 
-    def __init__(self, config: RunConfig, *, launch: Launch, say: Say) -> None:
+    def __init__(self, config: RunConfig, *, launch: Launch, say: Say, ranks: int | None = None) -> None:
         self.config, self.paths = config, RunPaths(config.run_dir)
-        self._launch, self._say = launch, say
+        self._launch, self._say, self._ranks = launch, say, ranks
 
     def run(self) -> dict[str, dict[str, Any]]:
         """Every stage; returns their records by name. Raises UserError (exit code 3 when the certificate failed)."""
@@ -125,7 +126,7 @@ class Line:
             "train": {k: config[k] for k in ("model", "train", "seed")},
             "consolidate": {},
             "extract": {k: config["post"][k] for k in ("g_from", "prompts")},
-            "validate": {k: v for k, v in config["post"].items() if k not in (*OF_BUNDLE, "sample_prompt")},
+            "validate": {k: v for k, v in config["post"].items() if k not in (*OF_BUNDLE, "sample_prompt", "ranks")},
             "bundle": {k: config["post"][k] for k in OF_BUNDLE} | {"tracking": config["tracking"]},
         }[name]
         inputs: dict[str, Any] = {"config": of_stage}
@@ -200,7 +201,9 @@ class Line:
 
             return tokenize_documents(config, paths)
         if name == "train":
-            return pretrain(config, paths, resume=resume, launch=self._launch, say=self._say, force=force)
+            return pretrain(
+                config, paths, resume=resume, launch=self._launch, say=self._say, force=force, ranks=self._ranks
+            )
         from pipeline import posttrain
 
         if name == "consolidate":

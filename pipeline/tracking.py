@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.checkpoints import committed, step_of
 from pipeline.config import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError, first_line
-from pipeline.metrics_spool import CLOSE_S
+from pipeline.metrics_spool import CLOSE_S, take_over
 from pipeline.metrics_spool import Tracker as Tracker
 from pipeline.mlflow_client import client as client
 from pipeline.mlflow_client import is_away, patience
@@ -28,6 +28,7 @@ from pipeline.publish import fetch_checkpoint as fetch_checkpoint
 from pipeline.publish import open_publisher
 from pipeline.publish import published_checkpoints as published_checkpoints
 from pipeline.run_record import (
+    LOCAL_PREFIX,
     LOCAL_TAG,
     RUN_DIR_TAG,
     RUN_FILE,
@@ -38,7 +39,10 @@ from pipeline.run_record import (
     record_of,
     remember,
     remembered,
+    run_of_checkpoints,
+    written,
 )
+from pipeline.urls import without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +54,8 @@ _TRACEBACK = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n
 MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.workers", "train.ranks", "train.log_every",
               "train.validate_every", "train.checkpoint_every", "train.keep_", "train.publish_", "train.staging",
               "train.timeout_s", "train.max_restarts", "train.max_skipped_steps", "train.on_spike", "train.spike_",
-              "train.deepspeed", "train.compile", "train.peak_tflops", "train.val_sequences", "train.zero_stage",
+              "train.deepspeed", "train.compile", "train.activation_", "train.offload", "train.peak_tflops",
+              "train.val_sequences", "train.zero_stage",
               "train.micro_batch", "train.precision", "train.profile_steps", "train.memory_history",
               "data.on_bad_shard", "data.cache_gigabytes", "data.executor", "data.slurm.", "data.ray_address")  # fmt: skip
 # What a caller may force besides.
@@ -58,34 +63,39 @@ FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
 
 
 def open_run(config: RunConfig, *, run_id: str | None = None, force: bool = False) -> str:
-    """The id of the run to log to: `run_id` when given, the run directory's own, or a new one.
+    """The id of the run to log to: `run_id` when given, the run directory's own, or a new one. Nothing of a run that exists is
+    changed: `begin` does that.
 
-    With the server away a known run goes on, and a new one gets a local id until the server is back. Raises ConfigError
-    when that run was made by another configuration (naming the first differing key; FORCIBLE ones pass with `force`),
-    UserError when MLflow refuses.
+    With the server away a run that the directory knows goes on, and a new one gets a local id until the server is back. Raises
+    ConfigError when that run was made by another configuration (naming the first differing key; FORCIBLE ones pass with
+    `force`) or at another server, UserError when MLflow refuses or would have to be asked.
     """
     uri = tracking_uri(config)
     record = remembered(config)
-    if run_id is not None and (record is None or not record.answers_to(run_id)):
-        record = RunRecord(uri, run_id)
+    unknown = run_id is not None and (record is None or not record.answers_to(run_id))
+    if run_id is not None and unknown:
+        record = _named(config, run_id)
     if record is None:
+        _require_no_other(config)
         record = new_record(config)
     if record.run_id is None:
         remember(config, record)  # first: whatever is killed from here on, the run is made only once
     _compare(record.params, record.id, config, force)
     try:
         mlflow = client(uri)
-        if record.run_id is None:
-            record = create(config, record)
-        else:
-            tags = _check_same(mlflow, record.run_id, config, force)
-            record = replace(record, local_id=tags.get(LOCAL_TAG, record.local_id))
-        mlflow.update_run(record.run_id, status="RUNNING")
+        record = create(config, record)
+        assert record.run_id is not None
+        tags = _check_same(mlflow, record.run_id, config, force)
+        record = replace(record, local_id=tags.get(LOCAL_TAG, record.local_id))
     except UserError:
         raise
     except Exception as error:
         if not is_away(uri, error):
             raise UserError(f"MLflow at {uri}: {first_line(error)}; {mend_for(uri)}") from error
+        if unknown:
+            raise UserError(
+                f"MLflow at {uri} does not answer ({first_line(error)}), and only it knows run {run_id}: {mend_for(uri)}"
+            ) from error
         log.warning(
             "MLflow at %s does not answer (%s); training goes on as %s, and what it logs is sent when the server is back",
             uri,
@@ -93,8 +103,42 @@ def open_run(config: RunConfig, *, run_id: str | None = None, force: bool = Fals
             record.id,
         )
     remember(config, record)
-    _owe(config, status=None)  # it is not over
     return record.id
+
+
+def _named(config: RunConfig, run_id: str) -> RunRecord:
+    """The record of a run that is named and is not this directory's at this server."""
+    known = written(config)
+    if known is not None and known.answers_to(run_id):  # the server has moved, or the run to another one
+        return replace(known, tracking_uri=tracking_uri(config))
+    if run_id.startswith(LOCAL_PREFIX):
+        raise ConfigError(
+            f"--resume {run_id}: only the run directory where it began knows this name; give MLflow's id (the run has the tag "
+            f"{LOCAL_TAG}), or the path of a checkpoint"
+        )
+    return RunRecord(tracking_uri(config), run_id)
+
+
+def _require_no_other(config: RunConfig) -> None:
+    """A new run must not take the place of one that the directory belongs to."""
+    paths, uri, known = RunPaths(config.run_dir), tracking_uri(config), written(config)
+    if known is not None:
+        raise ConfigError(
+            f"tracking.uri={without_secrets(uri)}: {paths.root / RUN_FILE} names MLflow run {known.id} at "
+            f"{without_secrets(known.tracking_uri)}; set that URI, or, if the run is now at the new one, --resume {known.id}, "
+            "or use another run_dir"
+        )
+    owner = run_of_checkpoints(config)
+    if owner is not None:
+        raise ConfigError(
+            f"{committed(paths.checkpoints)[-1]}: belongs to MLflow run {owner}, and {RUN_FILE} is missing; use another "
+            f"run_dir, or go on with --resume {owner}"
+        )
+
+
+def begin(config: RunConfig) -> None:
+    """A start was accepted: the run is not over, so an end that is still owed is dropped. Rank 0's tracker marks it RUNNING."""
+    _owe(config, status=None)
 
 
 def _check_same(mlflow: Any, run_id: str, config: RunConfig, force: bool) -> dict[str, str]:
@@ -132,11 +176,13 @@ def same_run(config: RunConfig, one: str, other: str) -> bool:
 
 def open_tracker(config: RunConfig, run_id: str, *, running: bool = False) -> Tracker:
     """The line to the run's metrics; it makes the run in MLflow where it does not exist yet."""
-    record = record_of(config, run_id)
+    record, spool = record_of(config, run_id), spool_of(config, run_id)
+    if record.run_id is not None:  # its name as long as the local one was not known
+        take_over(spool.with_name(f"metrics-{record.run_id}.jsonl"), spool)
     return Tracker(
         record.tracking_uri,
         record.id,
-        spool_of(config, run_id),
+        spool,
         identify=lambda: create(config, record).id,
         running=running,
     )

@@ -22,10 +22,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline import storage
+from pipeline import lifeline, storage
 from pipeline.checkpoints import TRAINING_LOCK
 from pipeline.config import RunConfig, RunPaths, parse_config, staging_folder, tokens_folder
 from pipeline.errors import UserError, first_line
+from pipeline.network import choose_interface
 from pipeline.train.heartbeat import Heartbeat, blame
 from pipeline.train.progress import FAILURE, LISTENING, say_line
 from pipeline.train.stop import StopRequest
@@ -33,6 +34,7 @@ from pipeline.train.stop import StopRequest
 log = logging.getLogger(__name__)
 STOPPED_WAIT_S = 5.0  # for uploads, when training ends before its last step
 T = TypeVar("T")
+ENVIRONMENT_FILE = "PLDR_ENVIRONMENT_FILE"  # names a JSON file of variables that must not stand in a command line
 PARENT_PIPE = "PLDR_PARENT_PIPE"  # set when stdin is a pipe whose other end the launching process holds open
 
 
@@ -47,6 +49,8 @@ def main(argv: list[str]) -> int:
     job_file = Path(next(a for a in argv if not a.startswith("--local_rank")))
     heart = Heartbeat()
     try:
+        if ENVIRONMENT_FILE in os.environ:
+            os.environ.update(storage.read_json(os.environ[ENVIRONMENT_FILE]))
         run(job_file, heart, stop)
     except UserError as error:
         return _failed(str(error), error.exit_code)
@@ -60,7 +64,9 @@ def main(argv: list[str]) -> int:
         if is_out_of_memory(error):
             said = out_of_memory(error, job_file.parent / "memory", rank, heart.where)
         elif is_peer_failure(error):
-            said = f"{blame(RunPaths.ranks_of(job_file), _stamp(job_file), me=rank, world=world)} ({said})"
+            closed = "by peer" in str(error)  # gloo: "Connection closed by peer", "Connection reset by peer"
+            named = blame(RunPaths.ranks_of(job_file), _stamp(job_file), me=rank, world=world, closed=closed)
+            said = f"{named} ({said})"
         return _failed(said, 1)
     return 0
 
@@ -98,25 +104,38 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.data.reader import TokenReader, open_split
     from pipeline.device import has_gpu
     from pipeline.publish import open_publisher
+    from pipeline.resume import require_newest
     from pipeline.tracking import open_tracker, set_tags
     from pipeline.train.engine import init_distributed
-    from pipeline.train.loop import Lineage, train
+    from pipeline.train.loop import train
+    from pipeline.train.state import Lineage
     from pipeline.train.system import NODES_TAG, first_on_node, node_names
 
+    if not job_file.exists():
+        raise UserError(
+            f"{job_file}: not on host {socket.gethostname()}; run_dir has to be on a file system that every node sees"
+        )
     job = storage.read_json(job_file, schema_version=1)
     config = parse_config(job["config"], where=str(job_file))
     paths = RunPaths(config.run_dir)
     if not has_gpu():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     rank, world = rank_and_world()
+    if lifeline.HEAD_FILE in os.environ:
+        head = Path(os.environ[lifeline.HEAD_FILE])
+        lifeline.follow(head, patience_s=config.train.timeout_s, note=stop.note, fail=_give_up)
     heart.start(RunPaths.ranks_of(job_file), _stamp(job_file), rank, timeout_s=config.train.timeout_s, fail=_give_up)
+    choose_interface()
     init_distributed(config.train.timeout_s)
     lock = open(paths.logs / TRAINING_LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held to the end of the process
     if rank == 0 and not storage.lock(lock):
         raise UserError(f"{paths.root}: process {storage.lock_holder(lock)} trains here; wait for it or stop it")
     stamps = Stamps(_stamp(job_file))  # what its ranks check together is checked once a start on each node
 
+    start = None if job["resume_from"] is None else Path(job["resume_from"])
+
     def have_data_and_disk() -> tuple[TokenIndex, TokenReader, TokenReader]:
+        require_newest(start, paths)
         require_disk(config, paths, rank)
         index = TokenIndex.load(tokens_folder(config))
         index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
@@ -162,7 +181,7 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
             lineage=Lineage(index.fingerprint, index.tokenizer_sha256, job["run_id"]),
             tracker=tracker,
             publisher=publisher,
-            resume_from=None if job["resume_from"] is None else Path(job["resume_from"]),
+            resume_from=start,
             heart=heart,
             stop=stop,
         )
@@ -175,7 +194,7 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
         dist.destroy_process_group()  # the others end here, and do not wait for rank 0's uploads
     finally:
         if publisher is not None:
-            publisher.close(wait_s)
+            publisher.close(wait_s, stop=lambda: any(stop.flags()))
         if tracker is not None:
             tracker.close(status)
 

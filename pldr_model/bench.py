@@ -59,7 +59,7 @@ def bench(
     twin = PLDRModel(config.sdpa_twin()).to(device)
     train_twin = _training_step(twin, ids_BS)
     train_twin()
-    model_seconds, twin_seconds = _in_turn(train_model, train_twin, steps, device)
+    model_seconds, twin_seconds = in_turn(train_model, train_twin, steps, device)
     tokens = batch_size * config.context_length
     result: dict[str, Any] = {
         "train_tokens_per_second": tokens / model_seconds,
@@ -69,7 +69,7 @@ def bench(
     prompt_1S = ids_BS[:1, :prompt_length]
     decode_model = _decoding_step(model, prompt_1S, decode_tokens)
     decode_twin = _decoding_step(twin, prompt_1S, decode_tokens)
-    model_seconds, twin_seconds = _in_turn(decode_model, decode_twin, decode_tokens, device)
+    model_seconds, twin_seconds = in_turn(decode_model, decode_twin, decode_tokens, device)
     result |= {
         "decode_tokens_per_second": 1 / model_seconds,
         "decode_tokens_per_second_sdpa": 1 / twin_seconds,
@@ -119,7 +119,7 @@ def _decoding_step(model: PLDRModel, prompt_1S: torch.Tensor, num_tokens: int) -
     return step
 
 
-def _in_turn(
+def in_turn(
     one: Callable[[], None], other: Callable[[], None], rounds: int, device: torch.device
 ) -> tuple[float, float]:
     """Median seconds of each, run alternately; who goes first alternates too."""

@@ -195,6 +195,10 @@ class ModelConfig:
         """The same sizes with a constant G that is handed to the model (v510Gi: what a bundle is)."""
         return replace(self, g_source="file", g_start="paper", g_file=None, dag_coefficients=(0.0, 0.0, 0.0))
 
+    def with_trained_constant_g(self) -> ModelConfig:
+        """The same sizes with a G that is a parameter of each layer."""
+        return replace(self.with_constant_g(), g_source="constant")
+
     def num_parameters(self) -> dict[str, int]:
         """Trainable parameters by part; `total` is their sum. A fixed G is a buffer and not counted."""
         D, K, F = self.d_model, self.head_dim, self.feed_forward_size

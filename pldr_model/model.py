@@ -14,12 +14,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pldr_model.cache import KVCache, attention_mask
 from pldr_model.config import ModelConfig
@@ -123,6 +124,7 @@ class PLDRModel(nn.Module):
     def __init__(self, config: ModelConfig, *, g_lm_LHKK: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
+        self.recompute_layers = False  # in the backward pass (set_activation_checkpointing)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)  # N(0, 1), torch's default
         self.embedding_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
@@ -156,7 +158,10 @@ class PLDRModel(nn.Module):
         deduced: list[DeductiveOutputs] = []
         for index, layer in enumerate(self.layers):
             g = None if g_lm is None else g_lm[index]
-            x_BSD, outputs = layer(x_BSD, rope, g=g, mask=mask, return_outputs=return_outputs)
+            run: Callable[..., tuple[Tensor, DeductiveOutputs | None]] = layer
+            if self.recompute_layers and torch.is_grad_enabled():
+                run = functools.partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+            x_BSD, outputs = run(x_BSD, rope, g=g, mask=mask, return_outputs=return_outputs)
             if outputs is not None:
                 deduced.append(outputs)
         logits_BSV: Tensor = self.output(x_BSD)
@@ -253,6 +258,18 @@ class PLDRModel(nn.Module):
                 f"g_lm: shape {tuple(given.shape)} is neither [L,H,K,K] = {shape} nor [L,B,H,K,K] of {batch_size} rows"
             )
         return given
+
+
+ActivationCheckpointing = Literal["none", "layer", "metric_learner"]
+
+
+def set_activation_checkpointing(model: PLDRModel, what: ActivationCheckpointing) -> None:
+    """What the backward pass computes again instead of keeping it: whole decoder layers (of each only its input is kept), or
+    the metric learners alone, whose units keep 2 * num_denseA tensors of H*K x A_dff a sequence. The numbers are the same."""
+    model.recompute_layers = what == "layer"
+    for module in model.modules():
+        if isinstance(module, PLGA):
+            module.recompute = what == "metric_learner"
 
 
 def is_metric_parameter(name: str) -> bool:

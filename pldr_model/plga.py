@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pldr_model.config import ModelConfig
 from pldr_model.layers import GLU, at_least_float32
@@ -84,6 +85,7 @@ class PLGA(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         H, K = config.num_heads, config.head_dim
+        self.recompute = False  # the metric learner in the backward pass (set_activation_checkpointing)
         self.density_norm = DensityNorm(K, eps=config.layer_norm_eps)
         self.metric_learner = nn.Sequential(*(ResidualUnit(config) for _ in range(config.num_reslayerA)))
         self.W = nn.Parameter(torch.empty(H, K, K))
@@ -102,7 +104,12 @@ class PLGA(nn.Module):
         with torch.autocast(q_BHSK.device.type, enabled=False):
             q_wide = q_BHSK.to(at_least_float32(q_BHSK.dtype))
             density_BHKK = self.density_norm(q_wide.mT @ q_wide)
-        A_BHKK: Tensor = self.metric_learner(density_BHKK.to(q_BHSK.dtype))
+        density_BHKK = density_BHKK.to(q_BHSK.dtype)
+        A_BHKK: Tensor
+        if self.recompute and torch.is_grad_enabled():
+            A_BHKK = checkpoint(self.metric_learner, density_BHKK, use_reentrant=False, preserve_rng_state=False)
+        else:
+            A_BHKK = self.metric_learner(density_BHKK)
         with torch.autocast(q_BHSK.device.type, enabled=False):
             return self._power_law(A_BHKK)
 

@@ -37,8 +37,8 @@ from pipeline.post.bundle_checks import (
     read_manifest,
 )
 from pipeline.post.card import model_card
-from pipeline.post.certificate import SCHEMA_VERSION as CERTIFICATE_VERSION
 from pipeline.post.certificate import bundle_g, bundle_tensors
+from pipeline.post.schema import read_certificate
 from pipeline.post.tensors import load_tensors, serialise
 from pipeline.post.weight_format import SECTION, Packed, describe_format, packed_shapes, unpack
 from pipeline.post.weights import state_shapes
@@ -173,7 +173,7 @@ def read_bundle(path: Path) -> BundleParts:
     verify_manifest(path, manifest["files"])
     record = read_json(path / "config.json", schema_version=SCHEMA_VERSION)
     generation = read_json(path / "generation_config.json", schema_version=SCHEMA_VERSION)
-    certificate = read_json(path / "certificate.json", schema_version=CERTIFICATE_VERSION)
+    certificate = read_certificate(path / "certificate.json")
     config, weight_format = read_config(path, manifest, record)
     check_certificate(path, manifest, record, certificate)
     check_certified_model(path / "certificate.json", config, record, certificate)

@@ -1,8 +1,7 @@
 """The certificate: one JSON that says whether G_LM may be cached, and everything it was judged by.
 
-Schema (version 1), documented in docs/certificate.md: `verdict`, `tier`, `statement`, `failed`, `checks`, `measures`,
-`controls`, `thresholds`, `prompts`, `model`, `files`, `lineage`, `software`. Floats are rounded to six digits and are
-finite or null. No time of day, so that equal inputs are equal bytes.
+Its schema is in schema.py. Floats are rounded to six digits and are finite or null. No time of day, so that equal inputs are
+equal bytes.
 
 Decision: `files` holds the sha256 that `model.safetensors` and `g_lm.safetensors` of the bundle will have, computed from
 the tensors that were measured. A bundle whose files have other hashes carries somebody else's certificate, and is refused.
@@ -20,12 +19,18 @@ from torch import Tensor
 
 from pipeline.config import PostConfig
 from pipeline.post.checks import Check, tier_of
+from pipeline.post.schema import SCHEMA_VERSION as SCHEMA_VERSION
+from pipeline.post.schema import Certificate
 from pipeline.post.tensors import sha256_tensors
 from pldr_model.model import PLDRModel
 
-SCHEMA_VERSION = 1
+FULL_PROMPTS = 100  # with fewer held-out prompts than these the statement says so
 PACKAGES = ("torch", "safetensors", "sentencepiece", "pldr")
 THRESHOLDS = (
+    "min_prompts",
+    "variant_above",
+    "approximate_above",
+    "invariant_above",
     "max_relative_deviation_g",
     "min_attention_effect",
     "max_leak_gap",
@@ -33,6 +38,7 @@ THRESHOLDS = (
     "max_kl",
     "min_top1_agreement",
 )
+SETTINGS = ("prompts", "fp64_prompts", "generate_tokens", "generate_prompts", "g_from")
 
 
 def bundle_tensors(model: PLDRModel) -> dict[str, Tensor]:
@@ -60,21 +66,25 @@ def make_certificate(
     constant = model.config.g_source != "learned"
     deviation = measures["relative_deviation_g"]
     failed = [check for check in checks if not check.passed]
-    tier = tier_of(deviation, constant=constant)
+    tier = tier_of(deviation, config, constant=constant)
+    by_precision = {name: found.get("G_LM", {}).get("max") for name, found in measures["deviations"].items()}
     certificate = {
         "schema_version": SCHEMA_VERSION,
         "verdict": "failed" if failed else "certified",
         "tier": tier,
-        "statement": _statement(failed, tier, deviation, config),
+        "statement": _statement(failed, tier, deviation, config, prompts["kinds"]["text"][0]),
         "constant_by_construction": constant,
         "failed": [{"measure": c.measure, "value": c.value, "threshold": c.threshold, "mend": c.mend} for c in failed],
         "checks": [check.as_dict() for check in checks],
         "measures": measures,
         "controls": controls,
         "thresholds": {name: getattr(config, name) for name in THRESHOLDS},
-        "settings": {"prompts": config.prompts, "generate_tokens": config.generate_tokens, "g_from": config.g_from},
+        "settings": {name: getattr(config, name) for name in SETTINGS},
         "prompts": prompts,
-        "precision": {"weights": "fp32", "deviation": sorted(measures["deviations"])},
+        "precision": {
+            name: {"relative_deviation_g": value, "tier": tier_of(value, config, constant=constant)}
+            for name, value in by_precision.items()
+        },
         "model": {**model.config.to_dict(), "num_parameters": model.config.num_parameters()["total"]},
         "files": {
             "model.safetensors": sha256_tensors(bundle_tensors(model)),
@@ -84,6 +94,7 @@ def make_certificate(
         "software": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
     }
     plain = _finite(certificate)
+    Certificate.model_validate(plain)  # what is written is what is described
     assert isinstance(plain, dict)
     return plain
 
@@ -107,16 +118,21 @@ def summary_lines(certificate: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _statement(failed: list[Check], tier: str, deviation: float | None, config: PostConfig) -> str:
+def _statement(failed: list[Check], tier: str, deviation: float | None, config: PostConfig, num_prompts: int) -> str:
+    few = (
+        f"; judged by {num_prompts} held-out prompts only, {FULL_PROMPTS} are usual"
+        if num_prompts < FULL_PROMPTS
+        else ""
+    )
     if failed:
         names = ", ".join(check.measure for check in failed)
-        return f"G_LM must not be cached as if it were exact; failed: {names}"
+        return f"G_LM must not be cached as if it were exact; failed: {names}{few}"
     if tier == "constant by construction":
-        return "G_LM is constant by construction: caching it is exact, and attention is alive"
+        return f"G_LM is constant by construction: caching it is exact, and attention is alive{few}"
     assert deviation is not None
     return (
         f"G_LM may be cached: over inputs it deviates by {deviation:.1e} of its size in the worst head "
-        f"({tier}; allowed {config.max_relative_deviation_g:g}), and attention is alive"
+        f"({tier}; allowed {config.max_relative_deviation_g:g}), and attention is alive{few}"
     )
 
 

@@ -41,16 +41,17 @@ class Check:
         return {**asdict(self), "passed": self.passed}
 
 
-def tier_of(deviation: float | None, *, constant: bool) -> Tier:
+def tier_of(deviation: float | None, config: PostConfig, *, constant: bool) -> Tier:
     """What a relative deviation of G_LM over inputs is called (docs/certificate.md)."""
     if constant:
         return "constant by construction"
     if deviation is None or not math.isfinite(deviation):
         return "unknown"
-    for floor, tier in ((1e-2, "variant"), (1e-5, "approximate"), (1e-6, "invariant")):
-        if deviation > floor:
-            return tier  # type: ignore[return-value]
-    return "at round-off"
+    if deviation > config.variant_above:
+        return "variant"
+    if deviation > config.approximate_above:
+        return "approximate"
+    return "invariant" if deviation > config.invariant_above else "at round-off"
 
 
 def make_checks(
@@ -59,21 +60,23 @@ def make_checks(
     config: PostConfig,
     *,
     variant: str,
+    num_prompts: int,
     budget: float | None,
 ) -> list[Check]:
-    """Every judged measure. `measures` and `controls` as in the certificate, not yet rounded; `variant`: g_source."""
+    """Every judged measure. `measures` and `controls` as in the certificate, not yet rounded; `variant`: g_source;
+    `num_prompts`: held-out prompts that were measured over."""
     more = "train longer or raise train.metric_weight_decay"
     if budget is not None:
         enough = (
             f"the invariance budget was {budget:.2f}, {BUDGET_INVARIANT:g} or more is needed: {more}"
             if budget < BUDGET_INVARIANT
-            else f"the invariance budget of {budget:.2f} should have been enough: look for a loss spike, lower train.max_lr, "
+            else f"the invariance budget of {budget:.2f} should have been enough: look for a spike, lower train.max_lr, "
             f"or {more}"
         )
     else:
         enough = f"the invariance budget (pldr plan) must be {BUDGET_INVARIANT:g} or more: {more}"
     not_finite = measures["not_finite"]
-    losses, agreement = measures["losses"], measures["agreement"]
+    losses, agreement = measures["losses"], measures["agreement"].get("cached", {})
     cached = losses.get("cached")
     alive = (
         "attention is dead: the answers do not depend on G_LM, so their agreement proves nothing; train longer, or lower "
@@ -93,6 +96,14 @@ def make_checks(
     )
     then = enough if deviation.passed else "mend relative_deviation_g first"
     return [
+        Check(
+            "held_out_prompts",
+            float(num_prompts),
+            float(config.min_prompts),
+            ">=",
+            f"{num_prompts} held-out prompts are too few to certify by: raise post.prompts or data.val_fraction, "
+            "give more text, or lower post.min_prompts knowingly (the certificate will say how few there were)",
+        ),
         Check(
             "not_finite",
             float(len(not_finite)),
@@ -119,13 +130,28 @@ def make_checks(
             "<=",
             f"the block loss has seen the future through G_LM and cannot be trusted; {then}",
         ),
-        Check("leak_effect", measures["leak"].get("live_rms"), config.max_leak_effect, "<=", f"G_LM leaks; {then}"),
+        Check(
+            "leak_effect",
+            measures["leak"].get("worst_rms"),
+            config.max_leak_effect,
+            "<=",
+            f"logits depend on tokens behind them: G_LM leaks; {then}"
+            if not deviation.passed
+            else "logits depend on tokens behind them although G_LM is constant: look for attention that is not causal",
+        ),
         Check(
             "cache_gap",
             _size(_minus(cached, losses.get("block"))),
             config.max_leak_gap,
             "<=",
             f"caching G_LM changes the held-out loss; {then}",
+        ),
+        Check(
+            "random_tokens_gap",
+            _size(_minus(losses.get("random_tokens"), losses.get("block"))),
+            config.max_leak_gap,
+            "<=",
+            f"a G_LM deduced from random tokens does not do what one from text does; {then}",
         ),
         Check("kl", agreement.get("kl"), config.max_kl, "<=", f"caching G_LM changes the answers; {then}"),
         Check(
@@ -144,7 +170,7 @@ def make_checks(
         ),
         Check(
             "negative_control",
-            controls["untrained"].get("relative_deviation_g"),
+            controls.get("untrained", {}).get("relative_deviation_g"),
             config.max_relative_deviation_g,
             ">=",
             "the untrained model passes the same measure, so the measure or its threshold is worthless: lower "

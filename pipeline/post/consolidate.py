@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints import checkpoint_name, verify
+from pipeline.checkpoints import checkpoint_name, model_of, verify
 from pipeline.errors import UserError
 from pipeline.post.tensors import serialise
 from pipeline.post.weights import CONFIG, SCHEMA_VERSION, WEIGHTS, parse_model, state_shapes
@@ -40,7 +40,7 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
     model, or holds NaN.
     """
     state = verify(checkpoint)
-    config = parse_model(state["config"].get("model"), where=checkpoint / "state.json")
+    config = parse_model(model_of(state), where=checkpoint / "state.json")
     # DeepSpeed's own files lie in a folder named for the step, whatever the checkpoint has been renamed to.
     weights = _fit(_merge(checkpoint / checkpoint_name(state["step"])), config, where=checkpoint)
     source = {

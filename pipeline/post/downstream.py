@@ -4,28 +4,29 @@ Background (docs/certificate.md, "what fools a validator"):
 - The control is the live model: G deduced anew from the whole sequence, nothing cached. Keeping only K/V would freeze G too.
 - A G deduced from a whole sequence has seen the tokens to be predicted. So beside the live loss stands the loss with the G
   of *another* prompt, which cannot leak; their difference is the leak gap. The same leak seen directly: change the last
-  token and watch the logits before it.
+  tokens and watch the logits before them.
 - A model whose attention is dead agrees with itself perfectly under any G. So the loss with G = 0 and with G = identity
   must be worse.
 
+Every function is collective where there are several ranks (pipeline/post/ranks.py).
 Shapes: N sequences, T = S+1 tokens of a sequence, B batch, V vocabulary, L layers, H heads, K head dim.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.post.measures import order_parameter
-from pipeline.post.observe import TENSORS, batches, deduce
-from pldr_model.generate import generate
+from pipeline.post.observe import batches
+from pipeline.post.ranks import bounds, merged, share
 from pldr_model.model import PLDRModel
 
-GENERATION_PROMPTS = 8
+COMPARED = ("cached", "random_tokens")  # the given G whose answers are compared with live ones, token by token
 
 
 class Agreement:
@@ -35,21 +36,22 @@ class Agreement:
         self.tokens = self.same = 0
         self.kl_sum = self.kl_max = self.max_delta = 0.0
 
-    def update(self, live_BSV: Tensor, cached_BSV: Tensor) -> None:
-        """Take in the logits of one batch; fp64, in slices, so that a large vocabulary fits."""
-        rows = max(1, (1 << 24) // live_BSV.shape[-1])
-        live_NV, cached_NV = live_BSV.flatten(0, 1), cached_BSV.flatten(0, 1)
-        for start in range(0, len(live_NV), rows):
-            live_RV, cached_RV = live_NV[start : start + rows], cached_NV[start : start + rows]
-            log_p_RV, log_q_RV = live_RV.double().log_softmax(-1), cached_RV.double().log_softmax(-1)
-            kl_R = (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(-1)
-            self.tokens += len(kl_R)
-            self.same += int((live_RV.argmax(-1) == cached_RV.argmax(-1)).sum())
-            self.kl_sum += kl_R.sum().item()
-            # not max(): Python's would drop a NaN
-            self.kl_max = torch.tensor([self.kl_max, kl_R.max().item()]).max().item()
-            delta = (live_RV.double() - cached_RV.double()).abs().max().item()
-            self.max_delta = torch.tensor([self.max_delta, delta]).max().item()
+    def update(self, live_NV: Tensor, log_p_NV: Tensor, cached_NV: Tensor) -> None:
+        """Take in the logits of N tokens, live (with their log-probabilities in fp64) and cached."""
+        log_q_NV = cached_NV.double().log_softmax(-1)
+        kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
+        self.tokens += len(kl_N)
+        self.same += int((live_NV.argmax(-1) == cached_NV.argmax(-1)).sum())
+        self.kl_sum += kl_N.sum().item()
+        self.kl_max = _larger(self.kl_max, kl_N.max().item())
+        self.max_delta = _larger(self.max_delta, (live_NV - cached_NV).abs().max().item())
+
+    def merge(self, other: Agreement) -> None:
+        """Take in what another accumulator has seen."""
+        self.tokens += other.tokens
+        self.same += other.same
+        self.kl_sum += other.kl_sum
+        self.kl_max, self.max_delta = _larger(self.kl_max, other.kl_max), _larger(self.max_delta, other.max_delta)
 
     def as_dict(self) -> dict[str, float]:
         """Plain numbers; KL in nats per token."""
@@ -61,119 +63,137 @@ class Agreement:
         }
 
 
+def compare(agreement: Mapping[str, Agreement], live_BSV: Tensor, others_BSV: Mapping[str, Tensor]) -> None:
+    """Take one batch's logits into each of `agreement`; in slices, so that a large vocabulary fits in fp64."""
+    rows = max(1, (1 << 22) // live_BSV.shape[-1])
+    for start in range(0, live_BSV.shape[0] * live_BSV.shape[1], rows):
+        live_RV = live_BSV.flatten(0, 1)[start : start + rows]
+        log_p_RV = live_RV.double().log_softmax(-1)
+        for name, seen in agreement.items():
+            seen.update(live_RV, log_p_RV, others_BSV[name].flatten(0, 1)[start : start + rows])
+
+
+class Totals:
+    """Sums and largest values by name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.largest: dict[str, float] = {}
+
+    def add(self, name: str, value: float) -> None:
+        """Add to a sum."""
+        self.sums[name] = self.sums.get(name, 0) + value
+
+    def take(self, name: str, value: float) -> None:
+        """Keep the largest."""
+        self.largest[name] = _larger(self.largest.get(name, 0.0), value)
+
+    def merge(self, other: Totals) -> None:
+        """Take in what another accumulator has seen."""
+        for name, value in other.sums.items():
+            self.add(name, value)
+        for name, value in other.largest.items():
+            self.take(name, value)
+
+
 @torch.inference_mode()
-def compare_losses(model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor) -> dict[str, Any]:
-    """Held-out loss in nats with G live (`block`), cached, of another prompt, zero and identity; and the agreement of
-    cached with live logits. N >= 2."""
+def compare_losses(model: PLDRModel, given: Mapping[str, Tensor], text_NT: Tensor) -> dict[str, Any]:
+    """Held-out losses in nats per token by the G they were computed with, and how far answers with it agree with live ones.
+
+    given: constant G by name [L,H,K,K], `cached` among them. N >= 2.
+    `losses`: `block` (live), each given one, `other` (of the prompt before), `zero`, `identity`. `prefix`: over the second
+    half of each sequence only, with G live (`block`), of the first half (`prefix`: it cannot have seen a target, and is what
+    a cache filled by the prompt gives), and cached. `agreement`: by name of the given G, of those in COMPARED.
+    """
     device = model.embedding.weight.device
-    g_LHKK = g_LHKK.to(device)
-    zero_LHKK = torch.zeros_like(g_LHKK)
-    identity_LHKK = torch.eye(g_LHKK.shape[-1], dtype=g_LHKK.dtype, device=device).expand_as(g_LHKK)
-    nll = dict.fromkeys(("block", "cached", "other", "zero", "identity"), 0.0)
-    agreement, tokens = Agreement(), 0
-    # The first batch needs a neighbour for every prompt: the G before the first prompt is the last prompt's.
-    previous_LBHKK = model.compute_g(text_NT[-1:, :-1].to(device), padded=False)
-    for ids_BT in batches(text_NT, model):
+    given = {name: g.to(device) for name, g in given.items()}
+    zero_LHKK = torch.zeros_like(given["cached"])
+    identity_LHKK = torch.eye(zero_LHKK.shape[-1], dtype=zero_LHKK.dtype, device=device).expand_as(zero_LHKK)
+    totals, agreement = Totals(), {name: Agreement() for name in COMPARED if name in given}
+    half = (text_NT.shape[1] - 1) // 2
+    # The first prompt needs a neighbour: before the first of all stands the last.
+    before_1S = text_NT[bounds(len(text_NT))[0] - 1, :-1].unsqueeze(0)
+    previous_LBHKK = model.compute_g(before_1S.to(device), padded=False)
+    for ids_BT in batches(share(text_NT), model):
         inputs_BS, targets_BS = ids_BT[:, :-1], ids_BT[:, 1:]
         g_live_LBHKK = model.compute_g(inputs_BS, padded=False)
         g_other_LBHKK = torch.cat((previous_LBHKK, g_live_LBHKK[:, :-1]), dim=1)
         previous_LBHKK = g_live_LBHKK[:, -1:]
         live_BSV = _logits(model, inputs_BS)
-        nll["block"] += _nll(live_BSV, targets_BS)
-        given = {"cached": g_LHKK, "other": g_other_LBHKK, "zero": zero_LHKK, "identity": identity_LHKK}
-        for name, g in given.items():
+        nll_BS = _nll(live_BSV, targets_BS)
+        totals.add("tokens", nll_BS.numel())
+        totals.add("block", nll_BS.sum().item())
+        totals.add("tokens of prefix", nll_BS[:, half:].numel())
+        totals.add("prefix block", nll_BS[:, half:].sum().item())
+        compared_BSV: dict[str, Tensor] = {}
+        for name, g in {**given, "other": g_other_LBHKK, "zero": zero_LHKK, "identity": identity_LHKK}.items():
             logits_BSV = _logits(model, inputs_BS, g)
-            nll[name] += _nll(logits_BSV, targets_BS)
+            nll_BS = _nll(logits_BSV, targets_BS)
+            totals.add(name, nll_BS.sum().item())
+            if name in agreement:
+                compared_BSV[name] = logits_BSV
             if name == "cached":
-                agreement.update(live_BSV, logits_BSV)
-        tokens += targets_BS.numel()
-    return {"losses": {name: value / tokens for name, value in nll.items()}, "agreement": agreement.as_dict()}
+                totals.add("prefix cached", nll_BS[:, half:].sum().item())
+        compare(agreement, live_BSV, compared_BSV)
+        del compared_BSV
+        g_prefix_LBHKK = model.compute_g(inputs_BS[:, : max(1, half)], padded=False)
+        nll_BS = _nll(_logits(model, inputs_BS, g_prefix_LBHKK), targets_BS)
+        totals.add("prefix prefix", nll_BS[:, half:].sum().item())
+    sums = merged(totals).sums
+    names = ("block", *given, "other", "zero", "identity")
+    return {
+        "losses": {name: sums[name] / sums["tokens"] for name in names},
+        "prefix": {name: sums[f"prefix {name}"] / sums["tokens of prefix"] for name in ("block", "prefix", "cached")},
+        "agreement": {name: merged(seen).as_dict() for name, seen in agreement.items()},
+    }
 
 
 @torch.inference_mode()
-def leak_test(model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor) -> dict[str, float]:
-    """Change the last token of each sequence: how far do the logits before it move, relative to their own spread?
+def leak_test(model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, seed: int) -> dict[str, Any]:
+    """Change the end of each sequence: how far do the logits before it move, relative to their own spread?
 
-    `live_rms` and `live_max` with the live G (RMS and largest |delta| over the standard deviation of the logits),
-    `cached_max` with the cached G, where causality alone makes it zero up to round-off.
+    `last_token` (the next id instead) and `last_quarter` (random ids instead), each with `live_rms`, `live_max` (RMS and
+    largest |delta| over the standard deviation of the logits) and `cached_rms`, `cached_max`, where causality alone makes it
+    zero up to round-off. `worst_rms`: the largest of the four.
     """
     device = model.embedding.weight.device
-    sums = {"delta": 0.0, "logit": 0.0, "square": 0.0, "count": 0}
-    highest = {"live": 0.0, "cached": 0.0}
-    for ids_BS in batches(text_NT[:, :-1], model):
-        changed_BS = ids_BS.clone()
-        # The next real id: never the padding id, which would hide the key and not only change it.
-        changed_BS[:, -1] = (ids_BS[:, -1] + 1) % model.config.vocab_size
-        changed_BS[changed_BS[:, -1] == model.config.pad_id, -1] += 1
-        for name, g in (("live", None), ("cached", g_LHKK.to(device))):
-            logits_BSV = _logits(model, ids_BS, g)[:, :-1]
-            delta_BSV = (_logits(model, changed_BS, g)[:, :-1] - logits_BSV).double()
-            highest[name] = torch.tensor([highest[name], delta_BSV.abs().max().item()]).max().item()
-            if name == "live":
-                sums["delta"] += delta_BSV.square().sum().item()
-                sums["logit"] += logits_BSV.double().sum().item()
-                sums["square"] += logits_BSV.double().square().sum().item()
-                sums["count"] += delta_BSV.numel()
-    mean = sums["logit"] / sums["count"]
-    spread = math.sqrt(max(0.0, sums["square"] / sums["count"] - mean**2)) or math.nan
-    return {
-        "live_rms": math.sqrt(sums["delta"] / sums["count"]) / spread,
-        "live_max": highest["live"] / spread,
-        "cached_max": highest["cached"] / spread,
-        "logit_spread": spread,
-    }
-
-
-def greedy_agreement(model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, num_tokens: int) -> dict[str, Any]:
-    """Greedy continuations with KV- and G-cache against those without any cache (live G at every token).
-
-    After a first difference the two texts are not comparable, so what is counted is decisions taken after identical
-    tokens: `per_decision` = 1 - differences / decisions. `identical` is the share of prompts that never differ.
-    """
-    prompts = _generation_prompts(text_NT)
-    cached = generate(model, prompts, max_new_tokens=num_tokens, g_lm=g_LHKK)
-    live = generate(model, prompts, max_new_tokens=num_tokens, use_cache=False)
-    decisions = differences = 0
-    for ours, control in zip(cached, live, strict=True):
-        same = next((i for i, (a, b) in enumerate(zip(ours, control, strict=True)) if a != b), None)
-        decisions += len(control) if same is None else same + 1
-        differences += same is not None
-    return {
-        "per_decision": 1 - differences / decisions,
-        "identical": 1 - differences / len(prompts),
-        "num_prompts": len(prompts),
-        "num_tokens": len(live[0]),
-        "decisions": decisions,
-    }
-
-
-def order_parameters(model: PLDRModel, text_NT: Tensor, *, num_tokens: int, seed: int) -> dict[str, Any]:
-    """The papers' protocol, smaller: runs 1 and 2 sample (p = 0.8, T = 1) without caches and the deductive outputs are
-    taken after the last token; run C takes them after the prompt, where a cache would. Per tensor and pair of runs:
-    [RMSE / |mean|, RMSE / RMS]."""
-    prompts = _generation_prompts(text_NT)
-    device = model.embedding.weight.device
-    runs = {"C": torch.tensor(prompts)}
-    for number in (1, 2):
-        new = generate(
-            model, prompts, max_new_tokens=num_tokens, use_cache=False, seed=seed + number, temperature=1.0, top_p=0.8
-        )
-        runs[str(number)] = torch.tensor([p + n for p, n in zip(prompts, new, strict=True)])
-    with torch.inference_mode():
-        outputs = {name: deduce(model, ids.to(device)) for name, ids in runs.items()}
-    return {
-        tensor: {
-            f"{a}-{b}": list(order_parameter(outputs[a][tensor], outputs[b][tensor]))
-            for a, b in (("1", "2"), ("1", "C"), ("2", "C"))
-        }
-        for tensor in TENSORS
-    }
-
-
-def _generation_prompts(text_NT: Tensor) -> list[list[int]]:
-    """Half a context of text, so that there is room to go on."""
-    prompts: list[list[int]] = text_NT[:GENERATION_PROMPTS, : max(1, (text_NT.shape[1] - 1) // 2)].tolist()
-    return prompts
+    g_LHKK = g_LHKK.to(device)
+    S = text_NT.shape[1] - 1
+    generator = torch.Generator().manual_seed(seed)
+    others_NS = torch.randint(model.config.vocab_size, (len(text_NT), S), generator=generator)
+    both_NZ = torch.cat(
+        (text_NT[:, :S], others_NS), dim=1
+    )  # each sequence beside its random one, so that they share a rank
+    totals = Totals()
+    for both_BZ in batches(share(both_NZ), model):
+        ids_BS, others_BS = both_BZ[:, :S], both_BZ[:, S:]
+        logits_BSV = {name: _logits(model, ids_BS, g) for name, g in (("live", None), ("cached", g_LHKK))}
+        totals.add("logit", logits_BSV["live"].sum(dtype=torch.float64).item())
+        totals.add("square", logits_BSV["live"].square().sum(dtype=torch.float64).item())
+        totals.add("count", logits_BSV["live"].numel())
+        for what, start in (("last_token", S - 1), ("last_quarter", S - max(1, S // 4))):
+            changed_BS = ids_BS.clone()
+            # Never the padding id, which would hide the key and not only change it; never the id that was there.
+            new = (ids_BS[:, start:] + 1) if what == "last_token" else others_BS[:, start:]
+            new = torch.where(new == ids_BS[:, start:], new + 1, new) % model.config.vocab_size
+            changed_BS[:, start:] = torch.where(new == model.config.pad_id, new + 1, new)
+            for name, g in (("live", None), ("cached", g_LHKK)):
+                delta_BSV = (_logits(model, changed_BS, g) - logits_BSV[name])[:, :start]
+                if delta_BSV.numel():
+                    totals.take(f"{what} {name}", delta_BSV.abs().max().item())
+                    totals.add(f"{what} {name}", delta_BSV.square().sum(dtype=torch.float64).item())
+                    totals.add(f"{what} {name} count", delta_BSV.numel())
+    totals = merged(totals)
+    sums = totals.sums
+    spread = math.sqrt(max(0.0, sums["square"] / sums["count"] - (sums["logit"] / sums["count"]) ** 2)) or math.nan
+    result: dict[str, Any] = {"logit_spread": spread, "worst_rms": 0.0}
+    for what in ("last_token", "last_quarter"):
+        result[what] = {}
+        for name in ("live", "cached"):
+            rms = math.sqrt(sums[f"{what} {name}"] / (sums[f"{what} {name} count"] or math.nan)) / spread
+            result[what] |= {f"{name}_rms": rms, f"{name}_max": totals.largest.get(f"{what} {name}", math.nan) / spread}
+            result["worst_rms"] = _larger(result["worst_rms"], rms)
+    return result
 
 
 def _logits(model: PLDRModel, ids_BS: Tensor, g: Tensor | None = None) -> Tensor:
@@ -182,7 +202,12 @@ def _logits(model: PLDRModel, ids_BS: Tensor, g: Tensor | None = None) -> Tensor
     return logits_BSV
 
 
-def _nll(logits_BSV: Tensor, targets_BS: Tensor) -> float:
-    """Summed negative log-likelihood in nats; summed in fp64, or a gap of 1e-6 a token would drown in the sum."""
-    flat = logits_BSV.flatten(0, 1).float()
-    return F.cross_entropy(flat, targets_BS.flatten(), reduction="none").double().sum().item()
+def _nll(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """Negative log-likelihood of every target in nats; in fp64 to be summed, or a gap of 1e-6 a token would drown."""
+    wide = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), targets_BS.flatten(), reduction="none").double().view_as(targets_BS)
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger; NaN when either is: Python's max would drop it."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)

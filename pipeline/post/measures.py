@@ -5,7 +5,8 @@ it is measured per layer and head over many prompts. Determinants, loss gaps and
 nothing here averages over heads.
 
 Decision: accumulators, not lists. `Spread` keeps mean, variance and extremes of every entry (Welford's update, merged as
-Chan et al. do), in fp64, so that memory does not grow with the number of prompts and fp32 inputs lose nothing.
+Chan et al. do), in fp64, so that memory does not grow with the number of prompts and fp32 inputs lose nothing. They
+live on the CPU, whatever device the model is on, and `merge` joins those of several ranks.
 
 Shapes: N prompts, L layers, H heads, K head dim (rows and columns of the tensors).
 """
@@ -13,6 +14,7 @@ Shapes: N prompts, L layers, H heads, K head dim (rows and columns of the tensor
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +32,10 @@ class Spread:
     def update(self, x_NLHKK: Tensor) -> None:
         """Take in N more prompts."""
         x = x_NLHKK.detach().double()
-        other = Spread()
-        other.count = x.shape[0]
-        other.mean_LHKK = x.mean(dim=0)
-        other._m2_LHKK = (x - other.mean_LHKK).square().sum(dim=0)
-        other._low_LHKK, other._high_LHKK = x.amin(dim=0), x.amax(dim=0)
+        other, mean_LHKK = Spread(), x.mean(dim=0)
+        other.count, other.mean_LHKK = x.shape[0], mean_LHKK.cpu()
+        other._m2_LHKK = (x - mean_LHKK).square().sum(dim=0).cpu()
+        other._low_LHKK, other._high_LHKK = x.amin(dim=0).cpu(), x.amax(dim=0).cpu()
         self.merge(other)
 
     def merge(self, other: Spread) -> None:
@@ -72,30 +73,95 @@ class Spread:
 
 
 class Scalars:
-    """Streaming mean, standard deviation and extremes of [N,L,H] over N, counting what is not finite apart."""
+    """Streaming mean, standard deviation and extremes of [N,L,H] over N; what is not finite is counted apart, per head."""
 
-    def __init__(self) -> None:
-        self._spread = Spread()
-        self.not_finite = 0
+    def __init__(self, num_layers: int, num_heads: int) -> None:
+        shape = (num_layers, num_heads)
+        self.count_LH = self.not_finite_LH = self._mean_LH = self._m2_LH = torch.zeros(shape, dtype=torch.float64)
+        self._low_LH = torch.full(shape, math.inf, dtype=torch.float64)
+        self._high_LH = torch.full(shape, -math.inf, dtype=torch.float64)
 
     def update(self, x_NLH: Tensor) -> None:
-        """Take in N more prompts; a prompt with a non-finite entry is counted and left out."""
-        finite_N = x_NLH.isfinite().flatten(1).all(dim=1)
-        self.not_finite += int((~finite_N).sum())
-        if finite_N.any():
-            self._spread.update(x_NLH[finite_N][..., None, None])
+        """Take in N more prompts."""
+        x = x_NLH.detach().cpu().double()
+        finite = x.isfinite()
+        other = Scalars(*x.shape[1:])
+        other.count_LH = finite.double().sum(dim=0)
+        other.not_finite_LH = len(x) - other.count_LH
+        other._mean_LH = x.where(finite, 0.0).sum(dim=0) / other.count_LH.clamp_min(1)
+        other._m2_LH = (x - other._mean_LH).square().where(finite, 0.0).sum(dim=0)
+        other._low_LH = x.where(finite, math.inf).amin(dim=0)
+        other._high_LH = x.where(finite, -math.inf).amax(dim=0)
+        self.merge(other)
 
-    def mean(self) -> Tensor | None:
-        """[L,H], or None when nothing finite was seen."""
-        return self._spread.mean_LHKK[..., 0, 0] if self._spread.count else None
+    def merge(self, other: Scalars) -> None:
+        """Take in what another accumulator has seen."""
+        total = self.count_LH + other.count_LH
+        delta = other._mean_LH - self._mean_LH
+        self._m2_LH = self._m2_LH + other._m2_LH + delta.square() * self.count_LH * other.count_LH / total.clamp_min(1)
+        self._mean_LH = self._mean_LH + delta * other.count_LH / total.clamp_min(1)
+        self._low_LH = torch.minimum(self._low_LH, other._low_LH)
+        self._high_LH = torch.maximum(self._high_LH, other._high_LH)
+        self.not_finite_LH = self.not_finite_LH + other.not_finite_LH
+        self.count_LH = total
 
-    def std(self) -> Tensor | None:
-        """[L,H], or None when nothing finite was seen."""
-        return self._spread.std()[..., 0, 0] if self._spread.count else None
+    def as_dict(self) -> dict[str, Any]:
+        """mean, std, low, high per head, [L,H] lists; NaN where nothing finite was seen."""
+        seen = self.count_LH > 0
+        values = {
+            "mean": self._mean_LH,
+            "std": (self._m2_LH / self.count_LH.clamp_min(1)).clamp_min(0).sqrt(),
+            "low": self._low_LH,
+            "high": self._high_LH,
+        }
+        return {name: value.where(seen, math.nan).tolist() for name, value in values.items()}
 
-    def high(self) -> Tensor | None:
-        """Largest value per head, [L,H], or None when nothing finite was seen."""
-        return self._spread._high_LHKK[..., 0, 0] if self._spread.count else None
+
+class Pair:
+    """Streaming order parameter of two runs over the same prompts, tensors [N,L,H,K,K] each: RMSE / |mean| and RMSE / RMS.
+
+    |mean| and RMS are over both runs. |mean| can vanish, and the first number with it means nothing (inf at 0): judge
+    by the second, which is bounded. Source: arXiv 2603.23539, and docs/certificate.md.
+    """
+
+    def __init__(self) -> None:
+        self._entries = 0
+        self._error_LH = self._sum_LH = self._square_LH = torch.zeros((), dtype=torch.float64)
+
+    def update(self, first_NLHKK: Tensor, second_NLHKK: Tensor) -> None:
+        """Take in N more prompts."""
+        first, second = first_NLHKK.detach().cpu().double(), second_NLHKK.detach().cpu().double()
+        over = (0, -2, -1)
+        self._error_LH = self._error_LH + (first - second).square().sum(dim=over)
+        self._sum_LH = self._sum_LH + first.sum(dim=over) + second.sum(dim=over)
+        self._square_LH = self._square_LH + first.square().sum(dim=over) + second.square().sum(dim=over)
+        self._entries += len(first) * first.shape[-2] * first.shape[-1]
+
+    def merge(self, other: Pair) -> None:
+        """Take in what another accumulator has seen."""
+        self._entries += other._entries
+        self._error_LH = self._error_LH + other._error_LH
+        self._sum_LH = self._sum_LH + other._sum_LH
+        self._square_LH = self._square_LH + other._square_LH
+
+    def as_dict(self) -> dict[str, Any]:
+        """`by_mean` and `by_rms` over everything, as in the papers, and `by_mean_per_head`, `by_rms_per_head` [L,H]."""
+        by_mean, by_rms = _order(self._error_LH.mean(), self._sum_LH.mean(), self._square_LH.mean(), self._entries)
+        per_head = _order(self._error_LH, self._sum_LH, self._square_LH, self._entries)
+        return {
+            "by_mean": by_mean.item(),
+            "by_rms": by_rms.item(),
+            "by_mean_per_head": per_head[0].tolist(),
+            "by_rms_per_head": per_head[1].tolist(),
+        }
+
+
+def _order(error: Tensor, total: Tensor, square: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """RMSE / |mean| and RMSE / RMS from sums over `entries` entries of each of two runs; 0 where the error is 0."""
+    rmse = (error / entries).sqrt()
+    mean, rms = (total / (2 * entries)).abs(), (square / (2 * entries)).sqrt()
+    zero = torch.zeros_like(rmse)
+    return torch.where(rmse == 0, zero, rmse / mean), torch.where(rmse == 0, zero, rmse / rms)
 
 
 def _mean_over_entries(x_LHKK: Tensor) -> Tensor:
@@ -106,21 +172,6 @@ def relative_deviation(spread: Spread, reference_LHKK: Tensor, *, scale_LH: Tens
     """RMS of `x - reference` over `scale` (the head's RMS), [L,H]; 0 where a head never leaves an exact zero."""
     deviation_LH = spread.rms_from(reference_LHKK)
     return torch.where(deviation_LH == 0, 0.0, deviation_LH / scale_LH)
-
-
-def order_parameter(first_NLHKK: Tensor, second_NLHKK: Tensor) -> tuple[float, float]:
-    """The papers' order parameter of two runs over the same prompts: (RMSE / |mean|, RMSE / RMS), pooled over everything.
-
-    |mean| and RMS are over both runs. |mean| can vanish, and the first number with it means nothing (inf at 0): judge
-    by the second, which is bounded. Source: arXiv 2603.23539, and docs/certificate.md.
-    """
-    first, second = first_NLHKK.double(), second_NLHKK.double()
-    rmse = (first - second).square().mean().sqrt().item()
-    both = torch.stack((first, second))
-    mean, rms = abs(both.mean().item()), both.square().mean().sqrt().item()
-    if rmse == 0:
-        return 0.0, 0.0
-    return (rmse / mean if mean > 0 else math.inf), rmse / rms
 
 
 def row_variance_ratio(A: Tensor) -> Tensor:

@@ -8,73 +8,109 @@ Shapes: N prompts, B of them in a batch, S tokens, L layers, H heads, K head dim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from pipeline.post.measures import Scalars, Spread, log_abs_det, row_variance_ratio
+from pipeline.post.measures import Scalars, Spread, log_abs_det, numerical_rank, row_variance_ratio
 from pipeline.post.prompts import PromptKind
+from pipeline.post.ranks import bounds, gathered, merged, share
+from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
 
 TENSORS = ("A", "A_LM", "A_P", "G_LM")
-BATCH_LOGITS = 1 << 25  # entries of B*S*V a batch may have: 134 MB in fp32
+BATCH_LOGITS = (
+    1 << 22
+)  # entries of B*S*V a batch may have on a CPU: 17 MB, which its allocator reuses; larger are slower
+ON_GPU = 32  # times as many there
+BATCH_ENTRIES = 1 << 23  # entries of B*L*H*K*K a batch may have: 67 MB in fp64, for each tensor
+RANKED_PROMPTS = 4  # of every kind: singular values cost a hundred times what the other measures do
 
 
-@dataclass
 class Observation:
-    """What a model's deductive outputs did over all prompts. Constant-G models have G_LM only."""
+    """What a model's deductive outputs did over all prompts. Its size does not depend on their number.
 
-    spreads: dict[str, dict[str, Spread]] = field(default_factory=dict)  # tensor -> kind -> spread
-    log_abs_det: Scalars = field(default_factory=Scalars)  # of G_LM
-    row_variance: Scalars = field(default_factory=Scalars)  # of A
-    not_finite: list[str] = field(default_factory=list)  # "A_P, layer 1, head 0, prompts text"
+    spreads: tensor -> kind -> Spread; log_abs_det and rank: tensor -> Scalars; row_variance: of A; not_finite: "A_P, layer
+    1, head 0, prompts text".
+    """
+
+    def __init__(self, config: ModelConfig, kinds: Sequence[str]) -> None:
+        names, shape = tensors_of(config), (config.num_layers, config.num_heads)
+        self.spreads = {name: {kind: Spread() for kind in kinds} for name in names}
+        self.log_abs_det = {name: Scalars(*shape) for name in names}
+        self.rank = {name: Scalars(*shape) for name in names}
+        self.row_variance = Scalars(*shape)
+        self.not_finite: list[str] = []
+
+    def update(self, name: str, kind: str, x_BLHKK: Tensor, *, ranked: int) -> None:
+        """Take in a tensor of a batch of prompts of one kind; of the first `ranked` its numerical rank as well."""
+        bad_LH = ~x_BLHKK.isfinite().all(dim=0).all(dim=-1).all(dim=-1)
+        for layer, head in bad_LH.nonzero().tolist():
+            label = f"{name}, layer {layer}, head {head}, prompts {kind}"
+            if label not in self.not_finite:
+                self.not_finite.append(label)
+        if bad_LH.any():
+            return
+        self.spreads[name][kind].update(x_BLHKK)
+        self.log_abs_det[name].update(log_abs_det(x_BLHKK))
+        if ranked > 0:
+            self.rank[name].update(numerical_rank(x_BLHKK[:ranked].cpu()))
+        if name == "A":
+            self.row_variance.update(row_variance_ratio(x_BLHKK))
+
+    def merge_ranks(self) -> None:
+        """Take in what the other ranks have seen. Collective."""
+        for by_kind in self.spreads.values():
+            by_kind.update({kind: merged(spread) for kind, spread in by_kind.items()})
+        self.log_abs_det = {name: merged(scalars) for name, scalars in self.log_abs_det.items()}
+        self.rank = {name: merged(scalars) for name, scalars in self.rank.items()}
+        self.row_variance = merged(self.row_variance)
+        self.not_finite = list(dict.fromkeys(label for labels in gathered(self.not_finite) for label in labels))
 
     def pooled(self, tensor: str) -> Spread | None:
         """One spread over all kinds; None when the tensor was not finite somewhere or never seen."""
-        kinds = self.spreads.get(tensor)
-        if not kinds or any(name.startswith(f"{tensor},") for name in self.not_finite):
+        if any(label.startswith(f"{tensor},") for label in self.not_finite):
             return None
         whole = Spread()
-        for spread in kinds.values():
+        for spread in self.spreads.get(tensor, {}).values():
             whole.merge(spread)
-        return whole
+        return whole if whole.count else None
 
 
 @torch.inference_mode()
-def observe(model: PLDRModel, kinds: list[PromptKind]) -> Observation:
-    """Every deductive output of every prompt, streamed into accumulators."""
-    seen = Observation()
+def observe(model: PLDRModel, kinds: Sequence[PromptKind]) -> Observation:
+    """Every deductive output of every prompt, streamed into accumulators. Collective where there are several ranks."""
+    seen = Observation(model.config, [kind.name for kind in kinds])
     for kind in kinds:
-        for ids_BS in batches(kind.ids_NS, model):
-            for name, x_BLHKK in deduce(model, ids_BS).items():
-                bad_LH = ~x_BLHKK.isfinite().all(dim=0).all(dim=-1).all(dim=-1)
-                for layer, head in bad_LH.nonzero().tolist():
-                    label = f"{name}, layer {layer}, head {head}, prompts {kind.name}"
-                    if label not in seen.not_finite:
-                        seen.not_finite.append(label)
-                if bad_LH.any():
-                    continue
-                seen.spreads.setdefault(name, {}).setdefault(kind.name, Spread()).update(x_BLHKK)
-                if name == "G_LM":
-                    seen.log_abs_det.update(log_abs_det(x_BLHKK))
-                if name == "A":
-                    seen.row_variance.update(row_variance_ratio(x_BLHKK))
+        ranked = RANKED_PROMPTS - bounds(len(kind.ids_NS))[0]
+        for ids_BS in batches(share(kind.ids_NS), model):
+            for name, x_BLHKK in deduce(model, ids_BS, padded=kind.padded).items():
+                seen.update(name, kind.name, x_BLHKK, ranked=ranked)
+            ranked -= len(ids_BS)
+    seen.merge_ranks()
     return seen
 
 
-def deduce(model: PLDRModel, ids_BS: Tensor) -> dict[str, Tensor]:
+def tensors_of(config: ModelConfig) -> tuple[str, ...]:
+    """The deductive outputs that this model has."""
+    return TENSORS if config.g_source == "learned" else ("G_LM",)
+
+
+def deduce(model: PLDRModel, ids_BS: Tensor, *, padded: bool = False) -> dict[str, Tensor]:
     """The deductive outputs of these prompts, [B,L,H,K,K] each, with the model's live G. Constant G: `G_LM` only."""
     if model.config.g_source != "learned":
-        return {"G_LM": model.compute_g(ids_BS, padded=False).transpose(0, 1)}
-    _, layers = model(ids_BS, padded=False, return_outputs=True)
+        return {"G_LM": model.compute_g(ids_BS, padded=padded).transpose(0, 1)}
+    _, layers = model(ids_BS, padded=padded, return_outputs=True)
     return {name: torch.stack([getattr(layer, name) for layer in layers], dim=1) for name in TENSORS}
 
 
 def batches(ids_NS: Tensor, model: PLDRModel) -> Iterator[Tensor]:
-    """Batches on the model's device, small enough for their logits."""
-    size = max(1, BATCH_LOGITS // (ids_NS.shape[1] * model.config.vocab_size))
+    """Batches on the model's device, small enough for their logits and deductive outputs; none of no prompts."""
+    config = model.config
+    logits, entries = ids_NS.shape[1] * config.vocab_size, config.num_layers * config.num_heads * config.head_dim**2
     device = model.embedding.weight.device
-    for chunk_BS in torch.split(ids_NS, size):
-        yield chunk_BS.to(device)
+    most = BATCH_LOGITS * (1 if device.type == "cpu" else ON_GPU)
+    size = max(1, min(most // logits, BATCH_ENTRIES // entries))
+    for start in range(0, len(ids_NS), size):
+        yield ids_NS[start : start + size].to(device)

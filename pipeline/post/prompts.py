@@ -4,8 +4,8 @@ Background: G_LM depends on the input through the rotated queries of the whole s
 kind are a soft test: text of one length has much the same statistics everywhere. Random tokens, one token repeated, and
 prompts of a few tokens are what a model has never seen; a G_LM that is a constant of the model does not care.
 
-Decision: prompts of one kind share one length, so that they run as one batch without padding (padding queries would
-count in the density matrix and be one more difference).
+Decision: prompts of one kind share one length, so that they run as one batch without padding. Padding is a kind of its own:
+padding queries count in the density matrix (that is the model), so a G_LM that is a constant must not care for them either.
 
 Shapes: N prompts, S tokens.
 """
@@ -25,10 +25,11 @@ SHORT_LENGTHS = (1, 4, 16)
 
 
 class PromptKind(NamedTuple):
-    """Prompts of one kind and one length: [N,S] token ids."""
+    """Prompts of one kind and one length: [N,S] token ids. `padded`: they hold padding."""
 
     name: str
     ids_NS: Tensor
+    padded: bool = False
 
 
 def held_out_text(sequences_NT: Tensor, config: ModelConfig, *, limit: int) -> tuple[Tensor, int]:
@@ -51,8 +52,10 @@ def held_out_text(sequences_NT: Tensor, config: ModelConfig, *, limit: int) -> t
     whole_N = (sequences_NT != config.pad_id).all(dim=1)
     text_NT = sequences_NT[whole_N][:limit]
     if len(text_NT) < 2:
+        padded = int((~whole_N).sum())
+        why = f" ({padded} hold padding and were left out: tokens.packing=concat makes none)" if padded else ""
         raise UserError(
-            f"validation: {len(text_NT)} held-out prompts of full length, at least 2 are needed; "
+            f"validation: {len(text_NT)} held-out prompts of full length{why}, at least 2 are needed; "
             "raise data.val_fraction or give more text"
         )
     return text_NT.long(), int((~whole_N).sum())
@@ -60,7 +63,8 @@ def held_out_text(sequences_NT: Tensor, config: ModelConfig, *, limit: int) -> t
 
 def make_kinds(text_NT: Tensor, config: ModelConfig, *, seed: int) -> list[PromptKind]:
     """All kinds of prompts, from held-out text [N, S+1]: text of full, half and quarter length, short text, random
-    tokens, and one token repeated (a quarter as many of the last two, at least two). The same seed, the same prompts."""
+    tokens, one token repeated, and half a text padded to full length (a quarter as many of the last three, at least two).
+    The same seed, the same prompts."""
     num, S = text_NT.shape[0], text_NT.shape[1] - 1
     kinds = [PromptKind("text", text_NT[:, :S])]
     lengths = {S}
@@ -73,12 +77,19 @@ def make_kinds(text_NT: Tensor, config: ModelConfig, *, seed: int) -> list[Promp
     real = torch.tensor([i for i in range(config.vocab_size) if i != config.pad_id])
     random_NS = real[torch.randint(len(real), (few, S), generator=generator)]
     repeated_N1 = real[torch.randperm(len(real), generator=generator)[:few]].unsqueeze(1)
-    return [*kinds, PromptKind("random", random_NS), PromptKind("repeated", repeated_N1.repeat(1, S))]
+    padded_NS = text_NT[:few, :S].clone()
+    padded_NS[:, S // 2 :] = config.pad_id
+    return [
+        *kinds,
+        PromptKind("random", random_NS),
+        PromptKind("repeated", repeated_N1.repeat(1, S)),
+        PromptKind("padded", padded_NS, padded=True),
+    ]
 
 
 def few_of(kinds: list[PromptKind], count: int) -> list[PromptKind]:
     """The first `count` prompts of every kind: for controls."""
-    return [PromptKind(kind.name, kind.ids_NS[:count]) for kind in kinds]
+    return [kind._replace(ids_NS=kind.ids_NS[:count]) for kind in kinds]
 
 
 def sha256_kinds(kinds: list[PromptKind]) -> str:

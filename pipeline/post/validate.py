@@ -5,9 +5,9 @@ layer and head over prompts of several kinds and lengths; the answers with cache
 proof that attention is alive; the leak; and the same measure on the untrained model, which must fail.
 
 Decision: the verdict on G_LM is by the worst head on the worst kind of prompts, measured against the very G_LM that will
-be cached, in fp32 (as shipped) and, for models of up to 50M parameters, in fp64 too (which tells real variation from
-round-off); both must pass. `validate` is a pure function: the same model, G, sequences and configuration on the same
-machine give the same certificate, byte for byte. Nothing is read or written.
+be cached, in fp32 (as shipped) and in fp64 (which tells real variation from round-off); both must pass. `validate` is a
+pure function: the same model, G, sequences and configuration on the same machine give the same certificate, byte for byte.
+Nothing is read or written. All statistics are streamed: memory does not grow with the number of prompts.
 
 Shapes: N prompts, T = S+1 tokens, L layers, H heads, K head dim.
 """
@@ -25,13 +25,13 @@ from pipeline.config import PostConfig
 from pipeline.post import downstream
 from pipeline.post.certificate import make_certificate
 from pipeline.post.checks import make_checks
+from pipeline.post.generation import greedy_agreement, order_parameters
 from pipeline.post.measures import effective_rank, numerical_rank, relative_deviation
 from pipeline.post.observe import TENSORS, Observation, observe
 from pipeline.post.prompts import PromptKind, few_of, held_out_text, make_kinds, sha256_kinds
 from pldr_model.model import PLDRModel, g_shape
 
-FP64_LIMIT = 50_000_000  # parameters; above it the second pass in fp64 costs minutes on a CPU
-CONTROL_PROMPTS = 4  # of every kind
+CONTROL_PROMPTS = 8  # of every kind
 
 
 def validate(
@@ -47,8 +47,10 @@ def validate(
     """The certificate of `model` with the cached G_LM `g_LHKK`: a plain dict, ready for JSON (docs/certificate.md).
 
     sequences_NT: held-out token sequences [N, S+1]; the first `config.prompts` without padding are used. lineage: what
-    the certificate shall say about where the weights come from. budget: the run's invariance budget, for the mends.
-    Raises UserError for fewer than two usable prompts, or prompts that do not fit the model.
+    the certificate shall say about where the weights come from. budget: the run's invariance budget, for the mends. seed:
+    that of the training, which the untrained control is drawn from. Collective where torch.distributed has several ranks:
+    each measures its share, all return the same. Raises UserError for fewer than two usable prompts, or prompts that do not
+    fit the model.
     """
     assert tuple(g_LHKK.shape) == g_shape(model.config), "G_LM of another model"
     model.eval()
@@ -56,35 +58,26 @@ def validate(
     kinds = make_kinds(text_NT, model.config, seed=seed)
     learned = model.config.g_source == "learned"
 
-    seen = observe(model, kinds)
-    not_finite = list(seen.not_finite)
-    not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
-    not_finite += [f"weight {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
-    deviations = {"fp32": deviations_of(seen, g_LHKK)}
-    if model.config.num_parameters()["total"] <= FP64_LIMIT:
-        deviations["fp64"] = deviations_of(observe(copy.deepcopy(model).double(), kinds), g_LHKK, drift=True)
-    measures: dict[str, Any] = {
-        "not_finite": not_finite,
-        "relative_deviation_g": _worst([d["G_LM"]["max"] if "G_LM" in d else None for d in deviations.values()]),
-        "deviations": deviations,
-        **_shape_measures(seen, g_LHKK),
-        **{"losses": {}, "agreement": {}, "leak": {}, "greedy": {}, "order_parameter": {}},
-    }
-    if not not_finite:
-        measures.update(downstream.compare_losses(model, g_LHKK, text_NT))
-        measures["leak"] = downstream.leak_test(model, g_LHKK, text_NT)
-        num_tokens = config.generate_tokens
-        measures["greedy"] = downstream.greedy_agreement(model, g_LHKK, text_NT, num_tokens=num_tokens)
+    measures = measure(model, g_LHKK, text_NT, kinds, seed=seed)
+    _measure_fp64(measures, model, g_LHKK, text_NT, kinds, config, seed=seed)
+    if not measures["not_finite"]:
+        num = {"num_tokens": config.generate_tokens, "num_prompts": config.generate_prompts}
+        measures["greedy"] = greedy_agreement(model, g_LHKK, text_NT, **num)
         if learned:
-            measures["order_parameter"] = downstream.order_parameters(model, text_NT, num_tokens=num_tokens, seed=seed)
-    controls = {"untrained": untrained_control(model, kinds, seed=seed) if learned else {}}
+            measures["order_parameter"] = order_parameters(model, text_NT, **num, seed=seed)
+    controls: dict[str, Any] = {"random_tokens": _random_tokens_control(measures)}
+    if learned:
+        controls["untrained"] = untrained_control(model, text_NT, kinds, config, seed=seed)
+    checks = make_checks(
+        measures, controls, config, variant=model.config.g_source, num_prompts=len(text_NT), budget=budget
+    )
     return make_certificate(
         model,
         g_LHKK,
         config,
         measures=measures,
         controls=controls,
-        checks=make_checks(measures, controls, config, variant=model.config.g_source, budget=budget),
+        checks=checks,
         prompts={
             "sha256": sha256_kinds([*kinds, PromptKind("targets", text_NT)]),
             "kinds": {kind.name: list(kind.ids_NS.shape) for kind in kinds},
@@ -93,6 +86,60 @@ def validate(
         },
         lineage={**(lineage or {}), "invariance_budget": budget},
     )
+
+
+def measure(
+    model: PLDRModel, g_LHKK: Tensor | None, text_NT: Tensor, kinds: list[PromptKind], *, seed: int
+) -> dict[str, Any]:
+    """Everything that one pass over the prompts in the model's own precision tells; no generation.
+
+    g_LHKK None: judge a G that is the mean over the text prompts themselves.
+    """
+    seen = observe(model, kinds)
+    not_finite = list(seen.not_finite)
+    not_finite += [f"weight {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
+    if g_LHKK is not None:
+        not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
+    deviations = deviations_of(seen, g_LHKK)
+    measures: dict[str, Any] = {
+        "not_finite": not_finite,
+        "relative_deviation_g": deviations["G_LM"]["max"] if "G_LM" in deviations else None,
+        "deviations": {"fp32": deviations},
+        **_shape_measures(seen, model.config.head_dim),
+        "cached_rank": None if g_LHKK is None or not_finite else _rank_of(g_LHKK),
+        **{"losses": {}, "prefix": {}, "agreement": {}, "leak": {}, "greedy": {}, "order_parameter": {}, "fp64": {}},
+    }
+    if not not_finite:
+        by_kind = seen.spreads["G_LM"]
+        given = {"cached": by_kind["text"].mean_LHKK if g_LHKK is None else g_LHKK}
+        given |= {"mean": by_kind["text"].mean_LHKK, "random_tokens": by_kind["random"].mean_LHKK}
+        measures.update(downstream.compare_losses(model, given, text_NT))
+        measures["leak"] = downstream.leak_test(model, given["cached"], text_NT, seed=seed)
+    return measures
+
+
+def _measure_fp64(
+    measures: dict[str, Any],
+    model: PLDRModel,
+    g_LHKK: Tensor,
+    text_NT: Tensor,
+    kinds: list[PromptKind],
+    config: PostConfig,
+    *,
+    seed: int,
+) -> None:
+    """Add what the same weights do in fp64, over the first prompts of every kind; the worse of both deviations is judged."""
+    double = copy.deepcopy(model).double()
+    deviations = deviations_of(observe(double, few_of(kinds, config.fp64_prompts)), g_LHKK, drift=True)
+    measures["deviations"]["fp64"] = deviations
+    found = [d["G_LM"]["max"] if "G_LM" in d else None for d in measures["deviations"].values()]
+    measures["relative_deviation_g"] = _worst(found)
+    if not measures["not_finite"]:
+        text_NT = text_NT[: config.fp64_prompts]
+        measures["fp64"] = {
+            **downstream.compare_losses(double, {"cached": g_LHKK.double()}, text_NT),
+            "leak": downstream.leak_test(double, g_LHKK.double(), text_NT, seed=seed),
+        }
 
 
 def deviations_of(seen: Observation, g_LHKK: Tensor | None, *, drift: bool = False) -> dict[str, Any]:
@@ -108,11 +155,12 @@ def deviations_of(seen: Observation, g_LHKK: Tensor | None, *, drift: bool = Fal
         if pooled is None:
             continue
         given = g_LHKK is not None and tensor == "G_LM" and not drift
-        reference = g_LHKK.to(pooled.mean_LHKK) if given and g_LHKK is not None else pooled.mean_LHKK
+        reference = g_LHKK.detach().cpu().double() if given and g_LHKK is not None else pooled.mean_LHKK
         scale_LH = pooled.rms()
         by_kind = {
             kind: relative_deviation(spread, reference, scale_LH=scale_LH)
             for kind, spread in seen.spreads[tensor].items()
+            if spread.count
         }
         per_head_LH = torch.stack(list(by_kind.values())).amax(dim=0)
         kind, where = max(by_kind.items(), key=lambda item: float(item[1].max()))
@@ -123,48 +171,62 @@ def deviations_of(seen: Observation, g_LHKK: Tensor | None, *, drift: bool = Fal
             "by_kind": {kind: float(value.max()) for kind, value in by_kind.items()},
             "per_head": per_head_LH.tolist(),
             "max_abs_delta": float(pooled.max_from(reference).max()),
+            "max_abs_delta_per_head": pooled.max_from(reference).tolist(),
             "rms": scale_LH.tolist(),
         }
     return out
 
 
-def untrained_control(model: PLDRModel, kinds: list[PromptKind], *, seed: int) -> dict[str, Any]:
-    """The same measure on the same model as it is before training: drawn anew from its configuration. It must fail."""
+def untrained_control(
+    model: PLDRModel, text_NT: Tensor, kinds: list[PromptKind], config: PostConfig, *, seed: int
+) -> dict[str, Any]:
+    """The same measures on the same model as it was before training: drawn anew from its seed. It must fail."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = PLDRModel(model.config).eval()
     weight = model.embedding.weight
     fresh.to(device=weight.device, dtype=weight.dtype)
-    seen = observe(fresh, few_of(kinds, CONTROL_PROMPTS))
-    deviations = deviations_of(seen, None)
+    measures = measure(fresh, None, text_NT[:CONTROL_PROMPTS], few_of(kinds, CONTROL_PROMPTS), seed=seed)
+    checks = make_checks(
+        measures, {}, config, variant=model.config.g_source, num_prompts=config.min_prompts, budget=None
+    )
     return {
-        "relative_deviation_g": deviations["G_LM"]["max"] if "G_LM" in deviations else None,
-        "row_variance_ratio": _list_or_none(seen.row_variance.mean()),
-        "prompts_of_each_kind": CONTROL_PROMPTS,
         "seed": seed,
+        "prompts_of_each_kind": CONTROL_PROMPTS,
+        "failed": [check.measure for check in checks if not check.passed and check.value is not None],
+        **{name: measures[name] for name in ("relative_deviation_g", "row_variance_ratio_A", "losses", "leak")},
+        "deviations": measures["deviations"]["fp32"],
+        "agreement": measures["agreement"].get("cached", {}),
     }
 
 
-def _shape_measures(seen: Observation, g_LHKK: Tensor) -> dict[str, Any]:
-    """What the tensors look like: certifies nothing by itself, explains a lot."""
-    finite = bool(g_LHKK.isfinite().all())
-    g = g_LHKK.detach().cpu()
+def _random_tokens_control(measures: dict[str, Any]) -> dict[str, Any]:
+    """The same model with G_LM from random tokens: where G_LM is constant, that is as good as one from text."""
+    losses = measures["losses"]
+    if not losses:
+        return {}
     return {
-        "row_variance_ratio_A": {
-            "mean": _list_or_none(seen.row_variance.mean()),
-            "max": _list_or_none(seen.row_variance.high()),
-        },
-        "log_abs_det_G_LM": {
-            "mean": _list_or_none(seen.log_abs_det.mean()),
-            "std": _list_or_none(seen.log_abs_det.std()),
-            "prompts_exactly_singular": seen.log_abs_det.not_finite,
-        },
-        "rank_G_LM": {
-            "numerical": numerical_rank(g).tolist() if finite else None,
-            "effective": effective_rank(g).tolist() if finite else None,
-            "of": g.shape[-1],
-        },
+        "loss": losses["random_tokens"],
+        "gap": losses["random_tokens"] - losses["block"],
+        "agreement": measures["agreement"]["random_tokens"],
     }
+
+
+def _shape_measures(seen: Observation, head_dim: int) -> dict[str, Any]:
+    """What the tensors look like: certifies nothing by itself, explains a lot."""
+    return {
+        "row_variance_ratio_A": seen.row_variance.as_dict() if "A" in seen.spreads else None,
+        "log_abs_det": {
+            name: {**scalars.as_dict(), "singular": scalars.not_finite_LH.tolist()}
+            for name, scalars in seen.log_abs_det.items()
+        },
+        "rank": {name: {**scalars.as_dict(), "of": head_dim} for name, scalars in seen.rank.items()},
+    }
+
+
+def _rank_of(g_LHKK: Tensor) -> dict[str, Any]:
+    g = g_LHKK.detach().cpu()
+    return {"numerical": numerical_rank(g).tolist(), "effective": effective_rank(g).tolist(), "of": g.shape[-1]}
 
 
 def _not_finite_heads(g_LHKK: Tensor) -> list[tuple[int, int]]:
@@ -176,7 +238,3 @@ def _worst(values: list[float | None]) -> float | None:
     """The largest; None when any could not be measured."""
     known = [v for v in values if v is not None and math.isfinite(v)]
     return max(known) if len(known) == len(values) else None
-
-
-def _list_or_none(x: Tensor | None) -> list[Any] | None:
-    return None if x is None else list(x.tolist())

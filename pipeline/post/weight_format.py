@@ -151,7 +151,7 @@ def check_section(section: Any, *, weight_format: str, sha256: str, where: str) 
         raise UserError(
             f"{where}: a loss difference of {difference} against {allowed} is not passed={section['passed']}"
         )
-    return within
+    return bool(within)
 
 
 def describe_format(section: Mapping[str, Any]) -> str:

@@ -85,8 +85,12 @@ class Heartbeat:
             self._thread.join()
 
 
-def blame(folder: Path, job: str, *, me: int, world: int) -> str:
-    """Which rank a failed collective of rank `me` waited for, as far as the files tell. One line."""
+def blame(folder: Path, job: str, *, me: int, world: int, closed: bool = False) -> str:
+    """Which rank a failed collective of rank `me` waited for, as far as the files tell. One line.
+
+    closed: it failed because a connection was closed, so whoever is behind did not hang but end (on another host, whose
+    processes cannot be looked at).
+    """
     others = {rank: _read(folder, rank, job) for rank in range(world) if rank != me}
     for judge in (_absent, _gone, _silent):
         named = [said for rank, record in others.items() if (said := judge(rank, record)) is not None]
@@ -99,7 +103,8 @@ def blame(folder: Path, job: str, *, me: int, world: int) -> str:
     places = {rank: (r["step"], PHASES.index(r["phase"])) for rank, r in everyone.items()}
     behind = [r for r, place in places.items() if place < max(places.values())]
     if behind:
-        return "; ".join(f"rank {r} hangs at step {everyone[r]['step']} ({everyone[r]['phase']})" for r in behind)
+        did = "ended" if closed else "hangs"
+        return "; ".join(f"rank {r} {did} at step {everyone[r]['step']} ({everyone[r]['phase']})" for r in behind)
     names = ", ".join(f"rank {rank} on {record['host']}" for rank, record in sorted(everyone.items()))
     return f"every rank lives and is at step {max(places.values())[0]}: the network between {names} is cut"
 

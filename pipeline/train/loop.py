@@ -9,26 +9,23 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
-from pipeline.checkpoints import verify
-from pipeline.config import RunConfig, RunPaths, TrainConfig, staging_folder
+from pipeline.checkpoints import checkpoint_name
+from pipeline.config import RunConfig, RunPaths, staging_folder
 from pipeline.errors import UserError
 from pipeline.metrics_spool import Tracker
 from pipeline.publish import Publisher
 from pipeline.retention import policy_of, retain
-from pipeline.schedule import invariance_budget, learning_rate
-from pipeline.train import checkpoint
-from pipeline.train.engine import build_engine, device_of_rank, set_learning_rate, set_recipe
-from pipeline.train.guard import Guard
+from pipeline.schedule import learning_rate
+from pipeline.train.engine import device_of_rank, set_learning_rate
+from pipeline.train.freeze import calm, freeze, is_due, mean_g, model_config, num_batches
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.memory import record_history
 from pipeline.train.metrics import Throughput, peak_flops, validate
@@ -37,57 +34,12 @@ from pipeline.train.profiler import StepProfiler
 from pipeline.train.progress import Progress
 from pipeline.train.response import checkpoint_to_go_back_to, judge, told
 from pipeline.train.save import Saver
+from pipeline.train.state import Lineage, TrainData, TrainState, begin, record, roll_back, whole
 from pipeline.train.step import global_step
 from pipeline.train.stop import StopRequest
 from pipeline.train.system import Measures, first_on_node
-from pldr_model.model import PLDRModel
 
 log = logging.getLogger(__name__)
-
-
-class TrainData(Protocol):
-    """What the loop needs of a loader: `limit` global batches from a position of the data order on, each as this rank's
-    micro batches [n, S+1], with the position behind it."""
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences in an epoch."""
-        ...
-
-    def indices(self, position: int) -> np.ndarray:
-        """The sequence numbers of the batch that begins at a position."""
-        ...
-
-    def micro_batches(self, position: int, *, limit: int) -> Iterator[tuple[Sequence[np.ndarray], int]]: ...
-
-
-@dataclass
-class TrainState:
-    """How far the run is; what a checkpoint's state.json says about it.
-
-    sequences_consumed: the position in the data order, sequences that were left out (sequences_left_out) included: as bad,
-    or by a rollback.
-    val_loss_cached: the newest validation's, at val_step; None before the first one and when it is not finite.
-    """
-
-    step: int = 0
-    sequences_consumed: int = 0
-    tokens_consumed: int = 0
-    skipped_steps: int = 0
-    sequences_left_out: int = 0
-    val_loss_cached: float | None = None
-    val_step: int | None = None
-    budget: float = 0.0  # the invariance budget up to here, without skipped steps
-    guard: Guard = field(default_factory=Guard)
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """Where the run's inputs come from; kept in every checkpoint and checked before a resume (pretrain.py)."""
-
-    data_fingerprint: str
-    tokenizer_sha256: str
-    mlflow_run_id: str
 
 
 def train(
@@ -113,10 +65,7 @@ def train(
     world, device = dist.get_world_size(), device_of_rank()
     if settings.memory_history:
         record_history()
-    torch.manual_seed(config.seed)  # the same weights on every rank and at every world size
-    model = PLDRModel(config.model)
-    engine = build_engine(model, settings, world)
-    checkpoint.make_safe(engine)
+    engine, state = begin(config, resume_from)
     saver = Saver(
         engine,
         paths.checkpoints,
@@ -124,20 +73,27 @@ def train(
         first_on_node=first_on_node(),
         committed=partial(_committed, config, paths.checkpoints, publisher),
     )
-    state = TrainState()
-    if resume_from is not None:
-        state = _resume(engine, resume_from, settings)
     progress = Progress(config, start_step=state.step) if dist.get_rank() == 0 else None
     throughput, measures = Throughput(), Measures(paths.root, device)
     profiler = StepProfiler(settings.profile_steps, paths.profiles, dist.get_rank())
     tokens_per_batch = settings.global_batch * config.model.context_length
-    flops = config.model.flops_per_token(training=True)
     peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_flops()
     batches = data.micro_batches(state.sequences_consumed, limit=settings.steps - state.step)
     stopped: str | None = None
     gc.disable()  # ranks must not pause one after another; collected at the logging interval
 
     while state.step < settings.steps:
+        if state.frozen is None and is_due(settings, state.step, state.calm_evaluations):
+            source = whole(paths.checkpoints / checkpoint_name(state.step))
+            ahead = list(islice(batches, num_batches(settings)))
+            batches = chain(ahead, batches)
+            if source is not None and ahead:
+                g_lm = mean_g(engine, config.model, [micro for micro, _ in ahead])
+                del engine, saver.engine
+                saver.engine = engine = freeze(config, source, g_lm)
+                state.frozen = state.step
+                _tell(progress, f"G is frozen after step {state.step}: the metric learner is gone")
+        model = model_config(config, state.frozen is not None)
         profiler.begin(state.step + 1)
         heart.at(state.step + 1, "data")
         with measures.data.running():
@@ -149,10 +105,10 @@ def train(
         heart.at(state.step + 1, "compute")
         rate = learning_rate(settings, state.step)
         set_learning_rate(engine, rate)
-        outcome = global_step(engine, micro_batches, config.model, stop=stop, device=device, forward=measures.forward)
+        outcome = global_step(engine, micro_batches, model, stop=stop, device=device, forward=measures.forward)
         ids = partial(data.indices, state.sequences_consumed)
         stopped = outcome.stop
-        if not outcome.skipped:
+        if not outcome.skipped and state.frozen is None:
             state.budget += rate * settings.metric_decay
         state.step += 1
         state.skipped_steps = int(engine.skipped_steps)
@@ -184,7 +140,10 @@ def train(
                 **measures.gather(),
             }
             if peak is not None:
-                values["train/mfu"] = values["train/tokens_per_second"] * flops / (peak * world)
+                flops = values["train/tokens_per_second"] * model.flops_per_token(training=True)
+                values["train/mfu"] = flops / (peak * world)
+            if settings.freeze_g is not None:
+                values["invariance/frozen"] = float(state.frozen is not None)
             if config.model.g_source == "learned":
                 values["invariance/budget"] = state.budget
             if outcome.skipped:
@@ -194,9 +153,10 @@ def train(
             heart.at(state.step, "validate")
             with throughput.pause():
                 values |= validate(
-                    engine, config.model, held_out, batch_size=settings.micro_batch, bytes_per_token=bytes_per_token
+                    engine, model, held_out, batch_size=settings.micro_batch, bytes_per_token=bytes_per_token
                 )
             cached = values["val/loss_cached"]
+            state.calm_evaluations = calm(settings, state.calm_evaluations, values.get("invariance/order_parameter_G"))
             state.val_loss_cached, state.val_step = cached if math.isfinite(cached) else None, state.step
 
         try:
@@ -211,17 +171,20 @@ def train(
             _report(tracker, progress, state.step, values)
         if event is not None and event["action"] == "rollback":
             _warn(progress, saver.settle())
-            earlier = _roll_back(engine, paths.checkpoints, state, settings)
-            if earlier is not None:
+            target = checkpoint_to_go_back_to(paths.checkpoints, state.guard, state.step)
+            if target is not None:
+                engine, earlier = roll_back(engine, config, target, state)
+                saver.engine = engine
                 state = earlier
                 _tell(progress, f"rolled back to step {state.step}; goes on at position {state.sequences_consumed}")
                 continue
             _warn(progress, "there is no checkpoint to roll back to; training goes on")
-        if checkpoint_due:
+        freezes = state.frozen is None and is_due(settings, state.step, state.calm_evaluations)
+        if checkpoint_due or freezes or state.step - 1 == state.frozen:
             heart.at(state.step, "save")
             with throughput.pause():
                 try:
-                    _warn(progress, saver.save(_record(config, state, lineage), wait=last))
+                    _warn(progress, saver.save(record(config, state, lineage), wait=last or freezes))
                 except UserError as error:  # on every rank: a full disk, say
                     if last:
                         raise
@@ -234,34 +197,6 @@ def train(
     if progress is not None:
         progress.end(state.step, stop=stopped)
     return state
-
-
-def _resume(engine: Any, folder: Path, settings: TrainConfig) -> TrainState:
-    saved = verify(folder)
-    checkpoint.load(engine, folder, saved, precision=settings.precision)
-    set_recipe(engine, settings)
-    # Older checkpoints lack fields that were added since; their defaults are what was true then.
-    saved.setdefault("budget", invariance_budget(settings, saved["step"]) - saved.get("budget_skipped", 0.0))
-    known = {key: saved[key] for key in TrainState.__dataclass_fields__ if key in saved}
-    return TrainState(**{**known, "guard": Guard(**saved.get("guard", {}))})
-
-
-def _roll_back(engine: Any, folder: Path, state: TrainState, settings: TrainConfig) -> TrainState | None:
-    """The newest whole checkpoint, loaded; its state, but behind the batches seen until now. None: there is no checkpoint."""
-    target = checkpoint_to_go_back_to(folder, state.guard, state.step)
-    if target is None:
-        return None
-    earlier = _resume(engine, target, settings)
-    earlier.guard.roll_back(state.guard, target.name)
-    earlier.sequences_left_out += state.sequences_consumed - earlier.sequences_consumed
-    earlier.sequences_consumed = state.sequences_consumed
-    return earlier
-
-
-def _record(config: RunConfig, state: TrainState, lineage: Lineage) -> dict[str, Any]:
-    """What state.json says."""
-    world_size = dist.get_world_size()
-    return {**asdict(state), **asdict(lineage), "config": config.as_dict(), "world_size": world_size}
 
 
 def _committed(config: RunConfig, folder: Path, publisher: Publisher | None, step: int) -> None:

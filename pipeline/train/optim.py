@@ -37,7 +37,9 @@ class ClippedAdamW(torch.optim.AdamW):
         checks_finite: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(params, **kwargs)
+        super().__init__(
+            params, fused=True, **kwargs
+        )  # one kernel, on a CPU too: there six times as fast (docs/speed.md)
         self.clip_value, self.clip_norm, self.checks_finite = clip_value, clip_norm, checks_finite
         self.sum_of_squares: torch.Tensor | None = None
         self.overflow = False

@@ -10,7 +10,7 @@ Every rank reads all files: what goes over the network or disk is (new ranks) x 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,9 +33,10 @@ def fits(engine: Any, old: ZeroState, *, world_size: int, precision: str, today:
 
 
 @torch.no_grad()
-def carry_over(engine: Any, old: ZeroState) -> None:
+def carry_over(engine: Any, old: ZeroState, *, new: Mapping[str, Tensor] | None = None) -> None:
     """Put a checkpoint's weights, moments and step counts into the engine; collective. Shapes have been checked.
 
+    new: weights of parameters that the checkpoint does not have; their moments are zero.
     Raises UserError when DeepSpeed's settings bring an optimizer that is not known here.
     """
     parameters = dict(engine.module.named_parameters())
@@ -44,7 +45,11 @@ def carry_over(engine: Any, old: ZeroState) -> None:
         optimizer.checkpoint_event_prologue()  # every parameter back into its partition, as DeepSpeed's load does
     put = _put_by_stage(engine, old.adam_step)
     for name, parameter in parameters.items():
-        put(parameter, old.tensor(name), {key: old.tensor(name, key) for key in MOMENTS})
+        if name in old.shapes:
+            put(parameter, old.tensor(name), {key: old.tensor(name, key) for key in MOMENTS})
+        else:
+            weight = (new or {})[name]
+            put(parameter, weight, {key: torch.zeros_like(weight) for key in MOMENTS})
     if stage == 3:
         optimizer.checkpoint_event_epilogue()  # the small parameters that stay whole on every rank
     for name, buffer in engine.module.named_buffers():
@@ -73,7 +78,7 @@ def _put_by_stage(engine: Any, step: float) -> Put:
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
 
     def fresh(master: Tensor) -> dict[str, Tensor]:
-        return {"step": torch.tensor(step), **{key: torch.zeros_like(master) for key in MOMENTS}}
+        return {"step": torch.tensor(step, device=master.device), **{key: torch.zeros_like(master) for key in MOMENTS}}
 
     if stage == 0:
         # bf16: DeepSpeed keeps fp32 masters beside the parameters, in the same groups.

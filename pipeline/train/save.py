@@ -47,7 +47,8 @@ class Saver:
         first_on_node: bool = True,
         committed: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self._engine, self._folder, self._staging = engine, folder, staging
+        self.engine = engine  # of the next save
+        self._folder, self._staging = folder, staging
         self._first_on_node, self._committed = first_on_node, committed
         self._under_way: _Bringing | None = None
 
@@ -73,8 +74,8 @@ class Saver:
         except OSError as error:
             problem = str(error)
         self._agree(name, [problem])
-        self._engine.save_checkpoint(str(here), tag=name, save_latest=False)
-        written = self._engine.checkpoint_engine
+        self.engine.save_checkpoint(str(here), tag=name, save_latest=False)
+        written = self.engine.checkpoint_engine
         mine: Files = {os.path.relpath(path, here): entry for path, entry in written.written.items()}
         reports = _gather({"files": mine, "rng": rng_state(), "failure": written.failure})
         failures = [report["failure"] for report in reports if report["failure"]]

@@ -27,8 +27,12 @@ class StopRequest:
         """1 for each of SIGNALS that came, else 0: what the ranks add up."""
         return [float(number in self._seen) for number in SIGNALS]
 
-    def _note(self, number: int, frame: Any) -> None:
+    def note(self, number: int) -> None:
+        """Take a signal for seen that reached this process in another way (pipeline.lifeline)."""
         self._seen.add(number)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.note(number)
 
 
 def named(flags: list[float]) -> str | None:

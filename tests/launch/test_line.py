@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from launch.cli import main
 from pipeline import tracking
 from pipeline.config import load_config
+from pipeline.post.schema import read_certificate
 
 PLDR = [sys.executable, "-m", "launch.cli"]
 
@@ -112,6 +114,8 @@ def test_the_run_in_mlflow_has_no_gap_and_no_double(finished):
     assert version.run_id == run_id and version.tags["checkpoint"] == "step-000500"
     names = {Path(item.path).name for item in mlflow.list_artifacts(run_id, "checkpoints")}
     assert names == {"step-000400", "step-000500"}
+    names = {Path(item.path).name for item in mlflow.list_artifacts(run_id, "certificate")}
+    assert names == {"certificate.json", "certificate.html"}
     assert len(mlflow.search_runs([run.info.experiment_id])) == 1
 
 
@@ -128,6 +132,41 @@ def test_the_run_in_mlflow_knows_its_nodes_and_has_the_trace(finished):
         f"{folder}/rank-0.{end}" for end in ("json.gz", "txt")
     }
     assert {p.name for p in (run_dir / "logs" / folder).iterdir()} >= {"rank-0.json.gz", "rank-1.json.gz"}
+
+
+def test_the_certificate_says_how_few_prompts_there_were_and_its_page_shows_the_training(finished):
+    _, run_dir, _, _ = finished
+    certificate = read_certificate(run_dir / "certificate" / "certificate.json")
+    assert certificate["measures"]["losses"]["zero"] > certificate["measures"]["losses"]["cached"] + 0.05
+    assert "judged by 8 held-out prompts only" in certificate["statement"]
+    assert certificate["controls"]["untrained"]["relative_deviation_g"] > 1e-2
+    page = (run_dir / "certificate" / "certificate.html").read_text()
+    assert "Certified: G_LM may be cached" in page and "invariance/order_parameter_G" in page
+    assert page.count("no cache: G_LM deduced anew") == 6  # two held-out prompts and the sample prompt, drawn two ways
+
+
+def test_a_checkpoint_of_another_model_is_not_validated(finished):
+    path, _, _, _ = finished
+    code, _, errors = pldr("validate", path, "model.A_dff=8")
+    assert code == 2 and "a checkpoint of another model: its A_dff is 16" in errors
+    code, output, errors = pldr("validate", path, "--json")
+    assert code == 0 and result_of(output)["skipped"] is True, errors  # nothing was lost
+
+
+@pytest.mark.slow
+def test_two_ranks_validate_to_the_verdict_of_one(finished, tmp_path):
+    path, run_dir, _, _ = finished
+    shutil.copytree(run_dir, tmp_path / "copy")
+    code, _, errors = pldr("validate", path, "--force", "post.ranks=2", f"run_dir={tmp_path / 'copy'}")
+    assert code == 0, errors
+    one, two = (
+        read_certificate(folder / "certificate" / "certificate.json") for folder in (run_dir, tmp_path / "copy")
+    )
+    assert (one["verdict"], one["tier"], one["prompts"]) == (two["verdict"], two["tier"], two["prompts"])
+    assert two["measures"]["losses"]["block"] == pytest.approx(one["measures"]["losses"]["block"], rel=1e-5)
+    (tmp_path / "copy" / "weights" / "model.safetensors").write_bytes(b"")
+    code, _, errors = pldr("validate", path, "--force", "post.ranks=2", f"run_dir={tmp_path / 'copy'}")
+    assert code == 1 and "model.safetensors" in errors and "Traceback" not in errors
 
 
 def test_a_third_start_does_nothing_again(finished):
@@ -212,7 +251,11 @@ def test_other_data_under_a_trained_run_is_refused(finished):
 
 @pytest.mark.slow
 def test_a_corrupted_checkpoint_falls_back_loudly(finished):
-    path, run_dir, _, _ = finished
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    path, run_dir, output, _ = finished
+    run = tracking.client(tracking.tracking_uri(load_config(path))).get_run(result_of(output)["run_id"])
+    get_artifact_repository(run.info.artifact_uri).delete_artifacts("checkpoints/step-000500")  # else it is fetched
     newest = run_dir / "checkpoints" / "step-000500"
     victim = next((newest / "step-000500").glob("*model_states.pt"))
     data = bytearray(victim.read_bytes())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.deepspeed import _free_port
+from launch.job import free_port
 from pipeline.checkpoints import committed
 
 pytestmark = [
@@ -42,7 +42,7 @@ def prepared(tokens: Path, folder: Path) -> Path:
 
 def start(folder: Path, prefixes: list[list[str]], address: str = "127.0.0.1", interface: str = "lo"):
     """Both ranks, each inside its prefix command, with its log beside the run directory."""
-    base = {**os.environ, "MASTER_ADDR": address, "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2",
+    base = {**os.environ, "MASTER_ADDR": address, "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
             "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # fmt: skip
     ranks = []
     for rank, prefix in enumerate(prefixes):
@@ -82,41 +82,25 @@ def test_a_rank_without_data_or_disk_says_so_before_training(tokens, tmp_path, l
     assert "pldr-status" not in (folder / "rank0.log").read_text()
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
-
-
 @pytest.fixture
-def two_networks():
-    """Two network namespaces with a cable between them: (prefix commands, address of rank 0, its interface)."""
-    names = [f"pldr{os.getpid()}{side}" for side in "ab"]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
-        for number, name in enumerate(names, 1):
-            ip("-n", name, "addr", "add", f"10.99.0.{number}/24", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this container may not make network namespaces")
-    yield names
-    for name in names:
-        subprocess.run(["ip", "netns", "del", name])
+def two_networks(tmp_path, make_hosts):
+    """Two hosts with a cable between them, without ssh."""
+    with make_hosts(tmp_path, ssh=False) as network:
+        yield network
 
 
 @pytest.mark.multinode
 def test_a_cut_cable_ends_both_ranks_within_the_timeout(tokens, tmp_path, two_networks):
     """No packet says that the other end is gone: without timeouts in ZeRO's own groups this hangs for half an hour."""
     folder = prepared(tokens, tmp_path / "work")
-    prefixes = [["ip", "netns", "exec", name] for name in two_networks]
-    ranks = start(folder, prefixes, address="10.99.0.1", interface="cable")
+    prefixes = [two_networks.enter(host) for host in (0, 1)]
+    ranks = start(folder, prefixes, address=two_networks.addresses[0], interface="cable")
     try:
         end = time.monotonic() + 300
         while not committed(folder / "run" / "checkpoints"):
             assert time.monotonic() < end and all(rank.poll() is None for rank in ranks), failures(folder)
             time.sleep(0.1)
-        ip("-n", two_networks[0], "link", "set", "cable", "down")
+        two_networks.cable("down")
         cut = time.monotonic()
         assert [rank.wait(120) for rank in ranks] == [1, 1], failures(folder)
         assert time.monotonic() - cut < 20 + 25  # train.timeout_s, and rank 0 takes leave of MLflow

@@ -111,3 +111,8 @@ def test_flat_names_every_leaf():
     flat = RunConfig.model_validate(TREE).flat()
     assert flat["train.metric_weight_decay"] == "null" and flat["model.head_dim"] == "4"
     assert flat["name"] == "t" and json.loads(flat["data.sources"])[0]["url"] == "x.txt"
+
+
+def test_tiers_out_of_order_are_refused():
+    with pytest.raises(ConfigError, match="variant_above > approximate_above > invariant_above"):
+        parse_config({**TREE, "post": {"invariant_above": 1e-3}}, where="x")

@@ -195,7 +195,7 @@ def test_a_batch_whose_answer_was_lost_is_stored_once(tmp_path, server):
     assert tracker.close()
     sent = tracking.spool_of(config, run_id).with_suffix(".sent")
     sent.write_text(json.dumps({**json.loads(sent.read_text()), "sent": 0}))  # as if killed before it was noted
-    assert tracking.settle(config, run_id)["points_sent"] == 3
+    assert tracking.settle(config, run_id)["points_sent"] == 0  # MLflow says that it has them
     assert [step for step, _ in history(config, run_id, "train/loss")] == [10, 20, 30]
 
 

@@ -1,6 +1,7 @@
 """Publishing beside training: real stores (MLflow's SQLite, a folder, an S3 that breaks on command) and the real thread."""
 
 import json
+import os
 import threading
 import time
 
@@ -26,16 +27,16 @@ def configuration(folder, **sections):
 def save(folder, step, loss=None, content=b"weights"):
     """A committed checkpoint of a few files, as checkpoint.save leaves it."""
     name = checkpoints.checkpoint_name(step)
-    target = folder / name
-    (target / name).mkdir(parents=True)
+    hidden = folder / f".{name}.staging"
+    (hidden / name).mkdir(parents=True)
     for rank in range(2):
-        (target / name / f"rank_{rank}.pt").write_bytes(content * 100 + bytes([rank]))
+        (hidden / name / f"rank_{rank}.pt").write_bytes(content * 100 + bytes([rank]))
     state = {"schema_version": 1, "step": step, "config": {}, "val_step": step, "val_loss_cached": loss}
-    storage.publish_json(target / "state.json", state)
-    manifest = {"schema_version": 1, "files": storage.manifest_of(target)}
-    storage.publish_json(target / storage.MANIFEST, manifest)
-    (target / "COMMITTED").write_text(storage.sha256_file(target / storage.MANIFEST))
-    return target
+    storage.publish_json(hidden / "state.json", state)
+    manifest = {"schema_version": 1, "files": storage.manifest_of(hidden)}
+    storage.publish_json(hidden / storage.MANIFEST, manifest)
+    (hidden / "COMMITTED").write_text(storage.sha256_file(hidden / storage.MANIFEST))
+    return hidden.rename(folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +114,49 @@ def test_training_does_not_wait_and_what_is_uploaded_stays(tmp_path):
         publisher.saved(step)
         slowest = max(slowest, time.monotonic() - started)
     assert slowest < 1
-    assert [c.name for c in checkpoints.committed(folder)] == ["step-000001", "step-000004", "step-000005"]
+    kept = ["step-000001", "step-000004", "step-000005"]  # what is uploaded and the last two
+    wait_for(lambda: [c.name for c in checkpoints.committed(folder)] == kept)
     place.open.set()
     assert publisher.close(30) == []
     assert place.uploads == ["step-000001", "step-000005", "step-000004"] and place.most == 1
     assert [c.name for c in checkpoints.committed(folder)] == ["step-000004", "step-000005"]
     assert names_in(place) == ["step-000005", "step-000004"] and told[-1] == ["step-000004", "step-000005"]
+
+
+def test_training_does_not_wait_for_removals(tmp_path):
+    """A disk that hangs: reading what an old checkpoint says blocks (a pipe that nobody writes to)."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        save(folder, step)
+    state = folder / "step-000001" / "state.json"
+    state.unlink()
+    os.mkfifo(state)
+    publisher = Publisher(folder, Policy(2), lambda: None, print)
+    caller = threading.Thread(target=publisher.saved, args=(3,), daemon=True)
+    caller.start()
+    caller.join(5)
+    assert not caller.is_alive() and len(checkpoints.committed(folder)) == 3
+    with open(state, "r+b", buffering=0):  # the disk answers: there is nothing in the file
+        state.rename(folder / "pipe")
+    wait_for(lambda: [c.name for c in checkpoints.committed(folder)] == ["step-000002", "step-000003"])
+
+
+def test_a_wish_to_stop_is_heard_while_the_last_upload_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "STOPPING_S", 0.3)
+    folder, place, asked = tmp_path / "checkpoints", Gate(str(tmp_path / "published")), []
+    publisher = Publisher(folder, Policy(2), lambda: place, print)
+    save(folder, 1)
+    publisher.saved(1)
+    assert place.began.wait(10)
+
+    def stop():
+        asked.append(time.monotonic())
+        return len(asked) > 2
+
+    started = time.monotonic()
+    assert publisher.close(600, stop=stop) == ["step-000001"]
+    assert time.monotonic() - started < 20 and len(asked) == 3  # heard once, not asked again
+    place.open.set()
 
 
 def test_an_upload_that_hangs_does_not_hold_the_end(tmp_path, caplog):

@@ -1,17 +1,20 @@
 """What `--resume` names, which checkpoint it finds, and what it refuses: real folders and real MLflow stores, no training."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
-from pipeline import storage, tracking
+from pipeline import run_record, storage, tracking
 from pipeline.checkpoints import committed, step_of, verify
 from pipeline.config import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.publish import open_publisher
-from pipeline.resume import Resume, changes, find_start, names_run, parse_resume
+from pipeline.resume import Resume, changes, find_start, names_run, parse_resume, require_newest
 
+AWAY = "http://127.0.0.1:9"  # nobody listens there
 TODAY = {"data_fingerprint": "d" * 64, "tokenizer_sha256": "t" * 64}
 TREE = {
     "name": "t",
@@ -128,11 +131,150 @@ def test_what_is_gone_here_comes_from_mlflow(run):
     assert run.said == [f"step-000006 fetched from MLflow run {run.id}"]
 
 
-def test_a_damaged_checkpoint_falls_back_loudly(run):
-    (run.paths.checkpoints / "step-000006" / "step-000006" / "weights.pt").write_bytes(b"x" * 100)
+def test_where_another_machine_went_on_its_later_checkpoint_is_fetched(run):
+    """A to step 3, B to step 6, A again."""
+    shutil.rmtree(run.paths.checkpoints / "step-000006")
+    assert run.start().checkpoint.name == "step-000006"
+    assert run.said == [f"step-000006 fetched from MLflow run {run.id}: the run is further than step-000003 here"]
+    assert verify(run.paths.checkpoints / "step-000006")["step"] == 6
+
+
+def test_with_mlflow_away_what_is_here_is_taken_and_said(tmp_path):
+    run = Run(tmp_path / "run", AWAY)
+    run_record.remember(run.config(), dataclasses.replace(run_record.new_record(run.config()), run_id="a" * 32))
+    run.commit(3, "a" * 32)
     assert run.start().checkpoint.name == "step-000003"
+    assert "not known whether another machine went on from step-000003" in run.said[0] and len(run.said) == 1
+
+
+def test_a_damaged_checkpoint_comes_from_its_published_copy_before_an_older_one_is_taken(run):
+    (run.paths.checkpoints / "step-000006" / "step-000006" / "weights.pt").write_bytes(b"x" * 100)
+    assert run.start().checkpoint.name == "step-000006"
     assert "step-000006 is damaged and left out" in run.said[0] and "sha256" in run.said[0]
+    assert run.said[1:] == [f"step-000006 fetched from MLflow run {run.id}"]
     assert (run.paths.checkpoints / ".damaged-step-000006").is_dir()
+
+
+def test_a_checkpoint_damaged_here_and_there_falls_back_loudly(run):
+    published = Path(tracking.client(run.uri).get_run(run.id).info.artifact_uri.removeprefix("file://")) / "checkpoints"
+    for folder in (run.paths.checkpoints, published):
+        (folder / "step-000006" / "step-000006" / "weights.pt").write_bytes(b"x" * 100)
+    assert run.start().checkpoint.name == "step-000003"
+    assert "step-000006 is damaged and left out" in run.said[0]
+    assert f"step-000006 in MLflow run {run.id} is damaged and left out" in run.said[1]
+    assert sorted(p.name for p in run.paths.checkpoints.iterdir()) == [".damaged-step-000006", "step-000003"]
+
+
+@pytest.mark.parametrize("left", ["old", "old and new", "old and half"])
+def test_a_kill_between_the_renames_of_a_save_loses_no_committed_step(run, left, caplog):
+    """Step 6 was saved a second time: the old folder is renamed first, then the new one."""
+    folder = run.paths.checkpoints
+    (folder / "step-000006").rename(folder / ".step-000006.0123abcd.old")
+    if left != "old":
+        new = run.commit(6, run.id, train={"log_every": 7})
+        new.rename(folder / ".step-000006.staging")
+    if left == "old and half":
+        (folder / ".step-000006.staging" / "step-000006" / "weights.pt").write_bytes(b"x")
+    start = run.start()
+    assert start.checkpoint == folder / "step-000006" and run.said == []  # it was not fetched
+    assert start.state["config"]["train"]["log_every"] == (7 if left == "old and new" else 10)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000003", "step-000006"]
+    assert "has its name back" in caplog.text
+
+
+def test_a_job_file_that_is_started_a_second_time_is_refused(run):
+    first, second = (run.paths.checkpoints / name for name in names(run))
+    require_newest(second, run.paths)
+    for stale, where in ((first, "step-000003"), (None, "the beginning")):
+        with pytest.raises(ConfigError, match=f"begins at {where}, but step-000006 is committed since"):
+            require_newest(stale, run.paths)
+    shutil.rmtree(run.paths.checkpoints)
+    require_newest(None, run.paths)
+
+
+def runs_in(uri):
+    mlflow = tracking.client(uri)
+    return {r.info.run_id for r in mlflow.search_runs([e.experiment_id for e in mlflow.search_experiments()])}
+
+
+def test_another_tracking_uri_is_refused_and_changes_nothing(run):
+    """A typing error must not cost the directory its run."""
+    file, right = run.paths.root / "run.json", run.uri
+    before = file.read_bytes()
+    run.uri = AWAY
+    for text in ("auto", run.id):
+        with pytest.raises(UserError) as error:
+            run.start(text)
+        assert AWAY in str(error.value) and run.id in str(error.value) and "\n" not in str(error.value)
+        assert (right in str(error.value)) == (text == "auto")
+        assert file.read_bytes() == before
+    run.uri = right
+    assert run.start().checkpoint.name == "step-000006"
+
+
+def test_a_run_whose_server_has_moved_goes_on_when_it_is_named(run, tmp_path):
+    shutil.copy(run.uri.removeprefix("sqlite:///"), tmp_path / "moved.db")
+    run.uri = f"sqlite:///{tmp_path / 'moved.db'}"
+    spool = tracking.spool_of(run.config(), run.id)
+    for text in (run.id, "auto"):
+        start = run.start(text)
+        assert (start.run_id, start.checkpoint.name) == (run.id, "step-000006")
+    assert tracking.spool_of(run.config(), run.id).name.startswith("metrics-local-") and spool.parent.exists()
+
+
+def test_a_run_that_a_mistyped_server_never_made_is_made_at_the_right_one(tmp_path, uri):
+    run = Run(tmp_path / "run", AWAY)
+    local = run.start().run_id
+    run.commit(3, local)
+    run.uri = uri
+    start = run.start()
+    assert start.checkpoint.name == "step-000003" and start.run_id in runs_in(uri)
+    assert tracking.client(uri).get_run(start.run_id).data.tags["pldr.local_id"] == local
+
+
+def test_a_lost_run_file_makes_no_second_run(run):
+    (run.paths.root / "run.json").unlink()
+    before = runs_in(run.uri)
+    with pytest.raises(ConfigError, match=f"belongs to MLflow run {run.id}.*go on with --resume {run.id}"):
+        run.start()
+    assert runs_in(run.uri) == before and not (run.paths.root / "run.json").exists()
+    assert run.start(run.id).checkpoint.name == "step-000006"
+
+
+def test_another_machine_needs_the_server_to_go_on_with_a_run(tmp_path):
+    """The folder below publish_to has the run's local name, which only MLflow could tell."""
+    other = Run(tmp_path / "other", AWAY)
+    with pytest.raises(UserError, match=f"does not answer.*only it knows run {'a' * 32}: start the server"):
+        other.start("a" * 32, train={"publish_to": str(tmp_path / "store")})
+    with pytest.raises(ConfigError, match="only the run directory where it began knows this name"):
+        other.start("local-0123")
+    assert not (other.paths.root / "run.json").exists()
+
+
+def test_a_refused_start_leaves_no_trace_on_another_machine(run, tmp_path):
+    other = Run(tmp_path / "other", run.uri)
+    for today, sections in (({**TODAY, "data_fingerprint": "e" * 64}, {}), (TODAY, {"train": {"max_lr": 1e-4}})):
+        for text in (run.id, f"runs:/{run.id}/checkpoints/step-000003"):
+            with pytest.raises(ConfigError):
+                other.start(text, today=today, **sections)
+            assert not (other.paths.root / "run.json").exists() and names(other) == []
+
+
+def test_nothing_is_fetched_beside_another_runs_checkpoints(run, tmp_path):
+    other = Run(tmp_path / "other", run.uri)
+    other.commit(3, other.start().run_id)
+    for text in (run.id, f"runs:/{run.id}/checkpoints/step-000006"):
+        with pytest.raises(ConfigError, match=f"step-000003: belongs to MLflow run .*, not to {run.id}"):
+            other.start(text)
+    assert names(other) == ["step-000003"] and other.start().run_id != run.id
+
+
+def test_a_refused_start_leaves_a_finished_run_finished(run):
+    mlflow = tracking.client(run.uri)
+    tracking.finish(run.config(), run.id)
+    with pytest.raises(ConfigError):
+        run.start(today={**TODAY, "data_fingerprint": "e" * 64})
+    assert mlflow.get_run(run.id).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("by_path", [True, False])

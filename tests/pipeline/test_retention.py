@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,7 +54,8 @@ def test_a_future_that_was_left_is_not_judged_and_crowds_nothing_out(losses, pol
 def test_the_disk_is_asked_for_enough(policy, steps, interval):
     saved = {step: float(step) for step in {*range(interval, steps + 1, interval), steps}}  # the best is the oldest
     kept = len(policy.keep(saved, steps))
-    assert kept <= policy.at_most(steps, interval) <= kept + 2
+    spare = policy.last + 2  # one that stays for two reasons may be counted twice
+    assert kept <= policy.at_most(steps, interval) <= kept + spare
 
 
 def save(folder, step, **state):
@@ -83,3 +85,24 @@ def test_a_folder_is_left_with_the_last_the_nth_and_the_best(tmp_path):
     assert removed == ["step-000010"]
     retain(tmp_path, Policy(2, every=30, best=True))  # nobody reads 40 any more
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000030", "step-000050", "step-000060"]
+
+
+def test_what_cannot_be_removed_is_told_and_tried_again(tmp_path, monkeypatch, caplog):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    real = Path.unlink
+
+    def unlink(path, missing_ok=False):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "unlink", unlink)  # an injected disk error: root may remove everything
+    assert retain(tmp_path, Policy(2)) == [] and "Input/output error" in caplog.text
+    monkeypatch.setattr(Path, "unlink", real)
+    assert [path.name for path in retain(tmp_path, Policy(2))] == ["step-000010"]
+
+
+def test_a_save_that_goes_on_is_left_alone(tmp_path):
+    save(tmp_path, 10)
+    (tmp_path / ".step-000020.staging" / "step-000020").mkdir(parents=True)
+    retain(tmp_path, Policy(2))
+    assert (tmp_path / ".step-000020.staging" / "step-000020").is_dir()

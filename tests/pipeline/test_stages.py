@@ -138,18 +138,52 @@ def test_tokens_for_another_model_are_refused(line):
 def test_a_launch_that_trained_nothing_is_a_failure_and_marks_the_run(line):
     from pipeline import tracking
 
+    def status():
+        """And RUNNING again, as ranks would mark it."""
+        run_id = json.loads((one.paths.root / "run.json").read_text())["run_id"]
+        mlflow = tracking.client(tracking.tracking_uri(one.config))
+        before = mlflow.get_run(run_id).info.status
+        mlflow.update_run(run_id, status="RUNNING")
+        return before
+
     data_stages(line()[0])
     one, _ = line(launch=lambda config, job, ranks: None)
     with pytest.raises(UserError, match="training ended before step 4"):
         one.stage("train")
+    assert status() == "FAILED"
 
     def fail(config, job_file, ranks):
         raise UserError("rank 1: something broke")
 
     with pytest.raises(UserError, match="something broke"):
         line(launch=fail)[0].stage("train")
+    assert status() == "FAILED"
+
+
+def test_a_restart_that_cannot_be_prepared_marks_the_run_failed(line, monkeypatch):
+    """With the traceback of the crash as an artifact; the disk has filled up in between."""
+    from pipeline import pretrain, tracking
+
+    def crash(config, job_file, ranks):
+        (one.paths.logs / "train.log").write_text("Traceback (most recent call last):\n  File\nOSError: rank 1 broke\n")
+        monkeypatch.setattr(pretrain, "_require_disk", full)
+        raise UserError("rank 1: something broke")
+
+    def full(config, paths):
+        raise UserError("the disk is full")
+
+    data_stages(line()[0])
+    one, said = line("train.max_restarts=1", launch=crash)
+    with pytest.raises(UserError, match="the disk is full"):
+        one.stage("train")
+    assert "rank 1: something broke; it could not be restarted" in said
+    mlflow = tracking.client(tracking.tracking_uri(one.config))
     run_id = json.loads((one.paths.root / "run.json").read_text())["run_id"]
-    assert tracking.client(tracking.tracking_uri(one.config)).get_run(run_id).info.status == "FAILED"
+    assert mlflow.get_run(run_id).info.status == "FAILED"
+    (artifact,) = mlflow.list_artifacts(run_id, "failure")
+    with open(mlflow.download_artifacts(run_id, artifact.path)) as stream:
+        text = stream.read()
+    assert "the disk is full" in text and "rank 1 broke" in text
 
 
 def test_ranks_divide_the_global_batch(line):

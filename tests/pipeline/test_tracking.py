@@ -155,6 +155,72 @@ def test_what_only_one_metric_lacks_is_logged_after_an_earlier_resume(tmp_path):
     assert [step for step, _ in history(config, run_id, "train/new")] == [20, 30, 40]
 
 
+def log_losses(config, run_id, steps):
+    """Closed with MLflow's answer waited for; False when it does not answer."""
+    tracker = tracking.open_tracker(config, run_id)
+    for step in steps:
+        tracker.log(step, {"train/loss": float(step)})
+    return tracker.close()
+
+
+@pytest.fixture
+def machines(tmp_path):
+    """Two run directories of one run."""
+    here = configuration(tmp_path / "a")
+    uri = tracking.tracking_uri(here)
+    here = configuration(tmp_path / "a", tracking={"uri": uri})
+    there = configuration(tmp_path / "b", tracking={"uri": uri})
+    run_id = tracking.open_run(here)
+    assert tracking.open_run(there, run_id=run_id) == run_id
+    return here, there, run_id
+
+
+def test_a_machine_that_the_run_comes_back_to_logs_no_step_twice(machines):
+    """A to step 50, B to step 100, then A again from its own step 50."""
+    here, there, run_id = machines
+    assert log_losses(here, run_id, range(10, 51, 10)) and log_losses(there, run_id, range(60, 101, 10))
+    assert log_losses(here, run_id, range(60, 121, 10))
+    assert history(here, run_id, "train/loss") == [(step, float(step)) for step in range(10, 121, 10)]
+
+
+def test_what_a_machine_still_owes_is_sent_although_the_run_is_further(machines):
+    """A was killed before its last points were sent; B began at an earlier checkpoint and went past it."""
+    here, there, run_id = machines
+    spool = tracking.spool_of(here, run_id)
+    assert log_losses(here, run_id, (10, 20, 30, 40, 50))
+    owed = spool.read_bytes()
+    mlflow = tracking.client(tracking.tracking_uri(here))
+    experiment = mlflow.get_run(run_id).info.experiment_id
+    fresh = mlflow.create_run(experiment).info.run_id  # a run that MLflow has nothing of yet
+    spool.with_suffix(".sent").unlink()
+    spool.rename(spool.with_name(f"metrics-{fresh}.jsonl"))
+    assert log_losses(there, fresh, (40, 50, 60))
+    assert tracking.spool_of(here, fresh).read_bytes() == owed
+    assert tracking.settle(here, fresh)["points_sent"] == 3
+    assert history(here, fresh, "train/loss") == [(step, float(step)) for step in (10, 20, 30, 40, 50, 60)]
+    assert tracking.settle(here, fresh)["points_sent"] == 0
+
+
+def test_a_spool_that_gets_another_name_loses_nothing(tmp_path):
+    """Begun under MLflow's id, as long as the local one was not known; twice, and with half a line."""
+    config = configuration(tmp_path)
+    run_id = tracking.open_run(config)
+    spool = tracking.spool_of(config, run_id)
+    old = spool.with_name(f"metrics-{run_id}.jsonl")
+    for steps in ((10, 20), (30, 40)):
+        old.parent.mkdir(exist_ok=True)
+        lines = [json.dumps({"step": s, "time": 1000 + s, "values": {"train/loss": float(s)}}) + "\n" for s in steps]
+        old.write_text("".join(lines) + '{"step": 5')
+        if 10 in steps:  # MLflow has the first of them
+            tracking.client(tracking.tracking_uri(config)).log_metric(run_id, "train/loss", 10.0, 1010, 10)
+            old.with_suffix(".sent").write_text(json.dumps({"sent": len(lines[0])}))
+        assert log_losses(config, run_id, ())
+        assert not old.exists() and not old.with_suffix(".sent").exists()
+        spool.write_bytes(spool.read_bytes() + b'{"step": 50, "val')
+    assert log_losses(config, run_id, (50,))
+    assert history(config, run_id, "train/loss") == [(step, float(step)) for step in (10, 20, 30, 40, 50)]
+
+
 def test_a_full_disk_costs_no_metric_and_no_run(tmp_path, caplog):
     """The kernel cuts a write in the middle of a line and refuses the next ones (a limit on file sizes, for a disk)."""
     config = configuration(tmp_path, tracking={"uri": "http://127.0.0.1:9"})

@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
     num_reslayerA=2,
     num_denseA=1,
 )
-POST = PostConfig(prompts=16, generate_tokens=12)
+POST = PostConfig(prompts=16, min_prompts=16, fp64_prompts=4, generate_tokens=12, generate_prompts=4)
 TEXT = (
     "the quick brown fox jumps over the lazy dog and the lazy dog sleeps. pack my box with five dozen jugs of wine. "
     "how vexingly quick daft zebras jump! sphinx of black quartz, judge my vow. the end of the line is near, said she.\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from pipeline.post.measures import (
+    Pair,
     Scalars,
     Spread,
     effective_rank,
     log_abs_det,
     numerical_rank,
-    order_parameter,
     relative_deviation,
     row_variance_ratio,
 )
@@ -68,22 +69,50 @@ def test_memory_does_not_grow_with_prompts() -> None:
     assert sum(v.numel() for v in vars(spread).values() if isinstance(v, torch.Tensor)) == 4 * 4
 
 
-def test_scalars_leave_out_what_is_not_finite_and_count_it() -> None:
-    scalars = Scalars()
-    assert scalars.mean() is None
-    scalars.update(torch.tensor([[[1.0, 2.0]], [[3.0, -math.inf]], [[3.0, 4.0]]]))
-    assert scalars.not_finite == 1
-    assert scalars.mean().tolist() == [[2.0, 3.0]]
-    assert scalars.high().tolist() == [[3.0, 4.0]]
+def test_scalars_leave_out_what_is_not_finite_head_by_head() -> None:
+    scalars, whole = Scalars(1, 3), Scalars(1, 3)
+    x = torch.tensor([[[1.0, 2.0, math.inf]], [[3.0, -math.inf, math.nan]], [[5.0, 4.0, math.inf]]])
+    scalars.update(x[:2])
+    other = Scalars(1, 3)
+    other.update(x[2:])
+    scalars.merge(other)
+    whole.update(x)
+    for seen in (scalars, whole):
+        values = seen.as_dict()
+        assert seen.not_finite_LH.tolist() == [[0, 1, 3]]
+        assert values["mean"][0][:2] == [3.0, 3.0] and values["std"][0][:2] == pytest.approx([math.sqrt(8 / 3), 1.0])
+        assert values["low"][0][:2] == [1.0, 2.0] and values["high"][0][:2] == [5.0, 4.0]
+        assert all(math.isnan(values[name][0][2]) for name in values)
+
+
+def pair_of(first: torch.Tensor, second: torch.Tensor, *, parts: int = 1) -> dict[str, Any]:
+    pair = Pair()
+    for a, b in zip(first.chunk(parts), second.chunk(parts), strict=True):
+        other = Pair()
+        other.update(a, b)
+        pair.merge(other)
+    return pair.as_dict()
 
 
 def test_order_parameter_by_rms_stays_bounded_where_the_mean_vanishes() -> None:
     first = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1, 1)
-    assert order_parameter(first, first) == (0.0, 0.0)
-    by_mean, by_rms = order_parameter(first, -first)
-    assert by_mean == math.inf and by_rms == pytest.approx(2.0)
-    by_mean, by_rms = order_parameter(first + 3, first + 4)
-    assert by_mean == pytest.approx(1 / 3.5) and by_rms == pytest.approx(1 / math.sqrt((10 + 17) / 2))
+    assert pair_of(first, first)["by_mean"] == pair_of(first, first)["by_rms"] == 0.0
+    found = pair_of(first, -first)
+    assert found["by_mean"] == math.inf and found["by_rms"] == pytest.approx(2.0)
+    for parts in (1, 2):
+        found = pair_of(first + 3, first + 4, parts=parts)
+        assert found["by_mean"] == pytest.approx(1 / 3.5)
+        assert found["by_rms"] == pytest.approx(1 / math.sqrt((10 + 17) / 2))
+
+
+def test_order_parameter_names_the_head_that_moves() -> None:
+    first = torch.ones(4, 1, 3, 2, 2)
+    second = first.clone()
+    second[:, :, 1] += 0.5
+    found = pair_of(first, second, parts=2)
+    assert found["by_rms_per_head"][0][0] == found["by_rms_per_head"][0][2] == 0.0
+    assert found["by_rms_per_head"][0][1] == pytest.approx(0.5 / math.sqrt((1 + 1.5**2) / 2))
+    assert found["by_mean_per_head"][0][1] == pytest.approx(0.5 / 1.25)
 
 
 def test_row_variance_ratio_is_zero_for_equal_rows_and_one_for_constant_rows() -> None:
@@ -115,3 +144,5 @@ def test_effective_rank_of_the_published_G_LM_is_what_was_measured_before() -> N
     (G,) = load_file(REAL_G).values()
     per_layer = effective_rank(G).double().mean(-1).tolist()
     assert per_layer == pytest.approx([5.5, 4.8, 11.9, 20.6, 45.8], abs=0.06)
+    assert log_abs_det(G).isfinite().all()  # where most determinants are 0 to fp64
+    assert int((torch.linalg.det(G.double()).abs() < 1e-15).sum()) == 61

@@ -18,6 +18,7 @@ from pipeline.config import parse_config
 from pipeline.errors import UserError
 from pipeline.train import loop, step
 from pipeline.train.engine import init_distributed
+from pipeline.train.state import Lineage
 
 sys.path.insert(0, str(Path(__file__).parent))
 from zero_worker import Batches, Recorder, configuration
@@ -50,7 +51,7 @@ def train(config, data, resume_from=None):
         data,
         np.random.default_rng(99).integers(4, 67, size=(9, 17)),
         bytes_per_token=2.0,
-        lineage=loop.Lineage("data", "tokenizer", "run"),
+        lineage=Lineage("data", "tokenizer", "run"),
         tracker=recorder,
         resume_from=resume_from,
     )

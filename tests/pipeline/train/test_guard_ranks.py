@@ -1,21 +1,17 @@
 """On two real ranks: a step that is not finite changes nothing anywhere, and a spike is rolled back to the same run again."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-spec = importlib.util.spec_from_file_location("zero_ranks", Path(__file__).with_name("test_zero.py"))
-zero_ranks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(zero_ranks)
 WORKER = Path(__file__).with_name("guard_worker.py")
 STAGES = [0, 1, 2, 3]
 pytestmark = pytest.mark.slow  # a minute for all of it
 
 
 @pytest.fixture(scope="module")
-def fp32(tmp_path_factory):
-    return zero_ranks.start_ranks(tmp_path_factory.mktemp("guard"), "0,+1,2,3", "fp32", worker=WORKER)
+def fp32(start_ranks, tmp_path_factory):
+    return start_ranks(WORKER, tmp_path_factory.mktemp("guard"), "0,+1,2,3", "fp32")
 
 
 def check_skip(result):
@@ -43,8 +39,8 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(fp32, stage, ki
     check_skip(fp32[f"{stage}-{kind}"])
 
 
-def test_in_bf16_too(tmp_path):
-    results = zero_ranks.start_ranks(tmp_path, "0,+1,+2,+3", "bf16", worker=WORKER)
+def test_in_bf16_too(start_ranks, tmp_path):
+    results = start_ranks(WORKER, tmp_path, "0,+1,+2,+3", "bf16")
     for stage in STAGES:
         for kind in ("loss", "gradient"):
             check_skip(results[f"{stage}-{kind}"])
@@ -89,8 +85,8 @@ def test_a_spike_is_rolled_back_and_its_batches_left_out(fp32):
 
 
 @pytest.mark.timeout(900)
-def test_a_spike_is_rolled_back_at_the_other_stages(tmp_path):
-    results = zero_ranks.start_ranks(tmp_path, "+0,+2,+3", "fp32", worker=WORKER)
+def test_a_spike_is_rolled_back_at_the_other_stages(start_ranks, tmp_path):
+    results = start_ranks(WORKER, tmp_path, "+0,+2,+3", "fp32")
     for stage in (0, 2, 3):
         check_rollback(results[f"{stage}-rollback"])
 

@@ -47,6 +47,7 @@ def test_gone_stopped_behind_or_nobody(tmp_path, rank):
     mine, other = rank(0, 7, "compute"), rank(1, 7, "data")
     assert blame(tmp_path, "job", me=0, world=2) == "rank 1 hangs at step 7 (data)"
     assert blame(tmp_path, "job", me=1, world=2) == "rank 1 hangs at step 7 (data)"
+    assert blame(tmp_path, "job", me=0, world=2, closed=True) == "rank 1 ended at step 7 (data)"
     assert blame(tmp_path, "job", me=0, world=3) == "rank 2 has not started"
     assert blame(tmp_path, "an earlier job", me=0, world=2) == "rank 1 has not started"
     os.kill(other.pid, signal.SIGSTOP)

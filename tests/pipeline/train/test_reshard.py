@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.deepspeed import _free_port
+from launch.deepspeed import free_port
 
 WORKER = Path(__file__).with_name("reshard_worker.py")
 # By world size; what stands for all in the default suite. Sources: 0, 1 and 3 of two ranks, 2 of one.
@@ -23,7 +23,7 @@ def start_jobs(folder: Path, cases: dict[int, list[str]], timeout: float) -> dic
     """One job for each world size, side by side; what their ranks 0 wrote."""
     ranks = []
     for world, of_world in cases.items():
-        port = str(_free_port())
+        port = str(free_port())
         for rank in range(world):
             environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world),
                            "RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",

@@ -3,8 +3,6 @@
 import gzip
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from launch.deepspeed import _free_port
 from pipeline.checkpoints import verify
 from pipeline.schedule import invariance_budget, learning_rate
 from pipeline.train.optim import build_optimizer
@@ -23,35 +20,14 @@ from pldr_model.model import PLDRModel
 WORKER = Path(__file__).with_name("zero_worker.py")
 
 
-def start_ranks(folder: Path, stages: str, precision: str, world: int = 2, worker: Path = WORKER) -> dict:
-    port = str(_free_port())
-    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-    logs = [open(folder / f"rank{rank}.log", "wb") for rank in range(world)]  # noqa: SIM115
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(folder), stages, precision],
-            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world)
-    ]
-    codes = [rank.wait(timeout=280) for rank in ranks]
-    for stream in logs:
-        stream.close()
-    assert codes == [0] * world, (folder / "rank0.log").read_text()[-3000:]
-    return json.loads((folder / "result.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fp32")
 
 
 @pytest.fixture(scope="module")
-def fp32(folder):
-    return start_ranks(folder, "0,1,2,3", "fp32")
+def fp32(start_ranks, folder):
+    return start_ranks(WORKER, folder, "0,1,2,3", "fp32")
 
 
 def losses(points: dict) -> list[float]:
@@ -190,8 +166,8 @@ def test_gradient_norm_agrees_over_stages(fp32):
 
 
 @pytest.mark.slow
-def test_bf16_resumes_bit_equal(tmp_path):
-    result = start_ranks(tmp_path, "1,2,3", "bf16")
+def test_bf16_resumes_bit_equal(start_ranks, tmp_path):
+    result = start_ranks(WORKER, tmp_path, "1,2,3", "bf16")
     for name, run in result.items():
         if name == "failing":
             continue

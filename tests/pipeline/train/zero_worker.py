@@ -19,6 +19,7 @@ from pipeline.config import RunConfig, parse_config
 from pipeline.errors import UserError
 from pipeline.train import checkpoint, loop, save
 from pipeline.train.engine import init_distributed
+from pipeline.train.state import Lineage
 
 STEPS = 6
 
@@ -83,7 +84,7 @@ def run(config, held_out, resume_from=None):
         Batches(config),
         held_out,
         bytes_per_token=2.0,
-        lineage=loop.Lineage("data", "tokenizer", "run"),
+        lineage=Lineage("data", "tokenizer", "run"),
         tracker=recorder,
         resume_from=resume_from,
     )

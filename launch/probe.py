@@ -1,0 +1,161 @@
+"""What one node has, for `pldr doctor`: a question on stdin, the facts as the last line of stdout, both JSON.
+
+    python -m launch.probe < question
+
+It runs as a rank would: the same Python, in the same way over ssh (limits there differ from those of a login shell). It judges
+nothing; a check that fails is told by the text of its error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import first_line
+from pipeline.urls import without_secrets
+
+PACKAGES = ("torch", "deepspeed", "pldr", "mlflow", "fsspec", "numpy")
+PARTS = ("pldr_model", "pipeline", "launch")
+
+
+def facts(question: dict[str, Any]) -> dict[str, Any]:
+    """question: {"run_dir", "token", "urls", "mlflow", "remote_tokens"}; the first and the fourth may be null."""
+    found: dict[str, Any] = {
+        "hostname": socket.gethostname(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "code": _code(),
+        "driver": _driver(),
+        "rdma": any(Path("/sys/class/infiniband").glob("*")),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "locked_memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+        "shm_free": _free("/dev/shm"),
+        "tmp": tempfile.gettempdir(),
+        "tmp_free": _free(tempfile.gettempdir()),
+        "urls": {url: _attempt(partial(_write_url, url)) for url in question["urls"]},
+    }
+    found |= _torch()
+    if question["run_dir"] is not None:
+        found["run_dir"] = _attempt(lambda: _write_run_dir(Path(question["run_dir"]), question["token"]))
+        found["run_dir_free"] = _free(question["run_dir"])
+    if question["mlflow"] is not None:
+        found["mlflow"] = _attempt(lambda: _ask_mlflow(question["mlflow"]))
+    if question["remote_tokens"]:
+        from pipeline.data.cache import node_folder
+
+        found["cache_free"] = _free(str(node_folder()))
+    return found
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def token_file(run_dir: Path, token: str) -> Path:
+    """What the asking process has left in the run directory."""
+    return nearest(run_dir) / f".pldr-doctor-{token}"
+
+
+def _attempt(work: Callable[[], None]) -> str | None:
+    """None, or why it failed."""
+    try:
+        work()
+    except Exception as error:  # whatever it is, it is a finding
+        return without_secrets(f"{type(error).__name__}: {first_line(error)}")
+    return None
+
+
+def _write_run_dir(run_dir: Path, token: str) -> None:
+    if not token_file(run_dir, token).exists():
+        raise FileNotFoundError(f"a file written by the asking host is not there: {run_dir} is another one here")
+    own = nearest(run_dir) / f".pldr-doctor-{uuid.uuid4().hex}"
+    own.write_bytes(b"pldr")
+    own.unlink()
+
+
+def _write_url(url: str) -> None:
+    from pipeline import remote, storage
+
+    os.environ.setdefault("PLDR_RETRIES", "1")
+    probe = storage.join(url, f".pldr-doctor-{uuid.uuid4().hex}")
+    storage.publish_bytes(probe, b"pldr")
+    filesystem, path = remote.filesystem_of(probe)
+    filesystem.rm_file(path)
+
+
+def _ask_mlflow(uri: str) -> None:
+    from pipeline.mlflow_client import client
+
+    client(uri).search_experiments(max_results=1)
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpus else None  # type: ignore[no-untyped-call]
+    return {"gpus": gpus, "cuda": torch.version.cuda, "nccl": nccl}
+
+
+def _driver() -> dict[str, Any] | None:
+    """NVIDIA's driver and what it sees; None where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return {"error": "nvidia-smi does not answer within 30 s"}
+    if asked.returncode:
+        return {"error": " ".join((asked.stderr or asked.stdout).split())[:200]}
+    rows = [line.split(", ", 1) for line in asked.stdout.strip().splitlines()]
+    return {"version": rows[0][0] if rows else None, "gpus": len(rows)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _code() -> str:
+    """A hash over our source files: installed from a checkout, the version tells nothing."""
+    digest = hashlib.sha256()
+    for part in PARTS:
+        folder = Path(__file__).parents[1] / part
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{file.relative_to(folder.parent)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _free(folder: str) -> int | None:
+    """Free bytes where a folder is or will be."""
+    try:
+        return shutil.disk_usage(nearest(Path(folder))).free
+    except OSError:
+        return None
+
+
+if __name__ == "__main__":
+    question = json.load(sys.stdin)
+    os.environ.update(question.pop("environment", {}))
+    print(json.dumps(facts(question)))

@@ -1,0 +1,94 @@
+"""`pldr launch slurm`: the batch script of a training job, and its submission.
+
+The script (templates/train.sbatch) starts one `pldr launch deepspeed --no-ssh` on each node. Slurm queues the job again when a
+node is lost, and the script does when the time was up; both go on from the last commit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.template import fill_in
+from pipeline.config import RunConfig, RunPaths
+from pipeline.errors import ConfigError, UserError
+
+PLDR = [sys.executable, "-m", "launch.cli"]
+SET_HERE = {"job-name", "nodes", "ntasks-per-node", "signal", "requeue", "open-mode", "output", "array", "parsable"}
+
+
+def render(
+    config: RunConfig,
+    *,
+    nodes: int,
+    ranks_per_node: int,
+    gpus_per_node: int,
+    cpus_per_rank: int,
+    time: str | None,
+    signal_s: int,
+    options: Sequence[str],
+    arguments: Sequence[str],
+    template: str | None = None,
+) -> str:
+    """The batch script. options: further ones of sbatch, `partition=gpu`; arguments: those of `pldr launch deepspeed`."""
+    for option in options:
+        name = option.partition("=")[0]
+        if not re.fullmatch(r"[a-z][a-z-]*(=\S+)?", option):
+            raise ConfigError(f"--sbatch {option}: write an option of sbatch as NAME or NAME=VALUE, without blanks")
+        if name in SET_HERE:
+            raise ConfigError(f"--sbatch {option}: {name} is set by pldr; use the options of `pldr launch slurm`")
+    if time is not None and not re.fullmatch(r"[0-9:-]+", time):
+        raise ConfigError(f"--time {time}: write Slurm's form, for example 24:00:00 or 2-00:00:00")
+    logs = RunPaths(config.run_dir).logs
+    if re.search(r"[\s%'\"\\]", str(logs)):
+        raise ConfigError(f"run_dir {logs.parent}: Slurm's options take no path with blanks, quotes, % or backslashes")
+    return fill_in(
+        "train.sbatch",
+        {
+            "name": config.name,
+            "job_name": f"pldr-{config.name}",
+            "nodes": nodes,
+            "ranks_per_node": ranks_per_node,
+            "gpus_per_node": gpus_per_node,
+            "cpus_per_node": cpus_per_rank * ranks_per_node,
+            "time": time,
+            "signal_s": signal_s,
+            "options": options,
+            "logs": str(logs),
+            "cwd": os.getcwd(),
+            "bin": str(Path(sys.executable).parent),
+            "pldr": _inside(PLDR),
+            "arguments": _inside(arguments),
+        },
+        own=template,
+    )
+
+
+def _inside(words: Sequence[str]) -> str:
+    """Words for a shell that is itself given its text between single quotes."""
+    return shlex.join(words).replace("'", "'\\''")
+
+
+def check(script: str, where: Path) -> None:
+    """Raises UserError when it is no bash script."""
+    parsed = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    if parsed.returncode:
+        raise UserError(f"{where}: no bash script ({' '.join(parsed.stderr.split())[:200]}); mend the template")
+
+
+def submit(script: Path) -> str:
+    """Hand it to sbatch; the job's id. Inside a Slurm job, that job's variables would be taken for this one's."""
+    if shutil.which("sbatch") is None:
+        raise UserError(f"sbatch is not installed here; on a login node of the cluster: sbatch {script}")
+    kept = ("SLURM_CONF", "SLURM_JWT")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k in kept}
+    asked = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, env=environment)
+    if asked.returncode:
+        raise UserError(f"sbatch refused {script} ({' '.join(asked.stderr.split())[:300]}); mend the options")
+    return asked.stdout.strip().partition(";")[0]

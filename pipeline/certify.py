@@ -1,0 +1,193 @@
+"""Stage `validate`, joined: weights, G_LM and held-out tokens -> certificate.json and certificate.html.
+
+`judge` is one process's work, or one rank's where several validate together (`post.ranks`): this file is also their program,
+`python -m pipeline.certify JOB`, one process a rank, with the rendezvous in the environment as torchrun sets it. Rank 0
+writes. The page is made by the caller, of the certificate that was written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from pipeline import storage
+from pipeline.config import RunConfig, RunPaths, parse_config
+from pipeline.device import has_gpu, num_devices
+from pipeline.errors import UserError, first_line
+from pipeline.schedule import invariance_budget
+from pipeline.tracking import mlflow_id, tracking_uri
+
+log = logging.getLogger(__name__)
+
+CERTIFICATE, PAGE = "certificate.json", "certificate.html"
+SHOWN_PROMPTS = 2  # held-out ones among the samples, beside post.sample_prompt
+SHOWN_TOKENS = 96
+
+
+def certificate_of(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
+    """Measure and judge on `post.ranks` processes of this node; writes and returns the certificate."""
+    ranks = config.post.ranks or (num_devices() if has_gpu() else 1)
+    if ranks > 1:
+        _judge_on(ranks, config, paths)
+    else:
+        storage.publish_json(paths.certificate / CERTIFICATE, judge(config, paths))
+    return dict(storage.read_json(paths.certificate / CERTIFICATE))
+
+
+def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
+    """The certificate of the run's weights. Collective where torch.distributed has several ranks."""
+    from pipeline.post.extract import load_g
+    from pipeline.post.validate import validate
+    from pipeline.post.weights import load_weights
+    from pipeline.posttrain import held_out, lineage, require_same
+
+    model, source = load_weights(paths.weights)
+    require_same(config, paths, model.config, source)
+    g_lm = load_g(paths.g_lm, model.config).g_lm
+    if has_gpu():
+        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+    return validate(
+        model,
+        g_lm,
+        held_out(config, paths, half=1),
+        config.post,
+        lineage=lineage(source),
+        budget=invariance_budget(config.train) if model.config.g_source == "learned" else None,
+        seed=config.seed,
+    )
+
+
+def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any]) -> Path:
+    """The page beside the certificate."""
+    from pipeline.post.certificate_page import Evidence, certificate_page, show_sample
+    from pipeline.post.extract import load_g
+    from pipeline.post.generation import samples
+    from pipeline.post.weights import load_weights
+    from pipeline.posttrain import held_out, notes
+    from pipeline.tokenizer import Tokenizer
+
+    model, source = load_weights(paths.weights)
+    extracted = load_g(paths.g_lm, model.config)
+    if has_gpu():
+        model.cuda()
+    shown = []
+    if not certificate["measures"]["not_finite"]:
+        tokenizer = Tokenizer.load(paths.tokenizer)
+        text = held_out(config, paths, half=1, limit=SHOWN_PROMPTS)[:, : max(1, model.config.context_length // 4)]
+        prompts = [*text.tolist(), tokenizer.encode(config.post.sample_prompt)]
+        num_tokens = min(SHOWN_TOKENS, config.post.generate_tokens)
+        made = samples(model, extracted.g_lm, [p for p in prompts if p], num_tokens=num_tokens, seed=config.seed)
+        shown = [show_sample(one.how, (one.prompt, one.cached, one.live), tokenizer.decode) for one in made]
+    evidence = Evidence(
+        name=config.name,
+        g_lm=extracted.g_lm,
+        spread=extracted.spread,
+        histories=_histories(config, source["mlflow_run_id"]),
+        samples=shown,
+        twin=_twin(config, certificate),
+        notes=notes(config),
+    )
+    target = paths.certificate / PAGE
+    storage.publish_bytes(target, certificate_page(certificate, evidence).encode("utf-8", errors="replace"))
+    return target
+
+
+def _histories(config: RunConfig, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """The training's metrics; none, with a warning, where MLflow does not answer."""
+    from pipeline.runs import read_run
+
+    try:
+        return read_run(tracking_uri(config), mlflow_id(config, run_id))[2]
+    except UserError as error:
+        log.warning("the certificate's page has no curves: %s", error)
+        return {}
+
+
+def _twin(config: RunConfig, certificate: dict[str, Any]) -> dict[str, Any]:
+    """The held-out loss of the SDPA twin named by `post.twin`, and a word on whether it can be compared."""
+    from pipeline.post.schema import read_certificate
+
+    if config.post.twin is None:
+        return {"loss": None, "note": None}
+    path = RunPaths(config.post.twin).certificate / CERTIFICATE
+    try:
+        twin = read_certificate(path)
+    except UserError as error:
+        return {"loss": None, "note": f"The SDPA twin cannot be shown: {first_line(error)}"}
+    same = twin["prompts"]["sha256"] == certificate["prompts"]["sha256"]
+    note = f"The SDPA twin is {config.post.twin} (G_LM: {twin['model']['g_source']}), " + (
+        "over the same prompts." if same else "over OTHER prompts: the two losses cannot be compared."
+    )
+    return {"loss": (twin["measures"]["losses"] or {}).get("block"), "note": note}
+
+
+def _judge_on(ranks: int, config: RunConfig, paths: RunPaths) -> None:
+    """Start the ranks, and end them all when one fails. Raises UserError with what the failed one said."""
+    job = paths.logs / "validate.json"
+    storage.publish_json(job, {"schema_version": 1, "config": config.as_dict()})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    common = {"OMP_NUM_THREADS": threads, **os.environ}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    processes: list[subprocess.Popen[bytes]] = []
+    with open(paths.logs / "validate.log", "wb") as stream:
+        try:
+            for rank in range(ranks):
+                environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                command = [sys.executable, "-m", "pipeline.certify", str(job)]
+                processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=stream))
+            _wait(processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    if any(process.returncode for process in processes):
+        lines = (paths.logs / "validate.log").read_text(errors="replace").strip().splitlines()
+        said = next((line for line in lines if line.startswith("pldr: error: ")), lines[-1] if lines else "nothing")
+        raise UserError(f"validate: {said.removeprefix('pldr: error: ')} (all of it: {paths.logs / 'validate.log'})")
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended, or one has failed."""
+    while True:
+        codes = [process.poll() for process in processes]
+        if any(codes) or None not in codes:
+            return
+        time.sleep(0.1)
+
+
+def main(argv: list[str], err: IO[str] = sys.stderr) -> int:
+    """One rank."""
+    import torch.distributed as dist
+
+    job = storage.read_json(argv[0], schema_version=1)
+    config = parse_config(job["config"], where=argv[0])
+    paths = RunPaths(config.run_dir)
+    # gloo on GPUs too: what is exchanged are accumulators on the CPU. A rank may measure for long before it meets the others.
+    dist.init_process_group("gloo", timeout=timedelta(hours=12))
+    try:
+        certificate = judge(config, paths)
+        if dist.get_rank() == 0:
+            storage.publish_json(paths.certificate / CERTIFICATE, certificate)
+        dist.barrier()
+    except UserError as error:
+        print(f"pldr: error: {error}", file=err, flush=True)
+        return error.exit_code
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

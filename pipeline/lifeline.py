@@ -1,0 +1,86 @@
+"""A launching process and ranks on other hosts: its signals, and word that it lives, through a file of the run directory.
+
+On one host a pipe ties the ranks to the process that started them, and signals reach them directly. Through ssh neither works:
+the ranks are children of another host's sshd. So the launching process renews `logs/head.json` once a second, with the signal
+it was sent, if any; a thread of every rank reads it (the run directory is on a file system that all hosts see). A rank ends
+when the file says that it is over, or has not changed for as long as a collective may take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HEAD_FILE = "PLDR_HEAD_FILE"  # names the file, to the ranks
+BEAT_S = 1.0
+
+
+class Head:
+    """The launching process's end. Use as a context: at its end what still runs is told to end."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._state: dict[str, Any] = {"token": uuid.uuid4().hex, "beat": 0, "signals": [], "over": False}
+        self._stop = threading.Event()
+        self._lock = threading.RLock()  # a signal's handler runs in the main thread, which may hold it
+        self._thread = threading.Thread(target=self._beat, name="lifeline", daemon=True)
+
+    def __enter__(self) -> Head:
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.over()
+
+    def pass_on(self, number: int) -> None:
+        """Let every rank note this signal."""
+        self._write(signals=[*self._state["signals"], int(number)])
+
+    def over(self) -> None:
+        """Ranks that still run end at once."""
+        self._write(over=True)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            self._write(beat=self._state["beat"] + 1)
+
+    def _write(self, **changes: Any) -> None:
+        with self._lock, contextlib.suppress(OSError):  # a full disk: the next beat tries again
+            self._state |= changes
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self._state))
+            os.replace(temporary, self.file)
+
+
+def follow(file: Path, *, patience_s: float, note: Callable[[int], None], fail: Callable[[str], None]) -> None:
+    """A rank's end: start the thread that reads. note: gets each signal once. fail: called once, with the reason to end."""
+    threading.Thread(target=_follow, args=(file, patience_s, note, fail), name="lifeline", daemon=True).start()
+
+
+def _follow(file: Path, patience_s: float, note: Callable[[int], None], fail: Callable[[str], None]) -> None:
+    token, beat, changed, noted = None, None, time.monotonic(), 0
+    while True:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            state = json.loads(file.read_text())
+            token = token or state["token"]
+            if state["over"] or state["token"] != token:  # another start's
+                return fail("the job was ended by the process that started it")
+            for number in state["signals"][noted:]:
+                note(signal.Signals(number))
+                noted += 1
+            if state["beat"] != beat:
+                beat, changed = state["beat"], time.monotonic()
+        if time.monotonic() - changed > patience_s:
+            return fail(f"no sign of life of the process that started the job for {patience_s:.0f} s ({file})")
+        time.sleep(BEAT_S)

@@ -1,0 +1,304 @@
+"""The certificate for people: one self-contained HTML page, verdict first, then everything it rests on.
+
+The numbers are the certificate's own; pictures of G_LM come from the G_LM that it certifies. What a page shows may be
+hostile (samples of a model, names of runs): every value goes through jinja2's escaping (pipeline/page.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.page import render
+from pipeline.post.generation import first_difference
+from pipeline.post.picture import png_uri, scale_of
+from pipeline.run_report import PLOTS, Plot, Points, draw
+
+Tree = dict[str, Any]
+MAX_MAPS = 128  # heads whose G_LM is drawn; the worst ones where there are more
+OVER_TRAINING = ("Order parameters", "Invariance budget", "What attention is worth (nats)", "Leak gap (nats)")
+WORDS = {
+    "held_out_prompts": "held-out prompts it was judged by",
+    "not_finite": "tensors with NaN or infinity",
+    "relative_deviation_g": "how far G_LM moves with the input (worst head)",
+    "attention_effect_zero": "nats lost without attention's G_LM (G = 0)",
+    "attention_effect_identity": "nats lost with plain attention (G = identity)",
+    "leak_gap": "nats between the block loss and one that cannot leak",
+    "leak_effect": "how far a changed ending moves the logits before it",
+    "cache_gap": "nats that caching G_LM costs",
+    "random_tokens_gap": "nats lost with a G_LM from random tokens",
+    "kl": "KL of cached against live answers, nats per token",
+    "top1_agreement": "best token the same, cached and live",
+    "greedy_agreement": "greedy decisions the same as without any cache",
+    "negative_control": "how far the untrained model's G_LM moves (must be large)",
+}
+LOSSES = {
+    "block": "live: deduced from the whole sequence (sees the future until invariant)",
+    "cached": "cached: what the bundle serves",
+    "mean": "mean over these very prompts",
+    "other": "of another prompt (cannot leak)",
+    "random_tokens": "from random tokens",
+    "identity": "identity (plain attention)",
+    "zero": "zero (attention averages)",
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample as text; `differs` is where the two first differ, in tokens (None: nowhere)."""
+
+    how: str
+    prompt: str
+    cached: str
+    live: str
+    differs: int | None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the page shows beside the certificate. g_lm, spread: [L,H,K,K]; histories: metric -> (step, value) points of the
+    training; twin: its `loss` (None without one) and a `note` about it."""
+
+    name: str
+    g_lm: Tensor
+    spread: Tensor
+    histories: Mapping[str, Points] = field(default_factory=dict)
+    samples: Sequence[Shown] = ()
+    twin: Tree = field(default_factory=lambda: {"loss": None, "note": None})
+    notes: Sequence[str] = ()
+
+
+def show_sample(how: str, ids: tuple[list[int], list[int], list[int]], decode: Callable[[list[int]], str]) -> Shown:
+    """A sample's ids (prompt, cached, live) as text."""
+    prompt, cached, live = ids
+    texts = [decode(prompt + new)[len(decode(prompt)) :] for new in (cached, live)]
+    return Shown(how, decode(prompt), texts[0], texts[1], first_difference(cached, live))
+
+
+def certificate_page(certificate: Tree, evidence: Evidence) -> str:
+    """The HTML."""
+    filters: dict[str, Callable[[Any], str]] = {"num": number, "loss": lambda x: "-" if x is None else f"{x:.4f}"}
+    return render(Path(__file__).with_name("certificate.html"), content_of(certificate, evidence), filters)
+
+
+def content_of(certificate: Tree, evidence: Evidence) -> Tree:
+    """Everything the page shows, as plain values."""
+    measures = certificate["measures"]
+    steps = max((points[-1][0] for points in evidence.histories.values() if points), default=0)
+    return {
+        "name": evidence.name,
+        "c": certificate,
+        "m": measures,
+        "verdict": plain_verdict(certificate),
+        "checks": [{**check, "words": WORDS.get(check["measure"], "")} for check in certificate["checks"]],
+        "tiles": _tiles(certificate),
+        "losses": _losses(measures["losses"], evidence.twin),
+        "twin": evidence.twin,
+        "grids": _grids(measures["deviations"]),
+        "kinds": _kinds(certificate),
+        "maps": _maps(evidence.g_lm, measures["deviations"].get("fp32", {}).get("G_LM")),
+        "maps_left_out": max(0, evidence.g_lm.shape[0] * evidence.g_lm.shape[1] - MAX_MAPS),
+        "spectra": _spectra(evidence.g_lm),
+        "ranks": _ranks(measures["cached_rank"]),
+        "spread": _spread(evidence.g_lm, evidence.spread),
+        "shapes": _shapes(measures),
+        "plots": [
+            drawn
+            for plot in PLOTS
+            if plot.title in OVER_TRAINING
+            and (
+                drawn := draw(
+                    plot, {m: sorted(evidence.histories[m]) for m in plot.metrics if evidence.histories.get(m)}, steps
+                )
+            )
+        ],
+        "orders": measures["order_parameter"],
+        "samples": evidence.samples,
+        "notes": evidence.notes,
+    }
+
+
+def plain_verdict(certificate: Tree) -> Tree:
+    """The verdict in a heading and two sentences that need no knowledge of the measures."""
+    deviation = certificate["measures"]["relative_deviation_g"]
+    if certificate["verdict"] == "certified":
+        if certificate["constant_by_construction"]:
+            why = "G_LM is a constant of this model by construction, so there is nothing that a cache could get wrong."
+        else:
+            why = (
+                f"Over every kind of prompt tried, G_LM stayed the same to {number(deviation)} of its size in the worst head. "
+                "Computed once, it replaces the network that deduces it, and the answers stay what they were."
+            )
+        return {"passed": True, "title": "Certified: G_LM may be cached", "why": why}
+    failed = [WORDS.get(failure["measure"], failure["measure"]) for failure in certificate["failed"]]
+    if [failure["measure"] for failure in certificate["failed"]] == ["held_out_prompts"]:
+        why = "Nothing that was measured speaks against it, but too few prompts were: this proves nothing yet."
+    else:
+        why = "A cached G_LM would give other answers than the model, or it cannot be shown that it would not."
+    return {
+        "passed": False,
+        "title": "Not certified: G_LM must not be cached",
+        "why": f"{why} Failed: {'; '.join(failed)}.",
+    }
+
+
+def number(value: Any) -> str:
+    """A number for a table: short, and a dash where there is none."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "-"
+    if isinstance(value, int) or (value == int(value) and abs(value) < 1e6):
+        return f"{int(value):,}"
+    return f"{value:.1e}".replace(".0e", "e") if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:.4g}"
+
+
+def _tiles(certificate: Tree) -> list[Tree]:
+    measures, losses = certificate["measures"], certificate["measures"]["losses"]
+    tiles = [
+        {"value": found["tier"], "label": f"tier in {name}: {number(found['relative_deviation_g'])}"}
+        for name, found in certificate["precision"].items()
+    ]
+    count, length = certificate["prompts"]["kinds"]["text"]
+    tiles.append({"value": f"{count} x {length}", "label": "held-out prompts x tokens"})
+    if losses:
+        tiles.append({"value": f"{losses['cached']:.4f}", "label": "held-out loss, cached (nats)"})
+        gap = next(check["value"] for check in certificate["checks"] if check["measure"] == "cache_gap")
+        tiles.append({"value": number(gap), "label": "cost of caching (nats)"})
+    if measures["greedy"]:
+        greedy = measures["greedy"]
+        tiles.append(
+            {"value": f"{greedy['per_decision']:.2%}", "label": f"of {greedy['decisions']:,} greedy tokens agree"}
+        )
+    if certificate["lineage"].get("invariance_budget") is not None:
+        tiles.append({"value": f"{certificate['lineage']['invariance_budget']:.2f}", "label": "invariance budget"})
+    return tiles
+
+
+def _losses(losses: Tree, twin: Tree) -> list[Tree]:
+    """Losses from best to worst that is known, with bars of what each costs over the live one."""
+    if not losses:
+        return []
+    rows = [
+        {"label": text, "loss": losses[name], "name": name}
+        for name, text in LOSSES.items()
+        if losses.get(name) is not None
+    ]
+    if twin["loss"] is not None:
+        rows.append({"label": "the SDPA twin: its own training without G_LM", "loss": twin["loss"], "name": "twin"})
+    highest = max(abs(row["loss"] - losses["block"]) for row in rows) or 1.0
+    for row in rows:
+        row["gap"] = row["loss"] - losses["block"]
+        row["bar"] = round(100 * abs(row["gap"]) / highest, 1)
+    return rows
+
+
+def _grids(deviations: Tree) -> list[Tree]:
+    """Relative deviation by layer and head of each tensor and precision, as coloured cells."""
+    out = []
+    for precision, tensors in deviations.items():
+        for tensor, found in tensors.items():
+            rows = [[{"text": _short(x), "shade": _shade(x)} for x in row] for row in found["per_head"]]
+            grid = {"title": f"{tensor}, {precision}", "rows": rows, "wide": len(rows[0]) > 5}
+            out.append({**grid, "max": found["max"], "worst": found["worst"], "delta": found["max_abs_delta"]})
+    return sorted(out, key=lambda grid: (not grid["title"].startswith("G_LM"), grid["title"]))
+
+
+def _short(value: float | None) -> str:
+    """Two digits, for a cell."""
+    return number(value) if value is None or value < 1e-2 else f"{value:.2g}"
+
+
+def _shade(value: float | None) -> float:
+    """0 at 1e-8 and below to 0.9 at 1: how strong a cell is coloured."""
+    if value is None:
+        return 0.9
+    return round(min(0.9, max(0.0, 0.9 * (math.log10(max(value, 1e-12)) + 8) / 8)), 2)
+
+
+def _kinds(certificate: Tree) -> list[Tree]:
+    found = certificate["measures"]["deviations"]
+    return [
+        {"name": kind, "count": count, "length": length}
+        | {precision: tensors.get("G_LM", {}).get("by_kind", {}).get(kind) for precision, tensors in found.items()}
+        for kind, (count, length) in certificate["prompts"]["kinds"].items()
+    ]
+
+
+def _maps(g_LHKK: Tensor, deviation: Tree | None) -> list[Tree]:
+    """A picture of each head's G_LM, by layer."""
+    heads = [(layer, head) for layer in range(g_LHKK.shape[0]) for head in range(g_LHKK.shape[1])]
+    if len(heads) > MAX_MAPS and deviation is not None:
+        of = {spot: deviation["per_head"][spot[0]][spot[1]] for spot in heads}
+        worst = sorted(heads, key=lambda spot: -math.inf if of[spot] is None else -of[spot])
+        heads = sorted(worst[:MAX_MAPS])
+    layers: dict[int, list[Tree]] = {}
+    for layer, head in heads[:MAX_MAPS]:
+        g_KK = g_LHKK[layer, head]
+        if not g_KK.isfinite().all():
+            layers.setdefault(layer, []).append({"head": head, "uri": None, "scale": None})
+            continue
+        scale = scale_of(g_KK)
+        layers.setdefault(layer, []).append({"head": head, "uri": png_uri(g_KK, scale), "scale": scale})
+    return [{"layer": layer, "heads": found} for layer, found in layers.items()]
+
+
+def _spectra(g_LHKK: Tensor) -> list[Tree]:
+    """Singular values over the largest, a line per head, a plot per layer."""
+    out = []
+    for layer, g_HKK in enumerate(g_LHKK):
+        if not g_HKK.isfinite().all():
+            continue
+        values_HK = torch.linalg.svdvals(g_HKK.double())
+        values_HK = values_HK / values_HK[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
+        curves = {
+            f"head {head}": [(i, max(value, 1e-12)) for i, value in enumerate(row)]
+            for head, row in enumerate(values_HK.tolist())
+        }
+        if drawn := draw(Plot(f"Layer {layer}", (), log=True), curves, g_HKK.shape[-1] - 1):
+            out.append(drawn)
+    return out
+
+
+def _ranks(rank: Tree | None) -> list[str]:
+    """Effective rank of the cached G_LM by layer: mean and range over the heads."""
+    if rank is None:
+        return []
+    return [f"{sum(row) / len(row):.1f} ({min(row)}-{max(row)})" for row in rank["effective"]]
+
+
+def _spread(g_LHKK: Tensor, spread_LHKK: Tensor) -> list[list[str]]:
+    """Standard deviation over the extraction's prompts over the head's RMS, [L][H]."""
+
+    def rms(x: Tensor) -> Tensor:
+        return x.double().square().mean(dim=(-2, -1)).sqrt()
+
+    share_LH = rms(spread_LHKK) / rms(g_LHKK).clamp_min(torch.finfo(torch.float64).tiny)
+    return [[number(x) for x in row] for row in share_LH.tolist()]
+
+
+def _shapes(measures: Tree) -> list[Tree]:
+    """Row-variance ratio, log|det| and rank of every tensor, layer and head."""
+    rows = []
+    for tensor, det in measures["log_abs_det"].items():
+        rank, variance = measures["rank"][tensor], measures["row_variance_ratio_A"] if tensor == "A" else None
+        for layer, means in enumerate(det["mean"]):
+            for head, mean in enumerate(means):
+                rows.append(
+                    {
+                        "tensor": tensor,
+                        "layer": layer,
+                        "head": head,
+                        "log_det": mean,
+                        "log_det_std": det["std"][layer][head],
+                        "singular": det["singular"][layer][head],
+                        "rank": [rank[key][layer][head] for key in ("low", "mean", "high")],
+                        "of": rank["of"],
+                        "row_variance": variance and variance["mean"][layer][head],
+                    }
+                )
+    return rows

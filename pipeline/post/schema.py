@@ -1,0 +1,316 @@
+"""The schema of `certificate.json`, as the types that write and read it; docs/certificate.schema.json is made from it.
+
+A reader takes nothing on trust: the verdict must follow from the checks, and every check from its value, bound and
+threshold. Whoever edits a certificate by hand has to edit all of it; a signature this is not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import UserError
+from pipeline.storage import read_json
+
+SCHEMA_VERSION = 2
+
+Tier = Literal["variant", "approximate", "invariant", "at round-off", "constant by construction", "unknown"]
+Number = float | None  # None: could not be measured, or is not finite
+PerHead = list[list[Number]]  # [L,H]
+Tensors = Literal["A", "A_LM", "A_P", "G_LM"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Part(BaseModel):
+    """A part of the certificate: exactly these keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class CheckRecord(Part):
+    """One judged measure. `skipped`: why it does not apply, and then it counts as passed."""
+
+    measure: str
+    value: Number
+    threshold: float
+    bound: Literal["<=", ">="]
+    mend: str
+    skipped: str | None
+    passed: bool
+
+    @model_validator(mode="after")
+    def _follows(self) -> CheckRecord:
+        if self.skipped is None:
+            right = self.value is not None and (
+                self.value <= self.threshold if self.bound == "<=" else self.value >= self.threshold
+            )
+            if self.passed is not right:
+                raise ValueError(
+                    f"{self.measure}: {self.value} against {self.bound} {self.threshold} is not {self.passed}"
+                )
+        elif not self.passed:
+            raise ValueError(f"{self.measure}: skipped, and failed")
+        return self
+
+
+class Failure(Part):
+    """A check that failed, in short."""
+
+    measure: str
+    value: Number
+    threshold: float
+    mend: str
+
+
+class Spot(Part):
+    """Where a measure is worst."""
+
+    kind: str
+    layer: int
+    head: int
+
+
+class Deviation(Part):
+    """Relative deviation of one tensor over inputs: RMS of the difference over the head's RMS.
+
+    `max` over kinds, layers and heads; `per_head` the worst kind's; `max_abs_delta` the largest |difference|; `rms` [L,H].
+    """
+
+    max: Number
+    worst: Spot
+    by_kind: dict[str, Number]
+    per_head: PerHead
+    max_abs_delta: Number
+    max_abs_delta_per_head: PerHead
+    rms: PerHead
+
+
+class Stats(Part):
+    """A number of every prompt, per head [L,H]: mean, standard deviation, lowest and highest over the prompts."""
+
+    mean: PerHead
+    std: PerHead
+    low: PerHead
+    high: PerHead
+
+
+class LogDet(Stats):
+    """log|det|. `singular`: how many prompts had an exactly singular one (log|det| = -infinity), left out of the rest."""
+
+    singular: PerHead
+
+
+class Rank(Stats):
+    """Numerical rank over the first prompts of every kind, of `of`."""
+
+    of: int
+
+
+class CachedRank(Part):
+    """Of the cached G_LM [L,H]: numerical rank, and the rank that keeps all but 1e-6 of the energy."""
+
+    numerical: list[list[int]]
+    effective: list[list[int]]
+    of: int
+
+
+class Order(Part):
+    """The papers' order parameter of two runs: RMSE / |mean| and RMSE / RMS, over everything and per head."""
+
+    by_mean: Number
+    by_rms: Number
+    by_mean_per_head: PerHead
+    by_rms_per_head: PerHead
+
+
+class Agreement(Part):
+    """Answers with a constant G_LM against live ones: largest |delta logit|, KL(live || constant) in nats, top-1."""
+
+    max_abs_delta_logit: Number
+    kl: Number
+    kl_max: Number
+    top1: Number
+
+
+class LeakOf(Part):
+    """A changed suffix: RMS and largest move of the logits before it, over the logits' spread."""
+
+    live_rms: Number
+    live_max: Number
+    cached_rms: Number
+    cached_max: Number
+
+
+class Leak(Part):
+    """The leak test."""
+
+    last_token: LeakOf
+    last_quarter: LeakOf
+    worst_rms: Number
+    logit_spread: Number
+
+
+class Greedy(Part):
+    """Greedy text with caches against text without any."""
+
+    per_decision: Number
+    identical: Number
+    num_prompts: int
+    prompt_length: int
+    num_tokens: int
+    decisions: int
+
+
+class Losses(Part):
+    """Held-out losses in nats per token by G_LM: live, cached, mean over the prompts, of random tokens, of the prompt before,
+    zero, identity."""
+
+    block: Number
+    cached: Number
+    mean: Number = None
+    random_tokens: Number = None
+    other: Number
+    zero: Number
+    identity: Number
+
+
+class Prefix(Part):
+    """Losses over the second half of every sequence, with G_LM live, of the first half only, and cached."""
+
+    block: Number
+    prefix: Number
+    cached: Number
+
+
+class Empty(Part):
+    """Not measured: something was not finite, or nothing is deduced."""
+
+
+class DoublePrecision(Part):
+    """The same weights in fp64, over `fp64_prompts`."""
+
+    losses: Losses
+    prefix: Prefix
+    agreement: dict[str, Agreement]
+    leak: Leak
+
+
+class Measures(Part):
+    """Everything that was measured; what of it is judged stands in `checks`."""
+
+    not_finite: list[str]
+    relative_deviation_g: Number
+    deviations: dict[Literal["fp32", "fp64"], dict[Tensors, Deviation]]
+    row_variance_ratio_A: Stats | None
+    log_abs_det: dict[Tensors, LogDet]
+    rank: dict[Tensors, Rank]
+    cached_rank: CachedRank | None
+    losses: Losses | Empty
+    prefix: Prefix | Empty
+    agreement: dict[str, Agreement]
+    leak: Leak | Empty
+    greedy: Greedy | Empty
+    order_parameter: dict[Tensors, dict[Literal["1-2", "1-C", "2-C"], Order]]
+    fp64: DoublePrecision | Empty
+
+
+class Untrained(Part):
+    """The model as it was before training. `failed`: the checks that it fails, as it must."""
+
+    seed: int
+    prompts_of_each_kind: int
+    failed: list[str]
+    relative_deviation_g: Number
+    row_variance_ratio_A: Stats | None
+    losses: Losses | Empty
+    leak: Leak | Empty
+    deviations: dict[Tensors, Deviation]
+    agreement: Agreement | Empty
+
+
+class RandomTokens(Part):
+    """The trained model with G_LM from random tokens: its held-out loss, what it costs, and its answers against live ones."""
+
+    loss: Number
+    gap: Number
+    agreement: Agreement
+
+
+class Controls(Part):
+    """What the measures say of models whose answer is known beforehand. A constant G has no untrained control."""
+
+    random_tokens: RandomTokens | Empty
+    untrained: Untrained | None = None
+
+
+class Prompts(Part):
+    """What was measured over: [count, length] by kind, and the sha256 over every id."""
+
+    sha256: Sha256
+    kinds: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]
+    left_out_padded: int
+    seed: int
+
+
+class Precision(Part):
+    """The verdict on G_LM in one precision."""
+
+    relative_deviation_g: Number
+    tier: Tier
+
+
+class Files(Part):
+    """The tensor files that are certified, by the sha256 they have in a bundle."""
+
+    model: Annotated[Sha256, Field(alias="model.safetensors")]
+    g_lm: Annotated[Sha256, Field(alias="g_lm.safetensors")]
+
+
+class Certificate(Part):
+    """certificate.json: whether G_LM may be cached, and everything it was judged by (docs/certificate.md)."""
+
+    schema_version: Literal[2]
+    verdict: Literal["certified", "failed"]
+    tier: Tier
+    statement: str
+    constant_by_construction: bool
+    failed: list[Failure]
+    checks: Annotated[list[CheckRecord], Field(min_length=1)]
+    measures: Measures
+    controls: Controls
+    thresholds: dict[str, float]
+    settings: dict[str, int | str]
+    prompts: Prompts
+    precision: dict[Literal["fp32", "fp64"], Precision]
+    model: dict[str, Any]
+    files: Files
+    lineage: dict[str, Any]
+    software: dict[str, str | None]
+    packaged: Literal["certified", "uncertified"] | None = None
+
+    @model_validator(mode="after")
+    def _follows(self) -> Certificate:
+        failed = [check.measure for check in self.checks if not check.passed]
+        if [failure.measure for failure in self.failed] != failed:
+            raise ValueError(f"`failed` does not name the checks that failed ({', '.join(failed) or 'none'})")
+        if (self.verdict == "certified") != (not failed):
+            raise ValueError(f"verdict {self.verdict!r} does not follow from the checks")
+        return self
+
+
+def read_certificate(path: Path) -> dict[str, Any]:
+    """A certificate file as plain values. Raises UserError, one line, for one that is missing, of another schema version,
+    damaged, or whose verdict does not follow from its checks."""
+    certificate: dict[str, Any] = read_json(path, schema_version=SCHEMA_VERSION)
+    try:
+        Certificate.model_validate(certificate)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{path}: {f'{where}: ' if where else ''}{first['msg'].removeprefix('Value error, ')}; it was damaged or edited: "
+            "run `pldr validate` again"
+        ) from None
+    return certificate

@@ -1,0 +1,104 @@
+"""`pldr doctor`: what the facts mean, and this machine's. Over two hosts: test_multinode.py."""
+
+import copy
+import json
+
+import pytest
+
+from launch.cli import main
+from launch.findings import judge, judge_bandwidth, judge_clock, table
+from launch.probe import facts, token_file
+
+NODE = {
+    "hostname": "n", "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "pldr": "0.1.0"},
+    "code": "abc", "driver": {"version": "580.1", "gpus": 2}, "rdma": True, "open_files": 65536, "locked_memory": -1,
+    "shm_free": 8 << 30, "tmp": "/tmp", "tmp_free": 50 << 30, "gpus": ["H100", "H100"], "cuda": "13.0", "nccl": "2.28.1",
+    "urls": {"s3://bucket/tokens": None}, "run_dir": None, "run_dir_free": 500 << 30, "mlflow": None,
+    "cache_free": 100 << 30,
+}  # fmt: skip
+NEEDS = {"run_dir": "/runs/x", "run_dir_bytes": 10 << 30, "cache_bytes": 50 << 30, "mlflow": "http://mlflow"}
+
+
+def judged(**changes):
+    other = copy.deepcopy(NODE) | changes
+    return judge({"a": copy.deepcopy(NODE), "b": other}, slots={"a": 2, "b": 2}, needs=NEEDS)
+
+
+def test_two_good_nodes():
+    found = judged()
+    assert {f.status for f in found} == {"ok"} and not any(f.mend for f in found)
+    lines = table(found, 2)
+    assert all("all 2" in line for line in lines[1:]) and len(lines) == 1 + len(found) // 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "status", "said"),
+    [
+        ({"versions": {**NODE["versions"], "torch": "2.12.0"}}, "packages", "FAIL", "torch 2.12.0 (a: 2.13.0)"),
+        ({"versions": {**NODE["versions"], "deepspeed": None}}, "packages", "FAIL", "deepspeed missing"),
+        ({"code": "def"}, "pldr's code", "FAIL", "sha256 def (a: abc)"),
+        ({"gpus": []}, "GPUs", "FAIL", "nvidia-smi sees 2, torch none"),
+        ({"gpus": ["H100"]}, "GPUs", "FAIL", "1 for 2 ranks"),
+        ({"gpus": ["A100", "A100"]}, "GPUs", "FAIL", "A100 (a: H100)"),
+        ({"gpus": [], "driver": None}, "GPUs", "FAIL", "none (a: H100)"),
+        ({"driver": {"error": "driver/library mismatch"}}, "GPUs", "FAIL", "mismatch"),
+        ({"driver": {"version": "570.9", "gpus": 2}}, "driver", "FAIL", "570.9"),
+        ({"run_dir": "FileNotFoundError: another one"}, "run_dir", "FAIL", "another one"),
+        ({"run_dir_free": 1 << 30}, "disk", "FAIL", "1.1 GB free, 10.7 GB needed"),
+        ({"urls": {"s3://bucket/tokens": "UserError: no"}}, "storage", "FAIL", "s3://bucket/tokens: UserError: no"),
+        ({"mlflow": "ConnectionError: refused"}, "MLflow", "FAIL", "refused"),
+        ({"cache_free": 1 << 30}, "disk", "warn", "cache of remote tokens"),
+        ({"tmp_free": 1 << 20}, "disk", "FAIL", "/tmp"),
+        ({"open_files": 256}, "ulimit -n", "FAIL", "256 open files"),
+        ({"open_files": 2048}, "ulimit -n", "warn", "2048 open files"),
+        ({"locked_memory": 8 << 20}, "ulimit -l", "FAIL", "8.4 MB with RDMA devices"),
+        ({"shm_free": 64 << 20}, "/dev/shm", "FAIL", "67.1 MB free"),
+    ],
+    ids=["torch", "missing", "code", "cuda", "slots", "kind", "no gpu", "mismatch", "driver", "run_dir", "full",
+         "store", "mlflow", "cache", "tmp", "nofile", "few files", "memlock", "shm"],
+)  # fmt: skip
+def test_what_is_not_well_is_named_with_its_mend(changes, check, status, said):
+    bad = [f for f in judged(**changes) if f.status != "ok"]
+    assert [(f.check, f.host, f.status) for f in bad] == [(check, "b", status)]
+    assert said in bad[0].found and bad[0].mend
+    lines = table(bad, 2)
+    assert bad[0].mend in lines[-1] and lines[1].startswith(status)
+
+
+def test_clocks():
+    found = judge_clock({"a": (0.3, 0.2), "b": (-7.0, 0.2), "c": (2.5, 1.0)})
+    assert [f.status for f in found] == ["ok", "FAIL", "ok"] and "-7.0 s" in found[1].found
+
+
+def test_bandwidth():
+    measured = {"backend": "nccl", "ranks": 16, "bytes": 1 << 28, "seconds": 0.01, "bus_gb_per_s": 50.0}
+    assert judge_bandwidth(measured, hosts=2, gradient_bytes=1 << 30).status == "ok"
+    assert "0.04 s for one step" in judge_bandwidth(measured, hosts=2, gradient_bytes=1 << 30).found
+    slow = judge_bandwidth({**measured, "bus_gb_per_s": 0.1}, hosts=2, gradient_bytes=None)
+    assert slow.status == "warn" and "NCCL_SOCKET_IFNAME" in slow.mend
+    assert judge_bandwidth("timed out", hosts=2, gradient_bytes=None).status == "FAIL"
+
+
+def test_a_probe_looks_for_the_asking_hosts_file(tmp_path):
+    question = {"run_dir": str(tmp_path / "run"), "token": "abc", "urls": [f"file://{tmp_path}/store"], "mlflow": None,
+                "remote_tokens": False}  # fmt: skip
+    assert "is another one here" in facts(question)["run_dir"]
+    token_file(tmp_path / "run", "abc").touch()
+    found = facts(question)
+    assert found["run_dir"] is None and found["urls"] == {f"file://{tmp_path}/store": None}
+    assert list((tmp_path / "store").iterdir()) == [] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_this_machine(capsys, tmp_path, make_run):
+    """The real thing on one host, all-reduce included; then with a store and an MLflow that nobody can reach."""
+    config = str(make_run(tmp_path))
+    assert main(["doctor", config, f"run_dir={tmp_path}/run", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert {"packages", "GPUs", "run_dir", "disk", "ulimit -n", "all-reduce"} <= {
+        f["check"] for f in result["findings"]
+    }
+    broken = ("train.publish_to=s3://no-such-bucket/x", "tracking.uri=http://127.0.0.1:9", "--quick", "--json")
+    assert main(["doctor", config, f"run_dir={tmp_path}/run", *broken]) == 1
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert {f["check"] for f in result["findings"] if f["status"] == "FAIL"} == {"storage", "MLflow"}

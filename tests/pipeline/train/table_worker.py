@@ -1,0 +1,75 @@
+"""One rank of tests/pipeline/train/test_table.py: three steps of every combination that is in the compatibility table.
+
+Usage: table_worker.py FOLDER CELLS.json. Rank 0 writes FOLDER/result.json: for each cell its losses, or the error's line.
+"""
+
+import gc
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pipeline.schedule import learning_rate
+from pipeline.train.engine import build_engine, init_distributed, set_learning_rate
+from pipeline.train.step import global_step
+from pipeline.train.stop import StopRequest
+from pipeline.train.system import Stopwatch
+from pldr_model.model import PLDRModel
+
+sys.path.insert(0, str(Path(__file__).parent))
+from zero_worker import Batches, configuration, with_train
+
+STEPS = 3
+CPU = torch.device("cpu")
+
+
+def cell_config(folder: Path, cell: dict):
+    config = configuration(folder, cell["stage"], cell["precision"], "norm")
+    return with_train(
+        config,
+        compile=cell["compile"],
+        activation_checkpointing=cell["recompute"],
+        micro_batch=4 // cell["accumulation"],
+        offload=cell["offload"],
+        warmup_steps=0,
+    )
+
+
+def losses(config) -> list[float]:
+    torch.manual_seed(config.seed)
+    engine = build_engine(PLDRModel(config.model), config.train, dist.get_world_size())
+    seen = []
+    for step, (micro, _) in enumerate(Batches(config).micro_batches(0, limit=STEPS)):
+        set_learning_rate(engine, learning_rate(config.train, step))
+        seen.append(
+            global_step(engine, micro, config.model, stop=StopRequest(), device=CPU, forward=Stopwatch(CPU)).loss
+        )
+    return seen
+
+
+def main() -> None:
+    folder, cells = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    torch.set_num_threads(1)
+    init_distributed(300)
+    results = []
+    for cell in cells:
+        torch._dynamo.reset()
+        try:
+            results.append(losses(cell_config(folder, cell)))
+        except Exception as error:  # told in the table; a failure of one rank alone ends in the timeout
+            traceback.print_exc()
+            results.append(f"{type(error).__name__}: {error}".splitlines()[0])
+        gc.collect()
+        if dist.get_rank() == 0:
+            print(cell, results[-1], flush=True)
+    if dist.get_rank() == 0:
+        (folder / "result.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
