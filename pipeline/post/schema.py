@@ -268,6 +268,24 @@ class Files(Part):
     g_lm: Annotated[Sha256, Field(alias="g_lm.safetensors")]
 
 
+class SmallerWeights(Part):
+    """What a bundle's bf16 or int8 weights cost on held-out text (weight_format.py). Losses and KL in nats per token."""
+
+    format: Literal["bf16", "int8"]
+    sha256: Sha256
+    bytes: int
+    bytes_fp32: int
+    prompts: int
+    prompts_sha256: Sha256
+    loss_fp32: Number
+    loss: Number
+    loss_difference: Number
+    kl: Number
+    top1_agreement: Number
+    max_loss_difference: float
+    passed: bool
+
+
 class Certificate(Part):
     """certificate.json: whether G_LM may be cached, and everything it was judged by (docs/certificate.md)."""
 
@@ -289,6 +307,7 @@ class Certificate(Part):
     lineage: dict[str, Any]
     software: dict[str, str | None]
     packaged: Literal["certified", "uncertified"] | None = None
+    weight_format: SmallerWeights | None = None
 
     @model_validator(mode="after")
     def _follows(self) -> Certificate:

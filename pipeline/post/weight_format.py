@@ -135,18 +135,15 @@ def _compare(fp32: PLDRModel, small: PLDRModel, text_NT: Tensor) -> dict[str, fl
 def check_section(section: Any, *, weight_format: str, sha256: str, where: str) -> bool:
     """Whether the certificate's section allows these packed weights to be called certified.
 
-    section: None where there is none. sha256: that of the bundle's model.safetensors. Raises UserError when the section is
-    missing, malformed, or about another file or format.
+    section: as schema.py checked it; None where there is none. sha256: that of the bundle's model.safetensors. Raises
+    UserError when the section is missing, about another file or format, or `passed` does not follow from its numbers.
     """
     if not isinstance(section, dict) or section.get("format") != weight_format or section.get("sha256") != sha256:
         raise UserError(
             f"{where}: it measured no {weight_format} weights like model.safetensors; make the bundle again"
         )
-    numbers = (section.get("loss_difference"), section.get("max_loss_difference"))
-    if type(section.get("passed")) is not bool or not all(n is None or type(n) in (int, float) for n in numbers):
-        raise UserError(f"{where}: its section {SECTION} is damaged; make the bundle again")
-    difference, allowed = numbers
-    within = bool(difference is not None and allowed is not None and abs(difference) <= allowed)
+    difference, allowed = section["loss_difference"], section["max_loss_difference"]
+    within = difference is not None and bool(abs(difference) <= allowed)
     if section["passed"] != within:
         raise UserError(
             f"{where}: a loss difference of {difference} against {allowed} is not passed={section['passed']}"
