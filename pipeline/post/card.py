@@ -21,8 +21,8 @@ UNCERTIFIED_LINE = "# PLDR-LLM bundle, UNCERTIFIED: its cached G_LM may give oth
 ABOUT = {
     "learned": "Power-law decoder language model (PLDR-LLM v510Gi, arXiv 2502.13502): the metric learner is gone, its "
     "energy-curvature tensor G_LM is the constant in `g_lm.safetensors`, and decoding needs only a KV-cache.",
-    "constant": "PLDR-LLM with a trained constant G_LM: a parameter of each head, which no metric learner ever deduced. It is "
-    "invariant by construction. That was not measured, and says nothing about models with a metric learner.",
+    "constant": "PLDR-LLM whose G_LM is a trained parameter of each head, without a metric learner. It is invariant by construction. "
+    "That was not measured, and says nothing about models with a metric learner.",
     "identity": "Plain attention (SDPA): a PLDR-LLM whose G_LM is the identity, by construction.",
 }
 GIVEN = (
@@ -51,7 +51,7 @@ def model_card(
         "",
         certificate["statement"] + ".",
         "",
-        ABOUT.get(certificate["model"]["g_source"], GIVEN),
+        ABOUT.get(certificate["model"]["g_source"], FIXED),
         "",
         f"- Model: {sizes}; weights {weight_format}.",
         *(f"- {note}" for note in notes),
