@@ -21,13 +21,11 @@ UNCERTIFIED_LINE = "# PLDR-LLM bundle, UNCERTIFIED: its cached G_LM may give oth
 ABOUT = {
     "learned": "Power-law decoder language model (PLDR-LLM v510Gi, arXiv 2502.13502): the metric learner is gone, its "
     "energy-curvature tensor G_LM is the constant in `g_lm.safetensors`, and decoding needs only a KV-cache.",
-    "constant": "PLDR-LLM whose G_LM is a trained parameter of each head, without a metric learner. It is invariant by construction. "
-    "That was not measured, and says nothing about models with a metric learner.",
+    "constant": "PLDR-LLM whose G_LM is a trained parameter of each head, without a metric learner. It is invariant by "
+    "construction. That was not measured, and says nothing about models with a metric learner.",
     "identity": "Plain attention (SDPA): a PLDR-LLM whose G_LM is the identity, by construction.",
 }
-GIVEN = (
-    "PLDR-LLM (v510G) with a G_LM that was given before training and is constant by construction, not by measurement."
-)
+FIXED = "PLDR-LLM (v510G) whose G_LM is a fixed tensor: constant by construction, not by measurement."
 
 
 def model_card(
