@@ -93,7 +93,9 @@ class Sweep:
             if key in RESERVED:
                 raise ConfigError(f"{path}: {key} is the sweep's own to set; remove it")
         # The parent's configuration: where its MLflow run is, and what all children share.
-        self.config = load_config(base, [*common, f"run_dir={root}", f"name={self.settings.name}"])
+        self.config = load_config(
+            base, [*common, _override("run_dir", str(root)), _override("name", self.settings.name)]
+        )
         keys, columns = list(self.settings.grid), list(self.settings.grid.values())
         combinations = list(itertools.product(*columns))
         if not combinations or len(combinations) > MAX_CHILDREN:
@@ -103,8 +105,8 @@ class Sweep:
             values = dict(zip(keys, combination, strict=True))
             name = child_name(values)
             own = [_override(k, v) for k, v in values.items()]
-            own += [f"run_dir={root / 'children' / name}", f"name={self.settings.name}.{name}"]
-            own += [f"tracking.uri={tracking_uri(self.config)}"]
+            places = {"run_dir": str(root / "children" / name), "tracking.uri": tracking_uri(self.config)}
+            own += [_override(k, v) for k, v in {**places, "name": f"{self.settings.name}.{name}"}.items()]
             self.children.append(Child(name, values, load_config(base, [*common, *own])))
         names = [child.name for child in self.children]
         if len(set(names)) < len(names):
@@ -268,7 +270,7 @@ COLUMNS = (
 def child_name(values: dict[str, Scalar]) -> str:
     """`metric_weight_decay-5.seed-2`: the last part of each key with its value, fit for a folder's name."""
     parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in values.items()]
-    return re.sub(r"[^A-Za-z0-9._+-]+", "_", ".".join(parts))[:120]
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", ".".join(parts))[:120]
 
 
 def _read(path: Path) -> SweepConfig:

@@ -21,13 +21,11 @@ UNCERTIFIED_LINE = "# PLDR-LLM bundle, UNCERTIFIED: its cached G_LM may give oth
 ABOUT = {
     "learned": "Power-law decoder language model (PLDR-LLM v510Gi, arXiv 2502.13502): the metric learner is gone, its "
     "energy-curvature tensor G_LM is the constant in `g_lm.safetensors`, and decoding needs only a KV-cache.",
-    "constant": "PLDR-LLM with a trained constant G_LM: a parameter of each head, which no metric learner ever deduced. It is "
-    "invariant by construction. That was not measured, and says nothing about models with a metric learner.",
+    "constant": "PLDR-LLM whose G_LM is a trained parameter of each head, without a metric learner. It is invariant by "
+    "construction. That was not measured, and says nothing about models with a metric learner.",
     "identity": "Plain attention (SDPA): a PLDR-LLM whose G_LM is the identity, by construction.",
 }
-GIVEN = (
-    "PLDR-LLM (v510G) with a G_LM that was given before training and is constant by construction, not by measurement."
-)
+FIXED = "PLDR-LLM (v510G) whose G_LM is a fixed tensor: constant by construction, not by measurement."
 
 
 def model_card(
@@ -43,7 +41,7 @@ def model_card(
     sizes = (
         f"{config.num_layers} layers x {config.num_heads} heads x {config.head_dim}, width {config.d_model}, "
         f"vocabulary {config.vocab_size}, context {config.context_length} tokens, "
-        f"{config.num_parameters()['total']:,} parameters without the metric learner"
+        f"{config.num_parameters()['total']:,} parameters beside G_LM"
     )
     certified_line = CONSTANT_LINE if certificate["constant_by_construction"] else CERTIFIED_LINE
     parts = [
@@ -51,7 +49,7 @@ def model_card(
         "",
         certificate["statement"] + ".",
         "",
-        ABOUT.get(certificate["model"]["g_source"], GIVEN),
+        ABOUT.get(certificate["model"]["g_source"], FIXED),
         "",
         f"- Model: {sizes}; weights {weight_format}.",
         *(f"- {note}" for note in notes),

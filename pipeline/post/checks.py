@@ -84,7 +84,7 @@ def make_checks(
     )
     identity_skip = {
         "identity": "G_LM is the identity: it cannot be told from itself",
-        "constant": "G_LM is a parameter that started at the identity: a cache is exact however far it went",
+        "constant": "G_LM is a trained parameter: a cache is exact, however near the identity it is",
     }.get(variant)
     control_skip = None if variant == "learned" else "G_LM is constant by construction: untrained it is as constant"
     deviation = Check(

@@ -50,6 +50,7 @@ def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certifi
                     "verdict": parts.certificate["verdict"],
                     "tier": parts.certificate["tier"],
                     "certified": str(certified).lower(),
+                    "weight_format": parts.weight_format,
                     **{key: str(lineage[key]) for key in LINEAGE_TAGS if lineage.get(key) is not None},
                 }
                 version = client.create_model_version(

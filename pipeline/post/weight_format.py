@@ -135,19 +135,16 @@ def _compare(fp32: PLDRModel, small: PLDRModel, text_NT: Tensor) -> dict[str, fl
 def check_section(section: Any, *, weight_format: str, sha256: str, where: str) -> bool:
     """Whether the certificate's section allows these packed weights to be called certified.
 
-    section: None where there is none. sha256: that of the bundle's model.safetensors. Raises UserError when the section is
-    missing, malformed, or about another file or format.
+    section: as schema.py checked it; None where there is none. sha256: that of the bundle's model.safetensors. Raises
+    UserError when the section is missing, about another file or format, or `passed` does not follow from its numbers.
     """
     if not isinstance(section, dict) or section.get("format") != weight_format or section.get("sha256") != sha256:
         raise UserError(
             f"{where}: it measured no {weight_format} weights like model.safetensors; make the bundle again"
         )
-    numbers = (section.get("loss_difference"), section.get("max_loss_difference"))
-    if section.get("passed") not in (True, False) or not all(n is None or type(n) in (int, float) for n in numbers):
-        raise UserError(f"{where}: its section {SECTION} is damaged; make the bundle again")
-    difference, allowed = numbers
-    within: bool = bool(difference is not None and allowed is not None and abs(difference) <= allowed)
-    if section["passed"] is not within:
+    difference, allowed = section["loss_difference"], section["max_loss_difference"]
+    within = difference is not None and bool(abs(difference) <= allowed)
+    if section["passed"] != within:
         raise UserError(
             f"{where}: a loss difference of {difference} against {allowed} is not passed={section['passed']}"
         )
@@ -165,4 +162,4 @@ def describe_format(section: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
+    return "not finite" if value is None else f"{value:.5g}"

@@ -370,3 +370,16 @@ def test_what_changed_is_told_and_becomes_tags(run):
     stored = tracking.client(tracking.tracking_uri(run.config())).get_run(run.id)
     assert stored.data.tags["resumed.6.train.zero_stage"] == "1 -> 3"
     assert stored.data.params["train.zero_stage"] == "1" and json.loads(stored.data.params["train.micro_batch"]) == 2
+
+
+def test_a_checkpoint_of_before_a_model_key_existed_goes_on_with_its_default(run):
+    folder = run.paths.checkpoints / "step-000006"
+    state = storage.read_json(folder / "state.json")
+    del state["config"]["model"]["g_start"]
+    storage.publish_json(folder / "state.json", state)
+    files = storage.manifest_of(folder, leave_out=["COMMITTED"])
+    storage.publish_json(folder / storage.MANIFEST, {"schema_version": 1, "files": files})
+    storage.publish_bytes(folder / "COMMITTED", storage.sha256_file(folder / storage.MANIFEST).encode())
+    assert run.start().checkpoint == folder
+    with pytest.raises(ConfigError, match=r"g_start=.?paper.*identity"):
+        run.start(model={"g_start": "identity"})

@@ -1,0 +1,154 @@
+"""What a bundle's reader checks before it believes a file of it. Each check raises UserError, one line: file, fault, mend.
+
+Nothing here allocates by a number that a file claims, and nothing follows a name that a file gives: the names are ours.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import WeightFormat
+from pipeline.errors import UserError
+from pipeline.post.card import UNCERTIFIED_LINE
+from pipeline.post.weight_format import BYTES, FORMATS, SECTION, check_section
+from pipeline.post.weights import parse_model
+from pipeline.storage import MANIFEST, read_json, render_json, sha256_json
+from pipeline.tokenizer import Tokenizer
+from pldr_model.config import ModelConfig
+
+SCHEMA_VERSION = 1
+FILES = (
+    "README.md",
+    "certificate.json",
+    "config.json",
+    "g_lm.safetensors",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.model",
+)
+MAX_SMALL = 64 << 20  # bytes of a file that holds no tensors
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """MANIFEST.json, byte for byte as it was written."""
+    file = path / MANIFEST
+    if not file.is_file() or file.is_symlink():
+        raise UserError(f"{file}: missing; this folder is no bundle, or was cut short: make it again")
+    if file.stat().st_size > MAX_SMALL:
+        raise UserError(f"{file}: {file.stat().st_size} bytes: damaged; make the bundle again")
+    manifest = read_json(file, schema_version=SCHEMA_VERSION)
+    rest = {key: value for key, value in manifest.items() if key != "bundle_sha256"}
+    files = manifest.get("files")
+    well_formed = (
+        manifest.get("kind") == "pldr-bundle"
+        and manifest.keys() == {"schema_version", "kind", "certified", "files", "lineage", "bundle_sha256"}
+        and isinstance(manifest["certified"], bool)
+        and isinstance(manifest["lineage"], dict)
+        and isinstance(files, dict)
+        and all(isinstance(entry, dict) and entry.keys() == {"sha256", "size"} for entry in files.values())
+    )
+    if not well_formed:
+        raise UserError(f"{file}: not the manifest of a bundle; make the bundle again")
+    try:
+        # Rendered anew, the manifest must be the same bytes: none is free to change, not even a space.
+        same = manifest["bundle_sha256"] == sha256_json(rest) and render_json(manifest) == file.read_bytes()
+    except ValueError:  # NaN, or half a surrogate pair: nothing that we write
+        same = False
+    if not same:
+        raise UserError(f"{file}: differs from its own bundle_sha256: damaged; make the bundle again")
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def check_folder(path: Path, manifest: dict[str, Any]) -> None:
+    """Exactly the files of a bundle, plain files, in the folder itself."""
+    listed = set(manifest["files"])
+    for name in sorted(listed ^ set(FILES)):
+        raise UserError(f"{path / MANIFEST}: {name!r} is {'no file of a bundle' if name in listed else 'not listed'}")
+    for entry in sorted(path.iterdir()):
+        if entry.name not in (*FILES, MANIFEST):
+            raise UserError(f"{entry}: no file of this bundle (not in {MANIFEST}); remove it")
+        if not stat.S_ISREG(entry.lstat().st_mode):
+            raise UserError(f"{entry}: a link or folder where a plain file belongs; copy the file itself here")
+    for name in FILES:
+        if not name.endswith(".safetensors") and (path / name).is_file() and (path / name).stat().st_size > MAX_SMALL:
+            raise UserError(f"{path / name}: too large for what it is: damaged; make the bundle again")
+
+
+def read_config(path: Path, manifest: dict[str, Any], record: dict[str, Any]) -> tuple[ModelConfig, WeightFormat]:
+    """The model and the weight format that config.json names."""
+    file = path / "config.json"
+    weight_format = record.get("weight_format", "fp32")  # bundles of before it existed are fp32
+    if weight_format not in FORMATS:
+        raise UserError(f"{file}: weight_format {weight_format!r} is not one of {', '.join(FORMATS)}")
+    config = parse_model(record.get("model"), where=file)
+    if config.g_source != "file" or config.g_file is not None:
+        raise UserError(f"{file}: g_source {config.g_source!r}: a bundle's model has a given G_LM")
+    data_bytes = BYTES[weight_format] * config.num_parameters()["total"]
+    if manifest["files"]["model.safetensors"]["size"] < data_bytes:  # before a giant's shapes are even worked out
+        raise UserError(f"{file}: describes a model of {data_bytes} bytes, the weights are smaller")
+    return config, weight_format
+
+
+def check_certificate(
+    path: Path, manifest: dict[str, Any], record: dict[str, Any], certificate: dict[str, Any]
+) -> None:
+    """The certificate (its own schema and verdict are checked: schema.py) is of these very tensors, and every mark agrees."""
+    where = path / "certificate.json"
+    weight_format, stored = record.get("weight_format", "fp32"), manifest["files"]["model.safetensors"]["sha256"]
+    packed_ok = weight_format == "fp32" or check_section(
+        certificate.get(SECTION), weight_format=weight_format, sha256=stored, where=str(where)
+    )
+    for name, sha256 in certificate["files"].items():
+        packed = name == "model.safetensors" and weight_format != "fp32"  # then `files` names the fp32 weights
+        if not packed and manifest["files"][name]["sha256"] != sha256:
+            raise UserError(f"{where}: it certifies another {name}; validate this model and bundle it again")
+    certified = manifest["certified"]
+    first_line = (path / "README.md").read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    passed = certificate["verdict"] == "certified" and packed_ok
+    if (
+        certified is not record.get("certified")
+        or certificate.get("packaged") != ("certified" if certified else "uncertified")
+        or certified is not (first_line != UNCERTIFIED_LINE)
+        or (certified and not passed)
+    ):
+        raise UserError(
+            f"{path}: {MANIFEST}, config.json, README.md and certificate.json disagree on whether it is certified; "
+            "make the bundle again"
+        )
+
+
+def check_certified_model(
+    where: Path, config: ModelConfig, record: dict[str, Any], certificate: dict[str, Any]
+) -> None:
+    """config.json describes the certified model, with its G_LM given."""
+    values = {key: value for key, value in certificate["model"].items() if key != "num_parameters"}
+    measured = parse_model(values, where=where)
+    if measured.with_constant_g() != config or measured.g_source != record.get("variant"):
+        raise UserError(f"{where}: it certifies a model of other sizes than config.json; validate this model again")
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, lineage: dict[str, Any], *, where: Path) -> None:
+    """It is the one that the model was trained with, as far as the lineage knows it, and has no more pieces than the model."""
+    if lineage.get("tokenizer_sha256") not in (None, tokenizer.sha256):
+        raise UserError(f"{where}: not the tokenizer that the model was trained with (tokenizer_sha256 of the lineage)")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{where}: {tokenizer.vocab_size} pieces, the model's vocabulary is {config.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Prompts are encoded as training text is: no bos (documents were joined by eos alone), nothing put before them."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "prompt_prefix_ids": [],
+        "context_length": config.context_length,
+        "pad_id": config.pad_id,
+        "bos_id": config.bos_id,
+        "eos_id": config.eos_id,
+        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+    }
