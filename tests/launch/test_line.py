@@ -63,7 +63,10 @@ def finished(tmp_path_factory, make_run):
     config = make_run(folder, profile_steps=[490, 491])
     run_dir = folder / "run"
     first = subprocess.Popen([*PLDR, "run", str(config)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    wait_for(lambda: (run_dir / "checkpoints" / "step-000200" / "COMMITTED").exists() or first.poll() is not None)
+    wait_for(
+        lambda: (run_dir / "checkpoints" / "step-000200" / "COMMITTED").exists() or first.poll() is not None,
+        seconds=240,
+    )
     assert first.poll() is None, first.stdout.read().decode()
     first.send_signal(signal.SIGKILL)
     first.wait()

@@ -166,7 +166,7 @@ def test_a_restart_that_cannot_be_prepared_marks_the_run_failed(line, monkeypatc
 
     def crash(config, job_file, ranks):
         (one.paths.logs / "train.log").write_text("Traceback (most recent call last):\n  File\nOSError: rank 1 broke\n")
-        monkeypatch.setattr(pretrain, "_require_disk", full)
+        monkeypatch.setattr(pretrain, "disk_needed", full)
         raise UserError("rank 1: something broke")
 
     def full(config, paths):

@@ -19,7 +19,7 @@ def test_bench_reports_model_and_twin(tiny):
     assert result["parameters"] == tiny.num_parameters()["total"]
 
 
-def test_both_are_run_in_turn_and_the_median_counts(monkeypatch):
+def test_both_are_runin_turn_and_the_median_counts(monkeypatch):
     """A clock that advances by what each run says it took: the medians, in alternating order."""
     now, order = [0.0], []
 
@@ -31,7 +31,7 @@ def test_both_are_run_in_turn_and_the_median_counts(monkeypatch):
         return step
 
     monkeypatch.setattr(bench_module.time, "perf_counter", lambda: now[0])
-    medians = bench_module._in_turn(
+    medians = bench_module.in_turn(
         run("model", [5.0, 1.0, 9.0]), run("twin", [2.0, 2.0, 40.0]), 3, bench_module.torch.device("cpu")
     )
     assert medians == (5.0, 2.0)

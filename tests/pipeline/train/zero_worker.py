@@ -17,7 +17,7 @@ from pipeline import schedule
 from pipeline.checkpoints import checkpoint_name, verify
 from pipeline.config import RunConfig, parse_config
 from pipeline.errors import UserError
-from pipeline.train import checkpoint, loop, save
+from pipeline.train import checkpoint, freeze, loop, save
 from pipeline.train.engine import init_distributed
 from pipeline.train.state import Lineage
 
@@ -141,12 +141,12 @@ def other_recipe(config, held_out):
     half = Path(config.run_dir) / "checkpoints" / checkpoint_name(3)
     config = config.model_copy(update={"run_dir": config.run_dir + "-other"})
     config = with_train(config, weight_decay=0.5, metric_weight_decay=9.0, betas=(0.5, 0.6), eps=1e-3)
-    engines, real = [], loop.build_engine
-    loop.build_engine = lambda *arguments: engines.append(real(*arguments)) or engines[-1]
+    engines, real = [], freeze.build_engine
+    freeze.build_engine = lambda *arguments: engines.append(real(*arguments)) or engines[-1]
     try:
         points = run(config, held_out, resume_from=half).points
     finally:
-        loop.build_engine = real
+        freeze.build_engine = real
     groups = [[group[key] for key in ("weight_decay", "betas", "eps")] for group in engines[0].optimizer.param_groups]
     steps = [config.train.metric_decay * schedule.learning_rate(config.train, step) for step in (3, 4, 5)]
     return {"groups": groups, "grown": points[6]["invariance/budget"], "by": sum(steps)}
