@@ -126,7 +126,8 @@ class Line:
             "train": {k: config[k] for k in ("model", "train", "seed")},
             "consolidate": {},
             "extract": {k: config["post"][k] for k in ("g_from", "prompts")},
-            "validate": {k: v for k, v in config["post"].items() if k not in (*OF_BUNDLE, "sample_prompt", "ranks")},
+            "validate": {k: v for k, v in config["post"].items() if k not in (*OF_BUNDLE, "sample_prompt", "ranks")}
+            | {"model": config["model"]},  # which the checkpoint has to be of
             "bundle": {k: config["post"][k] for k in OF_BUNDLE} | {"tracking": config["tracking"]},
         }[name]
         inputs: dict[str, Any] = {"config": of_stage}

@@ -69,7 +69,7 @@ def test_every_zero_stage_trains_like_plain_pytorch(fp32, stage, clip_by):
     twin = losses(fp32[f"{stage}-{clip_by}"]["sdpa"])
     assert len(twin) == 6 and twin[-1] != twin[1]
     assert twin == pytest.approx(plain_pytorch(clip_by, "identity"), abs=2e-5)
-    assert losses(fp32[f"{stage}-{clip_by}"]["straight"]) == pytest.approx(plain_pytorch(clip_by, "learned"), abs=5e-3)
+    assert losses(fp32[f"{stage}-{clip_by}"]["straight"]) == pytest.approx(plain_pytorch(clip_by, "learned"), abs=1e-2)
 
 
 def test_clipping_by_norm_and_by_value_are_different_runs(fp32):
