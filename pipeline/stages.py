@@ -62,10 +62,16 @@ class Line:
             self._after(name, known["result"])
             return {**known, "skipped": True}
         record = self.paths.stages / f"{name}.json"
-        record.unlink(missing_ok=True)
         self._say(f"{name:<12} ...")
         started = time.perf_counter()
-        result = self._work(name, resume=resume, force=force, uncertified=uncertified)
+        old = self.record(name)
+        record.unlink(missing_ok=True)
+        try:
+            result = self._work(name, resume=resume, force=force, uncertified=uncertified)
+        except ConfigError:  # refused: what was there is as complete as it was, for its own inputs
+            if old:
+                storage.publish_json(record, old)
+            raise
         outputs = self._outputs(name)
         new = {
             "schema_version": SCHEMA_VERSION,
