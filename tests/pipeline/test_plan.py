@@ -24,7 +24,7 @@ def test_the_papers_110m_recipe(repository):
 def test_the_sub_critical_recipe_is_warned_of(repository):
     config = load_config(repository / "configs" / "pldr-110m.yaml", ["train.max_lr=3e-5"])
     assert "NOT invariant" in plan(config)["invariance_verdict"]
-    assert budget_verdict(4.1).startswith("only approximately")
+    assert budget_verdict(4.1).startswith("at best approximately")
 
 
 def test_zero_memory_follows_what_each_stage_shards(repository):
