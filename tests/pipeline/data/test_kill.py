@@ -89,9 +89,9 @@ def poll(condition: Callable[[], bool], seconds: float = 60) -> Iterator[None]:
 
 CASES = [
     ("shard", "while a tar is written", 1),
-    ("shard", "when one task is marked", 2),
-    ("tokenize", "while a tar is written", 2),
     ("tokenize", "when one task is marked", 1),
+    pytest.param("shard", "when one task is marked", 2, marks=pytest.mark.slow),
+    pytest.param("tokenize", "while a tar is written", 2, marks=pytest.mark.slow),
     *(pytest.param(stage, "when some tars are published", 2, marks=pytest.mark.slow) for stage in STAGES),
 ]
 

@@ -133,6 +133,7 @@ def measured(pairs: int = 150) -> dict[float, float]:
     return {level: count / pairs for level, count in counts.items()}
 
 
+@pytest.mark.slow
 def test_the_measured_curve_is_the_documented_one() -> None:
     for level, share in measured().items():
         expected = 1 - (1 - level**8) ** 14

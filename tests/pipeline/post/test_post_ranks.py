@@ -36,6 +36,7 @@ def numbers(value: Any, path: str = "") -> dict[str, Any]:
     return {path: value}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path: Path, tiny: SimpleNamespace) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

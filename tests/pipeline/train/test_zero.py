@@ -89,7 +89,7 @@ def test_a_resumed_run_is_bit_equal(fp32, stage):
 
 
 def test_a_run_from_another_runs_checkpoint_has_its_own_recipe(fp32):
-    assert len(fp32["recipes"]) == 4
+    assert len(fp32["recipes"]) == 2  # ZeRO 1 and 3
     for recipe in fp32["recipes"]:
         assert recipe["groups"] == [[0.5, [0.5, 0.6], 1e-3], [9.0, [0.5, 0.6], 1e-3]]
         # The budget of the steps before is what they were trained with.

@@ -166,8 +166,9 @@ def main() -> None:
         for clip_by in ("norm", "value"):
             config = configuration(folder / f"z{stage}-{clip_by}", stage, precision, clip_by)
             straight = run(config, held_out)
-            again = run(config, held_out, resume_from=Path(config.run_dir) / "checkpoints" / checkpoint_name(STEPS))
-            assert not again.points  # nothing is left to train
+            if clip_by == "norm" and stage == stages[0]:
+                last = Path(config.run_dir) / "checkpoints" / checkpoint_name(STEPS)
+                assert not run(config, held_out, resume_from=last).points  # nothing is left to train
             half = Path(config.run_dir) / "checkpoints" / checkpoint_name(3)
             assert verify(half)["step"] == 3
             resumed = run(config, held_out, resume_from=half)
@@ -184,7 +185,8 @@ def main() -> None:
         for bad in (0, 1)
     }
     results["recipes"] = [
-        other_recipe(configuration(folder / f"z{stage}-norm", stage, precision, "norm"), held_out) for stage in stages
+        other_recipe(configuration(folder / f"z{stage}-norm", stage, precision, "norm"), held_out)
+        for stage in stages[1::2]
     ]
     results["failing_copy"] = failing_copy(folder / "copy", stages[-1], precision, held_out)
     watched = configuration(folder / "watched", stages[-1], precision, "norm")
