@@ -211,6 +211,15 @@ class RunConfig(Section):
             )
         return self
 
+    def trained_model(self, *, frozen: bool) -> ModelConfig:
+        """The model that is trained before, or after `train.freeze_g` has frozen its G."""
+        if not frozen:
+            return self.model
+        assert self.train.freeze_g is not None
+        if self.train.freeze_g.become == "parameter":
+            return self.model.with_trained_constant_g()
+        return self.model.with_constant_g()
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values only: what is written to JSON, hashed, and logged."""
         return self.model_dump(mode="json")

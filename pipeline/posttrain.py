@@ -75,7 +75,8 @@ def require_same(config: RunConfig, paths: RunPaths, model: ModelConfig, source:
     """Raise ConfigError when the weights are of another model or tokenizer than the run's configuration and tokens."""
     from pipeline.data.index import TokenIndex
 
-    ours, theirs = config.model.to_dict(), model.to_dict()
+    frozen = config.train.freeze_g is not None and model.g_source != "learned"
+    ours, theirs = config.trained_model(frozen=frozen).to_dict(), model.to_dict()
     for key, value in ours.items():
         if key != "g_file" and theirs[key] != value:
             raise ConfigError(

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import publish, run_record, storage, tracking
-from pipeline.checkpoints import STATE, adopt, clean, committed, set_aside, step_of, verify
+from pipeline.checkpoints import STATE, adopt, clean, committed, model_of, set_aside, step_of, verify
 from pipeline.config import RunConfig, RunPaths, flatten
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.places import Place
@@ -146,6 +146,13 @@ def check_inputs(
     if differ and not force:
         raise ConfigError(
             f"{checkpoint}: was trained with {differ[0]}; use another run_dir, or go on all the same with --force"
+        )
+    rule, become = config.train.freeze_g, model_of(state)["g_source"]
+    if state.get("frozen") is not None and (rule is None or config.trained_model(frozen=True).g_source != become):
+        was = "constant" if become == "file" else "parameter"
+        raise ConfigError(
+            f"{checkpoint}: its G is frozen; set train.freeze_g.become to {was} as it was, or take a checkpoint of "
+            f"step {state['frozen']} or before"
         )
     for difference in differ:
         say(f"FORCED      {checkpoint.name} was trained with {difference}")

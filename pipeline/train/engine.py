@@ -15,6 +15,7 @@ Oddities explained once (measured on DeepSpeed 0.19.8):
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 from pipeline.config import TrainConfig
 from pipeline.device import has_gpu
 from pipeline.errors import ConfigError
+from pipeline.train.lean_zero import leave_out_the_needless
 from pipeline.train.optim import build_optimizer, optimizer_clips_norm
 from pldr_model.model import PLDRModel, set_activation_checkpointing
 
@@ -160,32 +162,20 @@ def build_engine(model: PLDRModel, train: TrainConfig, world_size: int) -> Any:
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, train), config=deepspeed_config(train, world_size)
     )
-    if train.zero_stage in (1, 2) and hasattr(engine.optimizer, "averaged_gradients"):
-        _check_gradients_at_once(engine.optimizer)
+    leave_out_the_needless(engine, train.zero_stage, world_size)
     return engine
 
 
-def _check_gradients_at_once(optimizer: Any) -> None:
-    """ZeRO 1 and 2 look at each gradient in Python, twice: for NaN and infinity, and for its norm. Here one kernel does it for
-    all. (A norm that fp32 cannot hold counts as infinite.)"""
+def release(engine: Any) -> None:
+    """Let go of what an engine holds, before the caller drops it. ZeRO's hooks keep it; at stage 3 so do a list of modules and
+    a cache that DeepSpeed never clears (test_freeze.py looks whether that was all)."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-    def norms(gradients: Any) -> torch.Tensor:
-        real = [g.detach().float() for g in gradients if g is not None and not getattr(g, "_zero_padding", False)]
-        return torch.stack(torch._foreach_norm(real)) if real else torch.zeros(1, device=device_of_rank())
-
-    def has_overflow() -> torch.Tensor:
-        everything = [g for group in optimizer.averaged_gradients.values() for g in group or ()]
-        return ~norms(everything).isfinite().all().reshape(1)
-
-    def norm(gradients: Any, params: Any, norm_type: int = 2) -> torch.Tensor:
-        assert norm_type == 2, norm_type
-        squares = norms(gradients).square().sum()
-        torch.distributed.all_reduce(squares, group=optimizer.dp_process_group)
-        total = squares.sqrt()
-        return torch.where(total.isfinite(), total, -torch.ones_like(total))  # as DeepSpeed marks it
-
-    optimizer.has_overflow_partitioned_grads_serial = has_overflow
-    optimizer.get_grad_norm_direct = norm
+    engine.destroy()
+    parameter_offload.FWD_MODULE_STACK.clear()
+    wrapped = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(wrapped).nonlocals["func"].cache_clear()
 
 
 def set_recipe(engine: Any, train: TrainConfig) -> None:

@@ -35,16 +35,6 @@ from pldr_model.model import PLDRModel, g_shape
 PARAMETER = ".attention.plga.G_LM"
 
 
-def model_config(config: RunConfig, frozen: bool) -> ModelConfig:
-    """Of the model that is trained now."""
-    if not frozen:
-        return config.model
-    assert config.train.freeze_g is not None
-    if config.train.freeze_g.become == "parameter":
-        return config.model.with_trained_constant_g()
-    return config.model.with_constant_g()
-
-
 def calm(settings: TrainConfig, evaluations: int, order_parameter: float | None) -> int:
     """How many evaluations in a row the order parameter of G is under the threshold, after one more."""
     rule = settings.freeze_g
@@ -71,7 +61,7 @@ def num_batches(settings: TrainConfig) -> int:
 def engine_of(config: RunConfig, g_lm_LHKK: Tensor | None) -> Any:
     """A DeepSpeed engine with its safe checkpoints, of the whole model, or of the frozen one with this G."""
     torch.manual_seed(config.seed)  # the same weights on every rank and at every world size
-    chosen = model_config(config, g_lm_LHKK is not None)
+    chosen = config.trained_model(frozen=g_lm_LHKK is not None)
     model = PLDRModel(chosen, g_lm_LHKK=g_lm_LHKK if chosen.g_source == "file" else None)
     engine = build_engine(model, config.train, dist.get_world_size())
     checkpoint.make_safe(engine)
@@ -88,7 +78,7 @@ def frozen_g(source: ZeroState) -> Tensor:
 def freeze(config: RunConfig, source: ZeroState, g_lm_LHKK: Tensor) -> Any:
     """The engine of the frozen model, with the weights and moments of a checkpoint of the whole one; collective.
 
-    The old engine must be out of use: what it holds is freed first.
+    The old engine has been released and dropped: what it held is freed first.
     """
     gc.collect()
     if torch.cuda.is_available():

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Phase = Literal["start", "data", "compute", "validate", "save", "end"]
-PHASES: tuple[Phase, ...] = ("start", "data", "compute", "validate", "save", "end")  # in the order of a step
+Phase = Literal["start", "data", "compute", "validate", "save", "freeze", "end"]
+PHASES: tuple[Phase, ...] = ("start", "data", "compute", "validate", "save", "freeze", "end")  # in the order of a step
 BEAT_S = 1.0
 SILENT_S = 5.0  # a file this old is of a process that does not run: it is renewed every second
 

@@ -24,8 +24,8 @@ from pipeline.metrics_spool import Tracker
 from pipeline.publish import Publisher
 from pipeline.retention import policy_of, retain
 from pipeline.schedule import learning_rate
-from pipeline.train.engine import device_of_rank, set_learning_rate
-from pipeline.train.freeze import calm, freeze, is_due, mean_g, model_config, num_batches
+from pipeline.train.engine import device_of_rank, release, set_learning_rate
+from pipeline.train.freeze import calm, freeze, is_due, mean_g, num_batches
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.memory import record_history
 from pipeline.train.metrics import Throughput, peak_flops, validate
@@ -80,20 +80,24 @@ def train(
     peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_flops()
     batches = data.micro_batches(state.sequences_consumed, limit=settings.steps - state.step)
     stopped: str | None = None
+    no_freeze_before = 0  # later when a save has failed
     gc.disable()  # ranks must not pause one after another; collected at the logging interval
 
     while state.step < settings.steps:
         if state.frozen is None and is_due(settings, state.step, state.calm_evaluations):
             source = whole(paths.checkpoints / checkpoint_name(state.step))
-            ahead = list(islice(batches, num_batches(settings)))
+            ahead = list(islice(batches, num_batches(settings))) if source is not None else []
             batches = chain(ahead, batches)
             if source is not None and ahead:
-                g_lm = mean_g(engine, config.model, [micro for micro, _ in ahead])
-                del engine, saver.engine
-                saver.engine = engine = freeze(config, source, g_lm)
+                heart.at(state.step, "freeze")
+                with throughput.pause():
+                    g_lm = mean_g(engine, config.model, [micro for micro, _ in ahead])
+                    release(engine)
+                    del engine, saver.engine
+                    saver.engine = engine = freeze(config, source, g_lm)
                 state.frozen = state.step
                 _tell(progress, f"G is frozen after step {state.step}: the metric learner is gone")
-        model = model_config(config, state.frozen is not None)
+        model = config.trained_model(frozen=state.frozen is not None)
         profiler.begin(state.step + 1)
         heart.at(state.step + 1, "data")
         with measures.data.running():
@@ -179,16 +183,21 @@ def train(
                 _tell(progress, f"rolled back to step {state.step}; goes on at position {state.sequences_consumed}")
                 continue
             _warn(progress, "there is no checkpoint to roll back to; training goes on")
-        freezes = state.frozen is None and is_due(settings, state.step, state.calm_evaluations)
+        freezes = (
+            state.frozen is None
+            and state.step >= no_freeze_before
+            and is_due(settings, state.step, state.calm_evaluations)
+        )
         if checkpoint_due or freezes or state.step - 1 == state.frozen:
             heart.at(state.step, "save")
             with throughput.pause():
                 try:
-                    _warn(progress, saver.save(record(config, state, lineage), wait=last or freezes))
+                    _warn(progress, saver.save(record(config, state, lineage, freezes=freezes), wait=last or freezes))
                 except UserError as error:  # on every rank: a full disk, say
                     if last:
                         raise
                     _warn(progress, f"{error}; training goes on, earlier checkpoints are kept")
+                    no_freeze_before = state.step + settings.checkpoint_every
         if stopped is not None:
             break
 

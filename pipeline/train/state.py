@@ -14,7 +14,7 @@ from pipeline.checkpoints import COMMITTED, checkpoint_name, verify
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.schedule import invariance_budget
 from pipeline.train import checkpoint
-from pipeline.train.engine import set_recipe
+from pipeline.train.engine import release, set_recipe
 from pipeline.train.freeze import engine_of, frozen_g
 from pipeline.train.guard import Guard
 from pipeline.zero_state import ZeroState
@@ -82,9 +82,15 @@ def _load(engine: Any, folder: Path, saved: dict[str, Any], settings: TrainConfi
     checkpoint.load(engine, folder, saved, precision=settings.precision)
     set_recipe(engine, settings)
     # Older checkpoints lack fields that were added since; their defaults are what was true then.
+    if _threshold(saved["config"]["train"]) != _threshold(settings.model_dump()):
+        saved["calm_evaluations"] = 0  # counted under another one
     saved.setdefault("budget", invariance_budget(settings, saved["step"]) - saved.get("budget_skipped", 0.0))
     known = {key: saved[key] for key in TrainState.__dataclass_fields__ if key in saved}
     return TrainState(**{**known, "guard": Guard(**saved.get("guard", {}))})
+
+
+def _threshold(train: dict[str, Any]) -> float | None:
+    return (train.get("freeze_g") or {}).get("below")
 
 
 def roll_back(engine: Any, config: RunConfig, target: Path, state: TrainState) -> tuple[Any, TrainState]:
@@ -94,6 +100,8 @@ def roll_back(engine: Any, config: RunConfig, target: Path, state: TrainState) -
     if (saved.get("frozen") is None) == (state.frozen is None):
         earlier = _load(engine, target, saved, config.train)
     else:
+        release(engine)
+        del engine
         engine, earlier = begin(config, target)
     earlier.guard.roll_back(state.guard, target.name)
     earlier.sequences_left_out += state.sequences_consumed - earlier.sequences_consumed
@@ -102,11 +110,19 @@ def roll_back(engine: Any, config: RunConfig, target: Path, state: TrainState) -
 
 
 def whole(folder: Path) -> ZeroState | None:
-    """The checkpoint in this folder; None when it was not saved."""
-    return ZeroState(folder / folder.name) if (folder / COMMITTED).is_file() else None
+    """The checkpoint in this folder; None when rank 0 sees that it was not saved. Collective."""
+    there = [(folder / COMMITTED).is_file()]
+    dist.broadcast_object_list(there)
+    return ZeroState(folder / folder.name) if there[0] else None
 
 
-def record(config: RunConfig, state: TrainState, lineage: Lineage) -> dict[str, Any]:
-    """What state.json says."""
+def record(config: RunConfig, state: TrainState, lineage: Lineage, *, freezes: bool) -> dict[str, Any]:
+    """What state.json says. freezes: whether G is frozen after this checkpoint, which then stays (retention.py)."""
     world_size = dist.get_world_size()
-    return {**asdict(state), **asdict(lineage), "config": config.as_dict(), "world_size": world_size}
+    return {
+        **asdict(state),
+        **asdict(lineage),
+        "freezes": freezes,
+        "config": config.as_dict(),
+        "world_size": world_size,
+    }

@@ -313,3 +313,19 @@ def test_a_failed_certificate_is_exit_3_and_can_be_packaged_marked(tmp_path, mak
         )
     mlflow = tracking.client(tracking.tracking_uri(load_config(path)))
     assert [v.aliases for v in mlflow.search_model_versions("name='pldr'")] == [[]]
+
+
+@pytest.mark.slow
+def test_a_frozen_run_is_certified_as_constant_and_bundled(tmp_path, make_run):
+    path = make_run(tmp_path, freeze_g={"at_step": 400, "sequences": 16}, ranks=1)
+    code, output, errors = pldr("run", path, "--json")
+    assert code == 0, errors + output[-3000:]
+    assert result_of(output)["certified"] is True
+    certificate = read_certificate(tmp_path / "run" / "certificate" / "certificate.json")
+    assert certificate["constant_by_construction"] and certificate["model"]["g_source"] == "file"
+    code, output, errors = pldr("generate", tmp_path / "run" / "bundle", "--prompt", "ab", "--json")
+    assert code == 0 and result_of(output)["completions"], errors
+    code, output, errors = pldr("run", path, "--json")
+    assert code == 0 and all(stage["skipped"] for stage in result_of(output)["stages"].values()), errors
+    code, _, errors = pldr("train", path, "train.freeze_g=null", "train.steps=600", "--force")
+    assert code == 2 and "its G is frozen; set train.freeze_g" in errors and "Traceback" not in errors

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import checkpoints
-from pipeline.retention import Policy, local_losses, loss_in, retain
+from pipeline.retention import PINNED, Policy, local_losses, loss_in, retain
 
 LOSSES = st.dictionaries(
     st.integers(1, 400), st.none() | st.sampled_from([1.0, 2.0]) | st.floats(allow_nan=True), max_size=40
@@ -25,7 +25,9 @@ def test_what_stays(losses, policy):
     assert set(steps[-policy.last :]) <= stay
     every = {s for s in steps if policy.every and s % policy.every == 0}
     assert every <= stay
-    rest = stay - set(steps[-policy.last :]) - every
+    pinned = {s for s in steps if losses[s] == PINNED}
+    assert pinned <= stay
+    rest = stay - set(steps[-policy.last :]) - every - pinned
     assert len(rest) <= policy.best  # nothing but the best is there for another reason
     finite = {s: loss for s, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if policy.best and finite:
@@ -71,6 +73,7 @@ def test_a_loss_counts_at_its_own_step_only():
     assert loss_in({"step": 30, "val_step": 20, "val_loss_cached": 1.5}) is None
     assert loss_in({"step": 20, "val_step": 20, "val_loss_cached": None}) is None
     assert loss_in({"step": 20}) is None and loss_in([]) is None
+    assert loss_in({"step": 20, "freezes": True}) == PINNED and loss_in({"step": 20, "freezes": False}) is None
 
 
 def test_a_folder_is_left_with_the_last_the_nth_and_the_best(tmp_path):

@@ -1,7 +1,9 @@
 """One rank of test_freeze.py. Usage: freeze_worker.py FOLDER STAGES PRECISION. Rank 0 writes FOLDER/result.json."""
 
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,11 @@ import torch.distributed as dist
 
 from pipeline.checkpoints import checkpoint_name, model_of, verify
 from pipeline.config import FreezeConfig
-from pipeline.train.engine import init_distributed
+from pipeline.train.engine import init_distributed, release
+from pipeline.train.freeze import freeze
+from pipeline.train.save import Saver
 from pipeline.zero_state import MOMENTS, WEIGHT, ZeroState
+from pldr_model.model import PLDRModel, g_shape
 
 sys.path.insert(0, str(Path(__file__).parent))
 from zero_worker import configuration, run, with_train
@@ -28,20 +33,44 @@ def told(folder: Path, step: int) -> dict:
             "has_g": "g_lm" in state.buffers, "budget": saved["budget"]}  # fmt: skip
 
 
-def carried(folder: Path) -> bool:
-    """Whether the step after the switch began at the weights and moments before it: with a learning rate that small that they
-    do not move, they are what the whole model's checkpoint holds."""
-    old, new = (ZeroState(folder / "checkpoints" / n / n) for n in map(checkpoint_name, (SWITCH, SWITCH + 1)))
-    assert old.adam_step + 1 == new.adam_step
-    return all(torch.allclose(old.tensor(n), new.tensor(n), rtol=0, atol=1e-9) for n in new.shapes) and any(
-        new.tensor(n, MOMENTS[0]).any() and WEIGHT for n in new.shapes
-    )
+def switch(config, folder: Path, g_lm: torch.Tensor) -> dict:
+    """The switch once more, against the checkpoint before it: is G the mean over the sequences that came next, has every weight
+    and moment been carried over, and is the engine gone?"""
+    name = checkpoint_name(SWITCH)
+    source = ZeroState(folder / "checkpoints" / name / name)
+    model = PLDRModel(config.model)
+    model.load_state_dict({n: source.tensor(n) for n in source.shapes})
+    train = config.train
+    total = torch.zeros(g_shape(config.model), dtype=torch.float64)
+    for position in (SWITCH * train.global_batch, (SWITCH + 1) * train.global_batch):  # 12 sequences, rounded up
+        rng = np.random.default_rng(position)  # as zero_worker.Batches
+        ids = torch.from_numpy(rng.integers(4, config.model.vocab_size, size=(train.global_batch, 17)))
+        _, outputs = model(ids[:, :-1], padded=False, return_outputs=True)
+        total += torch.stack([layer.G_LM.detach().double().sum(dim=0) for layer in outputs])
+    expected = total / (2 * train.global_batch)
+
+    engine = freeze(config, source, g_lm)
+    Saver(engine, folder / "carried").save({"step": SWITCH, "config": {}, "world_size": dist.get_world_size()})
+    carried = ZeroState(folder / "carried" / name / name)
+    held = [weakref.ref(thing) for thing in (engine, engine.optimizer, next(engine.module.parameters()))]
+    release(engine)
+    del engine
+    gc.collect()
+    return {
+        "g_error": float((g_lm - expected).abs().max() / expected.square().mean().sqrt()),
+        "varies": float((expected[0] - expected[1]).abs().max()),
+        "adam_step": [source.adam_step, carried.adam_step],
+        "not_carried": [f"{n} {key}" for n in carried.shapes for key in (WEIGHT, *MOMENTS)
+                        if n in source.shapes and not torch.equal(carried.tensor(n, key), source.tensor(n, key))],
+        "moments": sum(bool(source.tensor(n, MOMENTS[0]).any()) for n in carried.shapes if n in source.shapes),
+        "held": sum(thing() is not None for thing in held),
+    }  # fmt: skip
 
 
 def frozen_run(folder: Path, stage: int, precision: str, held_out: np.ndarray) -> dict:
     config = configuration(folder / f"z{stage}", stage, precision, "norm")
     config = with_train(
-        config, freeze_g=FreezeConfig(at_step=SWITCH, sequences=12), keep_checkpoints=9, checkpoint_every=6
+        config, freeze_g=FreezeConfig(at_step=SWITCH, sequences=12), keep_checkpoints=2, checkpoint_every=6
     )
     straight = run(config, held_out).points
     checkpoints = folder / f"z{stage}" / "checkpoints"
@@ -50,11 +79,11 @@ def frozen_run(folder: Path, stage: int, precision: str, held_out: np.ndarray) -
     other = with_train(configuration(folder / f"z{stage}-to", 4 - stage if stage else 1, precision, "norm"),
                        freeze_g=config.train.freeze_g)  # fmt: skip
     moved = run(other, held_out, resume_from=checkpoints / checkpoint_name(SWITCH + 1)).points
-    still = with_train(configuration(folder / f"s{stage}", stage, precision, "norm"), max_lr=1e-12, keep_checkpoints=9,
-                       freeze_g=config.train.freeze_g)  # fmt: skip
-    run(still, held_out)
+    first = checkpoint_name(SWITCH + 1)
+    g_lm = ZeroState(checkpoints / first / first).buffers["g_lm"]
     return {
-        "straight": straight, "before": before, "after": after, "moved": moved, "carried": carried(folder / f"s{stage}"),
+        "straight": straight, "before": before, "after": after, "moved": moved,
+        "switch": switch(config, folder / f"z{stage}", g_lm),
         "saved": {step: told(folder / f"z{stage}", step) for step in (SWITCH, SWITCH + 1, 6)},
     }  # fmt: skip
 

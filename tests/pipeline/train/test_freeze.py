@@ -21,7 +21,11 @@ def check(results: dict, stage: str) -> None:
         # Nothing of the metric learner is left, in the model or in the optimizer, and everything else is.
         assert saved[step]["names"] == [name for name in saved["4"]["names"] if ".plga." not in name]
         assert saved[step]["budget"] == saved["4"]["budget"]
-    assert len(saved["5"]["names"]) > 20 and result["carried"]
+    assert len(saved["5"]["names"]) > 20
+    switch = result["switch"]
+    assert switch["g_error"] < 1e-5 < switch["varies"]
+    assert switch["not_carried"] == [] and switch["moments"] > 20 and len(set(switch["adam_step"])) == 1
+    assert switch["held"] == 0
     straight = result["straight"]
     assert [straight[step]["invariance/frozen"] for step in map(str, range(1, 7))] == [0, 0, 0, 0, 1, 1]
     assert straight["6"]["val/leak_gap"] == 0 and "invariance/order_parameter_G" not in straight["6"]
