@@ -14,6 +14,7 @@ import torch
 from pipeline.config import PostConfig, RunConfig
 from pipeline.post.bundle import verify_bundle
 from pipeline.post.card import CERTIFIED_LINE, CONSTANT_LINE
+from pipeline.post.certificate_page import Evidence, certificate_page
 from pipeline.post.extract import extract_g
 from pipeline.post.inference import Bundle
 from pipeline.posttrain import notes
@@ -45,6 +46,10 @@ def test_it_is_certified_as_constant_by_construction_and_never_as_measured(
     assert certificate["constant_by_construction"] is True
     skipped = {check["measure"] for check in certificate["checks"] if check["skipped"]}
     assert {"attention_effect_identity", "negative_control"} <= skipped
+
+    g_lm = constant.constant_g().detach()
+    page = certificate_page(certificate, Evidence(name="a run", g_lm=g_lm, spread=torch.zeros_like(g_lm)))
+    assert "constant by construction: there is no untrained model" in page
 
     bundle = make_bundle(model=constant, certificate=certificate)
     assert verify_bundle(bundle)["tier"] == "constant by construction"
