@@ -12,7 +12,7 @@ from pipeline.checkpoints import committed, step_of, verify
 from pipeline.config import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.publish import open_publisher
-from pipeline.resume import Resume, changes, find_start, names_run, parse_resume, require_newest
+from pipeline.resume import Resume, changes, check_inputs, find_start, names_run, parse_resume, require_newest
 
 AWAY = "http://127.0.0.1:9"  # nobody listens there
 TODAY = {"data_fingerprint": "d" * 64, "tokenizer_sha256": "t" * 64}
@@ -348,6 +348,16 @@ def test_other_data_tokenizer_or_model_is_refused_unless_forced(run, tmp_path, t
         start = place.start(text, today=today, force=True, **sections)
         assert start.checkpoint is not None
         assert [line for line in place.said if line.startswith("FORCED") and difference in line]
+
+
+@pytest.mark.parametrize("today", [None, {"at_step": 4, "become": "parameter"}])
+def test_a_frozen_checkpoint_needs_the_rule_that_froze_it(tmp_path, today):
+    frozen = Run(tmp_path, f"sqlite:///{tmp_path}/m.db").config(train={"freeze_g": {"at_step": 4}})
+    state = {**TODAY, "frozen": 4, "config": frozen.as_dict()}
+    now = Run(tmp_path, f"sqlite:///{tmp_path}/m.db").config(train={"freeze_g": today})
+    with pytest.raises(ConfigError, match="its G is frozen; set train.freeze_g.become to constant as it was"):
+        check_inputs(tmp_path, state, now, TODAY, force=True, say=print)
+    check_inputs(tmp_path, state, frozen, TODAY, force=False, say=print)
 
 
 def test_force_does_not_make_another_recipe_the_same_run(run):
