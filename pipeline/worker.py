@@ -22,6 +22,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import fsspec.config
+
 from pipeline import lifeline, storage
 from pipeline.checkpoints import TRAINING_LOCK
 from pipeline.config import RunConfig, RunPaths, parse_config, staging_folder, tokens_folder
@@ -49,8 +51,7 @@ def main(argv: list[str]) -> int:
     job_file = Path(next(a for a in argv if not a.startswith("--local_rank")))
     heart = Heartbeat()
     try:
-        if ENVIRONMENT_FILE in os.environ:
-            os.environ.update(storage.read_json(os.environ[ENVIRONMENT_FILE]))
+        take_environment()
         run(job_file, heart, stop)
     except UserError as error:
         return _failed(str(error), error.exit_code)
@@ -69,6 +70,13 @@ def main(argv: list[str]) -> int:
             said = f"{named} ({said})"
         return _failed(said, 1)
     return 0
+
+
+def take_environment() -> None:
+    """Set the variables that do not come with the process. Raises UserError when their file cannot be read."""
+    if ENVIRONMENT_FILE in os.environ:
+        os.environ.update(storage.read_json(os.environ[ENVIRONMENT_FILE]))
+        fsspec.config.set_conf_env(fsspec.config.conf)  # it read FSSPEC_… when it was imported, before these were there
 
 
 def rank_and_world() -> tuple[int, int]:
