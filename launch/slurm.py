@@ -1,6 +1,6 @@
 """`pldr launch slurm`: the batch script of a training job, and its submission.
 
-The script (templates/train.sbatch) starts one `pldr launch deepspeed --no-ssh` on each node. Slurm queues the job again when a
+The script (templates/train.sbatch) starts one `pldr launch torchrun` on each node. Slurm queues the job again when a
 node is lost, and the script does when the time was up; both go on from the last commit.
 """
 
@@ -36,7 +36,7 @@ def render(
     arguments: Sequence[str],
     template: str | None = None,
 ) -> str:
-    """The batch script. options: further ones of sbatch, `partition=gpu`; arguments: those of `pldr launch deepspeed`."""
+    """The batch script. options: further ones of sbatch, `partition=gpu`; arguments: those of `pldr launch torchrun`."""
     for option in options:
         name = option.partition("=")[0]
         if not re.fullmatch(r"[a-z][a-z-]*(=\S+)?", option):

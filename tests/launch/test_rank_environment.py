@@ -1,6 +1,9 @@
 """What a rank finds in its environment before it starts its work (pipeline/worker.py, pipeline/network.py)."""
 
 import json
+import os
+import subprocess
+import sys
 
 import fsspec.config
 
@@ -18,3 +21,29 @@ def test_fsspec_gets_what_came_by_the_file(tmp_path, monkeypatch):
         assert fsspec.config.conf["pldrtest"] == {"key": "k"}
     finally:
         fsspec.config.conf.pop("pldrtest", None)
+
+
+DEEPSPEEDS_NODE = """
+import os, sys
+from launch.job import rank_environment
+from pipeline import worker
+environment = rank_environment(2) | {"CUDA_VISIBLE_DEVICES": "0,1"}  # as DeepSpeed's launch.py overwrites it
+os.environ.clear(); os.environ.update(environment)
+worker.take_environment()
+print(os.environ["CUDA_VISIBLE_DEVICES"], end="")
+"""
+
+
+def test_ranks_keep_the_gpus_that_the_job_was_given():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "6,7", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", DEEPSPEEDS_NODE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "6,7"
+
+
+def test_torch_counts_gpus_by_what_is_set_before_cuda_is_used():
+    """Why `take_environment` comes early enough: importing the worker, which imports torch, does not use CUDA."""
+    code = "import torch, pipeline.worker; print(torch.cuda.is_initialized(), torch.cuda._cached_device_count)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "None"]
