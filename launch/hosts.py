@@ -34,8 +34,12 @@ CARRIED = re.compile(
     re.IGNORECASE,
 )
 LOCAL_ONLY = {"DS_ENV_FILE", "PLDR_PARENT_PIPE", "PLDR_VISIBLE_DEVICES"}
-SECRET_NAME = re.compile(r"SECRET|PASS|TOKEN|CREDENTIAL|ACCESS_KEY|API_KEY|CONNECTION_STRING|^FSSPEC_", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@")  # user:password@host
+# What storage and MLflow read is theirs alone, and nothing reads it before the rank's own code runs: all of it is private.
+PRIVATE_NAME = re.compile(
+    r"^(AWS|S3|FSSPEC|GOOGLE|GCSFS|GCE|AZURE|MLFLOW)_|_proxy$|SECRET|PASS|TOKEN|CREDENTIAL|KEY|CONNECTION_STRING|SAS",
+    re.IGNORECASE,
+)
+PRIVATE_VALUE = re.compile(r"://[^/\s]*@|://\S*\?")  # user or token before a host; a query, where signatures stand
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def carried(extra: Sequence[str] = ()) -> dict[str, str]:
 
 def is_private(name: str, value: str) -> bool:
     """Whether a variable must not stand in a command line: it may be secret, or pdsh would not pass it on as it is."""
-    return bool(SECRET_NAME.search(name) or SECRET_VALUE.search(value) or re.search(r"[%\n]", value))
+    return bool(PRIVATE_NAME.search(name) or PRIVATE_VALUE.search(value) or re.search(r"[%\n]", value))
 
 
 def environment_file(variables: dict[str, str]) -> str:

@@ -73,7 +73,7 @@ def test_what_is_carried_to_the_hosts(monkeypatch, tmp_path):
     Path(".deepspeed_env").write_text("\nGLOO_SOCKET_IFNAME=eth1\n")
     given = {"AWS_REGION": "eu", "AWS_SECRET_ACCESS_KEY": "k", "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0",
              "MLFLOW_TRACKING_PASSWORD": "p", "MY_FLAG": "1", "https_proxy": "http://me:pw@proxy", "FSSPEC_S3_KEY": "k",
-             "OTHER": "x", "NCCL_SOCKET_IFNAME": "=eth%d"}  # fmt: skip
+             "OTHER": "x", "NCCL_SOCKET_IFNAME": "=eth%d", "OMP_NUM_THREADS": "4"}  # fmt: skip
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     found = carried(["MY_FLAG", "NEW=a b"])
@@ -81,12 +81,34 @@ def test_what_is_carried_to_the_hosts(monkeypatch, tmp_path):
     assert "OTHER" not in found
     private = {name for name, value in found.items() if is_private(name, value)} & given.keys()
     assert private == {
-        "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "https_proxy", "FSSPEC_S3_KEY", "NCCL_SOCKET_IFNAME"
+        "AWS_REGION", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "https_proxy", "FSSPEC_S3_KEY", "NCCL_SOCKET_IFNAME"
     }  # fmt: skip
     private_file({"A": "b"}, tmp_path / "private.json")
     assert (tmp_path / "private.json").stat().st_mode & 0o777 == 0o600
     with pytest.raises(ConfigError, match="--env MISSING"):
         carried(["MISSING"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AZURE_STORAGE_ACCOUNT_KEY", "k"),
+        ("AZURE_STORAGE_KEY", "k"),
+        ("AZURE_STORAGE_SAS_TOKEN", "k"),
+        ("S3_KEY", "k"),
+        ("https_proxy", "http://TOKEN@proxy"),
+        ("HTTPS_PROXY", "TOKEN@proxy:3128"),
+        ("PLDR_STORE", "https://account.blob.core.windows.net/c?sv=1&sig=abc"),
+        ("GIT_REMOTE", "https://TOKEN@host/repository"),
+    ],
+)
+def test_secrets_are_private(name, value):
+    assert is_private(name, value)
+
+
+@pytest.mark.parametrize("name", ["NCCL_DEBUG", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "UCX_TLS"])
+def test_what_has_to_be_there_before_python_starts_is_public(name):
+    assert not is_private(name, "eth0")
 
 
 @pytest.mark.slow
