@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import fsspec.config
+import pytest
 
-from pipeline import worker
+from pipeline import network, worker
 
 
 def test_fsspec_gets_what_came_by_the_file(tmp_path, monkeypatch):
@@ -26,7 +27,7 @@ def test_fsspec_gets_what_came_by_the_file(tmp_path, monkeypatch):
 DEEPSPEEDS_NODE = """
 import os, sys
 from launch.job import rank_environment
-from pipeline import worker
+from pipeline import network, worker
 environment = rank_environment(2) | {"CUDA_VISIBLE_DEVICES": "0,1"}  # as DeepSpeed's launch.py overwrites it
 os.environ.clear(); os.environ.update(environment)
 worker.take_environment()
@@ -47,3 +48,25 @@ def test_torch_counts_gpus_by_what_is_set_before_cuda_is_used():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "None"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "default", "chosen"),
+    [({}, "eth0", "lo"), ({"CROSS_SIZE": "2"}, "eth0", "eth0"), ({"GROUP_WORLD_SIZE": "2"}, "eth0", "eth0"),
+     ({"CROSS_SIZE": "1"}, "eth0", "lo"), ({"CROSS_SIZE": "2"}, None, "lo")],
+    ids=["one", "deepspeed", "torchrun", "deepspeed's one", "no default route"],
+)  # fmt: skip
+def test_several_nodes_do_not_talk_through_the_loopback(monkeypatch, nodes, default, chosen):
+    """On rank 0's host its own name may be a loopback address, 127.0.1.1."""
+    for name in ("CROSS_SIZE", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in nodes.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.1.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "taken back after the test")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(
+        network, "interface_towards", {"127.0.1.1": "lo", "127.0.0.1": "lo", network.OUTSIDE: default}.get
+    )
+    network.choose_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == chosen
