@@ -84,7 +84,7 @@ def ssh(
     where = ["-p", str(port)] if port is not None else []
     words = ["ssh", *shlex.split(ssh_options()), *where, host, shlex.join(command)]
     try:
-        return subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=timeout_s)
+        return subprocess.run(words, input=stdin, capture_output=True, text=True, errors="replace", timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
         said = error.stdout.decode("utf-8", "replace") if isinstance(error.stdout, bytes) else error.stdout or ""
         return subprocess.CompletedProcess(words, -1, said, f"no end within {timeout_s:g} s")
@@ -106,11 +106,17 @@ def require_tools() -> None:
             )
 
 
+def rendezvous_address(hosts: Sequence[Host]) -> str:
+    """The address of rank 0's host; when there is no other host, the loopback. Raises ConfigError where it must be given."""
+    return "127.0.0.1" if len(hosts) == 1 else address_of(hosts[0].name)
+
+
 def address_of(host: str) -> str:
     """The address at which rank 0's host is reached by the others. Raises ConfigError where it must be given."""
     name = host.rpartition("@")[2]
     if shutil.which("ssh") is not None:  # ~/.ssh/config may call it otherwise
-        told = subprocess.run(["ssh", *shlex.split(ssh_options()), "-G", host], capture_output=True, text=True)
+        words = ["ssh", *shlex.split(ssh_options()), "-G", host]
+        told = subprocess.run(words, capture_output=True, text=True, errors="replace")
         found = re.search(r"^hostname (\S+)$", told.stdout, re.MULTILINE)
         name = found[1] if found else name
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 from launch.deepspeed import SshJob, launch_over_ssh, node_command
 from launch.dry_run import dry_run
-from launch.hosts import address_of, environment_file, read_hostfile, require_tools
+from launch.hosts import environment_file, read_hostfile, rendezvous_address, require_tools
 from launch.job import WORKER, rank_environment, run_job
 from launch.nodes import Follower, Lead
 from launch.scheduled import launch_kubernetes, launch_slurm
@@ -94,7 +94,7 @@ def _deepspeed(arguments: Any, show: Show) -> Result:
     if arguments.no_ssh != (arguments.node_rank is not None):
         raise ConfigError("launch deepspeed: --no-ssh and --node-rank I go together")
     hostfile = str(Path(arguments.hostfile).absolute())
-    address = arguments.master_addr or address_of(hosts[0].name)
+    address = arguments.master_addr or rendezvous_address(hosts)
     ranks = sum(host.slots for host in hosts)
     if arguments.no_ssh:
         _check_node(arguments.node_rank, len(hosts))
