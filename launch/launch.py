@@ -64,7 +64,12 @@ def add_launch_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     sub = verb("torchrun", _torchrun, "through torchrun, one process a node")
     sub.add_argument("--nodes", type=int, default=1, metavar="N")
     sub.add_argument("--node-rank", type=int, default=0, metavar="I", help="which of them this is, from 0 (0)")
-    sub.add_argument("--ranks-per-node", type=int, metavar="N", help="(every GPU, or 2 on a CPU)")
+    sub.add_argument(
+        "--ranks-per-node",
+        type=int,
+        metavar="N",
+        help="(train.ranks, or as many GPUs, or up to 2 on a CPU, as divide the batch)",
+    )
     on_nodes(sub)
 
     def scheduled(sub: argparse.ArgumentParser) -> None:
@@ -132,7 +137,11 @@ def _torchrun(arguments: Any, show: Show) -> Result:
     _check_node(arguments.node_rank, arguments.nodes)
     if arguments.nodes > 1 and arguments.master_addr is None:
         raise ConfigError("launch torchrun: several nodes need --master-addr, at which they reach node 0")
-    ranks_here = arguments.ranks_per_node or ranks_on_this_node(config)
+    ranks_here = arguments.ranks_per_node
+    if ranks_here is None:
+        ranks_here = ranks_on_this_node(config, nodes=arguments.nodes)
+    if ranks_here < 1:
+        raise ConfigError(f"--ranks-per-node {ranks_here}: at least 1")
 
     def command(job_file: Path) -> list[str]:
         where = {
@@ -168,8 +177,6 @@ def _one_node(
     check(config, paths, ranks=ranks)
     if arguments.dry_run:
         return dry_run({}, [command(job_file)], {})
-    signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGTERM))  # while no rank runs: there is nothing to save
-
     live = status_lines(json=arguments.json)
 
     def run() -> None:
@@ -190,7 +197,8 @@ def _one_node(
 
 @contextlib.contextmanager
 def _stops_told(arguments: Any) -> Iterator[None]:
-    """A stop by signal ends with --stopped-code; so does a signal that came while no rank ran."""
+    """A stop by signal ends with --stopped-code; so does a signal that came while no rank ran (there is nothing to save)."""
+    signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGTERM))  # to the end of the process: its last moments, too
     try:
         yield
     except Stopped as stop:

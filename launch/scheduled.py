@@ -106,6 +106,9 @@ def _check_sizes(arguments: Any) -> None:
         if getattr(arguments, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')} {getattr(arguments, option)}: at least 1")
 
+    if arguments.gpus_per_node is not None and arguments.gpus_per_node < 0:
+        raise ConfigError(f"--gpus-per-node {arguments.gpus_per_node}: at least 0, which trains on CPUs")
+
 
 def _gpus(arguments: Any) -> int:
     return int(arguments.ranks_per_node if arguments.gpus_per_node is None else arguments.gpus_per_node)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import nodes
+from launch import launch, nodes
 from launch.cli import main
 from launch.hosts import Host, address_of, carried, environment_file, is_private, private_file, read_hostfile
 from launch.job import is_rank
@@ -148,6 +149,9 @@ def test_dry_run_over_ssh(tokens, capsys, monkeypatch):
         (["deepspeed", "--hostfile", "hosts", "--no-ssh"], "--no-ssh and --node-rank I go together"),
         (["deepspeed", "--hostfile", "hosts", "--no-ssh", "--node-rank", "2"], "there are 2 nodes, 0 to 1"),
         (["torchrun", "--nodes", "2"], "--master-addr"),
+        (["torchrun", "--ranks-per-node", "0"], "--ranks-per-node 0: at least 1"),
+        (["torchrun", "--nodes", "3", "--master-addr", "a", "train.ranks=null"], "micro_batch 4 x 3 nodes"),
+        (["slurm", "--nodes", "1", "--ranks-per-node", "1", "--gpus-per-node", "-1"], "--gpus-per-node -1: at least 0"),
         (["slurm", "--nodes", "3", "--ranks-per-node", "1"], "not a multiple of micro_batch 4 x 3 ranks"),
         (
             ["slurm", "--nodes", "1", "--ranks-per-node", "1", "--resume", "runs:/abc/checkpoints/step-000010"],
@@ -156,7 +160,7 @@ def test_dry_run_over_ssh(tokens, capsys, monkeypatch):
         (["slurm", "--nodes", "1", "--ranks-per-node", "1", "--sbatch", "nodes=7"], "nodes is set by pldr"),
         (["slurm", "--nodes", "1", "--ranks-per-node", "1", "--sbatch", "x=a\nb"], "write an option of sbatch"),
     ],
-    ids=["no rank", "rank", "address", "batch", "back", "ours", "line break"],
+    ids=["no rank", "rank", "address", "no ranks", "nodes", "gpus", "batch", "back", "ours", "line break"],
 )
 def test_mistakes_are_told_before_anything_starts(tokens, capsys, monkeypatch, words, said):
     monkeypatch.chdir(tokens)
@@ -210,6 +214,32 @@ def test_own_templates_are_told_what_they_may_use(capsys, monkeypatch, tokens):
     sizes = ("--nodes", "2", "--ranks-per-node", "1", "--template", "own.sbatch")
     assert main(["launch", "slurm", "tiny.yaml", *sizes, "--dry-run"]) == 2
     assert "'no_such' is undefined; it may use: arguments, " in capsys.readouterr().err
+
+
+def test_torchrun_spreads_the_batch_over_all_nodes(tokens, capsys, monkeypatch):
+    """8 sequences in micro-batches of 4: two ranks on one node, one on each of two."""
+    monkeypatch.chdir(tokens)
+    words = ("torchrun", "tiny.yaml", "train.ranks=null")
+    assert "--nproc-per-node 2" in dry_run(capsys, *words)["commands"][0]
+    assert "--nproc-per-node 1" in dry_run(capsys, *words, "--nodes", "2", "--master-addr", "a")["commands"][0]
+
+
+@pytest.mark.parametrize("way", [["deepspeed", "--hostfile", "hosts"], ["torchrun"]], ids=["ssh", "one a node"])
+def test_sigusr1_while_no_rank_runs_is_a_stop(tokens, monkeypatch, way):
+    monkeypatch.chdir(tokens)
+    Path("hosts").write_text("10.0.0.1 slots=1\n10.0.0.2 slots=1\n")
+    monkeypatch.setattr(launch, "require_tools", lambda: None)
+
+    def signalled(*words):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(5)  # until it is heard
+
+    monkeypatch.setattr(launch, "_train", signalled)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)  # without ours it would end the tests
+    try:
+        assert main(["launch", way[0], "tiny.yaml", *way[1:], "--stopped-code", "75"]) == 75
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def in_thread(work):
