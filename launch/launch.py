@@ -118,7 +118,8 @@ def _deepspeed(arguments: Any, show: Show) -> Result:
         files = {public[0]: environment_file(public[1])}
         if private[1]:
             files[private[0]] = "".join(f"{name}=…\n" for name in sorted(private[1]))
-        return dry_run(files, [job.command(paths.logs / "job.json")], {"DS_ENV_FILE": str(public[0])})
+        job_file = paths.logs / "job.json"
+        return dry_run(files, [job.command(job_file)], job.environment(paths.logs), job_file=job_file)
     require_tools()
     live = status_lines(json=arguments.json)
 
@@ -176,7 +177,7 @@ def _one_node(
     log_file = paths.logs / ("train.log" if node == 0 else f"train-node{node}.log")
     check(config, paths, ranks=ranks)
     if arguments.dry_run:
-        return dry_run({}, [command(job_file)], {})
+        return dry_run({}, [command(job_file)], rank_environment(ranks_here), job_file=job_file)
     live = status_lines(json=arguments.json)
 
     def run() -> None:

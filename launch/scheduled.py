@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os.path
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def launch_slurm(arguments: Any, show: Show) -> Result:
     file = paths.logs / "train.sbatch"
     slurm.check(script, file)
     if arguments.dry_run:
-        return dry_run({file: script}, [["sbatch", str(file)]], {})
+        return dry_run({file: script}, [slurm.command(file)], slurm.environment())
     storage.publish_bytes(file, script.encode())
     job = slurm.submit(file)
     say(f"Slurm job {job}: {paths.logs}/slurm-{job}.out; stop and save: scancel --batch --signal=USR1 {job}")
@@ -76,7 +76,7 @@ def launch_kubernetes(arguments: Any, show: Show) -> Result:
     )
     file = Path(f"{name}.yaml")  # run_dir is in the cluster's volume, not here
     if arguments.dry_run:
-        return dry_run({file: manifests}, [["kubectl", "apply", "-f", str(file)]], {})
+        return dry_run({file: manifests}, [["kubectl", "apply", "-f", str(file)]], os.environ)
     storage.publish_bytes(file, manifests.encode())
     say(kubernetes.submit(file))
     say(f"watch       kubectl -n {arguments.namespace} get trainjob {name} -w")

@@ -105,13 +105,22 @@ def check(script: str, where: Path) -> None:
         raise UserError(f"{where}: no bash script ({' '.join(parsed.stderr.split())[:200]}); mend the template")
 
 
+def command(script: Path) -> list[str]:
+    """How it is handed to sbatch."""
+    return ["sbatch", "--parsable", str(script)]
+
+
+def environment() -> dict[str, str]:
+    """What sbatch gets. Inside a Slurm job, that job's variables would be taken for this one's."""
+    kept = ("SLURM_CONF", "SLURM_JWT")
+    return {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k in kept}
+
+
 def submit(script: Path) -> str:
-    """Hand it to sbatch; the job's id. Inside a Slurm job, that job's variables would be taken for this one's."""
+    """Hand it to sbatch; the job's id. Raises UserError."""
     if shutil.which("sbatch") is None:
         raise UserError(f"sbatch is not installed here; on a login node of the cluster: sbatch {script}")
-    kept = ("SLURM_CONF", "SLURM_JWT")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k in kept}
-    asked = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, env=environment)
+    asked = subprocess.run(command(script), capture_output=True, text=True, errors="replace", env=environment())
     if asked.returncode:
         raise UserError(f"sbatch refused {script} ({' '.join(asked.stderr.split())[:300]}); mend the options")
     return asked.stdout.strip().partition(";")[0]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -131,6 +132,7 @@ def test_values_survive_deepspeeds_quoting(tmp_path):
 def test_dry_run_over_ssh(tokens, capsys, monkeypatch):
     monkeypatch.chdir(tokens)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-show")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     Path("hosts").write_text("10.0.0.1 slots=1\n10.0.0.2 slots=1\n")
     result = dry_run(capsys, "deepspeed", "tiny.yaml", "--hostfile", "hosts")
     logs = tokens / "run" / "logs"
@@ -138,9 +140,13 @@ def test_dry_run_over_ssh(tokens, capsys, monkeypatch):
     assert "do-not-show" not in json.dumps(result)
     assert "--master_addr 10.0.0.1" in result["commands"][0] and "--no_ssh_check" in result["commands"][0]
     assert f"PLDR_HEAD_FILE={logs}/head.json" in result["files"][str(logs / "deepspeed_env")]
-    assert not (logs / "job.json").exists()
+    assert not (logs / "job.json").exists() and result["written_at_start"] == [str(logs / "job.json")]
+    words = shlex.split(result["commands"][0])
+    assert "-u AWS_SECRET_ACCESS_KEY " in result["commands"][0] and f"DS_ENV_FILE={logs}/deepspeed_env" in words
+    assert any(word.startswith("PDSH_SSH_ARGS_APPEND=") for word in words)
     one = dry_run(capsys, "deepspeed", "tiny.yaml", "--hostfile", "hosts", "--no-ssh", "--node-rank", "1")
     assert "--no_ssh --node_rank 1" in one["commands"][0]
+    assert {"PLDR_PARENT_PIPE=1", "PLDR_VISIBLE_DEVICES=2,3"} <= set(shlex.split(one["commands"][0]))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm
+from launch import kubernetes, slurm
 from launch.cli import main
 from pipeline.config import load_config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UserError
 
 SIZES = ("--nodes", "1", "--ranks-per-node", "1", "--gpus-per-node", "0")
 
@@ -127,3 +127,16 @@ def test_a_limit_that_the_signal_comes_before_is_refused(run, time, said):
     with pytest.raises(ConfigError, match=said):
         script_of(run, time=time)
     assert "--time=6" in script_of(run, time="6") and "--time=0" in script_of(run, time="0")
+
+
+@pytest.mark.parametrize("verdict", ["created", "unchanged", "configured"])
+def test_a_trainjob_that_is_there_already_is_not_taken_for_started(tmp_path, monkeypatch, verdict):
+    kinds = (f"configmap/pldr-a created\ntrainjob.trainer.kubeflow.org/pldr-a {verdict}\n").splitlines()
+    (tmp_path / "kubectl").write_text("#!/bin/sh\n" + "".join(f"echo {line}\n" for line in kinds))
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if verdict == "created":
+        assert "trainjob" in kubernetes.submit(Path("pldr-a.yaml"))
+        return
+    with pytest.raises(UserError, match="nothing was started .*: kubectl delete -f pldr-a.yaml, then launch again"):
+        kubernetes.submit(Path("pldr-a.yaml"))
