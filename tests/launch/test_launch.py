@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from launch import launch, nodes
 from launch.cli import main
@@ -20,7 +19,7 @@ from launch.hosts import Host, address_of, carried, environment_file, is_private
 from launch.job import is_rank
 from launch.nodes import Follower, Lead
 from pipeline import lifeline
-from pipeline.config import RunPaths, load_config
+from pipeline.config import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.network import interface_towards
 
@@ -183,35 +182,6 @@ def test_the_batch_script_starts_a_pldr_on_each_node(tokens, capsys, monkeypatch
     assert "\n#SBATCH --partition=gpu\n" in script and "\n#SBATCH --signal=B:USR1@180\n" in script
     assert "--nodes 2" in script and '--master-addr "$MASTER_HOST"' in script and "launch torchrun" in script
     assert "gpus-per-node" not in script and f"{tokens}/tiny.yaml train.steps=70 " in script
-
-
-def test_the_trainjob_brings_its_configuration(capsys, monkeypatch, tmp_path, make_run):
-    config = make_run(tmp_path)
-    (tmp_path / "own.json").write_text('{\n "zero_optimization": {}\n}\n')
-    monkeypatch.chdir(tmp_path)
-    overrides = ("run_dir=/runs/tiny", "train.steps=70", "train.deepspeed=own.json")
-    sizes = ("--nodes", "2", "--ranks-per-node", "1", "--image", "reg/pldr:1", "--volume", "claim:/runs")
-    result = dry_run(capsys, "kubernetes", str(config), *overrides, *sizes, "--secret", "s3", "--resume", "abc")
-    (text,) = result["files"].values()
-    configmap, runtime, job = yaml.safe_load_all(text)
-    for name, content in configmap["data"].items():
-        (tmp_path / "pod").mkdir(exist_ok=True)
-        (tmp_path / "pod" / name).write_text(content)
-    there, here = load_config(tmp_path / "pod" / "run.yaml"), load_config(config, list(overrides))
-    assert there.train.deepspeed == str(tmp_path / "pod" / "deepspeed.json")
-    assert json.loads((tmp_path / "pod" / "deepspeed.json").read_text()) == {"zero_optimization": {}}
-    assert there.model_copy(update={"train": here.train}) == here
-    assert job["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": runtime["metadata"]["name"]}
-    jobs = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    (container,) = jobs[0]["template"]["spec"]["template"]["spec"]["containers"]
-    assert "--resume abc" in container["args"][0] and "--stopped-code 75" in container["args"][0]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
-
-
-def test_kubernetes_refuses_a_run_directory_outside_the_volume(capsys, tmp_path, make_run):
-    sizes = ("--nodes", "2", "--ranks-per-node", "1", "--image", "i", "--volume", "claim:/runs")
-    assert main(["launch", "kubernetes", str(make_run(tmp_path)), *sizes, "--dry-run"]) == 2
-    assert "set run_dir=/runs/tiny" in capsys.readouterr().err
 
 
 def test_own_templates_are_told_what_they_may_use(capsys, monkeypatch, tokens):

@@ -1,6 +1,7 @@
-"""`pldr launch slurm | kubernetes`: what is checked before a scheduler gets it, and what the batch script does."""
+"""`pldr launch slurm | kubernetes`: what is checked before a scheduler gets it, and what it gets."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch import kubernetes, slurm
 from launch.cli import main
@@ -140,3 +142,34 @@ def test_a_trainjob_that_is_there_already_is_not_taken_for_started(tmp_path, mon
         return
     with pytest.raises(UserError, match="nothing was started .*: kubectl delete -f pldr-a.yaml, then launch again"):
         kubernetes.submit(Path("pldr-a.yaml"))
+
+
+def test_the_trainjob_brings_its_configuration(capsys, monkeypatch, tmp_path, make_run):
+    config = make_run(tmp_path)
+    (tmp_path / "own.json").write_text('{\n "zero_optimization": {}\n}\n')
+    monkeypatch.chdir(tmp_path)
+    overrides = ("run_dir=/runs/tiny", "train.steps=70", "train.deepspeed=own.json")
+    sizes = ("--nodes", "2", "--ranks-per-node", "1", "--image", "reg/pldr:1", "--volume", "claim:/runs")
+    words = (*overrides, *sizes, "--secret", "s3", "--resume", "abc", "--dry-run", "--json")
+    assert main(["launch", "kubernetes", str(config), *words]) == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    (text,) = result["files"].values()
+    configmap, runtime, job = yaml.safe_load_all(text)
+    for name, content in configmap["data"].items():
+        (tmp_path / "pod").mkdir(exist_ok=True)
+        (tmp_path / "pod" / name).write_text(content)
+    there, here = load_config(tmp_path / "pod" / "run.yaml"), load_config(config, list(overrides))
+    assert there.train.deepspeed == str(tmp_path / "pod" / "deepspeed.json")
+    assert json.loads((tmp_path / "pod" / "deepspeed.json").read_text()) == {"zero_optimization": {}}
+    assert there.model_copy(update={"train": here.train}) == here
+    assert job["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": runtime["metadata"]["name"]}
+    jobs = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    (container,) = jobs[0]["template"]["spec"]["template"]["spec"]["containers"]
+    assert "--resume abc" in container["args"][0] and "--stopped-code 75" in container["args"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
+def test_kubernetes_refuses_a_run_directory_outside_the_volume(capsys, tmp_path, make_run):
+    sizes = ("--nodes", "2", "--ranks-per-node", "1", "--image", "i", "--volume", "claim:/runs")
+    assert main(["launch", "kubernetes", str(make_run(tmp_path)), *sizes, "--dry-run"]) == 2
+    assert "set run_dir=/runs/tiny" in capsys.readouterr().err
