@@ -1,8 +1,8 @@
 """`pldr doctor [CONFIG] [--hostfile H]`: is every node fit to train, before it costs money?
 
-On each host runs launch.probe; launch.findings judges the facts; launch.allreduce measures the network over all hosts at once.
-Without a hostfile the same is done for this machine; without CONFIG what the run would need (its directory, object stores,
-MLflow) is left out.
+On each host (launch.reach) runs launch.probe; launch.findings judges the facts; launch.allreduce measures the network over all
+hosts at once. Without a hostfile the same is done for this machine; without CONFIG what the run would need (its directory,
+object stores, MLflow) is left out.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
+import re
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from launch.findings import Finding, as_json, judge, judge_bandwidth, judge_clock, table
-from launch.hosts import Host, address_of, carried, is_private, on_each, read_hostfile, ssh
+from launch.findings import Finding, as_json, judge, judge_bandwidth, table
+from launch.hosts import Host, carried, on_each, read_hostfile, rendezvous_address, require_tools
 from launch.job import free_port
 from launch.probe import token_file
-from pipeline.config import RunConfig, RunPaths, load_config, tokens_folder
+from launch.reach import LOCAL, Runner, reach
+from pipeline.config import RunConfig, RunPaths, load_config, staging_folder, tokens_folder
 from pipeline.device import num_devices
 from pipeline.errors import ConfigError, UserError
 from pipeline.mlflow_client import tracking_uri
@@ -31,8 +32,9 @@ from pipeline.urls import is_local, without_secrets
 
 Result = dict[str, Any]
 Show = Callable[[str], None]
-LOCAL = "this host"
 PROBE_S, BANDWIDTH_S = 120.0, 150.0
+# On the host itself: an ssh that is given up leaves what it has started there.
+BANDWIDTH_LIMIT = ["timeout", "-k", "5", "140"]
 
 
 def add_doctor_verb(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -57,12 +59,13 @@ def _doctor(arguments: Any, show: Show) -> Result:
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     if arguments.hostfile is not None:
         hosts = read_hostfile(arguments.hostfile)
+        require_tools()
     else:
         hosts = [Host(LOCAL, ranks_on_this_node(config) if config else num_devices())]
-    run = _Runner(arguments.ssh_port)
+    run = Runner(arguments.ssh_port)
     findings: list[Finding] = []
     if arguments.hostfile is not None:
-        findings += _reach(hosts, run)
+        findings += reach(hosts, run)
     lost = {f.host for f in findings if f.check == "ssh" and f.status == "FAIL"}
     alive = [host for host in hosts if host.name not in lost]
     facts: dict[str, Any] = {}
@@ -88,92 +91,31 @@ def _doctor(arguments: Any, show: Show) -> Result:
     return result
 
 
-class _Runner:
-    """Commands on a host: here, or over ssh with this directory and PYTHONPATH, as DeepSpeed's launcher starts ranks."""
-
-    def __init__(self, ssh_port: int | None) -> None:
-        self._port = ssh_port
-        self.variables = carried()
-
-    def __call__(
-        self, host: Host, words: Sequence[str], *, stdin: str = "", timeout_s: float
-    ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *words]
-        if host.name == LOCAL:
-            try:
-                return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout_s)
-            except subprocess.TimeoutExpired:
-                return subprocess.CompletedProcess(command, -1, "", f"no end within {timeout_s:g} s")
-        public = {k: v for k, v in self.variables.items() if not is_private(k, v)}
-        public["PYTHONPATH"] = ":".join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p)
-        pairs = [f"{name}={value}" for name, value in public.items()]
-        there = ["sh", "-c", 'cd "$1" 2>/dev/null; shift; exec "$@"', "sh", os.getcwd(), "env", *pairs, *command]
-        return ssh(host.name, there, port=self._port, stdin=stdin, timeout_s=timeout_s)
-
-    def clock(self, host: Host) -> tuple[subprocess.CompletedProcess[str], float, float]:
-        """(what `date` said, how far the host's clock is ahead of ours, how uncertain that is), in seconds."""
-        started = time.time()
-        asked = ssh(host.name, ["date", "+%s.%N"], port=self._port, timeout_s=30)
-        ended = time.time()
-        with contextlib.suppress(ValueError):
-            return asked, float(asked.stdout.strip()) - (started + ended) / 2, (ended - started) / 2
-        return asked, 0.0, 0.0
-
-
-def _reach(hosts: list[Host], run: _Runner) -> list[Finding]:
-    """ssh and the clock of every host. The second call is timed: the first one may wait for names and keys."""
-
-    def ask(host: Host) -> tuple[subprocess.CompletedProcess[str], float, float]:
-        first = run.clock(host)
-        return run.clock(host) if first[0].returncode == 0 else first
-
-    answers = on_each(hosts, ask)
-    found, skews = [], {}
-    for host, (asked, skew, doubt) in answers.items():
-        if asked.returncode == 0:
-            found.append(Finding("ssh", host, "ok", "answers without a password"))
-            skews[host] = (skew, doubt)
-            continue
-        said = (asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"])[-1]
-        found.append(Finding("ssh", host, "FAIL", said, _ssh_mend(said, host)))
-    return [*found, *judge_clock(skews)]
-
-
-def _ssh_mend(said: str, host: str) -> str:
-    if "Host key verification" in said or "host key" in said.lower():
-        return f"ssh-keyscan {host} >> ~/.ssh/known_hosts (after a look at the key)"
-    if "Permission denied" in said:
-        return f"ssh-copy-id {host}"
-    return "is the host up, its name right, sshd running, the port open (--ssh-port)?"
-
-
 @contextlib.contextmanager
 def _question(config: RunConfig | None) -> Iterator[str]:
     """What the probes are asked; while they look, a file of ours is in the run directory."""
-    token, environment = uuid.uuid4().hex, carried()
+    question: dict[str, Any] = {
+        "run_dir": None,
+        "token": uuid.uuid4().hex,
+        "urls": [],
+        "mlflow": None,
+        "remote_tokens": False,
+        "staging": None,
+        "environment": carried(),
+    }
     if config is None:
-        yield json.dumps(
-            {
-                "run_dir": None,
-                "token": token,
-                "urls": [],
-                "mlflow": None,
-                "remote_tokens": False,
-                "environment": environment,
-            }
-        )
+        yield json.dumps(question)
         return
-    run_dir, uri = RunPaths(config.run_dir).root, tracking_uri(config)
+    run_dir, uri, staging = RunPaths(config.run_dir).root, tracking_uri(config), staging_folder(config)
     places = (config.data.output, config.tokens.output, config.train.publish_to)
-    question = {
+    question |= {
         "run_dir": str(run_dir),
-        "token": token,
         "urls": sorted({place for place in places if place is not None and not is_local(place)}),
         "mlflow": None if uri.startswith("sqlite:") else uri,
         "remote_tokens": not is_local(tokens_folder(config)),
-        "environment": environment,
+        "staging": None if staging is None else str(staging),
     }
-    ours = token_file(run_dir, token)
+    ours = token_file(run_dir, question["token"])
     with contextlib.suppress(OSError):  # then the probes tell it
         ours.write_bytes(b"")
     try:
@@ -182,7 +124,7 @@ def _question(config: RunConfig | None) -> Iterator[str]:
         ours.unlink(missing_ok=True)
 
 
-def _probe(host: Host, question: str, run: _Runner) -> dict[str, Any] | Finding:
+def _probe(host: Host, question: str, run: Runner) -> dict[str, Any] | Finding:
     """A host's facts, or why there are none."""
     asked = run(host, ["-m", "launch.probe"], stdin=question, timeout_s=PROBE_S)
     try:
@@ -201,13 +143,14 @@ def _needs(config: RunConfig | None) -> dict[str, Any]:
     return {
         "run_dir": str(paths.root),
         "run_dir_bytes": disk_needed(config, paths),
+        "staging_bytes": 17 * config.model.num_parameters()["total"],  # one checkpoint's, as disk_needed counts it
         "cache_bytes": int(config.data.cache_gigabytes * 1e9),
         "mlflow": without_secrets(tracking_uri(config)),
     }
 
 
 def _bandwidth(
-    arguments: Any, config: RunConfig | None, hosts: list[Host], run: _Runner, *, all_well: bool
+    arguments: Any, config: RunConfig | None, hosts: list[Host], run: Runner, *, all_well: bool
 ) -> list[Finding]:
     """All-reduce over all ranks of all hosts at once."""
     if sum(host.slots for host in hosts) < 2:
@@ -220,11 +163,14 @@ def _bandwidth(
             )
         ]
     local = hosts[0].name == LOCAL
-    address = "127.0.0.1" if local else arguments.master_addr or address_of(hosts[0].name)
+    try:
+        address = "127.0.0.1" if local else arguments.master_addr or rendezvous_address(hosts)
+    except ConfigError as error:
+        found, _, mend = str(error).rpartition("; ")
+        return [Finding("all-reduce", f"all {len(hosts)}", "FAIL", found, mend)]
     port = free_port() if local else arguments.master_port
 
-    def measure(host: Host) -> subprocess.CompletedProcess[str]:
-        rendezvous = ["--master-addr", address, "--master-port", str(port)]
+    def measure(host: Host) -> tuple[float, subprocess.CompletedProcess[str]]:
         where = [
             "--nnodes",
             str(len(hosts)),
@@ -233,15 +179,29 @@ def _bandwidth(
             "--nproc-per-node",
             str(host.slots),
         ]
+        rendezvous = ["--master-addr", address, "--master-port", str(port)]
         words = ["-m", "torch.distributed.run", *where, *rendezvous, "-m", "launch.allreduce"]
-        return run(host, words, timeout_s=BANDWIDTH_S)
+        done = run(host, words, prefix=BANDWIDTH_LIMIT, timeout_s=BANDWIDTH_S)
+        return time.monotonic(), done
 
     answers = on_each(hosts, measure)
-    said = answers[hosts[0].name]
     measured: dict[str, Any] | str
     try:
-        measured = json.loads(said.stdout.strip().splitlines()[-1])
+        measured = json.loads(answers[hosts[0].name][1].stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        errors = [line for line in said.stderr.splitlines() if "Error" in line]
-        measured = (errors or said.stderr.strip().splitlines() or ["no answer"])[-1][:200]
+        measured = first_failure(answers)
     return [judge_bandwidth(measured, hosts=len(hosts), gradient_bytes=gradient_bytes)]
+
+
+def first_failure(answers: dict[str, tuple[float, subprocess.CompletedProcess[str]]]) -> str:
+    """The host that failed first, and why: the others only lost it. answers: when each ended, and with what."""
+    failed = sorted((ended, host) for host, (ended, done) in answers.items() if done.returncode)
+    if not failed:
+        return "no answer"
+    host = failed[0][1]
+    done = answers[host][1]
+    if done.returncode in (-1, 124, 137):
+        return f"{host}: no end within {BANDWIDTH_LIMIT[-1]} s"
+    errors = re.findall(r"\w*(?:Error|Exception): \S.*", done.stderr)  # a rank's; torchrun's own names no reason
+    reason = (errors or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return f"{host}: {reason[:200]}"

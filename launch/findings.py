@@ -29,9 +29,11 @@ class Finding:
 
 
 def judge(facts: dict[str, Facts], *, slots: dict[str, int], needs: Facts) -> list[Finding]:
-    """The findings about nodes that answered. slots: ranks of each host. needs: {"run_dir", "run_dir_bytes", "cache_bytes",
-    "mlflow"}, null for what is not needed."""
+    """The findings about nodes that answered. slots: ranks of each host. needs: {"run_dir", "run_dir_bytes", "staging_bytes",
+    "cache_bytes", "mlflow"}, null for what is not needed."""
     first = next(iter(facts))
+    with_gpus = [host for host, node in facts.items() if node["gpus"]]
+    driven = [host for host in with_gpus if (facts[host]["driver"] or {}).get("version")]
     found: list[Finding] = []
     for host, node in facts.items():
 
@@ -39,8 +41,11 @@ def judge(facts: dict[str, Facts], *, slots: dict[str, int], needs: Facts) -> li
             found.append(Finding(check, host, "ok" if good else bad, text, "" if good else mend))
 
         _software(add, node, facts[first], first)
-        _gpus(add, node, facts[first], first, slots[host])
-        _storage(add, node, needs)
+        model = (with_gpus or [first])[0]  # which the others are compared with
+        _gpus(add, node, facts[model], model, slots[host])
+        if host in driven:
+            _driver(add, node, facts[driven[0]], driven[0])
+        _storage(add, node, needs, slots[host] / sum(slots.values()))
         _limits(add, node)
     return found
 
@@ -75,21 +80,27 @@ def _gpus(add: Add, node: Facts, other: Facts, first: str, slots: int) -> None:
     elif sorted(set(gpus)) != sorted(set(other["gpus"])):
         text = f"{', '.join(sorted(set(gpus))) or 'none'} ({first}: {', '.join(sorted(set(other['gpus']))) or 'none'})"
         add("GPUs", False, text, "use hosts with the same GPUs: the slowest sets the pace, and NCCL needs one on each")
+    elif not gpus and node["cuda"] is not None and node["accelerator"] != "cpu":
+        text = f"torch is built for CUDA {node['cuda']}, but no GPU is visible: ranks would run on the CPU over gloo"
+        add("GPUs", False, text, "install NVIDIA's driver (containers: its runtime), or set DS_ACCELERATOR=cpu", "warn")
     else:
         add("GPUs", True, f"{len(gpus)} x {gpus[0]}" if gpus else "none: ranks run on the CPU over gloo", "")
-    if driver is not None and "version" in driver:
-        theirs = (other["driver"] or {}).get("version")
-        text = f"{driver['version']}, CUDA {node['cuda']}, NCCL {node['nccl']}"
-        same = driver["version"] == theirs and node["nccl"] == other["nccl"]
-        add(
-            "driver",
-            same,
-            text + ("" if same else f" ({first}: {theirs}, NCCL {other['nccl']})"),
-            "install the same driver",
-        )
 
 
-def _storage(add: Add, node: Facts, needs: Facts) -> None:
+def _driver(add: Add, node: Facts, other: Facts, first: str) -> None:
+    mine, theirs = node["driver"]["version"], other["driver"]["version"]
+    same = mine == theirs and node["nccl"] == other["nccl"]
+    text = f"{mine}, CUDA {node['cuda']}, NCCL {node['nccl']}"
+    add(
+        "driver",
+        same,
+        text + ("" if same else f" ({first}: {theirs}, NCCL {other['nccl']})"),
+        "install the same driver",
+    )
+
+
+def _storage(add: Add, node: Facts, needs: Facts, share: float) -> None:
+    """share: which part of all ranks is on this host."""
     if "run_dir" in node:
         error = node["run_dir"]
         mend = "mount the same writable file system at the same path on every host, or set run_dir to one"
@@ -102,6 +113,12 @@ def _storage(add: Add, node: Facts, needs: Facts) -> None:
             text,
             "free some space, lower train.keep_checkpoints, or move run_dir",
         )
+    if "staging" in node:
+        error, free, needed = node["staging"], node["staging_free"], int(needs["staging_bytes"] * share)
+        text = error or f"{_size(free)} free, {_size(needed)} needed for this host's part of a checkpoint"
+        good = error is None and free is not None and free >= needed
+        mend = "free some space, or set train.staging to a writable folder with more of it (null: none)"
+        add("staging", good, f"train.staging: {text}", mend)
     for url, error in node["urls"].items():
         add(
             "storage",

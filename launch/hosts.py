@@ -33,9 +33,13 @@ CARRIED = re.compile(
     r"|(https?|no|all)_proxy|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|LD_LIBRARY_PATH|XDG_CACHE_HOME|TMPDIR",
     re.IGNORECASE,
 )
-LOCAL_ONLY = {"DS_ENV_FILE", "PLDR_PARENT_PIPE"}
-SECRET_NAME = re.compile(r"SECRET|PASS|TOKEN|CREDENTIAL|ACCESS_KEY|API_KEY|CONNECTION_STRING|^FSSPEC_", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@")  # user:password@host
+LOCAL_ONLY = {"DS_ENV_FILE", "PLDR_PARENT_PIPE", "PLDR_VISIBLE_DEVICES"}
+# What storage and MLflow read is theirs alone, and nothing reads it before the rank's own code runs: all of it is private.
+PRIVATE_NAME = re.compile(
+    r"^(AWS|S3|FSSPEC|GOOGLE|GCSFS|GCE|AZURE|MLFLOW)_|_proxy$|SECRET|PASS|TOKEN|CREDENTIAL|KEY|CONNECTION_STRING|SAS",
+    re.IGNORECASE,
+)
+PRIVATE_VALUE = re.compile(r"://[^/\s]*@|://\S*\?")  # user or token before a host; a query, where signatures stand
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def ssh(
     where = ["-p", str(port)] if port is not None else []
     words = ["ssh", *shlex.split(ssh_options()), *where, host, shlex.join(command)]
     try:
-        return subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=timeout_s)
+        return subprocess.run(words, input=stdin, capture_output=True, text=True, errors="replace", timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
         said = error.stdout.decode("utf-8", "replace") if isinstance(error.stdout, bytes) else error.stdout or ""
         return subprocess.CompletedProcess(words, -1, said, f"no end within {timeout_s:g} s")
@@ -102,11 +106,17 @@ def require_tools() -> None:
             )
 
 
+def rendezvous_address(hosts: Sequence[Host]) -> str:
+    """The address of rank 0's host; when there is no other host, the loopback. Raises ConfigError where it must be given."""
+    return "127.0.0.1" if len(hosts) == 1 else address_of(hosts[0].name)
+
+
 def address_of(host: str) -> str:
     """The address at which rank 0's host is reached by the others. Raises ConfigError where it must be given."""
     name = host.rpartition("@")[2]
     if shutil.which("ssh") is not None:  # ~/.ssh/config may call it otherwise
-        told = subprocess.run(["ssh", *shlex.split(ssh_options()), "-G", host], capture_output=True, text=True)
+        words = ["ssh", *shlex.split(ssh_options()), "-G", host]
+        told = subprocess.run(words, capture_output=True, text=True, errors="replace")
         found = re.search(r"^hostname (\S+)$", told.stdout, re.MULTILINE)
         name = found[1] if found else name
     try:
@@ -139,7 +149,7 @@ def carried(extra: Sequence[str] = ()) -> dict[str, str]:
 
 def is_private(name: str, value: str) -> bool:
     """Whether a variable must not stand in a command line: it may be secret, or pdsh would not pass it on as it is."""
-    return bool(SECRET_NAME.search(name) or SECRET_VALUE.search(value) or re.search(r"[%\n]", value))
+    return bool(PRIVATE_NAME.search(name) or PRIVATE_VALUE.search(value) or re.search(r"[%\n]", value))
 
 
 def environment_file(variables: dict[str, str]) -> str:

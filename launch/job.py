@@ -35,7 +35,7 @@ from pipeline.device import has_gpu
 from pipeline.errors import Stopped, UserError
 from pipeline.lifeline import Head
 from pipeline.train.progress import FAILURE, LISTENING, STATUS, STOPPED
-from pipeline.worker import PARENT_PIPE
+from pipeline.worker import PARENT_PIPE, VISIBLE_DEVICES
 
 WORKER = "pipeline.worker"
 FAILURE_GRACE_S = 5.0  # for the other ranks' tracebacks, and for MLflow
@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 def rank_environment(ranks: int) -> dict[str, str]:
     """What ranks on this node get: this process's environment, and what makes a CPU node work."""
     environment = {**os.environ, PARENT_PIPE: "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        environment[VISIBLE_DEVICES] = environment["CUDA_VISIBLE_DEVICES"]
     if not has_gpu():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))

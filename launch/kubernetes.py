@@ -101,12 +101,18 @@ def check(manifests: str) -> None:
 
 
 def submit(file: Path) -> str:
-    """Hand the manifests to kubectl; what it says."""
+    """Hand the manifests to kubectl; what it says. Raises UserError, also when a TrainJob of that name is there already."""
     if shutil.which("kubectl") is None:
         raise UserError(f"kubectl is not installed here; where it is: kubectl apply -f {file}")
-    asked = subprocess.run(["kubectl", "apply", "-f", str(file)], capture_output=True, text=True)
+    asked = subprocess.run(["kubectl", "apply", "-f", str(file)], capture_output=True, text=True, errors="replace")
     if asked.returncode:
         raise UserError(
             f"kubectl refused {file} ({' '.join(asked.stderr.split())[:300]}); mend the options or the cluster"
+        )
+    said = " ".join(asked.stdout.split())
+    if not re.search(r"\btrainjob\S* created", said):  # unchanged or configured
+        raise UserError(
+            f"{file}: a TrainJob of that name is there already, and nothing was started ({said[:300]}); when it has ended: "
+            f"kubectl delete -f {file}, then launch again"
         )
     return asked.stdout.strip()

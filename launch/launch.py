@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch import kubernetes, slurm
 from launch.deepspeed import SshJob, launch_over_ssh, node_command
-from launch.hosts import address_of, environment_file, read_hostfile, require_tools
+from launch.dry_run import dry_run
+from launch.hosts import environment_file, read_hostfile, rendezvous_address, require_tools
 from launch.job import WORKER, rank_environment, run_job
 from launch.nodes import Follower, Lead
+from launch.scheduled import launch_kubernetes, launch_slurm
 from launch.terminal import say, status_lines
-from pipeline import storage
 from pipeline.config import RunConfig, RunPaths, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.pretrain import check, ranks_on_this_node
@@ -66,7 +64,12 @@ def add_launch_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     sub = verb("torchrun", _torchrun, "through torchrun, one process a node")
     sub.add_argument("--nodes", type=int, default=1, metavar="N")
     sub.add_argument("--node-rank", type=int, default=0, metavar="I", help="which of them this is, from 0 (0)")
-    sub.add_argument("--ranks-per-node", type=int, metavar="N", help="(every GPU, or 2 on a CPU)")
+    sub.add_argument(
+        "--ranks-per-node",
+        type=int,
+        metavar="N",
+        help="(train.ranks, or as many GPUs, or up to 2 on a CPU, as divide the batch)",
+    )
     on_nodes(sub)
 
     def scheduled(sub: argparse.ArgumentParser) -> None:
@@ -76,12 +79,12 @@ def add_launch_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
         sub.add_argument("--cpus-per-rank", type=int, default=8, metavar="N", help="(8)")
         sub.add_argument("--template", metavar="FILE", help="instead of launch/templates/")
 
-    sub = verb("slurm", _slurm, "as a Slurm job that is queued again until it is done")
+    sub = verb("slurm", launch_slurm, "as a Slurm job that is queued again until it is done")
     scheduled(sub)
     sub.add_argument("--time", metavar="HH:MM:SS", help="limit of one start (the partition's)")
     sub.add_argument("--signal-before", type=int, default=180, metavar="S", help="save so long before the limit (180)")
     sub.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="a further option of sbatch")
-    sub = verb("kubernetes", _kubernetes, "as a TrainJob of Kubeflow Trainer v2")
+    sub = verb("kubernetes", launch_kubernetes, "as a TrainJob of Kubeflow Trainer v2")
     scheduled(sub)
     sub.add_argument("--image", required=True, help="container image with pldr in it")
     sub.add_argument("--volume", required=True, metavar="CLAIM:/PATH", help="ReadWriteMany claim that holds run_dir")
@@ -96,7 +99,7 @@ def _deepspeed(arguments: Any, show: Show) -> Result:
     if arguments.no_ssh != (arguments.node_rank is not None):
         raise ConfigError("launch deepspeed: --no-ssh and --node-rank I go together")
     hostfile = str(Path(arguments.hostfile).absolute())
-    address = arguments.master_addr or address_of(hosts[0].name)
+    address = arguments.master_addr or rendezvous_address(hosts)
     ranks = sum(host.slots for host in hosts)
     if arguments.no_ssh:
         _check_node(arguments.node_rank, len(hosts))
@@ -115,7 +118,8 @@ def _deepspeed(arguments: Any, show: Show) -> Result:
         files = {public[0]: environment_file(public[1])}
         if private[1]:
             files[private[0]] = "".join(f"{name}=…\n" for name in sorted(private[1]))
-        return _dry_run(files, [job.command(paths.logs / "job.json")], {"DS_ENV_FILE": str(public[0])})
+        job_file = paths.logs / "job.json"
+        return dry_run(files, [job.command(job_file)], job.environment(paths.logs), job_file=job_file)
     require_tools()
     live = status_lines(json=arguments.json)
 
@@ -134,7 +138,11 @@ def _torchrun(arguments: Any, show: Show) -> Result:
     _check_node(arguments.node_rank, arguments.nodes)
     if arguments.nodes > 1 and arguments.master_addr is None:
         raise ConfigError("launch torchrun: several nodes need --master-addr, at which they reach node 0")
-    ranks_here = arguments.ranks_per_node or ranks_on_this_node(config)
+    ranks_here = arguments.ranks_per_node
+    if ranks_here is None:
+        ranks_here = ranks_on_this_node(config, nodes=arguments.nodes)
+    if ranks_here < 1:
+        raise ConfigError(f"--ranks-per-node {ranks_here}: at least 1")
 
     def command(job_file: Path) -> list[str]:
         where = {
@@ -169,9 +177,7 @@ def _one_node(
     log_file = paths.logs / ("train.log" if node == 0 else f"train-node{node}.log")
     check(config, paths, ranks=ranks)
     if arguments.dry_run:
-        return _dry_run({}, [command(job_file)], {})
-    signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGTERM))  # while no rank runs: there is nothing to save
-
+        return dry_run({}, [command(job_file)], rank_environment(ranks_here), job_file=job_file)
     live = status_lines(json=arguments.json)
 
     def run() -> None:
@@ -192,7 +198,8 @@ def _one_node(
 
 @contextlib.contextmanager
 def _stops_told(arguments: Any) -> Iterator[None]:
-    """A stop by signal ends with --stopped-code; so does a signal that came while no rank ran."""
+    """A stop by signal ends with --stopped-code; so does a signal that came while no rank ran (there is nothing to save)."""
+    signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGTERM))  # to the end of the process: its last moments, too
     try:
         yield
     except Stopped as stop:
@@ -246,77 +253,6 @@ def _follow(arguments: Any, config: RunConfig, run: Callable[[], None], node: in
     return {"node": node}
 
 
-def _slurm(arguments: Any, show: Show) -> Result:
-    config = load_config(arguments.config, arguments.overrides)
-    _check_sizes(arguments)
-    paths = RunPaths(config.run_dir)
-    _check_resume(arguments, paths)
-    check(config, paths, ranks=arguments.nodes * arguments.ranks_per_node)
-    script = slurm.render(
-        config,
-        nodes=arguments.nodes,
-        ranks_per_node=arguments.ranks_per_node,
-        gpus_per_node=_gpus(arguments),
-        cpus_per_rank=arguments.cpus_per_rank,
-        time=arguments.time,
-        signal_s=arguments.signal_before,
-        options=arguments.sbatch,
-        arguments=[str(Path(arguments.config).absolute()), *arguments.overrides, *_choices(arguments)],
-        template=arguments.template,
-    )
-    file = paths.logs / "train.sbatch"
-    slurm.check(script, file)
-    if arguments.dry_run:
-        return _dry_run({file: script}, [["sbatch", str(file)]], {})
-    storage.publish_bytes(file, script.encode())
-    job = slurm.submit(file)
-    say(f"Slurm job {job}: {paths.logs}/slurm-{job}.out; stop and save: scancel --batch --signal=USR1 {job}")
-    return {"job": job, "script": str(file)}
-
-
-def _kubernetes(arguments: Any, show: Show) -> Result:
-    from pipeline.train.engine import accumulation_steps
-
-    config = load_config(arguments.config, arguments.overrides)
-    _check_sizes(arguments)
-    _check_resume(arguments, RunPaths(config.run_dir))
-    accumulation_steps(config.train, arguments.nodes * arguments.ranks_per_node)  # raises when they do not divide
-    name, manifests = kubernetes.render(
-        config,
-        image=arguments.image,
-        volume=arguments.volume,
-        namespace=arguments.namespace,
-        secret=arguments.secret,
-        nodes=arguments.nodes,
-        ranks_per_node=arguments.ranks_per_node,
-        gpus_per_node=_gpus(arguments),
-        cpus_per_rank=arguments.cpus_per_rank,
-        memory=arguments.memory,
-        max_restarts=arguments.max_restarts,
-        grace_s=180,
-        arguments=_choices(arguments),
-        template=arguments.template,
-    )
-    file = Path(f"{name}.yaml")  # run_dir is in the cluster's volume, not here
-    if arguments.dry_run:
-        return _dry_run({file: manifests}, [["kubectl", "apply", "-f", str(file)]], {})
-    storage.publish_bytes(file, manifests.encode())
-    say(kubernetes.submit(file))
-    say(f"watch       kubectl -n {arguments.namespace} get trainjob {name} -w")
-    say(f"again       kubectl delete -f {file} && kubectl apply -f {file}   (goes on from the last commit)")
-    return {"job": name, "file": str(file)}
-
-
-def _check_resume(arguments: Any, paths: RunPaths) -> None:
-    """A scheduler starts the same command again: what goes back to an earlier checkpoint would do so every time."""
-    given = arguments.resume
-    if "/checkpoints/step-" in given and (given.startswith("runs:/") or Path(given).is_relative_to(paths.checkpoints)):
-        raise ConfigError(
-            f"--resume {given}: would go back there at every start; go back once with `pldr train CONFIG --resume {given} "
-            "--prepare N`, then launch without --resume"
-        )
-
-
 def _train(line: Line, arguments: Any) -> Result:
     return line.stage("train", resume=arguments.resume, force=arguments.force)
 
@@ -324,30 +260,3 @@ def _train(line: Line, arguments: Any) -> Result:
 def _check_node(node_rank: int, nodes: int) -> None:
     if not 0 <= node_rank < nodes:
         raise ConfigError(f"--node-rank {node_rank}: there are {nodes} nodes, 0 to {nodes - 1}")
-
-
-def _check_sizes(arguments: Any) -> None:
-    for option in ("nodes", "ranks_per_node", "cpus_per_rank"):
-        if getattr(arguments, option) < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} {getattr(arguments, option)}: at least 1")
-
-
-def _gpus(arguments: Any) -> int:
-    return int(arguments.ranks_per_node if arguments.gpus_per_node is None else arguments.gpus_per_node)
-
-
-def _choices(arguments: Any) -> list[str]:
-    """What is handed on to the `pldr launch` of each node."""
-    resume = [] if arguments.resume == "auto" else ["--resume", arguments.resume]
-    return [*resume, *(["--force"] if arguments.force else [])]
-
-
-def _dry_run(files: dict[Path, str], commands: Sequence[Sequence[str]], environment: dict[str, str]) -> Result:
-    """Print what would be written and started."""
-    for path, text in files.items():
-        say(f"# file {path}\n{text}")
-    prefix = "".join(f"{name}={shlex.quote(value)} " for name, value in environment.items())
-    lines = [prefix + shlex.join(command) for command in commands]
-    for line in lines:
-        say(f"# command, in {os.getcwd()}\n{line}")
-    return {"files": {str(path): text for path, text in files.items()}, "commands": lines}

@@ -33,12 +33,13 @@ PARTS = ("pldr_model", "pipeline", "launch")
 
 
 def facts(question: dict[str, Any]) -> dict[str, Any]:
-    """question: {"run_dir", "token", "urls", "mlflow", "remote_tokens"}; the first and the fourth may be null."""
+    """question: {"run_dir", "token", "urls", "mlflow", "remote_tokens", "staging"}; the first, fourth and last may be null."""
     found: dict[str, Any] = {
         "hostname": socket.gethostname(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "code": _code(),
         "driver": _driver(),
+        "accelerator": os.environ.get("DS_ACCELERATOR"),
         "rdma": any(Path("/sys/class/infiniband").glob("*")),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "locked_memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
@@ -51,6 +52,9 @@ def facts(question: dict[str, Any]) -> dict[str, Any]:
     if question["run_dir"] is not None:
         found["run_dir"] = _attempt(lambda: _write_run_dir(Path(question["run_dir"]), question["token"]))
         found["run_dir_free"] = _free(question["run_dir"])
+    if question["staging"] is not None:
+        found["staging"] = _attempt(lambda: _write_beside(Path(question["staging"])))
+        found["staging_free"] = _free(question["staging"])
     if question["mlflow"] is not None:
         found["mlflow"] = _attempt(lambda: _ask_mlflow(question["mlflow"]))
     if question["remote_tokens"]:
@@ -84,7 +88,12 @@ def _attempt(work: Callable[[], None]) -> str | None:
 def _write_run_dir(run_dir: Path, token: str) -> None:
     if not token_file(run_dir, token).exists():
         raise FileNotFoundError(f"a file written by the asking host is not there: {run_dir} is another one here")
-    own = nearest(run_dir) / f".pldr-doctor-{uuid.uuid4().hex}"
+    _write_beside(run_dir)
+
+
+def _write_beside(folder: Path) -> None:
+    """A file where a folder is or will be, written and removed."""
+    own = nearest(folder) / f".pldr-doctor-{uuid.uuid4().hex}"
     own.write_bytes(b"pldr")
     own.unlink()
 

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.data_config import DataConfig, Section, TokenizerConfig, TokensConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UserError
 from pipeline.storage import sha256_json
 from pipeline.urls import check_url, is_http, without_secrets
 from pldr_model.config import ModelConfig
@@ -177,7 +177,10 @@ class TrackingConfig(Section):
     def _no_file_store(cls, uri: str | None) -> str | None:
         if uri is not None and ("://" not in uri or uri.startswith("file:")):
             raise ValueError(f"{uri!r} is no MLflow URI: use sqlite:///PATH or http(s)://HOST:PORT")
-        return uri
+        try:
+            return uri if uri is None else check_url(uri)
+        except UserError as error:
+            raise ValueError(f"{error}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD") from None
 
 
 class RunConfig(Section):

@@ -13,11 +13,25 @@ import socket
 
 import psutil
 
+OUTSIDE = "192.0.2.1"  # of nobody (RFC 5737): the way there is the default route
+
 
 def choose_interface() -> None:
     """Set GLOO_SOCKET_IFNAME for the rank's environment (MASTER_ADDR), unless it is set or nothing can be found out."""
-    if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(os.environ["MASTER_ADDR"])) is not None:
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    name = interface_towards(os.environ["MASTER_ADDR"])
+    if _several_nodes() and name == interface_towards(
+        "127.0.0.1"
+    ):  # rank 0's host has its own name there (Debian's hosts)
+        name = interface_towards(OUTSIDE) or name
+    if name is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _several_nodes() -> bool:
+    """As the launcher has told: DeepSpeed's CROSS_SIZE, torchrun's GROUP_WORLD_SIZE."""
+    return any(int(os.environ.get(name, "1")) > 1 for name in ("CROSS_SIZE", "GROUP_WORLD_SIZE"))
 
 
 def interface_towards(address: str) -> str | None:

@@ -161,8 +161,11 @@ def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
     return index
 
 
-def ranks_on_this_node(config: RunConfig) -> int:
-    """`train.ranks`, or as many GPUs (on a CPU: up to 2 processes) as divide the global batch."""
+def ranks_on_this_node(config: RunConfig, *, nodes: int = 1) -> int:
+    """`train.ranks`, or as many GPUs (on a CPU: up to 2 processes) as divide the global batch on so many nodes.
+
+    Raises ConfigError.
+    """
     devices, train = num_devices(), config.train
     if train.ranks is not None:
         if has_gpu() and train.ranks > devices:
@@ -170,7 +173,12 @@ def ranks_on_this_node(config: RunConfig) -> int:
                 f"train.ranks {train.ranks}: this node has {devices} GPUs; set train.ranks=null to use what fits"
             )
         return train.ranks
-    fitting = [n for n in range(1, devices + 1) if train.global_batch % (train.micro_batch * n) == 0]
+    fitting = [n for n in range(1, devices + 1) if train.global_batch % (train.micro_batch * n * nodes) == 0]
+    if not fitting:
+        raise ConfigError(
+            f"train.global_batch {train.global_batch}: not a multiple of micro_batch {train.micro_batch} x {nodes} nodes; "
+            "change one of them"
+        )
     return fitting[-1]
 
 

@@ -147,6 +147,8 @@ class Line:
                 raise ConfigError(f"stage {name}: {UPSTREAM[name]} has not finished; run `pldr {UPSTREAM[name]}` first")
             earlier = [self.record(stage) for stage in NAMES[: NAMES.index(name)]]
             inputs["before"] = [_identity(record["result"]) for record in earlier if record is not None]
+        if name == "train" and config["train"]["deepspeed"] is not None:
+            config["train"]["deepspeed"] = _json_in(config["train"]["deepspeed"])  # on Kubernetes it has another path
         if name == "tokenizer" and self.config.tokenizer.model is not None:
             given = Path(self.config.tokenizer.model)
             if not given.is_file():
@@ -231,6 +233,14 @@ class Line:
                 exit_code=3,
                 details={"failed": result["failed"]},
             )
+
+
+def _json_in(path: str) -> Any:
+    """What a file holds; of one that cannot be read, its name (training tells what is wrong with it)."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return path
 
 
 @contextmanager

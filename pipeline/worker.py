@@ -22,6 +22,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import fsspec.config
+
 from pipeline import lifeline, storage
 from pipeline.checkpoints import TRAINING_LOCK
 from pipeline.config import RunConfig, RunPaths, parse_config, staging_folder, tokens_folder
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 STOPPED_WAIT_S = 5.0  # for uploads, when training ends before its last step
 T = TypeVar("T")
 ENVIRONMENT_FILE = "PLDR_ENVIRONMENT_FILE"  # names a JSON file of variables that must not stand in a command line
+VISIBLE_DEVICES = "PLDR_VISIBLE_DEVICES"  # the CUDA_VISIBLE_DEVICES that the launching process has
 PARENT_PIPE = "PLDR_PARENT_PIPE"  # set when stdin is a pipe whose other end the launching process holds open
 
 
@@ -49,8 +52,7 @@ def main(argv: list[str]) -> int:
     job_file = Path(next(a for a in argv if not a.startswith("--local_rank")))
     heart = Heartbeat()
     try:
-        if ENVIRONMENT_FILE in os.environ:
-            os.environ.update(storage.read_json(os.environ[ENVIRONMENT_FILE]))
+        take_environment()
         run(job_file, heart, stop)
     except UserError as error:
         return _failed(str(error), error.exit_code)
@@ -69,6 +71,18 @@ def main(argv: list[str]) -> int:
             said = f"{named} ({said})"
         return _failed(said, 1)
     return 0
+
+
+def take_environment() -> None:
+    """Set the variables that do not come with the process, or not as they were given to the launcher. Before CUDA is used.
+
+    Raises UserError when their file cannot be read.
+    """
+    if VISIBLE_DEVICES in os.environ:  # DeepSpeed's launcher has counted the devices of a hostfile from 0
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[VISIBLE_DEVICES]
+    if ENVIRONMENT_FILE in os.environ:
+        os.environ.update(storage.read_json(os.environ[ENVIRONMENT_FILE]))
+        fsspec.config.set_conf_env(fsspec.config.conf)  # it read FSSPEC_… when it was imported, before these were there
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,15 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from launch import nodes
+from launch import launch, nodes
 from launch.cli import main
 from launch.hosts import Host, address_of, carried, environment_file, is_private, private_file, read_hostfile
 from launch.job import is_rank
 from launch.nodes import Follower, Lead
 from pipeline import lifeline
-from pipeline.config import RunPaths, load_config
+from pipeline.config import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.network import interface_towards
 
@@ -73,7 +73,7 @@ def test_what_is_carried_to_the_hosts(monkeypatch, tmp_path):
     Path(".deepspeed_env").write_text("\nGLOO_SOCKET_IFNAME=eth1\n")
     given = {"AWS_REGION": "eu", "AWS_SECRET_ACCESS_KEY": "k", "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0",
              "MLFLOW_TRACKING_PASSWORD": "p", "MY_FLAG": "1", "https_proxy": "http://me:pw@proxy", "FSSPEC_S3_KEY": "k",
-             "OTHER": "x", "NCCL_SOCKET_IFNAME": "=eth%d"}  # fmt: skip
+             "OTHER": "x", "NCCL_SOCKET_IFNAME": "=eth%d", "OMP_NUM_THREADS": "4"}  # fmt: skip
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     found = carried(["MY_FLAG", "NEW=a b"])
@@ -81,12 +81,34 @@ def test_what_is_carried_to_the_hosts(monkeypatch, tmp_path):
     assert "OTHER" not in found
     private = {name for name, value in found.items() if is_private(name, value)} & given.keys()
     assert private == {
-        "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "https_proxy", "FSSPEC_S3_KEY", "NCCL_SOCKET_IFNAME"
+        "AWS_REGION", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "https_proxy", "FSSPEC_S3_KEY", "NCCL_SOCKET_IFNAME"
     }  # fmt: skip
     private_file({"A": "b"}, tmp_path / "private.json")
     assert (tmp_path / "private.json").stat().st_mode & 0o777 == 0o600
     with pytest.raises(ConfigError, match="--env MISSING"):
         carried(["MISSING"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AZURE_STORAGE_ACCOUNT_KEY", "k"),
+        ("AZURE_STORAGE_KEY", "k"),
+        ("AZURE_STORAGE_SAS_TOKEN", "k"),
+        ("S3_KEY", "k"),
+        ("https_proxy", "http://TOKEN@proxy"),
+        ("HTTPS_PROXY", "TOKEN@proxy:3128"),
+        ("PLDR_STORE", "https://account.blob.core.windows.net/c?sv=1&sig=abc"),
+        ("GIT_REMOTE", "https://TOKEN@host/repository"),
+    ],
+)
+def test_secrets_are_private(name, value):
+    assert is_private(name, value)
+
+
+@pytest.mark.parametrize("name", ["NCCL_DEBUG", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "UCX_TLS"])
+def test_what_has_to_be_there_before_python_starts_is_public(name):
+    assert not is_private(name, "eth0")
 
 
 @pytest.mark.slow
@@ -109,6 +131,7 @@ def test_values_survive_deepspeeds_quoting(tmp_path):
 def test_dry_run_over_ssh(tokens, capsys, monkeypatch):
     monkeypatch.chdir(tokens)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-show")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     Path("hosts").write_text("10.0.0.1 slots=1\n10.0.0.2 slots=1\n")
     result = dry_run(capsys, "deepspeed", "tiny.yaml", "--hostfile", "hosts")
     logs = tokens / "run" / "logs"
@@ -116,9 +139,13 @@ def test_dry_run_over_ssh(tokens, capsys, monkeypatch):
     assert "do-not-show" not in json.dumps(result)
     assert "--master_addr 10.0.0.1" in result["commands"][0] and "--no_ssh_check" in result["commands"][0]
     assert f"PLDR_HEAD_FILE={logs}/head.json" in result["files"][str(logs / "deepspeed_env")]
-    assert not (logs / "job.json").exists()
+    assert not (logs / "job.json").exists() and result["written_at_start"] == [str(logs / "job.json")]
+    words = shlex.split(result["commands"][0])
+    assert "-u AWS_SECRET_ACCESS_KEY " in result["commands"][0] and f"DS_ENV_FILE={logs}/deepspeed_env" in words
+    assert any(word.startswith("PDSH_SSH_ARGS_APPEND=") for word in words)
     one = dry_run(capsys, "deepspeed", "tiny.yaml", "--hostfile", "hosts", "--no-ssh", "--node-rank", "1")
     assert "--no_ssh --node_rank 1" in one["commands"][0]
+    assert {"PLDR_PARENT_PIPE=1", "PLDR_VISIBLE_DEVICES=2,3"} <= set(shlex.split(one["commands"][0]))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +154,9 @@ def test_dry_run_over_ssh(tokens, capsys, monkeypatch):
         (["deepspeed", "--hostfile", "hosts", "--no-ssh"], "--no-ssh and --node-rank I go together"),
         (["deepspeed", "--hostfile", "hosts", "--no-ssh", "--node-rank", "2"], "there are 2 nodes, 0 to 1"),
         (["torchrun", "--nodes", "2"], "--master-addr"),
+        (["torchrun", "--ranks-per-node", "0"], "--ranks-per-node 0: at least 1"),
+        (["torchrun", "--nodes", "3", "--master-addr", "a", "train.ranks=null"], "micro_batch 4 x 3 nodes"),
+        (["slurm", "--nodes", "1", "--ranks-per-node", "1", "--gpus-per-node", "-1"], "--gpus-per-node -1: at least 0"),
         (["slurm", "--nodes", "3", "--ranks-per-node", "1"], "not a multiple of micro_batch 4 x 3 ranks"),
         (
             ["slurm", "--nodes", "1", "--ranks-per-node", "1", "--resume", "runs:/abc/checkpoints/step-000010"],
@@ -135,7 +165,7 @@ def test_dry_run_over_ssh(tokens, capsys, monkeypatch):
         (["slurm", "--nodes", "1", "--ranks-per-node", "1", "--sbatch", "nodes=7"], "nodes is set by pldr"),
         (["slurm", "--nodes", "1", "--ranks-per-node", "1", "--sbatch", "x=a\nb"], "write an option of sbatch"),
     ],
-    ids=["no rank", "rank", "address", "batch", "back", "ours", "line break"],
+    ids=["no rank", "rank", "address", "no ranks", "nodes", "gpus", "batch", "back", "ours", "line break"],
 )
 def test_mistakes_are_told_before_anything_starts(tokens, capsys, monkeypatch, words, said):
     monkeypatch.chdir(tokens)
@@ -144,76 +174,14 @@ def test_mistakes_are_told_before_anything_starts(tokens, capsys, monkeypatch, w
     assert said in capsys.readouterr().err
 
 
-# Stand-ins for Slurm's commands, which are not here: srun ends with CODE, or with 75 after the signal.
-SRUN = "#!/bin/bash\ntrap 'echo signalled; exit 75' USR1\nfor _ in $(seq $TENTHS); do sleep 0.1; done\nexit $CODE\n"
-SCONTROL = '#!/bin/bash\ncase $1 in show) echo n1; echo n2;; *) echo "$@" >> scontrol.log;; esac\n'
-
-
-@pytest.mark.parametrize(
-    ("signalled", "code", "ended", "requeued"),
-    [(True, "0", 75, True), (False, "0", 0, False), (False, "2", 2, False), (False, "75", 75, False)],
-    ids=["time is up", "done", "failed", "scancel"],
-)
-def test_the_batch_script_queues_itself_again_only_when_the_time_was_up(
-    tokens, capsys, monkeypatch, tmp_path, signalled, code, ended, requeued
-):
+def test_the_batch_script_starts_a_pldr_on_each_node(tokens, capsys, monkeypatch):
     monkeypatch.chdir(tokens)
     sizes = ("--nodes", "2", "--ranks-per-node", "1", "--gpus-per-node", "0", "--time", "1:00:00")
     result = dry_run(capsys, "slurm", "tiny.yaml", "train.steps=70", *sizes, "--sbatch", "partition=gpu")
     (script,) = result["files"].values()
     assert "\n#SBATCH --partition=gpu\n" in script and "\n#SBATCH --signal=B:USR1@180\n" in script
+    assert "--nodes 2" in script and '--master-addr "$MASTER_HOST"' in script and "launch torchrun" in script
     assert "gpus-per-node" not in script and f"{tokens}/tiny.yaml train.steps=70 " in script
-    (tokens / "run" / "logs").mkdir(exist_ok=True)
-    (tmp_path / "bin").mkdir()
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
-    text = script.replace(f"cd {tokens}", f"cd {tmp_path}").replace("export PATH=", f"export PATH={tmp_path}/bin:")
-    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "CODE": code,
-                   "TENTHS": "100" if signalled else "2"}  # fmt: skip
-    job = subprocess.Popen(["bash", "-c", text], env=environment, stdout=subprocess.PIPE, text=True)
-    if signalled:
-        hostfile = tokens / "run" / "logs" / "hostfile-7"
-        end = time.monotonic() + 10
-        while not hostfile.exists() or not hostfile.read_text():
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        assert hostfile.read_text() == "n1 slots=1\nn2 slots=1\n"
-        time.sleep(0.5)  # until srun listens
-        job.send_signal(signal.SIGUSR1)
-    out, _ = job.communicate(timeout=20)
-    assert job.returncode == ended, out
-    log = tmp_path / "scontrol.log"
-    assert (log.read_text() if log.exists() else "") == ("requeue 7\n" if requeued else "")
-
-
-def test_the_trainjob_brings_its_configuration(capsys, monkeypatch, tmp_path, make_run):
-    config = make_run(tmp_path)
-    (tmp_path / "own.json").write_text('{\n "zero_optimization": {}\n}\n')
-    monkeypatch.chdir(tmp_path)
-    overrides = ("run_dir=/runs/tiny", "train.steps=70", "train.deepspeed=own.json")
-    sizes = ("--nodes", "2", "--ranks-per-node", "1", "--image", "reg/pldr:1", "--volume", "claim:/runs")
-    result = dry_run(capsys, "kubernetes", str(config), *overrides, *sizes, "--secret", "s3", "--resume", "abc")
-    (text,) = result["files"].values()
-    configmap, runtime, job = yaml.safe_load_all(text)
-    for name, content in configmap["data"].items():
-        (tmp_path / "pod").mkdir(exist_ok=True)
-        (tmp_path / "pod" / name).write_text(content)
-    there, here = load_config(tmp_path / "pod" / "run.yaml"), load_config(config, list(overrides))
-    assert there.train.deepspeed == str(tmp_path / "pod" / "deepspeed.json")
-    assert json.loads((tmp_path / "pod" / "deepspeed.json").read_text()) == {"zero_optimization": {}}
-    assert there.model_copy(update={"train": here.train}) == here
-    assert job["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": runtime["metadata"]["name"]}
-    jobs = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    (container,) = jobs[0]["template"]["spec"]["template"]["spec"]["containers"]
-    assert "--resume abc" in container["args"][0] and "--stopped-code 75" in container["args"][0]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
-
-
-def test_kubernetes_refuses_a_run_directory_outside_the_volume(capsys, tmp_path, make_run):
-    sizes = ("--nodes", "2", "--ranks-per-node", "1", "--image", "i", "--volume", "claim:/runs")
-    assert main(["launch", "kubernetes", str(make_run(tmp_path)), *sizes, "--dry-run"]) == 2
-    assert "set run_dir=/runs/tiny" in capsys.readouterr().err
 
 
 def test_own_templates_are_told_what_they_may_use(capsys, monkeypatch, tokens):
@@ -222,6 +190,32 @@ def test_own_templates_are_told_what_they_may_use(capsys, monkeypatch, tokens):
     sizes = ("--nodes", "2", "--ranks-per-node", "1", "--template", "own.sbatch")
     assert main(["launch", "slurm", "tiny.yaml", *sizes, "--dry-run"]) == 2
     assert "'no_such' is undefined; it may use: arguments, " in capsys.readouterr().err
+
+
+def test_torchrun_spreads_the_batch_over_all_nodes(tokens, capsys, monkeypatch):
+    """8 sequences in micro-batches of 4: two ranks on one node, one on each of two."""
+    monkeypatch.chdir(tokens)
+    words = ("torchrun", "tiny.yaml", "train.ranks=null")
+    assert "--nproc-per-node 2" in dry_run(capsys, *words)["commands"][0]
+    assert "--nproc-per-node 1" in dry_run(capsys, *words, "--nodes", "2", "--master-addr", "a")["commands"][0]
+
+
+@pytest.mark.parametrize("way", [["deepspeed", "--hostfile", "hosts"], ["torchrun"]], ids=["ssh", "one a node"])
+def test_sigusr1_while_no_rank_runs_is_a_stop(tokens, monkeypatch, way):
+    monkeypatch.chdir(tokens)
+    Path("hosts").write_text("10.0.0.1 slots=1\n10.0.0.2 slots=1\n")
+    monkeypatch.setattr(launch, "require_tools", lambda: None)
+
+    def signalled(*words):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(5)  # until it is heard
+
+    monkeypatch.setattr(launch, "_train", signalled)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)  # without ours it would end the tests
+    try:
+        assert main(["launch", way[0], "tiny.yaml", *way[1:], "--stopped-code", "75"]) == 75
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def in_thread(work):

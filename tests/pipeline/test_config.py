@@ -65,6 +65,15 @@ def test_a_wrong_key_is_one_line_with_the_mend(tmp_path, override, expected):
     assert error.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "uri", ["http://user:hidden@host:5000", "https://hidden@host", "postgresql://u:hidden@host/db"]
+)
+def test_a_password_in_the_mlflow_uri_is_refused_and_not_shown(tmp_path, uri):
+    with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD") as error:
+        load_config(write(tmp_path, TREE), [f"tracking.uri={uri}"])
+    assert "hidden" not in str(error.value)
+
+
 def test_a_missing_key_and_a_wrong_source_key_are_named(tmp_path):
     with pytest.raises(ConfigError, match="key model is missing"):
         parse_config({k: v for k, v in TREE.items() if k != "model"}, where="t")

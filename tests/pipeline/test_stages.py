@@ -190,3 +190,13 @@ def test_ranks_divide_the_global_batch(line):
     assert ranks_on_this_node(line()[0].config) == 2
     assert ranks_on_this_node(line("train.ranks=null")[0].config) == 2
     assert ranks_on_this_node(line("train.ranks=null", "train.micro_batch=4")[0].config) == 1
+
+
+def test_deepspeeds_json_counts_by_what_it_holds_and_not_by_its_path(line, tmp_path):
+    data_stages(line()[0])
+
+    def inputs(name, text):
+        (tmp_path / name).write_text(text)
+        return line(f"train.deepspeed={tmp_path / name}")[0]._inputs("train")
+
+    assert inputs("a.json", '{"a": 1}') == inputs("b.json", '{ "a": 1 }\n') != inputs("b.json", '{"a": 2}')
