@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -59,13 +60,16 @@ def _doctor(arguments: Any, show: Show) -> Result:
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     if arguments.hostfile is not None:
         hosts = read_hostfile(arguments.hostfile)
-        require_tools()
+        require_tools("ssh")
     else:
         hosts = [Host(LOCAL, ranks_on_this_node(config) if config else num_devices())]
     run = Runner(arguments.ssh_port)
     findings: list[Finding] = []
     if arguments.hostfile is not None:
         findings += reach(hosts, run)
+        if shutil.which("pdsh") is None:
+            mend = "apt install pdsh, or start one process a node with --no-ssh --node-rank I"
+            findings.append(Finding("pdsh", LOCAL, "warn", "not installed", mend))
     lost = {f.host for f in findings if f.check == "ssh" and f.status == "FAIL"}
     alive = [host for host in hosts if host.name not in lost]
     facts: dict[str, Any] = {}

@@ -30,7 +30,7 @@ SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o
 USERS_FILES = (Path.home() / ".deepspeed_env", Path(".deepspeed_env"))  # DeepSpeed's own, the later one wins
 CARRIED = re.compile(
     r"(AWS|S3|FSSPEC|GOOGLE|GCSFS|GCE|AZURE|MLFLOW|NCCL|GLOO|UCX|TORCH|PYTORCH|OMP|DS|PLDR)_\w+"
-    r"|(https?|no|all)_proxy|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|LD_LIBRARY_PATH|XDG_CACHE_HOME|TMPDIR",
+    r"|(https?|no|all)_proxy|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|LD_LIBRARY_PATH|XDG_CACHE_HOME|TMPDIR|PGPASS\w+",
     re.IGNORECASE,
 )
 LOCAL_ONLY = {"DS_ENV_FILE", "PLDR_PARENT_PIPE", "PLDR_VISIBLE_DEVICES"}
@@ -96,9 +96,9 @@ def on_each(hosts: Sequence[Host], work: Callable[[Host], T]) -> dict[str, T]:
         return dict(zip([h.name for h in hosts], pool.map(work, hosts), strict=True))
 
 
-def require_tools() -> None:
-    """Raises ConfigError without ssh or pdsh."""
-    for tool in ("ssh", "pdsh"):
+def require_tools(*tools: str) -> None:
+    """Raises ConfigError without one of ssh, pdsh."""
+    for tool in tools:
         if shutil.which(tool) is None:
             raise ConfigError(
                 f"{tool} is not installed here; apt install {'openssh-client' if tool == 'ssh' else 'pdsh'}, or start one "

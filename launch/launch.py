@@ -120,7 +120,7 @@ def _deepspeed(arguments: Any, show: Show) -> Result:
             files[private[0]] = "".join(f"{name}=…\n" for name in sorted(private[1]))
         job_file = paths.logs / "job.json"
         return dry_run(files, [job.command(job_file)], job.environment(paths.logs), job_file=job_file)
-    require_tools()
+    require_tools("ssh", "pdsh")
     live = status_lines(json=arguments.json)
 
     def start(config: RunConfig, job_file: Path, ranks: int) -> None:

@@ -180,7 +180,9 @@ class TrackingConfig(Section):
         try:
             return uri if uri is None else check_url(uri)
         except UserError as error:
-            raise ValueError(f"{error}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD") from None
+            raise ValueError(
+                f"{error}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; for a database PGPASSWORD or ~/.my.cnf"
+            ) from None
 
 
 class RunConfig(Section):

@@ -204,7 +204,7 @@ def test_torchrun_spreads_the_batch_over_all_nodes(tokens, capsys, monkeypatch):
 def test_sigusr1_while_no_rank_runs_is_a_stop(tokens, monkeypatch, way):
     monkeypatch.chdir(tokens)
     Path("hosts").write_text("10.0.0.1 slots=1\n10.0.0.2 slots=1\n")
-    monkeypatch.setattr(launch, "require_tools", lambda: None)
+    monkeypatch.setattr(launch, "require_tools", lambda *tools: None)
 
     def signalled(*words):
         os.kill(os.getpid(), signal.SIGUSR1)
