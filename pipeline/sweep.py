@@ -20,7 +20,7 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,7 @@ class Sweep:
                 for number, child in enumerate(self.children, start=1):
                     say(f"child       {number} of {len(self.children)}: {child.name}")
                     rows.append(self._child(child, parent, launch=launch, say=say))
-                    report = write_sweep_report(self._facts(parent), rows, self._folder())
-                    self._log(parent, report["files"])
+                    report = self._tell(parent, rows)
                 failed = [row["child"] for row in rows if row["status"] == "failed"]
                 status = "FAILED" if failed else "FINISHED"
             finally:
@@ -77,6 +76,8 @@ class Sweep:
                 "again: what is complete is skipped",
                 details={"table": report["table"], "failed": failed},
             )
+        if not report["files"]:
+            raise UserError(f"{self._folder()}: the table could not be written; make room and start again")
         return {"run_id": parent, "children": len(rows), **report}
 
     def _child(self, child: Child, parent: str, *, launch: Launch, say: Say) -> Result:
@@ -84,19 +85,35 @@ class Sweep:
         tracking = child.config.tracking.model_copy(update={"parent_run": parent})
         config = child.config.model_copy(update={"tracking": tracking})
         row: Result = {"child": child.name, **child.values, "status": "finished", "error": None}
+        done: list[str] = []
         try:
             with exclusive(config, say):
                 self._share_data(config)
                 line = Line(config, launch=launch, say=say)
                 for name in NAMES[: NAMES.index(self.settings.until) + 1]:
                     line.stage(name, thorough=False)
+                    done.append(name)
         except Stopped:
             raise
-        except UserError as error:
-            if error.exit_code != 3:  # a certificate that did not pass is what a sweep is there to find
+        except Exception as error:
+            if isinstance(error, UserError) and error.exit_code == 3:
+                done.append("validate")  # a certificate that did not pass is what a sweep is there to find
+            else:
+                if not isinstance(error, UserError):  # a full disk, a bug: the other children may do well
+                    log.error("%s failed", child.name, exc_info=True)
                 say(f"{child.name}: {first_line(error)}")
                 row |= {"status": "failed", "error": first_line(error)}
-        return row | measured(config)
+        return row | measured(config, done)
+
+    def _tell(self, parent: str, rows: list[Result]) -> Result:
+        """Write the table and the page, here and in MLflow. On a full disk there are no files: a later start writes them."""
+        try:
+            report = write_sweep_report(self._facts(parent), rows, self._folder())
+        except OSError as error:
+            log.warning("%s: the table could not be written: %s", self._folder(), error)
+            return {"table": rows, "files": {}}
+        self._log(parent, report["files"])
+        return report
 
     def _share_data(self, config: RunConfig) -> None:
         """Link the first child's documents, tokenizer and tokens where this child's would be the same."""
@@ -165,26 +182,28 @@ class Sweep:
         return RunPaths(self.config.run_dir).root / "report"
 
 
-def measured(config: RunConfig) -> Result:
-    """What a child's MLflow run and certificate say of it; None for what is not there (yet)."""
+def measured(config: RunConfig, done: Sequence[str]) -> Result:
+    """What a child's MLflow run and files say of it; None for what is not there (yet).
+
+    done: the stages that are complete today. What a stage left earlier belongs to another training, and is not shown.
+    """
     row: Result = dict.fromkeys(COLUMNS)
-    record = remembered(config)
-    if record is not None and record.run_id is not None:
-        with contextlib.suppress(UserError):  # MLflow away: the certificate is on disk all the same
+    paths = RunPaths(config.run_dir)
+    with contextlib.suppress(UserError):  # MLflow away: the certificate is on disk all the same
+        record = remembered(config)
+        if record is not None and record.run_id is not None:
             known = read_run(record.tracking_uri, record.run_id)[0]
             row |= {key: known[key] for key in ("step", "loss", "val_loss_cached", "order_parameter", "budget")}
             row["run_id"] = record.run_id
-    paths = RunPaths(config.run_dir)
-    file = paths.certificate / "certificate.json"
-    if (paths.stages / "validate.json").exists() and file.exists():
-        certificate = storage.read_json(file)
+    if "validate" in done:
+        certificate = storage.read_json(paths.certificate / "certificate.json")
         losses = certificate["measures"]["losses"]
         row |= {key: certificate[key] for key in ("verdict", "tier")}
         row["relative_deviation_g"] = certificate["measures"]["relative_deviation_g"]
         row |= {f"held_out_{key}": losses.get(key) for key in ("block", "cached")}
-    tokens = paths.stages / f"{DATA_STAGES[-1]}.json"
-    if tokens.exists():
-        row["data_fingerprint"] = storage.read_json(tokens)["result"]["fingerprint"]
+    if DATA_STAGES[-1] in done:
+        tokens = storage.read_json(paths.stages / f"{DATA_STAGES[-1]}.json")
+        row["data_fingerprint"] = tokens["result"]["fingerprint"]
     return row
 
 

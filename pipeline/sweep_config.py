@@ -56,7 +56,7 @@ class SweepConfig(Section):
 
 
 class Child:
-    """One combination: its name, what it sets, its run."""
+    """One combination: its name, the values that are varied, its run."""
 
     def __init__(self, name: str, values: dict[str, Scalar], config: RunConfig) -> None:
         self.name, self.values, self.config = name, values, config
@@ -77,9 +77,13 @@ def read(path: Path, overrides: list[str]) -> tuple[SweepConfig, RunConfig, list
     root = RunPaths(settings.run_dir).root
     base = path.absolute().parent / settings.config
     common = [_override(k, v) for k, v in settings.set.items()] + overrides
-    for key in [*settings.set, *settings.grid, *(o.partition("=")[0] for o in overrides)]:
+    given = [*settings.set, *(override.partition("=")[0] for override in overrides)]
+    for key in [*given, *settings.grid]:
         if key in RESERVED:
             raise ConfigError(f"{path}: {key} is the sweep's own to set; remove it")
+    for key in settings.grid:
+        if any(other == key or other.startswith(f"{key}.") for other in given):
+            raise ConfigError(f"{path}: {key} is varied by the grid; remove it from `set` or the command line")
     parent = load_config(base, [*common, _override("run_dir", str(root)), _override("name", settings.name)])
     keys, columns = list(settings.grid), list(settings.grid.values())
     combinations = list(itertools.product(*columns))
@@ -92,7 +96,8 @@ def read(path: Path, overrides: list[str]) -> tuple[SweepConfig, RunConfig, list
         own = [_override(k, v) for k, v in values.items()]
         places = {"run_dir": str(root / "children" / name), "tracking.uri": tracking_uri(parent)}
         own += [_override(k, v) for k, v in {**places, "name": f"{settings.name}.{name}"}.items()]
-        children.append(Child(name, values, load_config(base, [*common, *own])))
+        config = load_config(base, [*common, *own])
+        children.append(Child(name, {key: _value_of(config, key) for key in keys}, config))
     names = [child.name for child in children]
     if len(set(names)) < len(names):
         raise ConfigError(
@@ -120,6 +125,14 @@ def _read(path: Path) -> SweepConfig:
         if axis not in columns:
             raise ConfigError(f"{path}: plot: {axis!r} is no column; there are: {', '.join(columns)}")
     return settings
+
+
+def _value_of(config: RunConfig, key: str) -> Scalar:
+    """What a key was read as: YAML 1.1 reads 1e-3 as text, and the configuration as a number."""
+    found: Any = config.as_dict()
+    for part in key.split("."):
+        found = found[part]
+    return found if isinstance(found, Scalar) else str(found)
 
 
 def _override(key: str, value: Any) -> str:
