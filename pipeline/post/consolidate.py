@@ -36,8 +36,8 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
 
     `config.json` holds the model's configuration and, under `source`, where the weights came from: checkpoint name, step,
     tokens, data fingerprint, tokenizer, MLflow run, the invariance budget spent, the step after which G was frozen (None: it
-    was not), and the digest of the checkpoint's manifest. Returns `source` with `model_sha256` and `num_parameters`. Raises UserError for a checkpoint that is not committed, damaged, of another
-    model, or holds NaN.
+    was not), and the digest of the checkpoint's manifest. Returns `source` with `model_sha256` and `num_parameters`. Raises
+    UserError for a checkpoint that is not committed, damaged, of another model, or holds NaN.
     """
     state = verify(checkpoint)
     config = parse_model(model_of(state), where=checkpoint / "state.json")
