@@ -51,8 +51,9 @@ class Sweep:
         """Raises ConfigError, one line, for a mistake in the sweep's YAML or in any child's configuration."""
         self.settings, self.config, self.children = read(Path(path), overrides)
 
-    def run(self, *, launch: Launch, say: Say) -> Result:
-        """Every child in turn; returns the table, as `report/sweep.json` has it.
+    def run(self, *, launch: Launch, say: Say, ranks: int | None = None) -> Result:
+        """Every child in turn; returns the table, as `report/sweep.json` has it. `ranks`: how many train, on all nodes (None:
+        what this node has).
 
         Raises UserError when a child failed for another reason than its certificate, after all others have run; and
         Stopped, at once, when a child's training was stopped by a signal.
@@ -63,7 +64,7 @@ class Sweep:
             try:
                 for number, child in enumerate(self.children, start=1):
                     say(f"child       {number} of {len(self.children)}: {child.name}")
-                    rows.append(self._child(child, parent, launch=launch, say=say))
+                    rows.append(self._child(child, parent, launch=launch, say=say, ranks=ranks))
                     report = self._tell(parent, rows)
                 failed = [row["child"] for row in rows if row["status"] == "failed"]
                 status = "FAILED" if failed else "FINISHED"
@@ -80,7 +81,7 @@ class Sweep:
             raise UserError(f"{self._folder()}: the table could not be written; make room and start again")
         return {"run_id": parent, "children": len(rows), **report}
 
-    def _child(self, child: Child, parent: str, *, launch: Launch, say: Say) -> Result:
+    def _child(self, child: Child, parent: str, *, launch: Launch, say: Say, ranks: int | None) -> Result:
         """Run or skip one child's stages; its row of the table."""
         tracking = child.config.tracking.model_copy(update={"parent_run": parent})
         config = child.config.model_copy(update={"tracking": tracking})
@@ -89,7 +90,7 @@ class Sweep:
         try:
             with exclusive(config, say):
                 self._share_data(config)
-                line = Line(config, launch=launch, say=say)
+                line = Line(config, launch=launch, say=say, ranks=ranks)
                 for name in NAMES[: NAMES.index(self.settings.until) + 1]:
                     line.stage(name, thorough=False)
                     done.append(name)
@@ -101,6 +102,8 @@ class Sweep:
             else:
                 if not isinstance(error, UserError):  # a full disk, a bug: the other children may do well
                     log.error("%s failed", child.name, exc_info=True)
+                if isinstance(error, OSError):
+                    error = storage.explain_os_error(error, error.filename or child.name)
                 say(f"{child.name}: {first_line(error)}")
                 row |= {"status": "failed", "error": first_line(error)}
         return row | measured(config, done)
