@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
+from pipeline.pretrain import Launch
 
 Result = dict[str, Any]
 Show = Callable[[str], None]
@@ -20,20 +22,63 @@ def add_sweep_verb(verbs: Any, common: argparse.ArgumentParser) -> None:
         "config", metavar="SWEEP", help="YAML of the sweep, such as configs/sweeps/invariance_budget.yaml"
     )
     sweep.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of every child's run")
+    sweep.add_argument(
+        "--hostfile", metavar="FILE", help="train each child on these hosts, as `pldr launch deepspeed` does"
+    )
+    sweep.add_argument(
+        "--master-addr", metavar="ADDRESS", help="with --hostfile: where the others reach its first host"
+    )
+    sweep.add_argument("--master-port", type=int, default=29500, help="with --hostfile: a free port there (29500)")
+    sweep.add_argument("--ssh-port", type=int, metavar="PORT", help="with --hostfile")
+    sweep.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="with --hostfile: carry it there"
+    )
     sweep.set_defaults(work=_sweep)
 
 
 def _sweep(arguments: Any, show: Show) -> Result:
-    from launch.deepspeed import launch
     from pipeline.sweep import Sweep
     from pipeline.sweep_report import table_lines
 
-    def start(config: RunConfig, job_file: Any, ranks: int) -> None:
-        launch(config, job_file, ranks, show=lambda text: show(f"  {text}"))
-
     sweep = Sweep(arguments.config, arguments.overrides)
-    result = sweep.run(launch=start, say=show)
+    if arguments.hostfile is None:
+        start, ranks = _here(show), None
+    else:
+        start, ranks = _on_hosts(arguments, [child.config for child in sweep.children], show)
+    result = sweep.run(launch=start, say=show, ranks=ranks)
     for line in table_lines(list(sweep.settings.grid), result["table"]):
         show(line)
     show(result["files"]["page"])
     return result
+
+
+def _here(show: Show) -> Launch:
+    """Train on this node."""
+    from launch.deepspeed import launch
+
+    def start(config: RunConfig, job_file: Path, ranks: int) -> None:
+        launch(config, job_file, ranks, show=lambda text: show(f"  {text}"))
+
+    return start
+
+
+def _on_hosts(arguments: Any, children: list[RunConfig], show: Show) -> tuple[Launch, int]:
+    """Train over ssh on the hosts of a hostfile, all of them for each child; how many ranks that are. Everything else of a
+    child is done here. Raises ConfigError."""
+    from launch.deepspeed import SshJob, launch_over_ssh
+    from launch.hosts import address_of, read_hostfile, require_tools
+    from pipeline.train.engine import accumulation_steps
+
+    hosts = read_hostfile(arguments.hostfile)
+    ranks = sum(host.slots for host in hosts)
+    for config in children:
+        accumulation_steps(config.train, ranks)  # raises when they do not divide
+    require_tools()
+    address = arguments.master_addr or address_of(hosts[0].name)
+    hostfile = str(Path(arguments.hostfile).absolute())
+    job = SshJob(hostfile, hosts, address, arguments.master_port, arguments.ssh_port, arguments.env)
+
+    def start(config: RunConfig, job_file: Path, ranks: int) -> None:
+        launch_over_ssh(config, job_file, ranks, job, show=lambda text: show(f"  {text}"))
+
+    return start, ranks

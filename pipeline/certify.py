@@ -23,7 +23,6 @@ from pipeline import storage
 from pipeline.config import RunConfig, RunPaths, parse_config
 from pipeline.device import has_gpu, num_devices
 from pipeline.errors import UserError, first_line
-from pipeline.schedule import invariance_budget
 from pipeline.tracking import mlflow_id, tracking_uri
 
 log = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     from pipeline.post.extract import load_g
     from pipeline.post.validate import validate
     from pipeline.post.weights import load_weights
-    from pipeline.posttrain import held_out, lineage, require_same
+    from pipeline.posttrain import held_out, lineage, require_same, spent_budget
 
     model, source = load_weights(paths.weights)
     require_same(config, paths, model.config, source)
@@ -61,7 +60,7 @@ def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
         held_out(config, paths, half=1),
         config.post,
         lineage=lineage(source),
-        budget=invariance_budget(config.train) if model.config.g_source == "learned" else None,
+        budget=spent_budget(config, source),
         seed=config.seed,
     )
 
@@ -94,7 +93,7 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any]) 
         histories=_histories(config, source["mlflow_run_id"]),
         samples=shown,
         twin=_twin(config, certificate),
-        notes=notes(config),
+        notes=notes(config, source),
     )
     target = paths.certificate / PAGE
     storage.publish_bytes(target, certificate_page(certificate, evidence).encode("utf-8", errors="replace"))

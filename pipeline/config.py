@@ -116,6 +116,11 @@ class TrainConfig(Section):
                 f"offload {self.offload!r} needs zero_stage {'3' if self.offload == 'parameters' else '1, 2 or 3'}, "
                 f"not {self.zero_stage}"
             )
+        at_step = self.freeze_g.at_step if self.freeze_g is not None else None
+        if at_step is not None and at_step >= self.steps:
+            raise ValueError(
+                f"freeze_g.at_step {at_step} must be smaller than steps {self.steps}: G would never be frozen"
+            )
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1] <= self.steps:
             raise ValueError(
                 f"profile_steps {list(self.profile_steps)}: [first, last] with 1 <= first <= last <= steps"

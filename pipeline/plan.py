@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.schedule import budget_verdict, invariance_budget
+from pipeline.schedule import budget_verdict, planned_budget
 
 WORLD_SIZES = (1, 2, 4, 8, 16, 64)
 
@@ -24,7 +24,7 @@ def plan(config: RunConfig, *, mfu: float = 0.4, peak_tflops: float = 989.0, dev
     parameters = model.num_parameters()
     flops = model.flops_per_token(training=True)
     tokens = train.steps * train.global_batch * model.context_length
-    budget = invariance_budget(train)
+    budget = planned_budget(train)
     return {
         "parameters": parameters["total"],
         "parameters_by_part": {k: v for k, v in parameters.items() if k != "total"},
@@ -43,6 +43,7 @@ def plan(config: RunConfig, *, mfu: float = 0.4, peak_tflops: float = 989.0, dev
         "assumed": {"mfu": mfu, "peak_tflops": peak_tflops, "devices": devices},
         "hours": flops * tokens / (peak_tflops * 1e12 * mfu * devices) / 3600,
         "invariance_budget": budget if model.g_source == "learned" else None,
+        "frozen_at": None if train.freeze_g is None else train.freeze_g.at_step,
         "invariance_verdict": (
             budget_verdict(budget) if model.g_source == "learned" else "G_LM is constant by construction"
         ),
@@ -95,5 +96,6 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
     if report["invariance_budget"] is None:
         lines.append(f"invariance          {report['invariance_verdict']}")
     else:
-        lines.append(f"invariance budget   {report['invariance_budget']:.2f}: {report['invariance_verdict']}")
+        until = "" if report["frozen_at"] is None else f" when G is frozen, at step {report['frozen_at']:,}"
+        lines.append(f"invariance budget   {report['invariance_budget']:.2f}{until}: {report['invariance_verdict']}")
     return lines

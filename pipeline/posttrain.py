@@ -22,7 +22,7 @@ from pipeline.config import RunConfig, RunPaths, tokens_folder
 from pipeline.device import has_gpu
 from pipeline.errors import ConfigError, UserError
 from pipeline.run_record import VERDICT_TAG
-from pipeline.schedule import invariance_budget
+from pipeline.schedule import planned_budget
 from pipeline.tracking import log_files, mlflow_id, tracking_uri
 from pldr_model.config import ModelConfig
 
@@ -120,7 +120,7 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
         tokenizer=paths.tokenizer,
         out=paths.bundle,
         lineage=lineage(source),
-        notes=notes(config),
+        notes=notes(config, source),
         uncertified=uncertified and not passed,
         packed=packed,
     )
@@ -159,12 +159,21 @@ def lineage(source: dict[str, Any]) -> dict[str, Any]:
     return {**source, "git_commit": git_commit()}
 
 
-def notes(config: RunConfig) -> list[str]:
-    """What a reader of the model card must know about the recipe."""
-    train = config.train
+def spent_budget(config: RunConfig, source: dict[str, Any]) -> float | None:
+    """The invariance budget behind the weights, as their checkpoint told it (older ones did not: the planned one); None
+    without a metric learner to spend it on."""
+    if config.model.g_source != "learned":
+        return None
+    told = source.get("invariance_budget")
+    return planned_budget(config.train) if told is None else float(told)
+
+
+def notes(config: RunConfig, source: dict[str, Any]) -> list[str]:
+    """What a reader of the model card must know about the recipe. source: the weights' record (consolidate.py)."""
+    train, budget, frozen = config.train, spent_budget(config, source), source.get("frozen")
     lines = [
-        f"Trained {train.steps:,} steps of {train.global_batch} sequences of {config.model.context_length} tokens, "
-        f"AdamW, max lr {train.max_lr:g}, weight decay {train.weight_decay:g}."
+        f"Trained {source.get('step') or train.steps:,} steps of {train.global_batch} sequences of "
+        f"{config.model.context_length} tokens, AdamW, max lr {train.max_lr:g}, weight decay {train.weight_decay:g}."
     ]
     if config.model.g_source == "constant":
         lines.append("G_LM: one trained [K,K] parameter a head, started at the identity; there is no metric learner.")
@@ -172,8 +181,14 @@ def notes(config: RunConfig) -> list[str]:
         lines.append(
             "Started near plain attention (model.g_start=identity: b_a = I, a scaled by 0.1), unlike the papers."
         )
-    if config.model.g_source == "learned":
-        lines.append(f"Invariance budget (sum of learning rate x metric weight decay): {invariance_budget(train):.2f}.")
+    if budget is not None:
+        lines.append(f"Invariance budget (sum of learning rate x metric weight decay): {budget:.2f}.")
+        if frozen is not None:
+            trained = train.freeze_g is not None and train.freeze_g.become == "parameter"
+            lines.append(
+                f"G_LM was frozen to its mean over training sequences after step {frozen:,} (train.freeze_g) and "
+                f"{'trained on as a parameter' if trained else 'stayed as it was'}; the budget is that of the steps before."
+            )
         if train.metric_decay > train.weight_decay:
             lines.append(
                 f"ACCELERATED RECIPE: the metric learner had weight decay {train.metric_decay:g} (the papers use 0.1), "

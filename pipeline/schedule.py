@@ -37,6 +37,11 @@ def invariance_budget(train: TrainConfig, step: int | None = None) -> float:
     return train.metric_decay * math.fsum(learning_rate(train, s) for s in range(last))
 
 
+def planned_budget(train: TrainConfig) -> float:
+    """Sigma of a run that goes as planned: up to `freeze_g.at_step`, where there is one (the metric learner is then gone)."""
+    return invariance_budget(train, None if train.freeze_g is None else train.freeze_g.at_step)
+
+
 def budget_verdict(budget: float) -> str:
     """The prediction in plain words."""
     if budget >= BUDGET_PUBLISHED:

@@ -17,67 +17,31 @@ same tokens in the same order. The table is written anew after each child.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
-import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
-from pydantic import Field, ValidationError
+from typing import Any
 
 from pipeline import storage
-from pipeline.config import RunConfig, RunPaths, flatten, load_config
-from pipeline.data_config import Section
-from pipeline.errors import ConfigError, Stopped, UserError, first_line
+from pipeline.config import RunConfig, RunPaths, flatten
+from pipeline.errors import Stopped, UserError, first_line
 from pipeline.mlflow_client import client, mend_for, tracking_uri
 from pipeline.pretrain import Launch
 from pipeline.resume import Say
 from pipeline.run_record import create, new_record, remember, remembered
 from pipeline.runs import read_run
 from pipeline.stages import NAMES, Line, exclusive
+from pipeline.sweep_config import COLUMNS, Child, read
 from pipeline.sweep_report import write_sweep_report
 
 DATA_STAGES = ("shard", "tokenizer", "tokenize")
 SAME_DATA = ("data", "tokenizer", "tokens")  # sections that decide the tokens, with two keys of the model
-RESERVED = ("name", "run_dir", "tracking.uri", "tracking.parent_run")  # the sweep's own to set
-MAX_CHILDREN = 1000
-Scalar = str | int | float | bool | None
 Result = dict[str, Any]
 MakeLaunch = Callable[[RunConfig], Launch]
 log = logging.getLogger(__name__)
-
-
-class PlotConfig(Section):
-    """What stands against what. Names are columns of the table."""
-
-    x: str = "budget"
-    y: str = "relative_deviation_g"
-    log_x: bool = False
-    log_y: bool = True
-
-
-class SweepConfig(Section):
-    """A sweep's YAML."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    config: str = Field(min_length=1)
-    run_dir: str = Field(min_length=1)
-    set: dict[str, Any] = Field(default_factory=dict)
-    grid: dict[str, list[Scalar]] = Field(min_length=1)
-    until: Literal["train", "consolidate", "extract", "validate", "bundle"] = "validate"
-    plot: PlotConfig = PlotConfig()
-
-
-class Child:
-    """One combination: its name, what it sets, its run."""
-
-    def __init__(self, name: str, values: dict[str, Scalar], config: RunConfig) -> None:
-        self.name, self.values, self.config = name, values, config
 
 
 class Sweep:
@@ -85,37 +49,11 @@ class Sweep:
 
     def __init__(self, path: str | Path, overrides: list[str]) -> None:
         """Raises ConfigError, one line, for a mistake in the sweep's YAML or in any child's configuration."""
-        self.settings = _read(Path(path))
-        root = RunPaths(self.settings.run_dir).root
-        base = Path(path).absolute().parent / self.settings.config
-        common = [_override(k, v) for k, v in self.settings.set.items()] + overrides
-        for key in [*self.settings.set, *self.settings.grid, *(o.partition("=")[0] for o in overrides)]:
-            if key in RESERVED:
-                raise ConfigError(f"{path}: {key} is the sweep's own to set; remove it")
-        # The parent's configuration: where its MLflow run is, and what all children share.
-        self.config = load_config(
-            base, [*common, _override("run_dir", str(root)), _override("name", self.settings.name)]
-        )
-        keys, columns = list(self.settings.grid), list(self.settings.grid.values())
-        combinations = list(itertools.product(*columns))
-        if not combinations or len(combinations) > MAX_CHILDREN:
-            raise ConfigError(f"{path}: grid has {len(combinations)} combinations; give 1 to {MAX_CHILDREN}")
-        self.children = []
-        for combination in combinations:
-            values = dict(zip(keys, combination, strict=True))
-            name = child_name(values)
-            own = [_override(k, v) for k, v in values.items()]
-            places = {"run_dir": str(root / "children" / name), "tracking.uri": tracking_uri(self.config)}
-            own += [_override(k, v) for k, v in {**places, "name": f"{self.settings.name}.{name}"}.items()]
-            self.children.append(Child(name, values, load_config(base, [*common, *own])))
-        names = [child.name for child in self.children]
-        if len(set(names)) < len(names):
-            raise ConfigError(
-                f"{path}: grid: two children would be called {max(names, key=names.count)!r}; a value is twice"
-            )
+        self.settings, self.config, self.children = read(Path(path), overrides)
 
-    def run(self, *, launch: Launch, say: Say) -> Result:
-        """Every child in turn; returns the table, as `report/sweep.json` has it.
+    def run(self, *, launch: Launch, say: Say, ranks: int | None = None) -> Result:
+        """Every child in turn; returns the table, as `report/sweep.json` has it. `ranks`: how many train, on all nodes (None:
+        what this node has).
 
         Raises UserError when a child failed for another reason than its certificate, after all others have run; and
         Stopped, at once, when a child's training was stopped by a signal.
@@ -126,9 +64,8 @@ class Sweep:
             try:
                 for number, child in enumerate(self.children, start=1):
                     say(f"child       {number} of {len(self.children)}: {child.name}")
-                    rows.append(self._child(child, parent, launch=launch, say=say))
-                    report = write_sweep_report(self._facts(parent), rows, self._folder())
-                    self._log(parent, report["files"])
+                    rows.append(self._child(child, parent, launch=launch, say=say, ranks=ranks))
+                    report = self._tell(parent, rows)
                 failed = [row["child"] for row in rows if row["status"] == "failed"]
                 status = "FAILED" if failed else "FINISHED"
             finally:
@@ -140,26 +77,46 @@ class Sweep:
                 "again: what is complete is skipped",
                 details={"table": report["table"], "failed": failed},
             )
+        if not report["files"]:
+            raise UserError(f"{self._folder()}: the table could not be written; make room and start again")
         return {"run_id": parent, "children": len(rows), **report}
 
-    def _child(self, child: Child, parent: str, *, launch: Launch, say: Say) -> Result:
+    def _child(self, child: Child, parent: str, *, launch: Launch, say: Say, ranks: int | None) -> Result:
         """Run or skip one child's stages; its row of the table."""
         tracking = child.config.tracking.model_copy(update={"parent_run": parent})
         config = child.config.model_copy(update={"tracking": tracking})
         row: Result = {"child": child.name, **child.values, "status": "finished", "error": None}
+        done: list[str] = []
         try:
             with exclusive(config, say):
                 self._share_data(config)
-                line = Line(config, launch=launch, say=say)
+                line = Line(config, launch=launch, say=say, ranks=ranks)
                 for name in NAMES[: NAMES.index(self.settings.until) + 1]:
                     line.stage(name, thorough=False)
+                    done.append(name)
         except Stopped:
             raise
-        except UserError as error:
-            if error.exit_code != 3:  # a certificate that did not pass is what a sweep is there to find
+        except Exception as error:
+            if isinstance(error, UserError) and error.exit_code == 3:
+                done.append("validate")  # a certificate that did not pass is what a sweep is there to find
+            else:
+                if not isinstance(error, UserError):  # a full disk, a bug: the other children may do well
+                    log.error("%s failed", child.name, exc_info=True)
+                if isinstance(error, OSError):
+                    error = storage.explain_os_error(error, error.filename or child.name)
                 say(f"{child.name}: {first_line(error)}")
                 row |= {"status": "failed", "error": first_line(error)}
-        return row | measured(config)
+        return row | measured(config, done)
+
+    def _tell(self, parent: str, rows: list[Result]) -> Result:
+        """Write the table and the page, here and in MLflow. On a full disk there are no files: a later start writes them."""
+        try:
+            report = write_sweep_report(self._facts(parent), rows, self._folder())
+        except OSError as error:
+            log.warning("%s: the table could not be written: %s", self._folder(), error)
+            return {"table": rows, "files": {}}
+        self._log(parent, report["files"])
+        return report
 
     def _share_data(self, config: RunConfig) -> None:
         """Link the first child's documents, tokenizer and tokens where this child's would be the same."""
@@ -228,76 +185,29 @@ class Sweep:
         return RunPaths(self.config.run_dir).root / "report"
 
 
-def measured(config: RunConfig) -> Result:
-    """What a child's MLflow run and certificate say of it; None for what is not there (yet)."""
+def measured(config: RunConfig, done: Sequence[str]) -> Result:
+    """What a child's MLflow run and files say of it; None for what is not there (yet).
+
+    done: the stages that are complete today. What a stage left earlier belongs to another training, and is not shown.
+    """
     row: Result = dict.fromkeys(COLUMNS)
-    record = remembered(config)
-    if record is not None and record.run_id is not None:
-        with contextlib.suppress(UserError):  # MLflow away: the certificate is on disk all the same
+    paths = RunPaths(config.run_dir)
+    with contextlib.suppress(UserError):  # MLflow away: the certificate is on disk all the same
+        record = remembered(config)
+        if record is not None and record.run_id is not None:
             known = read_run(record.tracking_uri, record.run_id)[0]
             row |= {key: known[key] for key in ("step", "loss", "val_loss_cached", "order_parameter", "budget")}
             row["run_id"] = record.run_id
-    paths = RunPaths(config.run_dir)
-    file = paths.certificate / "certificate.json"
-    if (paths.stages / "validate.json").exists() and file.exists():
-        certificate = storage.read_json(file)
+    if "validate" in done:
+        certificate = storage.read_json(paths.certificate / "certificate.json")
         losses = certificate["measures"]["losses"]
         row |= {key: certificate[key] for key in ("verdict", "tier")}
         row["relative_deviation_g"] = certificate["measures"]["relative_deviation_g"]
         row |= {f"held_out_{key}": losses.get(key) for key in ("block", "cached")}
-    tokens = paths.stages / f"{DATA_STAGES[-1]}.json"
-    if tokens.exists():
-        row["data_fingerprint"] = storage.read_json(tokens)["result"]["fingerprint"]
+    if DATA_STAGES[-1] in done:
+        tokens = storage.read_json(paths.stages / f"{DATA_STAGES[-1]}.json")
+        row["data_fingerprint"] = tokens["result"]["fingerprint"]
     return row
-
-
-COLUMNS = (
-    "step",
-    "loss",
-    "val_loss_cached",
-    "order_parameter",
-    "budget",
-    "relative_deviation_g",
-    "held_out_block",
-    "held_out_cached",
-    "tier",
-    "verdict",
-    "data_fingerprint",
-    "run_id",
-)
-
-
-def child_name(values: dict[str, Scalar]) -> str:
-    """`metric_weight_decay-5.seed-2`: the last part of each key with its value, fit for a folder's name."""
-    parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in values.items()]
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", ".".join(parts))[:120]
-
-
-def _read(path: Path) -> SweepConfig:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; name a YAML such as configs/sweeps/invariance_budget.yaml") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-    try:
-        settings = SweepConfig.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        known = f"; known keys: {', '.join(SweepConfig.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise ConfigError(f"{path}: {key or 'the file'}: {first['msg'].removeprefix('Value error, ')}{known}") from None
-    columns = (*settings.grid, *COLUMNS)
-    for axis in (settings.plot.x, settings.plot.y):
-        if axis not in columns:
-            raise ConfigError(f"{path}: plot: {axis!r} is no column; there are: {', '.join(columns)}")
-    return settings
-
-
-def _override(key: str, value: Any) -> str:
-    """`key=value` as the command line would have it."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
-    return f"{key}={text}"
 
 
 def _data_of(config: RunConfig) -> Result:

@@ -46,14 +46,15 @@ def table_lines(grid: list[str], rows: list[Row]) -> list[str]:
 
 def scatter(rows: list[Row], *, x: str, y: str, log_x: bool, log_y: bool) -> Result | None:
     """Points, axes and labels; None where no row has both numbers. What has no place on the axes (not a number, or not
-    positive on a logarithmic one) is left out and counted."""
+    positive on a logarithmic one), and every child that failed, is left out and counted."""
     scales = [math.log10 if log else float for log in (log_x, log_y)]
 
     def place(row: Row, key: str, log: bool) -> bool:
         value = row.get(key)
         return isinstance(value, int | float) and math.isfinite(value) and (value > 0 or not log)
 
-    shown = [row for row in rows if place(row, x, log_x) and place(row, y, log_y)]
+    whole = [row for row in rows if row["status"] != "failed"]
+    shown = [row for row in whole if place(row, x, log_x) and place(row, y, log_y)]
     if not shown:
         return None
     spans = []

@@ -131,6 +131,14 @@ def in_turn(
     one: Callable[[], None], other: Callable[[], None], rounds: int, device: torch.device
 ) -> tuple[float, float]:
     """Median seconds of each, run alternately; who goes first alternates too."""
+    ours, theirs = seconds_in_turn(one, other, rounds, device)
+    return statistics.median(ours), statistics.median(theirs)
+
+
+def seconds_in_turn(
+    one: Callable[[], None], other: Callable[[], None], rounds: int, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """The seconds of each in every round, run as `in_turn` does."""
     seconds: dict[Callable[[], None], list[float]] = {one: [], other: []}
     for index in range(rounds):
         for run in (one, other) if index % 2 == 0 else (other, one):
@@ -138,7 +146,7 @@ def in_turn(
             run()
             _wait(device)
             seconds[run].append(time.perf_counter() - started)
-    return statistics.median(seconds[one]), statistics.median(seconds[other])
+    return seconds[one], seconds[other]
 
 
 def _wait(device: torch.device) -> None:

@@ -35,9 +35,9 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
     """Merge a committed checkpoint into `out/{model.safetensors, config.json}`, fp32, with our parameter names.
 
     `config.json` holds the model's configuration and, under `source`, where the weights came from: checkpoint name, step,
-    tokens, data fingerprint, tokenizer, MLflow run, and the digest of the checkpoint's manifest. Returns `source` with
-    `model_sha256` and `num_parameters`. Raises UserError for a checkpoint that is not committed, damaged, of another
-    model, or holds NaN.
+    tokens, data fingerprint, tokenizer, MLflow run, the invariance budget spent, the step after which G was frozen (None: it
+    was not), and the digest of the checkpoint's manifest. Returns `source` with `model_sha256` and `num_parameters`. Raises
+    UserError for a checkpoint that is not committed, damaged, of another model, or holds NaN.
     """
     state = verify(checkpoint)
     config = parse_model(model_of(state), where=checkpoint / "state.json")
@@ -48,6 +48,8 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
         "checkpoint_sha256": sha256_file(checkpoint / MANIFEST),
         "run_config_sha256": sha256_json(state["config"]),
         **{key: state.get(key) for key in ("step", "sequences_consumed", "tokens_consumed")},
+        "invariance_budget": state.get("budget"),
+        "frozen": state.get("frozen"),
         **{key: state.get(key) for key in ("data_fingerprint", "tokenizer_sha256", "mlflow_run_id")},
     }
     require_free_space(out, 2 * sum(t.numel() * 4 for t in weights.values()), "the consolidated model")

@@ -22,10 +22,11 @@ class ClippedAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` that first scales its gradients to a 2-norm of at most `clip_norm`, or clamps every entry to
     [-clip_value, clip_value]; None: not.
 
-    `sum_of_squares` is the squared 2-norm of the last step's gradients before that, of what this rank holds.
-
     checks_finite: leave out a step whose gradients hold NaN or infinity, and say so in `overflow`, which is where DeepSpeed
     looks when it counts skipped steps. Waits for the device.
+
+    `sum_of_squares` is the squared 2-norm of the last step's gradients before all that, of what this rank holds. It is taken
+    where it is needed, for `clip_norm` and `checks_finite`: DeepSpeed takes its own at the ZeRO stages.
     """
 
     def __init__(
@@ -49,14 +50,14 @@ class ClippedAdamW(torch.optim.AdamW):
         """One AdamW step on clipped gradients."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if gradients:
-            norms = torch._foreach_norm(gradients)
-            self.sum_of_squares = torch.stack(norms).float().square().sum()
-            self.overflow = self.checks_finite and not math.isfinite(float(self.sum_of_squares))
-            if self.overflow:
-                return None
-            if self.clip_norm is not None:
-                scale = (self.clip_norm / (self.sum_of_squares.sqrt() + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_(gradients, scale)
+            if self.checks_finite or self.clip_norm is not None:
+                self.sum_of_squares = torch.stack(torch._foreach_norm(gradients)).float().square().sum()
+                self.overflow = self.checks_finite and not math.isfinite(float(self.sum_of_squares))
+                if self.overflow:
+                    return None
+                if self.clip_norm is not None:
+                    scale = (self.clip_norm / (self.sum_of_squares.sqrt() + 1e-6)).clamp(max=1.0)
+                    torch._foreach_mul_(gradients, scale)
             if self.clip_value is not None:
                 torch._foreach_clamp_max_(gradients, self.clip_value)
                 torch._foreach_clamp_min_(gradients, -self.clip_value)
@@ -95,5 +96,6 @@ def optimizer_clips_norm(train: TrainConfig) -> bool:
 
 
 def gradient_norm(optimizer: ClippedAdamW) -> float:
-    """2-norm of the last step's gradients where every rank holds all of them (no ZeRO). Waits for the device."""
+    """2-norm of the last step's gradients where every rank holds all of them (no ZeRO) and it was taken, else NaN. Waits for
+    the device."""
     return math.nan if optimizer.sum_of_squares is None else math.sqrt(float(optimizer.sum_of_squares))

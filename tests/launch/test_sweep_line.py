@@ -1,6 +1,7 @@
 """`pldr sweep` as a user runs it: two children, killed inside the second one's training, started again."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,9 +11,62 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.cli import main
+from launch.job import free_port
 from pipeline import tracking
 
 PLDR = [sys.executable, "-m", "launch.cli"]
+
+
+# Runs on this machine what it is to run on each host; %n is a host's number.
+PDSH = """#!/bin/sh
+hosts= pids= number=0 code=0
+while [ $# -gt 0 ]; do case $1 in -S) shift;; -f) shift 2;; -w) hosts=$2; shift 2;; *) break;; esac; done
+for host in $(echo $hosts | tr , ' '); do
+  echo "$host" >> "$PDSH_CALLS"
+  sh -c "$(echo "$*" | sed "s/%n/$number/g")" & pids="$pids $!"
+  number=$((number + 1))
+done
+for pid in $pids; do wait $pid || code=$?; done
+exit $code
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_each_child_is_trained_on_the_hosts_of_a_hostfile(tmp_path, make_run):
+    make_run(tmp_path, steps=4, warmup_steps=1, validate_every=4, checkpoint_every=4)
+    tree = {"name": "two", "config": "tiny.yaml", "run_dir": str(tmp_path / "sweep"), "until": "consolidate",
+            "grid": {"seed": [1, 2]}}  # fmt: skip
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pdsh").write_text(PDSH)
+    (tmp_path / "bin" / "pdsh").chmod(0o755)
+    words = ["sweep", "sweep.yaml", "--json", "--hostfile", "hosts", "--master-addr", "127.0.0.1"]
+    done = subprocess.run(
+        [*PLDR, *words, "--master-port", str(free_port())], cwd=tmp_path, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PDSH_CALLS": str(tmp_path / "calls"),
+             "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "calls").read_text().split() == ["one", "two"] * 2
+    table = json.loads(done.stdout.splitlines()[-1])["table"]
+    assert [(row["status"], row["step"]) for row in table] == [("finished", 4)] * 2
+    for child in ("seed-1", "seed-2"):
+        state = json.loads((tmp_path / "sweep/children" / child / "checkpoints/step-000004/state.json").read_bytes())
+        assert state["world_size"] == 2
+
+
+def test_ranks_that_do_not_divide_a_childs_batch_are_told_before_anything_starts(tmp_path, make_run, capsys):
+    make_run(tmp_path)
+    tree = {"name": "two", "config": "tiny.yaml", "run_dir": str(tmp_path / "sweep"), "grid": {"seed": [1, 2]}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "hosts").write_text("one slots=3\n")
+    assert main(["sweep", str(tmp_path / "sweep.yaml"), "--hostfile", str(tmp_path / "hosts")]) == 2
+    error = capsys.readouterr().err
+    assert "train.global_batch 8 is not a multiple of micro_batch 4 x 3 ranks" in error and error.count("\n") == 1
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.slow

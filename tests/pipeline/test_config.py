@@ -41,6 +41,7 @@ def test_the_shipped_configurations_load_and_survive_json(repository, name):
         ("train.zero_stage=4", "train.zero_stage: Input should be 0, 1, 2 or 3"),
         ("train.micro_batch=5", "global_batch 32 is not a multiple of micro_batch 5"),
         ("train.warmup_steps=250000", "warmup_steps 250000 must be smaller than steps"),
+        ("train.freeze_g={at_step: 250000}", "freeze_g.at_step 250000 must be smaller than steps 250000"),
         ("train.keep_checkpoints=1", "train.keep_checkpoints"),
         ("model.head_dim=5", "head_dim: 5 is odd"),
         ("model.g_source=banana", "g_source"),

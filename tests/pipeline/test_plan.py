@@ -27,6 +27,15 @@ def test_the_sub_critical_recipe_is_warned_of(repository):
     assert budget_verdict(4.1).startswith("at best approximately")
 
 
+def test_the_budget_stops_where_g_is_frozen(repository):
+    config = load_config(repository / "configs" / "pldr-110m.yaml", ["train.freeze_g={at_step: 4000}"])
+    train, report = config.train, plan(config)
+    # Warm-up from 0 over 2000 steps, then 2000 steps at (nearly) the highest rate.
+    assert train.warmup_steps == 2000
+    assert report["invariance_budget"] == pytest.approx(train.metric_decay * train.max_lr * 3000, rel=1e-3)
+    assert "when G is frozen, at step 4,000: NOT invariant" in "\n".join(plan_lines(report))
+
+
 def test_zero_memory_follows_what_each_stage_shards(repository):
     config = load_config(repository / "configs" / "pldr-110m.yaml")
     count = 109_689_362

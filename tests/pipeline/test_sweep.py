@@ -12,6 +12,7 @@ from pipeline.config import RunPaths
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.schedule import invariance_budget
 from pipeline.stages import Line
+from pipeline.storage import publish_json
 from pipeline.sweep import Sweep
 from pipeline.sweep_report import scatter, table_lines, write_sweep_report
 
@@ -88,6 +89,8 @@ def test_every_combination_is_a_child_with_a_place_of_its_own(make_sweep, tmp_pa
         ({"plot": {"y": "losss"}}, "'losss' is no column; there are: train.metric_weight_decay, seed, step"),
         ({"config": "absent.yaml"}, "absent.yaml: no such file"),
         ({"grid": {"seed": list(range(1001))}}, "1001 combinations"),
+        ({"set": {"seed": 7}}, "seed is varied by the grid; remove it from `set` or the command line"),
+        ({"grid": {"train.freeze_g": [None]}, "set": {"train.freeze_g.at_step": 2}}, "train.freeze_g is varied by"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(make_sweep, tmp_path, changes, message):
@@ -145,6 +148,80 @@ def test_children_share_the_first_ones_data_and_mlflow_knows_their_parent(make_s
     assert {run.info.run_id for run in again} == {parent.info.run_id, *(run.info.run_id for run in runs.values())}
 
 
+@pytest.fixture
+def stages(monkeypatch):
+    """What each child does instead of its stages: an error to raise, by the child's name. Nor is there an MLflow."""
+    fates = {}
+
+    def stage(self, name, **options):
+        if (name, self.config.name) in fates:
+            raise fates[name, self.config.name]
+        if name in ("shard", "tokenizer", "tokenize"):
+            publish_json(self.paths.stages / f"{name}.json", {"result": {"fingerprint": "f"}})
+
+    monkeypatch.setattr(Line, "stage", stage)
+    monkeypatch.setattr(Sweep, "_open_parent", lambda self: "parent")
+    monkeypatch.setattr(Sweep, "_log", lambda self, parent, files, status=None: None)
+    return fates
+
+
+def rows_of(tmp_path):
+    return json.loads((tmp_path / "sweep" / "report" / "sweep.json").read_bytes())["rows"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("no"), MemoryError()])
+def test_whatever_ends_a_child_the_others_run(make_sweep, tmp_path, stages, caplog, error):
+    stages["train", "s.seed-1"] = error
+    with pytest.raises(UserError, match="1 of 2 children failed, seed-1 with: ") as caught:
+        make_sweep(grid={"seed": [1, 2]}, until="train").run(launch=None, say=lambda text: None)
+    assert "\n" not in str(caught.value) and "Traceback" in caplog.text
+    rows = rows_of(tmp_path)
+    assert [row["status"] for row in rows] == ["failed", "finished"]
+    assert not isinstance(error, OSError) or "the disk is full; free some space" in rows[0]["error"]
+
+
+@pytest.mark.parametrize("stop", [Stopped("stopped", details={}), KeyboardInterrupt()])
+def test_a_stop_is_no_failure_of_a_child(make_sweep, tmp_path, stages, stop):
+    stages["train", "s.seed-1"] = stop
+    with pytest.raises(type(stop)):
+        make_sweep(grid={"seed": [1, 2]}, until="train").run(launch=None, say=lambda text: None)
+    assert not (tmp_path / "sweep" / "children" / "seed-2").exists()
+
+
+def test_a_table_that_cannot_be_written_is_told_at_the_end(make_sweep, tmp_path, stages, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.sweep.write_sweep_report", full)
+    with pytest.raises(UserError, match="the table could not be written; make room"):
+        make_sweep(grid={"seed": [1, 2]}, until="train").run(launch=None, say=lambda text: None)
+    assert (tmp_path / "sweep" / "children" / "seed-2").exists()
+
+
+def test_a_failed_child_does_not_show_the_certificate_of_an_earlier_training(make_sweep, tmp_path, stages):
+    def leave(config):
+        """What a complete validation leaves."""
+        paths = RunPaths(config.run_dir)
+        measures = {"relative_deviation_g": 1e-7, "losses": {"block": 1.0, "cached": 1.0}}
+        certificate = {"verdict": "certified", "tier": "invariant", "measures": measures}
+        publish_json(paths.certificate / "certificate.json", certificate)
+        publish_json(paths.stages / "validate.json", {})
+        for root in (paths.root, paths.root.parents[1]):  # the child's and the sweep's
+            (root / ".lock").touch()
+
+    sweep = make_sweep(grid={"seed": [1, 2, 3]})
+    for child in sweep.children:
+        leave(child.config)
+    stages["train", "s.seed-1"] = UserError("no ranks here")
+    stages["validate", "s.seed-2"] = UserError("the certificate did not pass", exit_code=3)
+    with pytest.raises(UserError, match="1 of 3 children failed"):
+        sweep.run(launch=None, say=lambda text: None)
+    rows = rows_of(tmp_path)
+    assert [row["status"] for row in rows] == ["failed", "finished", "finished"]
+    assert [row["relative_deviation_g"] for row in rows] == [None, 1e-7, 1e-7]
+    assert [row["data_fingerprint"] for row in rows] == ["f"] * 3
+
+
 @pytest.mark.slow
 def test_a_stop_ends_the_sweep_at_once_and_leaves_the_parent_killed(make_sweep, tmp_path):
     from mlflow import MlflowClient
@@ -163,6 +240,21 @@ def test_a_stop_ends_the_sweep_at_once_and_leaves_the_parent_killed(make_sweep, 
     assert {run.info.run_name: run.info.status for run in runs}["s"] == "KILLED"
 
 
+def test_a_key_of_the_grid_on_the_command_line_is_refused(make_sweep):
+    with pytest.raises(ConfigError, match="seed is varied by the grid"):
+        make_sweep("seed=7")
+
+
+def test_the_table_has_the_values_that_were_trained_with(make_sweep):
+    """YAML 1.1 reads 1e-3 as text, which has no place in a plot."""
+    sweep = make_sweep(grid={"train.max_lr": ["1e-3", 0.002], "train.metric_weight_decay": [None]}, set={})
+    assert [child.values for child in sweep.children] == [
+        {"train.max_lr": 0.001, "train.metric_weight_decay": None},
+        {"train.max_lr": 0.002, "train.metric_weight_decay": None},
+    ]
+    assert sweep.children[0].name == "max_lr-1e-3.metric_weight_decay-None"
+
+
 def row(child, x, y, **more):
     return {"child": child, "seed": 1, "budget": x, "relative_deviation_g": y, "status": "finished", **more}
 
@@ -175,6 +267,11 @@ def test_the_plot_places_points_by_hand_computed_geometry_and_counts_what_has_no
     # x: [-0.5, 10.5] on 64..640; y: log10 in [-5, -1] on 286..12.
     assert points == [(90.2, 12.0), (613.8, 286.0), (352.0, 149.0)]
     assert [label for _, label in drawn["y_marks"]] == ["1e-05", "1e-04", "1e-03", "1e-02", "1e-01"]
+    failed = row("f", 7.0, 1e-9, status="failed")
+    assert scatter([*rows, failed], x="budget", y="relative_deviation_g", log_x=False, log_y=True) == {
+        **drawn,
+        "left_out": 3,
+    }
     assert scatter([row("a", None, 1.0)], x="budget", y="relative_deviation_g", log_x=False, log_y=True) is None
 
 

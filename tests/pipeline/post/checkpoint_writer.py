@@ -60,6 +60,8 @@ def main(out: Path, cases: list[str]) -> None:
             "step": 2,
             "sequences_consumed": 4,
             "tokens_consumed": 64,
+            "budget": 0.25,
+            "frozen": None,
             "config": config.as_dict(),
             "data_fingerprint": "f00d",
             "tokenizer_sha256": "7e57",

@@ -93,6 +93,7 @@ def test_every_stage_gives_the_live_weights(checkpoints: Path, tmp_path: Path, w
     assert result["step"] == 2 and result["data_fingerprint"] == "f00d"
     assert result["num_parameters"] == sum(t.numel() for t in got.values())
     model, source = load_weights(tmp_path / "weights")
+    assert (source["invariance_budget"], source["frozen"]) == (0.25, None)
     assert source["mlflow_run_id"] == "run" and not model.training
     assert torch.equal(model.layers[1].attention.plga.W, got["layers.1.attention.plga.W"])
 

@@ -18,6 +18,7 @@ from pipeline.post.certificate_page import Evidence, certificate_page
 from pipeline.post.extract import extract_g
 from pipeline.post.inference import Bundle
 from pipeline.posttrain import notes
+from pipeline.schedule import invariance_budget
 from pldr_model.model import PLDRModel
 
 Make = Callable[..., Path]
@@ -89,4 +90,20 @@ def test_the_card_tells_the_variant(tiny: SimpleNamespace, changes: dict[str, st
         model=replace(tiny.config, **changes),
         post=PostConfig(),
     )
-    assert any(said in line for line in notes(config))
+    assert any(said in line for line in notes(config, {}))
+
+
+def test_the_notes_tell_the_freeze_and_the_budget_that_was_spent(tiny: SimpleNamespace) -> None:
+    data = {"sources": [{"url": "x.jsonl"}]}
+    train = {"steps": 100, "warmup_steps": 0, "freeze_g": {"at_step": 40, "become": "parameter"}}
+    config = RunConfig(name="x", run_dir="x", data=data, model=tiny.config, train=train)
+    told = "\n".join(notes(config, {"step": 90, "invariance_budget": 1.25, "frozen": 41}))
+    assert "Trained 90 steps" in told and "weight decay): 1.25." in told
+    assert (
+        "frozen to its mean over training sequences after step 41 (train.freeze_g) and trained on as a parameter"
+        in told
+    )
+    old = "\n".join(notes(config, {}))  # weights from before the checkpoint told it
+    assert f"weight decay): {invariance_budget(config.train, 40):.2f}." in old and "frozen" not in old
+    constant = RunConfig(name="x", run_dir="x", data=data, model=replace(tiny.config, g_source="constant"))
+    assert "budget" not in "\n".join(notes(constant, {"invariance_budget": 1.25}))

@@ -23,7 +23,11 @@ def test_steps_equal_torch_with_its_own_clipping(clip):
     ours, theirs = [[p.clone().requires_grad_() for p in parameters()] for _ in range(2)]
     settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.3}
     optimizer = ClippedAdamW(
-        ours, clip_value=0.2 if clip == "value" else None, clip_norm=0.5 if clip == "norm" else None, **settings
+        ours,
+        clip_value=0.2 if clip == "value" else None,
+        clip_norm=0.5 if clip == "norm" else None,
+        checks_finite=clip != "norm",
+        **settings,
     )
     reference = torch.optim.AdamW(theirs, **settings)
     for _ in range(4):
@@ -43,6 +47,28 @@ def test_steps_equal_torch_with_its_own_clipping(clip):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
     assert not torch.equal(ours[0], parameters()[0])
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "clip_by", "taken"),
+    [
+        (0, "fp32", "norm", 1),
+        (0, "fp32", "value", 1),
+        (0, "bf16", "norm", 0),
+        (1, "fp32", "norm", 0),
+        (2, "bf16", "value", 0),
+    ],
+)
+def test_the_norm_is_taken_where_deepspeed_takes_none(monkeypatch, stage, precision, clip_by, taken):
+    model = PLDRModel(ModelConfig(vocab_size=11, num_layers=1, num_heads=1, head_dim=4, context_length=8, A_dff=6))
+    train = TRAIN.model_copy(update={"zero_stage": stage, "precision": precision, "clip_by": clip_by})
+    optimizer = build_optimizer(model, train)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    calls, norm = [], torch._foreach_norm
+    monkeypatch.setattr(torch, "_foreach_norm", lambda tensors: calls.append(tensors) or norm(tensors))
+    optimizer.step()
+    assert len(calls) == taken
 
 
 def test_only_the_residual_units_get_the_metric_decay():

@@ -1,7 +1,12 @@
 """The compatibility table: every combination of ZeRO stage, precision, compile, activation checkpointing and accumulation (and
-offload) trains like plain PyTorch. With PLDR_TABLE=FILE the table is written there (docs/compatibility.md holds one).
+offload) trains like plain PyTorch of the same precision. With PLDR_TABLE=FILE the table is written there
+(docs/compatibility.md holds one).
+
+The losses of one batch that is trained on again and again are compared: they fall by more than five times the tolerance, so
+that a run that does not learn, or at half the rate, is out of it.
 """
 
+import copy
 import itertools
 import json
 import os
@@ -15,9 +20,8 @@ import pytest
 import torch
 
 from launch.job import free_port
-from pipeline.config import TrainConfig
 from pipeline.schedule import learning_rate
-from pipeline.train.optim import build_optimizer
+from pipeline.train.optim import parameter_groups
 from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel
 
@@ -33,33 +37,56 @@ CELLS = [
     for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters"))
     for precision in ("fp32", "bf16")
 ]
-# PLGA's gradients are ill-conditioned at the start: sums in another order move the third loss by up to this (test_zero.py).
-TOLERANCE = {"fp32": 2e-4, "bf16": 5e-2}
+# Stage 3 last: DeepSpeed's patch of F.linear stays in the process, and in bf16 the other stages then round elsewhere.
+CELLS.sort(key=lambda cell: cell["stage"])
+FEW = [cell for cell in CELLS if tuple(cell.values())[1:] == ("bf16", False, "none", 2, "none")] + [
+    cell for cell in CELLS if tuple(cell.values()) == (3, "fp32", False, "none", 2, "none")
+]
+# PLGA's gradients are ill-conditioned at the start (test_zero.py): with its sums in another order plain PyTorch is off by up to
+# 0.09 in bf16, of a fall by 0.74.
+TOLERANCE = {"fp32": 2e-4, "bf16": 0.12}
+DISCRIMINATES = 5  # what does not learn is out of the tolerance by this factor, and what learns at half the rate by 2
 
 
-def plain_pytorch(folder: Path) -> list[float]:
-    """fp32, one process, no DeepSpeed."""
+def plain_pytorch(folder: Path, precision: str, rate: float = 1.0) -> list[float]:
+    """One process, no DeepSpeed. bf16: weights and gradients in bf16, AdamW on fp32 masters. rate: times the learning rate."""
     sys.path.insert(0, str(WORKER.parent))
     try:
         from table_worker import STEPS, cell_config
     finally:
         sys.path.pop(0)
-    config = cell_config(folder, CELLS[0])
+    config = cell_config(folder, {**CELLS[0], "precision": precision})
+    train = config.train
     torch.manual_seed(config.seed)
-    model = PLDRModel(config.model)
-    optimizer = build_optimizer(model, TrainConfig(**{**config.train.model_dump(), "zero_stage": 1}))
+    model = PLDRModel(config.model).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    masters = copy.deepcopy(model).float()
+    optimizer = torch.optim.AdamW(parameter_groups(masters, train), lr=0.0, betas=train.betas, eps=train.eps)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(4, 67, size=(8, 17)))
     seen = []
-    for step in range(STEPS):
-        ids = torch.from_numpy(np.random.default_rng(step * 8).integers(4, 67, size=(8, 17)))
+    for step in range(STEPS[precision]):
         loss = total_loss(model(ids[:, :-1], padded=False), ids[:, 1:], config.model).total
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip)
+        for master, weight in zip(masters.parameters(), model.parameters(), strict=True):
+            master.grad = weight.grad.float()
+        torch.nn.utils.clip_grad_norm_(masters.parameters(), train.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.train, step)
+            group["lr"] = rate * learning_rate(train, step)
         optimizer.step()
+        model.load_state_dict(masters.state_dict())
         seen.append(loss.item())
     return seen
+
+
+def difference(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_does_not_learn_or_too_slowly_is_out_of_the_tolerance(tmp_path, precision):
+    reference, tolerance = plain_pytorch(tmp_path, precision), TOLERANCE[precision]
+    assert difference(plain_pytorch(tmp_path, precision, rate=0.0), reference) > DISCRIMINATES * tolerance
+    assert difference(plain_pytorch(tmp_path, precision, rate=0.5), reference) > 2 * tolerance
 
 
 def markdown(cells: list[dict], differences: list[str]) -> str:
@@ -73,8 +100,9 @@ def markdown(cells: list[dict], differences: list[str]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_every_combination_trains_like_plain_pytorch(tmp_path):
-    cells = [cell for cell in CELLS if not cell["compile"] or shutil.which("g++")]
+@pytest.mark.parametrize("cells", [FEW, CELLS], ids=["few", "all"])
+def test_every_combination_trains_like_plain_pytorch(tmp_path, cells):
+    cells = [cell for cell in cells if not cell["compile"] or shutil.which("g++")]
     (tmp_path / "cells.json").write_text(json.dumps(cells))
     base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
             "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
@@ -85,17 +113,19 @@ def test_every_combination_trains_like_plain_pytorch(tmp_path):
             environment = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     assert [rank.wait(2900) for rank in ranks] == [0, 0], (tmp_path / "rank0.log").read_text()[-3000:]
-    results, reference = json.loads((tmp_path / "result.json").read_text()), plain_pytorch(tmp_path)
+    results = json.loads((tmp_path / "result.json").read_text())
+    references = {precision: plain_pytorch(tmp_path, precision) for precision in TOLERANCE}
     told, bad = [], []
     for cell, losses in zip(cells, results, strict=True):
         if isinstance(losses, str):
             told.append(losses.replace("|", "/"))
             bad.append((cell, losses))
             continue
-        difference = max(abs(a - b) for a, b in zip(losses, reference, strict=True))
-        told.append(f"{difference:.1e}")
-        if not difference <= TOLERANCE[cell["precision"]]:
+        reference = references[cell["precision"]]
+        found = difference(losses, reference)
+        told.append(f"{found:.1e}")
+        if not found <= TOLERANCE[cell["precision"]]:
             bad.append((cell, losses, reference))
     if "PLDR_TABLE" in os.environ:
         Path(os.environ["PLDR_TABLE"]).write_text(markdown(cells, told))
-    assert reference[2] < reference[0] and not bad
+    assert not bad

@@ -1,0 +1,141 @@
+"""A sweep's YAML, checked, and the children that its grid makes: one configuration each."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from pipeline.config import RunConfig, RunPaths, load_config
+from pipeline.data_config import Section
+from pipeline.errors import ConfigError
+from pipeline.mlflow_client import tracking_uri
+
+RESERVED = ("name", "run_dir", "tracking.uri", "tracking.parent_run")  # the sweep's own to set
+MAX_CHILDREN = 1000
+Scalar = str | int | float | bool | None
+COLUMNS = (
+    "step",
+    "loss",
+    "val_loss_cached",
+    "order_parameter",
+    "budget",
+    "relative_deviation_g",
+    "held_out_block",
+    "held_out_cached",
+    "tier",
+    "verdict",
+    "data_fingerprint",
+    "run_id",
+)
+
+
+class PlotConfig(Section):
+    """What stands against what. Names are columns of the table."""
+
+    x: str = "budget"
+    y: str = "relative_deviation_g"
+    log_x: bool = False
+    log_y: bool = True
+
+
+class SweepConfig(Section):
+    """A sweep's YAML."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    config: str = Field(min_length=1)
+    run_dir: str = Field(min_length=1)
+    set: dict[str, Any] = Field(default_factory=dict)
+    grid: dict[str, list[Scalar]] = Field(min_length=1)
+    until: Literal["train", "consolidate", "extract", "validate", "bundle"] = "validate"
+    plot: PlotConfig = PlotConfig()
+
+
+class Child:
+    """One combination: its name, the values that are varied, its run."""
+
+    def __init__(self, name: str, values: dict[str, Scalar], config: RunConfig) -> None:
+        self.name, self.values, self.config = name, values, config
+
+
+def child_name(values: dict[str, Scalar]) -> str:
+    """`metric_weight_decay-5.seed-2`: the last part of each key with its value, fit for a folder's name."""
+    parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in values.items()]
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", ".".join(parts))[:120]
+
+
+def read(path: Path, overrides: list[str]) -> tuple[SweepConfig, RunConfig, list[Child]]:
+    """The sweep, its parent's configuration (where its MLflow run is, and what all children share), and its children.
+
+    Raises ConfigError, one line, for a mistake in the sweep's YAML or in any child's configuration.
+    """
+    settings = _read(path)
+    root = RunPaths(settings.run_dir).root
+    base = path.absolute().parent / settings.config
+    common = [_override(k, v) for k, v in settings.set.items()] + overrides
+    given = [*settings.set, *(override.partition("=")[0] for override in overrides)]
+    for key in [*given, *settings.grid]:
+        if key in RESERVED:
+            raise ConfigError(f"{path}: {key} is the sweep's own to set; remove it")
+    for key in settings.grid:
+        if any(other == key or other.startswith(f"{key}.") for other in given):
+            raise ConfigError(f"{path}: {key} is varied by the grid; remove it from `set` or the command line")
+    parent = load_config(base, [*common, _override("run_dir", str(root)), _override("name", settings.name)])
+    keys, columns = list(settings.grid), list(settings.grid.values())
+    combinations = list(itertools.product(*columns))
+    if not combinations or len(combinations) > MAX_CHILDREN:
+        raise ConfigError(f"{path}: grid has {len(combinations)} combinations; give 1 to {MAX_CHILDREN}")
+    children = []
+    for combination in combinations:
+        values = dict(zip(keys, combination, strict=True))
+        name = child_name(values)
+        own = [_override(k, v) for k, v in values.items()]
+        places = {"run_dir": str(root / "children" / name), "tracking.uri": tracking_uri(parent)}
+        own += [_override(k, v) for k, v in {**places, "name": f"{settings.name}.{name}"}.items()]
+        config = load_config(base, [*common, *own])
+        children.append(Child(name, {key: _value_of(config, key) for key in keys}, config))
+    names = [child.name for child in children]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"{path}: grid: two children would be called {max(names, key=names.count)!r}; a value is twice"
+        )
+    return settings, parent, children
+
+
+def _read(path: Path) -> SweepConfig:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; name a YAML such as configs/sweeps/invariance_budget.yaml") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    try:
+        settings = SweepConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        known = f"; known keys: {', '.join(SweepConfig.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise ConfigError(f"{path}: {key or 'the file'}: {first['msg'].removeprefix('Value error, ')}{known}") from None
+    columns = (*settings.grid, *COLUMNS)
+    for axis in (settings.plot.x, settings.plot.y):
+        if axis not in columns:
+            raise ConfigError(f"{path}: plot: {axis!r} is no column; there are: {', '.join(columns)}")
+    return settings
+
+
+def _value_of(config: RunConfig, key: str) -> Scalar:
+    """What a key was read as: YAML 1.1 reads 1e-3 as text, and the configuration as a number."""
+    found: Any = config.as_dict()
+    for part in key.split("."):
+        found = found[part]
+    return found if isinstance(found, Scalar) else str(found)
+
+
+def _override(key: str, value: Any) -> str:
+    """`key=value` as the command line would have it."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+    return f"{key}={text}"
