@@ -32,7 +32,7 @@ from pipeline.train.save import Saver
 from pipeline.train.step import global_step
 from pipeline.train.stop import StopRequest
 from pipeline.train.system import Stopwatch
-from pldr_model.bench import seconds_in_turn
+from pldr_model.bench import in_turn
 from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel, set_activation_checkpointing
 
@@ -70,9 +70,8 @@ def bench(config: RunConfig, *, port: int, steps: int, batch: int | None, saves:
     ours, saver = _our_step(config, micro_batches)
     for warm_up in (plain, ours, plain, ours):
         warm_up()
-    ours_seconds, plain_seconds = seconds_in_turn(ours, plain, steps, device_of_rank())
-    ours_s, plain_s = statistics.median(ours_seconds), statistics.median(plain_seconds)
-    overhead = statistics.median(one / other for one, other in zip(ours_seconds, plain_seconds, strict=True)) - 1
+    ours_s, plain_s, ratio = in_turn(ours, plain, steps, device_of_rank())
+    overhead = ratio - 1
     stalls = []
     with tempfile.TemporaryDirectory(dir=root, prefix=".bench-") as folder:
         save = saver(Path(folder))
