@@ -30,7 +30,8 @@ LOOSER_BELOW = ("min_prompts", "min_attention_effect", "min_top1_agreement")
 THRESHOLDS = (*LOOSER_ABOVE, *LOOSER_BELOW)
 LESS_BELOW = ("fp64_prompts", "generate_tokens", "generate_prompts")  # settings: with smaller ones less was tried
 SETTINGS = ("prompts", "g_from", *LESS_BELOW)
-MEASURED = ("losses", "prefix", "agreement", "leak", "greedy", "fp64")  # where everything was finite, and only there
+# Measured where everything was finite, and only there.
+MEASURED = ("losses", "prefix", "agreement", "leak", "greedy", "fp64", "cached_rank")
 COMPARED = ("value", "threshold", "bound", "skipped", "passed")  # of a check; a mend is advice
 
 
@@ -51,7 +52,7 @@ def judged(certificate: Mapping[str, Any]) -> dict[str, Any]:
     its other judged parts. Raises ValueError, one line, for thresholds that no configuration may have."""
     config = _config_of(certificate)
     measures, model, prompts = certificate["measures"], certificate["model"], certificate["prompts"]
-    budget = certificate["lineage"].get("invariance_budget")
+    budget = certificate["lineage"].get("invariance_budget", "missing")
     if not isinstance(model.get("g_source"), str) or not (budget is None or type(budget) in (int, float)):
         raise ValueError("model.g_source is no text, or lineage.invariance_budget no number")
     constant = model["g_source"] != "learned"
@@ -157,8 +158,9 @@ def _unlike_measured(certificate: Mapping[str, Any]) -> str | None:
     if measures["relative_deviation_g"] != _largest(worst):
         return "measures.relative_deviation_g is not the worse of fp32 and fp64"
     finite = not measures["not_finite"]
-    parts = (*MEASURED, *(("order_parameter",) if learned else ()))
-    for name in parts:
+    if bool(measures["row_variance_ratio_A"]) is not learned:
+        return "measures.row_variance_ratio_A: missing, or of a model without A"
+    for name in (*MEASURED, *(("order_parameter",) if learned else ())):
         if bool(measures[name]) is not finite:
             return f"measures.{name}: {'missing' if finite else 'measured although something was not finite'}"
     if finite and measures["leak"]["worst_rms"] != _largest(
