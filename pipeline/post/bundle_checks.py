@@ -139,9 +139,9 @@ def check_certified_model(
 
 def check_lineage(path: Path, manifest: dict[str, Any], certificate: dict[str, Any]) -> None:
     """Manifest and certificate name the same origin, and what is certified names its tokenizer. Code may have gone on between
-    validating and bundling: the commit may differ."""
+    validating and bundling: the commit may differ. A certificate's budget is None where there is no metric learner."""
     ours, theirs = plain(manifest["lineage"]), certificate["lineage"]  # a certificate's numbers are rounded
-    for key in sorted(ours.keys() & theirs.keys() - {"git_commit"}):
+    for key in sorted(ours.keys() & theirs.keys() - {"git_commit", "invariance_budget"}):
         if ours[key] != theirs[key]:
             raise UserError(
                 f"{path / MANIFEST}: lineage: {key} is {ours[key]!r}, the certificate's is {theirs[key]!r}; "
