@@ -14,12 +14,13 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.config import PostConfig
 from pipeline.errors import UserError, first_line
 from pipeline.post.schema import SCHEMA_VERSION as SCHEMA_VERSION
-from pipeline.post.schema import Certificate
+from pipeline.post.schema import Certificate, first_fault
 from pipeline.post.tensors import sha256_tensors
 from pipeline.post.verdict import SETTINGS, THRESHOLDS, judged, plain
 from pldr_model.model import PLDRModel
@@ -68,8 +69,9 @@ def make_certificate(
     try:
         certificate = {**evidence, **judged(evidence)}
         Certificate.model_validate(certificate)  # what is written is what is described
-    except ValueError as error:  # pydantic's is one
-        raise UserError(f"validate: no certificate can say this: {first_line(error)}; look at `post`") from None
+    except ValueError as error:
+        fault = first_fault(error) if isinstance(error, ValidationError) else first_line(error)
+        raise UserError(f"validate: no certificate can say this: {fault}; look at `post`") from None
     return certificate
 
 

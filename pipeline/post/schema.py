@@ -311,10 +311,12 @@ def read_certificate(path: Path) -> dict[str, Any]:
     try:
         Certificate.model_validate(certificate)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"{path}: {f'{where}: ' if where else ''}{first['msg'].removeprefix('Value error, ')}; it was damaged or edited: "
-            "run `pldr validate` again"
-        ) from None
+        raise UserError(f"{path}: {first_fault(error)}; it was damaged or edited: run `pldr validate` again") from None
     return certificate
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{f'{where}: ' if where else ''}{first['msg'].removeprefix('Value error, ')}"

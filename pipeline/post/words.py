@@ -43,11 +43,10 @@ def plain_verdict(certificate: Tree) -> Tree:
         else:
             why = (
                 f"Over every kind of prompt tried, G_LM stayed the same to {number(deviation)} of its size in the worst head. "
-                "Computed once, it replaces the network that deduces it, "
-                + ("and the answers stay what they were." if not loose else "within the thresholds that were set.")
+                f"Computed once, it replaces the network that deduces it, {_answers(certificate, loose)}."
             )
         if loose:
-            why += f" They are looser than the defaults: {loose}."
+            why += f" The thresholds are looser than the defaults: {loose}."
         return {"passed": True, "title": "Certified: G_LM may be cached", "why": why}
     failed = [WORDS.get(failure["measure"], failure["measure"]) for failure in certificate["failed"]]
     if [failure["measure"] for failure in certificate["failed"]] == ["held_out_prompts"]:
@@ -59,6 +58,20 @@ def plain_verdict(certificate: Tree) -> Tree:
         "title": "Not certified: G_LM must not be cached",
         "why": f"{why} Failed: {'; '.join(failed)}.",
     }
+
+
+def _answers(certificate: Tree, loose: str) -> str:
+    """What becomes of the answers. The check of greedy texts is a rate per decision: some texts may differ and it passes."""
+    if loose:
+        return "within the thresholds that were set"
+    greedy = certificate["measures"]["greedy"]
+    differ = 1 - (greedy["identical"] or 0.0)
+    if differ > 0:
+        return (
+            f"and nearly every answer stays what it was: {differ:.0%} of {greedy['num_prompts']} greedy texts differ from some "
+            "token on"
+        )
+    return "and the answers stay what they were"
 
 
 def number(value: Any) -> str:

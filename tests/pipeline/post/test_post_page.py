@@ -55,6 +55,7 @@ def test_a_certified_page_has_everything_and_loads_nothing(
     assert "<script" not in page and "&lt;script&gt;" in page
     assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "url(" not in page and "@import" not in page
     assert "img-src data:" in page and "default-src 'none'" in page
+    assert "Thresholds looser than the defaults: min_prompts 16 (default 100)" in page
     assert certificate["prompts"]["sha256"] in page and "No SDPA twin was named" in page
 
 
