@@ -32,6 +32,8 @@ def test_an_invariant_model_is_certified(certificate: dict[str, Any], invariant:
     assert certificate["controls"]["untrained"]["relative_deviation_g"] > 1e-2
     assert certificate["measures"]["losses"]["zero"] > certificate["measures"]["losses"]["cached"] + 0.05
     assert certificate["measures"]["row_variance_ratio_A"]["high"] == [[0.0, 0.0], [0.0, 0.0]]
+    software = certificate["software"]
+    assert software["threads"] == "1" and software["device"].startswith("cpu") and "cuda" in software
     assert certificate["files"]["model.safetensors"] == sha256_tensors(bundle_tensors(invariant))
     assert {check["measure"] for check in certificate["checks"]} >= {"relative_deviation_g", "leak_effect", "kl"}
     for tensor in ("A", "A_LM", "A_P", "G_LM"):
