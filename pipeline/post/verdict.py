@@ -105,7 +105,7 @@ def contradiction(certificate: Mapping[str, Any]) -> str | None:
     """The first part of a certificate that does not follow from what was measured, in one line; None when all do."""
     try:
         ours = judged(certificate)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # an int may be too large for a float
         return str(error)
     if wrong := _unlike_measured(certificate):
         return wrong
