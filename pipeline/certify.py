@@ -22,7 +22,7 @@ import torch
 from pipeline import storage
 from pipeline.config import RunConfig, RunPaths, parse_config
 from pipeline.device import has_gpu, num_devices
-from pipeline.errors import UserError, first_line
+from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.tracking import mlflow_id, tracking_uri
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,11 @@ def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     from pipeline.post.extract import load_g
     from pipeline.post.validate import validate
     from pipeline.post.weights import load_weights
-    from pipeline.posttrain import held_out, lineage, require_same, spent_budget
+    from pipeline.posttrain import as_trained, held_out, lineage, require_same, spent_budget
 
     model, source = load_weights(paths.weights)
     require_same(config, paths, model.config, source)
+    config = as_trained(config, paths, source)
     g_lm = load_g(paths.g_lm, model.config).g_lm
     if has_gpu():
         model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
@@ -71,17 +72,19 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any]) 
     from pipeline.post.extract import load_g
     from pipeline.post.generation import samples
     from pipeline.post.weights import load_weights
-    from pipeline.posttrain import held_out, notes
+    from pipeline.posttrain import as_trained, held_out, notes
     from pipeline.tokenizer import Tokenizer
 
     model, source = load_weights(paths.weights)
+    config = as_trained(config, paths, source)
     extracted = load_g(paths.g_lm, model.config)
     if has_gpu():
         model.cuda()
     shown = []
     if not certificate["measures"]["not_finite"]:
         tokenizer = Tokenizer.load(paths.tokenizer)
-        text = held_out(config, paths, half=1, limit=SHOWN_PROMPTS)[:, : max(1, model.config.context_length // 4)]
+        text = held_out(config, paths, half=1, limit=SHOWN_PROMPTS)
+        text = text[:SHOWN_PROMPTS, : max(1, model.config.context_length // 4)]
         prompts = [*text.tolist(), tokenizer.encode(config.post.sample_prompt)]
         num_tokens = min(SHOWN_TOKENS, config.post.generate_tokens)
         made = samples(model, extracted.g_lm, [p for p in prompts if p], num_tokens=num_tokens, seed=config.seed)
@@ -130,7 +133,8 @@ def _twin(config: RunConfig, certificate: dict[str, Any]) -> dict[str, Any]:
 
 
 def _judge_on(ranks: int, config: RunConfig, paths: RunPaths) -> None:
-    """Start the ranks, and end them all when one fails. Raises UserError with what the failed one said."""
+    """Start the ranks, and end them all when one fails. Raises UserError, or ConfigError where it was one, with what the
+    failed one said."""
     job = paths.logs / "validate.json"
     storage.publish_json(job, {"schema_version": 1, "config": config.as_dict()})
     with socket.socket() as probe:
@@ -154,7 +158,9 @@ def _judge_on(ranks: int, config: RunConfig, paths: RunPaths) -> None:
     if any(process.returncode for process in processes):
         lines = (paths.logs / "validate.log").read_text(errors="replace").strip().splitlines()
         said = next((line for line in lines if line.startswith("pldr: error: ")), lines[-1] if lines else "nothing")
-        raise UserError(f"validate: {said.removeprefix('pldr: error: ')} (all of it: {paths.logs / 'validate.log'})")
+        message = f"validate: {said.removeprefix('pldr: error: ')} (all of it: {paths.logs / 'validate.log'})"
+        # A mistake in the configuration stays one: exit code 2, and what was there before is kept (stages.py).
+        raise ConfigError(message) if any(process.returncode == 2 for process in processes) else UserError(message)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -18,7 +18,7 @@ import torch
 from pipeline import storage
 from pipeline.certify import CERTIFICATE, certificate_of, write_page
 from pipeline.checkpoints import committed
-from pipeline.config import RunConfig, RunPaths, tokens_folder
+from pipeline.config import FreezeConfig, RunConfig, RunPaths, TrainConfig, tokens_folder
 from pipeline.device import has_gpu
 from pipeline.errors import ConfigError, UserError
 from pipeline.run_record import VERDICT_TAG
@@ -46,7 +46,7 @@ def extract(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     model, _ = load_weights(paths.weights)
     if has_gpu():
         model.cuda()
-    prompts = held_out(config, paths, half=0, limit=config.post.prompts)[:, :-1]
+    prompts = held_out(config, paths, half=0)[: config.post.prompts, :-1]
     return save_g(extract_g(model, prompts, config.post.g_from), paths.g_lm)
 
 
@@ -90,6 +90,26 @@ def require_same(config: RunConfig, paths: RunPaths, model: ModelConfig, source:
         )
 
 
+def as_trained(config: RunConfig, paths: RunPaths, source: dict[str, Any]) -> RunConfig:
+    """The configuration with the seed and the recipe that the weights were trained with, as their checkpoint told them: today's
+    file or an override must not rewrite history. Raises ConfigError for weights that started from another kind of G."""
+    recipe, seed = source.get("recipe"), source.get("seed")
+    if not isinstance(recipe, dict) or not isinstance(seed, int):
+        raise ConfigError(
+            f"{paths.weights}: tells no recipe or seed of its training; run `pldr consolidate CONFIG` again"
+        )
+    train = {key: value for key, value in recipe.items() if key in TrainConfig.model_fields}
+    for key in recipe.keys() - train.keys():
+        if (value := getattr(config.model, key)) != recipe[key]:
+            raise ConfigError(
+                f"{paths.weights}: trained with model.{key} {recipe[key]!r}, the configuration says {value!r}; "
+                "name the configuration that it was trained with"
+            )
+    if train.get("freeze_g") is not None:
+        train["freeze_g"] = FreezeConfig.model_validate(train["freeze_g"])
+    return config.model_copy(update={"seed": seed, "train": config.train.model_copy(update=train)})
+
+
 def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[str, Any]:
     """The bundle folder, registered in MLflow with its lineage."""
     from pipeline.post.bundle import build_bundle
@@ -100,6 +120,7 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
     from pipeline.post.weights import load_weights
 
     model, source = load_weights(paths.weights)
+    config = as_trained(config, paths, source)
     certificate = read_certificate(paths.certificate / CERTIFICATE)
     g_lm = load_g(paths.g_lm, model.config).g_lm
     packed = None
@@ -137,7 +158,10 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
 
 
 def held_out(config: RunConfig, paths: RunPaths, *, half: int, limit: int | None = None) -> torch.Tensor:
-    """Held-out sequences [n, S+1] of one half of the val split (0: even, 1: odd sequences), evenly spread."""
+    """Held-out sequences [n, S+1] of one half of the val split (0: even, 1: odd sequences), evenly spread.
+
+    The first `limit` (None: post.prompts) hold no padding, as far as the half has such; behind them those that do.
+    """
     from pipeline.data.index import TokenIndex
     from pipeline.data.loader import evenly_spread
     from pipeline.data.reader import open_split
@@ -150,8 +174,16 @@ def held_out(config: RunConfig, paths: RunPaths, *, half: int, limit: int | None
             f"{index.folder}: {reader.num_sequences} held-out sequences are too few to judge by; raise data.val_fraction"
         )
     wanted = config.post.prompts if limit is None else limit
-    chosen = evenly_spread(reader, mine, wanted, skip=config.data.on_bad_shard == "skip")
-    return torch.from_numpy(reader.read(chosen))
+    count = wanted
+    while True:  # twice as many each time, so that padded ones are replaced without reading the whole split
+        read = reader.read(evenly_spread(reader, mine, count, skip=config.data.on_bad_shard == "skip"))
+        whole = (read != config.model.pad_id).all(axis=1)
+        if whole.sum() >= wanted or count >= len(mine):
+            break
+        count *= 2
+    chosen = np.flatnonzero(whole)
+    chosen = chosen[np.linspace(0, len(chosen) - 1, min(wanted, len(chosen))).astype(int)]
+    return torch.from_numpy(np.concatenate((read[chosen], read[~whole])))
 
 
 def lineage(source: dict[str, Any]) -> dict[str, Any]:

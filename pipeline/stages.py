@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import remote, storage
+from pipeline import storage
 from pipeline.checkpoints import COMMITTED, committed
 from pipeline.config import RunConfig, RunPaths, documents_folder, tokens_folder
 from pipeline.errors import ConfigError, UserError
+from pipeline.outputs import Facts, facts_of, first_changed, remote_outputs
 from pipeline.pretrain import Launch, pretrain
 from pipeline.resume import Say, names_run
 from pipeline.urls import is_local, local_path
@@ -30,6 +31,8 @@ SCHEMA_VERSION = 2
 LOCK = ".lock"  # its presence marks a run directory
 NAMES = ("shard", "tokenizer", "tokenize", "train", "consolidate", "extract", "validate", "bundle")
 OF_BUNDLE = ("weight_format", "max_format_loss", "register_as")  # of `post`: what only the last stage reads
+# Of what a stage writes: raised when a later stage needs something new in it, so that older outputs are made again.
+FORMS = {"consolidate": 2, "extract": 2, "validate": 3}
 UPSTREAM = {name: NAMES[i - 1] for i, name in enumerate(NAMES) if i}
 
 
@@ -57,10 +60,12 @@ class Line:
         known = self.record(name)
         if known and not names_run(resume, known["result"].get("run_id")):
             known = None  # another run or checkpoint is asked for than the finished one
-        if known and known["inputs"] == digest and self._intact(known, thorough=thorough) and not force:
+        if known and known["inputs"] == digest and not force and not self._changed(known, thorough=thorough):
             self._say(f"{name:<12} complete, skipped")
             self._after(name, known["result"])
             return {**known, "skipped": True}
+        if name == "bundle":
+            self._require_untouched("consolidate", "extract", "validate")
         record = self.paths.stages / f"{name}.json"
         self._say(f"{name:<12} ...")
         started = time.perf_counter()
@@ -136,7 +141,7 @@ class Line:
             | {"model": config["model"]},  # which the checkpoint has to be of
             "bundle": {k: config["post"][k] for k in OF_BUNDLE} | {"tracking": config["tracking"]},
         }[name]
-        inputs: dict[str, Any] = {"config": of_stage}
+        inputs: dict[str, Any] = {"config": of_stage, **({"form": FORMS[name]} if name in FORMS else {})}
         if name == "shard":
             from pipeline.data.shard import stage_inputs
 
@@ -158,12 +163,12 @@ class Line:
             inputs["given"] = storage.sha256_file(given)
         return inputs
 
-    def _outputs(self, name: str) -> dict[str, tuple[int, int, str]]:
+    def _outputs(self, name: str) -> dict[str, Facts]:
         """Each output file's size, time and hash, by its path (below run_dir: relative to it) or URL."""
         paths = self.paths
         folder = {"shard": documents_folder(self.config), "tokenize": tokens_folder(self.config)}.get(name)
         if folder is not None and not is_local(folder):
-            return _remote_outputs(folder)
+            return remote_outputs(folder)
         if name == "train":
             newest = committed(paths.checkpoints)[-1]
             files = [newest / COMMITTED, newest / storage.MANIFEST]
@@ -178,22 +183,20 @@ class Line:
             root = where[name] if folder is None else local_path(folder).absolute()
             files = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
         inside = {p: str(p.relative_to(paths.root)) if p.is_relative_to(paths.root) else str(p) for p in files}
-        return {label: _facts(path) for path, label in inside.items()}
+        return {label: facts_of(path) for path, label in inside.items()}
 
-    def _intact(self, record: dict[str, Any], *, thorough: bool) -> bool:
-        """Whether the outputs are as they were left. A file that looks untouched is hashed only when `thorough`; of remote
-        ones only the index is (`pldr data verify` reads them all)."""
-        for name, (size, mtime_ns, sha256) in record["outputs"].items():
-            if not is_local(name):
-                if not _remote_is(name, size, sha256):
-                    return False
-                continue
-            path = self.paths.root / name
-            if not path.is_file() or path.stat().st_size != size:
-                return False
-            if (thorough or path.stat().st_mtime_ns != mtime_ns) and storage.sha256_file(path) != sha256:
-                return False
-        return True
+    def _changed(self, record: dict[str, Any], *, thorough: bool) -> str | None:
+        return first_changed(record["outputs"], self.paths.root, thorough=thorough)
+
+    def _require_untouched(self, *names: str) -> None:
+        """Raise UserError naming the first output of these stages that somebody has changed since: what is packaged is what
+        the stages wrote."""
+        for name in names:
+            record = self.record(name)
+            if record and (changed := self._changed(record, thorough=True)):
+                raise UserError(
+                    f"{self.paths.root / changed}: changed since `pldr {name}` wrote it; run `pldr {name} CONFIG` again"
+                )
 
     def _work(self, name: str, *, resume: str, force: bool, uncertified: bool) -> dict[str, Any]:
         config, paths = self.config, self.paths
@@ -259,28 +262,6 @@ def exclusive(config: RunConfig, say: Say) -> Iterator[None]:
             say(f"{root}: process {storage.lock_holder(stream)} works here; waiting for it to end")
             storage.lock(stream, wait=True)
         yield
-
-
-def _facts(path: Path) -> tuple[int, int, str]:
-    """Size, time and hash of an output."""
-    return path.stat().st_size, path.stat().st_mtime_ns, storage.sha256_file(path)
-
-
-def _remote_is(url: str, size: int, sha256: str) -> bool:
-    """Whether a remote file is there with its size; of an index, also with its hash."""
-    try:
-        return remote.size_of(url) == size and (not url.endswith("/index.json") or storage.sha256_file(url) == sha256)
-    except FileNotFoundError:
-        return False
-
-
-def _remote_outputs(folder: str) -> dict[str, tuple[int, int, str]]:
-    """What an index in an object store lists, and the index itself; nothing is read but the index."""
-    url = storage.join(folder, "index.json")
-    index = storage.read_json(url)
-    listed = [*index["shards"], *index.get("removed", []), *([index["tokenizer"]] if "tokenizer" in index else [])]
-    files = {storage.join(folder, file["name"]): (file["bytes"], 0, file["sha256"]) for file in listed}
-    return {**files, url: (remote.size_of(url), 0, storage.sha256_file(url))}
 
 
 def _identity(result: dict[str, Any]) -> Any:

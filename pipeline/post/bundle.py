@@ -31,16 +31,17 @@ from pipeline.post.bundle_checks import (
     check_certificate,
     check_certified_model,
     check_folder,
+    check_lineage,
     check_tokenizer,
     generation_config,
     read_config,
     read_manifest,
 )
 from pipeline.post.card import model_card
-from pipeline.post.certificate import bundle_g, bundle_tensors
+from pipeline.post.certificate import bundle_g, bundle_tensors, certified_files
 from pipeline.post.schema import read_certificate
-from pipeline.post.tensors import load_tensors, serialise
-from pipeline.post.weight_format import SECTION, Packed, describe_format, packed_shapes, unpack
+from pipeline.post.tensors import load_tensors, serialise, sha256_tensors
+from pipeline.post.weight_format import SECTION, Packed, describe_format, pack, packed_shapes, unpack
 from pipeline.post.weights import state_shapes
 from pipeline.storage import (
     MANIFEST,
@@ -93,13 +94,14 @@ def build_bundle(
     """
     if not uncertified:
         _require_passed(certificate, packed)
+    _require_same_tensors(model, g_LHKK, certificate, packed)
     certified = not uncertified
     config = model.config.with_constant_g()
     weight_format = "fp32" if packed is None else packed.section["format"]
     weights = serialise(bundle_tensors(model) if packed is None else packed.tensors)
     g_lm = serialise(bundle_g(g_LHKK))
     spm = Tokenizer.load(tokenizer)
-    check_tokenizer(spm, config, lineage or {}, where=tokenizer)
+    check_tokenizer(spm, config, lineage or {}, certificate["lineage"], where=tokenizer)
     if packed is not None:
         certificate = {**certificate, SECTION: packed.section}
         notes = [
@@ -183,12 +185,27 @@ def read_bundle(path: Path) -> BundleParts:
     weights = unpack(load_tensors(path / "model.safetensors", shapes, dtypes=dtypes))
     g_lm = load_tensors(path / "g_lm.safetensors", {"g_lm": g_shape(config)})["g_lm"]
     tokenizer = Tokenizer.load(path / "tokenizer.model")
-    check_tokenizer(tokenizer, config, manifest["lineage"], where=path / "tokenizer.model")
+    check_lineage(path, manifest, certificate)
+    check_tokenizer(tokenizer, config, manifest["lineage"], certificate["lineage"], where=path / "tokenizer.model")
     if generation != generation_config(config, tokenizer):
         raise UserError(
             f"{path / 'generation_config.json'}: not that of this model and tokenizer.model; make the bundle again"
         )
     return BundleParts(config, weight_format, weights, g_lm, tokenizer, generation, certificate, manifest)
+
+
+def _require_same_tensors(model: PLDRModel, g_LHKK: Tensor, certificate: dict[str, Any], packed: Packed | None) -> None:
+    """Raise UserError unless the certificate is of this model's fp32 weights and G_LM, and `packed` is the same weights.
+
+    A reader of a bf16 or int8 bundle cannot check this: the fp32 weights are not in it.
+    """
+    for name, sha256 in certified_files(model, g_LHKK).items():
+        if certificate["files"][name] != sha256:
+            raise UserError(f"the certificate certifies another {name}; validate this model and bundle it again")
+    if packed is not None:
+        weights = pack(bundle_tensors(model), packed.section["format"])
+        if not packed.section["sha256"] == sha256_tensors(weights) == sha256_tensors(packed.tensors):
+            raise UserError("the packed weights are of another model than the certificate; pack this model's again")
 
 
 def _require_passed(certificate: dict[str, Any], packed: Packed | None) -> None:

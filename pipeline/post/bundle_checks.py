@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.config import WeightFormat
 from pipeline.errors import UserError
 from pipeline.post.card import UNCERTIFIED_LINE
+from pipeline.post.verdict import plain
 from pipeline.post.weight_format import BYTES, FORMATS, SECTION, check_section
 from pipeline.post.weights import parse_model
 from pipeline.storage import MANIFEST, read_json, render_json, sha256_json
@@ -83,6 +84,10 @@ def read_config(path: Path, manifest: dict[str, Any], record: dict[str, Any]) ->
     weight_format = record.get("weight_format", "fp32")  # bundles of before it existed are fp32
     if weight_format not in FORMATS:
         raise UserError(f"{file}: weight_format {weight_format!r} is not one of {', '.join(FORMATS)}")
+    if record.get("model_type") != "pldr":
+        raise UserError(
+            f"{file}: model_type {record.get('model_type')!r}, this program reads 'pldr'; make the bundle again"
+        )
     config = parse_model(record.get("model"), where=file)
     if config.g_source != "file" or config.g_file is not None:
         raise UserError(f"{file}: g_source {config.g_source!r}: a bundle's model has a given G_LM")
@@ -126,19 +131,41 @@ def check_certified_model(
     """config.json describes the certified model, with its G_LM given."""
     values = {key: value for key, value in certificate["model"].items() if key != "num_parameters"}
     measured = parse_model(values, where=where)
+    if certificate["model"].get("num_parameters") != measured.num_parameters()["total"]:
+        raise UserError(f"{where}: num_parameters is not that of its model; validate this model again")
     if measured.with_constant_g() != config or measured.g_source != record.get("variant"):
         raise UserError(f"{where}: it certifies a model of other sizes than config.json; validate this model again")
 
 
-def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, lineage: dict[str, Any], *, where: Path) -> None:
-    """It is the one that the model was trained with, as far as the lineage knows it, and has no more pieces than the model."""
-    if lineage.get("tokenizer_sha256") not in (None, tokenizer.sha256):
-        raise UserError(f"{where}: not the tokenizer that the model was trained with (tokenizer_sha256 of the lineage)")
+def check_lineage(path: Path, manifest: dict[str, Any], certificate: dict[str, Any]) -> None:
+    """Manifest and certificate name the same origin, and what is certified names its tokenizer. Code may have gone on between
+    validating and bundling: the commit may differ. A certificate's budget is None where there is no metric learner."""
+    ours, theirs = plain(manifest["lineage"]), certificate["lineage"]  # a certificate's numbers are rounded
+    for key in sorted(ours.keys() & theirs.keys() - {"git_commit", "invariance_budget"}):
+        if ours[key] != theirs[key]:
+            raise UserError(
+                f"{path / MANIFEST}: lineage: {key} is {ours[key]!r}, the certificate's is {theirs[key]!r}; "
+                "make the bundle again"
+            )
+    if manifest["certified"] and ours.get("tokenizer_sha256") is None:
+        raise UserError(
+            f"{path / MANIFEST}: lineage: no tokenizer_sha256, so nothing says which tokenizer a certified model was trained "
+            "with; train it with one that is recorded, or package it marked as uncertified (--uncertified)"
+        )
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, *lineages: dict[str, Any], where: Path) -> None:
+    """It is the one that the model was trained with, as far as the lineages know it, and has no more pieces than the model."""
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{where}: {tokenizer.vocab_size} pieces, the model's vocabulary is {config.vocab_size}; "
             "use the tokenizer that the model was trained with"
         )
+    for lineage in lineages:
+        if lineage.get("tokenizer_sha256") not in (None, tokenizer.sha256):
+            raise UserError(
+                f"{where}: not the tokenizer that the model was trained with (tokenizer_sha256 of the lineage)"
+            )
 
 
 def generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:

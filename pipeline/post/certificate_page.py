@@ -18,35 +18,13 @@ from torch import Tensor
 from pipeline.page import render
 from pipeline.post.generation import first_difference
 from pipeline.post.picture import png_uri, scale_of
+from pipeline.post.verdict import FULL_PROMPTS, looser
+from pipeline.post.words import LOSSES, WORDS, Tree, plain_verdict
+from pipeline.post.words import number as number
 from pipeline.run_report import PLOTS, Plot, Points, draw
 
-Tree = dict[str, Any]
 MAX_MAPS = 128  # heads whose G_LM is drawn; the worst ones where there are more
 OVER_TRAINING = ("Order parameters", "Invariance budget", "What attention is worth (nats)", "Leak gap (nats)")
-WORDS = {
-    "held_out_prompts": "held-out prompts it was judged by",
-    "not_finite": "tensors with NaN or infinity",
-    "relative_deviation_g": "how far G_LM moves with the input (worst head)",
-    "attention_effect_zero": "nats lost without attention's G_LM (G = 0)",
-    "attention_effect_identity": "nats lost with plain attention (G = identity)",
-    "leak_gap": "nats between the block loss and one that cannot leak",
-    "leak_effect": "how far a changed ending moves the logits before it",
-    "cache_gap": "nats that caching G_LM costs",
-    "random_tokens_gap": "nats lost with a G_LM from random tokens",
-    "kl": "KL of cached against live answers, nats per token",
-    "top1_agreement": "best token the same, cached and live",
-    "greedy_agreement": "greedy decisions the same as without any cache",
-    "negative_control": "how far the untrained model's G_LM moves (must be large)",
-}
-LOSSES = {
-    "block": "live: deduced from the whole sequence (sees the future until invariant)",
-    "cached": "cached: what the bundle serves",
-    "mean": "mean over these very prompts",
-    "other": "of another prompt (cannot leak)",
-    "random_tokens": "from random tokens",
-    "identity": "identity (plain attention)",
-    "zero": "zero (attention averages)",
-}
 
 
 @dataclass(frozen=True)
@@ -96,6 +74,8 @@ def content_of(certificate: Tree, evidence: Evidence) -> Tree:
         "c": certificate,
         "m": measures,
         "verdict": plain_verdict(certificate),
+        "looser": looser(certificate),
+        "full_prompts": FULL_PROMPTS,
         "checks": [{**check, "words": WORDS.get(check["measure"], "")} for check in certificate["checks"]],
         "tiles": _tiles(certificate),
         "losses": _losses(measures["losses"], evidence.twin),
@@ -122,39 +102,6 @@ def content_of(certificate: Tree, evidence: Evidence) -> Tree:
         "samples": evidence.samples,
         "notes": evidence.notes,
     }
-
-
-def plain_verdict(certificate: Tree) -> Tree:
-    """The verdict in a heading and two sentences that need no knowledge of the measures."""
-    deviation = certificate["measures"]["relative_deviation_g"]
-    if certificate["verdict"] == "certified":
-        if certificate["constant_by_construction"]:
-            why = "G_LM is a constant of this model by construction, so there is nothing that a cache could get wrong."
-        else:
-            why = (
-                f"Over every kind of prompt tried, G_LM stayed the same to {number(deviation)} of its size in the worst head. "
-                "Computed once, it replaces the network that deduces it, and the answers stay what they were."
-            )
-        return {"passed": True, "title": "Certified: G_LM may be cached", "why": why}
-    failed = [WORDS.get(failure["measure"], failure["measure"]) for failure in certificate["failed"]]
-    if [failure["measure"] for failure in certificate["failed"]] == ["held_out_prompts"]:
-        why = "Nothing that was measured speaks against it, but too few prompts were: this proves nothing yet."
-    else:
-        why = "A cached G_LM would give other answers than the model, or it cannot be shown that it would not."
-    return {
-        "passed": False,
-        "title": "Not certified: G_LM must not be cached",
-        "why": f"{why} Failed: {'; '.join(failed)}.",
-    }
-
-
-def number(value: Any) -> str:
-    """A number for a table: short, and a dash where there is none."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "-"
-    if isinstance(value, int) or (value == int(value) and abs(value) < 1e6):
-        return f"{int(value):,}"
-    return f"{value:.1e}".replace(".0e", "e") if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:.4g}"
 
 
 def _tiles(certificate: Tree) -> list[Tree]:

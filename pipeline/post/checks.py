@@ -1,19 +1,25 @@
 """Thresholds, tiers, and the mend for each measure that fails. What is judged is here; how it is measured is not.
 
-Decision: a check passes only when its value is a finite number on the right side of its threshold. A value that could
-not be measured (None, NaN, infinity) fails. So nothing is certified by accident.
+Decisions. A check passes only when its value is a finite number on the right side of its threshold. A value that could
+not be measured (None, NaN, infinity) fails. So nothing is certified by accident. Values and thresholds are rounded as the
+certificate writes them *before* they are judged: a reader who judges the written numbers comes to the same verdict.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pipeline.config import PostConfig
 from pipeline.schedule import BUDGET_INVARIANT
 
 Tier = Literal["variant", "approximate", "invariant", "at round-off", "constant by construction", "unknown"]
+
+
+def rounded(value: float | None) -> float | None:
+    """To nine digits, which tell any two fp32 numbers apart and keep a gap of 1e-8 between two losses; None when not finite."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.9g}")
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,8 @@ def make_checks(
     num_prompts: int,
     budget: float | None,
 ) -> list[Check]:
-    """Every judged measure. `measures` and `controls` as in the certificate, not yet rounded; `variant`: g_source;
-    `num_prompts`: held-out prompts that were measured over."""
+    """Every judged measure, rounded. `measures` and `controls` as in the certificate; `variant`: g_source; `num_prompts`:
+    distinct held-out prompts that were measured over."""
     more = "train longer or raise train.metric_weight_decay"
     if budget is not None:
         enough = (
@@ -95,13 +101,13 @@ def make_checks(
         f"G_LM still depends on the input; {enough}",
     )
     then = enough if deviation.passed else "mend relative_deviation_g first"
-    return [
+    checks = [
         Check(
             "held_out_prompts",
             float(num_prompts),
             float(config.min_prompts),
             ">=",
-            f"{num_prompts} held-out prompts are too few to certify by: raise post.prompts or data.val_fraction, "
+            f"{num_prompts} different held-out prompts are too few to certify by: raise post.prompts or data.val_fraction, "
             "give more text, or lower post.min_prompts knowingly (the certificate will say how few there were)",
         ),
         Check(
@@ -170,7 +176,7 @@ def make_checks(
         ),
         Check(
             "negative_control",
-            controls.get("untrained", {}).get("relative_deviation_g"),
+            (controls.get("untrained") or {}).get("relative_deviation_g"),
             config.max_relative_deviation_g,
             ">=",
             "the untrained model passes the same measure, so the measure or its threshold is worthless: lower "
@@ -178,6 +184,7 @@ def make_checks(
             control_skip,
         ),
     ]
+    return [replace(c, value=rounded(c.value), threshold=float(f"{c.threshold:.9g}")) for c in checks]
 
 
 def _minus(a: float | None, b: float | None) -> float | None:

@@ -30,6 +30,13 @@ from pipeline.storage import (
 from pipeline.zero_state import ZeroState
 from pldr_model.config import ModelConfig
 
+# Of `train` and of `model`: what the weights' values come from, beside data and sizes. Not how the work was spread.
+RECIPE = (
+    *("steps", "global_batch", "max_lr", "warmup_steps", "min_lr_ratio", "betas", "eps", "weight_decay"),
+    *("metric_weight_decay", "clip_by", "clip", "precision", "freeze_g"),
+)
+START = ("g_source", "g_start")
+
 
 def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
     """Merge a committed checkpoint into `out/{model.safetensors, config.json}`, fp32, with our parameter names.
@@ -45,6 +52,7 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
     weights = _fit(_merge(checkpoint / checkpoint_name(state["step"])), config, where=checkpoint)
     source = {
         "checkpoint": checkpoint.name,
+        **recipe_of(state["config"]),
         "checkpoint_sha256": sha256_file(checkpoint / MANIFEST),
         "run_config_sha256": sha256_json(state["config"]),
         **{key: state.get(key) for key in ("step", "sequences_consumed", "tokens_consumed")},
@@ -70,6 +78,15 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
         **source,
         "model_sha256": record["model_sha256"],
         "num_parameters": config.num_parameters()["total"],
+    }
+
+
+def recipe_of(config: dict[str, Any]) -> dict[str, Any]:
+    """`seed` and `recipe` of a run's configuration: what model card and certificate say about the training."""
+    train, model = config.get("train") or {}, config.get("model") or {}
+    return {
+        "seed": config.get("seed"),
+        "recipe": {key: of[key] for of, keys in ((train, RECIPE), (model, START)) for key in keys if key in of},
     }
 
 

@@ -24,10 +24,11 @@ from pipeline.storage import publish_bytes, publish_dir, publish_json, read_json
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, g_shape
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 G_FILE = "g_lm.safetensors"
 SPREAD_FILE = "spread.safetensors"
 RECORD_FILE = "extract.json"
+HASHES = {G_FILE: "g_lm_sha256", SPREAD_FILE: "spread_sha256"}  # of the record
 
 
 class ExtractedG(NamedTuple):
@@ -73,11 +74,11 @@ def extract_g(model: PLDRModel, prompts_NS: Tensor, how: Literal["mean", "first"
 
 
 def save_g(extracted: ExtractedG, out: Path) -> dict[str, Any]:
-    """Write `out/{g_lm,spread}.safetensors` and `out/extract.json`; returns the record with `g_lm_sha256`."""
+    """Write `out/{g_lm,spread}.safetensors` and `out/extract.json`; returns the record with both files' sha256."""
     with publish_dir(out) as temporary:
         publish_bytes(temporary / G_FILE, serialise({"g_lm": extracted.g_lm}))
         publish_bytes(temporary / SPREAD_FILE, serialise({"spread": extracted.spread}))
-        record = {**extracted.record, "g_lm_sha256": sha256_file(temporary / G_FILE)}
+        record = {**extracted.record, **{key: sha256_file(temporary / name) for name, key in HASHES.items()}}
         publish_json(temporary / RECORD_FILE, record)
     return record
 
@@ -85,10 +86,10 @@ def save_g(extracted: ExtractedG, out: Path) -> dict[str, Any]:
 def load_g(folder: Path, config: ModelConfig) -> ExtractedG:
     """What `save_g` wrote, for a model of this configuration. Raises UserError for missing, damaged or foreign files."""
     record = read_json(folder / RECORD_FILE, schema_version=SCHEMA_VERSION)
-    for name in (G_FILE, SPREAD_FILE):
+    for name, key in HASHES.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: no such file; run the extract stage again")
-    if sha256_file(folder / G_FILE) != record.get("g_lm_sha256"):
-        raise UserError(f"{folder / G_FILE}: sha256 differs from {RECORD_FILE}: damaged; run the extract stage again")
+        if sha256_file(folder / name) != record.get(key):
+            raise UserError(f"{folder / name}: sha256 differs from {RECORD_FILE}: damaged; run the extract stage again")
     g_lm = load_tensors(folder / G_FILE, {"g_lm": g_shape(config)})["g_lm"]
     return ExtractedG(g_lm, load_tensors(folder / SPREAD_FILE, {"spread": g_shape(config)})["spread"], record)

@@ -35,7 +35,7 @@ class PromptKind(NamedTuple):
 def held_out_text(sequences_NT: Tensor, config: ModelConfig, *, limit: int) -> tuple[Tensor, int]:
     """The first `limit` sequences [n, S+1] that hold no padding, and how many were left out for holding some.
 
-    Raises UserError when fewer than two are left: a spread over one prompt is zero for every model.
+    Raises UserError when fewer than two different ones are left: a spread over one prompt is zero for every model.
     """
     if sequences_NT.ndim != 2 or sequences_NT.shape[1] < 3:
         raise UserError(f"validation: sequences of shape {list(sequences_NT.shape)}; needs [prompts, >= 3 tokens]")
@@ -58,7 +58,17 @@ def held_out_text(sequences_NT: Tensor, config: ModelConfig, *, limit: int) -> t
             f"validation: {len(text_NT)} held-out prompts of full length{why}, at least 2 are needed; "
             "raise data.val_fraction or give more text"
         )
+    if num_distinct(text_NT) < 2:
+        raise UserError(
+            f"validation: all {len(text_NT)} held-out prompts are the same text, at least 2 different ones are needed; "
+            "give more text"
+        )
     return text_NT.long(), int((~whole_N).sum())
+
+
+def num_distinct(text_NT: Tensor) -> int:
+    """How many of these prompts differ in more than their last token, which is a target only."""
+    return len(torch.unique(text_NT[:, :-1], dim=0))
 
 
 def make_kinds(text_NT: Tensor, config: ModelConfig, *, seed: int) -> list[PromptKind]:

@@ -28,7 +28,7 @@ from pipeline.post.checks import make_checks
 from pipeline.post.generation import greedy_agreement, order_parameters
 from pipeline.post.measures import effective_rank, numerical_rank, relative_deviation
 from pipeline.post.observe import TENSORS, Observation, observe
-from pipeline.post.prompts import PromptKind, few_of, held_out_text, make_kinds, sha256_kinds
+from pipeline.post.prompts import PromptKind, few_of, held_out_text, make_kinds, num_distinct, sha256_kinds
 from pldr_model.model import PLDRModel, g_shape
 
 CONTROL_PROMPTS = 8  # of every kind
@@ -49,8 +49,8 @@ def validate(
     sequences_NT: held-out token sequences [N, S+1]; the first `config.prompts` without padding are used. lineage: what
     the certificate shall say about where the weights come from. budget: the run's invariance budget, for the mends. seed:
     that of the training, which the untrained control is drawn from. Collective where torch.distributed has several ranks:
-    each measures its share, all return the same. Raises UserError for fewer than two usable prompts, or prompts that do not
-    fit the model.
+    each measures its share, all return the same. Raises UserError for fewer than two different usable prompts, prompts that
+    do not fit the model, or thresholds that no configuration may have.
     """
     assert tuple(g_LHKK.shape) == g_shape(model.config), "G_LM of another model"
     model.eval()
@@ -68,19 +68,16 @@ def validate(
     controls: dict[str, Any] = {"random_tokens": _random_tokens_control(measures)}
     if learned:
         controls["untrained"] = untrained_control(model, text_NT, kinds, config, seed=seed)
-    checks = make_checks(
-        measures, controls, config, variant=model.config.g_source, num_prompts=len(text_NT), budget=budget
-    )
     return make_certificate(
         model,
         g_LHKK,
         config,
         measures=measures,
         controls=controls,
-        checks=checks,
         prompts={
             "sha256": sha256_kinds([*kinds, PromptKind("targets", text_NT)]),
             "kinds": {kind.name: list(kind.ids_NS.shape) for kind in kinds},
+            "distinct": num_distinct(text_NT),
             "left_out_padded": num_padded,
             "seed": seed,
         },

@@ -125,4 +125,4 @@ def test_flat_names_every_leaf():
 
 def test_tiers_out_of_order_are_refused():
     with pytest.raises(ConfigError, match="variant_above > approximate_above > invariant_above"):
-        parse_config({**TREE, "post": {"invariant_above": 1e-3}}, where="x")
+        parse_config({**TREE, "post": {"approximate_above": 1e-7}}, where="x")

@@ -17,6 +17,7 @@ from pipeline.config import PostConfig
 from pipeline.post.bundle import build_bundle
 from pipeline.post.extract import extract_g
 from pipeline.post.validate import validate
+from pipeline.storage import sha256_file
 from pldr_model.config import ModelConfig
 from pldr_model.generate import generate
 from pldr_model.model import PLDRModel
@@ -36,6 +37,7 @@ CONFIG = ModelConfig(
     num_denseA=1,
 )
 POST = PostConfig(prompts=16, min_prompts=16, fp64_prompts=4, generate_tokens=12, generate_prompts=4)
+LINEAGE = {"checkpoint": "step-000007", "data_fingerprint": "f00d", "step": 7, "git_commit": "c0de"}
 TEXT = (
     "the quick brown fox jumps over the lazy dog and the lazy dog sleeps. pack my box with five dozen jugs of wine. "
     "how vexingly quick daft zebras jump! sphinx of black quartz, judge my vow. the end of the line is near, said she.\n"
@@ -82,7 +84,8 @@ def certify(model: PLDRModel, text: torch.Tensor, *, post: PostConfig = POST, **
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
     """The helpers above: a conftest cannot be imported by name."""
-    return SimpleNamespace(config=CONFIG, post=POST, make_model=make_model, sample_text=sample_text, certify=certify)
+    helpers = {"make_model": make_model, "sample_text": sample_text, "certify": certify}
+    return SimpleNamespace(config=CONFIG, post=POST, lineage=LINEAGE, **helpers)
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +100,7 @@ def text(invariant: PLDRModel) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def certificate(invariant: PLDRModel, text: torch.Tensor) -> dict[str, Any]:
-    return certify(invariant, text, lineage={"checkpoint": "step-000007"}, budget=9.5)
+    return certify(invariant, text, lineage=LINEAGE, budget=9.5)
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +140,7 @@ def make_bundle(
             "certificate": certificate,
             "tokenizer": tokenizer_path,
             "out": tmp_path / name,
-            "lineage": {"checkpoint": "step-000007", "data_fingerprint": "f00d", "step": 7},
+            "lineage": {**LINEAGE, "tokenizer_sha256": sha256_file(tokenizer_path)},
             **changes,
         }
         model = arguments.pop("model", invariant)

@@ -95,6 +95,9 @@ def test_every_stage_gives_the_live_weights(checkpoints: Path, tmp_path: Path, w
     model, source = load_weights(tmp_path / "weights")
     assert (source["invariance_budget"], source["frozen"]) == (0.25, None)
     assert source["mlflow_run_id"] == "run" and not model.training
+    recipe = source["recipe"]
+    assert (source["seed"], recipe["steps"], recipe["metric_weight_decay"]) == (1, 4, None)
+    assert recipe["g_source"] == "learned" and "micro_batch" not in recipe
     assert torch.equal(model.layers[1].attention.plga.W, got["layers.1.attention.plga.W"])
 
 

@@ -41,11 +41,12 @@ def test_saved_and_loaded(tiny: SimpleNamespace, text: torch.Tensor, tmp_path: P
     assert loaded.record == record
     for name in ("g_lm.safetensors", "spread.safetensors", "extract.json"):
         assert (tmp_path / "g_lm" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    data = bytearray((tmp_path / "g_lm" / "g_lm.safetensors").read_bytes())
-    data[-1] ^= 1
-    (tmp_path / "g_lm" / "g_lm.safetensors").write_bytes(data)
-    with pytest.raises(UserError, match=r"g_lm\.safetensors: sha256 differs"):
-        load_g(tmp_path / "g_lm", model.config)
+    for name in ("g_lm.safetensors", "spread.safetensors"):
+        data = bytearray((tmp_path / "g_lm" / name).read_bytes())
+        (tmp_path / "g_lm" / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(UserError, match=rf"{name}: sha256 differs"):
+            load_g(tmp_path / "g_lm", model.config)
+        (tmp_path / "g_lm" / name).write_bytes(data)
 
 
 def test_no_prompts_and_a_G_that_is_not_finite_are_errors(tiny: SimpleNamespace, text: torch.Tensor) -> None:

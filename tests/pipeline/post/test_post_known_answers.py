@@ -97,10 +97,10 @@ def test_attention_that_sees_the_future_fails_although_G_is_constant(
 def test_fewer_prompts_than_asked_for_are_not_certified_by_accident(
     tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor
 ) -> None:
-    post = tiny.post.model_copy(update={"min_prompts": 100})
-    certificate = tiny.certify(invariant, text, post=post)
+    post = tiny.post.model_copy(update={"prompts": 100, "min_prompts": 100})
+    certificate = tiny.certify(invariant, text[:16], post=post)
     assert failed(certificate) == {"held_out_prompts"} and certificate["tier"] == "at round-off"
-    assert "16 held-out prompts are too few" in certificate["failed"][0]["mend"]
+    assert "16 different held-out prompts are too few" in certificate["failed"][0]["mend"]
     certificate = tiny.certify(invariant, text)  # min_prompts lowered knowingly
     assert certificate["verdict"] == "certified" and "judged by 16 held-out prompts only" in certificate["statement"]
 

@@ -55,6 +55,7 @@ def test_a_certified_page_has_everything_and_loads_nothing(
     assert "<script" not in page and "&lt;script&gt;" in page
     assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "url(" not in page and "@import" not in page
     assert "img-src data:" in page and "default-src 'none'" in page
+    assert "Thresholds looser than the defaults: min_prompts 16 (default 100)" in page
     assert certificate["prompts"]["sha256"] in page and "No SDPA twin was named" in page
 
 
@@ -84,7 +85,7 @@ def test_a_page_of_what_could_not_be_measured(tiny: SimpleNamespace, text: torch
 def test_a_constant_G_and_too_few_prompts_are_told_in_plain_words(
     tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor
 ) -> None:
-    post = tiny.post.model_copy(update={"min_prompts": 100})
+    post = tiny.post.model_copy(update={"prompts": 100, "min_prompts": 100})
     certificate = tiny.certify(invariant, text, post=post)
     assert "too few prompts" in page_of(certificate, torch.eye(8).expand(2, 2, 8, 8))
 

@@ -1,0 +1,49 @@
+"""What a stage left behind: size, time and sha256 of each file, and whether it is still so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline import remote, storage
+from pipeline.urls import is_local
+
+Facts = tuple[int, int, str]  # size, time of the last change (ns; 0 of remote files), sha256
+
+
+def facts_of(path: Path) -> Facts:
+    """Of a local file."""
+    return path.stat().st_size, path.stat().st_mtime_ns, storage.sha256_file(path)
+
+
+def remote_outputs(folder: str) -> dict[str, Facts]:
+    """What an index in an object store lists, and the index itself; nothing is read but the index."""
+    url = storage.join(folder, "index.json")
+    index = storage.read_json(url)
+    listed = [*index["shards"], *index.get("removed", []), *([index["tokenizer"]] if "tokenizer" in index else [])]
+    files = {storage.join(folder, file["name"]): (file["bytes"], 0, file["sha256"]) for file in listed}
+    return {**files, url: (remote.size_of(url), 0, storage.sha256_file(url))}
+
+
+def first_changed(outputs: Mapping[str, Facts], root: Path, *, thorough: bool) -> str | None:
+    """The first output that is not as it was left. A file that looks untouched is hashed only when `thorough`; of remote ones
+    only the index is (`pldr data verify` reads them all). Names are relative to `root`, or URLs."""
+    for name, (size, mtime_ns, sha256) in outputs.items():
+        if not is_local(name):
+            if not _remote_is(name, size, sha256):
+                return name
+            continue
+        path = root / name
+        if not path.is_file() or path.stat().st_size != size:
+            return name
+        if (thorough or path.stat().st_mtime_ns != mtime_ns) and storage.sha256_file(path) != sha256:
+            return name
+    return None
+
+
+def _remote_is(url: str, size: int, sha256: str) -> bool:
+    """Whether a remote file is there with its size; of an index, also with its hash."""
+    try:
+        return remote.size_of(url) == size and (not url.endswith("/index.json") or storage.sha256_file(url) == sha256)
+    except FileNotFoundError:
+        return False
