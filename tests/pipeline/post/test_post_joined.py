@@ -61,9 +61,9 @@ def test_the_recipe_is_the_checkpoints_whatever_the_configuration_says_today(
     train["freeze_g"] = {"at_step": 40, "become": "parameter"}
     source = recipe_of(config_of(tiny, tmp_path, train=train, seed=7).as_dict())
     today = config_of(tiny, tmp_path, train={"steps": 999_999, "metric_weight_decay": 0.1, "micro_batch": 2}, seed=99)
-    assert not any("ACCELERATED" in line for line in notes(today))
+    assert not any("ACCELERATED" in line for line in notes(today, {}))
     trained = as_trained(today, RunPaths(tmp_path), source)
-    assert any("ACCELERATED RECIPE: the metric learner had weight decay 4" in line for line in notes(trained))
+    assert any("ACCELERATED RECIPE: the metric learner had weight decay 4" in line for line in notes(trained, source))
     assert (trained.seed, trained.train.steps, trained.train.micro_batch) == (7, 100, 2)
     assert trained.train.freeze_g is not None and trained.train.freeze_g.become == "parameter"
     assert trained.post == today.post and trained.model == today.model
