@@ -255,7 +255,8 @@ def test_a_run_directory_that_one_host_does_not_see_is_told(hosts, work):
     shutil.rmtree(work / "run" / "logs", ignore_errors=True)
     enter = hosts.enter(1)
     hidden = f'mount -t tmpfs tmpfs {work} && mkdir {work}/run && exec "$@"'
-    question = {"run_dir": str(work / "run"), "token": "abc", "urls": [], "mlflow": None, "remote_tokens": False}
+    question = {"run_dir": str(work / "run"), "token": "abc", "urls": [], "mlflow": None, "remote_tokens": False,
+                "staging": None}  # fmt: skip
     (work / "run" / ".pldr-doctor-abc").touch()
     command = [*enter, "unshare", "--mount", "sh", "-c", hidden, "sh", sys.executable, "-m", "launch.probe"]
     said = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, cwd="/", env={
