@@ -96,6 +96,8 @@ def retain(folder: Path, policy: Policy, *, now: int | None = None, busy: Collec
         losses = local_losses(folder)
         stay = policy.keep(losses, max(losses, default=0) if now is None else now)
         for checkpoint in committed(folder):
+            if step_of(checkpoint) not in losses:  # committed since: not judged, so not removed
+                continue
             if step_of(checkpoint) not in stay and checkpoint.name not in busy:
                 (checkpoint / COMMITTED).unlink()  # first: a half-removed folder must not look like a checkpoint
                 removed.append(checkpoint)

@@ -109,3 +109,20 @@ def test_a_save_that_goes_on_is_left_alone(tmp_path):
     (tmp_path / ".step-000020.staging" / "step-000020").mkdir(parents=True)
     retain(tmp_path, Policy(2))
     assert (tmp_path / ".step-000020.staging" / "step-000020").is_dir()
+
+
+def test_what_is_committed_while_others_are_judged_is_not_removed(tmp_path, monkeypatch):
+    """Retention runs beside training: the next checkpoint may come between its look and its removal."""
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+
+    def look(folder):
+        seen = local_losses(folder)
+        save(folder, 40)
+        return seen
+
+    monkeypatch.setattr("pipeline.retention.local_losses", look)
+    assert [path.name for path in retain(tmp_path, Policy(2), now=30)] == ["step-000010"]
+    assert [path.name for path in checkpoints.committed(tmp_path)] == [
+        "step-000020", "step-000030", "step-000040"
+    ]  # fmt: skip
