@@ -81,10 +81,15 @@ def train(
     batches = data.micro_batches(state.sequences_consumed, limit=settings.steps - state.step)
     stopped: str | None = None
     no_freeze_before = 0  # later when a save has failed
+
+    def is_to_freeze() -> bool:
+        due = is_due(settings, state.step, state.calm_evaluations)
+        return state.frozen is None and state.step >= no_freeze_before and due
+
     gc.disable()  # ranks must not pause one after another; collected at the logging interval
 
     while state.step < settings.steps:
-        if state.frozen is None and is_due(settings, state.step, state.calm_evaluations):
+        if is_to_freeze():
             source = whole(paths.checkpoints / checkpoint_name(state.step))
             ahead = list(islice(batches, num_batches(settings))) if source is not None else []
             batches = chain(ahead, batches)
@@ -183,11 +188,7 @@ def train(
                 _tell(progress, f"rolled back to step {state.step}; goes on at position {state.sequences_consumed}")
                 continue
             _warn(progress, "there is no checkpoint to roll back to; training goes on")
-        freezes = (
-            state.frozen is None
-            and state.step >= no_freeze_before
-            and is_due(settings, state.step, state.calm_evaluations)
-        )
+        freezes = is_to_freeze()
         if checkpoint_due or freezes or state.step - 1 == state.frozen:
             heart.at(state.step, "save")
             with throughput.pause():
