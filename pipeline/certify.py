@@ -23,7 +23,8 @@ from pipeline import storage
 from pipeline.config import RunConfig, RunPaths, parse_config
 from pipeline.device import has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError, first_line
-from pipeline.tracking import mlflow_id, tracking_uri
+from pipeline.run_record import VERDICT_TAG
+from pipeline.tracking import log_files, mlflow_id, tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     from pipeline.post.extract import load_g
     from pipeline.post.validate import validate
     from pipeline.post.weights import load_weights
-    from pipeline.posttrain import as_trained, held_out, lineage, require_same, spent_budget
+    from pipeline.trained import as_trained, held_out, lineage, require_same, spent_budget
 
     model, source = load_weights(paths.weights)
     require_same(config, paths, model.config, source)
@@ -72,8 +73,8 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any]) 
     from pipeline.post.extract import load_g
     from pipeline.post.generation import samples
     from pipeline.post.weights import load_weights
-    from pipeline.posttrain import as_trained, held_out, notes
     from pipeline.tokenizer import Tokenizer
+    from pipeline.trained import as_trained, held_out, notes
 
     model, source = load_weights(paths.weights)
     config = as_trained(config, paths, source)
@@ -196,3 +197,24 @@ def main(argv: list[str], err: IO[str] = sys.stderr) -> int:
 
 if __name__ == "__main__":
     raise SystemExit(main(sys.argv[1:]))
+
+
+def certify(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
+    """Measure and judge -> `certificate/certificate.{json,html}`, also artifacts of the MLflow run."""
+    certificate = certificate_of(config, paths)
+    target = paths.certificate / CERTIFICATE
+    page = write_page(config, paths, certificate)
+    log_files(
+        config,
+        certificate["lineage"]["mlflow_run_id"],
+        {str(target): "certificate", str(page): "certificate"},
+        tags={VERDICT_TAG: certificate["verdict"]},
+    )
+    return {
+        "verdict": certificate["verdict"],
+        "tier": certificate["tier"],
+        "relative_deviation_g": certificate["measures"]["relative_deviation_g"],
+        "page": str(page),
+        "failed": certificate["failed"],
+        "certificate_sha256": storage.sha256_file(target),
+    }

@@ -7,24 +7,15 @@ itself.
 
 from __future__ import annotations
 
-import os
-import subprocess
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from pipeline import storage
-from pipeline.certify import CERTIFICATE, certificate_of, write_page
+from pipeline.certify import CERTIFICATE
 from pipeline.checkpoints import committed
-from pipeline.config import FreezeConfig, RunConfig, RunPaths, TrainConfig, tokens_folder
+from pipeline.config import RunConfig, RunPaths
 from pipeline.device import has_gpu
-from pipeline.errors import ConfigError, UserError
-from pipeline.run_record import VERDICT_TAG
-from pipeline.schedule import planned_budget
-from pipeline.tracking import log_files, mlflow_id, tracking_uri
-from pldr_model.config import ModelConfig
+from pipeline.errors import UserError
+from pipeline.tracking import mlflow_id, tracking_uri
+from pipeline.trained import as_trained, held_out, lineage, notes
 
 
 def consolidate_newest(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
@@ -48,66 +39,6 @@ def extract(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
         model.cuda()
     prompts = held_out(config, paths, half=0)[: config.post.prompts, :-1]
     return save_g(extract_g(model, prompts, config.post.g_from), paths.g_lm)
-
-
-def certify(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
-    """Measure and judge -> `certificate/certificate.{json,html}`, also artifacts of the MLflow run."""
-    certificate = certificate_of(config, paths)
-    target = paths.certificate / CERTIFICATE
-    page = write_page(config, paths, certificate)
-    log_files(
-        config,
-        certificate["lineage"]["mlflow_run_id"],
-        {str(target): "certificate", str(page): "certificate"},
-        tags={VERDICT_TAG: certificate["verdict"]},
-    )
-    return {
-        "verdict": certificate["verdict"],
-        "tier": certificate["tier"],
-        "relative_deviation_g": certificate["measures"]["relative_deviation_g"],
-        "page": str(page),
-        "failed": certificate["failed"],
-        "certificate_sha256": storage.sha256_file(target),
-    }
-
-
-def require_same(config: RunConfig, paths: RunPaths, model: ModelConfig, source: dict[str, Any]) -> None:
-    """Raise ConfigError when the weights are of another model or tokenizer than the run's configuration and tokens."""
-    from pipeline.data.index import TokenIndex
-
-    frozen = config.train.freeze_g is not None and model.g_source != "learned"
-    ours, theirs = config.trained_model(frozen=frozen).to_dict(), model.to_dict()
-    for key, value in ours.items():
-        if key != "g_file" and theirs[key] != value:
-            raise ConfigError(
-                f"{paths.weights}: a checkpoint of another model: its {key} is {theirs[key]}, the configuration's is {value}; "
-                "name the configuration that it was trained with"
-            )
-    index = TokenIndex.load(tokens_folder(config))
-    if source.get("tokenizer_sha256") not in (None, index.tokenizer_sha256):
-        raise ConfigError(
-            f"{paths.weights}: trained with another tokenizer than {index.folder} was made with; validate it with its own"
-        )
-
-
-def as_trained(config: RunConfig, paths: RunPaths, source: dict[str, Any]) -> RunConfig:
-    """The configuration with the seed and the recipe that the weights were trained with, as their checkpoint told them: today's
-    file or an override must not rewrite history. Raises ConfigError for weights that started from another kind of G."""
-    recipe, seed = source.get("recipe"), source.get("seed")
-    if not isinstance(recipe, dict) or not isinstance(seed, int):
-        raise ConfigError(
-            f"{paths.weights}: tells no recipe or seed of its training; run `pldr consolidate CONFIG` again"
-        )
-    train = {key: value for key, value in recipe.items() if key in TrainConfig.model_fields}
-    for key in recipe.keys() - train.keys():
-        if (value := getattr(config.model, key)) != recipe[key]:
-            raise ConfigError(
-                f"{paths.weights}: trained with model.{key} {recipe[key]!r}, the configuration says {value!r}; "
-                "name the configuration that it was trained with"
-            )
-    if train.get("freeze_g") is not None:
-        train["freeze_g"] = FreezeConfig.model_validate(train["freeze_g"])
-    return config.model_copy(update={"seed": seed, "train": config.train.model_copy(update=train)})
 
 
 def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[str, Any]:
@@ -155,92 +86,3 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
         )
         result = {**result, "model_version": version["version"], "model_uri": version["uri"]}
     return result
-
-
-def held_out(config: RunConfig, paths: RunPaths, *, half: int, limit: int | None = None) -> torch.Tensor:
-    """Held-out sequences [n, S+1] of one half of the val split (0: even, 1: odd sequences), evenly spread.
-
-    The first `limit` (None: post.prompts) hold no padding, as far as the half has such; behind them those that do.
-    """
-    from pipeline.data.index import TokenIndex
-    from pipeline.data.loader import evenly_spread
-    from pipeline.data.reader import open_split
-
-    index = TokenIndex.load(tokens_folder(config))
-    reader = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes)
-    mine = np.arange(half, reader.num_sequences, 2)
-    if len(mine) < 2:
-        raise UserError(
-            f"{index.folder}: {reader.num_sequences} held-out sequences are too few to judge by; raise data.val_fraction"
-        )
-    wanted = config.post.prompts if limit is None else limit
-    count = wanted
-    while True:  # twice as many each time, so that padded ones are replaced without reading the whole split
-        read = reader.read(evenly_spread(reader, mine, count, skip=config.data.on_bad_shard == "skip"))
-        whole = (read != config.model.pad_id).all(axis=1)
-        if whole.sum() >= wanted or count >= len(mine):
-            break
-        count *= 2
-    chosen = np.flatnonzero(whole)
-    chosen = chosen[np.linspace(0, len(chosen) - 1, min(wanted, len(chosen))).astype(int)]
-    return torch.from_numpy(np.concatenate((read[chosen], read[~whole])))
-
-
-def lineage(source: dict[str, Any]) -> dict[str, Any]:
-    """Where a bundle comes from: the checkpoint's record and the code's commit."""
-    return {**source, "git_commit": git_commit()}
-
-
-def spent_budget(config: RunConfig, source: dict[str, Any]) -> float | None:
-    """The invariance budget behind the weights, as their checkpoint told it (older ones did not: the planned one); None
-    without a metric learner to spend it on."""
-    if config.model.g_source != "learned":
-        return None
-    told = source.get("invariance_budget")
-    return planned_budget(config.train) if told is None else float(told)
-
-
-def notes(config: RunConfig, source: dict[str, Any]) -> list[str]:
-    """What a reader of the model card must know about the recipe. source: the weights' record (consolidate.py)."""
-    train, budget, frozen = config.train, spent_budget(config, source), source.get("frozen")
-    lines = [
-        f"Trained {source.get('step') or train.steps:,} steps of {train.global_batch} sequences of "
-        f"{config.model.context_length} tokens, AdamW, max lr {train.max_lr:g}, weight decay {train.weight_decay:g}."
-    ]
-    if config.model.g_source == "constant":
-        lines.append("G_LM: one trained [K,K] parameter a head, started at the identity; there is no metric learner.")
-    if config.model.g_start == "identity":
-        lines.append(
-            "Started near plain attention (model.g_start=identity: b_a = I, a scaled by 0.1), unlike the papers."
-        )
-    if budget is not None:
-        lines.append(f"Invariance budget (sum of learning rate x metric weight decay): {budget:.2f}.")
-        if frozen is not None:
-            trained = train.freeze_g is not None and train.freeze_g.become == "parameter"
-            lines.append(
-                f"G_LM was frozen to its mean over training sequences after step {frozen:,} (train.freeze_g) and "
-                f"{'trained on as a parameter' if trained else 'stayed as it was'}; the budget is that of the steps before."
-            )
-        if train.metric_decay > train.weight_decay:
-            lines.append(
-                f"ACCELERATED RECIPE: the metric learner had weight decay {train.metric_decay:g} (the papers use 0.1), "
-                "which makes G_LM invariant early."
-            )
-        lines.append(
-            "At small scale and short training PLGA trails its SDPA twin (G = identity) in held-out loss; compare with "
-            "the twin (model.g_source=identity) before drawing conclusions."
-        )
-    return lines
-
-
-def git_commit() -> str | None:
-    """The commit of the code, None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()

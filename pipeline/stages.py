@@ -216,14 +216,14 @@ class Line:
             return pretrain(
                 config, paths, resume=resume, launch=self._launch, say=self._say, force=force, ranks=self._ranks
             )
-        from pipeline import posttrain
+        from pipeline import certify, posttrain
 
         if name == "consolidate":
             return posttrain.consolidate_newest(config, paths)
         if name == "extract":
             return posttrain.extract(config, paths)
         if name == "validate":
-            return posttrain.certify(config, paths)
+            return certify.certify(config, paths)
         assert name == "bundle", name
         return posttrain.package(config, paths, uncertified=uncertified)
 

@@ -19,11 +19,11 @@ import numpy as np
 from pipeline.data.documents import SCHEMA_VERSION as DOCUMENTS_VERSION
 from pipeline.data.documents import fingerprint_of
 from pipeline.data.index import SCHEMA_VERSION as TOKENS_VERSION
-from pipeline.data.read import Text, read_unit
+from pipeline.data.read import read_unit
 from pipeline.data.sources import find_files
 from pipeline.data.tar import TarWriter
 from pipeline.data.tokenize import npy_bytes
-from pipeline.data.units import plan_units
+from pipeline.data.units import Text, plan_units
 from pipeline.data_config import Source
 from pipeline.errors import UserError
 from pipeline.storage import publish_json

@@ -30,10 +30,10 @@ from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from pipeline.data.decompress import DAMAGE
-from pipeline.data.read import SKIP, Rejected, next_line, open_input, read_unit
+from pipeline.data.read import next_line, open_input, read_unit
 from pipeline.data.sorted_rows import NUMBER, Rows
 from pipeline.data.sources import InputFile, find_files
-from pipeline.data.units import Unit
+from pipeline.data.units import SKIP, Rejected, Unit
 from pipeline.data.words import WordHashes, ngrams
 from pipeline.errors import UserError, first_line
 from pipeline.storage import explain_os_error, publish, sha256_file

@@ -22,8 +22,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from pipeline.data.decompress import decompressed
-from pipeline.data.read import BLOCK, SKIP, Rejected, Text, some_names, too_long
-from pipeline.data.units import RANGE, Unit
+from pipeline.data.units import BLOCK, RANGE, SKIP, Rejected, Text, Unit, some_names, too_long
 from pipeline.errors import UserError, first_line
 from pipeline.remote import open_retrying, read_range, size_of
 from pipeline.urls import is_http, is_local

@@ -174,7 +174,7 @@ def _check_nodes(work: Path) -> None:
 
 def _sees(path: str) -> bool:
     """On a node: whether it has what tasks need, and the file."""
-    import pipeline.data.tasks  # noqa: F401
+    import pipeline.data.local  # noqa: F401
 
     return Path(path).is_file()
 

@@ -17,46 +17,20 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 
 import orjson
 
 from pipeline.data.decompress import DAMAGE, decompressed
 from pipeline.data.sources import NOT_A_FILE, InputFile
-from pipeline.data.units import RANGE, STREAM_CHUNK, Unit
+from pipeline.data.units import BLOCK, RANGE, SKIP, STREAM_CHUNK, Rejected, Text, Unit, some_names, too_long
 from pipeline.errors import UserError, first_line
 from pipeline.remote import open_retrying
 from pipeline.urls import is_local
 
 TEXT_PIECE = 1 << 20
-BLOCK = 1 << 20  # bytes read at once
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 PARAGRAPH_END = re.compile(rb"\n[ \t\r]*\n")
-SKIP = "or set data.on_bad_input=skip"
-
-
-@dataclass(frozen=True)
-class Text:
-    """A document as read. `record`: its number in the unit, growing; 0 for a file that is one document."""
-
-    record: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """Input that gives no document. `reason` is what it is counted under; `message` is the error: where, what, and the
-    mend. `record`: as of Text; None when it is about the whole file."""
-
-    record: int | None
-    reason: str
-    where: str
-    problem: str
-
-    @property
-    def message(self) -> str:
-        return f"{self.where}: {self.problem}"
 
 
 def read_unit(unit: Unit, *, max_document_bytes: int) -> Iterator[Text | Rejected]:
@@ -228,13 +202,6 @@ def _parse(unit: Unit, number: int, line: bytes) -> Text | Rejected:
     return Rejected(number, "no_text", _where(unit, number), problem)
 
 
-def some_names(names: object) -> str:
-    """Names for an error, sorted, on one line: the first dozen, cut where they are long."""
-    assert isinstance(names, (dict, list))
-    shown = [repr(name[:40])[1:-1] for name in sorted(names)[:12]]
-    return ", ".join(shown) + (", ..." if len(names) > 12 else "")
-
-
 def _where(unit: Unit, number: int) -> str:
     start = _start(unit)
     return f"{unit.file.shown}, line {number}" + (f" behind byte {start}" if start else "")
@@ -243,11 +210,6 @@ def _where(unit: Unit, number: int) -> str:
 def _not_utf8(record: int, where: str, byte: int) -> Rejected:
     problem = f"not UTF-8 at byte {byte}; convert it (iconv -f LATIN1 -t UTF-8) {SKIP}"
     return Rejected(record, "not_utf8", where, problem)
-
-
-def too_long(limit: int) -> str:
-    """The problem of what is longer than `limit` bytes, and its mend."""
-    return f"longer than {limit / 1e6:g} MB; raise data.max_document_megabytes, cut it {SKIP}"
 
 
 def _too_long(unit: Unit, number: int, limit: int) -> Rejected:

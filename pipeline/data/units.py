@@ -21,6 +21,11 @@ from typing import Any
 from pipeline.data.sources import InputFile
 from pipeline.urls import is_http
 
+BLOCK = 1 << 20  # bytes read at once
+
+SKIP = "or set data.on_bad_input=skip"
+
+
 RANGE = 64 << 20
 STREAM_CHUNK = 8 << 20
 MAX_PARTS = 8
@@ -101,3 +106,38 @@ def _parts(file: InputFile) -> int:
         copied = file.kind == "parquet" and is_http(file.url)
         return 1 if copied else max(1, -(-file.size // RANGE))
     return 1 if file.kind == "parquet" else min(MAX_PARTS, max(1, -(-_text_size(file) // RANGE)))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document as read. `record`: its number in the unit, growing; 0 for a file that is one document."""
+
+    record: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Input that gives no document. `reason` is what it is counted under; `message` is the error: where, what, and the
+    mend. `record`: as of Text; None when it is about the whole file."""
+
+    record: int | None
+    reason: str
+    where: str
+    problem: str
+
+    @property
+    def message(self) -> str:
+        return f"{self.where}: {self.problem}"
+
+
+def too_long(limit: int) -> str:
+    """The problem of what is longer than `limit` bytes, and its mend."""
+    return f"longer than {limit / 1e6:g} MB; raise data.max_document_megabytes, cut it {SKIP}"
+
+
+def some_names(names: object) -> str:
+    """Names for an error, sorted, on one line: the first dozen, cut where they are long."""
+    assert isinstance(names, (dict, list))
+    shown = [repr(name[:40])[1:-1] for name in sorted(names)[:12]]
+    return ", ".join(shown) + (", ..." if len(names) > 12 else "")

@@ -252,12 +252,12 @@ def test_a_task_process_ends_with_whoever_started_it(job: Callable[..., Any], tm
     import dill
     import engine_steps
 
-    from pipeline.data.tasks import _Executor
+    from pipeline.data.local import LocalExecutor
 
     work = tmp_path / "work"
     steps = [engine_steps.Read(tmp_path / "none", seconds=60), engine_steps.Publish(tmp_path / "out", work)]
     with open(tmp_path / "executor.pik", "wb") as stream:
-        dill.dump(_Executor(steps, tasks=1, workers=1, logging_dir=str(work)), stream)
+        dill.dump(LocalExecutor(steps, tasks=1, workers=1, logging_dir=str(work)), stream)
     root = Path(__file__).parents[3]
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.data.run_task", str(tmp_path / "executor.pik"), "0"],

@@ -24,9 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import parquet, read, units
-from pipeline.data.read import Rejected, Text, bad_input_error, read_unit
+from pipeline.data.read import bad_input_error, read_unit
 from pipeline.data.sources import find_files
-from pipeline.data.units import Unit, plan_units
+from pipeline.data.units import Rejected, Text, Unit, plan_units
 from pipeline.data_config import Source
 from pipeline.errors import UserError
 

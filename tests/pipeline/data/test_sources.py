@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.read import Rejected, Text, read_unit
+from pipeline.data.read import read_unit
 from pipeline.data.sources import InputFile, find_files
-from pipeline.data.units import plan_units
+from pipeline.data.units import Rejected, Text, plan_units
 from pipeline.data_config import Source
 from pipeline.errors import UserError
 

@@ -17,8 +17,8 @@ from pipeline.post.card import CERTIFIED_LINE, CONSTANT_LINE
 from pipeline.post.certificate_page import Evidence, certificate_page
 from pipeline.post.extract import extract_g
 from pipeline.post.inference import Bundle
-from pipeline.posttrain import notes
 from pipeline.schedule import invariance_budget
+from pipeline.trained import notes
 from pldr_model.model import PLDRModel
 
 Make = Callable[..., Path]

@@ -19,10 +19,10 @@ from pipeline.outputs import facts_of
 from pipeline.post.consolidate import recipe_of
 from pipeline.post.extract import SCHEMA_VERSION as EXTRACT_VERSION
 from pipeline.post.schema import SCHEMA_VERSION as CERTIFICATE_VERSION
-from pipeline.posttrain import as_trained, held_out, notes
 from pipeline.stages import FORMS, NAMES, Line
 from pipeline.stages import SCHEMA_VERSION as STAGE_VERSION
 from pipeline.storage import publish_json
+from pipeline.trained import as_trained, held_out, notes
 
 
 def config_of(tiny: SimpleNamespace, folder: Path, **changes: Any) -> RunConfig:

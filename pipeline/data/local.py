@@ -1,0 +1,84 @@
+"""Tasks in processes of this machine: a pool that notices dead workers and dies with its parent.
+
+Decision: LocalPipelineExecutor's `run` is replaced by the standard library's process pool. datatrove's own pool waits for
+ever for a worker that was killed (out of memory), and leaves its manager process behind when the parent is killed.
+Workers come from a fork server: no fork of a process with threads or open fsspec filesystems (s3 breaks), and only the
+first worker pays the imports. What workers print (datatrove's log, C++ libraries) goes to `console.log` in the work folder.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from copy import deepcopy
+from pathlib import Path
+
+from datatrove.executor.local import LocalPipelineExecutor
+
+from pipeline.data.reporting import Reporting, raise_error
+from pipeline.errors import UserError
+
+
+class LocalExecutor(Reporting, LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
+    """datatrove's local executor with a pool that notices dead workers and dies with its parent."""
+
+    in_process = False
+
+    def run_ranks(self, ranks: list[int], *, console: Path, workers_key: str) -> None:
+        if self.in_process:
+            for rank in ranks:
+                self.run_rank(rank)
+            return
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, *sorted({type(step).__module__ for step in self.pipeline})])
+        pool = ProcessPoolExecutor(
+            min(self.workers, len(ranks)),
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(dict(os.environ), str(console)),
+        )
+        with pool:
+            futures = [pool.submit(self.run_rank, rank) for rank in ranks]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+                pool.shutdown(cancel_futures=True)  # tasks that run now finish: their work is kept
+                for future in futures:
+                    if not future.cancelled():
+                        future.result()
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            except BrokenProcessPool:
+                raise_error(self.work)  # an exception that cannot be pickled breaks the pool too
+                raise UserError(
+                    f"a worker process died (killed, or out of memory), see {console}; lower {workers_key} or free "
+                    "memory and start again, finished work is kept"
+                ) from None
+
+    def run_rank(self, rank: int) -> None:
+        """One task in a worker, on its own copy of the steps: they count as they go."""
+        alone = deepcopy(self)
+        alone._run_for_rank(rank, local_rank=1)  # ranks other than 0 do not log to the console
+
+
+def _start_worker(environment: dict[str, str], console: str) -> None:
+    """Take the parent's environment (the fork server may be older), send output to a file, die with the
+    parent."""
+    os.environ.clear()
+    os.environ.update(environment)
+    handle = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)  # a killed parent must not leave a writer behind that outlives the next run's start
+
+    threading.Thread(target=watch, daemon=True).start()
