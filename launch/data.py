@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.config import RunConfig, RunPaths, documents_folder, load_config, tokens_folder
 from pipeline.errors import ConfigError
 from pipeline.stages import LOCK
-from pipeline.storage import exists, join
+from pipeline.storage import exists
+from pipeline.urls import join
 
 Result = dict[str, Any]
 Show = Callable[[str], None]

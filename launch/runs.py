@@ -12,6 +12,7 @@ from pipeline import run_record, storage, tracking
 from pipeline.checkpoints import TRAINING_LOCK
 from pipeline.config import RunConfig, RunPaths, load_config, parse_config
 from pipeline.errors import ConfigError, UserError
+from pipeline.mlflow_client import tracking_uri
 from pipeline.runs import list_runs, read_run
 from pipeline.urls import without_secrets
 
@@ -53,7 +54,7 @@ def add_run_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
 def _runs(arguments: Any, show: Show) -> Result:
     if arguments.config is not None:
         config = load_config(arguments.config, arguments.overrides)
-        uri = arguments.uri or tracking.tracking_uri(config)
+        uri = arguments.uri or tracking_uri(config)
         experiment = arguments.experiment or config.tracking.experiment
     else:
         uri, experiment = arguments.uri or os.environ.get("MLFLOW_TRACKING_URI"), arguments.experiment

@@ -23,8 +23,9 @@ from pipeline import storage
 from pipeline.config import RunConfig, RunPaths, parse_config
 from pipeline.device import has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError, first_line
+from pipeline.mlflow_client import tracking_uri
 from pipeline.run_record import VERDICT_TAG
-from pipeline.tracking import log_files, mlflow_id, tracking_uri
+from pipeline.tracking import log_files, mlflow_id
 
 log = logging.getLogger(__name__)
 

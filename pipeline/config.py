@@ -20,8 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.data_config import DataConfig, Section, TokenizerConfig, TokensConfig
 from pipeline.errors import ConfigError, UserError
-from pipeline.post_config import PostConfig as PostConfig
-from pipeline.post_config import WeightFormat as WeightFormat
+from pipeline.post_config import PostConfig
 from pipeline.storage import sha256_json
 from pipeline.urls import check_url, is_http, without_secrets
 from pldr_model.config import ModelConfig

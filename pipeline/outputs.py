@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import remote, storage
-from pipeline.urls import is_local
+from pipeline.urls import is_local, join
 
 Facts = tuple[int, int, str]  # size, time of the last change (ns; 0 of remote files), sha256
 
@@ -18,10 +18,10 @@ def facts_of(path: Path) -> Facts:
 
 def remote_outputs(folder: str) -> dict[str, Facts]:
     """What an index in an object store lists, and the index itself; nothing is read but the index."""
-    url = storage.join(folder, "index.json")
+    url = join(folder, "index.json")
     index = storage.read_json(url)
     listed = [*index["shards"], *index.get("removed", []), *([index["tokenizer"]] if "tokenizer" in index else [])]
-    files = {storage.join(folder, file["name"]): (file["bytes"], 0, file["sha256"]) for file in listed}
+    files = {join(folder, file["name"]): (file["bytes"], 0, file["sha256"]) for file in listed}
     return {**files, url: (remote.size_of(url), 0, storage.sha256_file(url))}
 
 

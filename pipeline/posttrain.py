@@ -14,7 +14,8 @@ from pipeline.checkpoints import committed
 from pipeline.config import RunConfig, RunPaths
 from pipeline.device import has_gpu
 from pipeline.errors import UserError
-from pipeline.tracking import mlflow_id, tracking_uri
+from pipeline.mlflow_client import tracking_uri
+from pipeline.tracking import mlflow_id
 from pipeline.trained import as_trained, held_out, lineage, notes
 
 

@@ -26,11 +26,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.errors import UserError
 from pipeline.remote import filesystem_of, open_retrying, retrying
-from pipeline.urls import check_url as check_url
-from pipeline.urls import is_http
-from pipeline.urls import is_local as is_local
-from pipeline.urls import join as join
-from pipeline.urls import public_url as public_url
+from pipeline.urls import check_url, is_http, is_local, join, public_url
 
 MANIFEST = "MANIFEST.json"
 CHUNK = 1 << 20

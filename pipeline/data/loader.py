@@ -26,8 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.order import WINDOW_BLOCKS, Indices, Order
-from pipeline.data.reader import BadUnit, Unit
-from pipeline.data.reader import TokenReader as TokenReader
+from pipeline.data.reader import BadUnit, TokenReader, Unit
 from pipeline.errors import UserError
 
 PREFETCH = 2  # global batches read ahead

@@ -30,7 +30,7 @@ from pipeline.data.index import TokenIndex, TokenShard, missing, wrong_sha256, w
 from pipeline.data.order import Indices
 from pipeline.errors import UserError
 from pipeline.remote import read_range, size_of
-from pipeline.storage import is_local, join
+from pipeline.urls import is_local, join
 
 Unit = tuple[int, int]  # number of the shard in its split, and block: WHOLE where the shard is one unit
 WHOLE = -1

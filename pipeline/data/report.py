@@ -21,8 +21,8 @@ from pipeline.data.documents import SPLITS, DocumentIndex, read_removed
 from pipeline.data.index import TokenIndex
 from pipeline.data.look import read_sequences, spans, tokenizer_of, visible
 from pipeline.page import render as page_of
-from pipeline.storage import exists, join, publish_bytes
-from pipeline.urls import public_url
+from pipeline.storage import exists, publish_bytes
+from pipeline.urls import join, public_url
 
 EXAMPLES = 10  # of each reason
 DASH = "\u2013"

@@ -34,6 +34,7 @@ from pipeline.data.progress import advance
 from pipeline.data.read import bad_input_error, read_unit
 from pipeline.data.shard_index import READ, build_index, check_splits, removed_by_reason
 from pipeline.data.sources import find_files
+from pipeline.data.split_long import SplitLong
 from pipeline.data.spool import ReadSpool, RemovedWriter, WriteSpool
 from pipeline.data.tar import remove_strays
 from pipeline.data.tasks import DROPPED, is_complete, run_tasks, step_stats
@@ -114,7 +115,7 @@ class ReadUnits(PipelineStep):  # type: ignore[misc]  # datatrove has no types
         self.stop = stop
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        with self.removed as removed:
+        with self.removed:
             for tree in read_json(self.plan / f"{rank:05d}.json"):
                 unit = unit_from_dict(tree)
                 for item in read_unit(unit, max_document_bytes=self.max_document_bytes):
@@ -122,7 +123,7 @@ class ReadUnits(PipelineStep):  # type: ignore[misc]  # datatrove has no types
                         if self.stop:
                             raise bad_input_error(unit, item)
                         self.stat_update(DROPPED + item.reason)
-                        removed.write(_rejected(unit, item), rank)
+                        self.removed.write(_rejected(unit, item), rank)
                         continue
                     self.stat_update(READ)
                     metadata: dict[str, Any] = {
@@ -280,7 +281,7 @@ class _Chain:
             writer = RemovedWriter(folder, "length")
             blocks.append(clean.LengthFilter(data.min_characters, data.max_characters, exclusion_writer=writer))
         if steps.split_long:
-            blocks.append(clean.SplitLong(steps.split_long.max_characters))
+            blocks.append(SplitLong(steps.split_long.max_characters))
         cleaned = self.work / "clean" / "removed"
         names = ["read", *clean.block_names(steps.model_dump())]
         sink = WriteDocuments(

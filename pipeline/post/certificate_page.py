@@ -19,8 +19,7 @@ from pipeline.page import render
 from pipeline.post.generation import first_difference
 from pipeline.post.picture import png_uri, scale_of
 from pipeline.post.verdict import FULL_PROMPTS, looser
-from pipeline.post.words import LOSSES, WORDS, Tree, plain_verdict
-from pipeline.post.words import number as number
+from pipeline.post.words import LOSSES, WORDS, Tree, number, plain_verdict
 from pipeline.run_report import PLOTS, Plot, Points, draw
 
 MAX_MAPS = 128  # heads whose G_LM is drawn; the worst ones where there are more

@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from pipeline.config import PostConfig
+from pipeline.post_config import PostConfig
 from pipeline.schedule import BUDGET_INVARIANT
 
 Tier = Literal["variant", "approximate", "invariant", "at round-off", "constant by construction", "unknown"]

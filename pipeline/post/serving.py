@@ -55,7 +55,7 @@ def read_prompts(model_input: Any) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Series and arrays as lists, and the 0-dim arrays that MLflow's server makes of single texts as texts."""
+    """Series and arrays as lists, and the 0-dim arrays that MLflow's server makes of single texts."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from launch.cli import main
 from pipeline.config import load_config
-from pipeline.tracking import client, open_run, tracking_uri
+from pipeline.mlflow_client import client, tracking_uri
+from pipeline.tracking import open_run
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -18,8 +18,9 @@ import psutil
 import pytest
 
 from launch.cli import main
-from pipeline import tracking
 from pipeline.checkpoints import committed, verify
+from pipeline.mlflow_client import client
+from pipeline.publish import published_checkpoints
 
 pytestmark = pytest.mark.timeout(900)  # each start loads torch and deepspeed in four processes
 PLDR = [sys.executable, "-m", "launch.cli"]
@@ -106,9 +107,9 @@ def steps_saved(folder: Path) -> list[int]:
 
 def mlflow_run(folder: Path):
     """MLflow's client and its only run."""
-    client = tracking.client(f"sqlite:///{folder / 'run' / 'mlflow.db'}")
-    [run] = client.search_runs([client.get_experiment_by_name("pldr").experiment_id])
-    return client, run
+    server = client(f"sqlite:///{folder / 'run' / 'mlflow.db'}")
+    [run] = server.search_runs([server.get_experiment_by_name("pldr").experiment_id])
+    return server, run
 
 
 def last_bytes(folder: Path) -> dict[str, bytes]:
@@ -245,7 +246,7 @@ def outcome(folder: Path) -> tuple[dict[str, dict[str, bytes]], list[tuple[int, 
     client, run = mlflow_run(folder)
     assert run.info.status == "FINISHED"
     losses = sorted((p.step, p.value) for p in client.get_metric_history(run.info.run_id, "train/loss"))
-    published = tracking.published_checkpoints(f"sqlite:///{folder / 'run' / 'mlflow.db'}", run.info.run_id)
+    published = published_checkpoints(f"sqlite:///{folder / 'run' / 'mlflow.db'}", run.info.run_id)
     return kept, losses, set(published)
 
 

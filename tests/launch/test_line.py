@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from pipeline import tracking
 from pipeline.config import load_config
+from pipeline.mlflow_client import client, tracking_uri
 from pipeline.post.schema import read_certificate
+from pipeline.publish import published_checkpoints
 
 PLDR = [sys.executable, "-m", "launch.cli"]
 
@@ -99,7 +100,7 @@ def test_the_run_in_mlflow_has_no_gap_and_no_double(finished):
     path, _, output, _ = finished
     config = load_config(path)
     run_id = result_of(output)["run_id"]
-    mlflow = tracking.client(tracking.tracking_uri(config))
+    mlflow = client(tracking_uri(config))
     steps = [p.step for p in mlflow.get_metric_history(run_id, "train/loss")]
     assert sorted(steps) == list(range(10, 501, 10))
     run = mlflow.get_run(run_id)
@@ -125,7 +126,7 @@ def test_the_run_in_mlflow_has_no_gap_and_no_double(finished):
 def test_the_run_in_mlflow_knows_its_nodes_and_has_the_trace(finished):
     path, run_dir, output, _ = finished
     run_id = result_of(output)["run_id"]
-    mlflow = tracking.client(tracking.tracking_uri(load_config(path)))
+    mlflow = client(tracking_uri(load_config(path)))
     run = mlflow.get_run(run_id)
     assert run.data.tags["pldr.nodes"] == f"node-0 {socket.gethostname()}"
     assert run.data.metrics["system/node-0/memory_gb"] > 0 and run.data.metrics["system/rank_seconds_median"] > 0
@@ -192,7 +193,7 @@ def test_generate_and_pyfunc_say_the_same(finished):
         "m = mlflow.pyfunc.load_model('models:/pldr@certified');"
         "print(json.dumps(m.predict(['ab', 'abc de'], params={'max_new_tokens': 12})))"
     )
-    uri = tracking.tracking_uri(load_config(path))
+    uri = tracking_uri(load_config(path))
     done = subprocess.run([sys.executable, "-c", script, uri], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.strip().splitlines()[-1]) == completions and all(completions)
@@ -210,9 +211,9 @@ def test_a_resume_from_mlflow_alone_is_bit_equal(finished, tmp_path):
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     path, run_dir, output, _ = finished
-    uri = tracking.tracking_uri(load_config(path))
+    uri = tracking_uri(load_config(path))
     run_id = result_of(output)["run_id"]
-    mlflow = tracking.client(uri)
+    mlflow = client(uri)
     # What the straight run saved last is taken away, so that the last hundred steps have to be trained again.
     get_artifact_repository(mlflow.get_run(run_id).info.artifact_uri).delete_artifacts("checkpoints/step-000500")
     other = [f"run_dir={tmp_path / 'other'}", f"tracking.uri={uri}"]
@@ -229,7 +230,7 @@ def test_a_resume_from_mlflow_alone_is_bit_equal(finished, tmp_path):
     assert (tmp_path / "other" / "weights" / "model.safetensors").read_bytes() == weights
     steps = [p.step for p in mlflow.get_metric_history(run_id, "train/loss")]
     assert sorted(steps) == list(range(10, 501, 10))
-    assert tracking.published_checkpoints(uri, run_id) == ["step-000500", "step-000400"]
+    assert published_checkpoints(uri, run_id) == ["step-000500", "step-000400"]
     code, _, errors = pldr("train", path, *other, "seed=2", "--resume", run_id)
     assert code == 2 and "was made with seed=1" in errors
 
@@ -257,7 +258,7 @@ def test_a_corrupted_checkpoint_falls_back_loudly(finished):
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     path, run_dir, output, _ = finished
-    run = tracking.client(tracking.tracking_uri(load_config(path))).get_run(result_of(output)["run_id"])
+    run = client(tracking_uri(load_config(path))).get_run(result_of(output)["run_id"])
     get_artifact_repository(run.info.artifact_uri).delete_artifacts("checkpoints/step-000500")  # else it is fetched
     newest = run_dir / "checkpoints" / "step-000500"
     victim = next((newest / "step-000500").glob("*model_states.pt"))
@@ -311,7 +312,7 @@ def test_a_failed_certificate_is_exit_3_and_can_be_packaged_marked(tmp_path, mak
         assert (
             "uncertified" in (bundle / name).read_text().lower() or '"certified": false' in (bundle / name).read_text()
         )
-    mlflow = tracking.client(tracking.tracking_uri(load_config(path)))
+    mlflow = client(tracking_uri(load_config(path)))
     assert [v.aliases for v in mlflow.search_model_versions("name='pldr'")] == [[]]
 
 

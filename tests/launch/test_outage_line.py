@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from pipeline import checkpoints, publish, tracking
+from pipeline import checkpoints, publish
 from pipeline.config import load_config
+from pipeline.mlflow_client import client
 
 PLDR = [sys.executable, "-m", "launch.cli"]
 
@@ -58,7 +59,7 @@ def test_a_run_that_mlflow_hears_of_afterwards(tmp_path, make_run, server, capsy
     code, out, errors = pldr("track", "replay", *words, "--json")
     assert code == 0, errors
     run_id = json.loads(out.splitlines()[-1])["run_id"]
-    mlflow = tracking.client(server.uri)
+    mlflow = client(server.uri)
     assert mlflow.get_run(run_id).info.status == "FAILED"
     assert [item.path for item in mlflow.list_artifacts(run_id, "failure")]
     server.kill()

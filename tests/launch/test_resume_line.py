@@ -7,8 +7,8 @@ import json
 import pytest
 
 from launch.cli import main
-from pipeline import tracking
 from pipeline.config import load_config
+from pipeline.mlflow_client import client, tracking_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # PLGA's gradients are ill-conditioned at the start: straight runs on one and on two ranks are 1e-4 apart after ten steps.
@@ -32,7 +32,7 @@ def trained(config, *arguments):
     code, output, errors = pldr(config, "train", *arguments)
     assert code == 0, errors + output
     result = json.loads(output.strip().splitlines()[-1])["result"]
-    mlflow = tracking.client(tracking.tracking_uri(load_config(config, overrides)))
+    mlflow = client(tracking_uri(load_config(config, overrides)))
     points = mlflow.get_metric_history(result["run_id"], "train/loss")
     losses = {p.step: p.value for p in points}
     assert len(losses) == len(points)  # no step twice

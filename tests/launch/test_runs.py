@@ -8,6 +8,7 @@ import pytest
 from launch.cli import main
 from pipeline import tracking
 from pipeline.config import load_config
+from pipeline.mlflow_client import client, tracking_uri
 
 
 def run(capsys, *arguments):
@@ -22,7 +23,7 @@ def runs(tmp_path_factory, make_run):
     folder = tmp_path_factory.mktemp("runs")
     path = make_run(folder)
     first = load_config(path)
-    uri = tracking.tracking_uri(first)
+    uri = tracking_uri(first)
     second = load_config(path, [f"run_dir={folder / 'second'}", f"tracking.uri={uri}", "name=second"])
     ids = []
     for config, loss in ((first, 2.0), (second, 3.0)):
@@ -31,7 +32,7 @@ def runs(tmp_path_factory, make_run):
         tracker.log(10, {"train/loss": loss + 1, "invariance/budget": 0.5})
         tracker.log(20, {"train/loss": loss, "val/loss_cached": loss + 0.5, "invariance/order_parameter_G": 1e-7})
         assert tracker.close("FINISHED" if config is first else None)
-    mlflow = tracking.client(uri)
+    mlflow = client(uri)
     mlflow.set_tag(ids[0], "pldr.verdict", "certified")
     mlflow.set_tag(ids[0], "pldr.checkpoints", "step-000010,step-000020")
     mlflow.delete_tag(ids[1], "pldr.local_id")

@@ -8,8 +8,11 @@ import pytest
 
 from launch.cli import main
 from pipeline import checkpoints, publish, storage, tracking
-from pipeline.config import parse_config
+from pipeline.config import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
+from pipeline.mlflow_client import client, tracking_uri
+from pipeline.publish import fetch_checkpoint, published_checkpoints
+from pipeline.run_record import remembered
 
 TREE = {
     "name": "t",
@@ -24,17 +27,17 @@ def configuration(folder, **sections):
 
 
 def history(config, run_id, key):
-    points = tracking.client(tracking.tracking_uri(config)).get_metric_history(run_id, key)
+    points = client(tracking_uri(config)).get_metric_history(run_id, key)
     return [(p.step, p.value) for p in sorted(points, key=lambda p: (p.step, p.timestamp))]
 
 
 def save(config, step):
     """A committed checkpoint as the run's own."""
     name = checkpoints.checkpoint_name(step)
-    target = tracking.RunPaths(config.run_dir).checkpoints / name
+    target = RunPaths(config.run_dir).checkpoints / name
     (target / name).mkdir(parents=True)
     (target / name / "rank_0.pt").write_bytes(bytes([step]) * 1000)
-    run_id = tracking.remembered(config).id
+    run_id = remembered(config).id
     storage.publish_json(
         target / "state.json", {"schema_version": 1, "step": step, "config": {}, "mlflow_run_id": run_id}
     )
@@ -90,10 +93,10 @@ def test_a_new_run_begins_without_the_server_and_is_replayed_once(tmp_path, serv
     real = result["run_id"]
     assert tracking.open_run(config) == real and tracking.same_run(config, run_id, real)
     assert history(config, real, "train/loss") == [(10, 10.0), (20, 20.0), (30, 30.0), (40, 40.0)]
-    assert tracking.published_checkpoints(server.uri, real) == ["step-000040", "step-000020"]
-    fetched = tracking.fetch_checkpoint(server.uri, real, "step-000040", tmp_path / "elsewhere")
+    assert published_checkpoints(server.uri, real) == ["step-000040", "step-000020"]
+    fetched = fetch_checkpoint(server.uri, real, "step-000040", tmp_path / "elsewhere")
     assert checkpoints.verify(fetched)["mlflow_run_id"] == run_id
-    mlflow = tracking.client(server.uri)
+    mlflow = client(server.uri)
     runs = mlflow.search_runs([mlflow.get_experiment_by_name("pldr").experiment_id])
     assert [run.info.run_id for run in runs] == [real] and runs[0].info.run_name == "t"
     assert runs[0].data.params["model.head_dim"] == "4" and runs[0].data.tags["pldr.local_id"] == run_id
@@ -123,8 +126,8 @@ def test_an_outage_in_the_middle_loses_nothing_and_never_blocks(tmp_path, server
     assert publisher.close(60) == [] and tracker.close("FINISHED")
     assert slowest < 0.5
     assert history(config, run_id, "train/loss") == [(step, float(step)) for step in range(1, 41)]
-    assert tracking.published_checkpoints(server.uri, run_id) == ["step-000020"]
-    assert tracking.client(server.uri).get_run(run_id).info.status == "FINISHED"
+    assert published_checkpoints(server.uri, run_id) == ["step-000020"]
+    assert client(server.uri).get_run(run_id).info.status == "FINISHED"
 
 
 @pytest.mark.slow
@@ -141,7 +144,7 @@ def test_a_known_run_goes_on_while_the_server_is_away_and_its_end_is_told_later(
     save(config, 20)
     publisher.saved(20)
     assert publisher.close(60) == [] and first.close("FAILED")
-    assert tracking.published_checkpoints(server.uri, run_id) == ["step-000020", "step-000010"]  # 5 is gone there too
+    assert published_checkpoints(server.uri, run_id) == ["step-000020", "step-000010"]  # 5 is gone there too
     young = configuration(tmp_path / "young", tracking={"uri": server.uri})
     begun = tracking.open_run(young)
     server.kill()
@@ -156,12 +159,12 @@ def test_a_known_run_goes_on_while_the_server_is_away_and_its_end_is_told_later(
     tracking.log_files(config, run_id, {str(tmp_path / "certificate.json"): "certificate"}, tags={"pldr.verdict": "x"})
     assert tracking.finish(config, run_id) == run_id
     server.start()
-    assert tracking.client(server.uri).get_run(run_id).info.status == "FAILED"
+    assert client(server.uri).get_run(run_id).info.status == "FAILED"
     assert tracking.settle(config, run_id)["complete"]
     assert [step for step, _ in history(config, run_id, "train/loss")] == [10, 20, 30, 40]
-    run = tracking.client(server.uri).get_run(run_id)
+    run = client(server.uri).get_run(run_id)
     assert run.info.status == "FINISHED" and run.data.tags["pldr.verdict"] == "x"
-    names = [item.path for item in tracking.client(server.uri).list_artifacts(run_id, "certificate")]
+    names = [item.path for item in client(server.uri).list_artifacts(run_id, "certificate")]
     assert names == ["certificate/certificate.json"]
 
 

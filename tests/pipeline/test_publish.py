@@ -9,8 +9,9 @@ import pytest
 
 from pipeline import checkpoints, publish, storage, tracking
 from pipeline.config import parse_config
+from pipeline.mlflow_client import client, tracking_uri
 from pipeline.places import MlflowPlace, UrlPlace, names_in
-from pipeline.publish import Publisher
+from pipeline.publish import Publisher, fetch_checkpoint, published_checkpoints
 from pipeline.retention import Policy
 
 TREE = {
@@ -44,7 +45,7 @@ def store(tmp_path_factory):
     """One SQLite store for all: making one takes seconds."""
     config = configuration(tmp_path_factory.mktemp("mlflow"))
     tracking.open_run(config)
-    return tracking.tracking_uri(config)
+    return tracking_uri(config)
 
 
 @pytest.fixture(params=["mlflow", "folder", "s3"])
@@ -308,15 +309,15 @@ def test_a_run_says_where_its_checkpoints_are(tmp_path, request, kind, store):
         save(folder, step)
         publisher.saved(step)
     assert publisher.close(30) == [] and tracker.close()
-    tags = tracking.client(uri).get_run(run_id).data.tags
+    tags = client(uri).get_run(run_id).data.tags
     assert tags["pldr.checkpoints"] == "step-000002,step-000003"
     assert tags["pldr.publish_to"].startswith("s3://" if kind == "s3" else "")
-    assert tracking.published_checkpoints(uri, run_id) == ["step-000003", "step-000002"]
+    assert published_checkpoints(uri, run_id) == ["step-000003", "step-000002"]
     other = configuration(tmp_path / "b", tracking={"uri": uri})  # does not say publish_to
     assert tracking.open_run(other, run_id=run_id) == run_id
     place, names = publish.available(other, run_id)
     assert names == ["step-000003", "step-000002"]
     fetched = publish.fetch(place, names[0], tmp_path / "b" / "checkpoints")
     assert checkpoints.verify(fetched)["step"] == 3
-    again = tracking.fetch_checkpoint(uri, run_id, "step-000002", tmp_path / "c")
+    again = fetch_checkpoint(uri, run_id, "step-000002", tmp_path / "c")
     assert checkpoints.verify(again)["step"] == 2

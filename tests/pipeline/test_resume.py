@@ -11,7 +11,8 @@ from pipeline import run_record, storage, tracking
 from pipeline.checkpoints import committed, step_of, verify
 from pipeline.config import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
-from pipeline.publish import open_publisher
+from pipeline.mlflow_client import client, tracking_uri
+from pipeline.publish import open_publisher, published_checkpoints
 from pipeline.resume import Resume, changes, check_inputs, find_start, names_run, parse_resume, require_newest
 
 AWAY = "http://127.0.0.1:9"  # nobody listens there
@@ -65,7 +66,7 @@ def uri(tmp_path_factory):
     """One store for all: making its tables takes longest."""
     folder = tmp_path_factory.mktemp("mlflow")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
-    tracking.client(uri).create_experiment("pldr", artifact_location=(folder / "artifacts").as_uri())
+    client(uri).create_experiment("pldr", artifact_location=(folder / "artifacts").as_uri())
     return uri
 
 
@@ -156,7 +157,7 @@ def test_a_damaged_checkpoint_comes_from_its_published_copy_before_an_older_one_
 
 
 def test_a_checkpoint_damaged_here_and_there_falls_back_loudly(run):
-    published = Path(tracking.client(run.uri).get_run(run.id).info.artifact_uri.removeprefix("file://")) / "checkpoints"
+    published = Path(client(run.uri).get_run(run.id).info.artifact_uri.removeprefix("file://")) / "checkpoints"
     for folder in (run.paths.checkpoints, published):
         (folder / "step-000006" / "step-000006" / "weights.pt").write_bytes(b"x" * 100)
     assert run.start().checkpoint.name == "step-000003"
@@ -193,7 +194,7 @@ def test_a_job_file_that_is_started_a_second_time_is_refused(run):
 
 
 def runs_in(uri):
-    mlflow = tracking.client(uri)
+    mlflow = client(uri)
     return {r.info.run_id for r in mlflow.search_runs([e.experiment_id for e in mlflow.search_experiments()])}
 
 
@@ -229,7 +230,7 @@ def test_a_run_that_a_mistyped_server_never_made_is_made_at_the_right_one(tmp_pa
     run.uri = uri
     start = run.start()
     assert start.checkpoint.name == "step-000003" and start.run_id in runs_in(uri)
-    assert tracking.client(uri).get_run(start.run_id).data.tags["pldr.local_id"] == local
+    assert client(uri).get_run(start.run_id).data.tags["pldr.local_id"] == local
 
 
 def test_a_lost_run_file_makes_no_second_run(run):
@@ -270,7 +271,7 @@ def test_nothing_is_fetched_beside_another_runs_checkpoints(run, tmp_path):
 
 
 def test_a_refused_start_leaves_a_finished_run_finished(run):
-    mlflow = tracking.client(run.uri)
+    mlflow = client(run.uri)
     tracking.finish(run.config(), run.id)
     with pytest.raises(ConfigError):
         run.start(today={**TODAY, "data_fingerprint": "e" * 64})
@@ -282,14 +283,14 @@ def test_a_named_checkpoint_takes_the_run_back(run, by_path):
     target = run.paths.checkpoints / "step-000003"
     start = run.start(str(target) if by_path else f"runs:/{run.id}/checkpoints/step-000003")
     assert (start.run_id, start.checkpoint) == (run.id, target)
-    uri = tracking.tracking_uri(run.config())
-    assert names(run) == ["step-000003"] == tracking.published_checkpoints(uri, run.id)
+    uri = tracking_uri(run.config())
+    assert names(run) == ["step-000003"] == published_checkpoints(uri, run.id)
     assert (run.paths.checkpoints / ".later-step-000006" / "step-000006" / "weights.pt").exists()  # nothing is deleted
     assert "back at step-000003: step-000006 set aside" in run.said[0]
     assert run.start().checkpoint == target  # the next start does not jump ahead again
     run.commit(6, run.id)
     run.publish(run.id)
-    assert tracking.published_checkpoints(uri, run.id) == ["step-000006", "step-000003"]
+    assert published_checkpoints(uri, run.id) == ["step-000006", "step-000003"]
 
 
 def test_a_named_checkpoint_comes_from_mlflow_or_is_told_missing(run):
@@ -306,7 +307,7 @@ def test_a_path_begins_a_run_of_its_own(run, tmp_path):
     assert start.run_id != run.id and start.state["mlflow_run_id"] == start.run_id
     assert start.checkpoint == other.paths.checkpoints / "step-000003" and verify(start.checkpoint) == start.state
     assert verify(source)["mlflow_run_id"] == run.id and names(run) == ["step-000003", "step-000006"]  # untouched
-    stored = tracking.client(tracking.tracking_uri(other.config())).get_run(start.run_id)
+    stored = client(tracking_uri(other.config())).get_run(start.run_id)
     assert stored.data.tags["pldr.continued_from"] == str(source) and stored.data.params["train.max_lr"] == "0.0001"
     # The same command again goes on with what this run has saved since; so does auto.
     other.commit(5, start.run_id, train={"max_lr": 1e-4})
@@ -377,7 +378,7 @@ def test_what_changed_is_told_and_becomes_tags(run):
     }
     assert changes(start, run.config(), ranks=2) == {}
     tracking.set_tags(run.config(), run.id, {f"resumed.6.{key}": value for key, value in changed.items()})
-    stored = tracking.client(tracking.tracking_uri(run.config())).get_run(run.id)
+    stored = client(tracking_uri(run.config())).get_run(run.id)
     assert stored.data.tags["resumed.6.train.zero_stage"] == "1 -> 3"
     assert stored.data.params["train.zero_stage"] == "1" and json.loads(stored.data.params["train.micro_batch"]) == 2
 

@@ -9,6 +9,7 @@ import yaml
 
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, UserError
+from pipeline.mlflow_client import client, tracking_uri
 from pipeline.pretrain import ranks_on_this_node
 from pipeline.stages import Line, exclusive
 
@@ -136,12 +137,11 @@ def test_tokens_for_another_model_are_refused(line):
 
 
 def test_a_launch_that_trained_nothing_is_a_failure_and_marks_the_run(line):
-    from pipeline import tracking
 
     def status():
         """And RUNNING again, as ranks would mark it."""
         run_id = json.loads((one.paths.root / "run.json").read_text())["run_id"]
-        mlflow = tracking.client(tracking.tracking_uri(one.config))
+        mlflow = client(tracking_uri(one.config))
         before = mlflow.get_run(run_id).info.status
         mlflow.update_run(run_id, status="RUNNING")
         return before
@@ -162,7 +162,7 @@ def test_a_launch_that_trained_nothing_is_a_failure_and_marks_the_run(line):
 
 def test_a_restart_that_cannot_be_prepared_marks_the_run_failed(line, monkeypatch):
     """With the traceback of the crash as an artifact; the disk has filled up in between."""
-    from pipeline import pretrain, tracking
+    from pipeline import pretrain
 
     def crash(config, job_file, ranks):
         (one.paths.logs / "train.log").write_text("Traceback (most recent call last):\n  File\nOSError: rank 1 broke\n")
@@ -177,7 +177,7 @@ def test_a_restart_that_cannot_be_prepared_marks_the_run_failed(line, monkeypatc
     with pytest.raises(UserError, match="the disk is full"):
         one.stage("train")
     assert "rank 1: something broke; it could not be restarted" in said
-    mlflow = tracking.client(tracking.tracking_uri(one.config))
+    mlflow = client(tracking_uri(one.config))
     run_id = json.loads((one.paths.root / "run.json").read_text())["run_id"]
     assert mlflow.get_run(run_id).info.status == "FAILED"
     (artifact,) = mlflow.list_artifacts(run_id, "failure")

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.urls import check_url
 
 
 def test_publish_leaves_the_old_file_when_writing_fails(tmp_path):
@@ -81,7 +82,7 @@ def test_publish_over_http_is_refused():
 @pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "simplecache::pipe:ls"])
 def test_pipe_urls_are_refused(url):
     with pytest.raises(UserError, match="run a shell and are refused"):
-        storage.check_url(url)
+        check_url(url)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "", "a/../../b", "a\\..\\b", "a\0b"])

@@ -11,6 +11,8 @@ import pytest
 from pipeline import tracking
 from pipeline.config import parse_config
 from pipeline.errors import ConfigError, UserError
+from pipeline.metrics_spool import Tracker
+from pipeline.mlflow_client import client, tracking_uri
 
 TREE = {
     "name": "t",
@@ -23,7 +25,7 @@ TREE = {
 def empty_store(tmp_path_factory):
     """MLflow takes seconds to make a SQLite file; the tests copy one."""
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracking.client(f"sqlite:///{file}").search_experiments()
+    client(f"sqlite:///{file}").search_experiments()
     configuration.store = file
 
 
@@ -35,7 +37,7 @@ def configuration(folder, **sections):
 
 
 def history(config, run_id, key):
-    points = tracking.client(tracking.tracking_uri(config)).get_metric_history(run_id, key)
+    points = client(tracking_uri(config)).get_metric_history(run_id, key)
     return [(p.step, p.value) for p in sorted(points, key=lambda p: p.step)]
 
 
@@ -44,22 +46,22 @@ def test_one_run_without_gap_or_double_over_a_resume(tmp_path):
     run_id = tracking.open_run(config)
     assert tracking.open_run(config) == run_id  # the run directory remembers
     spool = tmp_path / "logs" / "m.jsonl"
-    first = tracking.Tracker(tracking.tracking_uri(config), run_id, spool)
+    first = Tracker(tracking_uri(config), run_id, spool)
     for step in (10, 20, 30):
         first.log(step, {"train/loss": float(step)})
     first.log(30, {"val/loss_block": 1.0})
     assert first.close()
     spool.write_bytes(spool.read_bytes() + b'{"step": 40, "val')  # killed inside a write
-    second = tracking.Tracker(tracking.tracking_uri(config), run_id, spool)
+    second = Tracker(tracking_uri(config), run_id, spool)
     for step in (20, 30, 40):  # resumed from step 10
         second.log(step, {"train/loss": float(step)})
     assert second.close("FINISHED")
     assert history(config, run_id, "train/loss") == [(10, 10.0), (20, 20.0), (30, 30.0), (40, 40.0)]
     assert history(config, run_id, "val/loss_block") == [(30, 1.0)]
-    run = tracking.client(tracking.tracking_uri(config)).get_run(run_id)
+    run = client(tracking_uri(config)).get_run(run_id)
     assert run.info.status == "FINISHED" and run.data.params["model.head_dim"] == "4"
     # On another machine the spool is not there: MLflow knows how far the run came.
-    third = tracking.Tracker(tracking.tracking_uri(config), run_id, tmp_path / "elsewhere" / "m.jsonl")
+    third = Tracker(tracking_uri(config), run_id, tmp_path / "elsewhere" / "m.jsonl")
     third.log(40, {"train/loss": 40.0})
     third.log(50, {"train/loss": 50.0})
     assert third.close()
@@ -78,12 +80,12 @@ def test_a_damaged_spool_does_not_end_a_run(tmp_path):
     config = configuration(tmp_path)
     run_id = tracking.open_run(config)
     spool = tmp_path / "m.jsonl"
-    first = tracking.Tracker(tracking.tracking_uri(config), run_id, spool)
+    first = Tracker(tracking_uri(config), run_id, spool)
     first.log(1, {"train/loss": 1.0})
     assert first.close()
     spool.write_bytes(b'{"step": 5, "va\n[]\n' + spool.read_bytes())
     spool.with_suffix(".sent").write_text("xx")
-    second = tracking.Tracker(tracking.tracking_uri(config), run_id, spool)
+    second = Tracker(tracking_uri(config), run_id, spool)
     second.log(2, {"train/loss": 2.0})
     assert second.close("FINISHED")
     assert history(config, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
@@ -122,7 +124,7 @@ def test_a_failure_is_marked_with_the_tracebacks_of_this_start(tmp_path):
     with open(log, "a") as stream:
         stream.write("pldr-status| step 10/40\n" + crash.stderr + "[launch] exits with return code = 1\n" * 300)
     tracking.fail(config, run_id, UserError("training failed: rank 1"), log_from=start)
-    mlflow = tracking.client(tracking.tracking_uri(config))
+    mlflow = client(tracking_uri(config))
     assert mlflow.get_run(run_id).info.status == "FAILED"
     (artifact,) = mlflow.list_artifacts(run_id, "failure")
     with open(mlflow.download_artifacts(run_id, artifact.path, str(tmp_path))) as stream:
@@ -167,7 +169,7 @@ def log_losses(config, run_id, steps):
 def machines(tmp_path):
     """Two run directories of one run."""
     here = configuration(tmp_path / "a")
-    uri = tracking.tracking_uri(here)
+    uri = tracking_uri(here)
     here = configuration(tmp_path / "a", tracking={"uri": uri})
     there = configuration(tmp_path / "b", tracking={"uri": uri})
     run_id = tracking.open_run(here)
@@ -189,7 +191,7 @@ def test_what_a_machine_still_owes_is_sent_although_the_run_is_further(machines)
     spool = tracking.spool_of(here, run_id)
     assert log_losses(here, run_id, (10, 20, 30, 40, 50))
     owed = spool.read_bytes()
-    mlflow = tracking.client(tracking.tracking_uri(here))
+    mlflow = client(tracking_uri(here))
     experiment = mlflow.get_run(run_id).info.experiment_id
     fresh = mlflow.create_run(experiment).info.run_id  # a run that MLflow has nothing of yet
     spool.with_suffix(".sent").unlink()
@@ -212,7 +214,7 @@ def test_a_spool_that_gets_another_name_loses_nothing(tmp_path):
         lines = [json.dumps({"step": s, "time": 1000 + s, "values": {"train/loss": float(s)}}) + "\n" for s in steps]
         old.write_text("".join(lines) + '{"step": 5')
         if 10 in steps:  # MLflow has the first of them
-            tracking.client(tracking.tracking_uri(config)).log_metric(run_id, "train/loss", 10.0, 1010, 10)
+            client(tracking_uri(config)).log_metric(run_id, "train/loss", 10.0, 1010, 10)
             old.with_suffix(".sent").write_text(json.dumps({"sent": len(lines[0])}))
         assert log_losses(config, run_id, ())
         assert not old.exists() and not old.with_suffix(".sent").exists()

@@ -15,7 +15,7 @@ import webdataset
 from pipeline.config import RunConfig, RunPaths
 from pipeline.data.documents import DocumentIndex, read_shard
 from pipeline.data.index import TokenIndex
-from pipeline.data.loader import TokenReader
+from pipeline.data.reader import TokenReader
 from pipeline.data.tokenize import tokenize_documents
 
 MakeConfig = Callable[..., RunConfig]

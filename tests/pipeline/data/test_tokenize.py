@@ -18,8 +18,8 @@ import pytest
 from pipeline.config import RunConfig, RunPaths
 from pipeline.data.documents import DocumentIndex, read_shard
 from pipeline.data.index import TokenIndex, dtype_for
-from pipeline.data.loader import TokenReader
 from pipeline.data.pack import Concat
+from pipeline.data.reader import TokenReader
 from pipeline.data.tar import TarWriter
 from pipeline.data.tokenize import _Blocks, npy_bytes, tokenize_documents
 from pipeline.errors import UserError

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.post.bundle import FILES, verify_bundle
+from pipeline.post.bundle import verify_bundle
+from pipeline.post.bundle_checks import FILES
 from pipeline.post.card import CERTIFIED_LINE, UNCERTIFIED_LINE
 from pipeline.post.inference import Bundle
 from pipeline.post.tensors import read_header, serialise

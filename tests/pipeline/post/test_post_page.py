@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from pipeline.certify import _twin
 from pipeline.config import RunConfig
-from pipeline.post.certificate_page import MAX_MAPS, Evidence, Shown, certificate_page, number, show_sample
+from pipeline.post.certificate_page import MAX_MAPS, Evidence, Shown, certificate_page, show_sample
 from pipeline.post.extract import extract_g
 from pipeline.post.picture import LEVELS, palette, png_uri, scale_of
 from pipeline.post.validate import validate
+from pipeline.post.words import number
 from pipeline.storage import publish_json
 from pldr_model.model import PLDRModel
 

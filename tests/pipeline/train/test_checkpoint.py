@@ -22,7 +22,7 @@ from pipeline.train import checkpoint
 from pipeline.train.save import Saver
 from pipeline.train.engine import init_distributed, build_engine
 from pipeline.config import TrainConfig
-import pipeline.train.optim as optim
+import pipeline.train.optim
 torch.set_num_threads(1)
 init_distributed(60)
 model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
