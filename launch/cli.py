@@ -26,7 +26,7 @@ from launch.runs import add_run_verbs
 from launch.sweep import add_sweep_verb
 from launch.terminal import say as _show
 from launch.terminal import status_lines
-from pipeline.config import RunConfig, load_config
+from pipeline.config.run import RunConfig, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.stages import NAMES, Line, exclusive
 from pipeline.storage import explain_os_error
@@ -244,7 +244,7 @@ def _prepare(line: Line, arguments: Any) -> Result:
 
 
 def _plan(arguments: Any, show: Callable[[str], None]) -> Result:
-    from pipeline.plan import plan, plan_lines
+    from pipeline.config.plan import plan, plan_lines
 
     if not 0 < arguments.mfu <= 1 or arguments.devices < 1 or arguments.peak_tflops <= 0:
         raise ConfigError("plan: --mfu is between 0 and 1, --devices and --peak-tflops are positive")

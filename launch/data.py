@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, RunPaths, documents_folder, load_config, tokens_folder
+from pipeline.config.run import RunConfig, RunPaths, documents_folder, load_config, tokens_folder
 from pipeline.errors import ConfigError
 from pipeline.stages import LOCK
 from pipeline.storage import exists

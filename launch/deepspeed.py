@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.hosts import SSH_ARGS, Host, carried, environment_file, is_private, private_file, ssh_options, sweep
 from launch.job import WORKER, free_port, rank_environment, run_job
 from pipeline import lifeline, storage
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.device import has_gpu
 from pipeline.errors import Stopped
 from pipeline.worker import ENVIRONMENT_FILE, PARENT_PIPE

@@ -24,7 +24,7 @@ from launch.hosts import Host, carried, on_each, read_hostfile, rendezvous_addre
 from launch.job import free_port
 from launch.probe import token_file
 from launch.reach import LOCAL, Runner, reach
-from pipeline.config import RunConfig, RunPaths, load_config, staging_folder, tokens_folder
+from pipeline.config.run import RunConfig, RunPaths, load_config, staging_folder, tokens_folder
 from pipeline.device import num_devices
 from pipeline.errors import ConfigError, UserError
 from pipeline.mlflow_client import tracking_uri

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
-from pipeline.config import load_config
+from pipeline.config.run import load_config
 from pipeline.errors import ConfigError, UserError
 from pldr_model.config import ModelConfig, RopeStyle
 from pldr_model.convert import from_reference, infer_config, load_checkpoint_file, save_checkpoint_file, to_reference

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from launch.template import fill_in
-from pipeline.config import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 
 NAME = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"

@@ -23,7 +23,7 @@ from launch.job import WORKER, rank_environment, run_job
 from launch.nodes import Follower, Lead
 from launch.scheduled import launch_kubernetes, launch_slurm
 from launch.terminal import say, status_lines
-from pipeline.config import RunConfig, RunPaths, load_config
+from pipeline.config.run import RunConfig, RunPaths, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.pretrain import check, ranks_on_this_node
 from pipeline.stages import Line, exclusive

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
-from pipeline.config import RunPaths
+from pipeline.config.run import RunPaths
 from pipeline.errors import UserError
 
 BEAT_S = 1.0

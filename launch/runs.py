@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import run_record, storage, tracking
 from pipeline.checkpoints import TRAINING_LOCK
-from pipeline.config import RunConfig, RunPaths, load_config, parse_config
+from pipeline.config.run import RunConfig, RunPaths, load_config, parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.mlflow_client import tracking_uri
 from pipeline.runs import list_runs, read_run

@@ -12,7 +12,7 @@ from launch.dry_run import dry_run
 from launch.terminal import say
 from pipeline import storage
 from pipeline.checkpoints import is_checkpoint_name
-from pipeline.config import RunPaths, load_config
+from pipeline.config.run import RunPaths, load_config
 from pipeline.errors import ConfigError
 from pipeline.pretrain import check
 

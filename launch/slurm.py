@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.template import fill_in
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError
 
 PLDR = [sys.executable, "-m", "launch.cli"]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 SHORT_S, PATIENT_S = "3", "600"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import storage, tracking
 from pipeline.checkpoints import TRAINING_LOCK, committed, step_of, verify
-from pipeline.config import RunConfig, RunPaths, tokens_folder
+from pipeline.config.run import RunConfig, RunPaths, tokens_folder
 from pipeline.device import has_gpu, num_devices
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.resume import Say, changes, find_start

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pipeline import storage
 from pipeline.checkpoints import COMMITTED, STATE, checkpoint_name, committed, step_of, verify
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import UserError, first_line
 from pipeline.metrics_spool import Tracker
 from pipeline.mlflow_client import client, is_away, mend_for, tracking_uri

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.checkpoints import COMMITTED, STATE, committed, remove_unfinished, step_of
-from pipeline.config import TrainConfig
+from pipeline.config.run import TrainConfig
 from pipeline.errors import UserError, first_line
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.checkpoints import committed, verify
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import UserError
 from pipeline.mlflow_client import client, tracking_uri
 from pipeline.urls import is_local, join, local_path

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.checkpoints import COMMITTED, committed
-from pipeline.config import RunConfig, RunPaths, documents_folder, tokens_folder
+from pipeline.config.run import RunConfig, RunPaths, documents_folder, tokens_folder
 from pipeline.errors import ConfigError, UserError
 from pipeline.outputs import Facts, facts_of, first_changed, remote_outputs
 from pipeline.pretrain import Launch, pretrain

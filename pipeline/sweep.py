@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
-from pipeline.config import RunConfig, RunPaths, flatten
+from pipeline.config.run import RunConfig, RunPaths, flatten
 from pipeline.errors import Stopped, UserError, first_line
 from pipeline.mlflow_client import client, mend_for, tracking_uri
 from pipeline.pretrain import Launch

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from pipeline.config import RunConfig, RunPaths, load_config
-from pipeline.data_config import Section
+from pipeline.config.data import Section
+from pipeline.config.run import RunConfig, RunPaths, load_config
 from pipeline.errors import ConfigError
 from pipeline.mlflow_client import tracking_uri
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.checkpoints import committed, step_of
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.metrics_spool import CLOSE_S, Tracker, take_over
 from pipeline.mlflow_client import client, is_away, mend_for, patience, tracking_uri

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config import FreezeConfig, RunConfig, RunPaths, TrainConfig, tokens_folder
+from pipeline.config.run import FreezeConfig, RunConfig, RunPaths, TrainConfig, tokens_folder
+from pipeline.config.schedule import planned_budget
 from pipeline.errors import ConfigError, UserError
-from pipeline.schedule import planned_budget
 from pldr_model.config import ModelConfig
 
 

@@ -26,7 +26,7 @@ import fsspec.config
 
 from pipeline import lifeline, storage
 from pipeline.checkpoints import TRAINING_LOCK
-from pipeline.config import RunConfig, RunPaths, parse_config, staging_folder, tokens_folder
+from pipeline.config.run import RunConfig, RunPaths, parse_config, staging_folder, tokens_folder
 from pipeline.errors import UserError, first_line
 from pipeline.network import choose_interface
 from pipeline.train.heartbeat import Heartbeat, blame

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config.data import Source
 from pipeline.data.documents import SCHEMA_VERSION as DOCUMENTS_VERSION
 from pipeline.data.documents import fingerprint_of
 from pipeline.data.index import SCHEMA_VERSION as TOKENS_VERSION
@@ -24,7 +25,6 @@ from pipeline.data.sources import find_files
 from pipeline.data.tar import TarWriter
 from pipeline.data.tokenize import npy_bytes
 from pipeline.data.units import Text, plan_units
-from pipeline.data_config import Source
 from pipeline.errors import UserError
 from pipeline.storage import publish_json
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from pipeline.data_config import DataConfig
+    from pipeline.config.data import DataConfig
 
 
 @dataclass(frozen=True)

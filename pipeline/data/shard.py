@@ -44,7 +44,7 @@ from pipeline.storage import publish_json, read_json, require_free_space, sha256
 from pipeline.urls import is_local, join, local_path
 
 if TYPE_CHECKING:  # workers import this module; torch is behind the configuration
-    from pipeline.config import RunConfig, RunPaths
+    from pipeline.config.run import RunConfig, RunPaths
 
 NOT_IN_RESULT = ("workers", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
 TASK_BYTES = 256_000_000  # of text, about: what one task gets unless data.tasks is set

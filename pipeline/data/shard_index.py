@@ -18,7 +18,7 @@ from pipeline.data.write import HISTOGRAM_BINS
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.data_config import DataConfig
+    from pipeline.config.data import DataConfig
 
 READ = "documents_read"
 IN_INDEX = ("clean", "val_fraction", "test_fraction", "min_characters", "max_characters", "max_document_megabytes")

@@ -42,7 +42,7 @@ MAGIC = re.compile(r"[*?[]")
 
 
 class SourceConfig(Protocol):
-    """What is read of `pipeline.data_config.Source` (workers must not import the whole configuration)."""
+    """What is read of `pipeline.config.data.Source` (workers must not import the whole configuration)."""
 
     @property
     def url(self) -> str: ...

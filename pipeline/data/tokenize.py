@@ -40,7 +40,7 @@ from pipeline.tokenizer import Tokenizer
 from pipeline.urls import is_local, join
 
 if TYPE_CHECKING:  # workers import this module; torch is behind the configuration
-    from pipeline.config import RunConfig, RunPaths
+    from pipeline.config.run import RunConfig, RunPaths
 
 BATCH_BYTES = 1 << 19  # handed to SentencePiece at once
 TOKENS_PER_BYTE = 0.5  # an upper estimate, for the free space

@@ -29,7 +29,7 @@ from pipeline.storage import publish_bytes
 from pipeline.tokenizer import SPECIAL_IDS, Tokenizer
 
 if TYPE_CHECKING:
-    from pipeline.config import RunConfig, RunPaths
+    from pipeline.config.run import RunConfig, RunPaths
 
 TRAINER_THREADS = 2
 PIECE_BYTES = 2048  # what the trainer sees as one sentence

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from pipeline.config.post import WeightFormat
 from pipeline.errors import UserError
 from pipeline.post.bundle_checks import (
     FILES,
@@ -42,7 +43,6 @@ from pipeline.post.schema import read_certificate
 from pipeline.post.tensors import load_tensors, serialise, sha256_tensors
 from pipeline.post.weight_format import SECTION, Packed, describe_format, pack, packed_shapes, unpack
 from pipeline.post.weights import state_shapes
-from pipeline.post_config import WeightFormat
 from pipeline.storage import (
     MANIFEST,
     manifest_of,

@@ -11,8 +11,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from pipeline.post_config import PostConfig
-from pipeline.schedule import BUDGET_INVARIANT
+from pipeline.config.post import PostConfig
+from pipeline.config.schedule import BUDGET_INVARIANT
 
 Tier = Literal["variant", "approximate", "invariant", "at round-off", "constant by construction", "unknown"]
 

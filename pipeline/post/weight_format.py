@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config.post import WeightFormat
 from pipeline.errors import UserError
 from pipeline.post.certificate import bundle_tensors
 from pipeline.post.observe import batches
 from pipeline.post.prompts import PromptKind, held_out_text, sha256_kinds
 from pipeline.post.tensors import sha256_tensors
-from pipeline.post_config import WeightFormat
 from pldr_model.model import PLDRModel, to_constant_g
 
 SECTION = "weight_format"  # of the certificate; absent for fp32

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.schedule import learning_rate
 from pipeline.errors import ConfigError
-from pipeline.schedule import learning_rate
 from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, device_of_rank, init_distributed, set_learning_rate
 from pipeline.train.optim import parameter_groups

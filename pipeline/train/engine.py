@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.config import TrainConfig
+from pipeline.config.run import TrainConfig
 from pipeline.device import has_gpu
 from pipeline.errors import ConfigError
 from pipeline.train.lean_zero import leave_out_the_needless

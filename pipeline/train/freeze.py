@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config import RunConfig, TrainConfig
+from pipeline.config.run import RunConfig, TrainConfig
 from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, device_of_rank, set_recipe
 from pipeline.train.reshard import carry_over

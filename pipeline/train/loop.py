@@ -18,12 +18,12 @@ import numpy as np
 import torch.distributed as dist
 
 from pipeline.checkpoints import checkpoint_name
-from pipeline.config import RunConfig, RunPaths, staging_folder
+from pipeline.config.run import RunConfig, RunPaths, staging_folder
+from pipeline.config.schedule import learning_rate
 from pipeline.errors import UserError
 from pipeline.metrics_spool import Tracker
 from pipeline.publish import Publisher
 from pipeline.retention import policy_of, retain
-from pipeline.schedule import learning_rate
 from pipeline.train.engine import device_of_rank, release, set_learning_rate
 from pipeline.train.freeze import calm, freeze, is_due, mean_g, num_batches
 from pipeline.train.heartbeat import Heartbeat

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 
-from pipeline.config import RunConfig
+from pipeline.config.run import RunConfig
 
 STATUS = "pldr-status| "
 FAILURE = "pldr-failure| "  # followed by an exit code, a space, and one line

@@ -11,8 +11,8 @@ import numpy as np
 import torch.distributed as dist
 
 from pipeline.checkpoints import COMMITTED, checkpoint_name, verify
-from pipeline.config import RunConfig, TrainConfig
-from pipeline.schedule import invariance_budget
+from pipeline.config.run import RunConfig, TrainConfig
+from pipeline.config.schedule import invariance_budget
 from pipeline.train import checkpoint
 from pipeline.train.engine import release, set_recipe
 from pipeline.train.freeze import engine_of, frozen_g

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from pipeline.config import load_config
+from pipeline.config.run import load_config
 from pipeline.mlflow_client import client, tracking_uri
 from pipeline.tracking import open_run
 

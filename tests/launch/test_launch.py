@@ -19,7 +19,7 @@ from launch.hosts import Host, address_of, carried, environment_file, is_private
 from launch.job import is_rank
 from launch.nodes import Follower, Lead
 from pipeline import lifeline
-from pipeline.config import RunPaths
+from pipeline.config.run import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.network import interface_towards
 

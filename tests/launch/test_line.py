@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from pipeline.config import load_config
+from pipeline.config.run import load_config
 from pipeline.mlflow_client import client, tracking_uri
 from pipeline.post.schema import read_certificate
 from pipeline.publish import published_checkpoints

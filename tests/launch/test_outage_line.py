@@ -13,7 +13,7 @@ import pytest
 
 from launch.cli import main
 from pipeline import checkpoints, publish
-from pipeline.config import load_config
+from pipeline.config.run import load_config
 from pipeline.mlflow_client import client
 
 PLDR = [sys.executable, "-m", "launch.cli"]

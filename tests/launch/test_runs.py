@@ -7,7 +7,7 @@ import pytest
 
 from launch.cli import main
 from pipeline import tracking
-from pipeline.config import load_config
+from pipeline.config.run import load_config
 from pipeline.mlflow_client import client, tracking_uri
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from launch import kubernetes, slurm
 from launch.cli import main
-from pipeline.config import load_config
+from pipeline.config.run import load_config
 from pipeline.errors import ConfigError, UserError
 
 SIZES = ("--nodes", "1", "--ranks-per-node", "1", "--gpus-per-node", "0")

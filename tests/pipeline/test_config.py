@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from pipeline.config import RunConfig, load_config, parse_config
+from pipeline.config.run import RunConfig, load_config, parse_config
 from pipeline.errors import ConfigError
 
 TREE = {

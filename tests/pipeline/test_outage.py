@@ -8,7 +8,7 @@ import pytest
 
 from launch.cli import main
 from pipeline import checkpoints, publish, storage, tracking
-from pipeline.config import RunPaths, parse_config
+from pipeline.config.run import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.mlflow_client import client, tracking_uri
 from pipeline.publish import fetch_checkpoint, published_checkpoints

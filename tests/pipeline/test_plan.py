@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.config import load_config
-from pipeline.plan import plan, plan_lines, state_bytes
-from pipeline.schedule import budget_verdict
+from pipeline.config.plan import plan, plan_lines, state_bytes
+from pipeline.config.run import load_config
+from pipeline.config.schedule import budget_verdict
 
 
 def test_the_papers_110m_recipe(repository):

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import run_record, storage, tracking
 from pipeline.checkpoints import committed, step_of, verify
-from pipeline.config import RunPaths, parse_config
+from pipeline.config.run import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.mlflow_client import client, tracking_uri
 from pipeline.publish import open_publisher, published_checkpoints

@@ -7,7 +7,7 @@ import random
 import pytest
 import yaml
 
-from pipeline.config import load_config
+from pipeline.config.run import load_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.mlflow_client import client, tracking_uri
 from pipeline.pretrain import ranks_on_this_node

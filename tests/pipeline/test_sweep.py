@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import RunPaths
+from pipeline.config.run import RunPaths
+from pipeline.config.schedule import invariance_budget
 from pipeline.errors import ConfigError, Stopped, UserError
-from pipeline.schedule import invariance_budget
 from pipeline.stages import Line
 from pipeline.storage import publish_json
 from pipeline.sweep import Sweep

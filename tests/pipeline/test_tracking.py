@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pipeline import tracking
-from pipeline.config import parse_config
+from pipeline.config.run import parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.metrics_spool import Tracker
 from pipeline.mlflow_client import client, tracking_uri

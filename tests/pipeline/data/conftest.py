@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import RunConfig, RunPaths, parse_config
+from pipeline.config.run import RunConfig, RunPaths, parse_config
 from pipeline.data.shard import shard_documents
 from pipeline.data.tokenize import tokenize_documents
 from pipeline.data.tokenizer import make_tokenizer

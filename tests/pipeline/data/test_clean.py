@@ -16,11 +16,11 @@ from datatrove.pipeline.base import PipelineStep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.data import Clean
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.clean import LanguageFilter, LengthFilter, block_names, document_blocks, language_of, repair
 from pipeline.data.documents import DocumentIndex, read_removed, read_shard
 from pipeline.data.shard import shard_documents
-from pipeline.data_config import Clean
 from pipeline.errors import UserError
 
 MakeConfig = Callable[..., RunConfig]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data import bench as benches
 from pipeline.data.bench import bench, in_turn, line
 from pipeline.data.bench_input import made_up, read_text, write_documents, write_tokens

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.data import DataConfig, Slurm
 from pipeline.data import slurm
 from pipeline.data.engines import LOCAL, DryRun, Engine, engine_of
 from pipeline.data.tasks import run_tasks, step_stats
-from pipeline.data_config import DataConfig, Slurm
 from pipeline.errors import UserError
 
 TASKS = 3

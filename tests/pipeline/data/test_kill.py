@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.shard import shard_documents
 from pipeline.data.tokenize import tokenize_documents
 from pipeline.data.tokenizer import make_tokenizer

@@ -11,7 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.documents import DocumentIndex, fingerprint_of, read_shard
 from pipeline.data.index import TokenIndex
 from pipeline.data.look import Sequence, Span, as_text, folder_of, read_sequence, spans, tokenizer_of, verify, visible

@@ -23,11 +23,11 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.config.data import Source
 from pipeline.data import parquet, read, units
 from pipeline.data.read import bad_input_error, read_unit
 from pipeline.data.sources import find_files
 from pipeline.data.units import Rejected, Text, Unit, plan_units
-from pipeline.data_config import Source
 from pipeline.errors import UserError
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {

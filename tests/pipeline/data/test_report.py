@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.charts import bars, median, power, share
 from pipeline.data.documents import DocumentIndex, read_removed
 from pipeline.data.report import headline, write_report

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 import webdataset
 
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.documents import DocumentIndex, read_removed, read_shard
 from pipeline.data.shard import shard_documents
 from pipeline.data.spool import split_key

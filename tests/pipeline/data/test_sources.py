@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config.data import Source
 from pipeline.data.read import read_unit
 from pipeline.data.sources import InputFile, find_files
 from pipeline.data.units import Rejected, Text, plan_units
-from pipeline.data_config import Source
 from pipeline.errors import UserError
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.documents import DocumentIndex, read_shard
 from pipeline.data.index import TokenIndex
 from pipeline.data.reader import TokenReader

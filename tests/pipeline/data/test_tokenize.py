@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.documents import DocumentIndex, read_shard
 from pipeline.data.index import TokenIndex, dtype_for
 from pipeline.data.pack import Concat

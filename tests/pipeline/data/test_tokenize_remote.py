@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.index import TokenIndex
 from pipeline.data.tokenize import tokenize_documents
 from pipeline.errors import UserError

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.documents import DocumentIndex, read_shard
 from pipeline.data.read import read_unit
 from pipeline.data.shard import shard_documents

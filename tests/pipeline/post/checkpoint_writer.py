@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from pipeline.config import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, init_distributed, set_learning_rate
 from pipeline.train.save import Saver

@@ -13,10 +13,10 @@ import pytest
 import sentencepiece
 import torch
 
+from pipeline.config.post import PostConfig
 from pipeline.post.bundle import build_bundle
 from pipeline.post.extract import extract_g
 from pipeline.post.validate import validate
-from pipeline.post_config import PostConfig
 from pipeline.storage import sha256_file
 from pldr_model.config import ModelConfig
 from pldr_model.generate import generate

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.config import RunConfig
+from pipeline.config.post import PostConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.schedule import invariance_budget
 from pipeline.post.bundle import verify_bundle
 from pipeline.post.card import CERTIFIED_LINE, CONSTANT_LINE
 from pipeline.post.certificate_page import Evidence, certificate_page
 from pipeline.post.extract import extract_g
 from pipeline.post.inference import Bundle
-from pipeline.post_config import PostConfig
-from pipeline.schedule import invariance_budget
 from pipeline.trained import notes
 from pldr_model.model import PLDRModel
 

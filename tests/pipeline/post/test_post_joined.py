@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline import certify
-from pipeline.config import RunConfig, RunPaths
+from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.outputs import facts_of
 from pipeline.post.consolidate import recipe_of

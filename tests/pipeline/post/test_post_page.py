@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.certify import _twin
-from pipeline.config import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.post.certificate_page import MAX_MAPS, Evidence, Shown, certificate_page, show_sample
 from pipeline.post.extract import extract_g
 from pipeline.post.picture import LEVELS, palette, png_uri, scale_of

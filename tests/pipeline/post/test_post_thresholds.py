@@ -9,12 +9,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pipeline.config.post import PostConfig
 from pipeline.errors import UserError
 from pipeline.post.card import model_card
 from pipeline.post.certificate import summary_lines
 from pipeline.post.checks import make_checks
 from pipeline.post.words import plain_verdict
-from pipeline.post_config import PostConfig
 from pldr_model.model import PLDRModel
 
 

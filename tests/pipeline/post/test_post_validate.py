@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.config.post import PostConfig
 from pipeline.errors import UserError
 from pipeline.post.certificate import bundle_tensors, summary_lines
 from pipeline.post.checks import Check, tier_of
@@ -18,7 +19,6 @@ from pipeline.post.extract import extract_g
 from pipeline.post.prompts import make_kinds, sha256_kinds
 from pipeline.post.tensors import sha256_tensors
 from pipeline.post.validate import validate
-from pipeline.post_config import PostConfig
 from pldr_model.model import PLDRModel
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.checkpoints import checkpoint_name, model_of, verify
-from pipeline.config import FreezeConfig
+from pipeline.config.run import FreezeConfig
 from pipeline.train.engine import init_distributed, release
 from pipeline.train.freeze import freeze
 from pipeline.train.save import Saver

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.checkpoints import checkpoint_name, verify
-from pipeline.config import parse_config
+from pipeline.config.run import parse_config
 from pipeline.errors import UserError
 from pipeline.train import loop, step
 from pipeline.train.engine import init_distributed

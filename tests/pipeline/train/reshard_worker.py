@@ -19,7 +19,7 @@ import torch.distributed as dist
 from zero_worker import STEPS, configuration, run
 
 from pipeline.checkpoints import checkpoint_name, verify
-from pipeline.config import parse_config
+from pipeline.config.run import parse_config
 from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, init_distributed
 from pipeline.train.save import Saver

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.schedule import learning_rate
+from pipeline.config.schedule import learning_rate
 from pipeline.train.engine import build_engine, init_distributed, set_learning_rate
 from pipeline.train.step import global_step
 from pipeline.train.stop import StopRequest

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launch.job import free_port
-from pipeline.config import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.train import bench
 
 # In a process of its own, since it joins a process group; the folders that were saved to are told, too.

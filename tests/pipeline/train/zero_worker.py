@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline import schedule
 from pipeline.checkpoints import checkpoint_name, verify
-from pipeline.config import RunConfig, parse_config
+from pipeline.config import schedule
+from pipeline.config.run import RunConfig, parse_config
 from pipeline.errors import UserError
 from pipeline.train import checkpoint, freeze, loop, save
 from pipeline.train.engine import init_distributed

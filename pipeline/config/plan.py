@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config import RunConfig
-from pipeline.schedule import budget_verdict, planned_budget
+from pipeline.config.run import RunConfig
+from pipeline.config.schedule import budget_verdict, planned_budget
 
 WORLD_SIZES = (1, 2, 4, 8, 16, 64)
 

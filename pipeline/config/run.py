@@ -18,9 +18,9 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipeline.data_config import DataConfig, Section, TokenizerConfig, TokensConfig
+from pipeline.config.data import DataConfig, Section, TokenizerConfig, TokensConfig
+from pipeline.config.post import PostConfig
 from pipeline.errors import ConfigError, UserError
-from pipeline.post_config import PostConfig
 from pipeline.storage import sha256_json
 from pipeline.urls import check_url, is_http, without_secrets
 from pldr_model.config import ModelConfig
