@@ -28,8 +28,8 @@ from launch.terminal import say as _show
 from launch.terminal import status_lines
 from pipeline.config.run import RunConfig, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
+from pipeline.io.storage import explain_os_error
 from pipeline.stages import NAMES, Line, exclusive
-from pipeline.storage import explain_os_error
 
 Result = dict[str, Any]
 STAGE_HELP = {

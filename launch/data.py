@@ -9,9 +9,9 @@ from typing import Any
 
 from pipeline.config.run import RunConfig, RunPaths, documents_folder, load_config, tokens_folder
 from pipeline.errors import ConfigError
+from pipeline.io.storage import exists
+from pipeline.io.urls import join
 from pipeline.stages import LOCK
-from pipeline.storage import exists
-from pipeline.urls import join
 
 Result = dict[str, Any]
 Show = Callable[[str], None]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from launch.hosts import SSH_ARGS, Host, carried, environment_file, is_private, private_file, ssh_options, sweep
 from launch.job import WORKER, free_port, rank_environment, run_job
-from pipeline import lifeline, storage
+from pipeline import lifeline
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.device import has_gpu
 from pipeline.errors import Stopped
+from pipeline.io import storage
 from pipeline.worker import ENVIRONMENT_FILE, PARENT_PIPE
 
 RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]

@@ -27,9 +27,9 @@ from launch.reach import LOCAL, Runner, reach
 from pipeline.config.run import RunConfig, RunPaths, load_config, staging_folder, tokens_folder
 from pipeline.device import num_devices
 from pipeline.errors import ConfigError, UserError
+from pipeline.io.urls import is_local, without_secrets
 from pipeline.mlflow_client import tracking_uri
 from pipeline.pretrain import disk_needed, ranks_on_this_node
-from pipeline.urls import is_local, without_secrets
 
 Result = dict[str, Any]
 Show = Callable[[str], None]

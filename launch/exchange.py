@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
 from pipeline.config.run import load_config
 from pipeline.errors import ConfigError, UserError
+from pipeline.io import storage
 from pldr_model.config import ModelConfig, RopeStyle
 from pldr_model.convert import from_reference, infer_config, load_checkpoint_file, save_checkpoint_file, to_reference
 

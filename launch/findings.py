@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pipeline.urls import public_url
+from pipeline.io.urls import public_url
 
 Facts = dict[str, Any]
 Status = Literal["ok", "warn", "FAIL"]

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
 from pipeline.config.run import RunPaths
 from pipeline.errors import UserError
+from pipeline.io import storage
 
 BEAT_S = 1.0
 POLL_S = 0.25

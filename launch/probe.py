@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import first_line
-from pipeline.urls import join, without_secrets
+from pipeline.io.urls import join, without_secrets
 
 PACKAGES = ("torch", "deepspeed", "pldr", "mlflow", "fsspec", "numpy")
 PARTS = ("pldr_model", "pipeline", "launch")
@@ -99,7 +99,7 @@ def _write_beside(folder: Path) -> None:
 
 
 def _write_url(url: str) -> None:
-    from pipeline import remote, storage
+    from pipeline.io import remote, storage
 
     probe = join(url, f".pldr-doctor-{uuid.uuid4().hex}")
     storage.publish_bytes(probe, b"pldr")

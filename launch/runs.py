@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import run_record, storage, tracking
+from pipeline import run_record, tracking
 from pipeline.checkpoints import TRAINING_LOCK
 from pipeline.config.run import RunConfig, RunPaths, load_config, parse_config
 from pipeline.errors import ConfigError, UserError
+from pipeline.io import storage
+from pipeline.io.urls import without_secrets
 from pipeline.mlflow_client import tracking_uri
 from pipeline.runs import list_runs, read_run
-from pipeline.urls import without_secrets
 
 Result = dict[str, Any]
 Show = Callable[[str], None]

@@ -10,10 +10,10 @@ from typing import Any
 from launch import kubernetes, slurm
 from launch.dry_run import dry_run
 from launch.terminal import say
-from pipeline import storage
 from pipeline.checkpoints import is_checkpoint_name
 from pipeline.config.run import RunPaths, load_config
 from pipeline.errors import ConfigError
+from pipeline.io import storage
 from pipeline.pretrain import check
 
 Result = dict[str, Any]

@@ -19,10 +19,10 @@ from typing import IO, Any
 
 import torch
 
-from pipeline import storage
 from pipeline.config.run import RunConfig, RunPaths, parse_config
 from pipeline.device import has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError, first_line
+from pipeline.io import storage
 from pipeline.mlflow_client import tracking_uri
 from pipeline.run_record import VERDICT_TAG
 from pipeline.tracking import log_files, mlflow_id

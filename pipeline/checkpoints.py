@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from pipeline import storage
 from pipeline.device import has_gpu
 from pipeline.errors import UserError
+from pipeline.io import storage
 
 SCHEMA_VERSION = 1
 COMMITTED = "COMMITTED"

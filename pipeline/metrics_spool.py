@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
 from pipeline.errors import first_line
+from pipeline.io import storage
 from pipeline.mlflow_client import client, import_mlflow, latest_points
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import remote, storage
-from pipeline.urls import is_local, join
+from pipeline.io import remote, storage
+from pipeline.io.urls import is_local, join
 
 Facts = tuple[int, int, str]  # size, time of the last change (ns; 0 of remote files), sha256
 

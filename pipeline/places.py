@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.checkpoints import COMMITTED, is_checkpoint_name
+from pipeline.io.remote import filesystem_of, open_retrying, retrying
+from pipeline.io.storage import safe_member
+from pipeline.io.urls import is_local, join, public_url
 from pipeline.mlflow_client import client, is_away, patience
-from pipeline.remote import filesystem_of, open_retrying, retrying
-from pipeline.storage import safe_member
-from pipeline.urls import is_local, join, public_url
 
 FOLDER = "checkpoints"  # among the artifacts
 ATTEMPTS, WAIT_S = 3, 0.5  # of one file to MLflow; a whole publication is tried again by publish.py

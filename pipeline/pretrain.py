@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import storage, tracking
+from pipeline import tracking
 from pipeline.checkpoints import TRAINING_LOCK, committed, step_of, verify
 from pipeline.config.run import RunConfig, RunPaths, tokens_folder
 from pipeline.device import has_gpu, num_devices
 from pipeline.errors import ConfigError, Stopped, UserError
+from pipeline.io import storage
 from pipeline.resume import Say, changes, find_start
 from pipeline.retention import policy_of
 

@@ -19,10 +19,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import storage
 from pipeline.checkpoints import COMMITTED, STATE, checkpoint_name, committed, step_of, verify
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import UserError, first_line
+from pipeline.io import storage
 from pipeline.metrics_spool import Tracker
 from pipeline.mlflow_client import client, is_away, mend_for, tracking_uri
 from pipeline.places import MlflowPlace, Place, UrlPlace, names_in, place_at

@@ -24,10 +24,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pipeline import publish, run_record, storage, tracking
+from pipeline import publish, run_record, tracking
 from pipeline.checkpoints import STATE, adopt, clean, committed, model_of, set_aside, step_of, verify
 from pipeline.config.run import RunConfig, RunPaths, flatten
 from pipeline.errors import ConfigError, UserError, first_line
+from pipeline.io import storage
 from pipeline.places import Place
 from pldr_model.config import ModelConfig
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
 from pipeline.checkpoints import COMMITTED, STATE, committed, remove_unfinished, step_of
 from pipeline.config.run import TrainConfig
 from pipeline.errors import UserError, first_line
+from pipeline.io import storage
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipeline import storage
 from pipeline.checkpoints import committed, verify
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import UserError
+from pipeline.io import storage
+from pipeline.io.urls import is_local, join, local_path
 from pipeline.mlflow_client import client, tracking_uri
-from pipeline.urls import is_local, join, local_path
 
 RUN_FILE = "run.json"
 LOCAL_PREFIX = "local-"

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.io.storage import publish_bytes
+from pipeline.io.urls import without_secrets
 from pipeline.page import render
-from pipeline.storage import publish_bytes
-from pipeline.urls import without_secrets
 
 Points = list[tuple[int, float]]
 Tree = dict[str, Any]

@@ -18,14 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
 from pipeline.checkpoints import COMMITTED, committed
 from pipeline.config.run import RunConfig, RunPaths, documents_folder, tokens_folder
 from pipeline.errors import ConfigError, UserError
+from pipeline.io import storage
+from pipeline.io.urls import is_local, local_path
 from pipeline.outputs import Facts, facts_of, first_changed, remote_outputs
 from pipeline.pretrain import Launch, pretrain
 from pipeline.resume import Say, names_run
-from pipeline.urls import is_local, local_path
 
 SCHEMA_VERSION = 2
 LOCK = ".lock"  # its presence marks a run directory

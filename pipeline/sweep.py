@@ -25,9 +25,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
 from pipeline.config.run import RunConfig, RunPaths, flatten
 from pipeline.errors import Stopped, UserError, first_line
+from pipeline.io import storage
 from pipeline.mlflow_client import client, mend_for, tracking_uri
 from pipeline.pretrain import Launch
 from pipeline.resume import Say

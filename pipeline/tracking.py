@@ -14,10 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
 from pipeline.checkpoints import committed, step_of
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError, first_line
+from pipeline.io import storage
+from pipeline.io.urls import without_secrets
 from pipeline.metrics_spool import CLOSE_S, Tracker, take_over
 from pipeline.mlflow_client import client, is_away, mend_for, patience, tracking_uri
 from pipeline.publish import open_publisher
@@ -36,7 +37,6 @@ from pipeline.run_record import (
     run_of_checkpoints,
     written,
 )
-from pipeline.urls import without_secrets
 
 log = logging.getLogger(__name__)
 

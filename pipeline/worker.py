@@ -24,10 +24,11 @@ from typing import Any, TypeVar
 
 import fsspec.config
 
-from pipeline import lifeline, storage
+from pipeline import lifeline
 from pipeline.checkpoints import TRAINING_LOCK
 from pipeline.config.run import RunConfig, RunPaths, parse_config, staging_folder, tokens_folder
 from pipeline.errors import UserError, first_line
+from pipeline.io import storage
 from pipeline.network import choose_interface
 from pipeline.train.heartbeat import Heartbeat, blame
 from pipeline.train.progress import FAILURE, LISTENING, say_line

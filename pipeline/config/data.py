@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pipeline.errors import UserError
-from pipeline.urls import check_url
+from pipeline.io.urls import check_url
 
 
 class Section(BaseModel):

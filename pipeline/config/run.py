@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.config.data import DataConfig, Section, TokenizerConfig, TokensConfig
 from pipeline.config.post import PostConfig
 from pipeline.errors import ConfigError, UserError
-from pipeline.storage import sha256_json
-from pipeline.urls import check_url, is_http, without_secrets
+from pipeline.io.storage import sha256_json
+from pipeline.io.urls import check_url, is_http, without_secrets
 from pldr_model.config import ModelConfig
 from pldr_model.model import ActivationCheckpointing, load_g_file
 

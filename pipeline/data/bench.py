@@ -40,7 +40,7 @@ from pipeline.data.reader import TokenReader
 from pipeline.data.tasks import run_tasks
 from pipeline.data.tokenize import TokenizeShard
 from pipeline.data.tokenizer import train
-from pipeline.storage import publish_bytes
+from pipeline.io.storage import publish_bytes
 from pipeline.tokenizer import Tokenizer
 
 Show = Callable[[str], None]

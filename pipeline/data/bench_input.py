@@ -26,7 +26,7 @@ from pipeline.data.tar import TarWriter
 from pipeline.data.tokenize import npy_bytes
 from pipeline.data.units import Text, plan_units
 from pipeline.errors import UserError
-from pipeline.storage import publish_json
+from pipeline.io.storage import publish_json
 
 WORDS = 30_000
 SYLLABLES = [a + b + c for a in ("", *"bcdfghklmnprstvw", "st", "tr") for b in "aeiou" for c in ("", *"nrstl")]

@@ -36,7 +36,7 @@ from pipeline.data.sources import InputFile, find_files
 from pipeline.data.units import SKIP, Rejected, Unit
 from pipeline.data.words import WordHashes, ngrams
 from pipeline.errors import UserError, first_line
-from pipeline.storage import explain_os_error, publish, sha256_file
+from pipeline.io.storage import explain_os_error, publish, sha256_file
 
 log = logging.getLogger(__name__)
 SHORTEST = 8  # words of a string that is looked for as a whole

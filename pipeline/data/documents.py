@@ -21,9 +21,9 @@ import zstandard
 
 from pipeline.data.tar import read_members
 from pipeline.errors import UserError
-from pipeline.remote import open_retrying, size_of
-from pipeline.storage import CHUNK, exists, read_json, sha256_file, sha256_json
-from pipeline.urls import check_url, is_local, join, public_url
+from pipeline.io.remote import open_retrying, size_of
+from pipeline.io.storage import CHUNK, exists, read_json, sha256_file, sha256_json
+from pipeline.io.urls import check_url, is_local, join, public_url
 
 SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")

@@ -18,9 +18,9 @@ import numpy as np
 
 from pipeline.data.documents import fingerprint_of
 from pipeline.errors import UserError
-from pipeline.remote import open_retrying, size_of
-from pipeline.storage import exists, read_json, safe_member
-from pipeline.urls import check_url, join, public_url
+from pipeline.io.remote import open_retrying, size_of
+from pipeline.io.storage import exists, read_json, safe_member
+from pipeline.io.urls import check_url, join, public_url
 
 SCHEMA_VERSION = 2
 CHUNK = 1 << 20

@@ -22,10 +22,10 @@ import numpy.typing as npt
 from pipeline.data.documents import DocumentIndex, read_removed, read_shard
 from pipeline.data.index import TOKENIZE_AGAIN, TokenIndex, TokenShard, missing, wrong_sha256
 from pipeline.errors import UserError, first_line
-from pipeline.remote import open_retrying, read_range
-from pipeline.storage import exists, read_json, safe_member
+from pipeline.io.remote import open_retrying, read_range
+from pipeline.io.storage import exists, read_json, safe_member
+from pipeline.io.urls import join, public_url
 from pipeline.tokenizer import Tokenizer
-from pipeline.urls import join, public_url
 
 Say = Callable[[str], None]
 END_MARK = "⏎ end of document"

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pipeline.data.decompress import decompressed
 from pipeline.data.units import BLOCK, RANGE, SKIP, Rejected, Text, Unit, some_names, too_long
 from pipeline.errors import UserError, first_line
-from pipeline.remote import open_retrying, read_range, size_of
-from pipeline.urls import is_http, is_local
+from pipeline.io.remote import open_retrying, read_range, size_of
+from pipeline.io.urls import is_http, is_local
 
 BATCH_BYTES = 4 << 20  # of text at once, by the average length in the row group
 BATCH_ROWS = 4096

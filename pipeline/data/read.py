@@ -24,8 +24,8 @@ from pipeline.data.decompress import DAMAGE, decompressed
 from pipeline.data.sources import NOT_A_FILE, InputFile
 from pipeline.data.units import BLOCK, RANGE, SKIP, STREAM_CHUNK, Rejected, Text, Unit, some_names, too_long
 from pipeline.errors import UserError, first_line
-from pipeline.remote import open_retrying
-from pipeline.urls import is_local
+from pipeline.io.remote import open_retrying
+from pipeline.io.urls import is_local
 
 TEXT_PIECE = 1 << 20
 BOM = b"\xef\xbb\xbf"

@@ -29,8 +29,8 @@ from pipeline.data.cache import Buffer, NodeCache, Stamps
 from pipeline.data.index import TokenIndex, TokenShard, missing, wrong_sha256, wrong_size
 from pipeline.data.order import Indices
 from pipeline.errors import UserError
-from pipeline.remote import read_range, size_of
-from pipeline.urls import is_local, join
+from pipeline.io.remote import read_range, size_of
+from pipeline.io.urls import is_local, join
 
 Unit = tuple[int, int]  # number of the shard in its split, and block: WHOLE where the shard is one unit
 WHOLE = -1

@@ -20,9 +20,9 @@ from pipeline.data.charts import charts
 from pipeline.data.documents import SPLITS, DocumentIndex, read_removed
 from pipeline.data.index import TokenIndex
 from pipeline.data.look import read_sequences, spans, tokenizer_of, visible
+from pipeline.io.storage import exists, publish_bytes
+from pipeline.io.urls import join, public_url
 from pipeline.page import render as page_of
-from pipeline.storage import exists, publish_bytes
-from pipeline.urls import join, public_url
 
 EXAMPLES = 10  # of each reason
 DASH = "\u2013"

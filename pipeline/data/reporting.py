@@ -17,7 +17,7 @@ from datatrove.utils.stats import PipelineStats
 
 from pipeline.data import progress
 from pipeline.errors import UserError, first_line
-from pipeline.storage import publish_json
+from pipeline.io.storage import publish_json
 
 ERRORS = "errors"
 

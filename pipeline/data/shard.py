@@ -40,8 +40,8 @@ from pipeline.data.tar import remove_strays
 from pipeline.data.tasks import DROPPED, is_complete, run_tasks, step_stats
 from pipeline.data.units import Rejected, Unit, deal, ordinal, plan_units, unit_as_dict, unit_from_dict
 from pipeline.data.write import WriteDocuments
-from pipeline.storage import publish_json, read_json, require_free_space, sha256_json
-from pipeline.urls import is_local, join, local_path
+from pipeline.io.storage import publish_json, read_json, require_free_space, sha256_json
+from pipeline.io.urls import is_local, join, local_path
 
 if TYPE_CHECKING:  # workers import this module; torch is behind the configuration
     from pipeline.config.run import RunConfig, RunPaths

@@ -29,7 +29,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from pipeline.data.reporting import Reporting, has_failed, raise_error
 from pipeline.errors import ConfigError, UserError
-from pipeline.storage import publish_json
+from pipeline.io.storage import publish_json
 
 SCRIPT = "launch_script{}.slurm"
 JOBS = "slurm_jobs.json"  # the ids of what was submitted last

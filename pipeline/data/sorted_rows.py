@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.storage import explain_os_error, publish, sha256_file
+from pipeline.io.storage import explain_os_error, publish, sha256_file
 
 Rows = npt.NDArray[np.uint64]
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import UserError, first_line
-from pipeline.remote import filesystem_of, retrying
-from pipeline.storage import explain_os_error
-from pipeline.urls import check_url, is_http, is_local, public_url
+from pipeline.io.remote import filesystem_of, retrying
+from pipeline.io.storage import explain_os_error
+from pipeline.io.urls import check_url, is_http, is_local, public_url
 
 FORMATS = {
     ".txt": "text",

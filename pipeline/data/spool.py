@@ -27,7 +27,7 @@ from pipeline.data.duplicates import keys_file, normalised
 from pipeline.data.progress import advance
 from pipeline.data.tasks import write_record
 from pipeline.data.units import split_ordinal, unit_from_dict
-from pipeline.storage import publish, read_json, sha256_file
+from pipeline.io.storage import publish, read_json, sha256_file
 
 EXCERPTS = 10  # of each reason, in each task
 EXCERPT_CHARACTERS = 300

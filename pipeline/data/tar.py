@@ -28,9 +28,9 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
-from pipeline.remote import filesystem_of, open_retrying, retrying, version_of
-from pipeline.storage import explain_os_error, publish
-from pipeline.urls import is_local, join, public_url
+from pipeline.io.remote import filesystem_of, open_retrying, retrying, version_of
+from pipeline.io.storage import explain_os_error, publish
+from pipeline.io.urls import is_local, join, public_url
 
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes: headers and payloads begin at multiples of it
 BUFFER = 1 << 20

@@ -29,9 +29,9 @@ from pipeline.data.engines import LOCAL, DryRun, Engine
 from pipeline.data.local import LocalExecutor
 from pipeline.data.reporting import forget_errors
 from pipeline.data.tar import remove_leftovers
-from pipeline.remote import filesystem_of, retrying, size_of, version_of
-from pipeline.storage import publish_json, sha256_file
-from pipeline.urls import is_local, join, local_path
+from pipeline.io.remote import filesystem_of, retrying, size_of, version_of
+from pipeline.io.storage import publish_json, sha256_file
+from pipeline.io.urls import is_local, join, local_path
 
 DROPPED = "dropped_"  # datatrove's filters count what they remove under this prefix; so do our readers
 RECORDS = "records"

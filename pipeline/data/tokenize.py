@@ -35,9 +35,9 @@ from pipeline.data.progress import advance
 from pipeline.data.tar import TarWriter, remove_leftovers, remove_strays
 from pipeline.data.tasks import run_tasks, write_record
 from pipeline.errors import UserError
-from pipeline.storage import publish_bytes, publish_json, require_free_space, sha256_json
+from pipeline.io.storage import publish_bytes, publish_json, require_free_space, sha256_json
+from pipeline.io.urls import is_local, join
 from pipeline.tokenizer import Tokenizer
-from pipeline.urls import is_local, join
 
 if TYPE_CHECKING:  # workers import this module; torch is behind the configuration
     from pipeline.config.run import RunConfig, RunPaths

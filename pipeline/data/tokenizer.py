@@ -25,7 +25,7 @@ import sentencepiece
 
 from pipeline.data.documents import DocumentIndex, read_texts
 from pipeline.errors import UserError
-from pipeline.storage import publish_bytes
+from pipeline.io.storage import publish_bytes
 from pipeline.tokenizer import SPECIAL_IDS, Tokenizer
 
 if TYPE_CHECKING:

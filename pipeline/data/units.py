@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.data.sources import InputFile
-from pipeline.urls import is_http
+from pipeline.io.urls import is_http
 
 BLOCK = 1 << 20  # bytes read at once
 

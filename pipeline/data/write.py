@@ -31,8 +31,8 @@ from pipeline.data.documents import SPLITS
 from pipeline.data.spool import merge_removed, read_lines
 from pipeline.data.tar import TarWriter
 from pipeline.data.tasks import write_record
-from pipeline.storage import publish, sha256_file
-from pipeline.urls import join
+from pipeline.io.storage import publish, sha256_file
+from pipeline.io.urls import join
 
 HISTOGRAM_BINS = 40  # bin i: 2**i <= characters < 2**(i+1)
 

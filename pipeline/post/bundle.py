@@ -25,6 +25,18 @@ from torch import Tensor
 
 from pipeline.config.post import WeightFormat
 from pipeline.errors import UserError
+from pipeline.io.storage import (
+    MANIFEST,
+    manifest_of,
+    publish_bytes,
+    publish_dir,
+    publish_json,
+    read_json,
+    require_free_space,
+    sha256_json,
+    verify_manifest,
+)
+from pipeline.io.tensors import load_tensors, serialise, sha256_tensors
 from pipeline.post.bundle_checks import (
     FILES,
     SCHEMA_VERSION,
@@ -40,20 +52,8 @@ from pipeline.post.bundle_checks import (
 from pipeline.post.card import model_card
 from pipeline.post.certificate import bundle_g, bundle_tensors, certified_files
 from pipeline.post.schema import read_certificate
-from pipeline.post.tensors import load_tensors, serialise, sha256_tensors
 from pipeline.post.weight_format import SECTION, Packed, describe_format, pack, packed_shapes, unpack
 from pipeline.post.weights import state_shapes
-from pipeline.storage import (
-    MANIFEST,
-    manifest_of,
-    publish_bytes,
-    publish_dir,
-    publish_json,
-    read_json,
-    require_free_space,
-    sha256_json,
-    verify_manifest,
-)
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, g_shape

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pipeline.config.post import PostConfig
 from pipeline.errors import UserError, first_line
+from pipeline.io.tensors import sha256_tensors
 from pipeline.post.schema import SCHEMA_VERSION, Certificate, first_fault
-from pipeline.post.tensors import sha256_tensors
 from pipeline.post.verdict import SETTINGS, THRESHOLDS, judged, plain
 from pldr_model.model import PLDRModel
 

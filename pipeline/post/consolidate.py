@@ -15,9 +15,7 @@ from torch import Tensor
 
 from pipeline.checkpoints import checkpoint_name, model_of, verify
 from pipeline.errors import UserError
-from pipeline.post.tensors import serialise
-from pipeline.post.weights import CONFIG, SCHEMA_VERSION, WEIGHTS, parse_model, state_shapes
-from pipeline.storage import (
+from pipeline.io.storage import (
     MANIFEST,
     publish_bytes,
     publish_dir,
@@ -27,6 +25,8 @@ from pipeline.storage import (
     sha256_file,
     sha256_json,
 )
+from pipeline.io.tensors import serialise
+from pipeline.post.weights import CONFIG, SCHEMA_VERSION, WEIGHTS, parse_model, state_shapes
 from pipeline.zero_state import ZeroState
 from pldr_model.config import ModelConfig
 

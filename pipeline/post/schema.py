@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import UserError
+from pipeline.io.storage import read_json
 from pipeline.post.checks import Tier
 from pipeline.post.verdict import contradiction
-from pipeline.storage import read_json
 
 SCHEMA_VERSION = 3
 

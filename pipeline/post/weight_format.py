@@ -21,10 +21,10 @@ from torch import Tensor
 
 from pipeline.config.post import WeightFormat
 from pipeline.errors import UserError
+from pipeline.io.tensors import sha256_tensors
 from pipeline.post.certificate import bundle_tensors
 from pipeline.post.observe import batches
 from pipeline.post.prompts import PromptKind, held_out_text, sha256_kinds
-from pipeline.post.tensors import sha256_tensors
 from pldr_model.model import PLDRModel, to_constant_g
 
 SECTION = "weight_format"  # of the certificate; absent for fp32

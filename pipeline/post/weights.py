@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from pipeline.errors import ConfigError, UserError
-from pipeline.post.tensors import load_tensors
-from pipeline.storage import read_json, sha256_file
+from pipeline.io.storage import read_json, sha256_file
+from pipeline.io.tensors import load_tensors
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline import storage
 from pipeline.checkpoints import COMMITTED, SCHEMA_VERSION, STATE, checkpoint_name
 from pipeline.errors import UserError, first_line
+from pipeline.io import storage
 from pipeline.train.checkpoint import rng_state
 
 POLL_S = 0.1  # for the other ranks' files

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from launch.cli import main
-from pipeline.storage import MANIFEST
+from pipeline.io.storage import MANIFEST
 
 
 def test_bundle_verify_is_verify_and_an_error_is_one_line(capsys, tmp_path):

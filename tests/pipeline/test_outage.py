@@ -7,9 +7,10 @@ import time
 import pytest
 
 from launch.cli import main
-from pipeline import checkpoints, publish, storage, tracking
+from pipeline import checkpoints, publish, tracking
 from pipeline.config.run import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
+from pipeline.io import storage
 from pipeline.mlflow_client import client, tracking_uri
 from pipeline.publish import fetch_checkpoint, published_checkpoints
 from pipeline.run_record import remembered

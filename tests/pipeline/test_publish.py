@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from pipeline import checkpoints, publish, storage, tracking
+from pipeline import checkpoints, publish, tracking
 from pipeline.config.run import parse_config
+from pipeline.io import storage
 from pipeline.mlflow_client import client, tracking_uri
 from pipeline.places import MlflowPlace, UrlPlace, names_in
 from pipeline.publish import Publisher, fetch_checkpoint, published_checkpoints

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import remote, urls
 from pipeline.errors import UserError
-from pipeline.remote import open_retrying, read_range, size_of
+from pipeline.io import remote, urls
+from pipeline.io.remote import open_retrying, read_range, size_of
 
 DATA = random.Random(0).randbytes(300_000)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import run_record, storage, tracking
+from pipeline import run_record, tracking
 from pipeline.checkpoints import committed, step_of, verify
 from pipeline.config.run import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
+from pipeline.io import storage
 from pipeline.mlflow_client import client, tracking_uri
 from pipeline.publish import open_publisher, published_checkpoints
 from pipeline.resume import Resume, changes, check_inputs, find_start, names_run, parse_resume, require_newest

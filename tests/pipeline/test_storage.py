@@ -8,9 +8,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.urls import check_url
+from pipeline.io import storage
+from pipeline.io.urls import check_url
 
 
 def test_publish_leaves_the_old_file_when_writing_fails(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 
 from pipeline.errors import UserError
-from pipeline.storage import sha256_file
+from pipeline.io.storage import sha256_file
 from pipeline.tokenizer import Tokenizer
 
 TEXTS = [f"the {word} sat on the mat and looked at the {word}" for word in ("cat", "dog", "owl", "fox", "hen") * 20]

@@ -116,8 +116,8 @@ def write_tokens(
     from pipeline.data.index import SCHEMA_VERSION
     from pipeline.data.tar import TarWriter
     from pipeline.data.tokenize import npy_bytes
-    from pipeline.storage import publish_json
-    from pipeline.urls import join
+    from pipeline.io.storage import publish_json
+    from pipeline.io.urls import join
 
     rng, width, shards = np.random.default_rng(0), context_length + 1, []
     for split, sizes in (("train", train), ("val", val or [])):

@@ -17,7 +17,7 @@ from pipeline.data.progress import advance
 from pipeline.data.spool import facts_of
 from pipeline.data.tasks import write_record
 from pipeline.errors import UserError
-from pipeline.storage import publish_bytes
+from pipeline.io.storage import publish_bytes
 
 
 class Unpicklable(Exception):

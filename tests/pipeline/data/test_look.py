@@ -19,7 +19,7 @@ from pipeline.data.reader import TokenReader
 from pipeline.data.tar import TarWriter
 from pipeline.data.tokenize import tokenize_documents
 from pipeline.errors import UserError
-from pipeline.storage import publish_json, read_json
+from pipeline.io.storage import publish_json, read_json
 from pipeline.tokenizer import Tokenizer
 
 Finished = tuple[RunConfig, RunPaths]

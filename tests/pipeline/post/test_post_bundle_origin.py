@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
+from pipeline.io.storage import MANIFEST, manifest_of, render_json, sha256_file, sha256_json
+from pipeline.io.tensors import serialise
 from pipeline.post.bundle import build_bundle, verify_bundle
 from pipeline.post.card import CERTIFIED_LINE, UNCERTIFIED_LINE
 from pipeline.post.extract import extract_g
-from pipeline.post.tensors import serialise
 from pipeline.post.weight_format import pack_measured
-from pipeline.storage import MANIFEST, manifest_of, render_json, sha256_file, sha256_json
 
 Make = Callable[..., Path]
 PACKAGES = ("python", "torch", "safetensors", "sentencepiece", "pldr", "cuda", "device", "threads")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.post.tensors import load_tensors, read_header, serialise, sha256_tensors
+from pipeline.io.tensors import load_tensors, read_header, serialise, sha256_tensors
 
 
 def write(path: Path, header: dict[str, object] | bytes, data: bytes = b"") -> Path:

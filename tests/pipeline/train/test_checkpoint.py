@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoints, storage
+from pipeline import checkpoints
 from pipeline.errors import UserError
+from pipeline.io import storage
 
 SAVE = """
 import sys, torch, numpy as np

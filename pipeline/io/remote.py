@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec
 
 from pipeline.errors import UserError, first_line
-from pipeline.urls import check_url, is_http, is_local, public_url, without_secrets
+from pipeline.io.urls import check_url, is_http, is_local, public_url, without_secrets
 
 PIECE = 8 << 20  # bytes asked for at once: one request
 LONGEST_WAIT = 30.0  # seconds

@@ -25,8 +25,8 @@ from typing import IO, Any
 from fsspec import AbstractFileSystem
 
 from pipeline.errors import UserError
-from pipeline.remote import filesystem_of, open_retrying, retrying
-from pipeline.urls import check_url, is_http, is_local, join, public_url
+from pipeline.io.remote import filesystem_of, open_retrying, retrying
+from pipeline.io.urls import check_url, is_http, is_local, join, public_url
 
 MANIFEST = "MANIFEST.json"
 CHUNK = 1 << 20
