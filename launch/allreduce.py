@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from pipeline.device import has_gpu
+from pipeline.distributed import has_gpu
 from pipeline.network import choose_interface
 
 TIMEOUT_S = 60.0

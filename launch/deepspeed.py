@@ -12,7 +12,7 @@ from launch.hosts import SSH_ARGS, Host, carried, environment_file, is_private, 
 from launch.job import WORKER, free_port, rank_environment, run_job
 from pipeline import lifeline
 from pipeline.config.run import RunConfig, RunPaths
-from pipeline.device import has_gpu
+from pipeline.distributed import has_gpu
 from pipeline.errors import Stopped
 from pipeline.io import storage
 from pipeline.worker import ENVIRONMENT_FILE, PARENT_PIPE

@@ -25,7 +25,7 @@ from launch.job import free_port
 from launch.probe import token_file
 from launch.reach import LOCAL, Runner, reach
 from pipeline.config.run import RunConfig, RunPaths, load_config, staging_folder, tokens_folder
-from pipeline.device import num_devices
+from pipeline.distributed import num_devices
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.urls import is_local, without_secrets
 from pipeline.mlflow_client import tracking_uri

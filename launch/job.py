@@ -31,7 +31,7 @@ from typing import IO, Any
 
 import psutil
 
-from pipeline.device import has_gpu
+from pipeline.distributed import has_gpu
 from pipeline.errors import Stopped, UserError
 from pipeline.lifeline import Head
 from pipeline.train.progress import FAILURE, LISTENING, STATUS, STOPPED

@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 
 from pipeline.config.run import RunConfig, RunPaths, parse_config
-from pipeline.device import has_gpu, num_devices
+from pipeline.distributed import has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
 from pipeline.mlflow_client import tracking_uri

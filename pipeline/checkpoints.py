@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from pipeline.device import has_gpu
+from pipeline.distributed import has_gpu
 from pipeline.errors import UserError
 from pipeline.io import storage
 

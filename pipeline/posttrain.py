@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.certify import CERTIFICATE
 from pipeline.checkpoints import committed
 from pipeline.config.run import RunConfig, RunPaths
-from pipeline.device import has_gpu
+from pipeline.distributed import has_gpu
 from pipeline.errors import UserError
 from pipeline.mlflow_client import tracking_uri
 from pipeline.tracking import mlflow_id

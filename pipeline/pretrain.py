@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import tracking
 from pipeline.checkpoints import TRAINING_LOCK, committed, step_of, verify
 from pipeline.config.run import RunConfig, RunPaths, tokens_folder
-from pipeline.device import has_gpu, num_devices
+from pipeline.distributed import has_gpu, num_devices
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io import storage
 from pipeline.resume import Say, changes, find_start

@@ -117,7 +117,7 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.data.index import TokenIndex
     from pipeline.data.loader import TrainLoader, evenly_spread
     from pipeline.data.reader import TokenReader, open_split
-    from pipeline.device import has_gpu
+    from pipeline.distributed import has_gpu
     from pipeline.publish import open_publisher
     from pipeline.resume import require_newest
     from pipeline.tracking import open_tracker, set_tags

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.checkpoints import checkpoint_name, safe_load
-from pipeline.device import has_gpu
+from pipeline.distributed import has_gpu
 from pipeline.errors import UserError
 from pipeline.train.reshard import carry_over, check_shapes, fits
 from pipeline.zero_state import ZeroState

@@ -27,7 +27,7 @@ import torch
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.config.run import TrainConfig
-from pipeline.device import has_gpu
+from pipeline.distributed import has_gpu
 from pipeline.errors import ConfigError
 from pipeline.train.lean_zero import leave_out_the_needless
 from pipeline.train.optim import build_optimizer, optimizer_clips_norm

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.device import has_gpu
+from pipeline.distributed import has_gpu
 
 
 def leave_out_the_needless(engine: Any, zero_stage: int, world_size: int) -> None:

@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import nn
 
-from pipeline.device import has_gpu
+from pipeline.distributed import has_gpu
 from pipeline.errors import first_line
 
 log = logging.getLogger(__name__)

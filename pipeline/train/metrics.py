@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.device import has_gpu
+from pipeline.distributed import has_gpu
 from pldr_model.config import ModelConfig
 from pldr_model.loss import cross_entropy
 from pldr_model.model import g_shape

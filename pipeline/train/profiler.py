@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pipeline.device import has_gpu
+from pipeline.distributed import has_gpu
 from pipeline.errors import first_line
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pipeline.device import has_gpu
+from pipeline.distributed import has_gpu
 
 NODES_TAG = "pldr.nodes"
 MAX_NODES = 64  # whose metrics are logged; of the others only what counts over all ranks
