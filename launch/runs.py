@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import run_record, tracking
-from pipeline.checkpoints import TRAINING_LOCK
+from pipeline.checkpoint.format import TRAINING_LOCK
 from pipeline.config.run import RunConfig, RunPaths, load_config, parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage

@@ -10,7 +10,7 @@ from typing import Any
 from launch import kubernetes, slurm
 from launch.dry_run import dry_run
 from launch.terminal import say
-from pipeline.checkpoints import is_checkpoint_name
+from pipeline.checkpoint.format import is_checkpoint_name
 from pipeline.config.run import RunPaths, load_config
 from pipeline.errors import ConfigError
 from pipeline.io import storage

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.checkpoints import COMMITTED, is_checkpoint_name
+from pipeline.checkpoint.format import COMMITTED, is_checkpoint_name
 from pipeline.io.remote import filesystem_of, open_retrying, retrying
 from pipeline.io.storage import safe_member
 from pipeline.io.urls import is_local, join, public_url

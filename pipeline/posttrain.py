@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.certify import CERTIFICATE
-from pipeline.checkpoints import committed
+from pipeline.checkpoint.format import committed
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.distributed import has_gpu
 from pipeline.errors import UserError

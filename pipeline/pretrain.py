@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import tracking
-from pipeline.checkpoints import TRAINING_LOCK, committed, step_of, verify
+from pipeline.checkpoint.format import TRAINING_LOCK, committed, step_of, verify
+from pipeline.checkpoint.retention import policy_of
 from pipeline.config.run import RunConfig, RunPaths, tokens_folder
 from pipeline.distributed import has_gpu, num_devices
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io import storage
 from pipeline.resume import Say, changes, find_start
-from pipeline.retention import policy_of
 
 if TYPE_CHECKING:
     from pipeline.data.index import TokenIndex

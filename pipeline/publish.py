@@ -19,14 +19,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.checkpoints import COMMITTED, STATE, checkpoint_name, committed, step_of, verify
+from pipeline.checkpoint.format import COMMITTED, STATE, checkpoint_name, committed, step_of, verify
+from pipeline.checkpoint.retention import Policy, local_losses, loss_in, policy_of, retain
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
 from pipeline.metrics_spool import Tracker
 from pipeline.mlflow_client import client, is_away, mend_for, tracking_uri
 from pipeline.places import MlflowPlace, Place, UrlPlace, names_in, place_at
-from pipeline.retention import Policy, local_losses, loss_in, policy_of, retain
 from pipeline.run_record import LOCAL_PREFIX, PLACE_TAG, RunRecord, place_url, record_of
 
 log = logging.getLogger(__name__)

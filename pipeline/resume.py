@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import publish, run_record, tracking
-from pipeline.checkpoints import STATE, adopt, clean, committed, model_of, set_aside, step_of, verify
+from pipeline.checkpoint.format import STATE, adopt, clean, committed, model_of, set_aside, step_of, verify
 from pipeline.config.run import RunConfig, RunPaths, flatten
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipeline.checkpoints import committed, verify
+from pipeline.checkpoint.format import committed, verify
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import UserError
 from pipeline.io import storage

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints import COMMITTED, committed
+from pipeline.checkpoint.format import COMMITTED, committed
 from pipeline.config.run import RunConfig, RunPaths, documents_folder, tokens_folder
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints import committed, step_of
+from pipeline.checkpoint.format import committed, step_of
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import fsspec.config
 
 from pipeline import lifeline
-from pipeline.checkpoints import TRAINING_LOCK
+from pipeline.checkpoint.format import TRAINING_LOCK
 from pipeline.config.run import RunConfig, RunPaths, parse_config, staging_folder, tokens_folder
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints import checkpoint_name, model_of, verify
+from pipeline.checkpoint.deepspeed_files import ZeroState
+from pipeline.checkpoint.format import checkpoint_name, model_of, verify
 from pipeline.errors import UserError
 from pipeline.io.storage import (
     MANIFEST,
@@ -27,7 +28,6 @@ from pipeline.io.storage import (
 )
 from pipeline.io.tensors import serialise
 from pipeline.post.weights import CONFIG, SCHEMA_VERSION, WEIGHTS, parse_model, state_shapes
-from pipeline.zero_state import ZeroState
 from pldr_model.config import ModelConfig
 
 # Of `train` and of `model`: what the weights' values come from, beside data and sizes. Not how the work was spread.

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint import load
+from pipeline.checkpoint.save import Saver
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.config.schedule import learning_rate
 from pipeline.errors import ConfigError
-from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, device_of_rank, init_distributed, set_learning_rate
 from pipeline.train.optim import parameter_groups
-from pipeline.train.save import Saver
 from pipeline.train.step import global_step
 from pipeline.train.stop import StopRequest
 from pipeline.train.system import Stopwatch
@@ -138,7 +138,7 @@ def _our_step(config: RunConfig, micro_batches: list[np.ndarray]) -> tuple[Calla
     """The loop's step, and how its engine is saved."""
     torch.manual_seed(config.seed)
     engine = build_engine(PLDRModel(config.model), config.train, 1)
-    checkpoint.make_safe(engine)
+    load.make_safe(engine)
     stop, forward = StopRequest(), Stopwatch(device_of_rank())
 
     def step() -> None:

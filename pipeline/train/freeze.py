@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.checkpoint import load
+from pipeline.checkpoint.deepspeed_files import ZeroState
+from pipeline.checkpoint.reshard import carry_over
 from pipeline.config.run import RunConfig, TrainConfig
-from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, device_of_rank, set_recipe
-from pipeline.train.reshard import carry_over
-from pipeline.zero_state import ZeroState
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, g_shape
 
@@ -64,7 +64,7 @@ def engine_of(config: RunConfig, g_lm_LHKK: Tensor | None) -> Any:
     chosen = config.trained_model(frozen=g_lm_LHKK is not None)
     model = PLDRModel(chosen, g_lm_LHKK=g_lm_LHKK if chosen.g_source == "file" else None)
     engine = build_engine(model, config.train, dist.get_world_size())
-    checkpoint.make_safe(engine)
+    load.make_safe(engine)
     return engine
 
 

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from pipeline.checkpoints import checkpoint_name
+from pipeline.checkpoint.format import checkpoint_name
+from pipeline.checkpoint.retention import policy_of, retain
+from pipeline.checkpoint.save import Saver
 from pipeline.config.run import RunConfig, RunPaths, staging_folder
 from pipeline.config.schedule import learning_rate
 from pipeline.errors import UserError
 from pipeline.metrics_spool import Tracker
 from pipeline.publish import Publisher
-from pipeline.retention import policy_of, retain
 from pipeline.train.engine import device_of_rank, release, set_learning_rate
 from pipeline.train.freeze import calm, freeze, is_due, mean_g, num_batches
 from pipeline.train.heartbeat import Heartbeat
@@ -33,7 +34,6 @@ from pipeline.train.optim import gradient_norm
 from pipeline.train.profiler import StepProfiler
 from pipeline.train.progress import Progress
 from pipeline.train.response import checkpoint_to_go_back_to, judge, told
-from pipeline.train.save import Saver
 from pipeline.train.state import Lineage, TrainData, TrainState, begin, record, roll_back, whole
 from pipeline.train.step import global_step
 from pipeline.train.stop import StopRequest

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
-from pipeline.checkpoints import committed, step_of, verify
+from pipeline.checkpoint.format import committed, step_of, verify
 from pipeline.config.run import TrainConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.train.guard import MAX_ROLLBACKS, Guard

@@ -10,14 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch.distributed as dist
 
-from pipeline.checkpoints import COMMITTED, checkpoint_name, verify
+from pipeline.checkpoint import load
+from pipeline.checkpoint.deepspeed_files import ZeroState
+from pipeline.checkpoint.format import COMMITTED, checkpoint_name, verify
 from pipeline.config.run import RunConfig, TrainConfig
 from pipeline.config.schedule import invariance_budget
-from pipeline.train import checkpoint
 from pipeline.train.engine import release, set_recipe
 from pipeline.train.freeze import engine_of, frozen_g
 from pipeline.train.guard import Guard
-from pipeline.zero_state import ZeroState
 
 
 class TrainData(Protocol):
@@ -79,7 +79,7 @@ def begin(config: RunConfig, start: Path | None) -> tuple[Any, TrainState]:
 
 
 def _load(engine: Any, folder: Path, saved: dict[str, Any], settings: TrainConfig) -> TrainState:
-    checkpoint.load(engine, folder, saved, precision=settings.precision)
+    load.load(engine, folder, saved, precision=settings.precision)
     set_recipe(engine, settings)
     # Older checkpoints lack fields that were added since; their defaults are what was true then.
     if _threshold(saved["config"]["train"]) != _threshold(settings.model_dump()):

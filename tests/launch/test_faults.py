@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from launch.cli import main
-from pipeline.checkpoints import committed, verify
+from pipeline.checkpoint.format import committed, verify
 from pipeline.mlflow_client import client
 from pipeline.publish import published_checkpoints
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from pipeline import checkpoints, publish
+from pipeline import publish
+from pipeline.checkpoint import format
 from pipeline.config.run import load_config
 from pipeline.mlflow_client import client
 
@@ -76,10 +77,10 @@ def test_a_run_that_mlflow_hears_of_afterwards(tmp_path, make_run, server, capsy
     assert (row["id"], row["status"], row["step"]) == (run_id, "FINISHED", 200)
     steps = [p.step for p in mlflow.get_metric_history(run_id, "train/loss")]
     assert sorted(steps) == list(range(10, 201, 10))
-    kept = [c.name for c in checkpoints.committed(run_dir / "checkpoints")]
+    kept = [c.name for c in format.committed(run_dir / "checkpoints")]
     assert {"step-000100", "step-000150", "step-000200"} <= set(kept) and row["checkpoints"] == kept
-    state = checkpoints.verify(run_dir / "checkpoints" / "step-000200")
+    state = format.verify(run_dir / "checkpoints" / "step-000200")
     assert state["val_step"] == 200 and state["val_loss_cached"] == row["val_loss_cached"]
     place, names = publish.available(config, run_id)
     assert names == kept[::-1] and str(place).startswith(str(tmp_path / "published"))
-    assert checkpoints.verify(publish.fetch(place, names[0], tmp_path / "elsewhere"))["step"] == 200
+    assert format.verify(publish.fetch(place, names[0], tmp_path / "elsewhere"))["step"] == 200

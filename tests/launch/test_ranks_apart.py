@@ -12,7 +12,7 @@ import pytest
 
 from launch.cli import main
 from launch.job import free_port
-from pipeline.checkpoints import committed
+from pipeline.checkpoint.format import committed
 
 pytestmark = [
     pytest.mark.slow,

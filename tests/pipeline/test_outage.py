@@ -7,7 +7,8 @@ import time
 import pytest
 
 from launch.cli import main
-from pipeline import checkpoints, publish, tracking
+from pipeline import publish, tracking
+from pipeline.checkpoint import format
 from pipeline.config.run import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
@@ -34,7 +35,7 @@ def history(config, run_id, key):
 
 def save(config, step):
     """A committed checkpoint as the run's own."""
-    name = checkpoints.checkpoint_name(step)
+    name = format.checkpoint_name(step)
     target = RunPaths(config.run_dir).checkpoints / name
     (target / name).mkdir(parents=True)
     (target / name / "rank_0.pt").write_bytes(bytes([step]) * 1000)
@@ -96,7 +97,7 @@ def test_a_new_run_begins_without_the_server_and_is_replayed_once(tmp_path, serv
     assert history(config, real, "train/loss") == [(10, 10.0), (20, 20.0), (30, 30.0), (40, 40.0)]
     assert published_checkpoints(server.uri, real) == ["step-000040", "step-000020"]
     fetched = fetch_checkpoint(server.uri, real, "step-000040", tmp_path / "elsewhere")
-    assert checkpoints.verify(fetched)["mlflow_run_id"] == run_id
+    assert format.verify(fetched)["mlflow_run_id"] == run_id
     mlflow = client(server.uri)
     runs = mlflow.search_runs([mlflow.get_experiment_by_name("pldr").experiment_id])
     assert [run.info.run_id for run in runs] == [real] and runs[0].info.run_name == "t"

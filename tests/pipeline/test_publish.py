@@ -7,13 +7,14 @@ import time
 
 import pytest
 
-from pipeline import checkpoints, publish, tracking
+from pipeline import publish, tracking
+from pipeline.checkpoint import format
+from pipeline.checkpoint.retention import Policy
 from pipeline.config.run import parse_config
 from pipeline.io import storage
 from pipeline.mlflow_client import client, tracking_uri
 from pipeline.places import MlflowPlace, UrlPlace, names_in
 from pipeline.publish import Publisher, fetch_checkpoint, published_checkpoints
-from pipeline.retention import Policy
 
 TREE = {
     "name": "t",
@@ -28,7 +29,7 @@ def configuration(folder, **sections):
 
 def save(folder, step, loss=None, content=b"weights"):
     """A committed checkpoint of a few files, as checkpoint.save leaves it."""
-    name = checkpoints.checkpoint_name(step)
+    name = format.checkpoint_name(step)
     hidden = folder / f".{name}.staging"
     (hidden / name).mkdir(parents=True)
     for rank in range(2):
@@ -66,7 +67,7 @@ def test_a_place_holds_checkpoints_whole_or_not_at_all(place, tmp_path):
     assert names_in(place) == ["step-000002", "step-000001"]
     assert json.loads(place.read("step-000002", "state.json"))["val_loss_cached"] == 1.0
     fetched = publish.fetch(place, "step-000002", tmp_path / "elsewhere")
-    assert checkpoints.verify(fetched)["step"] == 2
+    assert format.verify(fetched)["step"] == 2
     assert [p.name for p in (tmp_path / "elsewhere").iterdir()] == ["step-000002"]
     place.remove("step-000002")
     assert names_in(place) == ["step-000001"]
@@ -117,11 +118,11 @@ def test_training_does_not_wait_and_what_is_uploaded_stays(tmp_path):
         slowest = max(slowest, time.monotonic() - started)
     assert slowest < 1
     kept = ["step-000001", "step-000004", "step-000005"]  # what is uploaded and the last two
-    wait_for(lambda: [c.name for c in checkpoints.committed(folder)] == kept)
+    wait_for(lambda: [c.name for c in format.committed(folder)] == kept)
     place.open.set()
     assert publisher.close(30) == []
     assert place.uploads == ["step-000001", "step-000005", "step-000004"] and place.most == 1
-    assert [c.name for c in checkpoints.committed(folder)] == ["step-000004", "step-000005"]
+    assert [c.name for c in format.committed(folder)] == ["step-000004", "step-000005"]
     assert names_in(place) == ["step-000005", "step-000004"] and told[-1] == ["step-000004", "step-000005"]
 
 
@@ -137,10 +138,10 @@ def test_training_does_not_wait_for_removals(tmp_path):
     caller = threading.Thread(target=publisher.saved, args=(3,), daemon=True)
     caller.start()
     caller.join(5)
-    assert not caller.is_alive() and len(checkpoints.committed(folder)) == 3
+    assert not caller.is_alive() and len(format.committed(folder)) == 3
     with open(state, "r+b", buffering=0):  # the disk answers: there is nothing in the file
         state.rename(folder / "pipe")
-    wait_for(lambda: [c.name for c in checkpoints.committed(folder)] == ["step-000002", "step-000003"])
+    wait_for(lambda: [c.name for c in format.committed(folder)] == ["step-000002", "step-000003"])
 
 
 def test_a_wish_to_stop_is_heard_while_the_last_upload_is_waited_for(tmp_path, monkeypatch):
@@ -182,7 +183,7 @@ def test_the_same_set_here_and_there_with_the_best_and_every_nth(tmp_path):
         save(folder, step, loss)
         publisher.saved(step)
     assert publisher.close(30) == []
-    kept = [c.name for c in checkpoints.committed(folder)]
+    kept = [c.name for c in format.committed(folder)]
     assert kept == ["step-000003", "step-000004", "step-000006", "step-000007"]
     assert names_in(place) == kept[::-1]
     # Another machine holds the newest one only: nothing that stays for ever is lost, the best is known from there.
@@ -206,7 +207,7 @@ def test_a_step_that_was_reached_another_way_replaces_the_published_one(tmp_path
     publisher.saved(2)
     assert publisher.close(30) == []
     fetched = publish.fetch(place, "step-000002", tmp_path / "x")
-    checkpoints.verify(fetched)
+    format.verify(fetched)
     assert (fetched / "step-000002" / "rank_0.pt").read_bytes().startswith(b"others!")
 
 
@@ -220,7 +221,7 @@ def test_what_a_cut_upload_left_is_taken_away(tmp_path):
     save(folder, 2)
     assert Publisher(folder, Policy(2), lambda: place, lambda names: None).close(30) == []
     assert place.listing() == {"step-000002": True}
-    assert checkpoints.verify(publish.fetch(place, "step-000002", tmp_path / "x"))["step"] == 2
+    assert format.verify(publish.fetch(place, "step-000002", tmp_path / "x"))["step"] == 2
 
 
 def test_a_future_that_the_run_left_is_neither_published_nor_in_the_way(tmp_path):
@@ -234,7 +235,7 @@ def test_a_future_that_the_run_left_is_neither_published_nor_in_the_way(tmp_path
     publisher.saved(25)
     assert publisher.close(30) == []
     assert names_in(place) == ["step-000030", "step-000025", "step-000020"]
-    assert [c.name for c in checkpoints.committed(folder)] == [f"step-0000{step}" for step in (20, 25, 30, 40)]
+    assert [c.name for c in format.committed(folder)] == [f"step-0000{step}" for step in (20, 25, 30, 40)]
 
 
 def test_a_damaged_checkpoint_is_not_published(tmp_path, caplog):
@@ -278,7 +279,7 @@ def test_an_upload_that_fails_half_way_is_tried_again_and_never_committed_half(
     assert cuts == [["step-000001"]] * 2  # twice half of it was there, and was no checkpoint
     assert "publishing checkpoints is tried again" in caplog.text
     assert names_in(place) == ["step-000002", "step-000001"]
-    checkpoints.verify(publish.fetch(place, "step-000002", tmp_path / "x"))
+    format.verify(publish.fetch(place, "step-000002", tmp_path / "x"))
 
 
 def test_a_store_that_stays_away_is_given_up_at_the_end(tmp_path, faulty_s3, monkeypatch, caplog):
@@ -319,6 +320,6 @@ def test_a_run_says_where_its_checkpoints_are(tmp_path, request, kind, store):
     place, names = publish.available(other, run_id)
     assert names == ["step-000003", "step-000002"]
     fetched = publish.fetch(place, names[0], tmp_path / "b" / "checkpoints")
-    assert checkpoints.verify(fetched)["step"] == 3
+    assert format.verify(fetched)["step"] == 3
     again = fetch_checkpoint(uri, run_id, "step-000002", tmp_path / "c")
-    assert checkpoints.verify(again)["step"] == 2
+    assert format.verify(again)["step"] == 2

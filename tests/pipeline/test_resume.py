@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import run_record, tracking
-from pipeline.checkpoints import committed, step_of, verify
+from pipeline.checkpoint.format import committed, step_of, verify
 from pipeline.config.run import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage

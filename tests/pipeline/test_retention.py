@@ -7,8 +7,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import checkpoints
-from pipeline.retention import PINNED, Policy, local_losses, loss_in, retain
+from pipeline.checkpoint import format
+from pipeline.checkpoint.retention import PINNED, Policy, local_losses, loss_in, retain
 
 LOSSES = st.dictionaries(
     st.integers(1, 400), st.none() | st.sampled_from([1.0, 2.0]) | st.floats(allow_nan=True), max_size=40
@@ -61,7 +61,7 @@ def test_the_disk_is_asked_for_enough(policy, steps, interval):
 
 
 def save(folder, step, **state):
-    checkpoint = folder / checkpoints.checkpoint_name(step)
+    checkpoint = folder / format.checkpoint_name(step)
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text(json.dumps({"schema_version": 1, "step": step, **state}))
     (checkpoint / "COMMITTED").write_text("x")
@@ -121,8 +121,8 @@ def test_what_is_committed_while_others_are_judged_is_not_removed(tmp_path, monk
         save(folder, 40)
         return seen
 
-    monkeypatch.setattr("pipeline.retention.local_losses", look)
+    monkeypatch.setattr("pipeline.checkpoint.retention.local_losses", look)
     assert [path.name for path in retain(tmp_path, Policy(2), now=30)] == ["step-000010"]
-    assert [path.name for path in checkpoints.committed(tmp_path)] == [
+    assert [path.name for path in format.committed(tmp_path)] == [
         "step-000020", "step-000030", "step-000040"
     ]  # fmt: skip

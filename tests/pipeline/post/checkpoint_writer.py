@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from pipeline.checkpoint import load
+from pipeline.checkpoint.save import Saver
 from pipeline.config.run import RunConfig
-from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, init_distributed, set_learning_rate
-from pipeline.train.save import Saver
 from pldr_model.config import ModelConfig
 from pldr_model.loss import cross_entropy
 from pldr_model.model import PLDRModel
@@ -48,7 +48,7 @@ def main(out: Path, cases: list[str]) -> None:
         )
         torch.manual_seed(1)
         engine = build_engine(PLDRModel(MODEL), config.train, dist.get_world_size())
-        checkpoint.make_safe(engine)
+        load.make_safe(engine)
         for step in range(2):
             ids = torch.randint(4, 40, (1, 17), generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
             loss = cross_entropy(engine(ids[:, :-1], padded=False), ids[:, 1:])

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoints import checkpoint_name, model_of, verify
+from pipeline.checkpoint.deepspeed_files import MOMENTS, WEIGHT, ZeroState
+from pipeline.checkpoint.format import checkpoint_name, model_of, verify
+from pipeline.checkpoint.save import Saver
 from pipeline.config.run import FreezeConfig
 from pipeline.train.engine import init_distributed, release
 from pipeline.train.freeze import freeze
-from pipeline.train.save import Saver
-from pipeline.zero_state import MOMENTS, WEIGHT, ZeroState
 from pldr_model.model import PLDRModel, g_shape
 
 sys.path.insert(0, str(Path(__file__).parent))

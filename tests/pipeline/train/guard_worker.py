@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoints import checkpoint_name, verify
+from pipeline.checkpoint.format import checkpoint_name, verify
 from pipeline.config.run import parse_config
 from pipeline.errors import UserError
 from pipeline.train import loop, step

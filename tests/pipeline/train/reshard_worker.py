@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from zero_worker import STEPS, configuration, run
 
-from pipeline.checkpoints import checkpoint_name, verify
+from pipeline.checkpoint import load
+from pipeline.checkpoint.deepspeed_files import MOMENTS, WEIGHT, ZeroState
+from pipeline.checkpoint.format import checkpoint_name, verify
+from pipeline.checkpoint.save import Saver
 from pipeline.config.run import parse_config
-from pipeline.train import checkpoint
 from pipeline.train.engine import build_engine, init_distributed
-from pipeline.train.save import Saver
-from pipeline.zero_state import MOMENTS, WEIGHT, ZeroState
 from pldr_model.model import PLDRModel
 
 HALF = checkpoint_name(STEPS // 2)
@@ -64,9 +64,9 @@ def resumed(folder, case):
 def carried(config, start, folder):
     """Load (twice: what a rollback does), save at once, and compare what the two checkpoints hold of every parameter."""
     engine = build_engine(PLDRModel(config.model), config.train, dist.get_world_size())
-    checkpoint.make_safe(engine)
+    load.make_safe(engine)
     for _ in range(2):
-        checkpoint.load(engine, start, verify(start), precision=config.train.precision)
+        load.load(engine, start, verify(start), precision=config.train.precision)
     Saver(engine, folder).save({"step": STEPS // 2})
     old, new = ZeroState(start / HALF), ZeroState(folder / HALF / HALF)
     assert new.zero["stage"] == config.train.zero_stage and old.shapes.keys() == new.shapes.keys()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoints
+from pipeline.checkpoint import format
 from pipeline.errors import UserError
 from pipeline.io import storage
 
@@ -75,9 +75,9 @@ def copy(source: Path, target: Path) -> Path:
 
 def test_saved_retained_and_whole(saved):
     folder, _ = saved
-    names = [path.name for path in checkpoints.committed(folder)]
+    names = [path.name for path in format.committed(folder)]
     assert names == ["step-000002", "step-000003", "step-000004"]
-    state = checkpoints.verify(folder / "step-000004")
+    state = format.verify(folder / "step-000004")
     assert state["step"] == 4 and len(state["rng"]) == 1
     assert not (folder / "step-000004" / "latest").exists()
 
@@ -103,19 +103,19 @@ def test_every_damaged_file_is_noticed(saved, tmp_path):
         data[len(data) // 2] ^= 0x40
         broken.write_bytes(bytes(data))
         with pytest.raises(UserError):
-            checkpoints.verify(whole)
+            format.verify(whole)
 
 
 def test_without_committed_it_does_not_exist(saved, tmp_path):
     whole = copy(saved[0] / "step-000004", tmp_path / "step-000004")
-    assert checkpoints.committed(tmp_path) == [whole]
+    assert format.committed(tmp_path) == [whole]
     (whole / "COMMITTED").unlink()
     (tmp_path / ".step-000005.staging").mkdir()
     (tmp_path / "step-junk").mkdir()
-    assert checkpoints.committed(tmp_path) == []
+    assert format.committed(tmp_path) == []
     with pytest.raises(UserError, match="never finished"):
-        checkpoints.verify(whole)
-    checkpoints.clean(tmp_path)
+        format.verify(whole)
+    format.clean(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-junk"]  # not ours: left alone
 
 
@@ -129,11 +129,11 @@ def test_no_code_runs_from_a_checkpoint_file(tmp_path):
     for name, write in (("zip.pt", torch.save), ("raw.pt", lambda value, path: path.write_bytes(pickle.dumps(value)))):
         write({"module": Evil()}, tmp_path / name)
         with pytest.raises(UserError, match="not a checkpoint file of ours"):
-            checkpoints.safe_load(tmp_path / name)
+            format.safe_load(tmp_path / name)
     assert not marker.exists()
     (tmp_path / "cut.pt").write_bytes((tmp_path / "zip.pt").read_bytes()[:100])
     with pytest.raises(UserError, match="not a checkpoint file"):
-        checkpoints.safe_load(tmp_path / "cut.pt")
+        format.safe_load(tmp_path / "cut.pt")
 
 
 def test_manifest_lists_everything_but_itself(saved):

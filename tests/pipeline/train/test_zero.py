@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.checkpoints import verify
+from pipeline.checkpoint.deepspeed_files import MOMENTS, WEIGHT, ZeroState
+from pipeline.checkpoint.format import verify
 from pipeline.config.schedule import invariance_budget, learning_rate
 from pipeline.train.optim import build_optimizer
-from pipeline.zero_state import MOMENTS, WEIGHT, ZeroState
 from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel
 

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoints import checkpoint_name, verify
+from pipeline.checkpoint import load, save
+from pipeline.checkpoint.format import checkpoint_name, verify
 from pipeline.config import schedule
 from pipeline.config.run import RunConfig, parse_config
 from pipeline.errors import UserError
-from pipeline.train import checkpoint, freeze, loop, save
+from pipeline.train import freeze, loop
 from pipeline.train.engine import init_distributed
 from pipeline.train.state import Lineage
 
@@ -94,21 +95,21 @@ def run(config, held_out, resume_from=None):
 def failing_save(folder, stage, precision, held_out, bad):
     """A disk that is full under one rank; stage 0 and rank 1: that rank has nothing to write, so rank 0 fails."""
     config = configuration(folder, stage, precision, "norm")
-    real, writer = checkpoint._HashingFile.write, bad if stage else 0
+    real, writer = load._HashingFile.write, bad if stage else 0
 
     def full(self, data):
         if dist.get_rank() == writer:
             raise OSError(28, "No space left on device")
         return real(self, data)
 
-    checkpoint._HashingFile.write = full
+    load._HashingFile.write = full
     message = "no error"
     try:
         run(config, held_out)  # the save at step 3 fails with a warning, the one at the last step ends the run
     except UserError as error:
         message = str(error)
     finally:
-        checkpoint._HashingFile.write = real
+        load._HashingFile.write = real
     messages = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     return {"messages": messages, "left": sorted(p.name for p in (folder / "checkpoints").iterdir())}

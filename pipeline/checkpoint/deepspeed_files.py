@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints import safe_load
+from pipeline.checkpoint.format import safe_load
 from pipeline.errors import UserError, first_line
 from pldr_model.model import is_metric_parameter
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints import COMMITTED, STATE, committed, remove_unfinished, step_of
+from pipeline.checkpoint.format import COMMITTED, STATE, committed, remove_unfinished, step_of
 from pipeline.config.run import TrainConfig
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage

@@ -15,11 +15,11 @@ from typing import IO, Any, cast
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoints import checkpoint_name, safe_load
+from pipeline.checkpoint.deepspeed_files import ZeroState
+from pipeline.checkpoint.format import checkpoint_name, safe_load
+from pipeline.checkpoint.reshard import carry_over, check_shapes, fits
 from pipeline.distributed import has_gpu
 from pipeline.errors import UserError
-from pipeline.train.reshard import carry_over, check_shapes, fits
-from pipeline.zero_state import ZeroState
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """A checkpoint of another world size, ZeRO stage or precision, put into this job's engine.
 
 DeepSpeed's plain load refuses another world size, and its universal checkpoint changes the stage only between 1 and 2.
-So the old files are read by parameter name (pipeline/zero_state.py) and every rank takes its own share of the weights and
+So the old files are read by parameter name (pipeline/checkpoint/deepspeed_files.py) and every rank takes its own share of the weights and
 of Adam's moments. Nothing is computed with them: in fp32 what goes on is, bit for bit, what was saved; only sums over
 ranks then run in another order. One parameter at a time is whole in memory.
 
@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.checkpoint.deepspeed_files import MOMENTS, ZeroState
 from pipeline.errors import UserError
-from pipeline.zero_state import MOMENTS, ZeroState
 
 Put = Callable[[nn.Parameter, Tensor, dict[str, Tensor]], None]
 

@@ -1,4 +1,4 @@
-"""Save committed checkpoints (the format: pipeline/checkpoints.py; which stay: pipeline/retention.py). Every rank has a Saver.
+"""Save committed checkpoints (the format: pipeline/checkpoint/format.py; which stay: pipeline/checkpoint/retention.py). Every rank has a Saver.
 
 All ranks write into a hidden folder; each hashes and fsyncs what it writes (checkpoint.py), rank 0 checks that every file has
 arrived in its whole length, commits, and renames the folder. DeepSpeed's `latest` is not written and never read: it precedes
@@ -21,10 +21,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.checkpoints import COMMITTED, SCHEMA_VERSION, STATE, checkpoint_name
+from pipeline.checkpoint.format import COMMITTED, SCHEMA_VERSION, STATE, checkpoint_name
+from pipeline.checkpoint.load import rng_state
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
-from pipeline.train.checkpoint import rng_state
 
 POLL_S = 0.1  # for the other ranks' files
 LOOK_S = 1.0
