@@ -55,8 +55,8 @@ def add_bench_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _report(arguments: Any, show: Show) -> Result:
-    from pipeline import tracking
     from pipeline.data.report import write_report
+    from pipeline.tracking import run
 
     config = load_config(arguments.config, arguments.overrides)
     root = RunPaths(config.run_dir).root
@@ -65,7 +65,7 @@ def _report(arguments: Any, show: Show) -> Result:
         (root / LOCK).touch()
     target = root / "report" / "data.html"
     result = write_report(config.name, documents_folder(config), tokens_folder(config), target)
-    run_id = tracking.log_report(config, target)
+    run_id = run.log_report(config, target)
     show(str(target))
     numbers = f"{result['documents']:,} documents, {result['text_bytes']:,} bytes"
     if result["tokens"] is not None:

@@ -108,7 +108,7 @@ def _write_url(url: str) -> None:
 
 
 def _ask_mlflow(uri: str) -> None:
-    from pipeline.mlflow_client import client
+    from pipeline.tracking.client import client
 
     client(uri).search_experiments(max_results=1)
 

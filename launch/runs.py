@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import run_record, tracking
 from pipeline.checkpoint.format import TRAINING_LOCK
 from pipeline.config.run import RunConfig, RunPaths, load_config, parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pipeline.io.urls import without_secrets
-from pipeline.mlflow_client import tracking_uri
-from pipeline.runs import list_runs, read_run
+from pipeline.tracking import run, run_record
+from pipeline.tracking.client import tracking_uri
+from pipeline.tracking.query import list_runs, read_run
 
 Result = dict[str, Any]
 Show = Callable[[str], None]
@@ -130,7 +130,7 @@ def _replay(arguments: Any, show: Show) -> Result:
         if not storage.lock(stream):
             holder = storage.lock_holder(stream)
             raise UserError(f"{logs.parent}: process {holder} trains here, and sends by itself when MLflow is back")
-        result = tracking.replay(config)
+        result = run.replay(config)
     show(f"MLflow run {result['run_id']}: {result['points_sent']} points sent, nothing is left over")
     return result
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.io.storage import read_json
-from pipeline.mlflow_client import tracking_uri
 from pipeline.post.certificate import summary_lines
 from pipeline.stages import NAMES, Line
+from pipeline.tracking.client import tracking_uri
 
 
 def summary(line: Line, records: dict[str, dict[str, Any]], show: Callable[[str], None]) -> dict[str, Any]:

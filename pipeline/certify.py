@@ -23,9 +23,9 @@ from pipeline.config.run import RunConfig, RunPaths, parse_config
 from pipeline.distributed import has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
-from pipeline.mlflow_client import tracking_uri
-from pipeline.run_record import VERDICT_TAG
-from pipeline.tracking import log_files, mlflow_id
+from pipeline.tracking.client import tracking_uri
+from pipeline.tracking.run import log_files, mlflow_id
+from pipeline.tracking.run_record import VERDICT_TAG
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any]) 
 
 def _histories(config: RunConfig, run_id: str) -> dict[str, list[tuple[int, float]]]:
     """The training's metrics; none, with a warning, where MLflow does not answer."""
-    from pipeline.runs import read_run
+    from pipeline.tracking.query import read_run
 
     try:
         return read_run(tracking_uri(config), mlflow_id(config, run_id))[2]

@@ -14,8 +14,8 @@ from pipeline.checkpoint.format import committed
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.distributed import has_gpu
 from pipeline.errors import UserError
-from pipeline.mlflow_client import tracking_uri
-from pipeline.tracking import mlflow_id
+from pipeline.tracking.client import tracking_uri
+from pipeline.tracking.run import mlflow_id
 from pipeline.trained import as_trained, held_out, lineage, notes
 
 

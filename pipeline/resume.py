@@ -24,12 +24,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pipeline import publish, run_record, tracking
 from pipeline.checkpoint.format import STATE, adopt, clean, committed, model_of, set_aside, step_of, verify
 from pipeline.config.run import RunConfig, RunPaths, flatten
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
-from pipeline.places import Place
+from pipeline.tracking import publish, run, run_record
+from pipeline.tracking.stores import Place
 from pldr_model.config import ModelConfig
 
 Say = Callable[[str], None]
@@ -107,7 +107,7 @@ def find_start(config: RunConfig, paths: RunPaths, text: str, *, today: dict[str
         if source == resume.path:  # the folder alone, or the run directory, is what auto means
             named = source.name
     with run_record.forgotten_when_refused(config) if run_id is not None else contextlib.nullcontext():
-        run_id = tracking.open_run(config, run_id=run_id, force=force)
+        run_id = run.open_run(config, run_id=run_id, force=force)
         clean(paths.checkpoints)
         _require_no_other(config, paths, run_id)
         if named is not None:
@@ -198,13 +198,13 @@ def _begin_from(source: Path, config: RunConfig, paths: RunPaths, check: Check, 
     state = verify(source)
     if not own:
         check(source, state)
-    run_id = tracking.open_run(config, force=force)
+    run_id = run.open_run(config, force=force)
     clean(paths.checkpoints)
     if not own:
         facts = {"schema_version": SCHEMA_VERSION, "checkpoint": str(source), "manifest_sha256": sha256}
         storage.publish_json(origin, {**facts, "mlflow_run_id": state["mlflow_run_id"]})
         adopt(source, paths.checkpoints, mlflow_run_id=run_id)
-        tracking.set_tags(config, run_id, {"pldr.continued_from": str(source)})
+        run.set_tags(config, run_id, {"pldr.continued_from": str(source)})
         say(f"{source} begins this run; it goes on from step {step_of(source)}")
     found = _newest(config, paths, run_id, check if own else None, say=say)
     assert found is not None
@@ -317,7 +317,7 @@ def _require_no_other(config: RunConfig, paths: RunPaths, run_id: str) -> None:
             owner = storage.read_json(checkpoint / STATE)["mlflow_run_id"]
         except (UserError, TypeError, KeyError):  # damaged: told where it would be taken
             continue
-        if not tracking.same_run(config, owner, run_id):
+        if not run.same_run(config, owner, run_id):
             raise ConfigError(
                 f"{checkpoint}: belongs to MLflow run {owner}, not to {run_id}; use another run_dir, or go on with "
                 f"--resume {owner}"

@@ -28,14 +28,14 @@ from typing import Any
 from pipeline.config.run import RunConfig, RunPaths, flatten
 from pipeline.errors import Stopped, UserError, first_line
 from pipeline.io import storage
-from pipeline.mlflow_client import client, mend_for, tracking_uri
 from pipeline.pretrain import Launch
 from pipeline.resume import Say
-from pipeline.run_record import create, new_record, remember, remembered
-from pipeline.runs import read_run
 from pipeline.stages import NAMES, Line, exclusive
 from pipeline.sweep_config import COLUMNS, Child, read
 from pipeline.sweep_report import write_sweep_report
+from pipeline.tracking.client import client, mend_for, tracking_uri
+from pipeline.tracking.query import read_run
+from pipeline.tracking.run_record import create, new_record, remember, remembered
 
 DATA_STAGES = ("shard", "tokenizer", "tokenize")
 SAME_DATA = ("data", "tokenizer", "tokens")  # sections that decide the tokens, with two keys of the model

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from pipeline.config.data import Section
 from pipeline.config.run import RunConfig, RunPaths, load_config
 from pipeline.errors import ConfigError
-from pipeline.mlflow_client import tracking_uri
+from pipeline.tracking.client import tracking_uri
 
 RESERVED = ("name", "run_dir", "tracking.uri", "tracking.parent_run")  # the sweep's own to set
 MAX_CHILDREN = 1000

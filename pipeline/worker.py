@@ -118,9 +118,9 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.data.loader import TrainLoader, evenly_spread
     from pipeline.data.reader import TokenReader, open_split
     from pipeline.distributed import has_gpu
-    from pipeline.publish import open_publisher
     from pipeline.resume import require_newest
-    from pipeline.tracking import open_tracker, set_tags
+    from pipeline.tracking.publish import open_publisher
+    from pipeline.tracking.run import open_tracker, set_tags
     from pipeline.train.engine import init_distributed
     from pipeline.train.loop import train
     from pipeline.train.state import Lineage

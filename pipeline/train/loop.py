@@ -23,8 +23,8 @@ from pipeline.checkpoint.save import Saver
 from pipeline.config.run import RunConfig, RunPaths, staging_folder
 from pipeline.config.schedule import learning_rate
 from pipeline.errors import UserError
-from pipeline.metrics_spool import Tracker
-from pipeline.publish import Publisher
+from pipeline.tracking.metrics import Tracker
+from pipeline.tracking.publish import Publisher
 from pipeline.train.engine import device_of_rank, release, set_learning_rate
 from pipeline.train.freeze import calm, freeze, is_due, mean_g, num_batches
 from pipeline.train.heartbeat import Heartbeat

@@ -10,8 +10,8 @@ import pytest
 
 from launch.cli import main
 from pipeline.config.run import load_config
-from pipeline.mlflow_client import client, tracking_uri
-from pipeline.tracking import open_run
+from pipeline.tracking.client import client, tracking_uri
+from pipeline.tracking.run import open_run
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -19,8 +19,8 @@ import pytest
 
 from launch.cli import main
 from pipeline.checkpoint.format import committed, verify
-from pipeline.mlflow_client import client
-from pipeline.publish import published_checkpoints
+from pipeline.tracking.client import client
+from pipeline.tracking.publish import published_checkpoints
 
 pytestmark = pytest.mark.timeout(900)  # each start loads torch and deepspeed in four processes
 PLDR = [sys.executable, "-m", "launch.cli"]

@@ -16,9 +16,9 @@ import pytest
 
 from launch.cli import main
 from pipeline.config.run import load_config
-from pipeline.mlflow_client import client, tracking_uri
 from pipeline.post.schema import read_certificate
-from pipeline.publish import published_checkpoints
+from pipeline.tracking.client import client, tracking_uri
+from pipeline.tracking.publish import published_checkpoints
 
 PLDR = [sys.executable, "-m", "launch.cli"]
 

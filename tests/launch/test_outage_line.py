@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from pipeline import publish
 from pipeline.checkpoint import format
 from pipeline.config.run import load_config
-from pipeline.mlflow_client import client
+from pipeline.tracking import publish
+from pipeline.tracking.client import client
 
 PLDR = [sys.executable, "-m", "launch.cli"]
 

@@ -8,7 +8,7 @@ import pytest
 
 from launch.cli import main
 from pipeline.config.run import load_config
-from pipeline.mlflow_client import client, tracking_uri
+from pipeline.tracking.client import client, tracking_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # PLGA's gradients are ill-conditioned at the start: straight runs on one and on two ranks are 1e-4 apart after ten steps.

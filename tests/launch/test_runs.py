@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from pipeline import tracking
 from pipeline.config.run import load_config
-from pipeline.mlflow_client import client, tracking_uri
+from pipeline.tracking import run
+from pipeline.tracking.client import client, tracking_uri
 
 
 def run(capsys, *arguments):
@@ -27,8 +27,8 @@ def runs(tmp_path_factory, make_run):
     second = load_config(path, [f"run_dir={folder / 'second'}", f"tracking.uri={uri}", "name=second"])
     ids = []
     for config, loss in ((first, 2.0), (second, 3.0)):
-        ids.append(tracking.open_run(config))
-        tracker = tracking.open_tracker(config, ids[-1])
+        ids.append(run.open_run(config))
+        tracker = run.open_tracker(config, ids[-1])
         tracker.log(10, {"train/loss": loss + 1, "invariance/budget": 0.5})
         tracker.log(20, {"train/loss": loss, "val/loss_cached": loss + 0.5, "invariance/order_parameter_G": 1e-7})
         assert tracker.close("FINISHED" if config is first else None)

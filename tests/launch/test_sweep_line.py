@@ -13,7 +13,7 @@ import yaml
 
 from launch.cli import main
 from launch.job import free_port
-from pipeline.mlflow_client import client
+from pipeline.tracking.client import client
 
 PLDR = [sys.executable, "-m", "launch.cli"]
 

@@ -7,14 +7,15 @@ import time
 import pytest
 
 from launch.cli import main
-from pipeline import publish, tracking
 from pipeline.checkpoint import format
 from pipeline.config.run import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
-from pipeline.mlflow_client import client, tracking_uri
-from pipeline.publish import fetch_checkpoint, published_checkpoints
-from pipeline.run_record import remembered
+from pipeline.tracking import publish
+from pipeline.tracking import run as tracking
+from pipeline.tracking.client import client, tracking_uri
+from pipeline.tracking.publish import fetch_checkpoint, published_checkpoints
+from pipeline.tracking.run_record import remembered
 
 TREE = {
     "name": "t",

@@ -7,14 +7,14 @@ import time
 
 import pytest
 
-from pipeline import publish, tracking
 from pipeline.checkpoint import format
 from pipeline.checkpoint.retention import Policy
 from pipeline.config.run import parse_config
 from pipeline.io import storage
-from pipeline.mlflow_client import client, tracking_uri
-from pipeline.places import MlflowPlace, UrlPlace, names_in
-from pipeline.publish import Publisher, fetch_checkpoint, published_checkpoints
+from pipeline.tracking import publish, run
+from pipeline.tracking.client import client, tracking_uri
+from pipeline.tracking.publish import Publisher, fetch_checkpoint, published_checkpoints
+from pipeline.tracking.stores import MlflowPlace, UrlPlace, names_in
 
 TREE = {
     "name": "t",
@@ -46,14 +46,14 @@ def save(folder, step, loss=None, content=b"weights"):
 def store(tmp_path_factory):
     """One SQLite store for all: making one takes seconds."""
     config = configuration(tmp_path_factory.mktemp("mlflow"))
-    tracking.open_run(config)
+    run.open_run(config)
     return tracking_uri(config)
 
 
 @pytest.fixture(params=["mlflow", "folder", "s3"])
 def place(request, tmp_path, store):
     if request.param == "mlflow":
-        return MlflowPlace(store, tracking.open_run(configuration(tmp_path / "r", tracking={"uri": store})))
+        return MlflowPlace(store, run.open_run(configuration(tmp_path / "r", tracking={"uri": store})))
     if request.param == "folder":
         return UrlPlace(str(tmp_path / "published" / "run"))
     return UrlPlace(request.getfixturevalue("s3").url("runs/one"))
@@ -303,8 +303,8 @@ def test_a_run_says_where_its_checkpoints_are(tmp_path, request, kind, store):
     """Published by one machine, fetched by another that knows the run's id only."""
     where = {} if kind == "mlflow" else {"train": {"publish_to": request.getfixturevalue("s3").url("all-runs")}}
     config, uri = configuration(tmp_path / "a", tracking={"uri": store}, **where), store
-    run_id = tracking.open_run(config)
-    tracker = tracking.open_tracker(config, run_id)
+    run_id = run.open_run(config)
+    tracker = run.open_tracker(config, run_id)
     publisher = publish.open_publisher(config, tracker)
     folder = tmp_path / "a" / "checkpoints"
     for step in (1, 2, 3):
@@ -316,7 +316,7 @@ def test_a_run_says_where_its_checkpoints_are(tmp_path, request, kind, store):
     assert tags["pldr.publish_to"].startswith("s3://" if kind == "s3" else "")
     assert published_checkpoints(uri, run_id) == ["step-000003", "step-000002"]
     other = configuration(tmp_path / "b", tracking={"uri": uri})  # does not say publish_to
-    assert tracking.open_run(other, run_id=run_id) == run_id
+    assert run.open_run(other, run_id=run_id) == run_id
     place, names = publish.available(other, run_id)
     assert names == ["step-000003", "step-000002"]
     fetched = publish.fetch(place, names[0], tmp_path / "b" / "checkpoints")

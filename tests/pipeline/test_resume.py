@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import run_record, tracking
 from pipeline.checkpoint.format import committed, step_of, verify
 from pipeline.config.run import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
-from pipeline.mlflow_client import client, tracking_uri
-from pipeline.publish import open_publisher, published_checkpoints
 from pipeline.resume import Resume, changes, check_inputs, find_start, names_run, parse_resume, require_newest
+from pipeline.tracking import run as tracking
+from pipeline.tracking import run_record
+from pipeline.tracking.client import client, tracking_uri
+from pipeline.tracking.publish import open_publisher, published_checkpoints
 
 AWAY = "http://127.0.0.1:9"  # nobody listens there
 TODAY = {"data_fingerprint": "d" * 64, "tokenizer_sha256": "t" * 64}

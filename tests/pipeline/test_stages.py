@@ -9,9 +9,9 @@ import yaml
 
 from pipeline.config.run import load_config
 from pipeline.errors import ConfigError, UserError
-from pipeline.mlflow_client import client, tracking_uri
 from pipeline.pretrain import ranks_on_this_node
 from pipeline.stages import Line, exclusive
+from pipeline.tracking.client import client, tracking_uri
 
 
 def corpus(path, word, documents=40):

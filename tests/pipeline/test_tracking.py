@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from pipeline import tracking
 from pipeline.config.run import parse_config
 from pipeline.errors import ConfigError, UserError
-from pipeline.metrics_spool import Tracker
-from pipeline.mlflow_client import client, tracking_uri
+from pipeline.tracking import run as tracking
+from pipeline.tracking.client import client, tracking_uri
+from pipeline.tracking.metrics import Tracker
 
 TREE = {
     "name": "t",

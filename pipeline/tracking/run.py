@@ -19,10 +19,10 @@ from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
 from pipeline.io.urls import without_secrets
-from pipeline.metrics_spool import CLOSE_S, Tracker, take_over
-from pipeline.mlflow_client import client, is_away, mend_for, patience, tracking_uri
-from pipeline.publish import open_publisher
-from pipeline.run_record import (
+from pipeline.tracking.client import client, is_away, mend_for, patience, tracking_uri
+from pipeline.tracking.metrics import CLOSE_S, Tracker, take_over
+from pipeline.tracking.publish import open_publisher
+from pipeline.tracking.run_record import (
     LOCAL_PREFIX,
     LOCAL_TAG,
     RUN_DIR_TAG,

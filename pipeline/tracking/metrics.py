@@ -26,7 +26,7 @@ from typing import Any
 
 from pipeline.errors import first_line
 from pipeline.io import storage
-from pipeline.mlflow_client import client, import_mlflow, latest_points
+from pipeline.tracking.client import client, import_mlflow, latest_points
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from pipeline.checkpoint.format import COMMITTED, is_checkpoint_name
 from pipeline.io.remote import filesystem_of, open_retrying, retrying
 from pipeline.io.storage import safe_member
 from pipeline.io.urls import is_local, join, public_url
-from pipeline.mlflow_client import client, is_away, patience
+from pipeline.tracking.client import client, is_away, patience
 
 FOLDER = "checkpoints"  # among the artifacts
 ATTEMPTS, WAIT_S = 3, 0.5  # of one file to MLflow; a whole publication is tried again by publish.py

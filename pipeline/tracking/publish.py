@@ -24,10 +24,10 @@ from pipeline.checkpoint.retention import Policy, local_losses, loss_in, policy_
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
-from pipeline.metrics_spool import Tracker
-from pipeline.mlflow_client import client, is_away, mend_for, tracking_uri
-from pipeline.places import MlflowPlace, Place, UrlPlace, names_in, place_at
-from pipeline.run_record import LOCAL_PREFIX, PLACE_TAG, RunRecord, place_url, record_of
+from pipeline.tracking.client import client, is_away, mend_for, tracking_uri
+from pipeline.tracking.metrics import Tracker
+from pipeline.tracking.run_record import LOCAL_PREFIX, PLACE_TAG, RunRecord, place_url, record_of
+from pipeline.tracking.stores import MlflowPlace, Place, UrlPlace, names_in, place_at
 
 log = logging.getLogger(__name__)
 CHECKPOINTS_TAG = "pldr.checkpoints"

@@ -20,7 +20,7 @@ from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import UserError
 from pipeline.io import storage
 from pipeline.io.urls import is_local, join, local_path
-from pipeline.mlflow_client import client, tracking_uri
+from pipeline.tracking.client import client, tracking_uri
 
 RUN_FILE = "run.json"
 LOCAL_PREFIX = "local-"

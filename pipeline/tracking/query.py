@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.errors import ConfigError, UserError, first_line
-from pipeline.mlflow_client import client, is_away, latest_points, mend_for
-from pipeline.places import MlflowPlace, names_in
-from pipeline.publish import CHECKPOINTS_TAG
-from pipeline.run_record import LOCAL_TAG, PLACE_TAG, VERDICT_TAG
+from pipeline.tracking.client import client, is_away, latest_points, mend_for
+from pipeline.tracking.publish import CHECKPOINTS_TAG
+from pipeline.tracking.run_record import LOCAL_TAG, PLACE_TAG, VERDICT_TAG
+from pipeline.tracking.stores import MlflowPlace, names_in
 
 COLUMNS = {  # metric -> key of a row
     "train/loss": "loss",
