@@ -70,7 +70,7 @@ def _runs(arguments: Any, show: Show) -> Result:
 
 
 def _report(arguments: Any, show: Show) -> Result:
-    from pipeline.run_report import write_run_report
+    from pipeline.report.training import write_run_report
 
     given = Path(arguments.run)
     if given.suffix in (".yaml", ".yml") or given.is_dir():

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.io.storage import publish_bytes, publish_json
-from pipeline.page import render
-from pipeline.run_report import ticks
+from pipeline.report.html import render
+from pipeline.report.training import ticks
 
 SCHEMA_VERSION = 1
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 640.0, 320.0, 64.0, 12.0, 34.0  # of the plot, in the SVG's units

@@ -22,7 +22,7 @@ from pipeline.data.index import TokenIndex
 from pipeline.data.look import read_sequences, spans, tokenizer_of, visible
 from pipeline.io.storage import exists, publish_bytes
 from pipeline.io.urls import join, public_url
-from pipeline.page import render as page_of
+from pipeline.report.html import render as page_of
 
 EXAMPLES = 10  # of each reason
 DASH = "\u2013"

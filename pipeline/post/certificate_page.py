@@ -1,7 +1,7 @@
 """The certificate for people: one self-contained HTML page, verdict first, then everything it rests on.
 
 The numbers are the certificate's own; pictures of G_LM come from the G_LM that it certifies. What a page shows may be
-hostile (samples of a model, names of runs): every value goes through jinja2's escaping (pipeline/page.py).
+hostile (samples of a model, names of runs): every value goes through jinja2's escaping (pipeline/report/html.py).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.page import render
 from pipeline.post.generation import first_difference
 from pipeline.post.picture import png_uri, scale_of
 from pipeline.post.verdict import FULL_PROMPTS, looser
 from pipeline.post.words import LOSSES, WORDS, Tree, number, plain_verdict
-from pipeline.run_report import PLOTS, Plot, Points, draw
+from pipeline.report.html import render
+from pipeline.report.training import PLOTS, Plot, Points, draw
 
 MAX_MAPS = 128  # heads whose G_LM is drawn; the worst ones where there are more
 OVER_TRAINING = ("Order parameters", "Invariance budget", "What attention is worth (nats)", "Leak gap (nats)")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.run_report import MAX_POINTS, Plot, draw, thinned, ticks, write_run_report
+from pipeline.report.training import MAX_POINTS, Plot, draw, thinned, ticks, write_run_report
 
 FACTS = {
     "run_id": "abc",

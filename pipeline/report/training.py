@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.io.storage import publish_bytes
 from pipeline.io.urls import without_secrets
-from pipeline.page import render
+from pipeline.report.html import render
 
 Points = list[tuple[int, float]]
 Tree = dict[str, Any]
@@ -80,7 +80,7 @@ def write_run_report(
     """Write the page to `target`. facts: run_id, name, status, started, uri, verdict, checkpoints (as text or lists of it);
     histories: metric -> (step, value). Returns {"report", "step"} and the newest value of each metric on a tile."""
     content = page(facts, params, tags, histories)
-    source = Path(__file__).with_name("run_report.html")
+    source = Path(__file__).with_name("training.html")
     filters: dict[str, Callable[[Any], str]] = {"joined": lambda parts: ", ".join(parts) or "none"}
     publish_bytes(target, render(source, content, filters).encode("utf-8", errors="replace"))
     newest = {metric: histories[metric][-1][1] for metric, _, _ in TILES if histories.get(metric)}
