@@ -29,11 +29,11 @@ import regex
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
-from pipeline.data.decompress import DAMAGE
-from pipeline.data.read import next_line, open_input, read_unit
+from pipeline.data.readers.decompress import DAMAGE
+from pipeline.data.readers.sources import InputFile, find_files
+from pipeline.data.readers.text import next_line, open_input, read_unit
+from pipeline.data.readers.units import SKIP, Rejected, Unit
 from pipeline.data.sorted_rows import NUMBER, Rows
-from pipeline.data.sources import InputFile, find_files
-from pipeline.data.units import SKIP, Rejected, Unit
 from pipeline.data.words import WordHashes, ngrams
 from pipeline.errors import UserError, first_line
 from pipeline.io.storage import explain_os_error, publish, sha256_file
@@ -161,7 +161,7 @@ def _strings_of(file: InputFile, limit: int) -> Iterator[str]:
                         raise UserError(f"{file.shown}, line {number}: not UTF-8; convert it (iconv)") from None
                     raise UserError(f"{file.shown}, line {number}: not JSON ({error}); mend the line") from None
     elif file.kind == "parquet":
-        from pipeline.data.parquet import read_rows
+        from pipeline.data.readers.parquet import read_rows
 
         for row in read_rows(Unit(0, file, 0, 1, file.size)):
             yield from _strings_in(row)

@@ -24,10 +24,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.data import Source
-from pipeline.data import parquet, read, units
-from pipeline.data.read import bad_input_error, read_unit
-from pipeline.data.sources import find_files
-from pipeline.data.units import Rejected, Text, Unit, plan_units
+from pipeline.data.readers import parquet, units
+from pipeline.data.readers import text as read
+from pipeline.data.readers.sources import find_files
+from pipeline.data.readers.text import bad_input_error, read_unit
+from pipeline.data.readers.units import Rejected, Text, Unit, plan_units
 from pipeline.errors import UserError
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {

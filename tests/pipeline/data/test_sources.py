@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.data import Source
-from pipeline.data.read import read_unit
-from pipeline.data.sources import InputFile, find_files
-from pipeline.data.units import Rejected, Text, plan_units
+from pipeline.data.readers.sources import InputFile, find_files
+from pipeline.data.readers.text import read_unit
+from pipeline.data.readers.units import Rejected, Text, plan_units
 from pipeline.errors import UserError
 
 

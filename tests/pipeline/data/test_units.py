@@ -8,9 +8,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data import units
-from pipeline.data.sources import InputFile
-from pipeline.data.units import (
+from pipeline.data.readers import units
+from pipeline.data.readers.sources import InputFile
+from pipeline.data.readers.units import (
     MAX_PARTS,
     RANGE,
     Unit,

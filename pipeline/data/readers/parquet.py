@@ -21,8 +21,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from pipeline.data.decompress import decompressed
-from pipeline.data.units import BLOCK, RANGE, SKIP, Rejected, Text, Unit, some_names, too_long
+from pipeline.data.readers.decompress import decompressed
+from pipeline.data.readers.units import BLOCK, RANGE, SKIP, Rejected, Text, Unit, some_names, too_long
 from pipeline.errors import UserError, first_line
 from pipeline.io.remote import open_retrying, read_range, size_of
 from pipeline.io.urls import is_http, is_local

@@ -20,9 +20,9 @@ from contextlib import closing
 
 import orjson
 
-from pipeline.data.decompress import DAMAGE, decompressed
-from pipeline.data.sources import NOT_A_FILE, InputFile
-from pipeline.data.units import BLOCK, RANGE, SKIP, STREAM_CHUNK, Rejected, Text, Unit, some_names, too_long
+from pipeline.data.readers.decompress import DAMAGE, decompressed
+from pipeline.data.readers.sources import NOT_A_FILE, InputFile
+from pipeline.data.readers.units import BLOCK, RANGE, SKIP, STREAM_CHUNK, Rejected, Text, Unit, some_names, too_long
 from pipeline.errors import UserError, first_line
 from pipeline.io.remote import open_retrying
 from pipeline.io.urls import is_local
@@ -89,7 +89,7 @@ def _damaged(unit: Unit, error: Exception) -> Iterator[Rejected]:
 
 def _read(unit: Unit, limit: int) -> Iterator[Text | Rejected]:
     if unit.file.kind == "parquet":
-        from pipeline.data.parquet import read_parquet  # takes a while to import
+        from pipeline.data.readers.parquet import read_parquet  # takes a while to import
 
         yield from read_parquet(unit, limit)
         return

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.data.sources import InputFile
+from pipeline.data.readers.sources import InputFile
 from pipeline.io.urls import is_http
 
 BLOCK = 1 << 20  # bytes read at once
