@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, Any
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from pipeline.data import clean, decontaminate
 from pipeline.data.documents import SCHEMA_VERSION
 from pipeline.data.duplicates import DropDuplicates, ExactKeys, FindDuplicates, count_keys, partitions
 from pipeline.data.engines import Engine, engine_of
+from pipeline.data.filters import chain as clean
+from pipeline.data.filters import decontaminate
+from pipeline.data.filters.split_long import SplitLong
 from pipeline.data.near import ClusterNear, NearKeys
 from pipeline.data.paragraphs import CutParagraphs, ParagraphKeys
 from pipeline.data.progress import advance
@@ -35,7 +37,6 @@ from pipeline.data.readers.sources import find_files
 from pipeline.data.readers.text import bad_input_error, read_unit
 from pipeline.data.readers.units import Rejected, Unit, deal, ordinal, plan_units, unit_as_dict, unit_from_dict
 from pipeline.data.shard_index import READ, build_index, check_splits, removed_by_reason
-from pipeline.data.split_long import SplitLong
 from pipeline.data.spool import ReadSpool, RemovedWriter, WriteSpool
 from pipeline.data.tar import remove_strays
 from pipeline.data.tasks import DROPPED, is_complete, run_tasks, step_stats

@@ -10,8 +10,8 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.decontaminate import evaluation_files
 from pipeline.data.documents import SCHEMA_VERSION, SPLITS, fingerprint_of
+from pipeline.data.filters.decontaminate import evaluation_files
 from pipeline.data.readers.sources import InputFile
 from pipeline.data.tasks import DROPPED
 from pipeline.data.write import HISTOGRAM_BINS

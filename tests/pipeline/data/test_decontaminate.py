@@ -17,7 +17,7 @@ from datatrove.data import Document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.decontaminate import Decontaminate, build_index, cut_words, evaluation_files
+from pipeline.data.filters.decontaminate import Decontaminate, build_index, cut_words, evaluation_files
 from pipeline.data.spool import RemovedWriter
 from pipeline.errors import UserError
 

