@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Any
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
+from pipeline.data.dedup.exact import DropDuplicates, ExactKeys, FindDuplicates, count_keys, partitions
+from pipeline.data.dedup.near import ClusterNear, NearKeys
+from pipeline.data.dedup.paragraphs import CutParagraphs, ParagraphKeys
 from pipeline.data.documents import SCHEMA_VERSION
-from pipeline.data.duplicates import DropDuplicates, ExactKeys, FindDuplicates, count_keys, partitions
 from pipeline.data.engines import Engine, engine_of
 from pipeline.data.filters import chain as clean
 from pipeline.data.filters import decontaminate
 from pipeline.data.filters.split_long import SplitLong
-from pipeline.data.near import ClusterNear, NearKeys
-from pipeline.data.paragraphs import CutParagraphs, ParagraphKeys
 from pipeline.data.progress import advance
 from pipeline.data.readers.sources import find_files
 from pipeline.data.readers.text import bad_input_error, read_unit

@@ -23,7 +23,7 @@ import zstandard
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from pipeline.data.duplicates import keys_file, normalised
+from pipeline.data.dedup.exact import keys_file, normalised
 from pipeline.data.progress import advance
 from pipeline.data.readers.units import split_ordinal, unit_from_dict
 from pipeline.data.tasks import write_record

@@ -29,12 +29,12 @@ import regex
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
+from pipeline.data.dedup.sorted_rows import NUMBER, Rows
+from pipeline.data.dedup.word_hashes import WordHashes, ngrams
 from pipeline.data.readers.decompress import DAMAGE
 from pipeline.data.readers.sources import InputFile, find_files
 from pipeline.data.readers.text import next_line, open_input, read_unit
 from pipeline.data.readers.units import SKIP, Rejected, Unit
-from pipeline.data.sorted_rows import NUMBER, Rows
-from pipeline.data.words import WordHashes, ngrams
 from pipeline.errors import UserError, first_line
 from pipeline.io.storage import explain_os_error, publish, sha256_file
 

@@ -17,7 +17,7 @@ from datatrove.pipeline.readers import JsonlReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.duplicates import (
+from pipeline.data.dedup.exact import (
     MAX_PARTITIONS,
     DropDuplicates,
     ExactKeys,
@@ -29,7 +29,7 @@ from pipeline.data.duplicates import (
     normalised,
     partitions,
 )
-from pipeline.data.near import NearKeys
+from pipeline.data.dedup.near import NearKeys
 from pipeline.data.tasks import run_tasks
 
 WORDS = st.sampled_from(["a", "A", "b", " ", "  ", "\n", "é", "e\u0301", "ß", "ss", "ﬁ", "fi", "Ω"])

@@ -17,10 +17,9 @@ from datatrove.data import Document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import near
-from pipeline.data import words as word_hashes
-from pipeline.data.duplicates import DropDuplicates, FindDuplicates, count_keys, normalised
-from pipeline.data.near import ClusterNear, MinHasher, NearKeys, bands_for, components
+from pipeline.data.dedup import near, word_hashes
+from pipeline.data.dedup.exact import DropDuplicates, FindDuplicates, count_keys, normalised
+from pipeline.data.dedup.near import ClusterNear, MinHasher, NearKeys, bands_for, components
 
 SIMILARITY, NGRAM, HASHES = 0.75, 5, 112  # the configuration's defaults
 

@@ -13,8 +13,8 @@ from datatrove.data import Document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.duplicates import FindDuplicates, normalised
-from pipeline.data.paragraphs import CutParagraphs, ParagraphKeys, cut, split_paragraphs
+from pipeline.data.dedup.exact import FindDuplicates, normalised
+from pipeline.data.dedup.paragraphs import CutParagraphs, ParagraphKeys, cut, split_paragraphs
 
 PIECES = st.sampled_from(["a", "bb", "BB ", "ccc", "dddd", "Dddd", "ﬃ", "ffi", "x\ny", "x y", " "])
 BREAKS = st.sampled_from(["\n\n", "\n \n", "\n\n\n\n", "\n\t\n\n", "\r\n\r\n", "\n"])

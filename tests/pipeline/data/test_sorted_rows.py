@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.sorted_rows import Lookup, Rows, Run, TableWriter, merge, run_of, sort_rows
+from pipeline.data.dedup.sorted_rows import Lookup, Rows, Run, TableWriter, merge, run_of, sort_rows
 from pipeline.errors import UserError
 
 NUMBERS = st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1), st.sampled_from([2**63, 2**63 - 1, 2**64 - 1]))

@@ -34,10 +34,10 @@ import numpy.typing as npt
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from pipeline.data.duplicates import KeysStep, found_file, found_files, key_row, normalised
-from pipeline.data.sorted_rows import MEMORY, NUMBER, Rows, TableWriter, merge, run_of
+from pipeline.data.dedup.exact import KeysStep, found_file, found_files, key_row, normalised
+from pipeline.data.dedup.sorted_rows import MEMORY, NUMBER, Rows, TableWriter, merge, run_of
+from pipeline.data.dedup.word_hashes import WordHashes, ngrams, splitmix64
 from pipeline.data.tasks import write_record
-from pipeline.data.words import WordHashes, ngrams, splitmix64
 
 Indices = npt.NDArray[np.int64]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.sorted_rows import NUMBER, Rows
+from pipeline.data.dedup.sorted_rows import NUMBER, Rows
 
 WORD = re.compile(r"\w+")
 PIECE = 1 << 20  # characters whose words are in memory at once

@@ -15,8 +15,8 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.typeshelper import StatHints
 
-from pipeline.data.duplicates import HASH_COLUMNS, KeysStep, found_files, key_row, normalised, text_hash
-from pipeline.data.sorted_rows import MEMORY, Lookup
+from pipeline.data.dedup.exact import HASH_COLUMNS, KeysStep, found_files, key_row, normalised, text_hash
+from pipeline.data.dedup.sorted_rows import MEMORY, Lookup
 
 SEPARATOR = re.compile(r"(\n\s*\n)")
 REASON = "paragraph_duplicate"
