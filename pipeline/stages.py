@@ -93,7 +93,7 @@ class Line:
 
     def dry_run(self, name: str) -> tuple[Path, int]:
         """The script that stage shard or tokenize would submit to Slurm first, written and checked, and its number of tasks."""
-        from pipeline.data.engines import DryRun
+        from pipeline.data.executor.engines import DryRun
         from pipeline.data.shard import shard_documents
         from pipeline.data.tokenize import tokenize_documents
 

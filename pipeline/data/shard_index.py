@@ -11,9 +11,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.documents import SCHEMA_VERSION, SPLITS, fingerprint_of
+from pipeline.data.executor.jobs import DROPPED
 from pipeline.data.filters.decontaminate import evaluation_files
 from pipeline.data.readers.sources import InputFile
-from pipeline.data.tasks import DROPPED
 from pipeline.data.write import HISTOGRAM_BINS
 from pipeline.errors import UserError
 

@@ -28,12 +28,12 @@ import numpy.typing as npt
 from datatrove.pipeline.base import PipelineStep
 
 from pipeline.data.documents import DocumentIndex, fingerprint_of, read_texts
-from pipeline.data.engines import engine_of
+from pipeline.data.executor.engines import engine_of
+from pipeline.data.executor.jobs import run_tasks, write_record
+from pipeline.data.executor.progress import advance
 from pipeline.data.index import SCHEMA_VERSION, dtype_for
 from pipeline.data.pack import MAX_CONTEXT, BestFit, Block, Concat, Numbers, Packer, Pad, Tokens
-from pipeline.data.progress import advance
 from pipeline.data.tar import TarWriter, remove_leftovers, remove_strays
-from pipeline.data.tasks import run_tasks, write_record
 from pipeline.errors import UserError
 from pipeline.io.storage import publish_bytes, publish_json, require_free_space, sha256_json
 from pipeline.io.urls import is_local, join

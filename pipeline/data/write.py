@@ -28,9 +28,9 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from pipeline.data.documents import SPLITS
+from pipeline.data.executor.jobs import write_record
 from pipeline.data.spool import merge_removed, read_lines
 from pipeline.data.tar import TarWriter
-from pipeline.data.tasks import write_record
 from pipeline.io.storage import publish, sha256_file
 from pipeline.io.urls import join
 

@@ -30,7 +30,7 @@ from pipeline.data.dedup.exact import (
     partitions,
 )
 from pipeline.data.dedup.near import NearKeys
-from pipeline.data.tasks import run_tasks
+from pipeline.data.executor.jobs import run_tasks
 
 WORDS = st.sampled_from(["a", "A", "b", " ", "  ", "\n", "é", "e\u0301", "ß", "ss", "ﬁ", "fi", "Ω"])
 TEXTS = st.lists(st.lists(WORDS, max_size=3).map("".join), max_size=25)

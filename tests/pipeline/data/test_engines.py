@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from pipeline.config.data import DataConfig, Slurm
-from pipeline.data import slurm
-from pipeline.data.engines import LOCAL, DryRun, Engine, engine_of
-from pipeline.data.tasks import run_tasks, step_stats
+from pipeline.data.executor import slurm
+from pipeline.data.executor.engines import LOCAL, DryRun, Engine, engine_of
+from pipeline.data.executor.jobs import run_tasks, step_stats
 from pipeline.errors import UserError
 
 TASKS = 3
@@ -252,7 +252,7 @@ def test_a_task_process_ends_with_whoever_started_it(job: Callable[..., Any], tm
     import dill
     import engine_steps
 
-    from pipeline.data.local import LocalExecutor
+    from pipeline.data.executor.local import LocalExecutor
 
     work = tmp_path / "work"
     steps = [engine_steps.Read(tmp_path / "none", seconds=60), engine_steps.Publish(tmp_path / "out", work)]
@@ -260,7 +260,7 @@ def test_a_task_process_ends_with_whoever_started_it(job: Callable[..., Any], tm
         dill.dump(LocalExecutor(steps, tasks=1, workers=1, logging_dir=str(work)), stream)
     root = Path(__file__).parents[3]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.data.run_task", str(tmp_path / "executor.pik"), "0"],
+        [sys.executable, "-m", "pipeline.data.executor.run_task", str(tmp_path / "executor.pik"), "0"],
         stdin=subprocess.PIPE,
         cwd=root,
         stderr=subprocess.DEVNULL,

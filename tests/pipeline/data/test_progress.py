@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import progress
-from pipeline.data.progress import Bar, Counter, Counts, advance, counting, expected_bytes, forget
+from pipeline.data.executor import progress
+from pipeline.data.executor.progress import Bar, Counter, Counts, advance, counting, expected_bytes, forget
 
 
 def test_counts_add_up_over_tasks_and_starts(tmp_path: Path) -> None:

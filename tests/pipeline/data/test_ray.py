@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.run import RunConfig, RunPaths
-from pipeline.data.ray_cluster import RayExecutor
+from pipeline.data.executor.ray import RayExecutor
 from pipeline.data.shard import shard_documents
 
 MakeConfig = Callable[..., RunConfig]

@@ -24,10 +24,10 @@ from typing import Any
 
 from datatrove.pipeline.base import PipelineStep
 
-from pipeline.data import progress
-from pipeline.data.engines import LOCAL, DryRun, Engine
-from pipeline.data.local import LocalExecutor
-from pipeline.data.reporting import forget_errors
+from pipeline.data.executor import progress
+from pipeline.data.executor.engines import LOCAL, DryRun, Engine
+from pipeline.data.executor.local import LocalExecutor
+from pipeline.data.executor.markers import forget_errors
 from pipeline.data.tar import remove_leftovers
 from pipeline.io.remote import filesystem_of, retrying, size_of, version_of
 from pipeline.io.storage import publish_json, sha256_file
@@ -94,13 +94,13 @@ def _executor_of(
     local = LocalExecutor(steps, tasks=tasks, workers=workers, logging_dir=str(work.absolute()))
     local.in_process = engine.in_process
     if engine.kind == "slurm":
-        from pipeline.data.slurm import SlurmExecutor
+        from pipeline.data.executor.slurm import SlurmExecutor
 
         where = str(local_path(output).resolve()) if is_local(output) else str(output)
         name = f"pldr-{re.sub('[^a-z0-9]+', '-', label.lower())}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
         return SlurmExecutor(steps, tasks=tasks, workers=workers, work=work, name=name, settings=engine.slurm)
     if engine.kind == "ray":
-        from pipeline.data.ray_cluster import RayExecutor
+        from pipeline.data.executor.ray import RayExecutor
 
         return RayExecutor(steps, tasks=tasks, workers=workers, work=work, address=engine.ray_address, in_process=local)
     return local

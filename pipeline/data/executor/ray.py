@@ -5,7 +5,7 @@ What it does not do, and is done here:
 - It ends quietly, whatever became of its tasks: afterwards, errors and markers are looked at.
 - It waits for ever when a node cannot import datatrove. Every node is asked first, also whether it sees the run directory.
 - It runs a task in a fork of an actor, a process with threads, and waits for ever when that fork is killed (out of memory).
-  Here the fork only starts `python -m pipeline.data.run_task`, a process like those of a local job, and looks at how it ends.
+  Here the fork only starts `python -m pipeline.data.executor.run_task`, a process like those of a local job, and looks at how it ends.
   It also ends it when the actor is gone, or a killed run's tasks would write on beside those of the next start.
 """
 
@@ -30,7 +30,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.stats import PipelineStats
 from loguru import logger
 
-from pipeline.data.reporting import Reporting, has_failed, leave_error, raise_error
+from pipeline.data.executor.markers import Reporting, has_failed, leave_error, raise_error
 from pipeline.errors import UserError, first_line
 
 PROBE_SECONDS = 120
@@ -82,7 +82,7 @@ class RayExecutor(Reporting, RayPipelineExecutor):  # type: ignore[misc]  # data
         console = self.work / "console.log"
         with open(console, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.data.run_task", str(self.work / "executor.pik"), str(rank)],
+                [sys.executable, "-m", "pipeline.data.executor.run_task", str(self.work / "executor.pik"), str(rank)],
                 cwd=self.folder,
                 env={**os.environ, "PYTHONPATH": self.python_path},
                 stdin=subprocess.PIPE,  # it ends when this closes, so also when this process is killed
@@ -174,7 +174,7 @@ def _check_nodes(work: Path) -> None:
 
 def _sees(path: str) -> bool:
     """On a node: whether it has what tasks need, and the file."""
-    import pipeline.data.local  # noqa: F401
+    import pipeline.data.executor.local  # noqa: F401
 
     return Path(path).is_file()
 

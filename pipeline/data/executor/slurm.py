@@ -27,7 +27,7 @@ import dill
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from pipeline.data.reporting import Reporting, has_failed, raise_error
+from pipeline.data.executor.markers import Reporting, has_failed, raise_error
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.storage import publish_json
 

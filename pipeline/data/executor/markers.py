@@ -15,7 +15,7 @@ from typing import Any
 
 from datatrove.utils.stats import PipelineStats
 
-from pipeline.data import progress
+from pipeline.data.executor import progress
 from pipeline.errors import UserError, first_line
 from pipeline.io.storage import publish_json
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from datatrove.executor.local import LocalPipelineExecutor
 
-from pipeline.data.reporting import Reporting, raise_error
+from pipeline.data.executor.markers import Reporting, raise_error
 from pipeline.errors import UserError
 
 
