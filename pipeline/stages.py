@@ -93,8 +93,8 @@ class Line:
 
     def dry_run(self, name: str) -> tuple[Path, int]:
         """The script that stage shard or tokenize would submit to Slurm first, written and checked, and its number of tasks."""
+        from pipeline.data.documents.shard import shard_documents
         from pipeline.data.executor.engines import DryRun
-        from pipeline.data.shard import shard_documents
         from pipeline.data.tokenize import tokenize_documents
 
         work = {"shard": shard_documents, "tokenize": tokenize_documents}[name]
@@ -143,7 +143,7 @@ class Line:
         }[name]
         inputs: dict[str, Any] = {"config": of_stage, **({"form": FORMS[name]} if name in FORMS else {})}
         if name == "shard":
-            from pipeline.data.shard import stage_inputs
+            from pipeline.data.documents.shard import stage_inputs
 
             inputs = stage_inputs(self.config)
         else:
@@ -201,7 +201,7 @@ class Line:
     def _work(self, name: str, *, resume: str, force: bool, uncertified: bool) -> dict[str, Any]:
         config, paths = self.config, self.paths
         if name == "shard":
-            from pipeline.data.shard import shard_documents
+            from pipeline.data.documents.shard import shard_documents
 
             return shard_documents(config, paths)
         if name == "tokenizer":

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.data import Source
-from pipeline.data.documents import SCHEMA_VERSION as DOCUMENTS_VERSION
-from pipeline.data.documents import fingerprint_of
+from pipeline.data.documents.read import SCHEMA_VERSION as DOCUMENTS_VERSION
+from pipeline.data.documents.read import fingerprint_of
 from pipeline.data.index import SCHEMA_VERSION as TOKENS_VERSION
 from pipeline.data.readers.sources import find_files
 from pipeline.data.readers.text import read_unit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.data.documents import SPLITS
+from pipeline.data.documents.read import SPLITS
 
 WIDTH, BASE, HEIGHT = 332.0, 125.0, 100.0  # of the bars, in the SVG's units
 LEFT = 12.0

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.data.documents import fingerprint_of
+from pipeline.data.documents.read import fingerprint_of
 from pipeline.errors import UserError
 from pipeline.io.remote import open_retrying, size_of
 from pipeline.io.storage import exists, read_json, safe_member

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.documents import DocumentIndex, read_removed, read_shard
+from pipeline.data.documents.read import DocumentIndex, read_removed, read_shard
 from pipeline.data.index import TOKENIZE_AGAIN, TokenIndex, TokenShard, missing, wrong_sha256
 from pipeline.errors import UserError, first_line
 from pipeline.io.remote import open_retrying, read_range

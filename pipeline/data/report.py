@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.charts import charts
-from pipeline.data.documents import SPLITS, DocumentIndex, read_removed
+from pipeline.data.documents.read import SPLITS, DocumentIndex, read_removed
 from pipeline.data.index import TokenIndex
 from pipeline.data.look import read_sequences, spans, tokenizer_of, visible
 from pipeline.io.storage import exists, publish_bytes

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from datatrove.pipeline.base import PipelineStep
 
-from pipeline.data.documents import DocumentIndex, fingerprint_of, read_texts
+from pipeline.data.documents.read import DocumentIndex, fingerprint_of, read_texts
 from pipeline.data.executor.engines import engine_of
 from pipeline.data.executor.jobs import run_tasks, write_record
 from pipeline.data.executor.progress import advance

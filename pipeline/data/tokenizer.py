@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 
-from pipeline.data.documents import DocumentIndex, read_texts
+from pipeline.data.documents.read import DocumentIndex, read_texts
 from pipeline.errors import UserError
 from pipeline.io.storage import publish_bytes
 from pipeline.tokenizer import SPECIAL_IDS, Tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.run import RunConfig, RunPaths, parse_config
-from pipeline.data.shard import shard_documents
+from pipeline.data.documents.shard import shard_documents
 from pipeline.data.tokenize import tokenize_documents
 from pipeline.data.tokenizer import make_tokenizer
 
@@ -112,7 +112,7 @@ def write_tokens(
 
     import numpy as np
 
-    from pipeline.data.documents import fingerprint_of
+    from pipeline.data.documents.read import fingerprint_of
     from pipeline.data.index import SCHEMA_VERSION
     from pipeline.data.tar import TarWriter
     from pipeline.data.tokenize import npy_bytes

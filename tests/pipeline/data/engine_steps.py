@@ -13,9 +13,9 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
+from pipeline.data.documents.spool import facts_of
 from pipeline.data.executor.jobs import write_record
 from pipeline.data.executor.progress import advance
-from pipeline.data.spool import facts_of
 from pipeline.errors import UserError
 from pipeline.io.storage import publish_bytes
 

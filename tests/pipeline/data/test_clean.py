@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from pipeline.config.data import Clean
 from pipeline.config.run import RunConfig, RunPaths
-from pipeline.data.documents import DocumentIndex, read_removed, read_shard
+from pipeline.data.documents.read import DocumentIndex, read_removed, read_shard
+from pipeline.data.documents.shard import shard_documents
 from pipeline.data.filters.chain import LanguageFilter, LengthFilter, block_names, document_blocks, language_of, repair
-from pipeline.data.shard import shard_documents
 from pipeline.errors import UserError
 
 MakeConfig = Callable[..., RunConfig]

@@ -17,8 +17,8 @@ from datatrove.data import Document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.documents.spool import RemovedWriter
 from pipeline.data.filters.decontaminate import Decontaminate, build_index, cut_words, evaluation_files
-from pipeline.data.spool import RemovedWriter
 from pipeline.errors import UserError
 
 LIMIT = 10**6

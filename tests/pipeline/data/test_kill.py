@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from pipeline.config.run import RunConfig, RunPaths
-from pipeline.data.shard import shard_documents
+from pipeline.data.documents.shard import shard_documents
 from pipeline.data.tokenize import tokenize_documents
 from pipeline.data.tokenizer import make_tokenizer
 from pipeline.errors import UserError

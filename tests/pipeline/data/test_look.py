@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.run import RunConfig, RunPaths
-from pipeline.data.documents import DocumentIndex, fingerprint_of, read_shard
+from pipeline.data.documents.read import DocumentIndex, fingerprint_of, read_shard
 from pipeline.data.index import TokenIndex
 from pipeline.data.look import Sequence, Span, as_text, folder_of, read_sequence, spans, tokenizer_of, verify, visible
 from pipeline.data.reader import TokenReader

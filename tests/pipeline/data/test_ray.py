@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.run import RunConfig, RunPaths
+from pipeline.data.documents.shard import shard_documents
 from pipeline.data.executor.ray import RayExecutor
-from pipeline.data.shard import shard_documents
 
 MakeConfig = Callable[..., RunConfig]
 pytestmark = [

@@ -13,9 +13,9 @@ import pytest
 
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.charts import bars, median, power, share
-from pipeline.data.documents import DocumentIndex, read_removed
+from pipeline.data.documents.read import DocumentIndex, read_removed
+from pipeline.data.documents.shard import shard_documents
 from pipeline.data.report import headline, write_report
-from pipeline.data.shard import shard_documents
 from pipeline.data.tokenize import tokenize_documents
 from pipeline.errors import UserError
 

@@ -14,10 +14,10 @@ import pytest
 import webdataset
 
 from pipeline.config.run import RunConfig, RunPaths
-from pipeline.data.documents import DocumentIndex, read_removed, read_shard
-from pipeline.data.shard import shard_documents
-from pipeline.data.spool import split_key
-from pipeline.data.write import copies, split_of
+from pipeline.data.documents.read import DocumentIndex, read_removed, read_shard
+from pipeline.data.documents.shard import shard_documents
+from pipeline.data.documents.spool import split_key
+from pipeline.data.documents.write import copies, split_of
 from pipeline.errors import UserError
 
 MakeConfig = Callable[..., RunConfig]

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 from pipeline.config.run import RunConfig, RunPaths
-from pipeline.data.documents import DocumentIndex, read_shard
+from pipeline.data.documents.read import DocumentIndex, read_shard
 from pipeline.data.index import TokenIndex
 from pipeline.data.reader import TokenReader
 from pipeline.data.tokenize import tokenize_documents

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.run import RunConfig, RunPaths
-from pipeline.data.documents import DocumentIndex, read_shard
+from pipeline.data.documents.read import DocumentIndex, read_shard
 from pipeline.data.index import TokenIndex, dtype_for
 from pipeline.data.pack import Concat
 from pipeline.data.reader import TokenReader

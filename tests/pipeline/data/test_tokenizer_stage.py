@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.run import RunConfig, RunPaths
-from pipeline.data.documents import DocumentIndex, read_shard
+from pipeline.data.documents.read import DocumentIndex, read_shard
+from pipeline.data.documents.shard import shard_documents
 from pipeline.data.readers.sources import find_files
 from pipeline.data.readers.text import read_unit
 from pipeline.data.readers.units import Text, plan_units
-from pipeline.data.shard import shard_documents
 from pipeline.data.tokenizer import PIECE_BYTES, cut, make_tokenizer, spread, train
 from pipeline.errors import UserError
 from pipeline.tokenizer import Tokenizer

@@ -10,11 +10,11 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.documents import SCHEMA_VERSION, SPLITS, fingerprint_of
+from pipeline.data.documents.read import SCHEMA_VERSION, SPLITS, fingerprint_of
+from pipeline.data.documents.write import HISTOGRAM_BINS
 from pipeline.data.executor.jobs import DROPPED
 from pipeline.data.filters.decontaminate import evaluation_files
 from pipeline.data.readers.sources import InputFile
-from pipeline.data.write import HISTOGRAM_BINS
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:

@@ -27,7 +27,10 @@ from datatrove.pipeline.base import PipelineStep
 from pipeline.data.dedup.exact import DropDuplicates, ExactKeys, FindDuplicates, count_keys, partitions
 from pipeline.data.dedup.near import ClusterNear, NearKeys
 from pipeline.data.dedup.paragraphs import CutParagraphs, ParagraphKeys
-from pipeline.data.documents import SCHEMA_VERSION
+from pipeline.data.documents.index import READ, build_index, check_splits, removed_by_reason
+from pipeline.data.documents.read import SCHEMA_VERSION
+from pipeline.data.documents.spool import ReadSpool, RemovedWriter, WriteSpool
+from pipeline.data.documents.write import WriteDocuments
 from pipeline.data.executor.engines import Engine, engine_of
 from pipeline.data.executor.jobs import DROPPED, is_complete, run_tasks, step_stats
 from pipeline.data.executor.progress import advance
@@ -37,10 +40,7 @@ from pipeline.data.filters.split_long import SplitLong
 from pipeline.data.readers.sources import find_files
 from pipeline.data.readers.text import bad_input_error, read_unit
 from pipeline.data.readers.units import Rejected, Unit, deal, ordinal, plan_units, unit_as_dict, unit_from_dict
-from pipeline.data.shard_index import READ, build_index, check_splits, removed_by_reason
-from pipeline.data.spool import ReadSpool, RemovedWriter, WriteSpool
 from pipeline.data.tar import remove_strays
-from pipeline.data.write import WriteDocuments
 from pipeline.io.storage import publish_json, read_json, require_free_space, sha256_json
 from pipeline.io.urls import is_local, join, local_path
 
