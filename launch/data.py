@@ -99,8 +99,8 @@ def _tokens_if_made(config: RunConfig, show: Show) -> str | None:
 
 
 def _show_sequence(arguments: Any, show: Show) -> Result:
-    from pipeline.data.index import TokenIndex
     from pipeline.data.look import as_text, folder_of, read_sequence, spans, tokenizer_of
+    from pipeline.data.tokens.index import TokenIndex
 
     given = arguments.index
     folder = tokens_folder(load_config(given)) if _is_config(given) else folder_of(given)

@@ -21,7 +21,7 @@ from pipeline.resume import Say, changes, find_start
 from pipeline.tracking import run
 
 if TYPE_CHECKING:
-    from pipeline.data.index import TokenIndex
+    from pipeline.data.tokens.index import TokenIndex
 
 Launch = Callable[[RunConfig, Path, int], None]  # start the ranks of a job file and wait; UserError when it failed
 JOB_SCHEMA_VERSION = 1
@@ -146,7 +146,7 @@ def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
 
     Raises UserError or ConfigError, one line: its errors belong here, not in a rank's log or after a wait in a queue.
     """
-    from pipeline.data.index import TokenIndex
+    from pipeline.data.tokens.index import TokenIndex
     from pipeline.tokenizer import Tokenizer
     from pipeline.train.engine import deepspeed_config
 

@@ -95,7 +95,7 @@ class Line:
         """The script that stage shard or tokenize would submit to Slurm first, written and checked, and its number of tasks."""
         from pipeline.data.documents.shard import shard_documents
         from pipeline.data.executor.engines import DryRun
-        from pipeline.data.tokenize import tokenize_documents
+        from pipeline.data.tokens.tokenize import tokenize_documents
 
         work = {"shard": shard_documents, "tokenize": tokenize_documents}[name]
         try:
@@ -205,11 +205,11 @@ class Line:
 
             return shard_documents(config, paths)
         if name == "tokenizer":
-            from pipeline.data.tokenizer import make_tokenizer
+            from pipeline.data.tokens.train_tokenizer import make_tokenizer
 
             return make_tokenizer(config, paths)
         if name == "tokenize":
-            from pipeline.data.tokenize import tokenize_documents
+            from pipeline.data.tokens.tokenize import tokenize_documents
 
             return tokenize_documents(config, paths)
         if name == "train":

@@ -42,7 +42,7 @@ def as_trained(config: RunConfig, paths: RunPaths, source: dict[str, Any]) -> Ru
 
 def require_same(config: RunConfig, paths: RunPaths, model: ModelConfig, source: dict[str, Any]) -> None:
     """Raise ConfigError when the weights are of another model or tokenizer than the run's configuration and tokens."""
-    from pipeline.data.index import TokenIndex
+    from pipeline.data.tokens.index import TokenIndex
 
     frozen = config.train.freeze_g is not None and model.g_source != "learned"
     ours, theirs = config.trained_model(frozen=frozen).to_dict(), model.to_dict()
@@ -64,9 +64,9 @@ def held_out(config: RunConfig, paths: RunPaths, *, half: int, limit: int | None
 
     The first `limit` (None: post.prompts) hold no padding, as far as the half has such; behind them those that do.
     """
-    from pipeline.data.index import TokenIndex
     from pipeline.data.loader import evenly_spread
     from pipeline.data.reader import open_split
+    from pipeline.data.tokens.index import TokenIndex
 
     index = TokenIndex.load(tokens_folder(config))
     reader = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes)

@@ -114,9 +114,9 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     import torch.distributed as dist
 
     from pipeline.data.cache import Stamps
-    from pipeline.data.index import TokenIndex
     from pipeline.data.loader import TrainLoader, evenly_spread
     from pipeline.data.reader import TokenReader, open_split
+    from pipeline.data.tokens.index import TokenIndex
     from pipeline.distributed import has_gpu
     from pipeline.resume import require_newest
     from pipeline.tracking.publish import open_publisher

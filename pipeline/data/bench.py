@@ -34,12 +34,12 @@ from typing import Any, Literal, NamedTuple
 
 from pipeline.data.bench_input import read_text, write_documents, write_tokens
 from pipeline.data.executor.jobs import run_tasks
-from pipeline.data.index import TokenIndex, dtype_for
 from pipeline.data.loader import TrainLoader
 from pipeline.data.order import Order
 from pipeline.data.reader import TokenReader
-from pipeline.data.tokenize import TokenizeShard
-from pipeline.data.tokenizer import train
+from pipeline.data.tokens.index import TokenIndex, dtype_for
+from pipeline.data.tokens.tokenize import TokenizeShard
+from pipeline.data.tokens.train_tokenizer import train
 from pipeline.io.storage import publish_bytes
 from pipeline.tokenizer import Tokenizer
 

@@ -19,12 +19,12 @@ import numpy as np
 from pipeline.config.data import Source
 from pipeline.data.documents.read import SCHEMA_VERSION as DOCUMENTS_VERSION
 from pipeline.data.documents.read import fingerprint_of
-from pipeline.data.index import SCHEMA_VERSION as TOKENS_VERSION
 from pipeline.data.readers.sources import find_files
 from pipeline.data.readers.text import read_unit
 from pipeline.data.readers.units import Text, plan_units
 from pipeline.data.tar import TarWriter
-from pipeline.data.tokenize import npy_bytes
+from pipeline.data.tokens.index import SCHEMA_VERSION as TOKENS_VERSION
+from pipeline.data.tokens.tokenize import npy_bytes
 from pipeline.errors import UserError
 from pipeline.io.storage import publish_json
 

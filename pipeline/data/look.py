@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.documents.read import DocumentIndex, read_removed, read_shard
-from pipeline.data.index import TOKENIZE_AGAIN, TokenIndex, TokenShard, missing, wrong_sha256
+from pipeline.data.tokens.index import TOKENIZE_AGAIN, TokenIndex, TokenShard, missing, wrong_sha256
 from pipeline.errors import UserError, first_line
 from pipeline.io.remote import open_retrying, read_range
 from pipeline.io.storage import exists, read_json, safe_member

@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.cache import Buffer, NodeCache, Stamps
-from pipeline.data.index import TokenIndex, TokenShard, missing, wrong_sha256, wrong_size
 from pipeline.data.order import Indices
+from pipeline.data.tokens.index import TokenIndex, TokenShard, missing, wrong_sha256, wrong_size
 from pipeline.errors import UserError
 from pipeline.io.remote import read_range, size_of
 from pipeline.io.urls import is_local, join

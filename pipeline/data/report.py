@@ -18,8 +18,8 @@ from typing import Any
 
 from pipeline.data.charts import charts
 from pipeline.data.documents.read import SPLITS, DocumentIndex, read_removed
-from pipeline.data.index import TokenIndex
 from pipeline.data.look import read_sequences, spans, tokenizer_of, visible
+from pipeline.data.tokens.index import TokenIndex
 from pipeline.io.storage import exists, publish_bytes
 from pipeline.io.urls import join, public_url
 from pipeline.report.html import render as page_of

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from pipeline.config.plan import plan
 from pipeline.config.run import RunPaths, load_config
-from pipeline.data.index import TokenIndex
 from pipeline.data.loader import TrainLoader
 from pipeline.data.reader import open_split
+from pipeline.data.tokens.index import TokenIndex
 from pipeline.stages import Line
 from pldr_model.model import PLDRModel
 

@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.config.run import RunConfig, RunPaths, parse_config
 from pipeline.data.documents.shard import shard_documents
-from pipeline.data.tokenize import tokenize_documents
-from pipeline.data.tokenizer import make_tokenizer
+from pipeline.data.tokens.tokenize import tokenize_documents
+from pipeline.data.tokens.train_tokenizer import make_tokenizer
 
 MakeConfig = Callable[..., RunConfig]
 LINE = "thou art more lovely and temperate rough winds do shake the darling buds of May summer's lease hath"
@@ -113,9 +113,9 @@ def write_tokens(
     import numpy as np
 
     from pipeline.data.documents.read import fingerprint_of
-    from pipeline.data.index import SCHEMA_VERSION
     from pipeline.data.tar import TarWriter
-    from pipeline.data.tokenize import npy_bytes
+    from pipeline.data.tokens.index import SCHEMA_VERSION
+    from pipeline.data.tokens.tokenize import npy_bytes
     from pipeline.io.storage import publish_json
     from pipeline.io.urls import join
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from pipeline.data.index import TokenIndex
 from pipeline.data.loader import TrainLoader, evenly_spread
 from pipeline.data.reader import open_split
+from pipeline.data.tokens.index import TokenIndex
 from pipeline.worker import agreement
 
 

@@ -14,7 +14,7 @@ from pipeline.data import bench as benches
 from pipeline.data.bench import bench, in_turn, line
 from pipeline.data.bench_input import made_up, read_text, write_documents, write_tokens
 from pipeline.data.documents.read import DocumentIndex, read_shard
-from pipeline.data.index import TokenIndex
+from pipeline.data.tokens.index import TokenIndex
 from pipeline.errors import UserError
 
 KEYS = (

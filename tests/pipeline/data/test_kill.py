@@ -18,8 +18,8 @@ import pytest
 
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.documents.shard import shard_documents
-from pipeline.data.tokenize import tokenize_documents
-from pipeline.data.tokenizer import make_tokenizer
+from pipeline.data.tokens.tokenize import tokenize_documents
+from pipeline.data.tokens.train_tokenizer import make_tokenizer
 from pipeline.errors import UserError
 
 MakeConfig = Callable[..., RunConfig]

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.cache import Stamps
-from pipeline.data.index import TokenIndex
 from pipeline.data.loader import TrainLoader, evenly_spread
 from pipeline.data.order import Indices
 from pipeline.data.reader import BadUnit, TokenReader
 from pipeline.data.tar import read_members
+from pipeline.data.tokens.index import TokenIndex
 from pipeline.errors import UserError
 
 WriteTokens = Callable[..., None]

@@ -13,11 +13,11 @@ import pytest
 
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.documents.read import DocumentIndex, fingerprint_of, read_shard
-from pipeline.data.index import TokenIndex
 from pipeline.data.look import Sequence, Span, as_text, folder_of, read_sequence, spans, tokenizer_of, verify, visible
 from pipeline.data.reader import TokenReader
 from pipeline.data.tar import TarWriter
-from pipeline.data.tokenize import tokenize_documents
+from pipeline.data.tokens.index import TokenIndex
+from pipeline.data.tokens.tokenize import tokenize_documents
 from pipeline.errors import UserError
 from pipeline.io.storage import publish_json, read_json
 from pipeline.tokenizer import Tokenizer
@@ -95,7 +95,7 @@ def test_a_tokenizer_with_a_leading_space_shows_no_space_of_its_own_behind_an_en
 
     import sentencepiece
 
-    from pipeline.data.tokenizer import SPECIAL_PIECES
+    from pipeline.data.tokens.train_tokenizer import SPECIAL_PIECES
     from pipeline.tokenizer import SPECIAL_IDS
 
     model = io.BytesIO()

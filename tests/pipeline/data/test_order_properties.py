@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import loader as loader_module
-from pipeline.data.index import TokenIndex
 from pipeline.data.loader import TrainLoader
 from pipeline.data.order import WINDOW_BLOCKS, Order
 from pipeline.data.reader import TokenReader
+from pipeline.data.tokens.index import TokenIndex
 
 WriteTokens = Callable[..., None]
 BATCH = 12

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import pack
-from pipeline.data.pack import BestFit, Block, Concat, Packer, Pad, best_fit
+from pipeline.data.tokens import pack
+from pipeline.data.tokens.pack import BestFit, Block, Concat, Packer, Pad, best_fit
 
 KINDS: dict[str, Any] = {"concat": Concat, "best-fit": BestFit, "pad": Pad}
 

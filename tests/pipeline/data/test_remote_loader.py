@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from pipeline.data.cache import NodeCache
-from pipeline.data.index import TokenIndex
 from pipeline.data.loader import TrainLoader, evenly_spread
 from pipeline.data.reader import BadUnit, TokenReader
+from pipeline.data.tokens.index import TokenIndex
 from pipeline.errors import UserError
 
 WriteTokens = Callable[..., None]

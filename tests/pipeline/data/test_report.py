@@ -16,7 +16,7 @@ from pipeline.data.charts import bars, median, power, share
 from pipeline.data.documents.read import DocumentIndex, read_removed
 from pipeline.data.documents.shard import shard_documents
 from pipeline.data.report import headline, write_report
-from pipeline.data.tokenize import tokenize_documents
+from pipeline.data.tokens.tokenize import tokenize_documents
 from pipeline.errors import UserError
 
 MakeConfig = Callable[..., RunConfig]

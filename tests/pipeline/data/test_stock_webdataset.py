@@ -14,9 +14,9 @@ import webdataset
 
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.documents.read import DocumentIndex, read_shard
-from pipeline.data.index import TokenIndex
 from pipeline.data.reader import TokenReader
-from pipeline.data.tokenize import tokenize_documents
+from pipeline.data.tokens.index import TokenIndex
+from pipeline.data.tokens.tokenize import tokenize_documents
 
 MakeConfig = Callable[..., RunConfig]
 

@@ -17,11 +17,11 @@ import pytest
 
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.documents.read import DocumentIndex, read_shard
-from pipeline.data.index import TokenIndex, dtype_for
-from pipeline.data.pack import Concat
 from pipeline.data.reader import TokenReader
 from pipeline.data.tar import TarWriter
-from pipeline.data.tokenize import _Blocks, npy_bytes, tokenize_documents
+from pipeline.data.tokens.index import TokenIndex, dtype_for
+from pipeline.data.tokens.pack import Concat
+from pipeline.data.tokens.tokenize import _Blocks, npy_bytes, tokenize_documents
 from pipeline.errors import UserError
 from pipeline.tokenizer import Tokenizer
 

@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from pipeline.config.run import RunConfig, RunPaths
-from pipeline.data.index import TokenIndex
-from pipeline.data.tokenize import tokenize_documents
+from pipeline.data.tokens.index import TokenIndex
+from pipeline.data.tokens.tokenize import tokenize_documents
 from pipeline.errors import UserError
 
 MakeConfig = Callable[..., RunConfig]

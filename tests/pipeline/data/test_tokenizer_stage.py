@@ -18,7 +18,7 @@ from pipeline.data.documents.shard import shard_documents
 from pipeline.data.readers.sources import find_files
 from pipeline.data.readers.text import read_unit
 from pipeline.data.readers.units import Text, plan_units
-from pipeline.data.tokenizer import PIECE_BYTES, cut, make_tokenizer, spread, train
+from pipeline.data.tokens.train_tokenizer import PIECE_BYTES, cut, make_tokenizer, spread, train
 from pipeline.errors import UserError
 from pipeline.tokenizer import Tokenizer
 

@@ -31,9 +31,9 @@ from pipeline.data.documents.read import DocumentIndex, fingerprint_of, read_tex
 from pipeline.data.executor.engines import engine_of
 from pipeline.data.executor.jobs import run_tasks, write_record
 from pipeline.data.executor.progress import advance
-from pipeline.data.index import SCHEMA_VERSION, dtype_for
-from pipeline.data.pack import MAX_CONTEXT, BestFit, Block, Concat, Numbers, Packer, Pad, Tokens
 from pipeline.data.tar import TarWriter, remove_leftovers, remove_strays
+from pipeline.data.tokens.index import SCHEMA_VERSION, dtype_for
+from pipeline.data.tokens.pack import MAX_CONTEXT, BestFit, Block, Concat, Numbers, Packer, Pad, Tokens
 from pipeline.errors import UserError
 from pipeline.io.storage import publish_bytes, publish_json, require_free_space, sha256_json
 from pipeline.io.urls import is_local, join
