@@ -58,7 +58,7 @@ def facts(question: dict[str, Any]) -> dict[str, Any]:
     if question["mlflow"] is not None:
         found["mlflow"] = _attempt(lambda: _ask_mlflow(question["mlflow"]))
     if question["remote_tokens"]:
-        from pipeline.data.cache import node_folder
+        from pipeline.data.loading.cache import node_folder
 
         found["cache_free"] = _free(str(node_folder()))
     return found

@@ -64,8 +64,8 @@ def held_out(config: RunConfig, paths: RunPaths, *, half: int, limit: int | None
 
     The first `limit` (None: post.prompts) hold no padding, as far as the half has such; behind them those that do.
     """
-    from pipeline.data.loader import evenly_spread
-    from pipeline.data.reader import open_split
+    from pipeline.data.loading.loader import evenly_spread
+    from pipeline.data.loading.reader import open_split
     from pipeline.data.tokens.index import TokenIndex
 
     index = TokenIndex.load(tokens_folder(config))

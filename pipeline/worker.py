@@ -113,9 +113,9 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     import torch
     import torch.distributed as dist
 
-    from pipeline.data.cache import Stamps
-    from pipeline.data.loader import TrainLoader, evenly_spread
-    from pipeline.data.reader import TokenReader, open_split
+    from pipeline.data.loading.cache import Stamps
+    from pipeline.data.loading.loader import TrainLoader, evenly_spread
+    from pipeline.data.loading.reader import TokenReader, open_split
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.distributed import has_gpu
     from pipeline.resume import require_newest

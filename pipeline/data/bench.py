@@ -34,9 +34,9 @@ from typing import Any, Literal, NamedTuple
 
 from pipeline.data.bench_input import read_text, write_documents, write_tokens
 from pipeline.data.executor.jobs import run_tasks
-from pipeline.data.loader import TrainLoader
-from pipeline.data.order import Order
-from pipeline.data.reader import TokenReader
+from pipeline.data.loading.loader import TrainLoader
+from pipeline.data.loading.order import Order
+from pipeline.data.loading.reader import TokenReader
 from pipeline.data.tokens.index import TokenIndex, dtype_for
 from pipeline.data.tokens.tokenize import TokenizeShard
 from pipeline.data.tokens.train_tokenizer import train

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from pipeline.config.plan import plan
 from pipeline.config.run import RunPaths, load_config
-from pipeline.data.loader import TrainLoader
-from pipeline.data.reader import open_split
+from pipeline.data.loading.loader import TrainLoader
+from pipeline.data.loading.reader import open_split
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.stages import Line
 from pldr_model.model import PLDRModel

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from pipeline.data.loader import TrainLoader, evenly_spread
-from pipeline.data.reader import open_split
+from pipeline.data.loading.loader import TrainLoader, evenly_spread
+from pipeline.data.loading.reader import open_split
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.worker import agreement
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import cache as cache_module
-from pipeline.data.cache import NodeCache, Stamps, node_folder
+from pipeline.data.loading import cache as cache_module
+from pipeline.data.loading.cache import NodeCache, Stamps, node_folder
 from pipeline.errors import UserError
 
 fork = multiprocessing.get_context("fork")
@@ -277,5 +277,5 @@ def test_stamps_of_old_jobs_go(tmp_path: Path) -> None:
 
 def test_the_cache_starts_fast(tmp_path: Path) -> None:
     """Nothing heavy behind it: helpers and workers import it."""
-    code = "import sys, pipeline.data.cache; assert not {'torch', 'numpy', 'fsspec'} & set(sys.modules)"
+    code = "import sys, pipeline.data.loading.cache; assert not {'torch', 'numpy', 'fsspec'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.cache import Stamps
-from pipeline.data.loader import TrainLoader, evenly_spread
-from pipeline.data.order import Indices
-from pipeline.data.reader import BadUnit, TokenReader
+from pipeline.data.loading.cache import Stamps
+from pipeline.data.loading.loader import TrainLoader, evenly_spread
+from pipeline.data.loading.order import Indices
+from pipeline.data.loading.reader import BadUnit, TokenReader
 from pipeline.data.tar import read_members
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.errors import UserError

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.loader import TrainLoader, evenly_spread
-from pipeline.data.reader import TokenReader
+from pipeline.data.loading.loader import TrainLoader, evenly_spread
+from pipeline.data.loading.reader import TokenReader
 from pipeline.data.tokens.index import TokenIndex
 
 SIZES = [37, 20, 8, 1, 30]

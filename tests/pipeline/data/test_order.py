@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.order import WINDOW_BLOCKS, Order, permute
+from pipeline.data.loading.order import WINDOW_BLOCKS, Order, permute
 
 relaxed = settings(deadline=None, max_examples=40)  # a slow machine is no failure
 orders = st.builds(

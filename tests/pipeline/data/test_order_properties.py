@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import loader as loader_module
-from pipeline.data.loader import TrainLoader
-from pipeline.data.order import WINDOW_BLOCKS, Order
-from pipeline.data.reader import TokenReader
+from pipeline.data.loading import loader as loader_module
+from pipeline.data.loading.loader import TrainLoader
+from pipeline.data.loading.order import WINDOW_BLOCKS, Order
+from pipeline.data.loading.reader import TokenReader
 from pipeline.data.tokens.index import TokenIndex
 
 WriteTokens = Callable[..., None]

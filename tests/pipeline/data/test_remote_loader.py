@@ -13,9 +13,9 @@ import fsspec
 import numpy as np
 import pytest
 
-from pipeline.data.cache import NodeCache
-from pipeline.data.loader import TrainLoader, evenly_spread
-from pipeline.data.reader import BadUnit, TokenReader
+from pipeline.data.loading.cache import NodeCache
+from pipeline.data.loading.loader import TrainLoader, evenly_spread
+from pipeline.data.loading.reader import BadUnit, TokenReader
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.errors import UserError
 
@@ -140,7 +140,7 @@ def test_a_store_that_refuses_is_no_bad_shard(bucket: Any, tmp_path: Path) -> No
 def test_bytes_that_were_damaged_on_the_way_are_asked_for_again(
     bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.data import reader as module
+    from pipeline.data.loading import reader as module
 
     real, damaged = module.read_range, []
 

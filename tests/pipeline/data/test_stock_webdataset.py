@@ -14,7 +14,7 @@ import webdataset
 
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.documents.read import DocumentIndex, read_shard
-from pipeline.data.reader import TokenReader
+from pipeline.data.loading.reader import TokenReader
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.data.tokens.tokenize import tokenize_documents
 

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.documents.read import DocumentIndex, read_shard
-from pipeline.data.reader import TokenReader
+from pipeline.data.loading.reader import TokenReader
 from pipeline.data.tar import TarWriter
 from pipeline.data.tokens.index import TokenIndex, dtype_for
 from pipeline.data.tokens.pack import Concat

@@ -129,7 +129,7 @@ def test_padded_sequences_are_replaced_as_long_as_there_are_others(
 ) -> None:
     reader = Reader(100, padded)
     monkeypatch.setattr("pipeline.data.tokens.index.TokenIndex.load", lambda folder: SimpleNamespace(folder=folder))
-    monkeypatch.setattr("pipeline.data.reader.open_split", lambda *_, **__: reader)
+    monkeypatch.setattr("pipeline.data.loading.reader.open_split", lambda *_, **__: reader)
     found = held_out(config_of(tiny, tmp_path, post={"prompts": 6, "min_prompts": 6}), RunPaths(tmp_path), half=0)
     whole = [int(row[0]) - 1 for row in found if (row != 0).all()]
     assert whole == [int(row[0]) - 1 for row in found[: len(whole)]]  # before the padded ones

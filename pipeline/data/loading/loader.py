@@ -25,8 +25,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.order import WINDOW_BLOCKS, Indices, Order
-from pipeline.data.reader import BadUnit, TokenReader, Unit
+from pipeline.data.loading.order import WINDOW_BLOCKS, Indices, Order
+from pipeline.data.loading.reader import BadUnit, TokenReader, Unit
 from pipeline.errors import UserError
 
 PREFETCH = 2  # global batches read ahead

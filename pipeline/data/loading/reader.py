@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.cache import Buffer, NodeCache, Stamps
-from pipeline.data.order import Indices
+from pipeline.data.loading.cache import Buffer, NodeCache, Stamps
+from pipeline.data.loading.order import Indices
 from pipeline.data.tokens.index import TokenIndex, TokenShard, missing, wrong_sha256, wrong_size
 from pipeline.errors import UserError
 from pipeline.io.remote import read_range, size_of
