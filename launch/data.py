@@ -55,7 +55,7 @@ def add_bench_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _report(arguments: Any, show: Show) -> Result:
-    from pipeline.data.report import write_report
+    from pipeline.data.inspect.report import write_report
     from pipeline.tracking import run
 
     config = load_config(arguments.config, arguments.overrides)
@@ -75,7 +75,7 @@ def _report(arguments: Any, show: Show) -> Result:
 
 
 def _verify(arguments: Any, show: Show) -> Result:
-    from pipeline.data.look import folder_of, kind_of, verify
+    from pipeline.data.inspect.show import folder_of, kind_of, verify
 
     if _is_config(arguments.index):
         config = load_config(arguments.index, arguments.overrides)
@@ -99,7 +99,7 @@ def _tokens_if_made(config: RunConfig, show: Show) -> str | None:
 
 
 def _show_sequence(arguments: Any, show: Show) -> Result:
-    from pipeline.data.look import as_text, folder_of, read_sequence, spans, tokenizer_of
+    from pipeline.data.inspect.show import as_text, folder_of, read_sequence, spans, tokenizer_of
     from pipeline.data.tokens.index import TokenIndex
 
     given = arguments.index

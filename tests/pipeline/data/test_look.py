@@ -13,8 +13,18 @@ import pytest
 
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.data.documents.read import DocumentIndex, fingerprint_of, read_shard
+from pipeline.data.inspect.show import (
+    Sequence,
+    Span,
+    as_text,
+    folder_of,
+    read_sequence,
+    spans,
+    tokenizer_of,
+    verify,
+    visible,
+)
 from pipeline.data.loading.reader import TokenReader
-from pipeline.data.look import Sequence, Span, as_text, folder_of, read_sequence, spans, tokenizer_of, verify, visible
 from pipeline.data.tar import TarWriter
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.data.tokens.tokenize import tokenize_documents

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.run import RunConfig, RunPaths
-from pipeline.data.charts import bars, median, power, share
 from pipeline.data.documents.read import DocumentIndex, read_removed
 from pipeline.data.documents.shard import shard_documents
-from pipeline.data.report import headline, write_report
+from pipeline.data.inspect.charts import bars, median, power, share
+from pipeline.data.inspect.report import headline, write_report
 from pipeline.data.tokens.tokenize import tokenize_documents
 from pipeline.errors import UserError
 
