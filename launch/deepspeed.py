@@ -10,11 +10,11 @@ from pathlib import Path
 
 from launch.hosts import SSH_ARGS, Host, carried, environment_file, is_private, private_file, ssh_options, sweep
 from launch.job import WORKER, free_port, rank_environment, run_job
-from pipeline import lifeline
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.distributed import has_gpu
 from pipeline.errors import Stopped
 from pipeline.io import storage
+from pipeline.train import signals
 from pipeline.worker import ENVIRONMENT_FILE, PARENT_PIPE
 
 RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]
@@ -91,7 +91,7 @@ class SshJob:
         private = {k: v for k, v in variables.items() if is_private(k, v)}
         public = {k: v for k, v in variables.items() if k not in private}
         public |= {
-            lifeline.HEAD_FILE: str(logs / "head.json"),
+            signals.HEAD_FILE: str(logs / "head.json"),
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
@@ -121,7 +121,7 @@ def launch_over_ssh(config: RunConfig, job_file: Path, ranks: int, job: SshJob, 
     try:
         if private:
             private_file(private, private_path)
-        with lifeline.Head(logs / "head.json") as head:
+        with signals.Head(logs / "head.json") as head:
             run_job(
                 job.command(job_file),
                 environment=job.environment(logs),

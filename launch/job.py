@@ -5,7 +5,7 @@ runner leaves them behind; it can return 0 when a worker died or `launch.py` was
 its own. So the job has its own process group, which goes as a whole, ranks included; signals are passed on to the ranks and
 not to the launcher; and whether the job succeeded is judged by the committed checkpoint (pipeline.pretrain), not by the exit
 code alone. The workers' stdin is a pipe that this process holds: when it closes, because this process was killed, they end
-themselves. Ranks on other hosts, behind ssh, hang on pipeline.lifeline instead.
+themselves. Ranks on other hosts, behind ssh, hang on pipeline.train.signals instead.
 
 Slurm sends its warning to every process of a step. The launchers would die of SIGUSR1, and the runner of SIGTERM, while the
 ranks save: they are started with both ignored (ranks, and DeepSpeed's launch.py for SIGTERM, set handlers of their own).
@@ -33,8 +33,8 @@ import psutil
 
 from pipeline.distributed import has_gpu
 from pipeline.errors import Stopped, UserError
-from pipeline.lifeline import Head
-from pipeline.train.progress import FAILURE, LISTENING, STATUS, STOPPED
+from pipeline.train.console import FAILURE, LISTENING, STATUS, STOPPED
+from pipeline.train.signals import Head
 from pipeline.worker import PARENT_PIPE, VISIBLE_DEVICES
 
 WORKER = "pipeline.worker"

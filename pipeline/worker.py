@@ -24,14 +24,14 @@ from typing import Any, TypeVar
 
 import fsspec.config
 
-from pipeline import lifeline
 from pipeline.checkpoint.format import TRAINING_LOCK
 from pipeline.config.run import RunConfig, RunPaths, parse_config, staging_folder, tokens_folder
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
 from pipeline.network import choose_interface
+from pipeline.train import signals
+from pipeline.train.console import FAILURE, LISTENING, say_line
 from pipeline.train.heartbeat import Heartbeat, blame
-from pipeline.train.progress import FAILURE, LISTENING, say_line
 from pipeline.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
@@ -122,9 +122,9 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.tracking.publish import open_publisher
     from pipeline.tracking.run import open_tracker, set_tags
     from pipeline.train.engine import init_distributed
-    from pipeline.train.loop import train
     from pipeline.train.state import Lineage
-    from pipeline.train.system import NODES_TAG, first_on_node, node_names
+    from pipeline.train.telemetry import NODES_TAG, first_on_node, node_names
+    from pipeline.train.trainer import train
 
     if not job_file.exists():
         raise UserError(
@@ -136,9 +136,9 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     if not has_gpu():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     rank, world = rank_and_world()
-    if lifeline.HEAD_FILE in os.environ:
-        head = Path(os.environ[lifeline.HEAD_FILE])
-        lifeline.follow(head, patience_s=config.train.timeout_s, note=stop.note, fail=_give_up)
+    if signals.HEAD_FILE in os.environ:
+        head = Path(os.environ[signals.HEAD_FILE])
+        signals.follow(head, patience_s=config.train.timeout_s, note=stop.note, fail=_give_up)
     heart.start(RunPaths.ranks_of(job_file), _stamp(job_file), rank, timeout_s=config.train.timeout_s, fail=_give_up)
     choose_interface()
     init_distributed(config.train.timeout_s)

@@ -86,12 +86,12 @@ class TrainConfig(Section):
         60.0, gt=0
     )  # a rank that another waits for longer, or whose data take longer, fails the job
     max_skipped_steps: int = Field(10, ge=1)  # in a row, whose loss or gradients are not finite: the run stops
-    on_spike: Literal["warn", "rollback", "stop"] = "warn"  # what a loss spike does (pipeline/train/response.py)
+    on_spike: Literal["warn", "rollback", "stop"] = "warn"  # what a loss spike does (pipeline/train/spikes.py)
     spike_window: int = Field(200, ge=20)  # losses that its bound comes from, median + spike_threshold * 1.4826 MAD
     spike_threshold: float = Field(8.0, gt=0)
     freeze_g: FreezeConfig | None = None  # null: the metric learner trains to the end
     max_restarts: int = Field(0, ge=0)  # after a crash, from the last commit; not after a stop or a user's mistake
-    profile_steps: tuple[int, int] | None = None  # [first, last]: traced on every rank (pipeline/train/profiler.py)
+    profile_steps: tuple[int, int] | None = None  # [first, last]: traced on every rank (pipeline/train/profiling.py)
     memory_history: bool = False  # on a GPU: which code asked for each block, in the snapshot of a rank out of memory
     peak_tflops: float | None = Field(None, gt=0)  # of one device, for MFU; null: the data sheet of a known GPU
 

@@ -31,7 +31,7 @@ from pipeline.train.engine import build_engine, device_of_rank, init_distributed
 from pipeline.train.optim import parameter_groups
 from pipeline.train.step import global_step
 from pipeline.train.stop import StopRequest
-from pipeline.train.system import Stopwatch
+from pipeline.train.telemetry import Stopwatch
 from pldr_model.bench import in_turn
 from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel, set_activation_checkpointing

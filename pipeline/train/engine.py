@@ -29,8 +29,8 @@ from torch.distributed.rendezvous import rendezvous
 from pipeline.config.run import TrainConfig
 from pipeline.distributed import has_gpu
 from pipeline.errors import ConfigError
-from pipeline.train.lean_zero import leave_out_the_needless
 from pipeline.train.optim import build_optimizer, optimizer_clips_norm
+from pipeline.train.zero_patches import leave_out_the_needless
 from pldr_model.model import PLDRModel, set_activation_checkpointing
 
 log = logging.getLogger(__name__)

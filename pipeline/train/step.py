@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.train.stop import StopRequest, named
-from pipeline.train.system import Stopwatch
+from pipeline.train.telemetry import Stopwatch
 from pldr_model.config import ModelConfig
 from pldr_model.loss import cross_entropy, total_loss
 

@@ -28,7 +28,7 @@ class StopRequest:
         return [float(number in self._seen) for number in SIGNALS]
 
     def note(self, number: int) -> None:
-        """Take a signal for seen that reached this process in another way (pipeline.lifeline)."""
+        """Take a signal for seen that reached this process in another way (pipeline.train.signals)."""
         self._seen.add(number)
 
     def _note(self, number: int, frame: Any) -> None:

@@ -18,10 +18,10 @@ from launch.cli import main
 from launch.hosts import Host, address_of, carried, environment_file, is_private, private_file, read_hostfile
 from launch.job import is_rank
 from launch.nodes import Follower, Lead
-from pipeline import lifeline
 from pipeline.config.run import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.network import interface_towards
+from pipeline.train import signals
 
 
 @pytest.fixture(scope="module")
@@ -257,12 +257,10 @@ def test_a_node_that_does_not_come_is_named(tmp_path, monkeypatch):
 
 
 def test_the_lifeline_carries_signals_and_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(lifeline, "BEAT_S", 0.02)
+    monkeypatch.setattr(signals, "BEAT_S", 0.02)
     noted, failed, ended = [], [], threading.Event()
-    with lifeline.Head(tmp_path / "head.json") as head:
-        lifeline.follow(
-            head.file, patience_s=0.5, note=noted.append, fail=lambda why: (failed.append(why), ended.set())
-        )
+    with signals.Head(tmp_path / "head.json") as head:
+        signals.follow(head.file, patience_s=0.5, note=noted.append, fail=lambda why: (failed.append(why), ended.set()))
         head.pass_on(signal.SIGUSR1)
         time.sleep(0.7)  # longer than the patience: it lives
         assert noted == [signal.SIGUSR1] and not failed
@@ -270,11 +268,11 @@ def test_the_lifeline_carries_signals_and_the_end(tmp_path, monkeypatch):
 
 
 def test_ranks_end_when_the_head_gives_no_sign_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(lifeline, "BEAT_S", 0.02)
+    monkeypatch.setattr(signals, "BEAT_S", 0.02)
     file = tmp_path / "head.json"
     file.write_text(json.dumps({"token": "a", "beat": 3, "signals": [], "over": False}))
     failed, ended = [], threading.Event()
-    lifeline.follow(file, patience_s=0.2, note=failed.append, fail=lambda why: (failed.append(why), ended.set()))
+    signals.follow(file, patience_s=0.2, note=failed.append, fail=lambda why: (failed.append(why), ended.set()))
     assert ended.wait(5) and "no sign of life" in failed[0]
 
 

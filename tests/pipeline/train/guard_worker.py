@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pipeline.checkpoint.format import checkpoint_name, verify
 from pipeline.config.run import parse_config
 from pipeline.errors import UserError
-from pipeline.train import loop, step
+from pipeline.train import step, trainer
 from pipeline.train.engine import init_distributed
 from pipeline.train.state import Lineage
 
@@ -46,7 +46,7 @@ class Shifted(Batches):
 
 def train(config, data, resume_from=None):
     recorder = Recorder()
-    state = loop.train(
+    state = trainer.train(
         config,
         data,
         np.random.default_rng(99).integers(4, 67, size=(9, 17)),
@@ -100,7 +100,7 @@ def skipped_step(folder, stage, precision, kind, limit=10):
         return replace_losses(losses, torch.inf)
 
     hashes, outcomes = [], []
-    real_loss, real_step = injected(harm), loop.global_step
+    real_loss, real_step = injected(harm), trainer.global_step
 
     def watched(engine, *arguments, **keywords):
         before = weights_and_moments(engine)
@@ -109,7 +109,7 @@ def skipped_step(folder, stage, precision, kind, limit=10):
         outcomes.append(outcome.skipped)
         return outcome
 
-    loop.global_step = watched
+    trainer.global_step = watched
     message = None
     try:
         points, state = train(config, Shifted(config))
@@ -117,7 +117,7 @@ def skipped_step(folder, stage, precision, kind, limit=10):
     except UserError as error:
         message, result = str(error), {}
     finally:
-        loop.global_step, step.total_loss = real_step, real_loss
+        trainer.global_step, step.total_loss = real_step, real_loss
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, {"unchanged": hashes, "skipped": outcomes, "message": message})
     return {**result, "ranks": everyone}

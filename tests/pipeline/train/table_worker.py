@@ -16,7 +16,7 @@ from pipeline.config.schedule import learning_rate
 from pipeline.train.engine import build_engine, init_distributed, set_learning_rate
 from pipeline.train.step import global_step
 from pipeline.train.stop import StopRequest
-from pipeline.train.system import Stopwatch
+from pipeline.train.telemetry import Stopwatch
 from pldr_model.model import PLDRModel
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -1,4 +1,4 @@
-"""Readings of many ranks become the metrics of one run (pipeline/train/system.py)."""
+"""Readings of many ranks become the metrics of one run (pipeline/train/telemetry.py)."""
 
 import math
 import time
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.train.system import Reading, Stopwatch, node_names, summary
+from pipeline.train.telemetry import Reading, Stopwatch, node_names, summary
 
 CALM = Reading(
     first_on_node=0, data_s=0.01, forward_s=0.20, rss_gb=2, gpu_peak_gb=math.nan, gpu_percent=math.nan, cpu_percent=50,

@@ -18,7 +18,7 @@ from pipeline.checkpoint.format import checkpoint_name, verify
 from pipeline.config import schedule
 from pipeline.config.run import RunConfig, parse_config
 from pipeline.errors import UserError
-from pipeline.train import freeze, loop
+from pipeline.train import freeze, trainer
 from pipeline.train.engine import init_distributed
 from pipeline.train.state import Lineage
 
@@ -80,7 +80,7 @@ def configuration(folder: Path, stage: int, precision: str, clip_by: str, g_sour
 
 def run(config, held_out, resume_from=None):
     recorder = Recorder()
-    loop.train(
+    trainer.train(
         config,
         Batches(config),
         held_out,

@@ -25,19 +25,19 @@ from pipeline.config.schedule import learning_rate
 from pipeline.errors import UserError
 from pipeline.tracking.metrics import Tracker
 from pipeline.tracking.publish import Publisher
+from pipeline.train.console import Progress
 from pipeline.train.engine import device_of_rank, release, set_learning_rate
+from pipeline.train.evaluate import Throughput, peak_flops, validate
 from pipeline.train.freeze import calm, freeze, is_due, mean_g, num_batches
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.memory import record_history
-from pipeline.train.metrics import Throughput, peak_flops, validate
 from pipeline.train.optim import gradient_norm
-from pipeline.train.profiler import StepProfiler
-from pipeline.train.progress import Progress
-from pipeline.train.response import checkpoint_to_go_back_to, judge, told
+from pipeline.train.profiling import StepProfiler
+from pipeline.train.spikes import checkpoint_to_go_back_to, judge, told
 from pipeline.train.state import Lineage, TrainData, TrainState, begin, record, roll_back, whole
 from pipeline.train.step import global_step
 from pipeline.train.stop import StopRequest
-from pipeline.train.system import Measures, first_on_node
+from pipeline.train.telemetry import Measures, first_on_node
 
 log = logging.getLogger(__name__)
 
