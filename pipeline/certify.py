@@ -72,7 +72,7 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any]) 
     """The page beside the certificate."""
     from pipeline.post.certificate_page import Evidence, certificate_page, show_sample
     from pipeline.post.extract import load_g
-    from pipeline.post.generation import samples
+    from pipeline.post.measure.generation import samples
     from pipeline.post.weights import load_weights
     from pipeline.tokenizer import Tokenizer
     from pipeline.trained import as_trained, held_out, notes

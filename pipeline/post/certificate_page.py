@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.post.generation import first_difference
+from pipeline.post.measure.generation import first_difference
 from pipeline.post.picture import png_uri, scale_of
 from pipeline.post.verdict import FULL_PROMPTS, looser
 from pipeline.post.words import LOSSES, WORDS, Tree, number, plain_verdict

@@ -18,9 +18,9 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.io.storage import publish_bytes, publish_dir, publish_json, read_json, sha256_file
 from pipeline.io.tensors import load_tensors, serialise
-from pipeline.post.measures import Spread
-from pipeline.post.observe import batches
-from pipeline.post.prompts import PromptKind, sha256_kinds
+from pipeline.post.measure.observe import batches
+from pipeline.post.measure.prompts import PromptKind, sha256_kinds
+from pipeline.post.measure.statistics import Spread
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, g_shape
 

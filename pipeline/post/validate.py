@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from pipeline.config.post import PostConfig
-from pipeline.post import downstream
 from pipeline.post.certificate import make_certificate
 from pipeline.post.checks import make_checks
-from pipeline.post.generation import greedy_agreement, order_parameters
-from pipeline.post.measures import effective_rank, numerical_rank, relative_deviation
-from pipeline.post.observe import TENSORS, Observation, observe
-from pipeline.post.prompts import PromptKind, few_of, held_out_text, make_kinds, num_distinct, sha256_kinds
+from pipeline.post.measure import downstream
+from pipeline.post.measure.generation import greedy_agreement, order_parameters
+from pipeline.post.measure.observe import TENSORS, Observation, observe
+from pipeline.post.measure.prompts import PromptKind, few_of, held_out_text, make_kinds, num_distinct, sha256_kinds
+from pipeline.post.measure.statistics import effective_rank, numerical_rank, relative_deviation
 from pldr_model.model import PLDRModel, g_shape
 
 CONTROL_PROMPTS = 8  # of every kind

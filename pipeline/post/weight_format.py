@@ -23,8 +23,8 @@ from pipeline.config.post import WeightFormat
 from pipeline.errors import UserError
 from pipeline.io.tensors import sha256_tensors
 from pipeline.post.certificate import bundle_tensors
-from pipeline.post.observe import batches
-from pipeline.post.prompts import PromptKind, held_out_text, sha256_kinds
+from pipeline.post.measure.observe import batches
+from pipeline.post.measure.prompts import PromptKind, held_out_text, sha256_kinds
 from pldr_model.model import PLDRModel, to_constant_g
 
 SECTION = "weight_format"  # of the certificate; absent for fp32

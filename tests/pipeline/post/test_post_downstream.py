@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.post import observe
-from pipeline.post.downstream import Agreement, compare, compare_losses, leak_test
 from pipeline.post.extract import extract_g
-from pipeline.post.generation import greedy_agreement
+from pipeline.post.measure import observe
+from pipeline.post.measure.downstream import Agreement, compare, compare_losses, leak_test
+from pipeline.post.measure.generation import greedy_agreement
 
 
 @pytest.mark.parametrize("batch_sequences", [1, 2, 100])
@@ -87,7 +87,7 @@ def test_greedy_differences_count_once_a_prompt(
     tiny: SimpleNamespace, text: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = [[[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 9, 9, 9], [5, 6, 7, 8]]]  # cached, then live
-    monkeypatch.setattr("pipeline.post.generation.generate", lambda *a, **k: answers.pop(0))
+    monkeypatch.setattr("pipeline.post.measure.generation.generate", lambda *a, **k: answers.pop(0))
     result = greedy_agreement(tiny.make_model(), torch.zeros(2, 2, 8, 8), text, num_tokens=4, num_prompts=2)
     assert result["num_prompts"] == 2
     assert result["decisions"] == 2 + 4 and result["per_decision"] == pytest.approx(1 - 1 / 6)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pipeline.post.measures import (
+from pipeline.post.measure.statistics import (
     Pair,
     Scalars,
     Spread,

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from pipeline.post import ranks
-from pipeline.post.observe import Observation, observe
-from pipeline.post.prompts import make_kinds
+from pipeline.post.measure.observe import Observation, observe
+from pipeline.post.measure.prompts import make_kinds
 
 SCRIPT = Path(__file__).with_name("rank_validator.py")
 
@@ -92,7 +92,7 @@ def test_what_is_kept_does_not_grow_with_prompts(
         update(self, name, kind, x, **rest)
 
     monkeypatch.setattr(Observation, "update", watched)
-    monkeypatch.setattr("pipeline.post.observe.BATCH_ENTRIES", 8 * 2 * 2 * 64)  # eight prompts
+    monkeypatch.setattr("pipeline.post.measure.observe.BATCH_ENTRIES", 8 * 2 * 2 * 64)  # eight prompts
     for count in (12, 48):
         many = text.repeat(2, 1)[:count]
         sizes.append(held(observe(model, make_kinds(many, tiny.config, seed=0))))

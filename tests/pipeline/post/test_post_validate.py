@@ -17,7 +17,7 @@ from pipeline.io.tensors import sha256_tensors
 from pipeline.post.certificate import bundle_tensors, summary_lines
 from pipeline.post.checks import Check, tier_of
 from pipeline.post.extract import extract_g
-from pipeline.post.prompts import make_kinds, sha256_kinds
+from pipeline.post.measure.prompts import make_kinds, sha256_kinds
 from pipeline.post.validate import validate
 from pldr_model.model import PLDRModel
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.post.observe import batches
+from pipeline.post.measure.observe import batches
 from pipeline.post.ranks import bounds, merged, share
 from pldr_model.model import PLDRModel
 
