@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.io.storage import read_json
-from pipeline.post.certificate import summary_lines
+from pipeline.post.certificate.build import summary_lines
 from pipeline.stages import NAMES, Line
 from pipeline.tracking.client import tracking_uri
 

@@ -70,7 +70,7 @@ def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
 
 def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any]) -> Path:
     """The page beside the certificate."""
-    from pipeline.post.certificate_page import Evidence, certificate_page, show_sample
+    from pipeline.post.certificate.page import Evidence, certificate_page, show_sample
     from pipeline.post.extract import load_g
     from pipeline.post.measure.generation import samples
     from pipeline.post.weights import load_weights

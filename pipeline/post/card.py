@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.post.certificate import summary_lines
+from pipeline.post.certificate.build import summary_lines
 from pldr_model.config import ModelConfig
 
 CERTIFIED_LINE = "# PLDR-LLM bundle, certified: G_LM may be cached"

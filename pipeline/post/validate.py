@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.post import PostConfig
-from pipeline.post.certificate import make_certificate
+from pipeline.post.certificate.build import make_certificate
 from pipeline.post.checks import make_checks
 from pipeline.post.measure import downstream
 from pipeline.post.measure.generation import greedy_agreement, order_parameters

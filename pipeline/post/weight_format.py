@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.config.post import WeightFormat
 from pipeline.errors import UserError
 from pipeline.io.tensors import sha256_tensors
-from pipeline.post.certificate import bundle_tensors
+from pipeline.post.certificate.build import bundle_tensors
 from pipeline.post.measure.observe import batches
 from pipeline.post.measure.prompts import PromptKind, held_out_text, sha256_kinds
 from pldr_model.model import PLDRModel, to_constant_g

@@ -16,7 +16,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.schedule import invariance_budget
 from pipeline.post.bundle import verify_bundle
 from pipeline.post.card import CERTIFIED_LINE, CONSTANT_LINE
-from pipeline.post.certificate_page import Evidence, certificate_page
+from pipeline.post.certificate.page import Evidence, certificate_page
 from pipeline.post.extract import extract_g
 from pipeline.post.inference import Bundle
 from pipeline.trained import notes

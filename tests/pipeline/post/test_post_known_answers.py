@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.post.certificate import summary_lines
+from pipeline.post.certificate.build import summary_lines
 from pldr_model.loss import cross_entropy
 from pldr_model.model import PLDRModel, is_metric_parameter
 

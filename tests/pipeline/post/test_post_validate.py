@@ -14,7 +14,7 @@ import torch
 from pipeline.config.post import PostConfig
 from pipeline.errors import UserError
 from pipeline.io.tensors import sha256_tensors
-from pipeline.post.certificate import bundle_tensors, summary_lines
+from pipeline.post.certificate.build import bundle_tensors, summary_lines
 from pipeline.post.checks import Check, tier_of
 from pipeline.post.extract import extract_g
 from pipeline.post.measure.prompts import make_kinds, sha256_kinds

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.post.certificate.labels import LOSSES, WORDS, Tree, number, plain_verdict
+from pipeline.post.certificate.png import png_uri, scale_of
 from pipeline.post.measure.generation import first_difference
-from pipeline.post.picture import png_uri, scale_of
 from pipeline.post.verdict import FULL_PROMPTS, looser
-from pipeline.post.words import LOSSES, WORDS, Tree, number, plain_verdict
 from pipeline.report.html import render
 from pipeline.report.training import PLOTS, Plot, Points, draw
 
@@ -61,7 +61,7 @@ def show_sample(how: str, ids: tuple[list[int], list[int], list[int]], decode: C
 def certificate_page(certificate: Tree, evidence: Evidence) -> str:
     """The HTML."""
     filters: dict[str, Callable[[Any], str]] = {"num": number, "loss": lambda x: "-" if x is None else f"{x:.4f}"}
-    return render(Path(__file__).with_name("certificate.html"), content_of(certificate, evidence), filters)
+    return render(Path(__file__).with_name("page.html"), content_of(certificate, evidence), filters)
 
 
 def content_of(certificate: Tree, evidence: Evidence) -> Tree:
