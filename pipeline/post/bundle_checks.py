@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config.post import WeightFormat
 from pipeline.errors import UserError
 from pipeline.io.storage import MANIFEST, read_json, render_json, sha256_json
-from pipeline.post.card import UNCERTIFIED_LINE
+from pipeline.post.package.card import UNCERTIFIED_LINE
 from pipeline.post.verdict import plain
 from pipeline.post.weight_format import BYTES, FORMATS, SECTION, check_section
 from pipeline.post.weights import parse_model

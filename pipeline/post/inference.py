@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.post.bundle import BundleParts, read_bundle
+from pipeline.post.package.bundle import BundleParts, read_bundle
 from pldr_model.generate import generate
 from pldr_model.model import PLDRModel
 

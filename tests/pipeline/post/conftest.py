@@ -15,8 +15,8 @@ import torch
 
 from pipeline.config.post import PostConfig
 from pipeline.io.storage import sha256_file
-from pipeline.post.bundle import build_bundle
 from pipeline.post.extract import extract_g
+from pipeline.post.package.bundle import build_bundle
 from pipeline.post.validate import validate
 from pldr_model.config import ModelConfig
 from pldr_model.generate import generate

@@ -17,9 +17,9 @@ import torch
 from pipeline.errors import UserError
 from pipeline.io.storage import MANIFEST, manifest_of, render_json, sha256_file, sha256_json
 from pipeline.io.tensors import serialise
-from pipeline.post.bundle import build_bundle, verify_bundle
-from pipeline.post.card import CERTIFIED_LINE, UNCERTIFIED_LINE
 from pipeline.post.extract import extract_g
+from pipeline.post.package.bundle import build_bundle, verify_bundle
+from pipeline.post.package.card import CERTIFIED_LINE, UNCERTIFIED_LINE
 from pipeline.post.weight_format import pack_measured
 
 Make = Callable[..., Path]

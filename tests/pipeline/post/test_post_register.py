@@ -13,7 +13,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.post.inference import Bundle
-from pipeline.post.register import register
+from pipeline.post.package.register import register
 
 Make = Callable[..., Path]
 

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 
 from pipeline.config.post import PostConfig
 from pipeline.errors import UserError
-from pipeline.post.card import model_card
 from pipeline.post.certificate.build import summary_lines
 from pipeline.post.certificate.labels import plain_verdict
 from pipeline.post.checks import make_checks
+from pipeline.post.package.card import model_card
 from pldr_model.model import PLDRModel
 
 

@@ -49,8 +49,8 @@ from pipeline.post.bundle_checks import (
     read_config,
     read_manifest,
 )
-from pipeline.post.card import model_card
 from pipeline.post.certificate.build import bundle_g, bundle_tensors, certified_files
+from pipeline.post.package.card import model_card
 from pipeline.post.schema import read_certificate
 from pipeline.post.weight_format import SECTION, Packed, describe_format, pack, packed_shapes, unpack
 from pipeline.post.weights import state_shapes

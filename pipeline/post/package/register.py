@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError, first_line
-from pipeline.post.bundle import read_bundle
+from pipeline.post.package.bundle import read_bundle
 
 ALIAS = "certified"
 LINEAGE_TAGS = ("checkpoint", "step", "data_fingerprint", "tokenizer_sha256", "git_commit")
