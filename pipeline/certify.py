@@ -118,7 +118,7 @@ def _histories(config: RunConfig, run_id: str) -> dict[str, list[tuple[int, floa
 
 def _twin(config: RunConfig, certificate: dict[str, Any]) -> dict[str, Any]:
     """The held-out loss of the SDPA twin named by `post.twin`, and a word on whether it can be compared."""
-    from pipeline.post.schema import read_certificate
+    from pipeline.bundle.certificate.schema import read_certificate
 
     if config.post.twin is None:
         return {"loss": None, "note": None}

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.bundle.certificate.checks import make_checks
 from pipeline.config.post import PostConfig
 from pipeline.post.certificate.build import make_certificate
-from pipeline.post.checks import make_checks
 from pipeline.post.measure import downstream
 from pipeline.post.measure.generation import greedy_agreement, order_parameters
 from pipeline.post.measure.observe import TENSORS, Observation, observe

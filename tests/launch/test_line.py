@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from pipeline.bundle.certificate.schema import read_certificate
 from pipeline.config.run import load_config
-from pipeline.post.schema import read_certificate
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.publish import published_checkpoints
 

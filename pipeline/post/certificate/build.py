@@ -17,11 +17,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from pipeline.bundle.certificate.schema import SCHEMA_VERSION, Certificate, first_fault
+from pipeline.bundle.certificate.verdict import SETTINGS, THRESHOLDS, judged, plain
 from pipeline.config.post import PostConfig
 from pipeline.errors import UserError, first_line
 from pipeline.io.tensors import sha256_tensors
-from pipeline.post.schema import SCHEMA_VERSION, Certificate, first_fault
-from pipeline.post.verdict import SETTINGS, THRESHOLDS, judged, plain
 from pldr_model.model import PLDRModel
 
 PACKAGES = ("torch", "safetensors", "sentencepiece", "pldr")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pipeline.post.verdict import looser
+from pipeline.bundle.certificate.verdict import looser
 
 Tree = dict[str, Any]
 WORDS = {

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.bundle.certificate.verdict import FULL_PROMPTS, looser
 from pipeline.post.certificate.labels import LOSSES, WORDS, Tree, number, plain_verdict
 from pipeline.post.certificate.png import png_uri, scale_of
 from pipeline.post.measure.generation import first_difference
-from pipeline.post.verdict import FULL_PROMPTS, looser
 from pipeline.report.html import render
 from pipeline.report.training import PLOTS, Plot, Points, draw
 

@@ -23,6 +23,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from pipeline.bundle.certificate.schema import read_certificate
+from pipeline.bundle.formats import SECTION, Packed, describe_format, pack, packed_shapes, unpack
+from pipeline.bundle.verify import (
+    FILES,
+    SCHEMA_VERSION,
+    check_certificate,
+    check_certified_model,
+    check_folder,
+    check_lineage,
+    check_tokenizer,
+    generation_config,
+    read_config,
+    read_manifest,
+)
 from pipeline.config.post import WeightFormat
 from pipeline.errors import UserError
 from pipeline.io.storage import (
@@ -37,22 +51,8 @@ from pipeline.io.storage import (
     verify_manifest,
 )
 from pipeline.io.tensors import load_tensors, serialise, sha256_tensors
-from pipeline.post.bundle_checks import (
-    FILES,
-    SCHEMA_VERSION,
-    check_certificate,
-    check_certified_model,
-    check_folder,
-    check_lineage,
-    check_tokenizer,
-    generation_config,
-    read_config,
-    read_manifest,
-)
 from pipeline.post.certificate.build import bundle_g, bundle_tensors, certified_files
 from pipeline.post.package.card import model_card
-from pipeline.post.schema import read_certificate
-from pipeline.post.weight_format import SECTION, Packed, describe_format, pack, packed_shapes, unpack
 from pipeline.post.weights import state_shapes
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig

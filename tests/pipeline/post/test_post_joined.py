@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from pipeline import certify
+from pipeline.bundle.certificate.schema import SCHEMA_VERSION as CERTIFICATE_VERSION
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.storage import publish_json
 from pipeline.outputs import facts_of
 from pipeline.post.consolidate import recipe_of
 from pipeline.post.extract import SCHEMA_VERSION as EXTRACT_VERSION
-from pipeline.post.schema import SCHEMA_VERSION as CERTIFICATE_VERSION
 from pipeline.stages import FORMS, NAMES, Line
 from pipeline.stages import SCHEMA_VERSION as STAGE_VERSION
 from pipeline.trained import as_trained, held_out, notes

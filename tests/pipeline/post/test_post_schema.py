@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.bundle.certificate.schema import Certificate, read_certificate
 from pipeline.errors import UserError
-from pipeline.post.schema import Certificate, read_certificate
 
 
 def schema_text() -> str:

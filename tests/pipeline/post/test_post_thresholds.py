@@ -9,11 +9,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pipeline.bundle.certificate.checks import make_checks
 from pipeline.config.post import PostConfig
 from pipeline.errors import UserError
 from pipeline.post.certificate.build import summary_lines
 from pipeline.post.certificate.labels import plain_verdict
-from pipeline.post.checks import make_checks
 from pipeline.post.package.card import model_card
 from pldr_model.model import PLDRModel
 

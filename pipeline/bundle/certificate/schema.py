@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.bundle.certificate.checks import Tier
+from pipeline.bundle.certificate.verdict import contradiction
 from pipeline.errors import UserError
 from pipeline.io.storage import read_json
-from pipeline.post.checks import Tier
-from pipeline.post.verdict import contradiction
 
 SCHEMA_VERSION = 3
 

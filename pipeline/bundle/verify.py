@@ -9,12 +9,12 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from pipeline.bundle.certificate.verdict import plain
+from pipeline.bundle.formats import BYTES, FORMATS, SECTION, check_section
 from pipeline.config.post import WeightFormat
 from pipeline.errors import UserError
 from pipeline.io.storage import MANIFEST, read_json, render_json, sha256_json
 from pipeline.post.package.card import UNCERTIFIED_LINE
-from pipeline.post.verdict import plain
-from pipeline.post.weight_format import BYTES, FORMATS, SECTION, check_section
 from pipeline.post.weights import parse_model
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig

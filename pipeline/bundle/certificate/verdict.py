@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipeline.bundle.certificate.checks import make_checks, rounded, tier_of
 from pipeline.config.post import PostConfig
-from pipeline.post.checks import make_checks, rounded, tier_of
 
 FULL_PROMPTS = 100  # with fewer held-out prompts than these the statement says so
 LOOSER_ABOVE = (
