@@ -255,7 +255,7 @@ def _plan(arguments: Any, show: Callable[[str], None]) -> Result:
 
 
 def _generate(arguments: Any, show: Callable[[str], None]) -> Result:
-    from pipeline.post.inference import Bundle
+    from pipeline.inference.runtime import Bundle
 
     bundle = Bundle.load(arguments.bundle)
     texts = bundle.generate(

@@ -17,7 +17,7 @@ from pipeline.tracking.client import tracking_uri
 
 def summary(line: Line, records: dict[str, dict[str, Any]], show: Callable[[str], None]) -> dict[str, Any]:
     """Show the end of a run; returns the run's result for --json."""
-    from pipeline.post.inference import Bundle
+    from pipeline.inference.runtime import Bundle
 
     config, paths = line.config, line.paths
     certificate = read_json(paths.bundle / "certificate.json")

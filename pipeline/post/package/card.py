@@ -57,7 +57,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        "from pipeline.post.inference import Bundle",
+        "from pipeline.inference.runtime import Bundle",
         'Bundle.load("PATH").generate(["The "], max_new_tokens=64)',
         "```",
         "",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.post.inference import Bundle
+from pipeline.inference.runtime import Bundle
 from pldr_model.generate import generate
 from pldr_model.model import PLDRModel
 

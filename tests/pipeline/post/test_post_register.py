@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.post.inference import Bundle
+from pipeline.inference.runtime import Bundle
 from pipeline.post.package.register import register
 
 Make = Callable[..., Path]

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from pipeline.bundle.formats import Packed, pack, pack_measured, packed_shapes, unpack
 from pipeline.errors import UserError
+from pipeline.inference.runtime import Bundle
 from pipeline.io.storage import MANIFEST, manifest_of, render_json, sha256_json
 from pipeline.io.tensors import read_header, serialise
 from pipeline.post.extract import extract_g
-from pipeline.post.inference import Bundle
 from pipeline.post.package.bundle import verify_bundle
 from pldr_model.model import PLDRModel
 

@@ -15,7 +15,7 @@ import pandas  # type: ignore[import-untyped]
 from mlflow.pyfunc import PythonModel
 
 from pipeline.errors import UserError
-from pipeline.post.inference import Bundle
+from pipeline.inference.runtime import Bundle
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 
