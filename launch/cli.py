@@ -29,7 +29,7 @@ from launch.terminal import status_lines
 from pipeline.config.run import RunConfig, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io.storage import explain_os_error
-from pipeline.stages import NAMES, Line, exclusive
+from pipeline.stages.runner import NAMES, Line, exclusive
 
 Result = dict[str, Any]
 STAGE_HELP = {
@@ -230,7 +230,7 @@ def _stage(arguments: Any, show: Callable[[str], None]) -> Result:
 
 def _prepare(line: Line, arguments: Any) -> Result:
     """The job file of a training over several nodes, and the command that starts it."""
-    from pipeline.pretrain import prepare
+    from pipeline.stages.train import prepare
 
     if arguments.prepare < 1:
         raise ConfigError(f"--prepare {arguments.prepare}: give the number of ranks on all nodes, 1 or more")

@@ -11,7 +11,7 @@ from pipeline.config.run import RunConfig, RunPaths, documents_folder, load_conf
 from pipeline.errors import ConfigError
 from pipeline.io.storage import exists
 from pipeline.io.urls import join
-from pipeline.stages import LOCK
+from pipeline.stages.runner import LOCK
 
 Result = dict[str, Any]
 Show = Callable[[str], None]

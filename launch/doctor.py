@@ -28,7 +28,7 @@ from pipeline.config.run import RunConfig, RunPaths, load_config, staging_folder
 from pipeline.distributed import num_devices
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.urls import is_local, without_secrets
-from pipeline.pretrain import disk_needed, ranks_on_this_node
+from pipeline.stages.train import disk_needed, ranks_on_this_node
 from pipeline.tracking.client import tracking_uri
 
 Result = dict[str, Any]

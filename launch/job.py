@@ -3,7 +3,7 @@
 Oddities explained once (measured): a launcher that gets SIGTERM ends the ranks one after another, 30 s each, and DeepSpeed's
 runner leaves them behind; it can return 0 when a worker died or `launch.py` was killed; torchrun puts each rank in a session of
 its own. So the job has its own process group, which goes as a whole, ranks included; signals are passed on to the ranks and
-not to the launcher; and whether the job succeeded is judged by the committed checkpoint (pipeline.pretrain), not by the exit
+not to the launcher; and whether the job succeeded is judged by the committed checkpoint (pipeline.stages.train), not by the exit
 code alone. The workers' stdin is a pipe that this process holds: when it closes, because this process was killed, they end
 themselves. Ranks on other hosts, behind ssh, hang on pipeline.train.signals instead.
 

@@ -25,8 +25,8 @@ from launch.scheduled import launch_kubernetes, launch_slurm
 from launch.terminal import say, status_lines
 from pipeline.config.run import RunConfig, RunPaths, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
-from pipeline.pretrain import check, ranks_on_this_node
-from pipeline.stages import Line, exclusive
+from pipeline.stages.runner import Line, exclusive
+from pipeline.stages.train import check, ranks_on_this_node
 
 Result = dict[str, Any]
 Show = Callable[[str], None]

@@ -14,7 +14,7 @@ from pipeline.checkpoint.format import is_checkpoint_name
 from pipeline.config.run import RunPaths, load_config
 from pipeline.errors import ConfigError
 from pipeline.io import storage
-from pipeline.pretrain import check
+from pipeline.stages.train import check
 
 Result = dict[str, Any]
 Show = Callable[[str], None]

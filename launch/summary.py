@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.io.storage import read_json
 from pipeline.post.certificate.build import summary_lines
-from pipeline.stages import NAMES, Line
+from pipeline.stages.runner import NAMES, Line
 from pipeline.tracking.client import tracking_uri
 
 

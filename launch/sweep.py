@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.run import RunConfig
-from pipeline.pretrain import Launch
+from pipeline.stages.train import Launch
 
 Result = dict[str, Any]
 Show = Callable[[str], None]

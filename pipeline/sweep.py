@@ -28,9 +28,9 @@ from typing import Any
 from pipeline.config.run import RunConfig, RunPaths, flatten
 from pipeline.errors import Stopped, UserError, first_line
 from pipeline.io import storage
-from pipeline.pretrain import Launch
-from pipeline.resume import Say
-from pipeline.stages import NAMES, Line, exclusive
+from pipeline.stages.resume import Say
+from pipeline.stages.runner import NAMES, Line, exclusive
+from pipeline.stages.train import Launch
 from pipeline.sweep_config import COLUMNS, Child, read
 from pipeline.sweep_report import write_sweep_report
 from pipeline.tracking.client import client, mend_for, tracking_uri

@@ -2,7 +2,7 @@
 
     deepspeed --num_gpus 2 --module pipeline.worker JOB.json
 
-JOB.json (written by `pipeline.pretrain`): the whole configuration, the MLflow run to log to and the checkpoint to resume from.
+JOB.json (written by `pipeline.stages.train`): the whole configuration, the MLflow run to log to and the checkpoint to resume from.
 
 How a rank ends: 0 when training is done, or when a signal (stop.py) ended it after a save; otherwise with its first failure in
 one marked line, which the launching process shows. A collective that failed is told as the rank that was waited for.
@@ -118,7 +118,7 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.data.loading.reader import TokenReader, open_split
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.distributed import has_gpu
-    from pipeline.resume import require_newest
+    from pipeline.stages.resume import require_newest
     from pipeline.tracking.publish import open_publisher
     from pipeline.tracking.run import open_tracker, set_tags
     from pipeline.train.engine import init_distributed

@@ -14,7 +14,7 @@ from pipeline.config.run import RunPaths, load_config
 from pipeline.data.loading.loader import TrainLoader
 from pipeline.data.loading.reader import open_split
 from pipeline.data.tokens.index import TokenIndex
-from pipeline.stages import Line
+from pipeline.stages.runner import Line
 from pldr_model.model import PLDRModel
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "ablations"

@@ -11,7 +11,7 @@ from pipeline.checkpoint.format import committed, step_of, verify
 from pipeline.config.run import RunPaths, parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
-from pipeline.resume import Resume, changes, check_inputs, find_start, names_run, parse_resume, require_newest
+from pipeline.stages.resume import Resume, changes, check_inputs, find_start, names_run, parse_resume, require_newest
 from pipeline.tracking import run as tracking
 from pipeline.tracking import run_record
 from pipeline.tracking.client import client, tracking_uri

@@ -9,8 +9,8 @@ import yaml
 
 from pipeline.config.run import load_config
 from pipeline.errors import ConfigError, UserError
-from pipeline.pretrain import ranks_on_this_node
-from pipeline.stages import Line, exclusive
+from pipeline.stages.runner import Line, exclusive
+from pipeline.stages.train import ranks_on_this_node
 from pipeline.tracking.client import client, tracking_uri
 
 
@@ -131,7 +131,7 @@ def test_tokens_for_another_model_are_refused(line):
     data_stages(line()[0])
     one = line("model.context_length=32")[0]
     with pytest.raises(UserError, match=r"context.length"):
-        from pipeline.pretrain import prepare
+        from pipeline.stages.train import prepare
 
         prepare(one.config, one.paths, resume="auto", ranks=2, say=print)
 
@@ -162,11 +162,11 @@ def test_a_launch_that_trained_nothing_is_a_failure_and_marks_the_run(line):
 
 def test_a_restart_that_cannot_be_prepared_marks_the_run_failed(line, monkeypatch):
     """With the traceback of the crash as an artifact; the disk has filled up in between."""
-    from pipeline import pretrain
+    from pipeline.stages import train
 
     def crash(config, job_file, ranks):
         (one.paths.logs / "train.log").write_text("Traceback (most recent call last):\n  File\nOSError: rank 1 broke\n")
-        monkeypatch.setattr(pretrain, "disk_needed", full)
+        monkeypatch.setattr(train, "disk_needed", full)
         raise UserError("rank 1: something broke")
 
     def full(config, paths):

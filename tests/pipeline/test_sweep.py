@@ -12,7 +12,7 @@ from pipeline.config.run import RunPaths
 from pipeline.config.schedule import invariance_budget
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io.storage import publish_json
-from pipeline.stages import Line
+from pipeline.stages.runner import Line
 from pipeline.sweep import Sweep
 from pipeline.sweep_report import scatter, table_lines, write_sweep_report
 

@@ -19,7 +19,7 @@ from pipeline.post.certificate.page import Evidence, certificate_page
 from pipeline.post.extract import extract_g
 from pipeline.post.package.bundle import verify_bundle
 from pipeline.post.package.card import CERTIFIED_LINE, CONSTANT_LINE
-from pipeline.trained import notes
+from pipeline.stages.trained import notes
 from pldr_model.model import PLDRModel
 
 Make = Callable[..., Path]

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import certify
 from pipeline.bundle.certificate.schema import SCHEMA_VERSION as CERTIFICATE_VERSION
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.storage import publish_json
-from pipeline.outputs import facts_of
 from pipeline.post.consolidate import recipe_of
 from pipeline.post.extract import SCHEMA_VERSION as EXTRACT_VERSION
-from pipeline.stages import FORMS, NAMES, Line
-from pipeline.stages import SCHEMA_VERSION as STAGE_VERSION
-from pipeline.trained import as_trained, held_out, notes
+from pipeline.stages import validate
+from pipeline.stages.records import facts_of
+from pipeline.stages.runner import FORMS, NAMES, Line
+from pipeline.stages.runner import SCHEMA_VERSION as STAGE_VERSION
+from pipeline.stages.trained import as_trained, held_out, notes
 
 
 def config_of(tiny: SimpleNamespace, folder: Path, **changes: Any) -> RunConfig:
@@ -96,7 +96,7 @@ def test_a_ranks_mistake_in_the_configuration_stays_one(
     paths = RunPaths(tmp_path)
     paths.logs.mkdir()
     with pytest.raises(kind, match="validate: a checkpoint of another model") as caught:
-        certify._judge_on(2, config_of(tiny, tmp_path), paths)
+        validate._judge_on(2, config_of(tiny, tmp_path), paths)
     assert caught.value.exit_code == code
 
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.certify import _twin
 from pipeline.config.run import RunConfig
 from pipeline.io.storage import publish_json
 from pipeline.post.certificate.labels import number
@@ -24,6 +23,7 @@ from pipeline.post.certificate.page import MAX_MAPS, Evidence, Shown, certificat
 from pipeline.post.certificate.png import LEVELS, palette, png_uri, scale_of
 from pipeline.post.extract import extract_g
 from pipeline.post.validate import validate
+from pipeline.stages.validate import _twin
 from pldr_model.model import PLDRModel
 
 REAL_G = Path("/work/shared/reference/PLDRv51-110M-1.G_LM.safetensors")

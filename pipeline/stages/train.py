@@ -17,7 +17,7 @@ from pipeline.config.run import RunConfig, RunPaths, tokens_folder
 from pipeline.distributed import has_gpu, num_devices
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io import storage
-from pipeline.resume import Say, changes, find_start
+from pipeline.stages.resume import Say, changes, find_start
 from pipeline.tracking import run
 
 if TYPE_CHECKING:

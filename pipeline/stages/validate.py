@@ -1,7 +1,7 @@
 """Stage `validate`, joined: weights, G_LM and held-out tokens -> certificate.json and certificate.html.
 
 `judge` is one process's work, or one rank's where several validate together (`post.ranks`): this file is also their program,
-`python -m pipeline.certify JOB`, one process a rank, with the rendezvous in the environment as torchrun sets it. Rank 0
+`python -m pipeline.stages.validate JOB`, one process a rank, with the rendezvous in the environment as torchrun sets it. Rank 0
 writes. The page is made by the caller, of the certificate that was written.
 """
 
@@ -49,7 +49,7 @@ def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     from pipeline.post.extract import load_g
     from pipeline.post.validate import validate
     from pipeline.post.weights import load_weights
-    from pipeline.trained import as_trained, held_out, lineage, require_same, spent_budget
+    from pipeline.stages.trained import as_trained, held_out, lineage, require_same, spent_budget
 
     model, source = load_weights(paths.weights)
     require_same(config, paths, model.config, source)
@@ -74,8 +74,8 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any]) 
     from pipeline.post.extract import load_g
     from pipeline.post.measure.generation import samples
     from pipeline.post.weights import load_weights
+    from pipeline.stages.trained import as_trained, held_out, notes
     from pipeline.tokenizer import Tokenizer
-    from pipeline.trained import as_trained, held_out, notes
 
     model, source = load_weights(paths.weights)
     config = as_trained(config, paths, source)
@@ -150,7 +150,7 @@ def _judge_on(ranks: int, config: RunConfig, paths: RunPaths) -> None:
         try:
             for rank in range(ranks):
                 environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                command = [sys.executable, "-m", "pipeline.certify", str(job)]
+                command = [sys.executable, "-m", "pipeline.stages.validate", str(job)]
                 processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=stream))
             _wait(processes)
         finally:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.certify import CERTIFICATE
 from pipeline.checkpoint.format import committed
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.distributed import has_gpu
 from pipeline.errors import UserError
+from pipeline.stages.trained import as_trained, held_out, lineage, notes
+from pipeline.stages.validate import CERTIFICATE
 from pipeline.tracking.client import tracking_uri
 from pipeline.tracking.run import mlflow_id
-from pipeline.trained import as_trained, held_out, lineage, notes
 
 
 def consolidate_newest(config: RunConfig, paths: RunPaths) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from pipeline.config.run import RunConfig, RunPaths, documents_folder, tokens_fo
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pipeline.io.urls import is_local, local_path
-from pipeline.outputs import Facts, facts_of, first_changed, remote_outputs
-from pipeline.pretrain import Launch, pretrain
-from pipeline.resume import Say, names_run
+from pipeline.stages.records import Facts, facts_of, first_changed, remote_outputs
+from pipeline.stages.resume import Say, names_run
+from pipeline.stages.train import Launch, pretrain
 
 SCHEMA_VERSION = 2
 LOCK = ".lock"  # its presence marks a run directory
@@ -216,16 +216,16 @@ class Line:
             return pretrain(
                 config, paths, resume=resume, launch=self._launch, say=self._say, force=force, ranks=self._ranks
             )
-        from pipeline import certify, posttrain
+        from pipeline.stages import post, validate
 
         if name == "consolidate":
-            return posttrain.consolidate_newest(config, paths)
+            return post.consolidate_newest(config, paths)
         if name == "extract":
-            return posttrain.extract(config, paths)
+            return post.extract(config, paths)
         if name == "validate":
-            return certify.certify(config, paths)
+            return validate.certify(config, paths)
         assert name == "bundle", name
-        return posttrain.package(config, paths, uncertified=uncertified)
+        return post.package(config, paths, uncertified=uncertified)
 
     def _after(self, name: str, result: dict[str, Any]) -> None:
         if name == "validate" and result["verdict"] != "certified":
