@@ -37,8 +37,8 @@ def add_sweep_verb(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _sweep(arguments: Any, show: Show) -> Result:
-    from pipeline.sweep import Sweep
-    from pipeline.sweep_report import table_lines
+    from pipeline.sweep.report import table_lines
+    from pipeline.sweep.sweep import Sweep
 
     sweep = Sweep(arguments.config, arguments.overrides)
     if arguments.hostfile is None:

@@ -13,8 +13,8 @@ from pipeline.config.schedule import invariance_budget
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io.storage import publish_json
 from pipeline.stages.runner import Line
-from pipeline.sweep import Sweep
-from pipeline.sweep_report import scatter, table_lines, write_sweep_report
+from pipeline.sweep.report import scatter, table_lines, write_sweep_report
+from pipeline.sweep.sweep import Sweep
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -192,7 +192,7 @@ def test_a_table_that_cannot_be_written_is_told_at_the_end(make_sweep, tmp_path,
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipeline.sweep.write_sweep_report", full)
+    monkeypatch.setattr("pipeline.sweep.sweep.write_sweep_report", full)
     with pytest.raises(UserError, match="the table could not be written; make room"):
         make_sweep(grid={"seed": [1, 2]}, until="train").run(launch=None, say=lambda text: None)
     assert (tmp_path / "sweep" / "children" / "seed-2").exists()

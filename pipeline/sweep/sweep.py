@@ -31,8 +31,8 @@ from pipeline.io import storage
 from pipeline.stages.resume import Say
 from pipeline.stages.runner import NAMES, Line, exclusive
 from pipeline.stages.train import Launch
-from pipeline.sweep_config import COLUMNS, Child, read
-from pipeline.sweep_report import write_sweep_report
+from pipeline.sweep.config import COLUMNS, Child, read
+from pipeline.sweep.report import write_sweep_report
 from pipeline.tracking.client import client, mend_for, tracking_uri
 from pipeline.tracking.query import read_run
 from pipeline.tracking.run_record import create, new_record, remember, remembered

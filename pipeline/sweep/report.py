@@ -31,7 +31,7 @@ def write_sweep_report(facts: Result, rows: list[Row], folder: Path) -> Result:
     columns = [key for key in dict.fromkeys(keys) if any(row.get(key) is not None for row in plain)]
     content = {"facts": facts, "columns": columns, "rows": plain, "drawn": scatter(plain, **facts["plot"])}
     filters: dict[str, Callable[[Any], str]] = {"cell": cell}
-    source = Path(__file__).with_name("sweep_report.html")
+    source = Path(__file__).with_name("report.html")
     publish_bytes(files["page"], render(source, content, filters).encode("utf-8", errors="replace"))
     return {"table": plain, "files": files}
 
