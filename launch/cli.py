@@ -305,7 +305,7 @@ def _bench(arguments: Any, show: Callable[[str], None]) -> Result:
 
 def _bench_train(arguments: Any) -> Result:
     from launch.job import free_port
-    from pipeline.train.bench import bench
+    from pipeline.bench.train import bench
 
     files = [word for word in arguments.overrides if "=" not in word]
     if len(files) != 1:

@@ -126,7 +126,7 @@ def _show_sequence(arguments: Any, show: Show) -> Result:
 
 def bench_data(arguments: Any, show: Show) -> Result:
     """`pldr bench data`."""
-    from pipeline.data.bench import bench
+    from pipeline.bench.data import bench
 
     for name in OF_MODEL_BENCH:
         if getattr(arguments, name):

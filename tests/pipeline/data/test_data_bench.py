@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.bench import data as benches
+from pipeline.bench.data import bench, in_turn, line
+from pipeline.bench.data_input import made_up, read_text, write_documents, write_tokens
 from pipeline.config.run import RunConfig, RunPaths
-from pipeline.data import bench as benches
-from pipeline.data.bench import bench, in_turn, line
-from pipeline.data.bench_input import made_up, read_text, write_documents, write_tokens
 from pipeline.data.documents.read import DocumentIndex, read_shard
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.errors import UserError

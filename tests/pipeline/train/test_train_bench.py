@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from launch.job import free_port
+from pipeline.bench import train
 from pipeline.config.run import RunConfig
-from pipeline.train import bench
 
 # In a process of its own, since it joins a process group; the folders that were saved to are told, too.
 SCRIPT = """
@@ -74,7 +74,7 @@ def test_plain_pytorch_clips_once_and_as_the_run_does(tmp_path, monkeypatch, cli
         )
     monkeypatch.setattr(torch, "_foreach_norm", lambda *given: norms.append(given) or foreach_norm(*given))
     config = configuration(tmp_path, clip_by=clip_by, clip=0.5)
-    step = bench._plain_step(config, list(np.random.default_rng(0).integers(4, 67, (2, 2, 9))))
+    step = train._plain_step(config, list(np.random.default_rng(0).integers(4, 67, (2, 2, 9))))
     step()
     assert clips == [(clip_by, 0.5)] and len(norms) == (clip_by == "norm")
 
@@ -82,7 +82,7 @@ def test_plain_pytorch_clips_once_and_as_the_run_does(tmp_path, monkeypatch, cli
 def test_plain_pytorch_is_compiled_where_the_run_is(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
-    bench._plain_step(configuration(tmp_path), [])
+    train._plain_step(configuration(tmp_path), [])
     assert not compiled
-    bench._plain_step(configuration(tmp_path, compile=True), [])
+    train._plain_step(configuration(tmp_path, compile=True), [])
     assert [type(layer).__name__ for layer in compiled] == ["DecoderLayer"] * 2

@@ -32,7 +32,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pipeline.data.bench_input import read_text, write_documents, write_tokens
+from pipeline.bench.data_input import read_text, write_documents, write_tokens
 from pipeline.data.executor.jobs import run_tasks
 from pipeline.data.loading.loader import TrainLoader
 from pipeline.data.loading.order import Order
