@@ -18,14 +18,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from launch.bundles import add_bundle_verbs, long_name
-from launch.data import add_bench_options, add_data_verbs, bench_data
+from launch.commands.bundle import add_bundle_verbs, long_name
+from launch.commands.data import add_bench_options, add_data_verbs, bench_data
+from launch.commands.runs import add_run_verbs
+from launch.commands.sweep import add_sweep_verb
+from launch.commands.terminal import say as _show
+from launch.commands.terminal import status_lines
 from launch.doctor import add_doctor_verb
 from launch.launch import add_launch_verbs
-from launch.runs import add_run_verbs
-from launch.sweep import add_sweep_verb
-from launch.terminal import say as _show
-from launch.terminal import status_lines
 from pipeline.config.run import RunConfig, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io.storage import explain_os_error
@@ -203,7 +203,7 @@ def _line(arguments: Any, show: Callable[[str], None]) -> Line:
 
 
 def _run(arguments: Any, show: Callable[[str], None]) -> Result:
-    from launch.summary import summary
+    from launch.commands.stage import summary
 
     line = _line(arguments, show)
     with exclusive(line.config, _show):
@@ -318,7 +318,7 @@ def _bench_train(arguments: Any) -> Result:
 
 
 def _import(arguments: Any, show: Callable[[str], None]) -> Result:
-    from launch.exchange import import_reference
+    from launch.commands.convert import import_reference
 
     return import_reference(
         arguments.source,
@@ -331,7 +331,7 @@ def _import(arguments: Any, show: Callable[[str], None]) -> Result:
 
 
 def _export(arguments: Any, show: Callable[[str], None]) -> Result:
-    from launch.exchange import export_reference
+    from launch.commands.convert import export_reference
 
     return export_reference(arguments.source, arguments.target, _show)
 

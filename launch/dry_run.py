@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.terminal import say
+from launch.commands.terminal import say
 
 
 def dry_run(

@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launch.commands.terminal import say, status_lines
 from launch.deepspeed import SshJob, launch_over_ssh, node_command
 from launch.dry_run import dry_run
 from launch.hosts import environment_file, read_hostfile, rendezvous_address, require_tools
 from launch.job import WORKER, rank_environment, run_job
 from launch.nodes import Follower, Lead
 from launch.scheduled import launch_kubernetes, launch_slurm
-from launch.terminal import say, status_lines
 from pipeline.config.run import RunConfig, RunPaths, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.stages.runner import Line, exclusive

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from launch import kubernetes, slurm
+from launch.commands.terminal import say
 from launch.dry_run import dry_run
-from launch.terminal import say
 from pipeline.checkpoint.format import is_checkpoint_name
 from pipeline.config.run import RunPaths, load_config
 from pipeline.errors import ConfigError
