@@ -20,11 +20,11 @@ from typing import Any
 
 from launch.commands.bundle import add_bundle_verbs, long_name
 from launch.commands.data import add_bench_options, add_data_verbs, bench_data
+from launch.commands.doctor.command import add_doctor_verb
 from launch.commands.runs import add_run_verbs
 from launch.commands.sweep import add_sweep_verb
 from launch.commands.terminal import say as _show
 from launch.commands.terminal import status_lines
-from launch.doctor import add_doctor_verb
 from launch.launch import add_launch_verbs
 from pipeline.config.run import RunConfig, load_config
 from pipeline.errors import ConfigError, Stopped, UserError

@@ -258,7 +258,18 @@ def test_a_run_directory_that_one_host_does_not_see_is_told(hosts, work):
     question = {"run_dir": str(work / "run"), "token": "abc", "urls": [], "mlflow": None, "remote_tokens": False,
                 "staging": None}  # fmt: skip
     (work / "run" / ".pldr-doctor-abc").touch()
-    command = [*enter, "unshare", "--mount", "sh", "-c", hidden, "sh", sys.executable, "-m", "launch.probe"]
+    command = [
+        *enter,
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        hidden,
+        "sh",
+        sys.executable,
+        "-m",
+        "launch.commands.doctor.probe",
+    ]
     said = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, cwd="/", env={
         **os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})  # fmt: skip
     facts = json.loads(said.stdout.strip().splitlines()[-1])

@@ -1,6 +1,6 @@
 """`pldr doctor [CONFIG] [--hostfile H]`: is every node fit to train, before it costs money?
 
-On each host (launch.reach) runs launch.probe; launch.findings judges the facts; launch.allreduce measures the network over all
+On each host (launch.commands.doctor.reach) runs launch.commands.doctor.probe; launch.commands.doctor.findings judges the facts; launch.commands.doctor.allreduce measures the network over all
 hosts at once. Without a hostfile the same is done for this machine; without CONFIG what the run would need (its directory,
 object stores, MLflow) is left out.
 """
@@ -19,11 +19,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from launch.findings import Finding, as_json, judge, judge_bandwidth, table
+from launch.commands.doctor.findings import Finding, as_json, judge, judge_bandwidth, table
+from launch.commands.doctor.probe import token_file
+from launch.commands.doctor.reach import LOCAL, Runner, reach
 from launch.hosts import Host, carried, on_each, read_hostfile, rendezvous_address, require_tools
 from launch.job import free_port
-from launch.probe import token_file
-from launch.reach import LOCAL, Runner, reach
 from pipeline.config.run import RunConfig, RunPaths, load_config, staging_folder, tokens_folder
 from pipeline.distributed import num_devices
 from pipeline.errors import ConfigError, UserError
@@ -130,7 +130,7 @@ def _question(config: RunConfig | None) -> Iterator[str]:
 
 def _probe(host: Host, question: str, run: Runner) -> dict[str, Any] | Finding:
     """A host's facts, or why there are none."""
-    asked = run(host, ["-m", "launch.probe"], stdin=question, timeout_s=PROBE_S)
+    asked = run(host, ["-m", "launch.commands.doctor.probe"], stdin=question, timeout_s=PROBE_S)
     try:
         answer: dict[str, Any] = json.loads(asked.stdout.strip().splitlines()[-1])
         return answer
@@ -184,7 +184,7 @@ def _bandwidth(
             str(host.slots),
         ]
         rendezvous = ["--master-addr", address, "--master-port", str(port)]
-        words = ["-m", "torch.distributed.run", *where, *rendezvous, "-m", "launch.allreduce"]
+        words = ["-m", "torch.distributed.run", *where, *rendezvous, "-m", "launch.commands.doctor.allreduce"]
         done = run(host, words, prefix=BANDWIDTH_LIMIT, timeout_s=BANDWIDTH_S)
         return time.monotonic(), done
 

@@ -172,7 +172,7 @@ def judge_clock(skews: dict[str, tuple[float, float]]) -> list[Finding]:
 
 
 def judge_bandwidth(measured: Facts | str, *, hosts: int, gradient_bytes: int | None) -> Finding:
-    """measured: what launch.allreduce says, or why it says nothing."""
+    """measured: what launch.commands.doctor.allreduce says, or why it says nothing."""
     where = f"all {hosts}" if hosts > 1 else "this host"
     if isinstance(measured, str):
         mend = (

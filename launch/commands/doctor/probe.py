@@ -1,6 +1,6 @@
 """What one node has, for `pldr doctor`: a question on stdin, the facts as the last line of stdout, both JSON.
 
-    python -m launch.probe < question
+    python -m launch.commands.doctor.probe < question
 
 It runs as a rank would: the same Python, in the same way over ssh (limits there differ from those of a login shell). It judges
 nothing; a check that fails is told by the text of its error.
@@ -149,7 +149,7 @@ def _code() -> str:
     """A hash over our source files: installed from a checkout, the version tells nothing."""
     digest = hashlib.sha256()
     for part in PARTS:
-        folder = Path(__file__).parents[1] / part
+        folder = Path(__file__).parents[3] / part
         for file in sorted(folder.rglob("*.py")):
             digest.update(f"{file.relative_to(folder.parent)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

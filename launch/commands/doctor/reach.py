@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from launch.findings import Finding, judge_clock
+from launch.commands.doctor.findings import Finding, judge_clock
 from launch.hosts import Host, carried, is_private, on_each, ssh
 
 LOCAL = "this host"
