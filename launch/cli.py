@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from launch.backends.command import add_launch_verbs
 from launch.commands.bundle import add_bundle_verbs, long_name
 from launch.commands.data import add_bench_options, add_data_verbs, bench_data
 from launch.commands.doctor.command import add_doctor_verb
@@ -25,7 +26,6 @@ from launch.commands.runs import add_run_verbs
 from launch.commands.sweep import add_sweep_verb
 from launch.commands.terminal import say as _show
 from launch.commands.terminal import status_lines
-from launch.launch import add_launch_verbs
 from pipeline.config.run import RunConfig, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io.storage import explain_os_error
@@ -191,7 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _line(arguments: Any, show: Callable[[str], None]) -> Line:
-    from launch.deepspeed import launch
+    from launch.backends.deepspeed import launch
 
     config = load_config(arguments.config, arguments.overrides)
     live = status_lines(json=arguments.json)
@@ -304,7 +304,7 @@ def _bench(arguments: Any, show: Callable[[str], None]) -> Result:
 
 
 def _bench_train(arguments: Any) -> Result:
-    from launch.job import free_port
+    from launch.backends.job import free_port
     from pipeline.bench.train import bench
 
     files = [word for word in arguments.overrides if "=" not in word]

@@ -54,7 +54,7 @@ def _sweep(arguments: Any, show: Show) -> Result:
 
 def _here(show: Show) -> Launch:
     """Train on this node."""
-    from launch.deepspeed import launch
+    from launch.backends.deepspeed import launch
 
     def start(config: RunConfig, job_file: Path, ranks: int) -> None:
         launch(config, job_file, ranks, show=lambda text: show(f"  {text}"))
@@ -65,8 +65,8 @@ def _here(show: Show) -> Launch:
 def _on_hosts(arguments: Any, children: list[RunConfig], show: Show) -> tuple[Launch, int]:
     """Train over ssh on the hosts of a hostfile, all of them for each child; how many ranks that are. Everything else of a
     child is done here. Raises ConfigError."""
-    from launch.deepspeed import SshJob, launch_over_ssh
-    from launch.hosts import address_of, read_hostfile, require_tools
+    from launch.backends.deepspeed import SshJob, launch_over_ssh
+    from launch.backends.hosts import address_of, read_hostfile, require_tools
     from pipeline.train.engine import accumulation_steps
 
     hosts = read_hostfile(arguments.hostfile)

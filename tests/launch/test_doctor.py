@@ -9,12 +9,12 @@ import time
 
 import pytest
 
+from launch.backends.hosts import Host
 from launch.cli import main
 from launch.commands.doctor import command as doctor
 from launch.commands.doctor import reach
 from launch.commands.doctor.findings import judge, judge_bandwidth, judge_clock, table
 from launch.commands.doctor.probe import facts, token_file
-from launch.hosts import Host
 
 NODE = {
     "hostname": "n", "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "pldr": "0.1.0"},

@@ -1,4 +1,4 @@
-"""How a job's ranks are listened to and ended (launch/job.py), with processes that stand in for ranks: what counts here
+"""How a job's ranks are listened to and ended (launch/backends/job.py), with processes that stand in for ranks: what counts here
 is what they print, how they end and which signals reach them."""
 
 import json

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import launch, nodes
+from launch.backends import command, nodes
+from launch.backends.hosts import Host, address_of, carried, environment_file, is_private, private_file, read_hostfile
+from launch.backends.job import is_rank
+from launch.backends.nodes import Follower, Lead
 from launch.cli import main
-from launch.hosts import Host, address_of, carried, environment_file, is_private, private_file, read_hostfile
-from launch.job import is_rank
-from launch.nodes import Follower, Lead
 from pipeline.config.run import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.network import interface_towards
@@ -204,13 +204,13 @@ def test_torchrun_spreads_the_batch_over_all_nodes(tokens, capsys, monkeypatch):
 def test_sigusr1_while_no_rank_runs_is_a_stop(tokens, monkeypatch, way):
     monkeypatch.chdir(tokens)
     Path("hosts").write_text("10.0.0.1 slots=1\n10.0.0.2 slots=1\n")
-    monkeypatch.setattr(launch, "require_tools", lambda *tools: None)
+    monkeypatch.setattr(command, "require_tools", lambda *tools: None)
 
     def signalled(*words):
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(5)  # until it is heard
 
-    monkeypatch.setattr(launch, "_train", signalled)
+    monkeypatch.setattr(command, "_train", signalled)
     before = signal.signal(signal.SIGUSR1, lambda *_: None)  # without ours it would end the tests
     try:
         assert main(["launch", way[0], "tiny.yaml", *way[1:], "--stopped-code", "75"]) == 75

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.backends.job import free_port
 from launch.cli import main
-from launch.job import free_port
 from pipeline.checkpoint.format import committed
 
 pytestmark = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import kubernetes, slurm
+from launch.backends import kubernetes, slurm
 from launch.cli import main
 from pipeline.config.run import load_config
 from pipeline.errors import ConfigError, UserError

@@ -19,11 +19,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from launch.backends.hosts import Host, carried, on_each, read_hostfile, rendezvous_address, require_tools
+from launch.backends.job import free_port
 from launch.commands.doctor.findings import Finding, as_json, judge, judge_bandwidth, table
 from launch.commands.doctor.probe import token_file
 from launch.commands.doctor.reach import LOCAL, Runner, reach
-from launch.hosts import Host, carried, on_each, read_hostfile, rendezvous_address, require_tools
-from launch.job import free_port
 from pipeline.config.run import RunConfig, RunPaths, load_config, staging_folder, tokens_folder
 from pipeline.distributed import num_devices
 from pipeline.errors import ConfigError, UserError

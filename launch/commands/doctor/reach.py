@@ -9,8 +9,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from launch.backends.hosts import Host, carried, is_private, on_each, ssh
 from launch.commands.doctor.findings import Finding, judge_clock
-from launch.hosts import Host, carried, is_private, on_each, ssh
 
 LOCAL = "this host"
 Clock = tuple[float, float]  # how far it is ahead of ours, and how uncertain that is, in seconds

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.job import free_port
+from launch.backends.job import free_port
 
 
 def run_ranks(worker: Path, folder: Path, stages: str, precision: str, world: int = 2) -> dict:

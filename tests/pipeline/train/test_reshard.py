@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.job import free_port
+from launch.backends.job import free_port
 
 WORKER = Path(__file__).with_name("reshard_worker.py")
 # By world size; what stands for all in the default suite. Sources: 0, 1 and 3 of two ranks, 2 of one.

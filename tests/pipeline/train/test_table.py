@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from launch.job import free_port
+from launch.backends.job import free_port
 from pipeline.config.schedule import learning_rate
 from pipeline.train.optim import parameter_groups
 from pldr_model.loss import total_loss

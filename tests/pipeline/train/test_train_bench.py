@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from launch.job import free_port
+from launch.backends.job import free_port
 from pipeline.bench import train
 from pipeline.config.run import RunConfig
 

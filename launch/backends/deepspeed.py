@@ -8,8 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.hosts import SSH_ARGS, Host, carried, environment_file, is_private, private_file, ssh_options, sweep
-from launch.job import WORKER, free_port, rank_environment, run_job
+from launch.backends.hosts import (
+    SSH_ARGS,
+    Host,
+    carried,
+    environment_file,
+    is_private,
+    private_file,
+    ssh_options,
+    sweep,
+)
+from launch.backends.job import WORKER, free_port, rank_environment, run_job
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.distributed import has_gpu
 from pipeline.errors import Stopped

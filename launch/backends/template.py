@@ -20,7 +20,7 @@ def fill_in(name: str, values: dict[str, Any], *, own: str | None = None) -> str
         text = (
             Path(own).read_text(encoding="utf-8")
             if own
-            else (resources.files("launch") / "templates" / name).read_text()
+            else (resources.files("launch") / "backends" / "templates" / name).read_text()
         )
         environment = SandboxedEnvironment(
             undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True

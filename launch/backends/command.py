@@ -1,7 +1,7 @@
 """`pldr launch deepspeed | torchrun | slurm | kubernetes`: start a training on several nodes.
 
 `deepspeed --hostfile` starts it on all hosts from here, over ssh. With `--no-ssh`, and with torchrun, one `pldr launch` runs on
-every node (launch/nodes.py); slurm and kubernetes hand a job to a scheduler that does just that. However it is started, it is
+every node (launch/backends/nodes.py); slurm and kubernetes hand a job to a scheduler that does just that. However it is started, it is
 the stage `train` of the run: `pldr run CONFIG` finds it complete and goes on from there.
 """
 
@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launch.backends.deepspeed import SshJob, launch_over_ssh, node_command
+from launch.backends.hosts import environment_file, read_hostfile, rendezvous_address, require_tools
+from launch.backends.job import WORKER, rank_environment, run_job
+from launch.backends.nodes import Follower, Lead
+from launch.backends.scheduled import launch_kubernetes, launch_slurm
+from launch.commands.dry_run import dry_run
 from launch.commands.terminal import say, status_lines
-from launch.deepspeed import SshJob, launch_over_ssh, node_command
-from launch.dry_run import dry_run
-from launch.hosts import environment_file, read_hostfile, rendezvous_address, require_tools
-from launch.job import WORKER, rank_environment, run_job
-from launch.nodes import Follower, Lead
-from launch.scheduled import launch_kubernetes, launch_slurm
 from pipeline.config.run import RunConfig, RunPaths, load_config
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.stages.runner import Line, exclusive

@@ -1,4 +1,4 @@
-"""`pldr launch slurm | kubernetes`: check, write and submit what a scheduler gets (launch/slurm.py, kubernetes.py)."""
+"""`pldr launch slurm | kubernetes`: check, write and submit what a scheduler gets (launch/backends/slurm.py, kubernetes.py)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import kubernetes, slurm
+from launch.backends import kubernetes, slurm
+from launch.commands.dry_run import dry_run
 from launch.commands.terminal import say
-from launch.dry_run import dry_run
 from pipeline.checkpoint.format import is_checkpoint_name
 from pipeline.config.run import RunPaths, load_config
 from pipeline.errors import ConfigError

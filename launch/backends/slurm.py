@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.template import fill_in
+from launch.backends.template import fill_in
 from pipeline.config.run import RunConfig, RunPaths
 from pipeline.errors import ConfigError, UserError
 

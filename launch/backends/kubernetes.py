@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from launch.template import fill_in
+from launch.backends.template import fill_in
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 
