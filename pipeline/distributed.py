@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
+import psutil
 import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.errors import UserError, first_line
+
+T = TypeVar("T")
+
+M = TypeVar("M")
+
+
+OUTSIDE = "192.0.2.1"  # of nobody (RFC 5737): the way there is the default route
 
 
 def has_gpu() -> bool:
@@ -15,3 +32,107 @@ def has_gpu() -> bool:
 def num_devices() -> int:
     """Ranks that fit on this node: its visible GPUs, or 2 on a CPU."""
     return torch.cuda.device_count() if has_gpu() else 2
+
+
+def choose_interface() -> None:
+    """Set GLOO_SOCKET_IFNAME for the rank's environment (MASTER_ADDR), unless it is set or nothing can be found out."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    name = interface_towards(os.environ["MASTER_ADDR"])
+    if _several_nodes() and name == interface_towards(
+        "127.0.0.1"
+    ):  # rank 0's host has its own name there (Debian's hosts)
+        name = interface_towards(OUTSIDE) or name
+    if name is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _several_nodes() -> bool:
+    """As the launcher has told: DeepSpeed's CROSS_SIZE, torchrun's GROUP_WORLD_SIZE."""
+    return any(int(os.environ.get(name, "1")) > 1 for name in ("CROSS_SIZE", "GROUP_WORLD_SIZE"))
+
+
+def interface_towards(address: str) -> str | None:
+    """The interface by which this host reaches `address` (a name or an IP); of its own address, the one that has it."""
+    with contextlib.suppress(OSError):
+        family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # UDP: no packet is sent
+            own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(a.address.partition("%")[0] == own for a in addresses):
+                return name
+    return None
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and how many there are; (0, 1) without torch.distributed."""
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+
+def bounds(count: int) -> tuple[int, int]:
+    """First and last (exclusive) of `count` prompts that are this rank's; empty where there are more ranks than prompts."""
+    rank, world = rank_and_world()
+    return count * rank // world, count * (rank + 1) // world
+
+
+def share(prompts_NS: Tensor) -> Tensor:
+    """This rank's prompts."""
+    start, stop = bounds(len(prompts_NS))
+    return prompts_NS[start:stop]
+
+
+def gathered(mine: T) -> list[T]:
+    """What every rank holds, in the order of ranks. Collective."""
+    _, world = rank_and_world()
+    if world == 1:
+        return [mine]
+    everyone: list[T | None] = [None] * world
+    dist.all_gather_object(everyone, mine)
+    return [one for one in everyone if one is not None]
+
+
+def merged(mine: M) -> M:
+    """The accumulators of all ranks in one, the same on every rank. Collective."""
+    first, *others = gathered(mine)
+    for other in others:
+        first.merge(other)  # type: ignore[attr-defined]
+    return first
+
+
+def on_every_rank(work: Callable[[], T]) -> T:
+    """What `work` gives on this rank, when it went well on all of them. Collective.
+
+    Raises UserError on every rank otherwise, naming the ranks that failed and why: before training, not with a hang in it.
+    """
+    import torch.distributed as dist
+
+    problem: tuple[int, str] | None = None
+    try:
+        result = work()
+    except (UserError, OSError) as error:
+        code = error.exit_code if isinstance(error, UserError) else 1
+        problem = (code, f"rank {dist.get_rank()} on {socket.gethostname()}: {first_line(error)}")
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = [p for p in problems if p is not None]
+    if found:
+        raise UserError("; ".join(dict.fromkeys(text for _, text in found)), exit_code=max(code for code, _ in found))
+    return result
+
+
+def agreement(timeout_s: float) -> Callable[[list[bool]], list[bool]]:
+    """Which of its verdicts any rank shares: an all-reduce in a group of its own, which a thread can use beside training's.
+    On the CPU: it must not wait for the GPU's queue. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def agree(verdicts: list[bool]) -> list[bool]:
+        votes = torch.tensor(verdicts, dtype=torch.uint8)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
+        return [bool(vote) for vote in votes.tolist()]
+
+    return agree

@@ -17,18 +17,16 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec.config
 
 from pipeline.checkpoint.format import TRAINING_LOCK
 from pipeline.config.run import RunConfig, RunPaths, parse_config, staging_folder, tokens_folder
+from pipeline.distributed import agreement, choose_interface, on_every_rank
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
-from pipeline.network import choose_interface
 from pipeline.train import signals
 from pipeline.train.console import FAILURE, LISTENING, say_line
 from pipeline.train.heartbeat import Heartbeat, blame
@@ -36,7 +34,6 @@ from pipeline.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
 STOPPED_WAIT_S = 5.0  # for uploads, when training ends before its last step
-T = TypeVar("T")
 ENVIRONMENT_FILE = "PLDR_ENVIRONMENT_FILE"  # names a JSON file of variables that must not stand in a command line
 VISIBLE_DEVICES = "PLDR_VISIBLE_DEVICES"  # the CUDA_VISIBLE_DEVICES that the launching process has
 PARENT_PIPE = "PLDR_PARENT_PIPE"  # set when stdin is a pipe whose other end the launching process holds open
@@ -214,27 +211,6 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
             tracker.close(status)
 
 
-def on_every_rank(work: Callable[[], T]) -> T:
-    """What `work` gives on this rank, when it went well on all of them. Collective.
-
-    Raises UserError on every rank otherwise, naming the ranks that failed and why: before training, not with a hang in it.
-    """
-    import torch.distributed as dist
-
-    problem: tuple[int, str] | None = None
-    try:
-        result = work()
-    except (UserError, OSError) as error:
-        code = error.exit_code if isinstance(error, UserError) else 1
-        problem = (code, f"rank {dist.get_rank()} on {socket.gethostname()}: {first_line(error)}")
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    found = [p for p in problems if p is not None]
-    if found:
-        raise UserError("; ".join(dict.fromkeys(text for _, text in found)), exit_code=max(code for code, _ in found))
-    return result
-
-
 def require_disk(config: RunConfig, paths: RunPaths, rank: int) -> None:
     """This rank can write its part of a checkpoint. Raises UserError or OSError."""
     probe = paths.checkpoints / f".probe-{rank}"
@@ -247,22 +223,6 @@ def require_disk(config: RunConfig, paths: RunPaths, rank: int) -> None:
         storage.publish_bytes(staging.parent / f".probe-{rank}", b"")
         (staging.parent / f".probe-{rank}").unlink()
         storage.require_free_space(staging, share, "train.staging: this rank's part of a checkpoint")
-
-
-def agreement(timeout_s: float) -> Callable[[list[bool]], list[bool]]:
-    """Which of its verdicts any rank shares: an all-reduce in a group of its own, which a thread can use beside training's.
-    On the CPU: it must not wait for the GPU's queue. Collective."""
-    import torch
-    import torch.distributed as dist
-
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-
-    def agree(verdicts: list[bool]) -> list[bool]:
-        votes = torch.tensor(verdicts, dtype=torch.uint8)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
-        return [bool(vote) for vote in votes.tolist()]
-
-    return agree
 
 
 def _die_with_parent() -> None:

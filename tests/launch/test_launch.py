@@ -19,8 +19,8 @@ from launch.backends.job import is_rank
 from launch.backends.nodes import Follower, Lead
 from launch.cli import main
 from pipeline.config.run import RunPaths
+from pipeline.distributed import interface_towards
 from pipeline.errors import ConfigError, UserError
-from pipeline.network import interface_towards
 from pipeline.train import signals
 
 

@@ -8,7 +8,7 @@ import sys
 import fsspec.config
 import pytest
 
-from pipeline import network, worker
+from pipeline import distributed, network, worker
 
 
 def test_fsspec_gets_what_came_by_the_file(tmp_path, monkeypatch):
@@ -66,7 +66,7 @@ def test_several_nodes_do_not_talk_through_the_loopback(monkeypatch, nodes, defa
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "taken back after the test")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setattr(
-        network, "interface_towards", {"127.0.1.1": "lo", "127.0.0.1": "lo", network.OUTSIDE: default}.get
+        network, "interface_towards", {"127.0.1.1": "lo", "127.0.0.1": "lo", distributed.OUTSIDE: default}.get
     )
-    network.choose_interface()
+    distributed.choose_interface()
     assert os.environ["GLOO_SOCKET_IFNAME"] == chosen

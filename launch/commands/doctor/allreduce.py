@@ -15,8 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed import has_gpu
-from pipeline.network import choose_interface
+from pipeline.distributed import choose_interface, has_gpu
 
 TIMEOUT_S = 60.0
 WARM_UP, TIMED = 2, 5

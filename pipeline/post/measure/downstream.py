@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.distributed import bounds, merged, share
 from pipeline.post.measure.observe import batches
-from pipeline.post.ranks import bounds, merged, share
 from pldr_model.model import PLDRModel
 
 COMPARED = ("cached", "random_tokens")  # the given G whose answers are compared with live ones, token by token

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.distributed import merged, share
 from pipeline.post.measure.downstream import Totals
 from pipeline.post.measure.observe import batches, deduce, tensors_of
 from pipeline.post.measure.statistics import Pair
-from pipeline.post.ranks import merged, share
 from pldr_model.generate import generate
 from pldr_model.model import PLDRModel
 

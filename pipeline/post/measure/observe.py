@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.distributed import bounds, gathered, merged, share
 from pipeline.post.measure.prompts import PromptKind
 from pipeline.post.measure.statistics import Scalars, Spread, log_abs_det, numerical_rank, row_variance_ratio
-from pipeline.post.ranks import bounds, gathered, merged, share
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from pipeline.data.loading.loader import TrainLoader, evenly_spread
 from pipeline.data.loading.reader import open_split
 from pipeline.data.tokens.index import TokenIndex
-from pipeline.worker import agreement
+from pipeline.distributed import agreement
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import distributed
 from pipeline.post import ranks
 from pipeline.post.measure.observe import Observation, observe
 from pipeline.post.measure.prompts import make_kinds
@@ -65,7 +66,7 @@ def test_every_prompt_is_somebodys_once_also_with_more_ranks_than_prompts(
         prompts, parts = torch.arange(count).unsqueeze(1), []
         for rank in range(world):
             monkeypatch.setattr(ranks, "rank_and_world", lambda r=rank: (r, world))
-            parts.append(ranks.share(prompts))
+            parts.append(distributed.share(prompts))
         assert torch.equal(torch.cat(parts), prompts)
 
 
