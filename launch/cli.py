@@ -26,7 +26,8 @@ from launch.commands.runs import add_run_verbs
 from launch.commands.sweep import add_sweep_verb
 from launch.commands.terminal import say as _show
 from launch.commands.terminal import status_lines
-from pipeline.config.run import RunConfig, load_config
+from pipeline.config.load import load_config
+from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io.storage import explain_os_error
 from pipeline.stages.runner import NAMES, Line, exclusive

@@ -23,7 +23,9 @@ from typing import Any
 import fsspec.config
 
 from pipeline.checkpoint.format import TRAINING_LOCK
-from pipeline.config.run import RunConfig, RunPaths, parse_config, staging_folder, tokens_folder
+from pipeline.config.load import parse_config
+from pipeline.config.paths import RunPaths, staging_folder, tokens_folder
+from pipeline.config.run import RunConfig
 from pipeline.distributed import agreement, choose_interface, on_every_rank
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage

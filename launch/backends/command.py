@@ -23,7 +23,9 @@ from launch.backends.nodes import Follower, Lead
 from launch.backends.scheduled import launch_kubernetes, launch_slurm
 from launch.commands.dry_run import dry_run
 from launch.commands.terminal import say, status_lines
-from pipeline.config.run import RunConfig, RunPaths, load_config
+from pipeline.config.load import load_config
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.stages.runner import Line, exclusive
 from pipeline.stages.train import check, ranks_on_this_node

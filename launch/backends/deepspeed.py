@@ -19,7 +19,8 @@ from launch.backends.hosts import (
     sweep,
 )
 from launch.backends.job import WORKER, free_port, rank_environment, run_job
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.distributed import has_gpu
 from pipeline.errors import Stopped
 from pipeline.io import storage

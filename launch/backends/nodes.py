@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.run import RunPaths
+from pipeline.config.paths import RunPaths
 from pipeline.errors import UserError
 from pipeline.io import storage
 

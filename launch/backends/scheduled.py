@@ -11,7 +11,8 @@ from launch.backends import kubernetes, slurm
 from launch.commands.dry_run import dry_run
 from launch.commands.terminal import say
 from pipeline.checkpoint.format import is_checkpoint_name
-from pipeline.config.run import RunPaths, load_config
+from pipeline.config.load import load_config
+from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError
 from pipeline.io import storage
 from pipeline.stages.train import check

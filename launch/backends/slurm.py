@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.backends.template import fill_in
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 
 PLDR = [sys.executable, "-m", "launch.cli"]

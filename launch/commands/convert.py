@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.run import load_config
+from pipeline.config.load import load_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pldr_model.config import ModelConfig, RopeStyle

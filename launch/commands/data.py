@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.run import RunConfig, RunPaths, documents_folder, load_config, tokens_folder
+from pipeline.config.load import load_config
+from pipeline.config.paths import RunPaths, documents_folder, tokens_folder
+from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError
 from pipeline.io.storage import exists
 from pipeline.io.urls import join

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.format import TRAINING_LOCK
-from pipeline.config.run import RunConfig, RunPaths, load_config, parse_config
+from pipeline.config.load import load_config, parse_config
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pipeline.io.urls import without_secrets

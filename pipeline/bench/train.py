@@ -24,7 +24,8 @@ from torch import Tensor
 
 from pipeline.checkpoint import load
 from pipeline.checkpoint.save import Saver
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.config.schedule import learning_rate
 from pipeline.errors import ConfigError
 from pipeline.train.engine import build_engine, device_of_rank, init_distributed, set_learning_rate

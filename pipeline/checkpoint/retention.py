@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.format import COMMITTED, STATE, committed, remove_unfinished, step_of
-from pipeline.config.run import TrainConfig
+from pipeline.config.train import TrainConfig
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.data import Section
+from pipeline.config.section import Section
 
 WeightFormat = Literal["fp32", "bf16", "int8"]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.config.run import TrainConfig
+from pipeline.config.train import TrainConfig
 
 BUDGET_INVARIANT = (
     6.0  # measured: >= 5.9 gave fp32 round-off in some small runs, 6.5 left others variant (docs/experiments.md)

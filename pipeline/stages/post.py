@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.checkpoint.format import committed
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.distributed import has_gpu
 from pipeline.errors import UserError
 from pipeline.stages.trained import as_trained, held_out, lineage, notes

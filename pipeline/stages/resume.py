@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.format import STATE, adopt, clean, committed, model_of, set_aside, step_of, verify
-from pipeline.config.run import RunConfig, RunPaths, flatten
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig, flatten
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
 from pipeline.tracking import publish, run, run_record

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.format import COMMITTED, committed
-from pipeline.config.run import RunConfig, RunPaths, documents_folder, tokens_folder
+from pipeline.config.paths import RunPaths, documents_folder, tokens_folder
+from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pipeline.io.urls import is_local, local_path

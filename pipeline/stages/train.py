@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.format import TRAINING_LOCK, committed, step_of, verify
 from pipeline.checkpoint.retention import policy_of
-from pipeline.config.run import RunConfig, RunPaths, tokens_folder
+from pipeline.config.paths import RunPaths, tokens_folder
+from pipeline.config.run import RunConfig
 from pipeline.distributed import has_gpu, num_devices
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io import storage

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config.run import FreezeConfig, RunConfig, RunPaths, TrainConfig, tokens_folder
+from pipeline.config.paths import RunPaths, tokens_folder
+from pipeline.config.run import RunConfig
 from pipeline.config.schedule import planned_budget
+from pipeline.config.train import FreezeConfig, TrainConfig
 from pipeline.errors import ConfigError, UserError
 from pldr_model.config import ModelConfig
 

@@ -19,7 +19,9 @@ from typing import IO, Any
 
 import torch
 
-from pipeline.config.run import RunConfig, RunPaths, parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.distributed import has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage

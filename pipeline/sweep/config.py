@@ -10,8 +10,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from pipeline.config.data import Section
-from pipeline.config.run import RunConfig, RunPaths, load_config
+from pipeline.config.load import load_config
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
+from pipeline.config.section import Section
 from pipeline.errors import ConfigError
 from pipeline.tracking.client import tracking_uri
 

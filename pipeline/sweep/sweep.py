@@ -25,7 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.run import RunConfig, RunPaths, flatten
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig, flatten
 from pipeline.errors import Stopped, UserError, first_line
 from pipeline.io import storage
 from pipeline.stages.resume import Say

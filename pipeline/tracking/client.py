@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 SHORT_S, PATIENT_S = "3", "600"

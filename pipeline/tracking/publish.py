@@ -21,7 +21,8 @@ from pathlib import Path
 
 from pipeline.checkpoint.format import COMMITTED, STATE, checkpoint_name, committed, step_of, verify
 from pipeline.checkpoint.retention import Policy, local_losses, loss_in, policy_of, retain
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
 from pipeline.tracking.client import client, is_away, mend_for, tracking_uri

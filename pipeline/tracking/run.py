@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.format import committed, step_of
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
 from pipeline.io.urls import without_secrets

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline.checkpoint.format import committed, verify
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.errors import UserError
 from pipeline.io import storage
 from pipeline.io.urls import is_local, join, local_path

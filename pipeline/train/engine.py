@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.config.run import TrainConfig
+from pipeline.config.train import TrainConfig
 from pipeline.distributed import has_gpu
 from pipeline.errors import ConfigError
 from pipeline.train.optim import build_optimizer, optimizer_clips_norm

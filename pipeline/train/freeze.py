@@ -27,7 +27,8 @@ from torch import Tensor
 from pipeline.checkpoint import load
 from pipeline.checkpoint.deepspeed_files import ZeroState
 from pipeline.checkpoint.reshard import carry_over
-from pipeline.config.run import RunConfig, TrainConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.train import TrainConfig
 from pipeline.train.engine import build_engine, device_of_rank, set_recipe
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, g_shape

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config.run import TrainConfig
+from pipeline.config.train import TrainConfig
 from pldr_model.model import is_metric_parameter
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from pipeline.checkpoint.format import committed, step_of, verify
-from pipeline.config.run import TrainConfig
+from pipeline.config.train import TrainConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.train.guard import MAX_ROLLBACKS, Guard
 from pipeline.train.step import Outcome

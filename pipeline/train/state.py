@@ -13,8 +13,9 @@ import torch.distributed as dist
 from pipeline.checkpoint import load
 from pipeline.checkpoint.deepspeed_files import ZeroState
 from pipeline.checkpoint.format import COMMITTED, checkpoint_name, verify
-from pipeline.config.run import RunConfig, TrainConfig
+from pipeline.config.run import RunConfig
 from pipeline.config.schedule import invariance_budget
+from pipeline.config.train import TrainConfig
 from pipeline.train.engine import release, set_recipe
 from pipeline.train.freeze import engine_of, frozen_g
 from pipeline.train.guard import Guard

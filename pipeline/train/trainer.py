@@ -20,7 +20,8 @@ import torch.distributed as dist
 from pipeline.checkpoint.format import checkpoint_name
 from pipeline.checkpoint.retention import policy_of, retain
 from pipeline.checkpoint.save import Saver
-from pipeline.config.run import RunConfig, RunPaths, staging_folder
+from pipeline.config.paths import RunPaths, staging_folder
+from pipeline.config.run import RunConfig
 from pipeline.config.schedule import learning_rate
 from pipeline.errors import UserError
 from pipeline.tracking.metrics import Tracker

@@ -18,7 +18,7 @@ from launch.backends.hosts import Host, address_of, carried, environment_file, i
 from launch.backends.job import is_rank
 from launch.backends.nodes import Follower, Lead
 from launch.cli import main
-from pipeline.config.run import RunPaths
+from pipeline.config.paths import RunPaths
 from pipeline.distributed import interface_towards
 from pipeline.errors import ConfigError, UserError
 from pipeline.train import signals

@@ -16,7 +16,7 @@ import pytest
 
 from launch.cli import main
 from pipeline.bundle.certificate.schema import read_certificate
-from pipeline.config.run import load_config
+from pipeline.config.load import load_config
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.publish import published_checkpoints
 

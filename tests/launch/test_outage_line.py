@@ -13,7 +13,7 @@ import pytest
 
 from launch.cli import main
 from pipeline.checkpoint import format
-from pipeline.config.run import load_config
+from pipeline.config.load import load_config
 from pipeline.tracking import publish
 from pipeline.tracking.client import client
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from launch.cli import main
-from pipeline.config.run import load_config
+from pipeline.config.load import load_config
 from pipeline.tracking.client import client, tracking_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from pipeline.config.run import load_config
+from pipeline.config.load import load_config
 from pipeline.tracking import run
 from pipeline.tracking.client import client, tracking_uri
 

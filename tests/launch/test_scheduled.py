@@ -13,7 +13,7 @@ import yaml
 
 from launch.backends import kubernetes, slurm
 from launch.cli import main
-from pipeline.config.run import load_config
+from pipeline.config.load import load_config
 from pipeline.errors import ConfigError, UserError
 
 SIZES = ("--nodes", "1", "--ranks-per-node", "1", "--gpus-per-node", "0")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pipeline.config.load import load_config
+from pipeline.config.paths import RunPaths
 from pipeline.config.plan import plan
-from pipeline.config.run import RunPaths, load_config
 from pipeline.data.loading.loader import TrainLoader
 from pipeline.data.loading.reader import open_split
 from pipeline.data.tokens.index import TokenIndex

@@ -5,7 +5,8 @@ import json
 import pytest
 import yaml
 
-from pipeline.config.run import RunConfig, load_config, parse_config
+from pipeline.config.load import load_config, parse_config
+from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError
 
 TREE = {

@@ -8,7 +8,8 @@ import pytest
 
 from launch.cli import main
 from pipeline.checkpoint import format
-from pipeline.config.run import RunPaths, parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pipeline.tracking import publish

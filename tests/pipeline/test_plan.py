@@ -2,8 +2,8 @@
 
 import pytest
 
+from pipeline.config.load import load_config
 from pipeline.config.plan import plan, plan_lines, state_bytes
-from pipeline.config.run import load_config
 from pipeline.config.schedule import budget_verdict
 
 

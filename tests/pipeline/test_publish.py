@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.checkpoint import format
 from pipeline.checkpoint.retention import Policy
-from pipeline.config.run import parse_config
+from pipeline.config.load import parse_config
 from pipeline.io import storage
 from pipeline.tracking import publish, run
 from pipeline.tracking.client import client, tracking_uri

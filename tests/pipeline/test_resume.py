@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint.format import committed, step_of, verify
-from pipeline.config.run import RunPaths, parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pipeline.stages.resume import Resume, changes, check_inputs, find_start, names_run, parse_resume, require_newest

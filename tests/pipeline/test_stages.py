@@ -7,7 +7,7 @@ import random
 import pytest
 import yaml
 
-from pipeline.config.run import load_config
+from pipeline.config.load import load_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.stages.runner import Line, exclusive
 from pipeline.stages.train import ranks_on_this_node

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config.run import RunPaths
+from pipeline.config.paths import RunPaths
 from pipeline.config.schedule import invariance_budget
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io.storage import publish_json

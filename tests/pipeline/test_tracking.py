@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pipeline.config.run import parse_config
+from pipeline.config.load import parse_config
 from pipeline.errors import ConfigError, UserError
 from pipeline.tracking import run as tracking
 from pipeline.tracking.client import client, tracking_uri

@@ -24,7 +24,9 @@ from launch.backends.job import free_port
 from launch.commands.doctor.findings import Finding, as_json, judge, judge_bandwidth, table
 from launch.commands.doctor.probe import token_file
 from launch.commands.doctor.reach import LOCAL, Runner, reach
-from pipeline.config.run import RunConfig, RunPaths, load_config, staging_folder, tokens_folder
+from pipeline.config.load import load_config
+from pipeline.config.paths import RunPaths, staging_folder, tokens_folder
+from pipeline.config.run import RunConfig
 from pipeline.distributed import num_devices
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.urls import is_local, without_secrets

@@ -45,7 +45,8 @@ from pipeline.io.storage import publish_json, read_json, require_free_space, sha
 from pipeline.io.urls import is_local, join, local_path
 
 if TYPE_CHECKING:  # workers import this module; torch is behind the configuration
-    from pipeline.config.run import RunConfig, RunPaths
+    from pipeline.config.paths import RunPaths
+    from pipeline.config.run import RunConfig
 
 NOT_IN_RESULT = ("workers", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
 TASK_BYTES = 256_000_000  # of text, about: what one task gets unless data.tasks is set

@@ -40,7 +40,8 @@ from pipeline.io.urls import is_local, join
 from pipeline.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # workers import this module; torch is behind the configuration
-    from pipeline.config.run import RunConfig, RunPaths
+    from pipeline.config.paths import RunPaths
+    from pipeline.config.run import RunConfig
 
 BATCH_BYTES = 1 << 19  # handed to SentencePiece at once
 TOKENS_PER_BYTE = 0.5  # an upper estimate, for the free space

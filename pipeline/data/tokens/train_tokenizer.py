@@ -29,7 +29,8 @@ from pipeline.io.storage import publish_bytes
 from pipeline.tokenizer import SPECIAL_IDS, Tokenizer
 
 if TYPE_CHECKING:
-    from pipeline.config.run import RunConfig, RunPaths
+    from pipeline.config.paths import RunPaths
+    from pipeline.config.run import RunConfig
 
 TRAINER_THREADS = 2
 PIECE_BYTES = 2048  # what the trainer sees as one sentence

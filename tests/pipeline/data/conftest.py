@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.run import RunConfig, RunPaths, parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.data.documents.shard import shard_documents
 from pipeline.data.tokens.tokenize import tokenize_documents
 from pipeline.data.tokens.train_tokenizer import make_tokenizer

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.data import Clean
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.data.documents.read import DocumentIndex, read_removed, read_shard
 from pipeline.data.documents.shard import shard_documents
 from pipeline.data.filters.chain import LanguageFilter, LengthFilter, block_names, document_blocks, language_of, repair

@@ -12,7 +12,8 @@ import pytest
 from pipeline.bench import data as benches
 from pipeline.bench.data import bench, in_turn, line
 from pipeline.bench.data_input import made_up, read_text, write_documents, write_tokens
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.data.documents.read import DocumentIndex, read_shard
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.errors import UserError

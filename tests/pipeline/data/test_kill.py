@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.data.documents.shard import shard_documents
 from pipeline.data.tokens.tokenize import tokenize_documents
 from pipeline.data.tokens.train_tokenizer import make_tokenizer

@@ -11,7 +11,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.data.documents.read import DocumentIndex, fingerprint_of, read_shard
 from pipeline.data.inspect.show import (
     Sequence,

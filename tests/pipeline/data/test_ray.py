@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.data.documents.shard import shard_documents
 from pipeline.data.executor.ray import RayExecutor
 

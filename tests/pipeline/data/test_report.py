@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.data.documents.read import DocumentIndex, read_removed
 from pipeline.data.documents.shard import shard_documents
 from pipeline.data.inspect.charts import bars, median, power, share

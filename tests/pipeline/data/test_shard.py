@@ -13,7 +13,8 @@ import fsspec
 import pytest
 import webdataset
 
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.data.documents.read import DocumentIndex, read_removed, read_shard
 from pipeline.data.documents.shard import shard_documents
 from pipeline.data.documents.spool import split_key

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.data.documents.read import DocumentIndex, read_shard
 from pipeline.data.loading.reader import TokenReader
 from pipeline.data.tokens.index import TokenIndex

@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.data.tokens.tokenize import tokenize_documents
 from pipeline.errors import UserError

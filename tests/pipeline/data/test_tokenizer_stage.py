@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.data.documents.read import DocumentIndex, read_shard
 from pipeline.data.documents.shard import shard_documents
 from pipeline.data.readers.sources import find_files

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from pipeline.bundle.certificate.schema import SCHEMA_VERSION as CERTIFICATE_VERSION
-from pipeline.config.run import RunConfig, RunPaths
+from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.storage import publish_json
 from pipeline.post.consolidate import recipe_of

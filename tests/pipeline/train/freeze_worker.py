@@ -13,7 +13,7 @@ import torch.distributed as dist
 from pipeline.checkpoint.deepspeed_files import MOMENTS, WEIGHT, ZeroState
 from pipeline.checkpoint.format import checkpoint_name, model_of, verify
 from pipeline.checkpoint.save import Saver
-from pipeline.config.run import FreezeConfig
+from pipeline.config.train import FreezeConfig
 from pipeline.train.engine import init_distributed, release
 from pipeline.train.freeze import freeze
 from pldr_model.model import PLDRModel, g_shape

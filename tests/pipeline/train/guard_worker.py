@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.checkpoint.format import checkpoint_name, verify
-from pipeline.config.run import parse_config
+from pipeline.config.load import parse_config
 from pipeline.errors import UserError
 from pipeline.train import step, trainer
 from pipeline.train.engine import init_distributed

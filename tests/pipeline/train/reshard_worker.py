@@ -22,7 +22,7 @@ from pipeline.checkpoint import load
 from pipeline.checkpoint.deepspeed_files import MOMENTS, WEIGHT, ZeroState
 from pipeline.checkpoint.format import checkpoint_name, verify
 from pipeline.checkpoint.save import Saver
-from pipeline.config.run import parse_config
+from pipeline.config.load import parse_config
 from pipeline.train.engine import build_engine, init_distributed
 from pldr_model.model import PLDRModel
 

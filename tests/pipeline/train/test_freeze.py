@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.run import FreezeConfig, TrainConfig
+from pipeline.config.train import FreezeConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.train.freeze import calm, is_due
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.run import TrainConfig
+from pipeline.config.train import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.train.guard import KEPT_EVENTS, MIN_LOSSES, Guard, robust_bound
 from pipeline.train.spikes import judge, told

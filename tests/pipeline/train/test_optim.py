@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.config.run import TrainConfig
+from pipeline.config.train import TrainConfig
 from pipeline.train.optim import ClippedAdamW, build_optimizer, gradient_norm, parameter_groups
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel

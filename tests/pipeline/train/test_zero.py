@@ -176,7 +176,7 @@ def test_bf16_resumes_bit_equal(start_ranks, tmp_path):
 
 def test_the_schedule_is_the_golden_one():
     """Learning rates of ../shared/golden/*/trajectory.json: warm-up 3, cosine to 10 % over 12 steps."""
-    from pipeline.config.run import TrainConfig
+    from pipeline.config.train import TrainConfig
 
     train = TrainConfig(steps=12, warmup_steps=3, max_lr=1e-3, global_batch=4, micro_batch=2)
     golden = {
@@ -196,7 +196,7 @@ def test_the_schedule_is_the_golden_one():
 
 def test_the_published_runs_budgets():
     """science.md: SOC-2 13.7, SUB-2 4.1 (lr 3e-4, warm-up 2000, 250k steps, decay 0.1)."""
-    from pipeline.config.run import TrainConfig
+    from pipeline.config.train import TrainConfig
 
     assert invariance_budget(TrainConfig(max_lr=1e-3, warmup_steps=1000)) == pytest.approx(13.7, abs=0.1)
     assert invariance_budget(TrainConfig(max_lr=3e-4, warmup_steps=2000)) == pytest.approx(4.1, abs=0.05)

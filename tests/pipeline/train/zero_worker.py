@@ -16,7 +16,8 @@ import torch.distributed as dist
 from pipeline.checkpoint import load, save
 from pipeline.checkpoint.format import checkpoint_name, verify
 from pipeline.config import schedule
-from pipeline.config.run import RunConfig, parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.run import RunConfig
 from pipeline.errors import UserError
 from pipeline.train import freeze, trainer
 from pipeline.train.engine import init_distributed

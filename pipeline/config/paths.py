@@ -1,0 +1,50 @@
+"""Where a run keeps what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config.run import RunConfig
+from pipeline.io.storage import sha256_json
+
+
+class RunPaths:
+    """Where a run keeps what (architecture.md, contracts). All under `run_dir`."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.root = Path(run_dir).expanduser().absolute()
+        self.documents = self.root / "documents"
+        self.tokenizer = self.root / "tokenizer" / "tokenizer.model"
+        self.tokens = self.root / "tokens"
+        self.checkpoints = self.root / "checkpoints"
+        self.weights = self.root / "weights"
+        self.g_lm = self.root / "g_lm"
+        self.certificate = self.root / "certificate"
+        self.bundle = self.root / "bundle"
+        self.stages = self.root / "stages"
+        self.logs = self.root / "logs"
+        self.profiles = self.logs / "profile"
+        self.memory = self.logs / "memory"
+
+    @staticmethod
+    def ranks_of(job_file: Path) -> Path:
+        """Where the ranks of a job leave their signs of life: beside its file, in logs/."""
+        return job_file.parent / "ranks"
+
+
+def documents_folder(config: RunConfig) -> str:
+    """Where the document tars are: a path, or the URL `data.output`."""
+    return config.data.output or str(RunPaths(config.run_dir).documents)
+
+
+def tokens_folder(config: RunConfig) -> str:
+    """Where the token tars are: a path, or the URL `tokens.output`."""
+    return config.tokens.output or str(RunPaths(config.run_dir).tokens)
+
+
+def staging_folder(config: RunConfig) -> Path | None:
+    """Where this run's checkpoints are written first on each node, below `train.staging`: its own folder, or None."""
+    if config.train.staging is None:
+        return None
+    root = str(RunPaths(config.run_dir).root)
+    return Path(config.train.staging).expanduser().absolute() / f"{config.name}-{sha256_json(root)[:12]}"
