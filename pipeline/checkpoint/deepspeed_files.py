@@ -16,15 +16,23 @@ the files are read here, with `safe_load`. They are memory-mapped: only the para
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
+import os
 import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.format import safe_load
+from pipeline.distributed import has_gpu
+from pipeline.errors import UserError
+
+pass
 from pipeline.errors import UserError, first_line
 from pldr_model.model import is_metric_parameter
 
@@ -175,3 +183,44 @@ def _partitions(folder: Path) -> list[dict[str, Any]]:
     if sorted(by_rank) != list(range(len(by_rank))):
         raise UserError(f"{folder}: optimizer files of ranks {sorted(by_rank)}; name a checkpoint that has all")
     return [safe_load(path, "cpu", mmap=True)["optimizer_state_dict"] for _, path in sorted(by_rank.items())]
+
+
+@contextlib.contextmanager
+def safe_unpickling() -> Iterator[None]:
+    """Every torch.load inside loads weights only, whatever its caller asks for."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu() else "cpu")
+    before, level = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"), logging.root.manager.disable
+    logging.disable(logging.WARNING)  # DeepSpeed reports its version, its accelerator and its ops on import
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+def safe_load(path: str | Path, map_location: Any = None, *, mmap: bool = False) -> Any:
+    """`torch.load` inside `safe_unpickling`; `mmap`: tensors are read when they are used.
+
+    Raises UserError naming the file when it is damaged or holds anything else.
+    """
+    try:
+        with safe_unpickling():
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; the checkpoint is incomplete, resume from an earlier one") from None
+    except Exception as error:  # a damaged pickle fails in any way
+        raise UserError(
+            f"{path}: not a checkpoint file of ours: damaged, or it holds more than tensors and numbers; nothing of it was "
+            "executed, resume from an earlier one"
+        ) from error

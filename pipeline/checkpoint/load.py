@@ -15,8 +15,8 @@ from typing import IO, Any, cast
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoint.deepspeed_files import ZeroState
-from pipeline.checkpoint.format import checkpoint_name, safe_load
+from pipeline.checkpoint.deepspeed_files import ZeroState, safe_load
+from pipeline.checkpoint.format import checkpoint_name
 from pipeline.checkpoint.reshard import carry_over, check_shapes, fits
 from pipeline.distributed import has_gpu
 from pipeline.errors import UserError

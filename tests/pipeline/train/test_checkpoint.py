@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint import format
+from pipeline.checkpoint import deepspeed_files, format
 from pipeline.errors import UserError
 from pipeline.io import storage
 
@@ -129,11 +129,11 @@ def test_no_code_runs_from_a_checkpoint_file(tmp_path):
     for name, write in (("zip.pt", torch.save), ("raw.pt", lambda value, path: path.write_bytes(pickle.dumps(value)))):
         write({"module": Evil()}, tmp_path / name)
         with pytest.raises(UserError, match="not a checkpoint file of ours"):
-            format.safe_load(tmp_path / name)
+            deepspeed_files.safe_load(tmp_path / name)
     assert not marker.exists()
     (tmp_path / "cut.pt").write_bytes((tmp_path / "zip.pt").read_bytes()[:100])
     with pytest.raises(UserError, match="not a checkpoint file"):
-        format.safe_load(tmp_path / "cut.pt")
+        deepspeed_files.safe_load(tmp_path / "cut.pt")
 
 
 def test_manifest_lists_everything_but_itself(saved):
