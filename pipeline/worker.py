@@ -118,8 +118,8 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.distributed import has_gpu
     from pipeline.stages.resume import require_newest
+    from pipeline.tracking.outbox import open_tracker, set_tags
     from pipeline.tracking.publish import open_publisher
-    from pipeline.tracking.run import open_tracker, set_tags
     from pipeline.train.engine import init_distributed
     from pipeline.train.state import Lineage
     from pipeline.train.telemetry import NODES_TAG, first_on_node, node_names

@@ -15,7 +15,7 @@ from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pipeline.io.urls import without_secrets
-from pipeline.tracking import run, run_record
+from pipeline.tracking import outbox, run_record
 from pipeline.tracking.client import tracking_uri
 from pipeline.tracking.query import list_runs, read_run
 
@@ -132,7 +132,7 @@ def _replay(arguments: Any, show: Show) -> Result:
         if not storage.lock(stream):
             holder = storage.lock_holder(stream)
             raise UserError(f"{logs.parent}: process {holder} trains here, and sends by itself when MLflow is back")
-        result = run.replay(config)
+        result = outbox.replay(config)
     show(f"MLflow run {result['run_id']}: {result['points_sent']} points sent, nothing is left over")
     return result
 

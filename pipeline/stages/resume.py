@@ -29,7 +29,7 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig, flatten
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
-from pipeline.tracking import publish, run, run_record
+from pipeline.tracking import outbox, publish, run, run_record
 from pipeline.tracking.stores import Place
 from pldr_model.config import ModelConfig
 
@@ -205,7 +205,7 @@ def _begin_from(source: Path, config: RunConfig, paths: RunPaths, check: Check, 
         facts = {"schema_version": SCHEMA_VERSION, "checkpoint": str(source), "manifest_sha256": sha256}
         storage.publish_json(origin, {**facts, "mlflow_run_id": state["mlflow_run_id"]})
         adopt(source, paths.checkpoints, mlflow_run_id=run_id)
-        run.set_tags(config, run_id, {"pldr.continued_from": str(source)})
+        outbox.set_tags(config, run_id, {"pldr.continued_from": str(source)})
         say(f"{source} begins this run; it goes on from step {step_of(source)}")
     found = _newest(config, paths, run_id, check if own else None, say=say)
     assert found is not None

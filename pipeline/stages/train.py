@@ -19,7 +19,7 @@ from pipeline.distributed import has_gpu, num_devices
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io import storage
 from pipeline.stages.resume import Say, changes, find_start
-from pipeline.tracking import run
+from pipeline.tracking import outbox
 
 if TYPE_CHECKING:
     from pipeline.data.tokens.index import TokenIndex
@@ -59,7 +59,7 @@ def pretrain(
     done = committed(paths.checkpoints)
     if job.start == done[-1]:
         say(f"{done[-1].name} is the last step: nothing was left to train")
-    run_id = run.finish(config, job.run_id)
+    run_id = outbox.finish(config, job.run_id)
     state = verify(done[-1])
     return {
         "checkpoint": done[-1].name,
@@ -79,13 +79,13 @@ def _train(config: RunConfig, paths: RunPaths, job: Job, *, ranks: int, launch: 
             try:
                 launch(config, job.file, ranks)
             finally:
-                run.keep_evidence(config, since=since)
+                outbox.keep_evidence(config, since=since)
             done = committed(paths.checkpoints)
             if not done or step_of(done[-1]) != config.train.steps:
                 raise UserError(f"training ended before step {config.train.steps}; see {log} and start again")
             return job
         except Stopped as stop:
-            run.mark(config, job.run_id, "KILLED")
+            outbox.mark(config, job.run_id, "KILLED")
             done = committed(paths.checkpoints)
             where = done[-1].name if done else "step 0"
             raise Stopped(
@@ -94,17 +94,17 @@ def _train(config: RunConfig, paths: RunPaths, job: Job, *, ranks: int, launch: 
             ) from None
         except UserError as error:
             if not error.again or not restarts_left:
-                run.fail(config, job.run_id, error, log_from=log_from)
+                outbox.fail(config, job.run_id, error, log_from=log_from)
                 raise
             crash = error
         except BaseException as error:
-            run.fail(config, job.run_id, error, log_from=log_from)
+            outbox.fail(config, job.run_id, error, log_from=log_from)
             raise
         try:
             job = prepare(config, paths, resume="auto", ranks=ranks, say=say, force=force)
         except BaseException as error:
             say(f"{crash}; it could not be restarted")
-            run.fail(config, job.run_id, error, log_from=log_from)
+            outbox.fail(config, job.run_id, error, log_from=log_from)
             raise
         if job.start is not None and step_of(job.start) == config.train.steps:  # it crashed after its last save
             return job
@@ -123,12 +123,14 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say:
     storage.require_free_space(paths.root, disk_needed(config, paths), "training (its checkpoints)")
     today = {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256}
     start = find_start(config, paths, resume, today=today, force=force, say=say)
-    run.begin(config)
+    outbox.begin(config)
     if start.checkpoint is not None:
         changed = changes(start, config, ranks)
         for key, change in changed.items():
             say(f"changed     {key} {change}")
-        run.set_tags(config, start.run_id, {f"resumed.{step_of(start.checkpoint)}.{k}": v for k, v in changed.items()})
+        outbox.set_tags(
+            config, start.run_id, {f"resumed.{step_of(start.checkpoint)}.{k}": v for k, v in changed.items()}
+        )
     job_file = paths.logs / "job.json"
     storage.publish_json(
         job_file,

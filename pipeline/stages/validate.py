@@ -26,7 +26,8 @@ from pipeline.distributed import has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
 from pipeline.tracking.client import tracking_uri
-from pipeline.tracking.run import log_files, mlflow_id
+from pipeline.tracking.outbox import log_files
+from pipeline.tracking.run import mlflow_id
 from pipeline.tracking.run_record import VERDICT_TAG
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import pytest
 
 from launch.cli import main
 from pipeline.config.load import load_config
-from pipeline.tracking import run
+from pipeline.tracking import outbox, run
 from pipeline.tracking.client import client, tracking_uri
 
 
@@ -28,7 +28,7 @@ def runs(tmp_path_factory, make_run):
     ids = []
     for config, loss in ((first, 2.0), (second, 3.0)):
         ids.append(run.open_run(config))
-        tracker = run.open_tracker(config, ids[-1])
+        tracker = outbox.open_tracker(config, ids[-1])
         tracker.log(10, {"train/loss": loss + 1, "invariance/budget": 0.5})
         tracker.log(20, {"train/loss": loss, "val/loss_cached": loss + 0.5, "invariance/order_parameter_G": 1e-7})
         assert tracker.close("FINISHED" if config is first else None)

@@ -12,7 +12,7 @@ from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
-from pipeline.tracking import publish
+from pipeline.tracking import outbox, publish
 from pipeline.tracking import run as tracking
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.publish import fetch_checkpoint, published_checkpoints
@@ -70,18 +70,18 @@ def test_a_new_run_begins_without_the_server_and_is_replayed_once(tmp_path, serv
     assert publish.available(config, run_id) == (None, [])
     with pytest.raises(ConfigError, match="was made with seed=1"):  # checked without the server
         tracking.open_run(configuration(tmp_path / "run", tracking={"uri": server.uri}, seed=2))
-    first = tracking.open_tracker(config, run_id, running=True)
+    first = outbox.open_tracker(config, run_id, running=True)
     publisher = publish.open_publisher(config, first)
     assert log_steps(first, range(10, 31, 10)) < 0.5
     save(config, 20)
     publisher.saved(20)
     assert publisher.close(0) == ["step-000020"] and not first.close()
     assert tracking.open_run(config) == run_id  # a second start, resumed from step 20
-    second = tracking.open_tracker(config, run_id, running=True)
+    second = outbox.open_tracker(config, run_id, running=True)
     log_steps(second, range(30, 41, 10))
     save(config, 40)
     assert not second.close("FINISHED")
-    assert tracking.finish(config, run_id) == run_id
+    assert outbox.finish(config, run_id) == run_id
     storage.publish_json(
         tmp_path / "run" / "logs" / "job.json", {"schema_version": 1, "config": config.as_dict(), "run_id": run_id}
     )
@@ -115,7 +115,7 @@ def test_an_outage_in_the_middle_loses_nothing_and_never_blocks(tmp_path, server
     config = configuration(tmp_path / "run", tracking={"uri": server.uri})
     run_id = tracking.open_run(config)
     assert not run_id.startswith("local-")
-    tracker = tracking.open_tracker(config, run_id, running=True)
+    tracker = outbox.open_tracker(config, run_id, running=True)
     publisher = publish.open_publisher(config, tracker)
     slowest = log_steps(tracker, range(1, 11), every=0.1)
     server.kill()
@@ -139,7 +139,7 @@ def test_a_known_run_goes_on_while_the_server_is_away_and_its_end_is_told_later(
     server.start()
     config = configuration(tmp_path / "run", tracking={"uri": server.uri})
     run_id = tracking.open_run(config)
-    first = tracking.open_tracker(config, run_id, running=True)
+    first = outbox.open_tracker(config, run_id, running=True)
     log_steps(first, (10, 20, 30))
     for step in (5, 10):
         save(config, step)
@@ -156,15 +156,15 @@ def test_a_known_run_goes_on_while_the_server_is_away_and_its_end_is_told_later(
     assert tracking.open_run(config) == run_id
     with pytest.raises(UserError, match="start the server"):  # it has published, and cannot be asked what
         publish.available(config, run_id)
-    second = tracking.open_tracker(config, run_id, running=True)  # resumed from step 20
+    second = outbox.open_tracker(config, run_id, running=True)  # resumed from step 20
     log_steps(second, (30, 40))
     assert not second.close("FINISHED")
     (tmp_path / "certificate.json").write_text("{}")
-    tracking.log_files(config, run_id, {str(tmp_path / "certificate.json"): "certificate"}, tags={"pldr.verdict": "x"})
-    assert tracking.finish(config, run_id) == run_id
+    outbox.log_files(config, run_id, {str(tmp_path / "certificate.json"): "certificate"}, tags={"pldr.verdict": "x"})
+    assert outbox.finish(config, run_id) == run_id
     server.start()
     assert client(server.uri).get_run(run_id).info.status == "FAILED"
-    assert tracking.settle(config, run_id)["complete"]
+    assert outbox.settle(config, run_id)["complete"]
     assert [step for step, _ in history(config, run_id, "train/loss")] == [10, 20, 30, 40]
     run = client(server.uri).get_run(run_id)
     assert run.info.status == "FINISHED" and run.data.tags["pldr.verdict"] == "x"
@@ -177,18 +177,18 @@ def test_on_another_machine_nothing_is_logged_twice_when_the_server_goes_right_a
     server.start()
     here = configuration(tmp_path / "here", tracking={"uri": server.uri})
     run_id = tracking.open_run(here)
-    tracker = tracking.open_tracker(here, run_id)
+    tracker = outbox.open_tracker(here, run_id)
     log_steps(tracker, (10, 20, 30))
     assert tracker.close()
     there = configuration(tmp_path / "there", tracking={"uri": server.uri})
     assert tracking.open_run(there, run_id=run_id) == run_id
     server.kill()
     for steps in ((20, 30), (30, 40)):  # no spool here, and nobody to ask how far the run came; and killed once more
-        tracker = tracking.open_tracker(there, run_id, running=True)
+        tracker = outbox.open_tracker(there, run_id, running=True)
         log_steps(tracker, steps)
         assert not tracker.close()
     server.start()
-    assert tracking.settle(there, run_id)["complete"]
+    assert outbox.settle(there, run_id)["complete"]
     assert [step for step, _ in history(there, run_id, "train/loss")] == [10, 20, 30, 40]
 
 
@@ -197,12 +197,12 @@ def test_a_batch_whose_answer_was_lost_is_stored_once(tmp_path, server):
     server.start()
     config = configuration(tmp_path / "run", tracking={"uri": server.uri})
     run_id = tracking.open_run(config)
-    tracker = tracking.open_tracker(config, run_id)
+    tracker = outbox.open_tracker(config, run_id)
     log_steps(tracker, (10, 20, 30))
     assert tracker.close()
-    sent = tracking.spool_of(config, run_id).with_suffix(".sent")
+    sent = outbox.spool_of(config, run_id).with_suffix(".sent")
     sent.write_text(json.dumps({**json.loads(sent.read_text()), "sent": 0}))  # as if killed before it was noted
-    assert tracking.settle(config, run_id)["points_sent"] == 0  # MLflow says that it has them
+    assert outbox.settle(config, run_id)["points_sent"] == 0  # MLflow says that it has them
     assert [step for step, _ in history(config, run_id, "train/loss")] == [10, 20, 30]
 
 
@@ -214,7 +214,7 @@ def test_a_server_that_hangs_holds_neither_the_start_nor_a_step_nor_the_end(tmp_
         config = configuration(tmp_path, tracking={"uri": f"http://127.0.0.1:{deaf.getsockname()[1]}"})
         started = time.monotonic()
         run_id = tracking.open_run(config)
-        tracker = tracking.open_tracker(config, run_id, running=True)
+        tracker = outbox.open_tracker(config, run_id, running=True)
         publisher = publish.open_publisher(config, tracker)
         assert time.monotonic() - started < 20
         save(config, 20)

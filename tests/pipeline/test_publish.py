@@ -11,7 +11,7 @@ from pipeline.checkpoint import format
 from pipeline.checkpoint.retention import Policy
 from pipeline.config.load import parse_config
 from pipeline.io import storage
-from pipeline.tracking import publish, run
+from pipeline.tracking import outbox, publish, run
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.publish import Publisher, fetch_checkpoint, published_checkpoints
 from pipeline.tracking.stores import MlflowPlace, UrlPlace, names_in
@@ -304,7 +304,7 @@ def test_a_run_says_where_its_checkpoints_are(tmp_path, request, kind, store):
     where = {} if kind == "mlflow" else {"train": {"publish_to": request.getfixturevalue("s3").url("all-runs")}}
     config, uri = configuration(tmp_path / "a", tracking={"uri": store}, **where), store
     run_id = run.open_run(config)
-    tracker = run.open_tracker(config, run_id)
+    tracker = outbox.open_tracker(config, run_id)
     publisher = publish.open_publisher(config, tracker)
     folder = tmp_path / "a" / "checkpoints"
     for step in (1, 2, 3):

@@ -13,8 +13,7 @@ from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pipeline.stages.resume import Resume, changes, check_inputs, find_start, names_run, parse_resume, require_newest
-from pipeline.tracking import run as tracking
-from pipeline.tracking import run_record
+from pipeline.tracking import outbox, run_record
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.publish import open_publisher, published_checkpoints
 
@@ -58,7 +57,7 @@ class Run:
         )
 
     def publish(self, run_id):
-        tracker = tracking.open_tracker(self.config(), run_id)
+        tracker = outbox.open_tracker(self.config(), run_id)
         publisher = open_publisher(self.config(), tracker)
         publisher.saved(step_of(committed(self.paths.checkpoints)[-1]))
         assert publisher.close(60) == [] and tracker.close()
@@ -219,11 +218,11 @@ def test_another_tracking_uri_is_refused_and_changes_nothing(run):
 def test_a_run_whose_server_has_moved_goes_on_when_it_is_named(run, tmp_path):
     shutil.copy(run.uri.removeprefix("sqlite:///"), tmp_path / "moved.db")
     run.uri = f"sqlite:///{tmp_path / 'moved.db'}"
-    spool = tracking.spool_of(run.config(), run.id)
+    spool = outbox.spool_of(run.config(), run.id)
     for text in (run.id, "auto"):
         start = run.start(text)
         assert (start.run_id, start.checkpoint.name) == (run.id, "step-000006")
-    assert tracking.spool_of(run.config(), run.id).name.startswith("metrics-local-") and spool.parent.exists()
+    assert outbox.spool_of(run.config(), run.id).name.startswith("metrics-local-") and spool.parent.exists()
 
 
 def test_a_run_that_a_mistyped_server_never_made_is_made_at_the_right_one(tmp_path, uri):
@@ -275,7 +274,7 @@ def test_nothing_is_fetched_beside_another_runs_checkpoints(run, tmp_path):
 
 def test_a_refused_start_leaves_a_finished_run_finished(run):
     mlflow = client(run.uri)
-    tracking.finish(run.config(), run.id)
+    outbox.finish(run.config(), run.id)
     with pytest.raises(ConfigError):
         run.start(today={**TODAY, "data_fingerprint": "e" * 64})
     assert mlflow.get_run(run.id).info.status == "FINISHED"
@@ -380,7 +379,7 @@ def test_what_changed_is_told_and_becomes_tags(run):
         "train.ranks": "2 -> 1",
     }
     assert changes(start, run.config(), ranks=2) == {}
-    tracking.set_tags(run.config(), run.id, {f"resumed.6.{key}": value for key, value in changed.items()})
+    outbox.set_tags(run.config(), run.id, {f"resumed.6.{key}": value for key, value in changed.items()})
     stored = client(tracking_uri(run.config())).get_run(run.id)
     assert stored.data.tags["resumed.6.train.zero_stage"] == "1 -> 3"
     assert stored.data.params["train.zero_stage"] == "1" and json.loads(stored.data.params["train.micro_batch"]) == 2

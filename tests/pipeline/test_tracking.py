@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.config.load import parse_config
 from pipeline.errors import ConfigError, UserError
+from pipeline.tracking import outbox
 from pipeline.tracking import run as tracking
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.metrics import Tracker
@@ -123,7 +124,7 @@ def test_a_failure_is_marked_with_the_tracebacks_of_this_start(tmp_path):
     crash = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True)
     with open(log, "a") as stream:
         stream.write("pldr-status| step 10/40\n" + crash.stderr + "[launch] exits with return code = 1\n" * 300)
-    tracking.fail(config, run_id, UserError("training failed: rank 1"), log_from=start)
+    outbox.fail(config, run_id, UserError("training failed: rank 1"), log_from=start)
     mlflow = client(tracking_uri(config))
     assert mlflow.get_run(run_id).info.status == "FAILED"
     (artifact,) = mlflow.list_artifacts(run_id, "failure")
@@ -136,20 +137,20 @@ def test_a_failure_is_marked_with_the_tracebacks_of_this_start(tmp_path):
 
 def test_a_failure_without_a_traceback_keeps_the_end_of_the_log():
     text = "".join(f"line {number}\n" for number in range(500))
-    kept = tracking.tracebacks(text).splitlines()
-    assert kept[-1] == "line 499" and len(kept) == tracking.LOG_TAIL
-    assert tracking.tracebacks("") == "\n"
+    kept = outbox.tracebacks(text).splitlines()
+    assert kept[-1] == "line 499" and len(kept) == outbox.LOG_TAIL
+    assert outbox.tracebacks("") == "\n"
 
 
 def test_what_only_one_metric_lacks_is_logged_after_an_earlier_resume(tmp_path):
     """Resumed from step 10 of 30: what was logged stays once, a metric that is new there begins there."""
     config = configuration(tmp_path)
     run_id = tracking.open_run(config)
-    first = tracking.open_tracker(config, run_id)
+    first = outbox.open_tracker(config, run_id)
     for step in (10, 20, 30):
         first.log(step, {"train/loss": float(step)})
     assert first.close()
-    second = tracking.open_tracker(config, run_id)
+    second = outbox.open_tracker(config, run_id)
     for step in (20, 30, 40):
         second.log(step, {"train/loss": float(step), "train/new": 1.0})
     assert second.close("FINISHED")
@@ -159,7 +160,7 @@ def test_what_only_one_metric_lacks_is_logged_after_an_earlier_resume(tmp_path):
 
 def log_losses(config, run_id, steps):
     """Closed with MLflow's answer waited for; False when it does not answer."""
-    tracker = tracking.open_tracker(config, run_id)
+    tracker = outbox.open_tracker(config, run_id)
     for step in steps:
         tracker.log(step, {"train/loss": float(step)})
     return tracker.close()
@@ -188,7 +189,7 @@ def test_a_machine_that_the_run_comes_back_to_logs_no_step_twice(machines):
 def test_what_a_machine_still_owes_is_sent_although_the_run_is_further(machines):
     """A was killed before its last points were sent; B began at an earlier checkpoint and went past it."""
     here, there, run_id = machines
-    spool = tracking.spool_of(here, run_id)
+    spool = outbox.spool_of(here, run_id)
     assert log_losses(here, run_id, (10, 20, 30, 40, 50))
     owed = spool.read_bytes()
     mlflow = client(tracking_uri(here))
@@ -197,17 +198,17 @@ def test_what_a_machine_still_owes_is_sent_although_the_run_is_further(machines)
     spool.with_suffix(".sent").unlink()
     spool.rename(spool.with_name(f"metrics-{fresh}.jsonl"))
     assert log_losses(there, fresh, (40, 50, 60))
-    assert tracking.spool_of(here, fresh).read_bytes() == owed
-    assert tracking.settle(here, fresh)["points_sent"] == 3
+    assert outbox.spool_of(here, fresh).read_bytes() == owed
+    assert outbox.settle(here, fresh)["points_sent"] == 3
     assert history(here, fresh, "train/loss") == [(step, float(step)) for step in (10, 20, 30, 40, 50, 60)]
-    assert tracking.settle(here, fresh)["points_sent"] == 0
+    assert outbox.settle(here, fresh)["points_sent"] == 0
 
 
 def test_a_spool_that_gets_another_name_loses_nothing(tmp_path):
     """Begun under MLflow's id, as long as the local one was not known; twice, and with half a line."""
     config = configuration(tmp_path)
     run_id = tracking.open_run(config)
-    spool = tracking.spool_of(config, run_id)
+    spool = outbox.spool_of(config, run_id)
     old = spool.with_name(f"metrics-{run_id}.jsonl")
     for steps in ((10, 20), (30, 40)):
         old.parent.mkdir(exist_ok=True)
@@ -226,9 +227,9 @@ def test_a_spool_that_gets_another_name_loses_nothing(tmp_path):
 def test_a_full_disk_costs_no_metric_and_no_run(tmp_path, caplog):
     """The kernel cuts a write in the middle of a line and refuses the next ones (a limit on file sizes, for a disk)."""
     config = configuration(tmp_path, tracking={"uri": "http://127.0.0.1:9"})
-    tracker = tracking.open_tracker(config, tracking.open_run(config))
+    tracker = outbox.open_tracker(config, tracking.open_run(config))
     tracker.log(1, {"train/loss": 1.0})
-    spool = tracking.spool_of(config, tracker.run_id)
+    spool = outbox.spool_of(config, tracker.run_id)
     whole = spool.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, hard))
