@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.io.storage import publish_bytes, publish_json
 from pipeline.report.html import render
-from pipeline.report.training import ticks
+from pipeline.report.plots import ticks
 
 SCHEMA_VERSION = 1
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 640.0, 320.0, 64.0, 12.0, 34.0  # of the plot, in the SVG's units

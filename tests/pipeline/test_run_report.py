@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.report.training import MAX_POINTS, Plot, draw, thinned, ticks, write_run_report
+from pipeline.report.plots import MAX_POINTS, Plot, draw, thinned, ticks
+from pipeline.report.training import write_run_report
 
 FACTS = {
     "run_id": "abc",

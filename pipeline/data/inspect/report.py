@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.documents.read import SPLITS, DocumentIndex, read_removed
-from pipeline.data.inspect.charts import charts
 from pipeline.data.inspect.show import read_sequences, spans, tokenizer_of, visible
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.io.storage import exists, publish_bytes
 from pipeline.io.urls import join, public_url
+from pipeline.report.histogram import charts
 from pipeline.report.html import render as page_of
 
 EXAMPLES = 10  # of each reason

@@ -20,7 +20,8 @@ from pipeline.post.certificate.labels import LOSSES, WORDS, Tree, number, plain_
 from pipeline.post.certificate.png import png_uri, scale_of
 from pipeline.post.measure.generation import first_difference
 from pipeline.report.html import render
-from pipeline.report.training import PLOTS, Plot, Points, draw
+from pipeline.report.plots import Plot, Points, draw
+from pipeline.report.training import PLOTS
 
 MAX_MAPS = 128  # heads whose G_LM is drawn; the worst ones where there are more
 OVER_TRAINING = ("Order parameters", "Invariance budget", "What attention is worth (nats)", "Leak gap (nats)")

@@ -15,10 +15,10 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.data.documents.read import DocumentIndex, read_removed
 from pipeline.data.documents.shard import shard_documents
-from pipeline.data.inspect.charts import bars, median, power, share
 from pipeline.data.inspect.report import headline, write_report
 from pipeline.data.tokens.tokenize import tokenize_documents
 from pipeline.errors import UserError
+from pipeline.report.histogram import bars, median, power, share
 
 MakeConfig = Callable[..., RunConfig]
 EVIL = "<script>alert(1)</script>"
