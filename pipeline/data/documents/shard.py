@@ -35,8 +35,8 @@ from pipeline.data.executor.engines import Engine, engine_of
 from pipeline.data.executor.jobs import DROPPED, is_complete, run_tasks, step_stats
 from pipeline.data.executor.progress import advance
 from pipeline.data.filters import chain as clean
-from pipeline.data.filters import decontaminate
-from pipeline.data.filters.split_long import SplitLong
+from pipeline.data.filters import decontaminate, length
+from pipeline.data.filters.length import SplitLong
 from pipeline.data.readers.sources import find_files
 from pipeline.data.readers.text import bad_input_error, read_unit
 from pipeline.data.readers.units import Rejected, Unit, deal, ordinal, plan_units, unit_as_dict, unit_from_dict
@@ -281,7 +281,7 @@ class _Chain:
             blocks.append(CutParagraphs(self.found / "paragraphs", writer))
         if steps.paragraph_duplicates or (steps.decontaminate and steps.decontaminate.action == "cut"):
             writer = RemovedWriter(folder, "length")
-            blocks.append(clean.LengthFilter(data.min_characters, data.max_characters, exclusion_writer=writer))
+            blocks.append(length.LengthFilter(data.min_characters, data.max_characters, exclusion_writer=writer))
         if steps.split_long:
             blocks.append(SplitLong(steps.split_long.max_characters))
         cleaned = self.work / "clean" / "removed"

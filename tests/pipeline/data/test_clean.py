@@ -21,7 +21,10 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.data.documents.read import DocumentIndex, read_removed, read_shard
 from pipeline.data.documents.shard import shard_documents
-from pipeline.data.filters.chain import LanguageFilter, LengthFilter, block_names, document_blocks, language_of, repair
+from pipeline.data.filters.chain import block_names, document_blocks
+from pipeline.data.filters.language import LanguageFilter, language_of
+from pipeline.data.filters.length import LengthFilter
+from pipeline.data.filters.unicode import repair
 from pipeline.errors import UserError
 
 MakeConfig = Callable[..., RunConfig]

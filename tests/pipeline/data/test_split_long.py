@@ -6,7 +6,7 @@ from datatrove.data import Document
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.filters.split_long import SplitLong, split
+from pipeline.data.filters.length import SplitLong, split
 
 
 @given(st.text(alphabet="ab. \n", max_size=400), st.integers(1, 60))

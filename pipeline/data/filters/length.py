@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters.base_filter import BaseFilter
 
 # Where a part may end, best first: behind a paragraph, a line, a sentence, a word.
 ENDS = [
@@ -64,3 +66,20 @@ def _end(text: str, start: int, wanted: int, latest: int) -> int:
         if places:
             return min(places, key=lambda place: (abs(place - wanted), place))
     return latest
+
+
+class LengthFilter(BaseFilter):  # type: ignore[misc]
+    """Keeps documents of `minimum` to `maximum` characters, white space at the ends not counted."""
+
+    name = "length"
+
+    def __init__(self, minimum: int, maximum: int | None, exclusion_writer: Any = None) -> None:
+        super().__init__(exclusion_writer)
+        self.minimum = minimum
+        self.maximum = maximum
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        length = len(doc.text.strip())
+        if length < self.minimum:
+            return False, "too_short"
+        return self.maximum is None or length <= self.maximum or (False, "too_long")
