@@ -77,7 +77,7 @@ def _report(arguments: Any, show: Show) -> Result:
 
 
 def _verify(arguments: Any, show: Show) -> Result:
-    from pipeline.data.inspect.show import folder_of, kind_of, verify
+    from pipeline.data.inspect.verify import folder_of, kind_of, verify
 
     if _is_config(arguments.index):
         config = load_config(arguments.index, arguments.overrides)
@@ -101,7 +101,8 @@ def _tokens_if_made(config: RunConfig, show: Show) -> str | None:
 
 
 def _show_sequence(arguments: Any, show: Show) -> Result:
-    from pipeline.data.inspect.show import as_text, folder_of, read_sequence, spans, tokenizer_of
+    from pipeline.data.inspect.show import as_text, read_sequence, spans, tokenizer_of
+    from pipeline.data.inspect.verify import folder_of
     from pipeline.data.tokens.index import TokenIndex
 
     given = arguments.index

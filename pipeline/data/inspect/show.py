@@ -10,7 +10,7 @@ import bisect
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -19,15 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.documents.read import DocumentIndex, read_removed, read_shard
 from pipeline.data.tokens.index import TOKENIZE_AGAIN, TokenIndex, TokenShard, missing, wrong_sha256
 from pipeline.errors import UserError, first_line
 from pipeline.io.remote import open_retrying, read_range
-from pipeline.io.storage import exists, read_json, safe_member
+from pipeline.io.storage import safe_member
 from pipeline.io.urls import join, public_url
 from pipeline.tokenizer import Tokenizer
 
-Say = Callable[[str], None]
 END_MARK = "⏎ end of document"
 CUT_MARK = "⏎ another document"
 SPACE = "\u2581"  # what SentencePiece writes for one
@@ -56,107 +54,6 @@ class Span:
 
     kind: str
     text: str = ""
-
-
-def folder_of(index: str) -> str:
-    """The folder of an index, given as folder or as its index.json."""
-    return index.removesuffix("index.json").rstrip("/") or "."
-
-
-def kind_of(folder: str) -> str:
-    """Whose folder it is, "documents" or "tokens". Raises UserError when it is neither's."""
-    url = join(folder, "index.json")
-    if not exists(url):
-        raise UserError(
-            f"{public_url(folder)}: holds no index.json; name a documents or tokens folder, or the YAML of a run"
-        )
-    tree = read_json(url)
-    if isinstance(tree, dict) and isinstance(tree.get("shards"), list):
-        return "tokens" if "context_length" in tree else "documents"
-    raise UserError(
-        f"{public_url(url)}: no index of documents or tokens; name the folder that `pldr shard` or `pldr tokenize` made"
-    )
-
-
-def verify(documents: str | None, tokens: str | None, say: Say) -> dict[str, Any]:
-    """Check every checksum of documents, removed lists and tokens, and the fingerprints. A folder that is None is left out.
-
-    Returns what was checked. Raises UserError naming the first file that is damaged or missing.
-    """
-    result: dict[str, Any] = {}
-    if documents is not None:
-        result["documents"] = verify_documents(documents)
-        facts = result["documents"]
-        say(
-            f"{public_url(documents)}: {facts['files']} files, {facts['documents']:,} documents, {facts['removed']:,} removed: "
-            f"every checksum fits, fingerprint {facts['fingerprint'][:16]}"
-        )
-    if tokens is not None:
-        result["tokens"] = verify_tokens(tokens)
-        facts = result["tokens"]
-        say(
-            f"{public_url(tokens)}: {facts['files']} files, {facts['blocks']:,} blocks, {facts['sequences']:,} sequences: "
-            f"every checksum fits, fingerprint {facts['fingerprint'][:16]}"
-        )
-    if documents is not None and tokens is not None:
-        made, found = result["tokens"]["documents_fingerprint"], result["documents"]["fingerprint"]
-        if made != found:
-            raise UserError(
-                f"{tokens}: tokens of documents {made[:16]}, {documents} holds {found[:16]} (fingerprints); {TOKENIZE_AGAIN}"
-            )
-    return result
-
-
-def verify_documents(folder: str) -> dict[str, Any]:
-    """Every document tar and removed list against its size and sha256, and every document against its own."""
-    index = DocumentIndex.load(folder)
-    documents = sum(_verify_shard(index, shard) for shard in index.shards)
-    removed = sum(1 for _ in read_removed(index))
-    listed = sum(file["records"] for file in index.tree["removed"])
-    if removed != listed:
-        raise UserError(
-            f"{folder}: {removed} records of removed documents, the index says {listed}; run `pldr shard` again"
-        )
-    files = len(index.shards) + len(index.tree["removed"])
-    return {
-        "folder": folder,
-        "files": files,
-        "documents": documents,
-        "removed": removed,
-        "fingerprint": index.fingerprint,
-    }
-
-
-def _verify_shard(index: DocumentIndex, shard: dict[str, Any]) -> int:
-    count = 0
-    for document in read_shard(index.folder, shard):
-        if hashlib.sha256(document.text.encode("utf-8")).hexdigest() != document.meta["sha256"]:
-            raise UserError(
-                f"{join(index.folder, shard['name'])}: {document.key}.txt is not the text its .json names (sha256); "
-                "run `pldr shard` again"
-            )
-        count += 1
-    if count != shard["documents"]:
-        raise UserError(
-            f"{join(index.folder, shard['name'])}: {count} documents, the index says {shard['documents']}; "
-            "run `pldr shard` again"
-        )
-    return count
-
-
-def verify_tokens(folder: str) -> dict[str, Any]:
-    """Every token tar, every block in it, and the copy of the tokenizer against their checksums."""
-    index = TokenIndex.load(folder)
-    index.verify()
-    tokenizer_of(index)
-    return {
-        "folder": folder,
-        "files": len(index.shards) + 1,
-        "blocks": sum(len(shard.offsets) for shard in index.shards),
-        "sequences": sum(shard.sequences for shard in index.shards),
-        "fingerprint": index.fingerprint,
-        "documents_fingerprint": index.documents_fingerprint,
-    }
 
 
 def tokenizer_of(index: TokenIndex) -> Tokenizer:

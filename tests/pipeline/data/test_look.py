@@ -14,17 +14,8 @@ import pytest
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.data.documents.read import DocumentIndex, fingerprint_of, read_shard
-from pipeline.data.inspect.show import (
-    Sequence,
-    Span,
-    as_text,
-    folder_of,
-    read_sequence,
-    spans,
-    tokenizer_of,
-    verify,
-    visible,
-)
+from pipeline.data.inspect.show import Sequence, Span, as_text, read_sequence, spans, tokenizer_of, visible
+from pipeline.data.inspect.verify import folder_of, verify
 from pipeline.data.loading.reader import TokenReader
 from pipeline.data.tar import TarWriter
 from pipeline.data.tokens.index import TokenIndex
