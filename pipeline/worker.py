@@ -32,7 +32,7 @@ from pipeline.io import storage
 from pipeline.train import signals
 from pipeline.train.console import FAILURE, LISTENING, say_line
 from pipeline.train.heartbeat import Heartbeat, blame
-from pipeline.train.stop import StopRequest
+from pipeline.train.signals import StopRequest
 
 log = logging.getLogger(__name__)
 STOPPED_WAIT_S = 5.0  # for uploads, when training ends before its last step
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         return _failed(str(error), error.exit_code)
     except Exception as error:
         from pipeline.train.engine import is_peer_failure
-        from pipeline.train.memory import is_out_of_memory, out_of_memory
+        from pipeline.train.profiling import is_out_of_memory, out_of_memory
 
         traceback.print_exc()
         rank, world = rank_and_world()

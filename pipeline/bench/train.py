@@ -30,8 +30,8 @@ from pipeline.config.schedule import learning_rate
 from pipeline.errors import ConfigError
 from pipeline.train.engine import build_engine, device_of_rank, init_distributed, set_learning_rate
 from pipeline.train.optim import parameter_groups
+from pipeline.train.signals import StopRequest
 from pipeline.train.step import global_step
-from pipeline.train.stop import StopRequest
 from pipeline.train.telemetry import Stopwatch
 from pldr_model.bench import in_turn
 from pldr_model.loss import total_loss

@@ -30,9 +30,6 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed import has_gpu
-from pipeline.errors import UserError
-
-pass
 from pipeline.errors import UserError, first_line
 from pldr_model.model import is_metric_parameter
 

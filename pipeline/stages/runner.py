@@ -95,7 +95,7 @@ class Line:
     def dry_run(self, name: str) -> tuple[Path, int]:
         """The script that stage shard or tokenize would submit to Slurm first, written and checked, and its number of tasks."""
         from pipeline.data.documents.shard import shard_documents
-        from pipeline.data.executor.engines import DryRun
+        from pipeline.data.executor.jobs import DryRun
         from pipeline.data.tokens.tokenize import tokenize_documents
 
         work = {"shard": shard_documents, "tokenize": tokenize_documents}[name]

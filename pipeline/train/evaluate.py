@@ -7,29 +7,16 @@ difference is the leak gap.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed import has_gpu
 from pldr_model.config import ModelConfig
 from pldr_model.loss import cross_entropy
 from pldr_model.model import g_shape
-
-PEAK_FLOPS = {  # dense bf16, vendors' data sheets
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "MI300X": 1307e12,
-    "B200": 2250e12,
-}
 
 
 @torch.no_grad()
@@ -100,36 +87,3 @@ def _deviations(outputs: list[Any], first: list[Any]) -> torch.Tensor:
         rows.append(sum(((x - y) ** 2).sum() for x, y in pairs))
         rows.append(sum((x**2).sum() for x, _ in pairs))
     return torch.stack([torch.as_tensor(row) for row in rows])
-
-
-def peak_flops() -> float | None:
-    """Peak dense bf16 FLOP/s of one device, None where it is not known (a CPU)."""
-    if not has_gpu():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
-
-
-class Throughput:
-    """Tokens per second between two readings, time spent elsewhere (validation, checkpoints) left out."""
-
-    def __init__(self) -> None:
-        self._start, self._away, self._tokens = time.perf_counter(), 0.0, 0
-
-    def add(self, tokens: int) -> None:
-        """Count trained tokens."""
-        self._tokens += tokens
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time that is not training."""
-        started = time.perf_counter()
-        yield
-        self._away += time.perf_counter() - started
-
-    def read(self) -> float:
-        """Tokens per second since the last reading."""
-        now = time.perf_counter()
-        rate = self._tokens / max(now - self._start - self._away, 1e-9)
-        self._start, self._away, self._tokens = now, 0.0, 0
-        return rate

@@ -6,13 +6,26 @@ of the operators that cost most. Tracing makes these steps slower and changes no
 
 from __future__ import annotations
 
+import gc
 import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
+import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from pipeline.distributed import has_gpu
 from pipeline.errors import first_line
+from pipeline.train.memory import log
+
+SHOWN = 60  # kinds of tensors
+
+HISTORY_EVENTS = 100_000
+
 
 log = logging.getLogger(__name__)
 TABLE_ROWS = 60
@@ -68,3 +81,79 @@ class StepProfiler:
         if self._span is not None:
             self._span.__exit__(None, None, None)
             self._span = None
+
+
+def record_history() -> None:
+    """Remember from now on which code allocates GPU memory; nothing on a CPU."""
+    if has_gpu():
+        torch.cuda.memory._record_memory_history(max_entries=HISTORY_EVENTS)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on a GPU, in torch's CPU allocator, or in Python."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def out_of_memory(error: BaseException, folder: Path, rank: int, where: str) -> str:
+    """Write down what memory holds; one line for the user. `error` still holds the frames, so their tensors are alive."""
+    said = f"rank {rank} is out of memory in {where}: {first_line(error)}"
+    mend = "lower train.micro_batch, or share the state with train.zero_stage 2 or 3"
+    target = folder / f"rank-{rank}.txt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        target.write_text(f"{said}\n\n{_totals()}\n\n" + "\n".join(held(_live())) + "\n")
+        if has_gpu():
+            torch.cuda.memory._dump_snapshot(str(target.with_suffix(".pickle")))  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError, MemoryError) as problem:
+        log.warning("what was in memory was not written down: %s", first_line(problem))
+        return f"{said}; {mend}"
+    return f"{said}; {mend}. What was in memory: {target}"
+
+
+def held(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Lines `GB  count  what` of named tensors, those alike together, largest first; a storage counts once."""
+    sizes: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    seen: set[int] = set()
+    for name, tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen:
+            continue
+        seen.add(storage.data_ptr())
+        kind = f"{name or 'tensor'} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {tensor.device}"
+        sizes[kind] += storage.nbytes()
+        counts[kind] += 1
+    lines = [f"{size / 1e9:10.4f} GB  {counts[kind]:5d} x  {kind}" for kind, size in sizes.most_common(SHOWN)]
+    rest = sum(size for _, size in sizes.most_common()[SHOWN:])
+    return [f"{sum(sizes.values()) / 1e9:10.4f} GB in {sum(counts.values())} tensors", *lines] + (
+        [f"{rest / 1e9:10.4f} GB in {len(sizes) - SHOWN} smaller kinds"] if rest else []
+    )
+
+
+def _live() -> list[tuple[str, torch.Tensor]]:
+    """Every tensor that Python sees, a model's parameters with their names first."""
+    named: list[tuple[str, torch.Tensor]] = []
+    others: list[tuple[str, torch.Tensor]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated attributes of objects that are only looked at
+        for thing in gc.get_objects():
+            kind = type(thing)
+            if issubclass(kind, nn.Module):
+                named += [(f"{kind.__name__}.{name}", p) for name, p in thing.named_parameters(recurse=False)]
+            elif issubclass(kind, torch.Tensor) and thing.layout is torch.strided:
+                others.append(("", thing))
+    gradients = [(f"gradient of {name}", p.grad) for name, p in named if p.grad is not None]
+    return named + gradients + others
+
+
+def _totals() -> str:
+    memory, process = psutil.virtual_memory(), psutil.Process().memory_info()
+    text = f"process {process.rss / 1e9:.2f} GB resident; node {memory.used / 1e9:.2f} of {memory.total / 1e9:.2f} GB"
+    if has_gpu():
+        text += (
+            f"; GPU {torch.cuda.memory_allocated() / 1e9:.2f} GB allocated, {torch.cuda.memory_reserved() / 1e9:.2f} reserved, "
+            f"{torch.cuda.mem_get_info()[0] / 1e9:.2f} free\n\n{torch.cuda.memory_summary()}"
+        )
+    return text

@@ -19,6 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
 HEAD_FILE = "PLDR_HEAD_FILE"  # names the file, to the ranks
 BEAT_S = 1.0
 
@@ -84,3 +87,31 @@ def _follow(file: Path, patience_s: float, note: Callable[[int], None], fail: Ca
         if time.monotonic() - changed > patience_s:
             return fail(f"no sign of life of the process that started the job for {patience_s:.0f} s ({file})")
         time.sleep(BEAT_S)
+
+
+class StopRequest:
+    """Which signals this process has been sent; none before `listen`."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def listen(self) -> None:
+        """Note SIGTERM and SIGUSR1 from now on instead of dying of them. In the main thread."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def flags(self) -> list[float]:
+        """1 for each of SIGNALS that came, else 0: what the ranks add up."""
+        return [float(number in self._seen) for number in SIGNALS]
+
+    def note(self, number: int) -> None:
+        """Take a signal for seen that reached this process in another way (pipeline.train.signals)."""
+        self._seen.add(number)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.note(number)
+
+
+def named(flags: list[float]) -> str | None:
+    """The name of the first signal that any rank got, from the ranks' added flags; None when there was none."""
+    return next((number.name for number, flag in zip(SIGNALS, flags, strict=True) if flag), None)

@@ -18,7 +18,7 @@ from pipeline.config.schedule import invariance_budget
 from pipeline.config.train import TrainConfig
 from pipeline.train.engine import release, set_recipe
 from pipeline.train.freeze import engine_of, frozen_g
-from pipeline.train.guard import Guard
+from pipeline.train.spikes import Guard
 
 
 class TrainData(Protocol):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.train.stop import StopRequest, named
+from pipeline.train.signals import StopRequest, named
 from pipeline.train.telemetry import Stopwatch
 from pldr_model.config import ModelConfig
 from pldr_model.loss import cross_entropy, total_loss

@@ -25,6 +25,16 @@ import torch.distributed as dist
 
 from pipeline.distributed import has_gpu
 
+PEAK_FLOPS = {  # dense bf16, vendors' data sheets
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "MI300X": 1307e12,
+    "B200": 2250e12,
+}
+
+
 NODES_TAG = "pldr.nodes"
 MAX_NODES = 64  # whose metrics are logged; of the others only what counts over all ranks
 
@@ -175,3 +185,36 @@ def _gpu_percent() -> float:
         return float(torch.cuda.utilization())
     except Exception:  # a driver or library that is missing must not end a run
         return math.nan
+
+
+def peak_flops() -> float | None:
+    """Peak dense bf16 FLOP/s of one device, None where it is not known (a CPU)."""
+    if not has_gpu():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
+class Throughput:
+    """Tokens per second between two readings, time spent elsewhere (validation, checkpoints) left out."""
+
+    def __init__(self) -> None:
+        self._start, self._away, self._tokens = time.perf_counter(), 0.0, 0
+
+    def add(self, tokens: int) -> None:
+        """Count trained tokens."""
+        self._tokens += tokens
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that is not training."""
+        started = time.perf_counter()
+        yield
+        self._away += time.perf_counter() - started
+
+    def read(self) -> float:
+        """Tokens per second since the last reading."""
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._start - self._away, 1e-9)
+        self._start, self._away, self._tokens = now, 0.0, 0
+        return rate

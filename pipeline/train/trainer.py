@@ -28,17 +28,16 @@ from pipeline.tracking.metrics import Tracker
 from pipeline.tracking.publish import Publisher
 from pipeline.train.console import Progress
 from pipeline.train.engine import device_of_rank, release, set_learning_rate
-from pipeline.train.evaluate import Throughput, peak_flops, validate
+from pipeline.train.evaluate import validate
 from pipeline.train.freeze import calm, freeze, is_due, mean_g, num_batches
 from pipeline.train.heartbeat import Heartbeat
-from pipeline.train.memory import record_history
 from pipeline.train.optim import gradient_norm
-from pipeline.train.profiling import StepProfiler
+from pipeline.train.profiling import StepProfiler, record_history
+from pipeline.train.signals import StopRequest
 from pipeline.train.spikes import checkpoint_to_go_back_to, judge, told
 from pipeline.train.state import Lineage, TrainData, TrainState, begin, record, roll_back, whole
 from pipeline.train.step import global_step
-from pipeline.train.stop import StopRequest
-from pipeline.train.telemetry import Measures, first_on_node
+from pipeline.train.telemetry import Measures, Throughput, first_on_node, peak_flops
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.typeshelper import StatHints
 
 from pipeline.data.dedup.sorted_rows import MEMORY, Lookup, Rows, TableWriter, merge, run_of
-from pipeline.data.executor.jobs import write_record
+from pipeline.data.executor.markers import write_record
 
 HASHES = 2**64  # how many values the first half of a hash has
 HASH_COLUMNS = 2

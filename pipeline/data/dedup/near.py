@@ -37,7 +37,7 @@ from datatrove.pipeline.base import PipelineStep
 from pipeline.data.dedup.exact import KeysStep, found_file, found_files, key_row, normalised
 from pipeline.data.dedup.sorted_rows import MEMORY, NUMBER, Rows, TableWriter, merge, run_of
 from pipeline.data.dedup.word_hashes import WordHashes, ngrams, splitmix64
-from pipeline.data.executor.jobs import write_record
+from pipeline.data.executor.markers import write_record
 
 Indices = npt.NDArray[np.int64]
 

@@ -31,8 +31,8 @@ from pipeline.data.documents.index import READ, build_index, check_splits, remov
 from pipeline.data.documents.read import SCHEMA_VERSION
 from pipeline.data.documents.spool import ReadSpool, RemovedWriter, WriteSpool
 from pipeline.data.documents.write import WriteDocuments
-from pipeline.data.executor.engines import Engine, engine_of
-from pipeline.data.executor.jobs import DROPPED, is_complete, run_tasks, step_stats
+from pipeline.data.executor.jobs import DROPPED, Engine, engine_of, run_tasks
+from pipeline.data.executor.markers import is_complete, step_stats
 from pipeline.data.executor.progress import advance
 from pipeline.data.filters import chain as clean
 from pipeline.data.filters import decontaminate, length

@@ -24,7 +24,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from pipeline.data.dedup.exact import keys_file, normalised
-from pipeline.data.executor.jobs import write_record
+from pipeline.data.executor.markers import write_record
 from pipeline.data.executor.progress import advance
 from pipeline.data.readers.units import split_ordinal, unit_from_dict
 from pipeline.io.storage import publish, read_json, sha256_file

@@ -29,7 +29,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from pipeline.data.documents.read import SPLITS
 from pipeline.data.documents.spool import merge_removed, read_lines
-from pipeline.data.executor.jobs import write_record
+from pipeline.data.executor.markers import write_record
 from pipeline.data.tar import TarWriter
 from pipeline.io.storage import publish, sha256_file
 from pipeline.io.urls import join

@@ -10,31 +10,71 @@ finished. On top of that:
   hours. As long as the store names the version (ETag, generation) that the record has, it is believed; otherwise, and where a
   store has no versions, it is read and hashed.
 
-The executors: local.py, slurm.py, ray_cluster.py; which one is chosen: engines.py.
+Where tasks run (`data.executor`), all of them datatrove's executors:
+
+    local  processes of this machine        local.py
+    slurm  a job array, one task an element slurm.py
+    ray    processes of a Ray cluster       ray.py
+
+A task does the same in each of them (markers.py), so the result has the same bytes. Slurm and Ray need `run_dir`, and
+`data.output` where it is a folder, on a file system that every node sees at the same path, and the same installation on every
+node. Both hand the pipeline over as a pickle, `executor.pik` in run_dir: whoever may write to run_dir may run programs as you
+on the nodes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import importlib.util
 import re
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datatrove.pipeline.base import PipelineStep
 
 from pipeline.data.executor import progress
-from pipeline.data.executor.engines import LOCAL, DryRun, Engine
 from pipeline.data.executor.local import LocalExecutor
-from pipeline.data.executor.markers import forget_errors
+from pipeline.data.executor.markers import RECORDS, forget_errors, forget_unbelievable, read_record
 from pipeline.data.tar import remove_leftovers
-from pipeline.io.remote import filesystem_of, retrying, size_of, version_of
-from pipeline.io.storage import publish_json, sha256_file
+from pipeline.errors import ConfigError, UserError
+from pipeline.io.remote import filesystem_of, retrying
 from pipeline.io.urls import is_local, join, local_path
 
+if TYPE_CHECKING:
+    from pipeline.config.data import DataConfig
+
 DROPPED = "dropped_"  # datatrove's filters count what they remove under this prefix; so do our readers
-RECORDS = "records"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where tasks run. slurm: `data.slurm` as plain values. dry_run: only write the scripts and check them. in_process: one
+    after the other in this process, which alone sees what memory:// holds."""
+
+    kind: str = "local"
+    slurm: dict[str, Any] = field(default_factory=dict)
+    ray_address: str = "auto"
+    dry_run: bool = False
+    in_process: bool = False
+
+
+LOCAL = Engine()
+
+
+class DryRun(Exception):
+    """Not an error: the Slurm scripts of a job were written and checked, and nothing was submitted.
+
+    script: the first; scripts: all, one for each array of the job. tasks: how many they run.
+    """
+
+    def __init__(self, scripts: list[Path], tasks: int) -> None:
+        super().__init__(f"{tasks} tasks: {', '.join(map(str, scripts))}")
+        self.script = scripts[0]
+        self.scripts = scripts
+        self.tasks = tasks
 
 
 def run_tasks(
@@ -58,7 +98,7 @@ def run_tasks(
     Raises whatever a step raises (on a cluster: always as a UserError); UserError when a worker dies; DryRun.
     """
     work.mkdir(parents=True, exist_ok=True)
-    _forget_unbelievable(work, output, tasks)
+    forget_unbelievable(work, output, tasks)
     executor = _executor_of(engine, steps, tasks=tasks, workers=workers, work=work, label=label, output=output)
     ranks = executor.get_incomplete_ranks()
     if engine.dry_run:
@@ -71,14 +111,7 @@ def run_tasks(
             progress.forget(work, ranks)
         with progress.Bar(work, label, tasks=tasks, total_bytes=total_bytes):
             executor.run_ranks(ranks, console=work / "console.log", workers_key=workers_key)
-    return [_read(work, RECORDS, rank) for rank in range(tasks)]
-
-
-def is_complete(work: Path, output: Path | str, tasks: int) -> bool:
-    """Whether every task is finished and its files are as they were left."""
-    return all(
-        (work / "completions" / f"{rank:05d}").is_file() and _believable(work, output, rank) for rank in range(tasks)
-    )
+    return [read_record(work, RECORDS, rank) for rank in range(tasks)]
 
 
 def _executor_of(
@@ -121,52 +154,21 @@ def _prepare(output: Path | str) -> None:
         retrying(index, lambda: filesystem.rm_file(path), what="removed")
 
 
-def write_record(work: Path, rank: int, record: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """What a task leaves for the index. `files`: name -> {sha256, size} of what it published; these are
-    re-checked."""
-    publish_json(work / RECORDS / f"{rank:05d}.json", {**record, "files": files})
-
-
-def step_stats(work: Path, tasks: int) -> list[dict[str, Any]]:
-    """What each step counted, in pipeline order, summed over the tasks."""
-    steps: list[dict[str, Any]] = []
-    for rank in range(tasks):
-        for number, step in enumerate(_read(work, "stats", rank)):
-            if number == len(steps):
-                steps.append({"name": step["name"].rpartition(": ")[2], "stats": {}})
-            for label, value in step["stats"].items():
-                total = value["total"] if isinstance(value, dict) else value
-                counts = steps[number]["stats"]
-                counts[label] = counts.get(label, 0) + int(total)
-    return steps
-
-
-def _read(work: Path, kind: str, rank: int) -> Any:
-    return json.loads((work / kind / f"{rank:05d}.json").read_text(encoding="utf-8"))
-
-
-def _forget_unbelievable(work: Path, output: Path | str, tasks: int) -> None:
-    """Remove the marker of each finished task whose record or files are not what they were."""
-    for rank in range(tasks):
-        marker = work / "completions" / f"{rank:05d}"
-        if marker.is_file() and not _believable(work, output, rank):
-            marker.unlink()
-
-
-def _believable(work: Path, output: Path | str, rank: int) -> bool:
-    try:
-        _read(work, "stats", rank)
-        files = _read(work, RECORDS, rank)["files"]
-        return all(_is_unchanged(join(output, name), facts) for name, facts in files.items())
-    except (OSError, ValueError, KeyError):  # a UserError is a ValueError: what cannot be read is made again
-        return False
-
-
-def _is_unchanged(url: str, facts: dict[str, Any]) -> bool:
-    """Whether a published file is what its record says."""
-    if not is_local(url):
-        version = version_of(url)
-        if len(version) > 1 and version == facts.get("version"):  # more than the size
-            return True
-    size: int = facts["size"]
-    return size_of(url) == size and sha256_file(url) == facts["sha256"]
+def engine_of(data: DataConfig, *, dry_run: bool = False, output: str | None = None) -> Engine:
+    """The engine a configuration asks for. output: `tokens.output`, of stage tokenize. Raises UserError when the engine cannot
+    be used here."""
+    evaluation = data.clean.decontaminate.files if data.clean.decontaminate else []
+    urls = [source.url for source in data.sources] + [url for url in (data.output, output, *evaluation) if url]
+    in_process = any(url.startswith("memory://") for url in urls)
+    if in_process and data.executor != "local":
+        raise ConfigError(f"memory:// is seen by one process only, data.executor is {data.executor}; set it to local")
+    if dry_run and data.executor != "slurm":
+        raise ConfigError(f"--dry-run writes Slurm scripts, data.executor is {data.executor}; set data.executor=slurm")
+    if data.executor == "slurm" and not dry_run and shutil.which("sbatch") is None:
+        raise UserError(
+            "data.executor is slurm, but there is no sbatch on this machine; start it where there is (a login node), look at "
+            "the script with --dry-run, or set data.executor=local"
+        )
+    if data.executor == "ray" and importlib.util.find_spec("ray") is None:
+        raise UserError("data.executor is ray, but ray is not installed; pip install 'pldr[ray]'")
+    return Engine(data.executor, data.slurm.model_dump(), data.ray_address, dry_run, in_process)

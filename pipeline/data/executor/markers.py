@@ -17,7 +17,12 @@ from datatrove.utils.stats import PipelineStats
 
 from pipeline.data.executor import progress
 from pipeline.errors import UserError, first_line
-from pipeline.io.storage import publish_json
+from pipeline.io.remote import size_of, version_of
+from pipeline.io.storage import publish_json, sha256_file
+from pipeline.io.urls import is_local, join
+
+RECORDS = "records"
+
 
 ERRORS = "errors"
 
@@ -77,3 +82,61 @@ def raise_error(work: Path) -> None:
 def forget_errors(work: Path) -> None:
     """A new start begins without the errors of the last."""
     shutil.rmtree(work / ERRORS, ignore_errors=True)
+
+
+def is_complete(work: Path, output: Path | str, tasks: int) -> bool:
+    """Whether every task is finished and its files are as they were left."""
+    return all(
+        (work / "completions" / f"{rank:05d}").is_file() and _believable(work, output, rank) for rank in range(tasks)
+    )
+
+
+def write_record(work: Path, rank: int, record: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """What a task leaves for the index. `files`: name -> {sha256, size} of what it published; these are
+    re-checked."""
+    publish_json(work / RECORDS / f"{rank:05d}.json", {**record, "files": files})
+
+
+def step_stats(work: Path, tasks: int) -> list[dict[str, Any]]:
+    """What each step counted, in pipeline order, summed over the tasks."""
+    steps: list[dict[str, Any]] = []
+    for rank in range(tasks):
+        for number, step in enumerate(read_record(work, "stats", rank)):
+            if number == len(steps):
+                steps.append({"name": step["name"].rpartition(": ")[2], "stats": {}})
+            for label, value in step["stats"].items():
+                total = value["total"] if isinstance(value, dict) else value
+                counts = steps[number]["stats"]
+                counts[label] = counts.get(label, 0) + int(total)
+    return steps
+
+
+def read_record(work: Path, kind: str, rank: int) -> Any:
+    return json.loads((work / kind / f"{rank:05d}.json").read_text(encoding="utf-8"))
+
+
+def forget_unbelievable(work: Path, output: Path | str, tasks: int) -> None:
+    """Remove the marker of each finished task whose record or files are not what they were."""
+    for rank in range(tasks):
+        marker = work / "completions" / f"{rank:05d}"
+        if marker.is_file() and not _believable(work, output, rank):
+            marker.unlink()
+
+
+def _believable(work: Path, output: Path | str, rank: int) -> bool:
+    try:
+        read_record(work, "stats", rank)
+        files = read_record(work, RECORDS, rank)["files"]
+        return all(_is_unchanged(join(output, name), facts) for name, facts in files.items())
+    except (OSError, ValueError, KeyError):  # a UserError is a ValueError: what cannot be read is made again
+        return False
+
+
+def _is_unchanged(url: str, facts: dict[str, Any]) -> bool:
+    """Whether a published file is what its record says."""
+    if not is_local(url):
+        version = version_of(url)
+        if len(version) > 1 and version == facts.get("version"):  # more than the size
+            return True
+    size: int = facts["size"]
+    return size_of(url) == size and sha256_file(url) == facts["sha256"]

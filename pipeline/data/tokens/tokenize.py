@@ -28,8 +28,8 @@ import numpy.typing as npt
 from datatrove.pipeline.base import PipelineStep
 
 from pipeline.data.documents.read import DocumentIndex, fingerprint_of, read_texts
-from pipeline.data.executor.engines import engine_of
-from pipeline.data.executor.jobs import run_tasks, write_record
+from pipeline.data.executor.jobs import engine_of, run_tasks
+from pipeline.data.executor.markers import write_record
 from pipeline.data.executor.progress import advance
 from pipeline.data.tar import TarWriter, remove_leftovers, remove_strays
 from pipeline.data.tokens.index import SCHEMA_VERSION, dtype_for

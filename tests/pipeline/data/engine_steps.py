@@ -14,7 +14,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from pipeline.data.documents.spool import facts_of
-from pipeline.data.executor.jobs import write_record
+from pipeline.data.executor.markers import write_record
 from pipeline.data.executor.progress import advance
 from pipeline.errors import UserError
 from pipeline.io.storage import publish_bytes

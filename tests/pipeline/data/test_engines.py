@@ -18,8 +18,8 @@ import pytest
 
 from pipeline.config.data import DataConfig, Slurm
 from pipeline.data.executor import slurm
-from pipeline.data.executor.engines import LOCAL, DryRun, Engine, engine_of
-from pipeline.data.executor.jobs import run_tasks, step_stats
+from pipeline.data.executor.jobs import LOCAL, DryRun, Engine, engine_of, run_tasks
+from pipeline.data.executor.markers import step_stats
 from pipeline.errors import UserError
 
 TASKS = 3

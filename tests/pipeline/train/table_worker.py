@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from pipeline.config.schedule import learning_rate
 from pipeline.train.engine import build_engine, init_distributed, set_learning_rate
+from pipeline.train.signals import StopRequest
 from pipeline.train.step import global_step
-from pipeline.train.stop import StopRequest
 from pipeline.train.telemetry import Stopwatch
 from pldr_model.model import PLDRModel
 

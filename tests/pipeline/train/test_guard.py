@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.train import TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.train.guard import KEPT_EVENTS, MIN_LOSSES, Guard, robust_bound
-from pipeline.train.spikes import judge, told
+from pipeline.train.spikes import KEPT_EVENTS, MIN_LOSSES, Guard, judge, robust_bound, told
 from pipeline.train.step import Outcome
 
 values = st.floats(0.1, 100, allow_nan=False)

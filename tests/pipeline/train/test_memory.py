@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.train.memory import held, is_out_of_memory, out_of_memory
+from pipeline.train.profiling import held, is_out_of_memory, out_of_memory
 
 
 def test_an_allocation_that_fails_is_told_with_what_was_alive(tmp_path):
