@@ -24,7 +24,7 @@ def long_name(words: Sequence[str]) -> list[str]:
 
 
 def _verify(arguments: Any, show: Show) -> Result:
-    from pipeline.post.package.bundle import verify_bundle
+    from pipeline.bundle.read import verify_bundle
 
     result = verify_bundle(arguments.bundle)
     state = "certified" if result["certified"] else "UNCERTIFIED"

@@ -10,26 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bundle.certificate.verdict import plain
+from pipeline.bundle.format import FILES, MAX_SMALL, SCHEMA_VERSION, UNCERTIFIED_LINE, parse_model
 from pipeline.bundle.formats import BYTES, FORMATS, SECTION, check_section
 from pipeline.config.post import WeightFormat
 from pipeline.errors import UserError
 from pipeline.io.storage import MANIFEST, read_json, render_json, sha256_json
-from pipeline.post.package.card import UNCERTIFIED_LINE
-from pipeline.post.weights import parse_model
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig
-
-SCHEMA_VERSION = 1
-FILES = (
-    "README.md",
-    "certificate.json",
-    "config.json",
-    "g_lm.safetensors",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.model",
-)
-MAX_SMALL = 64 << 20  # bytes of a file that holds no tensors
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -166,16 +153,3 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, *lineages: dict[s
             raise UserError(
                 f"{where}: not the tokenizer that the model was trained with (tokenizer_sha256 of the lineage)"
             )
-
-
-def generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Prompts are encoded as training text is: no bos (documents were joined by eos alone), nothing put before them."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "prompt_prefix_ids": [],
-        "context_length": config.context_length,
-        "pad_id": config.pad_id,
-        "bos_id": config.bos_id,
-        "eos_id": config.eos_id,
-        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
-    }

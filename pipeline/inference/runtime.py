@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.bundle.read import BundleParts, read_bundle
 from pipeline.errors import UserError
-from pipeline.post.package.bundle import BundleParts, read_bundle
 from pldr_model.generate import generate
 from pldr_model.model import PLDRModel
 

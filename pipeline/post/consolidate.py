@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.bundle.format import parse_model, state_shapes
 from pipeline.checkpoint.deepspeed_files import ZeroState
 from pipeline.checkpoint.format import checkpoint_name, model_of, verify
 from pipeline.errors import UserError
@@ -27,7 +28,7 @@ from pipeline.io.storage import (
     sha256_json,
 )
 from pipeline.io.tensors import serialise
-from pipeline.post.weights import CONFIG, SCHEMA_VERSION, WEIGHTS, parse_model, state_shapes
+from pipeline.post.weights import CONFIG, SCHEMA_VERSION, WEIGHTS
 from pldr_model.config import ModelConfig
 
 # Of `train` and of `model`: what the weights' values come from, beside data and sizes. Not how the work was spread.

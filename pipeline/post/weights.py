@@ -7,16 +7,13 @@ any of it is read.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pipeline.errors import ConfigError, UserError
+from pipeline.bundle.format import parse_model, state_shapes
+from pipeline.errors import UserError
 from pipeline.io.storage import read_json, sha256_file
 from pipeline.io.tensors import load_tensors
-from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
 
 SCHEMA_VERSION = 1
@@ -42,22 +39,3 @@ def load_weights(folder: Path) -> tuple[PLDRModel, dict[str, Any]]:
     model.load_state_dict(tensors)
     source: dict[str, Any] = record.get("source") or {}
     return model.eval(), source
-
-
-def parse_model(values: Any, *, where: Path) -> ModelConfig:
-    """A `ModelConfig` from a file's plain values. Raises ConfigError naming the file and the key."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: holds no model configuration; it was damaged: make it again")
-    try:
-        return ModelConfig.from_dict(values)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model's state dict, without allocating it."""
-    constant = config.g_source in ("random", "file")
-    with torch.device("meta"):
-        # A random G has the state dict of a given one, and needs none to be given.
-        model = PLDRModel(replace(config, g_source="random", g_file=None) if constant else config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

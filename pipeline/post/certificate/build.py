@@ -19,22 +19,12 @@ from torch import Tensor
 
 from pipeline.bundle.certificate.schema import SCHEMA_VERSION, Certificate, first_fault
 from pipeline.bundle.certificate.verdict import SETTINGS, THRESHOLDS, judged, plain
+from pipeline.bundle.format import certified_files
 from pipeline.config.post import PostConfig
 from pipeline.errors import UserError, first_line
-from pipeline.io.tensors import sha256_tensors
 from pldr_model.model import PLDRModel
 
 PACKAGES = ("torch", "safetensors", "sentencepiece", "pldr")
-
-
-def bundle_tensors(model: PLDRModel) -> dict[str, Tensor]:
-    """The weights a bundle keeps: everything but the metric learner, W, b, P, a, b_a, and a constant G."""
-    return {name: t for name, t in model.state_dict().items() if ".plga." not in name and name != "g_lm"}
-
-
-def bundle_g(g_LHKK: Tensor) -> dict[str, Tensor]:
-    """What `g_lm.safetensors` holds."""
-    return {"g_lm": g_LHKK.detach().cpu().float()}
 
 
 def make_certificate(
@@ -72,14 +62,6 @@ def make_certificate(
         fault = first_fault(error) if isinstance(error, ValidationError) else first_line(error)
         raise UserError(f"validate: no certificate can say this: {fault}; look at `post`") from None
     return certificate
-
-
-def certified_files(model: PLDRModel, g_LHKK: Tensor) -> dict[str, str]:
-    """The sha256 of the fp32 tensor files of a bundle of this model and G_LM."""
-    return {
-        "model.safetensors": sha256_tensors(bundle_tensors(model)),
-        "g_lm.safetensors": sha256_tensors(bundle_g(g_LHKK)),
-    }
 
 
 def software(device: torch.device) -> dict[str, str | None]:

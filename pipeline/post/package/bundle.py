@@ -19,25 +19,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from pipeline.bundle.certificate.schema import read_certificate
-from pipeline.bundle.formats import SECTION, Packed, describe_format, pack, packed_shapes, unpack
-from pipeline.bundle.verify import (
-    FILES,
+from pipeline.bundle.format import (
     SCHEMA_VERSION,
-    check_certificate,
-    check_certified_model,
-    check_folder,
-    check_lineage,
-    check_tokenizer,
+    bundle_g,
+    bundle_tensors,
+    certified_files,
     generation_config,
-    read_config,
-    read_manifest,
 )
-from pipeline.config.post import WeightFormat
+from pipeline.bundle.formats import SECTION, Packed, describe_format, pack
+from pipeline.bundle.read import read_bundle
+from pipeline.bundle.verify import (
+    check_tokenizer,
+)
 from pipeline.errors import UserError
 from pipeline.io.storage import (
     MANIFEST,
@@ -45,31 +42,13 @@ from pipeline.io.storage import (
     publish_bytes,
     publish_dir,
     publish_json,
-    read_json,
     require_free_space,
     sha256_json,
-    verify_manifest,
 )
-from pipeline.io.tensors import load_tensors, serialise, sha256_tensors
-from pipeline.post.certificate.build import bundle_g, bundle_tensors, certified_files
+from pipeline.io.tensors import serialise, sha256_tensors
 from pipeline.post.package.card import model_card
-from pipeline.post.weights import state_shapes
 from pipeline.tokenizer import Tokenizer
-from pldr_model.config import ModelConfig
-from pldr_model.model import PLDRModel, g_shape
-
-
-class BundleParts(NamedTuple):
-    """A verified bundle's contents; `weights` unpacked to fp32."""
-
-    config: ModelConfig
-    weight_format: WeightFormat
-    weights: dict[str, Tensor]
-    g_lm: Tensor
-    tokenizer: Tokenizer
-    generation: dict[str, Any]
-    certificate: dict[str, Any]
-    manifest: dict[str, Any]
+from pldr_model.model import PLDRModel
 
 
 def build_bundle(
@@ -146,52 +125,6 @@ def build_bundle(
         "certified": certified,
         "bytes": sum(entry["size"] for entry in parts.manifest["files"].values()),
     }
-
-
-def verify_bundle(path: str | Path) -> dict[str, Any]:
-    """Check everything a reader relies on; returns {"path", "bundle_sha256", "certified", "verdict", "tier",
-    "weight_format", "files"}.
-
-    Raises UserError, one line, for whatever is missing, extra, changed, too large, or does not belong together.
-    """
-    parts = read_bundle(Path(path))
-    return {
-        "path": str(path),
-        "bundle_sha256": parts.manifest["bundle_sha256"],
-        "certified": parts.manifest["certified"],
-        "verdict": parts.certificate["verdict"],
-        "tier": parts.certificate["tier"],
-        "weight_format": parts.weight_format,
-        "files": len(FILES) + 1,
-    }
-
-
-def read_bundle(path: Path) -> BundleParts:
-    """Verify a bundle and read it. Raises UserError as `verify_bundle` does."""
-    if not path.is_dir():
-        raise UserError(f"{path}: no such bundle folder; make one with `pldr bundle CONFIG`")
-    manifest = read_manifest(path)
-    check_folder(path, manifest)
-    verify_manifest(path, manifest["files"])
-    record = read_json(path / "config.json", schema_version=SCHEMA_VERSION)
-    generation = read_json(path / "generation_config.json", schema_version=SCHEMA_VERSION)
-    certificate = read_certificate(path / "certificate.json")
-    config, weight_format = read_config(path, manifest, record)
-    check_certificate(path, manifest, record, certificate)
-    check_certified_model(path / "certificate.json", config, record, certificate)
-    shapes, dtypes = packed_shapes(
-        {name: shape for name, shape in state_shapes(config).items() if name != "g_lm"}, weight_format
-    )
-    weights = unpack(load_tensors(path / "model.safetensors", shapes, dtypes=dtypes))
-    g_lm = load_tensors(path / "g_lm.safetensors", {"g_lm": g_shape(config)})["g_lm"]
-    tokenizer = Tokenizer.load(path / "tokenizer.model")
-    check_lineage(path, manifest, certificate)
-    check_tokenizer(tokenizer, config, manifest["lineage"], certificate["lineage"], where=path / "tokenizer.model")
-    if generation != generation_config(config, tokenizer):
-        raise UserError(
-            f"{path / 'generation_config.json'}: not that of this model and tokenizer.model; make the bundle again"
-        )
-    return BundleParts(config, weight_format, weights, g_lm, tokenizer, generation, certificate, manifest)
 
 
 def _require_same_tensors(model: PLDRModel, g_LHKK: Tensor, certificate: dict[str, Any], packed: Packed | None) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.bundle.format import UNCERTIFIED_LINE
 from pipeline.post.certificate.build import summary_lines
 from pldr_model.config import ModelConfig
 
 CERTIFIED_LINE = "# PLDR-LLM bundle, certified: G_LM may be cached"
 CONSTANT_LINE = "# PLDR-LLM bundle, certified: G_LM is constant by construction, so caching it is exact"
-UNCERTIFIED_LINE = "# PLDR-LLM bundle, UNCERTIFIED: its cached G_LM may give other answers than the model"
 
 
 # What the model is, by where its G_LM came from. Only a deduced one can be *measured* to be invariant.

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.bundle.read import read_bundle
 from pipeline.errors import UserError, first_line
-from pipeline.post.package.bundle import read_bundle
 
 ALIAS = "certified"
 LINEAGE_TAGS = ("checkpoint", "step", "data_fingerprint", "tokenizer_sha256", "git_commit")

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.bundle.verify import FILES
+from pipeline.bundle.format import FILES, UNCERTIFIED_LINE
+from pipeline.bundle.read import verify_bundle
 from pipeline.errors import UserError
 from pipeline.inference.runtime import Bundle
 from pipeline.io.storage import MANIFEST, manifest_of, render_json, sha256_json
 from pipeline.io.tensors import read_header, serialise
-from pipeline.post.package.bundle import verify_bundle
-from pipeline.post.package.card import CERTIFIED_LINE, UNCERTIFIED_LINE
+from pipeline.post.package.card import CERTIFIED_LINE
 
 Make = Callable[..., Path]
 

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.bundle.formats import pack_measured
+from pipeline.bundle.format import UNCERTIFIED_LINE
+from pipeline.bundle.read import verify_bundle
 from pipeline.errors import UserError
 from pipeline.io.storage import MANIFEST, manifest_of, render_json, sha256_file, sha256_json
 from pipeline.io.tensors import serialise
 from pipeline.post.extract import extract_g
-from pipeline.post.package.bundle import build_bundle, verify_bundle
-from pipeline.post.package.card import CERTIFIED_LINE, UNCERTIFIED_LINE
+from pipeline.post.package.bundle import build_bundle
+from pipeline.post.package.card import CERTIFIED_LINE
+from pipeline.post.package.measured_formats import pack_measured
 
 Make = Callable[..., Path]
 PACKAGES = ("python", "torch", "safetensors", "sentencepiece", "pldr", "cuda", "device", "threads")

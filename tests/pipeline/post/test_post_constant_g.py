@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.bundle.read import verify_bundle
 from pipeline.config.post import PostConfig
 from pipeline.config.run import RunConfig
 from pipeline.config.schedule import invariance_budget
 from pipeline.inference.runtime import Bundle
 from pipeline.post.certificate.page import Evidence, certificate_page
 from pipeline.post.extract import extract_g
-from pipeline.post.package.bundle import verify_bundle
 from pipeline.post.package.card import CERTIFIED_LINE, CONSTANT_LINE
 from pipeline.stages.trained import notes
 from pldr_model.model import PLDRModel

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from pipeline.bundle.certificate.checks import Check, tier_of
+from pipeline.bundle.format import bundle_tensors
 from pipeline.config.post import PostConfig
 from pipeline.errors import UserError
 from pipeline.io.tensors import sha256_tensors
-from pipeline.post.certificate.build import bundle_tensors, summary_lines
+from pipeline.post.certificate.build import summary_lines
 from pipeline.post.extract import extract_g
 from pipeline.post.measure.prompts import make_kinds, sha256_kinds
 from pipeline.post.validate import validate

@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.bundle.formats import Packed, pack, pack_measured, packed_shapes, unpack
+from pipeline.bundle.formats import Packed, pack, packed_shapes, unpack
+from pipeline.bundle.read import verify_bundle
 from pipeline.errors import UserError
 from pipeline.inference.runtime import Bundle
 from pipeline.io.storage import MANIFEST, manifest_of, render_json, sha256_json
 from pipeline.io.tensors import read_header, serialise
 from pipeline.post.extract import extract_g
-from pipeline.post.package.bundle import verify_bundle
+from pipeline.post.package.measured_formats import pack_measured
 from pldr_model.model import PLDRModel
 
 Make = Callable[..., Path]

@@ -1,0 +1,85 @@
+"""What a bundle is made of: its files, their names, and the tensors in them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.bundle.certificate.schema import SCHEMA_VERSION
+from pipeline.errors import ConfigError
+from pipeline.io.tensors import sha256_tensors
+from pipeline.tokenizer import Tokenizer
+from pldr_model.config import ModelConfig
+from pldr_model.model import PLDRModel
+
+SCHEMA_VERSION = 1
+
+MAX_SMALL = 64 << 20  # bytes of a file that holds no tensors
+
+
+UNCERTIFIED_LINE = "# PLDR-LLM bundle, UNCERTIFIED: its cached G_LM may give other answers than the model"
+
+
+FILES = (
+    "README.md",
+    "certificate.json",
+    "config.json",
+    "g_lm.safetensors",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.model",
+)
+
+
+def generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Prompts are encoded as training text is: no bos (documents were joined by eos alone), nothing put before them."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "prompt_prefix_ids": [],
+        "context_length": config.context_length,
+        "pad_id": config.pad_id,
+        "bos_id": config.bos_id,
+        "eos_id": config.eos_id,
+        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+    }
+
+
+def bundle_tensors(model: PLDRModel) -> dict[str, Tensor]:
+    """The weights a bundle keeps: everything but the metric learner, W, b, P, a, b_a, and a constant G."""
+    return {name: t for name, t in model.state_dict().items() if ".plga." not in name and name != "g_lm"}
+
+
+def bundle_g(g_LHKK: Tensor) -> dict[str, Tensor]:
+    """What `g_lm.safetensors` holds."""
+    return {"g_lm": g_LHKK.detach().cpu().float()}
+
+
+def certified_files(model: PLDRModel, g_LHKK: Tensor) -> dict[str, str]:
+    """The sha256 of the fp32 tensor files of a bundle of this model and G_LM."""
+    return {
+        "model.safetensors": sha256_tensors(bundle_tensors(model)),
+        "g_lm.safetensors": sha256_tensors(bundle_g(g_LHKK)),
+    }
+
+
+def parse_model(values: Any, *, where: Path) -> ModelConfig:
+    """A `ModelConfig` from a file's plain values. Raises ConfigError naming the file and the key."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: holds no model configuration; it was damaged: make it again")
+    try:
+        return ModelConfig.from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's state dict, without allocating it."""
+    constant = config.g_source in ("random", "file")
+    with torch.device("meta"):
+        # A random G has the state dict of a given one, and needs none to be given.
+        model = PLDRModel(replace(config, g_source="random", g_file=None) if constant else config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,0 +1,74 @@
+"""What a smaller weight format costs on held-out text."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.bundle.format import bundle_tensors
+from pipeline.bundle.formats import Packed, pack, unpack
+from pipeline.config.post import WeightFormat
+from pipeline.io.tensors import sha256_tensors
+from pipeline.post.measure.observe import batches
+from pipeline.post.measure.prompts import PromptKind, held_out_text, sha256_kinds
+from pldr_model.model import PLDRModel, to_constant_g
+
+
+def pack_measured(
+    model: PLDRModel,
+    g_LHKK: Tensor,
+    sequences_NT: Tensor,
+    weight_format: WeightFormat,
+    *,
+    max_loss_difference: float,
+    max_prompts: int,
+) -> Packed:
+    """The model's bundle weights in a smaller format, and what that costs on held-out text.
+
+    sequences_NT: held-out sequences [N, S+1], the first `max_prompts` without padding are used. max_loss_difference: nats;
+    `section["passed"]` says whether the measured one is finite and within. Raises UserError for no usable prompts.
+    """
+    assert weight_format != "fp32", "fp32 is what the certificate is about: nothing is packed"
+    original = bundle_tensors(model)
+    packed = pack(original, weight_format)
+    fp32, small = (to_constant_g(model, g_LHKK).eval() for _ in range(2))
+    small.load_state_dict({**small.state_dict(), **unpack(packed)})
+    text_NT, _ = held_out_text(sequences_NT, model.config, limit=max_prompts)
+    # Rounded before it is judged, so that a reader comes to the same verdict.
+    measured = {k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in _compare(fp32, small, text_NT).items()}
+    difference = measured["loss_difference"]
+    section = {
+        "format": weight_format,
+        "sha256": sha256_tensors(packed),
+        "bytes": sum(t.numel() * t.element_size() for t in packed.values()),
+        "bytes_fp32": sum(t.numel() * 4 for t in original.values()),
+        "prompts": len(text_NT),
+        "prompts_sha256": sha256_kinds([PromptKind("weight_format", text_NT)]),
+        **measured,
+        "max_loss_difference": max_loss_difference,
+        "passed": difference is not None and abs(difference) <= max_loss_difference,
+    }
+    return Packed(packed, section)
+
+
+@torch.inference_mode()
+def _compare(fp32: PLDRModel, small: PLDRModel, text_NT: Tensor) -> dict[str, float]:
+    """Losses in nats per token, their difference, KL(fp32 || small) in nats per token, and top-1 agreement."""
+    sums = dict.fromkeys(("loss_fp32", "loss", "kl", "same"), 0.0)
+    rows = max(1, (1 << 22) // fp32.config.vocab_size)  # of a slice, so that a large vocabulary fits in fp64
+    for ids_BT in batches(text_NT, fp32):
+        targets_N = ids_BT[:, 1:].flatten()
+        logits = [model(ids_BT[:, :-1], padded=False).flatten(0, 1) for model in (fp32, small)]
+        for start in range(0, len(targets_N), rows):
+            log_p_RV, log_q_RV = (x_NV[start : start + rows].double().log_softmax(-1) for x_NV in logits)
+            targets_R = targets_N[start : start + rows]
+            sums["loss_fp32"] += F.nll_loss(log_p_RV, targets_R, reduction="sum").item()
+            sums["loss"] += F.nll_loss(log_q_RV, targets_R, reduction="sum").item()
+            sums["kl"] += (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum().item()
+            sums["same"] += (log_p_RV.argmax(-1) == log_q_RV.argmax(-1)).sum().item()
+    tokens = text_NT[:, 1:].numel()
+    loss_fp32, loss, kl, same = (value / tokens for value in sums.values())
+    return {"loss_fp32": loss_fp32, "loss": loss, "loss_difference": loss - loss_fp32, "kl": kl, "top1_agreement": same}
