@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.bundle.certificate.schema import SCHEMA_VERSION
 from pipeline.errors import ConfigError
 from pipeline.io.tensors import sha256_tensors
 from pipeline.tokenizer import Tokenizer
@@ -17,13 +16,8 @@ from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
 
 SCHEMA_VERSION = 1
-
 MAX_SMALL = 64 << 20  # bytes of a file that holds no tensors
-
-
 UNCERTIFIED_LINE = "# PLDR-LLM bundle, UNCERTIFIED: its cached G_LM may give other answers than the model"
-
-
 FILES = (
     "README.md",
     "certificate.json",

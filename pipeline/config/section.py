@@ -31,6 +31,4 @@ def _safe_url(url: object) -> object:
 
 
 Switch = BeforeValidator(_switch)
-
-
 Url = Annotated[str, BeforeValidator(_safe_url)]

@@ -20,15 +20,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from pipeline.distributed import has_gpu
 from pipeline.errors import first_line
-from pipeline.train.memory import log
 
-SHOWN = 60  # kinds of tensors
-
-HISTORY_EVENTS = 100_000
-
-
-log = logging.getLogger(__name__)
 TABLE_ROWS = 60
+SHOWN = 60  # kinds of tensors
+HISTORY_EVENTS = 100_000
+log = logging.getLogger(__name__)
 
 
 class StepProfiler:
