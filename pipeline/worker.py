@@ -2,7 +2,8 @@
 
     deepspeed --num_gpus 2 --module pipeline.worker JOB.json
 
-JOB.json (written by `pipeline.stages.train`): the whole configuration, the MLflow run to log to and the checkpoint to resume from.
+JOB.json (written by `pipeline.stages.train`): the whole configuration, the MLflow run to log to and the checkpoint to
+resume from.
 
 How a rank ends: 0 when training is done, or when a signal (stop.py) ended it after a save; otherwise with its first failure in
 one marked line, which the launching process shows. A collective that failed is told as the rank that was waited for.

@@ -17,6 +17,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # these tests are for a CPU, also on a machine with GPUs
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+# Fixtures that several folders share.
+pytest_plugins = [
+    "tests.helpers.corpus",
+    "tests.helpers.faulty_s3",
+    "tests.helpers.models",
+    "tests.helpers.ranks",
+    "tests.helpers.runs",
+]
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -1,8 +1,8 @@
 """`pldr launch deepspeed | torchrun | slurm | kubernetes`: start a training on several nodes.
 
 `deepspeed --hostfile` starts it on all hosts from here, over ssh. With `--no-ssh`, and with torchrun, one `pldr launch` runs on
-every node (launch/backends/nodes.py); slurm and kubernetes hand a job to a scheduler that does just that. However it is started, it is
-the stage `train` of the run: `pldr run CONFIG` finds it complete and goes on from there.
+every node (launch/backends/nodes.py); slurm and kubernetes hand a job to a scheduler that does just that. However it is
+started, it is the stage `train` of the run: `pldr run CONFIG` finds it complete and goes on from there.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def add_launch_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
         sub.add_argument("--ranks-per-node", type=int, required=True, metavar="N")
         sub.add_argument("--gpus-per-node", type=int, metavar="N", help="(one for each rank; 0 trains on CPUs)")
         sub.add_argument("--cpus-per-rank", type=int, default=8, metavar="N", help="(8)")
-        sub.add_argument("--template", metavar="FILE", help="instead of launch/templates/")
+        sub.add_argument("--template", metavar="FILE", help="instead of launch/backends/templates/")
 
     sub = verb("slurm", launch_slurm, "as a Slurm job that is queued again until it is done")
     scheduled(sub)

@@ -3,9 +3,9 @@
 Oddities explained once (measured): a launcher that gets SIGTERM ends the ranks one after another, 30 s each, and DeepSpeed's
 runner leaves them behind; it can return 0 when a worker died or `launch.py` was killed; torchrun puts each rank in a session of
 its own. So the job has its own process group, which goes as a whole, ranks included; signals are passed on to the ranks and
-not to the launcher; and whether the job succeeded is judged by the committed checkpoint (pipeline.stages.train), not by the exit
-code alone. The workers' stdin is a pipe that this process holds: when it closes, because this process was killed, they end
-themselves. Ranks on other hosts, behind ssh, hang on pipeline.train.signals instead.
+not to the launcher; and whether the job succeeded is judged by the committed checkpoint (pipeline.stages.train), not by the
+exit code alone. The workers' stdin is a pipe that this process holds: when it closes, because this process was killed, they
+end themselves. Ranks on other hosts, behind ssh, hang on pipeline.train.signals instead.
 
 Slurm sends its warning to every process of a step. The launchers would die of SIGUSR1, and the runner of SIGTERM, while the
 ranks save: they are started with both ignored (ranks, and DeepSpeed's launch.py for SIGTERM, set handlers of their own).

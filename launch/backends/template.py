@@ -1,4 +1,4 @@
-"""The files that are handed to schedulers: `launch/templates/`, readable, filled in with jinja2."""
+"""The files that are handed to schedulers: `launch/backends/templates/`, readable, filled in with jinja2."""
 
 from __future__ import annotations
 

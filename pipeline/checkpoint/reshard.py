@@ -1,9 +1,9 @@
 """A checkpoint of another world size, ZeRO stage or precision, put into this job's engine.
 
 DeepSpeed's plain load refuses another world size, and its universal checkpoint changes the stage only between 1 and 2.
-So the old files are read by parameter name (pipeline/checkpoint/deepspeed_files.py) and every rank takes its own share of the weights and
-of Adam's moments. Nothing is computed with them: in fp32 what goes on is, bit for bit, what was saved; only sums over
-ranks then run in another order. One parameter at a time is whole in memory.
+So the old files are read by parameter name (pipeline/checkpoint/deepspeed_files.py) and every rank takes its own share of
+the weights and of Adam's moments. Nothing is computed with them: in fp32 what goes on is, bit for bit, what was saved; only
+sums over ranks then run in another order. One parameter at a time is whole in memory.
 
 Every rank reads all files: what goes over the network or disk is (new ranks) x (checkpoint), once, at the start.
 """

@@ -1,4 +1,5 @@
-"""Save committed checkpoints (the format: pipeline/checkpoint/format.py; which stay: pipeline/checkpoint/retention.py). Every rank has a Saver.
+"""Save committed checkpoints (the format: pipeline/checkpoint/format.py; which stay: pipeline/checkpoint/retention.py).
+Every rank has a Saver.
 
 All ranks write into a hidden folder; each hashes and fsyncs what it writes (checkpoint.py), rank 0 checks that every file has
 arrived in its whole length, commits, and renames the folder. DeepSpeed's `latest` is not written and never read: it precedes

@@ -93,7 +93,7 @@ class Slurm(Section):
     mem_per_cpu_gb: int = Field(4, ge=1)
     qos: str | None = None
     max_array_size: int = Field(1001, ge=1)
-    sbatch_args: dict[str, str] = {}  # further options of sbatch, without the dashes
+    sbatch_args: dict[str, str] = Field({})  # further options of sbatch, without the dashes
 
 
 class DataConfig(Section):

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
-
-from pipeline.data.documents.read import SPLITS
 
 WIDTH, BASE, HEIGHT = 332.0, 125.0, 100.0  # of the bars, in the SVG's units
 LEFT = 12.0
 Tree = dict[str, Any]
 
 
-def charts(rows: dict[str, dict[str, Tree]]) -> list[Tree]:
-    """A row for each title -> splits; in it a chart for each split with a `length_histogram` that is not empty."""
-    return [{"title": title, "charts": _row(splits)} for title, splits in rows.items()]
+def charts(rows: dict[str, dict[str, Tree]], splits: Sequence[str]) -> list[Tree]:
+    """A row for each title -> split -> facts; in it a chart for each of `splits` with a `length_histogram` that is not
+    empty."""
+    return [{"title": title, "charts": _row(facts, splits)} for title, facts in rows.items()]
 
 
-def _row(splits: dict[str, Tree]) -> list[Tree]:
+def _row(facts: dict[str, Tree], splits: Sequence[str]) -> list[Tree]:
     """All over the same lengths, so that they can be compared."""
-    histograms = {name: splits.get(name, {}).get("length_histogram") or [] for name in SPLITS}
+    histograms = {name: facts.get(name, {}).get("length_histogram") or [] for name in splits}
     used = [number for histogram in histograms.values() for number, count in enumerate(histogram) if count]
     if not used:
         return []

@@ -46,10 +46,10 @@ def extract(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
 def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[str, Any]:
     """The bundle folder, registered in MLflow with its lineage."""
     from pipeline.bundle.certificate.schema import read_certificate
+    from pipeline.inference.register import register
     from pipeline.post.extract import load_g
     from pipeline.post.package.bundle import build_bundle
     from pipeline.post.package.measured_formats import pack_measured
-    from pipeline.post.package.register import register
     from pipeline.post.weights import load_weights
 
     model, source = load_weights(paths.weights)

@@ -1,8 +1,8 @@
 """`pldr doctor [CONFIG] [--hostfile H]`: is every node fit to train, before it costs money?
 
-On each host (launch.commands.doctor.reach) runs launch.commands.doctor.probe; launch.commands.doctor.findings judges the facts; launch.commands.doctor.allreduce measures the network over all
-hosts at once. Without a hostfile the same is done for this machine; without CONFIG what the run would need (its directory,
-object stores, MLflow) is left out.
+On each host (launch.commands.doctor.reach) runs launch.commands.doctor.probe; launch.commands.doctor.findings judges the
+facts; launch.commands.doctor.allreduce measures the network over all hosts at once. Without a hostfile the same is done for
+this machine; without CONFIG what the run would need (its directory, object stores, MLflow) is left out.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ The curve is not a step. For the defaults (similarity 0.75, 112 hashes: 14 bands
     Jaccard     0.40    0.50    0.60    0.70    0.75    0.80    0.85    0.90    0.95
     are found   0.9 %   5.3 %   21 %    56 %    77 %    92 %    98.8 %  99.96 % 100 %
 
-and tests/pipeline/data/test_near.py measures it. Decision: pairs are not verified. A check against stored signatures would
-cost 900 bytes a document on disk and a second pass over all pairs, to sharpen the flank between 0.5 and 0.8; more `hashes`
-or a higher `similarity` move it as well.
+and tests/pipeline/data/dedup/test_near.py measures it. Decision: pairs are not verified. A check against stored signatures
+would cost 900 bytes a document on disk and a second pass over all pairs, to sharpen the flank between 0.5 and 0.8; more
+`hashes` or a higher `similarity` move it as well.
 
 Decision: datatrove's MinhashDedup* blocks are not used. They call the word tokeniser of a language (spaCy: more to install,
 slow), number documents by task (another number of tasks keeps other documents), tie the number of tasks to the

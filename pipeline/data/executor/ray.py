@@ -5,8 +5,9 @@ What it does not do, and is done here:
 - It ends quietly, whatever became of its tasks: afterwards, errors and markers are looked at.
 - It waits for ever when a node cannot import datatrove. Every node is asked first, also whether it sees the run directory.
 - It runs a task in a fork of an actor, a process with threads, and waits for ever when that fork is killed (out of memory).
-  Here the fork only starts `python -m pipeline.data.executor.run_task`, a process like those of a local job, and looks at how it ends.
-  It also ends it when the actor is gone, or a killed run's tasks would write on beside those of the next start.
+  Here the fork only starts `python -m pipeline.data.executor.run_task`, a process like those of a local job, and looks at
+  how it ends. It also ends it when the actor is gone, or a killed run's tasks would write on beside those of the next
+  start.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""One task in this process, for an engine that only starts programs: `python -m pipeline.data.executor.run_task EXECUTOR.pik RANK`.
+"""One task in this process, for an engine that only starts programs: `python -m pipeline.data.executor.run_task
+EXECUTOR.pik RANK`.
 
 Standard input is a lifeline: when it closes, whoever started this is gone, and this process ends too. Reads a pickle, which
 may run anything: it lies in the run directory, where only its owner may write (engines.py).

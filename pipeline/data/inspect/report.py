@@ -101,7 +101,7 @@ def page(title: str, index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
         "copies": copies,
         "rejected": [_rejected(reason, count, taken) for reason, count in tree["rejected"].items()],
         "splits": [_split(index, tokens, name) for name in SPLITS],
-        "charts": charts({"in characters": index.splits, **({"in tokens": tokens.splits} if tokens else {})}),
+        "charts": charts({"in characters": index.splits, **({"in tokens": tokens.splits} if tokens else {})}, SPLITS),
         "tokens": tokens is not None,
         "tokens_folder": public_url(tokens.folder) if tokens else None,
         "samples": list(_samples(tokens)) if tokens else [],

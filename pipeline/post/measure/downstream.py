@@ -8,7 +8,7 @@ Background (docs/certificate.md, "what fools a validator"):
 - A model whose attention is dead agrees with itself perfectly under any G. So the loss with G = 0 and with G = identity
   must be worse.
 
-Every function is collective where there are several ranks (pipeline/post/ranks.py).
+Every function is collective where there are several ranks (pipeline/distributed.py).
 Shapes: N sequences, T = S+1 tokens of a sequence, B batch, V vocabulary, L layers, H heads, K head dim.
 """
 

@@ -17,9 +17,7 @@ from pipeline.config.train import FreezeConfig
 from pipeline.train.engine import init_distributed, release
 from pipeline.train.freeze import freeze
 from pldr_model.model import PLDRModel, g_shape
-
-sys.path.insert(0, str(Path(__file__).parent))
-from zero_worker import configuration, run, with_train
+from tests.pipeline.train.zero_worker import configuration, run, with_train
 
 SWITCH = 4
 

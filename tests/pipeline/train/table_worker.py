@@ -18,9 +18,7 @@ from pipeline.train.signals import StopRequest
 from pipeline.train.step import global_step
 from pipeline.train.telemetry import Stopwatch
 from pldr_model.model import PLDRModel
-
-sys.path.insert(0, str(Path(__file__).parent))
-from zero_worker import Batches, configuration, with_train
+from tests.pipeline.train.zero_worker import Batches, configuration, with_train
 
 # In bf16 a loss has to fall far to be told from round-off; in fp32 round-off grows by the step.
 STEPS = {"fp32": 4, "bf16": 32}

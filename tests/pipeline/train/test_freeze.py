@@ -1,14 +1,12 @@
 """G frozen in mid-training on two real ranks (pipeline/train/freeze.py): what is left, what goes on, and resumes around it."""
 
-from pathlib import Path
-
 import pytest
 
 from pipeline.config.train import FreezeConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.train.freeze import calm, is_due
 
-WORKER = Path(__file__).with_name("freeze_worker.py")
+WORKER = "tests.pipeline.train.freeze_worker"
 
 
 def check(results: dict, stage: str) -> None:

@@ -24,8 +24,9 @@ from pipeline.config.schedule import learning_rate
 from pipeline.train.optim import parameter_groups
 from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel
+from tests.pipeline.train.table_worker import STEPS, cell_config
 
-WORKER = Path(__file__).with_name("table_worker.py")
+WORKER = "tests.pipeline.train.table_worker"
 KEYS = ("stage", "precision", "compile", "recompute", "accumulation", "offload")
 CELLS = [
     dict(zip(KEYS, values, strict=True))
@@ -50,11 +51,6 @@ DISCRIMINATES = 5  # what does not learn is out of the tolerance by this factor,
 
 def plain_pytorch(folder: Path, precision: str, rate: float = 1.0) -> list[float]:
     """One process, no DeepSpeed. bf16: weights and gradients in bf16, AdamW on fp32 masters. rate: times the learning rate."""
-    sys.path.insert(0, str(WORKER.parent))
-    try:
-        from table_worker import STEPS, cell_config
-    finally:
-        sys.path.pop(0)
     config = cell_config(folder, {**CELLS[0], "precision": precision})
     train = config.train
     torch.manual_seed(config.seed)
@@ -106,7 +102,7 @@ def test_every_combination_trains_like_plain_pytorch(tmp_path, cells):
     (tmp_path / "cells.json").write_text(json.dumps(cells))
     base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
             "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-    command = [sys.executable, str(WORKER), str(tmp_path), str(tmp_path / "cells.json")]
+    command = [sys.executable, "-m", WORKER, str(tmp_path), str(tmp_path / "cells.json")]
     ranks = []
     for rank in range(2):
         with open(tmp_path / f"rank{rank}.log", "wb") as log:

@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,9 @@ from pipeline.config.schedule import invariance_budget, learning_rate
 from pipeline.train.optim import build_optimizer
 from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel
+from tests.pipeline.train.zero_worker import STEPS, configuration
 
-WORKER = Path(__file__).with_name("zero_worker.py")
+WORKER = "tests.pipeline.train.zero_worker"
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,6 @@ def losses(points: dict) -> list[float]:
 
 def plain_pytorch(clip_by: str, g_source: str) -> list[float]:
     """The same run on one process without DeepSpeed: the mean over the global batch, clipped, AdamW."""
-    sys.path.insert(0, str(WORKER.parent))
-    try:
-        from zero_worker import STEPS, configuration
-    finally:
-        sys.path.pop(0)
     config = configuration(Path("/unused"), 0, "fp32", clip_by, g_source)
     torch.manual_seed(config.seed)
     model = PLDRModel(config.model)

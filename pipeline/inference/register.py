@@ -1,0 +1,140 @@
+"""A bundle into MLflow: a registered model version with its lineage, and the alias `certified` only when it is.
+
+Decision: the wrapper is saved to a local folder and uploaded to the training run by the client, so that nothing here starts,
+ends or renames a run, and no global tracking URI is touched. The version names the run; its tags name the checkpoint,
+the data and the verdict. Registering the same bundle twice gives the same version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.bundle.read import read_bundle
+from pipeline.errors import UserError, first_line
+
+ALIAS = "certified"
+LINEAGE_TAGS = ("checkpoint", "step", "data_fingerprint", "tokenizer_sha256", "git_commit")
+
+
+def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certified: bool) -> dict[str, Any]:
+    """Upload the bundle to the run, register it as a version of the model `name`; returns {"version", "uri", "alias"}.
+
+    certified: move the alias `certified` to this version. An uncertified version never gets it, and never takes it from
+    another. `uri` is `models:/NAME/VERSION`. Raises UserError when `certified` is asked for an uncertified bundle, when
+    the bundle is damaged, or when the run or the server does not answer.
+    """
+    parts = read_bundle(bundle)
+    if certified and not parts.manifest["certified"]:
+        raise UserError(f"{bundle}: its certificate did not pass, so it cannot be registered as certified")
+    digest = parts.manifest["bundle_sha256"]
+    with _quiet():
+        from mlflow.tracking import MlflowClient
+
+        try:
+            client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+            version = _find_version(client, name, run_id, digest)
+            if version is None:
+                # A folder of its own for each bundle of a run: a later one must not change what an earlier version serves.
+                source = _upload(client, bundle, run_id, folder_name=f"bundle-{digest[:16]}")
+                _ensure_model(client, name)
+                lineage = parts.manifest["lineage"]
+                tags = {
+                    "bundle_sha256": digest,
+                    "verdict": parts.certificate["verdict"],
+                    "tier": parts.certificate["tier"],
+                    "certified": str(certified).lower(),
+                    "weight_format": parts.weight_format,
+                    **{key: str(lineage[key]) for key in LINEAGE_TAGS if lineage.get(key) is not None},
+                }
+                version = client.create_model_version(
+                    name, source, run_id=run_id, tags=tags, description=parts.certificate["statement"]
+                ).version
+            if certified:
+                client.set_registered_model_alias(name, ALIAS, version)
+        except Exception as error:  # a damaged SQLite file raises SQLAlchemy's own
+            raise UserError(
+                f"MLflow at {tracking_uri}: {first_line(error)}; look at tracking.uri and post.register_as"
+            ) from error
+    return {"version": str(version), "uri": f"models:/{name}/{version}", "alias": ALIAS if certified else None}
+
+
+def save_pyfunc(bundle: Path, folder: Path) -> None:
+    """Write the bundle as an MLflow model (models from code, no pickle) to a new local folder."""
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec
+
+    parameters = [
+        ParamSpec("max_new_tokens", "long", 128),
+        ParamSpec("temperature", "double", 0.0),
+        ParamSpec("top_k", "long", 0),
+        ParamSpec("top_p", "double", 1.0),
+        ParamSpec("stop", "string", [], shape=(-1,)),
+        ParamSpec("seed", "long", 0),
+    ]
+    packages = Path(__file__).resolve().parents[2]
+    mlflow.pyfunc.save_model(
+        path=folder,
+        python_model=str(Path(__file__).with_name("mlflow_model.py")),
+        artifacts={"bundle": str(bundle)},
+        # No input schema: it would turn a plain list of texts away.
+        signature=ModelSignature(params=ParamSchema(parameters)),
+        code_paths=[str(packages / "pipeline"), str(packages / "pldr_model")],
+        pip_requirements=_requirements(),
+    )
+
+
+def _upload(client: Any, bundle: Path, run_id: str, *, folder_name: str) -> str:
+    """The model's URL among the run's artifacts."""
+    with tempfile.TemporaryDirectory(prefix="pldr-register-") as temporary:
+        folder = Path(temporary) / folder_name
+        save_pyfunc(bundle, folder)
+        client.log_artifacts(run_id, str(folder), folder_name)
+    return f"{client.get_run(run_id).info.artifact_uri}/{folder_name}"
+
+
+def _find_version(client: Any, name: str, run_id: str, digest: str) -> str | None:
+    """The version of this model that already holds this bundle of this run."""
+    for version in client.search_model_versions(f"name = '{name}'"):
+        if version.run_id == run_id and version.tags.get("bundle_sha256") == digest:
+            return str(version.version)
+    return None
+
+
+def _ensure_model(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _requirements() -> list[str]:
+    """What serving needs, at the versions it was registered with."""
+    from importlib.metadata import version
+
+    names = ("torch", "safetensors", "sentencepiece", "mlflow", "fsspec", "pydantic", "pyyaml", "pandas")
+    return [f"{name}=={version(name).partition('+')[0]}" for name in names]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """MLflow's progress bars and hints stay out of the terminal; its errors are exceptions anyway."""
+    level, bar = logging.root.manager.disable, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
+    logging.disable(logging.WARNING)
+    os.environ.setdefault(bar, "false")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,121 @@
+"""`pldr runs` on a store with runs in it, and what wrong use of it and of `pldr track replay` looks like."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from pipeline.config.load import load_config
+from pipeline.tracking import outbox
+from pipeline.tracking.client import client, tracking_uri
+from pipeline.tracking.run import open_run
+
+
+def run(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, make_run):
+    """Two runs in one store: the first certified by its tag, the second, newer and begun long ago, by its model version."""
+    folder = tmp_path_factory.mktemp("runs")
+    path = make_run(folder)
+    first = load_config(path)
+    uri = tracking_uri(first)
+    second = load_config(path, [f"run_dir={folder / 'second'}", f"tracking.uri={uri}", "name=second"])
+    ids = []
+    for config, loss in ((first, 2.0), (second, 3.0)):
+        ids.append(open_run(config))
+        tracker = outbox.open_tracker(config, ids[-1])
+        tracker.log(10, {"train/loss": loss + 1, "invariance/budget": 0.5})
+        tracker.log(20, {"train/loss": loss, "val/loss_cached": loss + 0.5, "invariance/order_parameter_G": 1e-7})
+        assert tracker.close("FINISHED" if config is first else None)
+    mlflow = client(uri)
+    mlflow.set_tag(ids[0], "pldr.verdict", "certified")
+    mlflow.set_tag(ids[0], "pldr.checkpoints", "step-000010,step-000020")
+    mlflow.delete_tag(ids[1], "pldr.local_id")
+    committed = folder / "COMMITTED"
+    committed.write_text("x")
+    mlflow.log_artifact(ids[1], str(committed), "checkpoints/step-000020")
+    mlflow.create_registered_model("pldr")
+    mlflow.create_model_version("pldr", "file:///nowhere", run_id=ids[1], tags={"verdict": "failed"})
+    mlflow.create_run(mlflow.get_experiment_by_name("pldr").experiment_id)  # not a training run
+    return path, uri, ids
+
+
+def test_the_table_has_every_run_newest_first(capsys, runs):
+    path, uri, ids = runs
+    code, out, errors = run(capsys, "runs", path, "--json")
+    assert code == 0, errors
+    rows = json.loads(out.splitlines()[-1])["runs"]
+    assert [row["id"] for row in rows] == ids[::-1]
+    newest, oldest = rows
+    assert (oldest["name"], oldest["status"], oldest["step"], oldest["verdict"]) == (
+        "tiny",
+        "FINISHED",
+        20,
+        "certified",
+    )
+    assert (oldest["loss"], oldest["val_loss_cached"], oldest["order_parameter"]) == (2.0, 2.5, 1e-7)
+    assert oldest["budget"] == 0.5 and oldest["checkpoints"] == ["step-000010", "step-000020"]
+    assert newest["name"] == "second" and newest["status"] == "RUNNING" and newest["verdict"] == "failed"
+    assert newest["checkpoints"] == ["step-000020"]
+    header, second, first = out.splitlines()[:3]
+    assert header.split()[:3] == ["run", "name", "status"]
+    assert ids[1] in second and "10,20" in first and "1.0e-07" in first and "certified" in first
+    assert json.loads(run(capsys, "runs", "--uri", uri, "--json")[1].splitlines()[-1])["runs"] == rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["runs"], 2, "name the YAML of a run, or --uri"),
+        (["runs", "CONFIG", "--experiment", "absent"], 2, "experiment absent: not at"),
+        (["runs", "--uri", "sqlite:////nowhere/mlflow.db"], 1, "/nowhere/mlflow.db: no such file"),
+        (["runs", "--uri", "http://127.0.0.1:9"], 1, "start the server"),
+        (["track", "replay", "/nowhere"], 2, "/nowhere: no such file"),
+        (["track", "replay", "TMP"], 1, "no training was started"),
+        (["track", "replay", "CONFIG", "run_dir=TMP/new"], 1, "nothing was trained here"),
+    ],
+)
+def test_wrong_use_is_one_line(capsys, runs, tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    words = [word.replace("CONFIG", str(runs[0])).replace("TMP", str(tmp_path)) for word in arguments]
+    got, _, errors = run(capsys, *words)
+    assert got == code and message in errors and "Traceback" not in errors
+    assert errors.strip().splitlines()[-1].startswith("pldr: error: ")
+
+
+def test_a_report_by_yaml_and_by_id(capsys, runs, tmp_path):
+    path, uri, ids = runs
+    code, out, errors = run(capsys, "report", path, "--json")
+    assert code == 0, errors
+    result = json.loads(out.splitlines()[-1])
+    page = Path(result["report"]).read_text()
+    assert result["step"] == 20 and result["train/loss"] == 2.0 and result["val/loss_cached"] == 2.5
+    assert (
+        page.count("<polyline") + page.count("<circle") >= 3
+        and ids[0] in page
+        and "certified" in page
+        and "train.global_batch" in page
+    )
+    target = tmp_path / "second.html"
+    code, _, errors = run(capsys, "report", ids[1], "--uri", uri, "--output", target)
+    assert code == 0 and "second" in target.read_text(), errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "f" * 32], "--uri"),
+        (["report", "f" * 32, "--uri", "URI"], "look at the id"),
+        (["report", "/nowhere.yaml"], "no such file"),
+    ],
+)
+def test_a_report_of_nothing_is_one_line(capsys, runs, arguments, message, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    code, _, errors = run(capsys, *[runs[1] if word == "URI" else word for word in arguments])
+    assert code in (1, 2) and message in errors and errors.count("\n") == 1

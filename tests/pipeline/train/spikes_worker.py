@@ -1,0 +1,190 @@
+"""One rank of tests/pipeline/train/test_spikes_ranks.py: a step that is not finite, and a spike that is rolled back.
+
+Usage: spikes_worker.py FOLDER STAGES PRECISION. STAGES of ZeRO, with commas; `+` before one: roll back, too. Rank 0
+writes FOLDER/result.json.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.checkpoint.format import checkpoint_name, verify
+from pipeline.config.load import parse_config
+from pipeline.errors import UserError
+from pipeline.train import step, trainer
+from pipeline.train.engine import init_distributed
+from pipeline.train.state import Lineage
+from tests.pipeline.train.zero_worker import Batches, Recorder, configuration
+
+BAD = 16  # the position of the third batch
+SPIKE = 24 * 8  # of the 25th
+SAVED = 22  # the step before it whose checkpoint is kept
+
+
+class Shifted(Batches):
+    """The order, but from the checkpoint's position on it goes on behind the spike; remembers where it is."""
+
+    here = -1
+
+    def __init__(self, config, skip_from=None):
+        super().__init__(config)
+        self.skip_from = skip_from
+
+    def micro_batches(self, position, *, limit):
+        shift = 0 if self.skip_from is None else SPIKE + 8 - self.skip_from
+        for micro, behind in super().micro_batches(position + shift, limit=limit):
+            Shifted.here = behind - 8
+            yield micro, behind - shift
+
+
+def train(config, data, resume_from=None):
+    recorder = Recorder()
+    state = trainer.train(
+        config,
+        data,
+        np.random.default_rng(99).integers(4, 67, size=(9, 17)),
+        bytes_per_token=2.0,
+        lineage=Lineage("data", "tokenizer", "run"),
+        tracker=recorder,
+        resume_from=resume_from,
+    )
+    return recorder.points, state
+
+
+def injected(harm):
+    """The loss of the model, after `harm(losses, logits)` when this rank trains the batch it is meant for."""
+    real = step.total_loss
+
+    def total_loss(logits, *arguments, **keywords):
+        return harm(real(logits, *arguments, **keywords), logits)
+
+    step.total_loss = total_loss
+    return real
+
+
+def weights_and_moments(engine):
+    """A hash of everything that this rank's part of a step changes."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    digest = hashlib.sha256()
+    for parameter in engine.module.parameters():
+        digest.update(getattr(parameter, "ds_tensor", parameter).detach().float().numpy().tobytes())
+    for flat in getattr(engine.optimizer, "fp32_partitioned_groups_flat", []):
+        digest.update(flat.detach().numpy().tobytes())
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            digest.update(parameter.detach().float().numpy().tobytes())
+    for values in optimizer.state.values():
+        for value in values.values():
+            digest.update(torch.as_tensor(value).float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def skipped_step(folder, stage, precision, kind, limit=10):
+    """What each step does to weights and moments when the third batch's loss or gradient is bad on rank 1 alone."""
+    config = configuration(folder, stage, precision, "value" if stage == 2 else "norm")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"max_skipped_steps": limit})})
+
+    def harm(losses, logits):
+        if Shifted.here != BAD or dist.get_rank() != 1:
+            return losses
+        if kind == "gradient":
+            logits.register_hook(lambda gradient: gradient * torch.inf)
+            return losses
+        return replace_losses(losses, torch.inf)
+
+    hashes, outcomes = [], []
+    real_loss, real_step = injected(harm), trainer.global_step
+
+    def watched(engine, *arguments, **keywords):
+        before = weights_and_moments(engine)
+        outcome = real_step(engine, *arguments, **keywords)
+        hashes.append(before == weights_and_moments(engine))
+        outcomes.append(outcome.skipped)
+        return outcome
+
+    trainer.global_step = watched
+    message = None
+    try:
+        points, state = train(config, Shifted(config))
+        result = {"points": points, "skipped_steps": state.skipped_steps, "budget": points[6]["invariance/budget"]}
+    except UserError as error:
+        message, result = str(error), {}
+    finally:
+        trainer.global_step, step.total_loss = real_step, real_loss
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {"unchanged": hashes, "skipped": outcomes, "message": message})
+    return {**result, "ranks": everyone}
+
+
+def replace_losses(losses, factor):
+    return losses._replace(total=losses.total * factor, cross_entropy=losses.cross_entropy * factor)
+
+
+def rolled_back(folder, stage, precision):
+    """A batch whose loss is ten times too high: the run that meets it, the same run killed behind the rollback, and one that
+    never met it but went on behind it from the same checkpoint."""
+
+    def settings(name, **train_keys):
+        tree = configuration(folder / name, stage, precision, "norm").as_dict()
+        tree["train"] |= {
+            "steps": 30,
+            "checkpoint_every": 11,
+            "spike_window": 20,
+            "validate_every": 30,
+            "keep_checkpoints": 9,
+            **train_keys,
+        }
+        return parse_config(tree, where="test")
+
+    def harm(losses, logits):
+        return replace_losses(losses, 10.0) if Shifted.here == SPIKE else losses
+
+    real = injected(harm)
+    try:
+        config = settings("run", on_spike="rollback")
+        points, state = train(config, Shifted(config))
+        saved = folder / "run" / "checkpoints" / checkpoint_name(SAVED)
+        again, _ = train(config, Shifted(config), resume_from=saved)
+        warned, warned_state = train(settings("warn"), Shifted(settings("warn")))
+        stopped = settings("stop", on_spike="stop")
+        try:
+            train(stopped, Shifted(stopped))
+            message = None
+        except UserError as error:
+            message = str(error)
+    finally:
+        step.total_loss = real
+    other = settings("other")
+    behind, _ = train(other, Shifted(other, skip_from=SAVED * 8), resume_from=saved)
+    last = verify(folder / "run" / "checkpoints" / checkpoint_name(30))
+    return {
+        "points": points, "again": again, "behind": behind, "warned": warned, "stopped": message,
+        "consumed": state.sequences_consumed, "guard": last["guard"], "warned_spikes": warned_state.guard.spikes,
+    }  # fmt: skip
+
+
+def main() -> None:
+    folder, stages, precision = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3]
+    torch.set_num_threads(1)
+    init_distributed(120)
+    results = {}
+    for wanted in stages:
+        stage = int(wanted)
+        for kind in ("loss", "gradient"):
+            results[f"{stage}-{kind}"] = skipped_step(folder / f"{kind}{stage}", stage, precision, kind)
+        if wanted.startswith("+"):
+            results[f"{stage}-rollback"] = rolled_back(folder / f"back{stage}", stage, precision)
+    results["limit"] = skipped_step(folder / "limit", int(stages[-1]), precision, "loss", limit=1)
+    if dist.get_rank() == 0:
+        (folder / "result.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
