@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.keys import of_stage
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig, flatten
 from pipeline.errors import Stopped, UserError, first_line
@@ -39,7 +40,6 @@ from pipeline.tracking.query import read_run
 from pipeline.tracking.run_record import create, new_record, remember, remembered
 
 DATA_STAGES = ("shard", "tokenizer", "tokenize")
-SAME_DATA = ("data", "tokenizer", "tokens")  # sections that decide the tokens, with two keys of the model
 Result = dict[str, Any]
 MakeLaunch = Callable[[RunConfig], Launch]
 log = logging.getLogger(__name__)
@@ -213,8 +213,7 @@ def measured(config: RunConfig, done: Sequence[str]) -> Result:
 
 def _data_of(config: RunConfig) -> Result:
     """Everything that decides documents, tokenizer and tokens."""
-    tree = config.as_dict()
-    return {**{k: tree[k] for k in SAME_DATA}, **{k: tree["model"][k] for k in ("vocab_size", "context_length")}}
+    return {stage: of_stage(config, stage) for stage in DATA_STAGES}
 
 
 def _link(source: str, target: str) -> None:
