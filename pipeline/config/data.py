@@ -1,6 +1,6 @@
 """The data half of RunConfig: sources, cleaning, splits, engines, tokenizer, tokens. See docs/data.md.
 
-A cleaning step is off until it is named: `near_duplicates: true` takes its defaults, `near_duplicates: {similarity: 0.8}`
+A cleaning step is off unless it is set: `near_duplicates: true` takes its defaults, `near_duplicates: {similarity: 0.8}`
 changes one. The order of the steps is fixed (docs/data.md), whatever the order in the YAML.
 """
 
@@ -81,7 +81,7 @@ class Decontaminate(Section):
 
 
 class Clean(Section):
-    """Cleaning steps, each off unless named. The order is fixed: see docs/data.md."""
+    """Cleaning steps, each off unless set. The order is fixed: see docs/data.md."""
 
     unicode: Literal["nfc", "nfkc"] | None = corpus(None)  # repair (mojibake, control characters), then normalize
     language: Annotated[LanguageFilter | None, Switch] = corpus(None)
@@ -94,7 +94,7 @@ class Clean(Section):
 
 
 class Slurm(Section):
-    """How `data.executor: slurm` submits its job arrays. `run_dir` has to be on a file system that every node sees."""
+    """How `data.executor: slurm` submits its job arrays. `run_dir` must be on a file system that all nodes share."""
 
     partition: str = engine("cpu")
     time: str = engine("24:00:00")

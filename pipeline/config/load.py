@@ -191,7 +191,7 @@ def _one_line(error: ValidationError, where: str, origins: Origins) -> str:
 
 
 def _file_of(location: Location, origins: Origins) -> str | None:
-    """The file that a value comes from, or the whole section; None where several files have a part in it."""
+    """The file that a value comes from, or its section does; None where several files have a part in it."""
     for end in range(len(location), 0, -1):
         if location[:end] in origins:
             return origins[location[:end]]

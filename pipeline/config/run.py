@@ -48,7 +48,7 @@ class TrackingConfig(Section):
     @classmethod
     def _no_file_store(cls, uri: str | None) -> str | None:
         if uri is not None and ("://" not in uri or uri.startswith("file:")):
-            raise ValueError(f"{uri!r} is no MLflow URI: use sqlite:///PATH or http(s)://HOST:PORT")
+            raise ValueError(f"{uri!r} is not an MLflow URI: use sqlite:///PATH or http(s)://HOST:PORT")
         try:
             return uri if uri is None else check_url(uri)
         except UserError as error:
@@ -58,7 +58,7 @@ class TrackingConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run: data, tokenizer, model, training, post-training, tracking.
+    """A complete run: data, tokenizer, model, training, post-training, tracking.
 
     File names are relative to the working directory, as on the command line; `extends` (pipeline/config/load.py) and
     `train.deepspeed`, which belong to a YAML, are relative to the YAML that has them.

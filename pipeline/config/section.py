@@ -79,7 +79,7 @@ def section_in(annotation: Any, *others: type) -> Any:
 
 
 def _switch(value: object) -> object:
-    """`true` is a section with its defaults, `false` none."""
+    """`true` is a section with its defaults, `false` is none."""
     return {} if value is True else None if value is False else value
 
 

@@ -168,7 +168,7 @@ def test_a_key_without_a_kind_is_found_wherever_it_is():
     assert missing == ["always.bare", "maybe.bare", "several.bare", "constrained", "sizes.width"]
 
 
-def test_a_section_with_a_key_without_a_kind_fails_the_whole_configuration(monkeypatch):
+def test_a_section_with_a_key_without_a_kind_fails_the_configuration(monkeypatch):
     class Made(Section):
         bare: int = 1
 

@@ -47,7 +47,7 @@ def test_the_shipped_configurations_load_and_survive_json(repository, name):
         ("model.head_dim=5", "head_dim: 5 is odd"),
         ("model.g_source=banana", "g_source"),
         ("data.executor=slurmish", "data.executor"),
-        ("tracking.uri=./mlruns", "is no MLflow URI"),
+        ("tracking.uri=./mlruns", "is not an MLflow URI"),
         ("name=a/b", "name: String should match pattern"),
         ("train", "write key=value"),
         ("train.max_lr=.inf", "train.max_lr"),
