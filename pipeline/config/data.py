@@ -16,7 +16,7 @@ from pipeline.config.section import Kind, Section, Switch, Url
 corpus = Kind("needs force", ("shard",), result=True)  # which documents there are
 pieces = Kind("needs force", ("tokenizer",), result=True)
 packed = Kind("needs force", ("tokenize",), result=True)
-documents = Kind("needs force", ("shard", "tokenizer", "tokenize"), result=("shard",))  # where they lie
+documents = Kind("needs force", ("shard", "tokenizer", "tokenize"), result=("shard",))  # where they are
 tokens = Kind("needs force", ("tokenize", "train", "extract", "validate", "bundle"), result=("tokenize",))
 engine = Kind("may change", ("shard", "tokenize"), result=False)  # who does the work: the same files come of it
 shard_work = replace(engine, stages=("shard",))
@@ -120,7 +120,7 @@ class DataConfig(Section):
     executor: Literal["local", "slurm", "ray"] = engine("local")
     slurm: Slurm = Slurm()
     ray_address: str = engine("auto")  # of the cluster, for executor ray
-    tasks: int | None = corpus(None, ge=1)  # shards a split, at most one a piece of a file; null: one for 256 MB
+    tasks: int | None = corpus(None, ge=1)  # shards per split, at most one per piece of a file; null: one per 256 MB
     workers: int = shard_work(2, ge=1)  # tasks at once; never changes the result
     on_bad_shard: Literal["error", "skip"] = reading("error")  # in training: a token shard that is missing or damaged
     cache_gigabytes: float = reading(50.0, gt=0)  # of a node's disk, for token shards that are read from a URL

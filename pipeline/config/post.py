@@ -28,9 +28,7 @@ packaging = Kind("may change", ("bundle",), result=True)
 class PostConfig(Section):
     """Consolidate, extract, validate, bundle. Why each threshold is where it is: docs/certificate.md."""
 
-    g_from: Literal["mean", "first"] = measuring(
-        "mean"
-    )  # over many held-out prompts, or the first one (as in the paper)
+    g_from: Literal["mean", "first"] = measuring("mean")  # over many held-out prompts, or only the first (the paper)
     prompts: int = held_out(128, ge=2)  # held-out prompts; each is also cut to several lengths
     min_prompts: int = at_least(100, ge=2)  # with fewer nothing is certified; a lower value is noted in the certificate
     fp64_prompts: int = amount(16, ge=2)  # of every kind, in the fp64 pass that separates variation from round-off
@@ -39,21 +37,15 @@ class PostConfig(Section):
     ranks: int | None = work(None, ge=1)  # processes that validate together on this node; null: one per GPU, 1 on a CPU
     # Tiers of the relative deviation of G: above each of these it is variant, approximate, invariant; else round-off.
     # They can be made stricter, not looser; and no threshold can be so loose that passing it means nothing.
-    variant_above: float = at_most(
-        1e-2, gt=0, le=1e-2
-    )  # variant trained models: 5e-2 and more; untrained: 0.1 and more
+    variant_above: float = at_most(1e-2, gt=0, le=1e-2)  # variant trained models have >= 5e-2, untrained ones >= 0.1
     # A near-critical published model has 2e-2..1e-5, with answers that differ.
     approximate_above: float = at_most(1e-5, gt=0, le=1e-5)
     # Ten times fp32's epsilon: below it, G cannot be told from the rounding of the sums of one pass.
     invariant_above: float = at_most(1e-6, gt=0, le=1e-6)
     max_relative_deviation_g: float = at_most(1e-5, gt=0, le=1e-2)  # tier "invariant"; at most variant_above
     min_attention_effect: float = at_least(0.05, gt=0)  # nats lost by G=0 and by G=identity; dead attention: 0
-    max_leak_gap: float = at_most(
-        1e-3, gt=0, le=0.1
-    )  # nats, |block loss - loss with a G that has not seen the targets|
-    max_leak_effect: float = at_most(
-        1e-4, gt=0, le=0.1
-    )  # RMS move of earlier logits by a changed suffix / their spread
+    max_leak_gap: float = at_most(1e-3, gt=0, le=0.1)  # nats, |block loss - loss with a G blind to the targets|
+    max_leak_effect: float = at_most(1e-4, gt=0, le=0.1)  # RMS move of earlier logits by a new suffix / their spread
     max_kl: float = at_most(1e-4, gt=0, le=0.1)  # nats per token, cached against full recomputation
     min_top1_agreement: float = at_least(0.999, ge=0.9, le=1)
     weight_format: WeightFormat = packaging("fp32")  # of the bundle's matrices; bf16 and int8: docs/bundle.md
@@ -81,6 +73,9 @@ class PostConfig(Section):
 def recorded(
     part: Literal["thresholds", "settings"], *, looser: Literal["above", "below"] | None = None
 ) -> tuple[str, ...]:
-    """The keys that a certificate records in this part; `looser`: of these, where values above or below ask less of a model."""
+    """The keys that a certificate records in this part; `looser`: of these, where values above or below ask less of a model.
+
+    In the order of the fields: a certificate's statement names looser thresholds in it, and readers compare statements.
+    """
     found = {key: kind for key, kind in kinds(PostConfig).items() if kind is not None and kind.certificate == part}
     return tuple(key for key, kind in found.items() if looser is None or kind.looser == looser)

@@ -11,16 +11,14 @@ from pipeline.io.urls import check_url, is_http
 from pldr_model.model import ActivationCheckpointing
 
 recipe = Kind("fixed", ("train",), result=True)  # what the trained weights come from: another value is another run
-arithmetic = Kind("may change", ("train",), result=True)
+arithmetic = Kind("may change", ("train",), result=True)  # another rounding of the same run
 work = Kind("may change", ("train",), result=False)  # how the training is spread, watched and saved
 
 
 class FreezeConfig(Section):
     """When G_LM is frozen to its mean and the metric learner dropped (pipeline/train/freeze.py). At least one of the two."""
 
-    below: float | None = recipe(
-        None, gt=0
-    )  # RMS order parameter of G, relative, for `evaluations` validations in a row
+    below: float | None = recipe(None, gt=0)  # relative RMS order parameter of G, in `evaluations` validations in a row
     evaluations: int = recipe(3, ge=1)
     at_step: int | None = recipe(None, ge=1)
     become: Literal["constant", "parameter"] = recipe("constant")  # a fixed tensor, or one that trains on from there
@@ -62,9 +60,7 @@ class TrainConfig(Section):
     keep_checkpoints: int = work(2, ge=2)  # the last ones stay
     keep_every: int | None = work(None, ge=1)  # checkpoints at multiples of this step are kept forever; null: none
     keep_best: bool = work(True)  # the best by val/loss_cached stays; of the checkpoints validated at their step
-    staging: str | None = work(
-        None
-    )  # folder on each node's own disk where checkpoints are written first; null: run_dir
+    staging: str | None = work(None)  # folder on a node's own disk where checkpoints are written first; null: run_dir
     publish_to: str | None = work(None)  # fsspec URL for checkpoints (s3://…, a path); null: MLflow artifacts
     publish_wait_s: float = work(600.0, ge=0)  # how long the end of training waits for the last upload
     timeout_s: float = work(60.0, gt=0)  # a rank that others wait for longer, or whose data take longer, fails the job
@@ -74,9 +70,7 @@ class TrainConfig(Section):
     spike_threshold: float = work(8.0, gt=0)
     freeze_g: FreezeConfig | None = recipe(None)  # null: the metric learner trains to the end
     max_restarts: int = work(0, ge=0)  # after a crash, from the last commit; not after a stop or a user error
-    profile_steps: tuple[int, int] | None = work(
-        None
-    )  # [first, last]: traced on each rank (pipeline/train/profiling.py)
+    profile_steps: tuple[int, int] | None = work(None)  # [first, last]: traced on each rank (profiling.py)
     memory_history: bool = work(False)  # GPU: record which code allocated each block, for a rank that is out of memory
     peak_tflops: float | None = work(None, gt=0)  # of one device, for MFU; null: the data sheet of a known GPU
 
