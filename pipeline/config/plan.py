@@ -2,7 +2,7 @@
 
 Memory is that of the model states as ZeRO shards them (parameters, gradients, Adam moments and, under bf16, the fp32
 master weights) plus an estimate of the activations of one micro batch without checkpointing. It is a plan, not a
-measurement: fragmentation, communication buckets and the framework need more on top.
+measurement: fragmentation, communication buckets and the framework come on top.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WORLD_SIZES = (1, 2, 4, 8, 16, 64)
 def plan(config: RunConfig, *, mfu: float = 0.4, peak_tflops: float = 989.0, devices: int = 8) -> dict[str, Any]:
     """Parameters, FLOPs, memory, tokens, time and the invariance budget of a run.
 
-    mfu: model FLOPs utilization to assume, 0..1. peak_tflops: dense peak of one device (989: H100/H200 bf16).
+    mfu: model FLOPs utilisation to assume, 0..1. peak_tflops: dense peak of one device (989: H100/H200 bf16).
     """
     model, train = config.model, config.train
     parameters = model.num_parameters()

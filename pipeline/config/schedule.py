@@ -1,7 +1,7 @@
 """The learning rate of every step, and what it adds up to: the invariance budget.
 
-Pure functions of the configuration, so that `pldr plan` can compute the budget before a GPU is bought and a resumed
-run needs no scheduler state.
+Pure functions of the configuration, so that `pldr plan` can tell the budget before a GPU is bought and a resumed run
+needs no scheduler state.
 
 Invariance budget (docs/certificate.md; a hypothesis this project keeps testing): `Sigma = sum_t lr_t * weight_decay` over
 the metric learner's parameters. AdamW multiplies them by `1 - lr_t * weight_decay` at every step, so they shrink like
@@ -38,7 +38,7 @@ def invariance_budget(train: TrainConfig, step: int | None = None) -> float:
 
 
 def planned_budget(train: TrainConfig) -> float:
-    """Sigma of a run as planned: up to `freeze_g.at_step`, where there is one (the metric learner is then gone)."""
+    """Sigma of a run that goes as planned: up to `freeze_g.at_step`, where there is one (the metric learner is then gone)."""
     return invariance_budget(train, None if train.freeze_g is None else train.freeze_g.at_step)
 
 
