@@ -1,31 +1,90 @@
-"""Reading a configuration: the YAML, overrides, and errors that name the file, the key and the fix."""
+"""Reading a configuration: the YAML and what it extends, overrides, and errors that name the file, the key and the fix.
+
+extends: ../quickstart.yaml     # one file, relative to this one; it may extend another
+name: ablation-sdpa             # keys of this file win: mappings are merged, anything else is replaced
+model: {g_source: identity}
+"""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pipeline.config.run import RunConfig
+from pipeline.config.section import section_in
 from pipeline.errors import ConfigError
 from pipeline.io.urls import without_secrets
 from pldr_model.config import ModelConfig
 from pldr_model.model import load_g_file
 
+EXTENDS = "extends"
+Location = tuple[str | int, ...]  # a key's path: ("train", "steps")
+Origins = dict[Location, str]  # the file that each value comes from
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML, apply `key=value` overrides, check everything.
+    """Read a YAML and what it extends, apply `key=value` overrides, check everything.
 
-    Raises ConfigError: one line that names the file, the key and the mend.
+    Raises ConfigError: one line that names the file, the key and the fix.
     """
     path = Path(path)
+    origins: Origins = {}
+    tree = _read_chain(path, origins)
+    for override in overrides or []:
+        location = _apply_override(tree, override)
+        _forget(origins, location)
+        origins[location] = str(path)
+    return parse_config(tree, where=str(path), base=path.absolute().parent, origins=origins)
+
+
+def parse_config(
+    tree: dict[str, Any], *, where: str, base: Path | None = None, origins: Origins | None = None
+) -> RunConfig:
+    """Check a tree of plain values. `base`: what relative file names in it are relative to (the YAML's folder). `where`: what
+    an error names, unless `origins` knows the file that the key comes from."""
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, where, origins or {})) from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return _resolve(config, base) if base is not None else config
+
+
+def _read_chain(path: Path, origins: Origins) -> dict[str, Any]:
+    """The tree of a YAML, merged into those that it extends; notes in `origins` where each value comes from."""
+    chain: list[tuple[Path, dict[str, Any]]] = []  # the file, what it extends, what that extends, ...
+    following: Path | None = path
+    while following is not None:
+        file = following
+        if file.resolve() in [seen.resolve() for seen, _ in chain]:
+            names = " -> ".join(str(seen) for seen in [*(seen for seen, _ in chain), file])
+            raise ConfigError(f"{path}: {EXTENDS}: a cycle ({names}); remove one of them")
+        tree = _read(file, named_by=chain[-1][0] if chain else None)
+        parent = tree.pop(EXTENDS, None)
+        if not (parent is None or (isinstance(parent, str) and parent)):
+            raise ConfigError(f"{file}: {EXTENDS}: {parent!r} must be the name of one YAML, relative to this file")
+        chain.append((file, tree))
+        following = None if parent is None else file.parent / parent
+    merged: dict[str, Any] = {}
+    for file, tree in reversed(chain):
+        _make_absolute(tree, file.absolute().parent)
+        _merge(merged, tree, (), str(file), origins)
+    return merged
+
+
+def _read(path: Path, *, named_by: Path | None) -> dict[str, Any]:
+    """The tree in one file."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if named_by is not None:
+            raise ConfigError(f"{named_by}: {EXTENDS}: {path}: no such file; name it relative to this one") from None
         raise ConfigError(f"{path}: no such file; name a YAML such as configs/quickstart.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
@@ -33,20 +92,37 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections (name, run_dir, data, model, ...)")
-    for override in overrides or []:
-        _apply_override(tree, override)
-    return parse_config(tree, where=str(path), base=path.absolute().parent)
+    return tree
 
 
-def parse_config(tree: dict[str, Any], *, where: str, base: Path | None = None) -> RunConfig:
-    """Check a tree of plain values. `base`: what relative file names in it are relative to (the YAML's folder)."""
-    try:
-        config = RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    return _resolve(config, base) if base is not None else config
+def _make_absolute(tree: dict[str, Any], folder: Path) -> None:
+    """`train.deepspeed` is relative to the file that sets it."""
+    train = tree.get("train")
+    if isinstance(train, dict) and isinstance(train.get("deepspeed"), str):
+        train["deepspeed"] = str(folder / train["deepspeed"])
+
+
+def _merge(into: dict[str, Any], tree: dict[str, Any], at: Location, file: str, origins: Origins) -> None:
+    """Put a tree's values into another: mappings key by key, anything else as it is."""
+    for key, value in tree.items():
+        location = (*at, key)
+        if isinstance(value, dict):
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
+                _forget(origins, location)
+            if not value and not into[key]:
+                origins[location] = file
+            _merge(into[key], value, location, file, origins)
+        else:
+            into[key] = value
+            _forget(origins, location)
+            origins[location] = file
+
+
+def _forget(origins: Origins, location: Location) -> None:
+    """A value and what is below it come from elsewhere now."""
+    for known in [known for known in origins if known[: len(location)] == location]:
+        del origins[known]
 
 
 def _resolve(config: RunConfig, base: Path) -> RunConfig:
@@ -67,10 +143,13 @@ def _resolve(config: RunConfig, base: Path) -> RunConfig:
     return config.model_copy(update=updates)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> Location:
+    """Set one key of the tree; returns where."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write key=value, for example train.steps=100")
+    if key == EXTENDS:
+        raise ConfigError(f"override {override!r}: only a YAML can extend another; give that YAML instead")
     try:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
@@ -85,33 +164,48 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {part} is a value, not a section")
     node[last] = value
+    return (*parents, last)
 
 
-def known_keys(path: tuple[str | int, ...] = ()) -> list[str]:
+def known_keys(path: Location = ()) -> list[str]:
     """The keys of the section at `path`, for suggestions."""
     section: Any = RunConfig
     for part in path:
         if isinstance(part, int):  # an entry of a list
             continue
         field = getattr(section, "model_fields", {}).get(part)
-        section = None if field is None else _section_in(field.annotation)
+        section = None if field is None else section_in(field.annotation, ModelConfig)
     if section is ModelConfig:
         return list(ModelConfig.__dataclass_fields__)
     return list(getattr(section, "model_fields", {}))
 
 
-def _section_in(annotation: Any) -> Any:
-    """The section that an annotation such as `list[Source]` or `LanguageFilter | None` is about; else the annotation."""
-    for inner in get_args(annotation):
-        found = _section_in(inner)
-        if found is ModelConfig or (isinstance(found, type) and issubclass(found, BaseModel)):
-            return found
-    return annotation
+def _one_line(error: ValidationError, where: str, origins: Origins) -> str:
+    """All errors, each behind the file that it is about, which is named once for those that follow one another."""
+    text, named = "", ""
+    for found in error.errors():
+        file = _file_of(_location(found), origins) or where
+        text += ("; " if text else "") + (f"{file}: " if file != named else "") + _explain(found)
+        named = file
+    return text
+
+
+def _file_of(location: Location, origins: Origins) -> str | None:
+    """The file that a value comes from, or its section does; None where several files have a part in it."""
+    for end in range(len(location), 0, -1):
+        if location[:end] in origins:
+            return origins[location[:end]]
+    files = {file for known, file in origins.items() if known[: len(location)] == location}
+    return files.pop() if location and len(files) == 1 else None
+
+
+def _location(error: Any) -> Location:
+    return tuple(part for part in error["loc"] if part != "ModelConfig")
 
 
 def _explain(error: Any) -> str:
     """One pydantic error in words: the key, what is wrong, the nearest known key."""
-    location = tuple(part for part in error["loc"] if part not in get_args(Literal["ModelConfig"]))
+    location = _location(error)
     key = ".".join(str(part) for part in location)
     kind = error["type"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):

@@ -9,7 +9,7 @@ from pipeline.io.storage import sha256_json
 
 
 class RunPaths:
-    """Where a run keeps what (architecture.md, contracts). All under `run_dir`."""
+    """Where a run keeps what. All under `run_dir`."""
 
     def __init__(self, run_dir: str | Path) -> None:
         self.root = Path(run_dir).expanduser().absolute()
@@ -28,7 +28,7 @@ class RunPaths:
 
     @staticmethod
     def ranks_of(job_file: Path) -> Path:
-        """Where the ranks of a job leave their signs of life: beside its file, in logs/."""
+        """Where the ranks of a job write their heartbeats: beside its file, in logs/."""
         return job_file.parent / "ranks"
 
 

@@ -1,52 +1,58 @@
 """The part of the configuration that decides what is measured after training, and when it may be called certified.
 
-Decision: a threshold can be made stricter, and looser only as far as passing it still means something. A certificate's reader
-holds the thresholds that it finds against the same bounds.
+Decision: a threshold can be made stricter, and looser only as far as passing it still means something. A reader of
+a certificate checks its thresholds against the same bounds.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from pipeline.config.section import Section
+from pipeline.config.section import Kind, Section, kinds
 
 WeightFormat = Literal["fp32", "bf16", "int8"]
+
+measuring = Kind("may change", ("extract", "validate"), result=True, certificate="settings")
+held_out = replace(measuring, stages=("extract", "validate", "bundle"), result=("extract", "validate"))
+amount = Kind("may change", ("validate",), result=True, certificate="settings", looser="below")
+at_most = Kind("may change", ("validate",), result=True, certificate="thresholds", looser="above")
+at_least = replace(at_most, looser="below")
+beside = Kind("may change", ("validate",), result=True)  # shown with the certificate, not part of it
+work = replace(beside, result=False)  # how validation is done; and a sample that nothing is judged by
+packaging = Kind("may change", ("bundle",), result=True)
 
 
 class PostConfig(Section):
     """Consolidate, extract, validate, bundle. Why each threshold is where it is: docs/certificate.md."""
 
-    g_from: Literal["mean", "first"] = "mean"  # over many held-out prompts, or the first one (the paper's way)
-    prompts: int = Field(128, ge=2)  # held-out prompts; each is also cut to several lengths
-    min_prompts: int = Field(100, ge=2)  # with fewer nothing is certified; lower it knowingly, the certificate says so
-    fp64_prompts: int = Field(16, ge=2)  # of every kind, in the fp64 pass that tells variation from round-off
-    generate_tokens: int = Field(256, ge=1)  # of each generated text, as far as the context has room (the papers' 256)
-    generate_prompts: int = Field(16, ge=1)  # of greedy agreement and of the papers' order parameter (they take 100)
-    ranks: int | None = Field(
-        None, ge=1
-    )  # processes that validate together on this node; null: one per GPU, 1 on a CPU
-    # Tiers of the relative deviation of G: above each of these it is variant, approximate, invariant; else round-off. What
-    # a tier is called can be made stricter, not looser; nor can a threshold be so loose that passing it means nothing.
-    variant_above: float = Field(1e-2, gt=0, le=1e-2)  # variant trained models: 5e-2 and more; untrained: 0.1 and more
-    approximate_above: float = Field(
-        1e-5, gt=0, le=1e-5
-    )  # a near-critical published model has 2e-2..1e-5, with answers that differ
-    invariant_above: float = Field(
-        1e-6, gt=0, le=1e-6
-    )  # ten times fp32's epsilon: a pass's sums cannot be told from it
-    max_relative_deviation_g: float = Field(1e-5, gt=0, le=1e-2)  # tier "invariant"; at most variant_above
-    min_attention_effect: float = Field(0.05, gt=0)  # nats lost by G=0 and by G=identity; dead attention: 0
-    max_leak_effect: float = Field(1e-4, gt=0, le=0.1)  # RMS move of earlier logits by a changed suffix, / their spread
-    max_leak_gap: float = Field(1e-3, gt=0, le=0.1)  # nats, |block loss - loss with a G that has not seen the targets|
-    max_kl: float = Field(1e-4, gt=0, le=0.1)  # nats per token, cached against full recomputation
-    min_top1_agreement: float = Field(0.999, ge=0.9, le=1)
-    weight_format: WeightFormat = "fp32"  # of the bundle's matrices; bf16 and int8: docs/bundle.md
-    max_format_loss: float = Field(0.01, ge=0)  # nats, |held-out loss of bf16 or int8 weights - of fp32|
-    twin: str | None = None  # run_dir of the SDPA twin (model.g_source=identity): the report shows its loss beside
-    register_as: str | None = Field("pldr", pattern=r"^[^/:]+$")  # MLflow registered model; null: none
-    sample_prompt: str = "The "
+    g_from: Literal["mean", "first"] = measuring("mean")  # over many held-out prompts, or only the first (the paper)
+    prompts: int = held_out(128, ge=2)  # held-out prompts; each is also cut to several lengths
+    min_prompts: int = at_least(100, ge=2)  # with fewer nothing is certified; a lower value is noted in the certificate
+    fp64_prompts: int = amount(16, ge=2)  # of every kind, in the fp64 pass that separates variation from round-off
+    generate_tokens: int = amount(256, ge=1)  # of each generated text, as far as it fits the context (the papers' 256)
+    generate_prompts: int = amount(16, ge=1)  # of greedy agreement and the papers' order parameter (they take 100)
+    ranks: int | None = work(None, ge=1)  # processes that validate together on this node; null: one per GPU, 1 on a CPU
+    # Tiers of the relative deviation of G: above each of these it is variant, approximate, invariant; else round-off.
+    # They can be made stricter, not looser; and no threshold can be so loose that passing it means nothing.
+    variant_above: float = at_most(1e-2, gt=0, le=1e-2)  # variant trained models have >= 5e-2, untrained ones >= 0.1
+    # A near-critical published model has 2e-2..1e-5, with answers that differ.
+    approximate_above: float = at_most(1e-5, gt=0, le=1e-5)
+    # Ten times fp32's epsilon: below it, G cannot be told from the rounding of the sums of one pass.
+    invariant_above: float = at_most(1e-6, gt=0, le=1e-6)
+    max_relative_deviation_g: float = at_most(1e-5, gt=0, le=1e-2)  # tier "invariant"; at most variant_above
+    min_attention_effect: float = at_least(0.05, gt=0)  # nats lost by G=0 and by G=identity; dead attention: 0
+    max_leak_gap: float = at_most(1e-3, gt=0, le=0.1)  # nats, |block loss - loss with a G blind to the targets|
+    max_leak_effect: float = at_most(1e-4, gt=0, le=0.1)  # RMS move of earlier logits by a new suffix / their spread
+    max_kl: float = at_most(1e-4, gt=0, le=0.1)  # nats per token, cached against full recomputation
+    min_top1_agreement: float = at_least(0.999, ge=0.9, le=1)
+    weight_format: WeightFormat = packaging("fp32")  # of the bundle's matrices; bf16 and int8: docs/bundle.md
+    max_format_loss: float = packaging(0.01, ge=0)  # nats, |held-out loss of bf16 or int8 weights - of fp32|
+    twin: str | None = beside(None)  # run_dir of the SDPA twin (model.g_source=identity): the page shows its loss
+    register_as: str | None = packaging("pldr", pattern=r"^[^/:]+$")  # MLflow registered model; null: none
+    sample_prompt: str = work("The ")
 
     @model_validator(mode="after")
     def _can_certify(self) -> PostConfig:
@@ -62,3 +68,14 @@ class PostConfig(Section):
                 f"prompts {self.prompts} is below min_prompts {self.min_prompts}, so nothing could be certified; raise prompts"
             )
         return self
+
+
+def recorded(
+    part: Literal["thresholds", "settings"], *, looser: Literal["above", "below"] | None = None
+) -> tuple[str, ...]:
+    """The keys that a certificate records in this part; `looser`: of these, where values above or below ask less of a model.
+
+    In the order of the fields: a certificate's statement names looser thresholds in it, and readers compare statements.
+    """
+    found = {key: kind for key, kind in kinds(PostConfig).items() if kind is not None and kind.certificate == part}
+    return tuple(key for key, kind in found.items() if looser is None or kind.looser == looser)

@@ -1,8 +1,8 @@
-"""RunConfig: the typed tree behind a YAML. One YAML is one whole run.
+"""RunConfig: the typed tree behind a YAML. One YAML, with the one it extends, is one complete run.
 
 Every key is checked before anything starts: an unknown key is an error that names the nearest known one, a bad value is
 an error that names the key. `key=value` overrides use dots (`train.steps=100`) and YAML values (`model.num_heads=8`,
-`tokenizer.model=null`). Pydantic stands here, at the border; inside the stages these objects are only read.
+`tokenizer.model=null`). Pydantic is used here, at the border; inside the stages these objects are only read.
 
 Decision: defaults are the paper's recipe where it has one, so that a short YAML is a paper run.
 """
@@ -10,13 +10,14 @@ Decision: defaults are the paper's recipe where it has one, so that a short YAML
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, field_validator, model_validator
 
 from pipeline.config.data import DataConfig, TokenizerConfig, TokensConfig
 from pipeline.config.post import PostConfig
-from pipeline.config.section import Section
+from pipeline.config.section import Kind, Section
 from pipeline.config.train import TrainConfig
 from pipeline.errors import UserError
 from pipeline.io.urls import check_url, without_secrets
@@ -25,19 +26,29 @@ from pldr_model.config import ModelConfig
 # A stdlib dataclass as a pydantic field: unknown keys in `model:` must be errors like everywhere else.
 ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
 
+about_the_run = Kind("may change", (), result=False)  # what it is called and where it is
+randomness = Kind("fixed", ("train", "validate"), result=("train",))
+weights = Kind("needs force", ("train", "validate"), result=True)
+registry = Kind("may change", ("bundle",), result=True)  # training logs there too, which changes nothing of it
+# pldr_model knows no pydantic, so the kinds of its keys stand here: a key is one of `weights`, unless it is named.
+MODEL_KEYS = {
+    "vocab_size": replace(weights, stages=("tokenizer", *weights.stages)),
+    "context_length": replace(weights, stages=("tokenize", *weights.stages)),
+}
+
 
 class TrackingConfig(Section):
     """MLflow. `uri: null` is SQLite inside the run directory; any server by URI."""
 
-    uri: str | None = None
-    experiment: str = "pldr"
-    parent_run: str | None = None  # MLflow id of the run that a new one is a child of; `pldr sweep` sets it
+    uri: str | None = registry(None)
+    experiment: str = registry("pldr")
+    parent_run: str | None = registry(None)  # MLflow id of the run that a new one is a child of; `pldr sweep` sets it
 
     @field_validator("uri")
     @classmethod
     def _no_file_store(cls, uri: str | None) -> str | None:
         if uri is not None and ("://" not in uri or uri.startswith("file:")):
-            raise ValueError(f"{uri!r} is no MLflow URI: use sqlite:///PATH or http(s)://HOST:PORT")
+            raise ValueError(f"{uri!r} is not an MLflow URI: use sqlite:///PATH or http(s)://HOST:PORT")
         try:
             return uri if uri is None else check_url(uri)
         except UserError as error:
@@ -47,19 +58,19 @@ class TrackingConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run: data, tokenizer, model, training, post-training, tracking.
+    """A complete run: data, tokenizer, model, training, post-training, tracking.
 
-    File names are relative to the working directory, as on the command line; `train.deepspeed`, which goes with the
-    YAML, is relative to the YAML.
+    File names are relative to the working directory, as on the command line; `extends` (pipeline/config/load.py) and
+    `train.deepspeed`, which belong to a YAML, are relative to the YAML that has them.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    run_dir: str = Field(min_length=1)  # everything the run writes; relative to the working directory
-    seed: int = Field(1, ge=0, lt=2**63)
+    name: str = about_the_run(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: str = about_the_run(min_length=1)  # everything the run writes; relative to the working directory
+    seed: int = randomness(1, ge=0, lt=2**63)
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     tokens: TokensConfig = TokensConfig()
-    model: ModelConfig
+    model: ModelConfig = weights()
     train: TrainConfig = TrainConfig()
     post: PostConfig = PostConfig()
     tracking: TrackingConfig = TrackingConfig()

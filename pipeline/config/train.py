@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from pipeline.config.section import Section
+from pipeline.config.section import Kind, Section
 from pipeline.io.urls import check_url, is_http
 from pldr_model.model import ActivationCheckpointing
+
+recipe = Kind("fixed", ("train",), result=True)  # what the trained weights come from: another value is another run
+arithmetic = Kind("may change", ("train",), result=True)  # another rounding of the same run
+work = Kind("may change", ("train",), result=False)  # how the training is spread, watched and saved
 
 
 class FreezeConfig(Section):
     """When G_LM is frozen to its mean and the metric learner dropped (pipeline/train/freeze.py). At least one of the two."""
 
-    below: float | None = Field(
-        None, gt=0
-    )  # order parameter of G (RMS, relative), for `evaluations` validations in a row
-    evaluations: int = Field(3, ge=1)
-    at_step: int | None = Field(None, ge=1)
-    become: Literal["constant", "parameter"] = "constant"  # a fixed tensor, or one that trains on from there
-    sequences: int = Field(128, ge=1)  # training sequences that the mean is over, rounded up to whole global batches
+    below: float | None = recipe(None, gt=0)  # relative RMS order parameter of G, in `evaluations` validations in a row
+    evaluations: int = recipe(3, ge=1)
+    at_step: int | None = recipe(None, ge=1)
+    become: Literal["constant", "parameter"] = recipe("constant")  # a fixed tensor, or one that trains on from there
+    sequences: int = recipe(128, ge=1)  # training sequences that the mean is over, rounded up to whole global batches
 
     @model_validator(mode="after")
     def _check(self) -> FreezeConfig:
@@ -32,49 +34,45 @@ class FreezeConfig(Section):
 class TrainConfig(Section):
     """Pretraining (stage `train`). Sizes count sequences of `model.context_length` tokens."""
 
-    steps: int = Field(250_000, ge=1)
-    global_batch: int = Field(32, ge=1)
-    micro_batch: int = Field(4, ge=1)  # per rank and forward pass
-    ranks: int | None = Field(None, ge=1)  # processes on this node; null: every GPU, or 2 on a CPU
-    max_lr: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(2000, ge=0)
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-5, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    metric_weight_decay: float | None = Field(None, ge=0)  # of the metric learner's residual units; null: the same
-    clip_by: Literal["value", "norm"] = "value"
-    clip: float = Field(1.0, gt=0)
-    precision: Literal["fp32", "bf16"] = "bf16"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    deepspeed: str | None = None  # JSON with DeepSpeed's own keys; {stage} in the name is zero_stage
-    compile: bool = False  # torch.compile of each decoder layer; on a CPU this needs a C++ compiler
-    activation_checkpointing: ActivationCheckpointing = "none"  # what the backward pass computes again
-    offload: Literal["none", "optimizer", "parameters"] = (
-        "none"  # kept in CPU memory; parameters (stage 3): with the optimizer
-    )
-    log_every: int = Field(10, ge=1)
-    validate_every: int = Field(1000, ge=1)
-    val_sequences: int = Field(64, ge=1)
-    checkpoint_every: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(2, ge=2)  # the last ones stay
-    keep_every: int | None = Field(None, ge=1)  # checkpoints at multiples of this step stay for ever; null: none
-    keep_best: bool = True  # the best by val/loss_cached stays; only a checkpoint that was validated at its step counts
-    staging: str | None = None  # a folder on each node's own disk that checkpoints are written to first; null: run_dir
-    publish_to: str | None = None  # URL for checkpoints of any fsspec kind (s3://…, a path); null: MLflow artifacts
-    publish_wait_s: float = Field(600.0, ge=0)  # how long the end of training waits for the last upload
-    timeout_s: float = Field(
-        60.0, gt=0
-    )  # a rank that another waits for longer, or whose data take longer, fails the job
-    max_skipped_steps: int = Field(10, ge=1)  # in a row, whose loss or gradients are not finite: the run stops
-    on_spike: Literal["warn", "rollback", "stop"] = "warn"  # what a loss spike does (pipeline/train/spikes.py)
-    spike_window: int = Field(200, ge=20)  # losses that its bound comes from, median + spike_threshold * 1.4826 MAD
-    spike_threshold: float = Field(8.0, gt=0)
-    freeze_g: FreezeConfig | None = None  # null: the metric learner trains to the end
-    max_restarts: int = Field(0, ge=0)  # after a crash, from the last commit; not after a stop or a user's mistake
-    profile_steps: tuple[int, int] | None = None  # [first, last]: traced on every rank (pipeline/train/profiling.py)
-    memory_history: bool = False  # on a GPU: which code asked for each block, in the snapshot of a rank out of memory
-    peak_tflops: float | None = Field(None, gt=0)  # of one device, for MFU; null: the data sheet of a known GPU
+    steps: int = recipe(250_000, ge=1)
+    global_batch: int = recipe(32, ge=1)
+    micro_batch: int = work(4, ge=1)  # per rank and forward pass
+    ranks: int | None = work(None, ge=1)  # processes on this node; null: every GPU, or 2 on a CPU
+    max_lr: float = recipe(1e-3, gt=0)
+    warmup_steps: int = recipe(2000, ge=0)
+    min_lr_ratio: float = recipe(0.1, ge=0, le=1)
+    betas: tuple[float, float] = recipe((0.9, 0.95))
+    eps: float = recipe(1e-5, gt=0)
+    weight_decay: float = recipe(0.1, ge=0)
+    metric_weight_decay: float | None = recipe(None, ge=0)  # of the metric learner's residual units; null: the same
+    clip_by: Literal["value", "norm"] = recipe("value")
+    clip: float = recipe(1.0, gt=0)
+    precision: Literal["fp32", "bf16"] = arithmetic("bf16")
+    zero_stage: Literal[0, 1, 2, 3] = work(1)
+    deepspeed: str | None = work(None)  # JSON with DeepSpeed's own keys; {stage} in the name is zero_stage
+    compile: bool = work(False)  # torch.compile of each decoder layer; on a CPU this needs a C++ compiler
+    activation_checkpointing: ActivationCheckpointing = work("none")  # what the backward pass computes again
+    offload: Literal["none", "optimizer", "parameters"] = work("none")  # in CPU memory; parameters (stage 3): both
+    log_every: int = work(10, ge=1)
+    validate_every: int = work(1000, ge=1)
+    val_sequences: int = work(64, ge=1)
+    checkpoint_every: int = work(1000, ge=1)
+    keep_checkpoints: int = work(2, ge=2)  # the last ones stay
+    keep_every: int | None = work(None, ge=1)  # checkpoints at multiples of this step are kept forever; null: none
+    keep_best: bool = work(True)  # the best by val/loss_cached stays; of the checkpoints validated at their step
+    staging: str | None = work(None)  # folder on a node's own disk where checkpoints are written first; null: run_dir
+    publish_to: str | None = work(None)  # fsspec URL for checkpoints (s3://…, a path); null: MLflow artifacts
+    publish_wait_s: float = work(600.0, ge=0)  # how long the end of training waits for the last upload
+    timeout_s: float = work(60.0, gt=0)  # a rank that others wait for longer, or whose data take longer, fails the job
+    max_skipped_steps: int = work(10, ge=1)  # this many in a row with a loss or gradients not finite stop the run
+    on_spike: Literal["warn", "rollback", "stop"] = work("warn")  # what a loss spike does (pipeline/train/spikes.py)
+    spike_window: int = work(200, ge=20)  # losses that its bound comes from, median + spike_threshold * 1.4826 MAD
+    spike_threshold: float = work(8.0, gt=0)
+    freeze_g: FreezeConfig | None = recipe(None)  # null: the metric learner trains to the end
+    max_restarts: int = work(0, ge=0)  # after a crash, from the last commit; not after a stop or a user error
+    profile_steps: tuple[int, int] | None = work(None)  # [first, last]: traced on each rank (profiling.py)
+    memory_history: bool = work(False)  # GPU: record which code allocated each block, for a rank that is out of memory
+    peak_tflops: float | None = work(None, gt=0)  # of one device, for MFU; null: the data sheet of a known GPU
 
     @field_validator("publish_to")
     @classmethod

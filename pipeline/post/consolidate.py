@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.bundle.format import parse_model, state_shapes
 from pipeline.checkpoint.deepspeed_files import ZeroState
 from pipeline.checkpoint.format import checkpoint_name, model_of, verify
+from pipeline.config.keys import trained_by
 from pipeline.errors import UserError
 from pipeline.io.storage import (
     MANIFEST,
@@ -31,12 +32,7 @@ from pipeline.io.tensors import serialise
 from pipeline.post.weights import CONFIG, SCHEMA_VERSION, WEIGHTS
 from pldr_model.config import ModelConfig
 
-# Of `train` and of `model`: what the weights' values come from, beside data and sizes. Not how the work was spread.
-RECIPE = (
-    *("steps", "global_batch", "max_lr", "warmup_steps", "min_lr_ratio", "betas", "eps", "weight_decay"),
-    *("metric_weight_decay", "clip_by", "clip", "precision", "freeze_g"),
-)
-START = ("g_source", "g_start")
+START = ("g_source", "g_start")  # keys of `model` that the weights' first values come from, beside sizes
 
 
 def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
@@ -87,7 +83,9 @@ def recipe_of(config: dict[str, Any]) -> dict[str, Any]:
     train, model = config.get("train") or {}, config.get("model") or {}
     return {
         "seed": config.get("seed"),
-        "recipe": {key: of[key] for of, keys in ((train, RECIPE), (model, START)) for key in keys if key in of},
+        "recipe": {
+            key: of[key] for of, keys in ((train, trained_by("train")), (model, START)) for key in keys if key in of
+        },
     }
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.format import STATE, adopt, clean, committed, model_of, set_aside, step_of, verify
+from pipeline.config.keys import is_of_training
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig, flatten
 from pipeline.errors import ConfigError, UserError, first_line
@@ -39,7 +40,6 @@ Check = Callable[[Path, State], None]  # raises ConfigError when a checkpoint is
 SCHEMA_VERSION = 1
 ORIGIN = "continued_from.json"  # in the run directory: the checkpoint of another run that this one began with
 AUTO = "auto"
-RECORDED = ("seed", "data.", "tokens.", "tokenizer.", "model.", "train.")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def changes(start: Start, config: RunConfig, ranks: int) -> dict[str, str]:
     today = json.loads(storage.canonical_json(config.as_dict()))  # keys in the order of state.json, also inside lists
     before = {**flatten(start.state["config"]), "train.ranks": str(start.state["world_size"])}
     now = {**flatten(today), "train.ranks": str(ranks)}
-    keys = [key for key in {**before, **now} if key.startswith(RECORDED) and before.get(key) != now.get(key)]
+    keys = [key for key in {**before, **now} if is_of_training(key) and before.get(key) != now.get(key)]
     return {key: f"{before.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in keys}
 
 

@@ -17,7 +17,7 @@ from pipeline.config.section import Section
 from pipeline.errors import ConfigError
 from pipeline.tracking.client import tracking_uri
 
-RESERVED = ("name", "run_dir", "tracking.uri", "tracking.parent_run")  # the sweep's own to set
+RESERVED = ("name", "run_dir", "tracking.uri", "tracking.parent_run")  # set by the sweep
 MAX_CHILDREN = 1000
 Scalar = str | int | float | bool | None
 COLUMNS = (
@@ -37,7 +37,7 @@ COLUMNS = (
 
 
 class PlotConfig(Section):
-    """What stands against what. Names are columns of the table."""
+    """The axes. Names are columns of the table."""
 
     x: str = "budget"
     y: str = "relative_deviation_g"
@@ -82,7 +82,7 @@ def read(path: Path, overrides: list[str]) -> tuple[SweepConfig, RunConfig, list
     given = [*settings.set, *(override.partition("=")[0] for override in overrides)]
     for key in [*given, *settings.grid]:
         if key in RESERVED:
-            raise ConfigError(f"{path}: {key} is the sweep's own to set; remove it")
+            raise ConfigError(f"{path}: {key} is set by the sweep; remove it")
     for key in settings.grid:
         if any(other == key or other.startswith(f"{key}.") for other in given):
             raise ConfigError(f"{path}: {key} is varied by the grid; remove it from `set` or the command line")
@@ -96,14 +96,14 @@ def read(path: Path, overrides: list[str]) -> tuple[SweepConfig, RunConfig, list
         values = dict(zip(keys, combination, strict=True))
         name = child_name(values)
         own = [_override(k, v) for k, v in values.items()]
-        places = {"run_dir": str(root / "children" / name), "tracking.uri": tracking_uri(parent)}
-        own += [_override(k, v) for k, v in {**places, "name": f"{settings.name}.{name}"}.items()]
+        own_paths = {"run_dir": str(root / "children" / name), "tracking.uri": tracking_uri(parent)}
+        own += [_override(k, v) for k, v in {**own_paths, "name": f"{settings.name}.{name}"}.items()]
         config = load_config(base, [*common, *own])
         children.append(Child(name, {key: _value_of(config, key) for key in keys}, config))
     names = [child.name for child in children]
     if len(set(names)) < len(names):
         raise ConfigError(
-            f"{path}: grid: two children would be called {max(names, key=names.count)!r}; a value is twice"
+            f"{path}: grid: two children would be called {max(names, key=names.count)!r}; remove the value that stands twice"
         )
     return settings, parent, children
 
@@ -125,12 +125,12 @@ def _read(path: Path) -> SweepConfig:
     columns = (*settings.grid, *COLUMNS)
     for axis in (settings.plot.x, settings.plot.y):
         if axis not in columns:
-            raise ConfigError(f"{path}: plot: {axis!r} is no column; there are: {', '.join(columns)}")
+            raise ConfigError(f"{path}: plot: {axis!r} is not a column; there are: {', '.join(columns)}")
     return settings
 
 
 def _value_of(config: RunConfig, key: str) -> Scalar:
-    """What a key was read as: YAML 1.1 reads 1e-3 as text, and the configuration as a number."""
+    """A key's checked value: YAML 1.1 reads 1e-3 as text, the configuration as a number."""
     found: Any = config.as_dict()
     for part in key.split("."):
         found = found[part]

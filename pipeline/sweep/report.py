@@ -37,7 +37,7 @@ def write_sweep_report(facts: Result, rows: list[Row], folder: Path) -> Result:
 
 
 def table_lines(grid: list[str], rows: list[Row]) -> list[str]:
-    """The table for a terminal: what was varied, and the numbers most looked for."""
+    """The table for a terminal: what was varied, and the numbers most asked for."""
     keys = [*grid, *(key for key in MOST_WANTED if key not in grid)]
     cells = [[key.rpartition(".")[2] for key in keys], *([cell(row.get(key)) for key in keys] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
@@ -45,16 +45,16 @@ def table_lines(grid: list[str], rows: list[Row]) -> list[str]:
 
 
 def scatter(rows: list[Row], *, x: str, y: str, log_x: bool, log_y: bool) -> Result | None:
-    """Points, axes and labels; None where no row has both numbers. What has no place on the axes (not a number, or not
+    """Points, axes and labels; None where no row has both numbers. What does not fit the axes (not a number, or not
     positive on a logarithmic one), and every child that failed, is left out and counted."""
     scales = [math.log10 if log else float for log in (log_x, log_y)]
 
-    def place(row: Row, key: str, log: bool) -> bool:
+    def fits(row: Row, key: str, log: bool) -> bool:
         value = row.get(key)
         return isinstance(value, int | float) and math.isfinite(value) and (value > 0 or not log)
 
-    whole = [row for row in rows if row["status"] != "failed"]
-    shown = [row for row in whole if place(row, x, log_x) and place(row, y, log_y)]
+    finished = [row for row in rows if row["status"] != "failed"]
+    shown = [row for row in finished if fits(row, x, log_x) and fits(row, y, log_y)]
     if not shown:
         return None
     spans = []

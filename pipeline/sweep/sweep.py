@@ -9,9 +9,9 @@
     plot: {x: budget, y: relative_deviation_g, log_x: false, log_y: true}
 
 Decisions. A child is an ordinary run in a directory of its own, so a sweep that is started again skips what is complete and
-goes on inside a training that was killed, by the same rules as `pldr run`. A certificate that fails is a result of the sweep
-and not its failure. Children whose data are configured alike get the first one's, by hard links, so that they train on the
-same tokens in the same order. The table is written anew after each child.
+resumes a training that was killed, by the same rules as `pldr run`. A certificate that fails is a result of the sweep and not
+its failure. Children whose settings decide the same tokens (pipeline/config/keys.py) get the first one's, by hard links, so
+that they train on the same tokens in the same order. The table is written again after each child.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.keys import of_stage
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig, flatten
 from pipeline.errors import Stopped, UserError, first_line
@@ -39,7 +40,6 @@ from pipeline.tracking.query import read_run
 from pipeline.tracking.run_record import create, new_record, remember, remembered
 
 DATA_STAGES = ("shard", "tokenizer", "tokenize")
-SAME_DATA = ("data", "tokenizer", "tokens")  # sections that decide the tokens, with two keys of the model
 Result = dict[str, Any]
 MakeLaunch = Callable[[RunConfig], Launch]
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Sweep:
                 for number, child in enumerate(self.children, start=1):
                     say(f"child       {number} of {len(self.children)}: {child.name}")
                     rows.append(self._child(child, parent, launch=launch, say=say, ranks=ranks))
-                    report = self._tell(parent, rows)
+                    report = self._write_report(parent, rows)
                 failed = [row["child"] for row in rows if row["status"] == "failed"]
                 status = "FAILED" if failed else "FINISHED"
             finally:
@@ -74,7 +74,7 @@ class Sweep:
         if failed:
             first = next(row for row in rows if row["status"] == "failed")
             raise UserError(
-                f"{len(failed)} of {len(rows)} children failed, {first['child']} with: {first['error']}; mend that and start "
+                f"{len(failed)} of {len(rows)} children failed, {first['child']} with: {first['error']}; fix that and start "
                 "again: what is complete is skipped",
                 details={"table": report["table"], "failed": failed},
             )
@@ -109,8 +109,8 @@ class Sweep:
                 row |= {"status": "failed", "error": first_line(error)}
         return row | measured(config, done)
 
-    def _tell(self, parent: str, rows: list[Result]) -> Result:
-        """Write the table and the page, here and in MLflow. On a full disk there are no files: a later start writes them."""
+    def _write_report(self, parent: str, rows: list[Result]) -> Result:
+        """Write the table and the page, here and in MLflow. On a full disk there are none: a later start writes them."""
         try:
             report = write_sweep_report(self._facts(parent), rows, self._folder())
         except OSError as error:
@@ -126,7 +126,7 @@ class Sweep:
             RunPaths(config.run_dir),
             RunPaths(self.children[0].config.run_dir),
         )
-        if paths.root == theirs.root or _data_of(config) != _data_of(first) or (paths.stages / "shard.json").exists():
+        if paths.root == theirs.root or data_of(config) != data_of(first) or (paths.stages / "shard.json").exists():
             return
         if not (theirs.stages / f"{DATA_STAGES[-1]}.json").exists():
             return
@@ -211,10 +211,9 @@ def measured(config: RunConfig, done: Sequence[str]) -> Result:
     return row
 
 
-def _data_of(config: RunConfig) -> Result:
+def data_of(config: RunConfig) -> Result:
     """Everything that decides documents, tokenizer and tokens."""
-    tree = config.as_dict()
-    return {**{k: tree[k] for k in SAME_DATA}, **{k: tree["model"][k] for k in ("vocab_size", "context_length")}}
+    return {stage: of_stage(config, stage) for stage in DATA_STAGES}
 
 
 def _link(source: str, target: str) -> None:

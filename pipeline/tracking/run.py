@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.format import committed
+from pipeline.config.keys import on_resume
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError, first_line
@@ -36,25 +37,14 @@ from pipeline.tracking.run_record import (
 
 log = logging.getLogger(__name__)
 
-# Settings that may change on resume without making it another run. Everything else must be equal.
-MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.workers", "train.ranks", "train.log_every",
-              "train.validate_every", "train.checkpoint_every", "train.keep_", "train.publish_", "train.staging",
-              "train.timeout_s", "train.max_restarts", "train.max_skipped_steps", "train.on_spike", "train.spike_",
-              "train.deepspeed", "train.compile", "train.activation_", "train.offload", "train.peak_tflops",
-              "train.val_sequences", "train.zero_stage",
-              "train.micro_batch", "train.precision", "train.profile_steps", "train.memory_history",
-              "data.on_bad_shard", "data.cache_gigabytes", "data.executor", "data.slurm.", "data.ray_address")  # fmt: skip
-# What a caller may force besides.
-FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
-
 
 def open_run(config: RunConfig, *, run_id: str | None = None, force: bool = False) -> str:
     """The id of the run to log to: `run_id` when given, the run directory's own, or a new one. Nothing of a run that exists is
     changed: `begin` does that.
 
     With the server away a run that the directory knows goes on, and a new one gets a local id until the server is back. Raises
-    ConfigError when that run was made by another configuration (naming the first differing key; FORCIBLE ones pass with
-    `force`) or at another server, UserError when MLflow refuses or would have to be asked.
+    ConfigError when that run was made by another configuration (naming the first differing key; one that `needs force`
+    passes with `force`) or at another server, UserError when MLflow refuses or would have to be asked.
     """
     uri = tracking_uri(config)
     record = remembered(config)
@@ -140,13 +130,14 @@ def _check_same(mlflow: Any, run_id: str, config: RunConfig, force: bool) -> dic
 
 def _compare(params: dict[str, str], run_id: str, config: RunConfig, force: bool) -> None:
     for key, value in config.flat().items():
-        if not key.startswith(MAY_CHANGE) and key in params and params[key] != value[:6000]:
-            if force and key.startswith(FORCIBLE):
+        rule = on_resume(key)
+        if rule != "may change" and key in params and params[key] != value[:6000]:
+            if force and rule == "needs force":
                 log.warning("forced: MLflow run %s was made with %s=%s, now %s", run_id, key, params[key], value)
                 continue
             raise ConfigError(
                 f"MLflow run {run_id} was made with {key}={params[key]}, this configuration has {value}; "
-                "use another run_dir for another run" + (", or --force" if key.startswith(FORCIBLE) else "")
+                "use another run_dir for another run" + (", or --force" if rule == "needs force" else "")
             )
 
 

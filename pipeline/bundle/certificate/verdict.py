@@ -14,22 +14,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.bundle.certificate.checks import make_checks, rounded, tier_of
-from pipeline.config.post import PostConfig
+from pipeline.config.post import PostConfig, recorded
 
 FULL_PROMPTS = 100  # with fewer held-out prompts than these the statement says so
-LOOSER_ABOVE = (
-    "variant_above",
-    "approximate_above",
-    "invariant_above",
-    "max_relative_deviation_g",
-    "max_leak_gap",
-    "max_leak_effect",
-    "max_kl",
-)
-LOOSER_BELOW = ("min_prompts", "min_attention_effect", "min_top1_agreement")
+# Keys of `post`, by what a certificate records of them and by which values ask less of a model (pipeline/config/post.py).
+LOOSER_ABOVE = recorded("thresholds", looser="above")
+LOOSER_BELOW = recorded("thresholds", looser="below")
 THRESHOLDS = (*LOOSER_ABOVE, *LOOSER_BELOW)
-LESS_BELOW = ("fp64_prompts", "generate_tokens", "generate_prompts")  # settings: with smaller ones less was tried
-SETTINGS = ("prompts", "g_from", *LESS_BELOW)
+LESS_BELOW = recorded("settings", looser="below")  # with smaller ones less was tried
+SETTINGS = recorded("settings")
 # Measured where everything was finite, and only there.
 MEASURED = ("losses", "prefix", "agreement", "leak", "greedy", "fp64", "cached_rank")
 COMPARED = ("value", "threshold", "bound", "skipped", "passed")  # of a check; a mend is advice

@@ -48,7 +48,6 @@ if TYPE_CHECKING:  # workers import this module; torch is behind the configurati
     from pipeline.config.paths import RunPaths
     from pipeline.config.run import RunConfig
 
-NOT_IN_RESULT = ("workers", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
 TASK_BYTES = 256_000_000  # of text, about: what one task gets unless data.tasks is set
 REMOVED = re.compile(r"\d{6}\.jsonl\.zst")
 SPOOL = 0.5  # bytes of spool per byte of text, about
@@ -91,11 +90,13 @@ def shard_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = False
 
 def stage_inputs(config: RunConfig) -> dict[str, Any]:
     """Everything that decides the stage's result: its settings, and which files there are, with size and times."""
+    from pipeline.config.keys import of_stage
+
     data = config.data
     decontamination = data.clean.decontaminate
     return {
         "schema_version": SCHEMA_VERSION,
-        "config": {key: value for key, value in data.model_dump(mode="json").items() if key not in NOT_IN_RESULT},
+        "config": of_stage(config, "shard"),
         "sources": [asdict(file) for file in find_files(data.sources)[0]],
         "evaluation": [asdict(f) for f in decontaminate.evaluation_files(decontamination.files)]
         if decontamination

@@ -59,6 +59,18 @@ def test_every_variant_is_there_and_differs_from_its_twin_in_the_source_of_g_alo
         assert Path(tree["train"]["deepspeed"]).is_file()
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_the_quickstart_but_for_the_keys_that_it_names(load, name):
+    quickstart = load_config(FOLDER.parent / "quickstart.yaml").flat()
+    ours = load(name).flat()
+    assert ours.keys() == quickstart.keys()
+    differ = {key for key in ours if ours[key] != quickstart[key]}
+    named = {f"model.{key}" for key, value in VARIANTS[name].items() if (key, value) != ("g_source", "learned")}
+    named |= {"name", "run_dir"} | (set() if name == "sdpa" else {"post.twin"})
+    assert differ == named | ({"model.g_file"} if name == "transferred" else set())
+    assert "extends: ../quickstart.yaml" in (FOLDER / f"{name}.yaml").read_text()
+
+
 def test_plan_counts_each_variant_exactly(load):
     for name in VARIANTS:
         config = load(name)

@@ -47,7 +47,7 @@ def test_the_shipped_configurations_load_and_survive_json(repository, name):
         ("model.head_dim=5", "head_dim: 5 is odd"),
         ("model.g_source=banana", "g_source"),
         ("data.executor=slurmish", "data.executor"),
-        ("tracking.uri=./mlruns", "is no MLflow URI"),
+        ("tracking.uri=./mlruns", "is not an MLflow URI"),
         ("name=a/b", "name: String should match pattern"),
         ("train", "write key=value"),
         ("train.max_lr=.inf", "train.max_lr"),
@@ -59,7 +59,7 @@ def test_the_shipped_configurations_load_and_survive_json(repository, name):
         ("name.x=3", "name is a value, not a section"),
     ],
 )
-def test_a_wrong_key_is_one_line_with_the_mend(tmp_path, override, expected):
+def test_a_wrong_key_is_one_line_with_the_fix(tmp_path, override, expected):
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, TREE), [override])
     message = str(error.value)
@@ -127,3 +127,115 @@ def test_flat_names_every_leaf():
 def test_tiers_out_of_order_are_refused():
     with pytest.raises(ConfigError, match="variant_above > approximate_above > invariant_above"):
         parse_config({**TREE, "post": {"approximate_above": 1e-7}}, where="x")
+
+
+@pytest.fixture
+def files(tmp_path):
+    def write_all(**trees):
+        for name, tree in trees.items():
+            path = tmp_path / f"{name}.yaml"
+            path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+        return tmp_path
+
+    return write_all
+
+
+def test_extends_merges_mappings_and_replaces_everything_else(files):
+    parent = {
+        **TREE,
+        "data": {
+            "sources": [{"url": "x.txt"}, {"url": "y.txt"}],
+            "clean": {"language": True, "exact_duplicates": True},
+        },
+        "train": {"betas": [0.8, 0.9], "steps": 4000},
+    }
+    middle = {"extends": "parent.yaml", "train": {"steps": 5000, "clip": 2.0}, "data": {"clean": {"language": False}}}
+    child = {"extends": "middle.yaml", "name": "c", "data": {"sources": [{"url": "z.txt"}]}, "train": {"clip": 3.0}}
+    config = load_config(files(parent=parent, middle=middle, child=child) / "child.yaml", ["train.steps=6000"])
+    assert [source.url for source in config.data.sources] == ["z.txt"]
+    assert config.data.clean.language is None and config.data.clean.exact_duplicates
+    assert (config.name, config.run_dir, config.train.betas) == ("c", "runs/t", (0.8, 0.9))
+    assert (config.train.steps, config.train.clip) == (6000, 3.0)
+    assert "extends" not in config.as_dict()
+
+
+def test_extends_lets_a_child_take_a_section_away(files):
+    parent = {**TREE, "train": {"freeze_g": {"at_step": 5}}}
+    folder = files(parent=parent, child={"extends": "parent.yaml", "train": {"freeze_g": None}})
+    assert load_config(folder / "parent.yaml").train.freeze_g is not None
+    assert load_config(folder / "child.yaml").train.freeze_g is None
+
+
+def test_extends_and_the_deepspeed_file_are_relative_to_the_file_that_has_them(files, tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "parent.yaml").write_text(
+        yaml.safe_dump({**TREE, "train": {"deepspeed": "ds/zero{stage}.json", "zero_stage": 2}})
+    )
+    grandchild = {"extends": "child.yaml", "train": {"deepspeed": "own.json"}}
+    folder = files(child={"extends": "base/parent.yaml", "train": {"zero_stage": 3}}, grandchild=grandchild)
+    monkeypatch.chdir("/")
+    assert load_config(folder / "child.yaml").train.deepspeed == str(tmp_path / "base" / "ds" / "zero3.json")
+    assert load_config(folder / "grandchild.yaml").train.deepspeed == str(tmp_path / "own.json")
+    override = ["train.deepspeed=mine.json"]  # the command line's is relative to the YAML that is named there
+    assert load_config(folder / "child.yaml", override).train.deepspeed == str(tmp_path / "mine.json")
+
+
+def test_extends_in_a_cycle_is_one_line_that_names_the_files(files):
+    folder = files(
+        a={"extends": "b.yaml"}, b={"extends": "c.yaml"}, c={"extends": "./b.yaml"}, me={"extends": "me.yaml"}
+    )
+    with pytest.raises(
+        ConfigError, match=r"a.yaml: extends: a cycle \(\S+a.yaml -> \S+b.yaml -> \S+c.yaml -> \S+b.yaml\)"
+    ):
+        load_config(folder / "a.yaml")
+    with pytest.raises(ConfigError, match=r"cycle \(\S+me.yaml -> \S+me.yaml\)"):
+        load_config(folder / "me.yaml")
+
+
+@pytest.mark.parametrize("value", [["a.yaml", "b.yaml"], 3, "", {"file": "a.yaml"}, False])
+def test_extends_names_one_file(files, value):
+    with pytest.raises(ConfigError, match=r"child.yaml: extends: .* must be the name of one YAML"):
+        load_config(files(child={**TREE, "extends": value}) / "child.yaml")
+
+
+def test_extends_on_the_command_line_is_refused(files):
+    with pytest.raises(ConfigError, match="only a YAML can extend another"):
+        load_config(files(child=TREE) / "child.yaml", ["extends=other.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("parent", "child", "expected"),
+    [
+        (None, {}, r"child.yaml: extends: \S+parent.yaml: no such file"),
+        ("a: [1, 2\nb: }", {}, r"parent.yaml: not YAML"),
+        ("- a list", {}, r"parent.yaml: must be a mapping"),
+        (
+            {**TREE, "train": {"stps": 3}},
+            {"train": {"steps": 5000}},
+            r"parent.yaml: unknown key train.stps; did you mean",
+        ),
+        ({**TREE, "model": {**TREE["model"], "head_dim": 5}}, {}, r"parent.yaml: model: head_dim: 5 is odd"),
+        (TREE, {"model": {"head_dim": 5}}, r"child.yaml: model: head_dim: 5 is odd"),  # the section is of both files
+        (TREE, {"train": {"stps": 3}}, r"child.yaml: unknown key train.stps"),
+        ({**TREE, "train": {"steps": "many"}}, {"train": {"steps": 5000, "clip": "x"}}, r"child.yaml: train.clip"),
+        ({"name": "t"}, {}, r"child.yaml: key run_dir is missing"),
+        ({**TREE, "tran": {}}, {}, r"parent.yaml: unknown key tran"),
+        (
+            {**TREE, "train": {"stps": 3, "eps": "x"}},
+            {"seed": "y"},
+            r"child.yaml: seed: .*; \S+parent.yaml: train.eps: [^;]*; unknown key train.stps",
+        ),
+    ],
+)
+def test_a_mistake_is_of_the_file_that_holds_it(files, parent, child, expected):
+    folder = files(child={"extends": "parent.yaml", **child}, **({} if parent is None else {"parent": parent}))
+    with pytest.raises(ConfigError, match=rf"^\S*{expected}") as error:
+        load_config(folder / "child.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistake_on_the_command_line_is_not_its_parents(files):
+    folder = files(parent={**TREE, "train": {"steps": 5000}}, child={"extends": "parent.yaml"})
+    for override in ("train.steps=many", "train.micro_batch=5"):
+        with pytest.raises(ConfigError, match=r"^\S*child.yaml: train"):
+            load_config(folder / "child.yaml", [override])

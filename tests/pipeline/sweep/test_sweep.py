@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io.storage import publish_json
 from pipeline.stages.runner import Line
 from pipeline.sweep.report import scatter, table_lines, write_sweep_report
-from pipeline.sweep.sweep import Sweep
+from pipeline.sweep.sweep import Sweep, data_of
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -79,14 +79,14 @@ def test_every_combination_is_a_child_with_a_place_of_its_own(make_sweep, tmp_pa
     [
         ({"grid": {}}, "grid: "),
         ({"grid": {"seed": []}}, "grid has 0 combinations"),
-        ({"grid": {"seed": [1, 1]}}, "'seed-1'; a value is twice"),
+        ({"grid": {"seed": [1, 1]}}, "'seed-1'; remove the value that stands twice"),
         ({"grid": {"train.metric_weight_decai": [1]}}, "did you mean train.metric_weight_decay"),
         ({"grid": {"train.steps": [5, -1]}}, "train.steps"),
-        ({"grid": {"run_dir": ["a"]}}, "run_dir is the sweep's own to set"),
-        ({"set": {"tracking.uri": "sqlite:///x"}}, "tracking.uri is the sweep's own to set"),
+        ({"grid": {"run_dir": ["a"]}}, "run_dir is set by the sweep"),
+        ({"set": {"tracking.uri": "sqlite:///x"}}, "tracking.uri is set by the sweep"),
         ({"until": "tokenize"}, "until: "),
         ({"plots": {}}, "known keys: name, config"),
-        ({"plot": {"y": "losss"}}, "'losss' is no column; there are: train.metric_weight_decay, seed, step"),
+        ({"plot": {"y": "losss"}}, "'losss' is not a column; there are: train.metric_weight_decay, seed, step"),
         ({"config": "absent.yaml"}, "absent.yaml: no such file"),
         ({"grid": {"seed": list(range(1001))}}, "1001 combinations"),
         ({"set": {"seed": 7}}, "seed is varied by the grid; remove it from `set` or the command line"),
@@ -98,6 +98,28 @@ def test_a_mistake_is_one_line_before_anything_starts(make_sweep, tmp_path, chan
         make_sweep(**changes)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_the_configuration_that_is_varied_may_extend_another(make_sweep, tmp_path):
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\ntrain: {steps: 7}\n")
+    for child in make_sweep(config="child.yaml", grid={"seed": [1, 2]}).children:
+        assert (child.config.train.steps, child.config.train.warmup_steps) == (7, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "same"),
+    [
+        ("tokens.remainder", "pad", False),
+        ("model.vocab_size", 330, False),
+        ("data.workers", 5, True),
+        ("seed", 9, True),
+    ],
+)
+def test_children_have_the_same_data_unless_a_setting_decides_the_tokens(make_sweep, key, value, same):
+    one, other = make_sweep(
+        grid={key: [{"tokens.remainder": "drop", "model.vocab_size": 320}.get(key, 1), value]}
+    ).children
+    assert (data_of(one.config) == data_of(other.config)) is same
 
 
 @pytest.mark.slow
@@ -112,7 +134,7 @@ def test_children_share_the_first_ones_data_and_mlflow_knows_their_parent(make_s
         raise UserError("no ranks here")
 
     with pytest.raises(
-        UserError, match=r"4 of 4 children failed, seed-1\.remainder-drop with: no ranks here; mend that"
+        UserError, match=r"4 of 4 children failed, seed-1\.remainder-drop with: no ranks here; fix that"
     ):
         sweep.run(launch=crash, say=lambda text: None)
     assert launched == [f"s.{child.name}" for child in sweep.children]
@@ -188,7 +210,7 @@ def test_a_stop_is_no_failure_of_a_child(make_sweep, tmp_path, stages, stop):
     assert not (tmp_path / "sweep" / "children" / "seed-2").exists()
 
 
-def test_a_table_that_cannot_be_written_is_told_at_the_end(make_sweep, tmp_path, stages, monkeypatch):
+def test_a_table_that_cannot_be_written_is_reported_at_the_end(make_sweep, tmp_path, stages, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
