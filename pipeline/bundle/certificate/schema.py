@@ -1,11 +1,14 @@
-"""The schema of `certificate.json`, as the types that write and read it; docs/certificate.schema.json is made from it.
+"""The schema of `certificate.json`, as the types that write and read it; docs/certificate.schema.json is generated from it.
 
-A reader takes nothing on trust: checks, verdict, tier and statement must be those that follow from the measures and
-thresholds (verdict.py). Whoever edits a certificate by hand has to edit all of it; a signature this is not.
+A reader trusts nothing: checks, verdict, tier and statement must be those that follow from the measures and thresholds
+(verdict.py). An edit by hand has to change all of it consistently; this is not a signature.
+
+Decision: a certificate of schema 3 is read as one of schema 4, which it is but for one name (`mend` became `fix`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +19,9 @@ from pipeline.bundle.certificate.verdict import contradiction
 from pipeline.errors import UserError
 from pipeline.io.storage import read_json
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+OLD_VERSION = 3  # still read
+SINCE_3 = {"mend": "fix", "fix": "mend"}  # keys of checks and failures; both ways, so that neither is accepted twice
 
 Number = float | None  # None: could not be measured, or is not finite
 PerHead = list[list[Number]]  # [L,H]
@@ -37,7 +42,7 @@ class CheckRecord(Part):
     value: Number
     threshold: float
     bound: Literal["<=", ">="]
-    mend: str
+    fix: str
     skipped: str | None
     passed: bool
 
@@ -48,7 +53,7 @@ class Failure(Part):
     measure: str
     value: Number
     threshold: float
-    mend: str
+    fix: str
 
 
 class Spot(Part):
@@ -257,7 +262,7 @@ class Files(Part):
 
 
 class SmallerWeights(Part):
-    """What a bundle's bf16 or int8 weights cost on held-out text (weight_format.py). Losses and KL in nats per token."""
+    """What a bundle's bf16 or int8 weights cost on held-out text. Losses and KL in nats per token."""
 
     format: Literal["bf16", "int8"]
     sha256: Sha256
@@ -277,7 +282,7 @@ class SmallerWeights(Part):
 class Certificate(Part):
     """certificate.json: whether G_LM may be cached, and everything it was judged by (docs/certificate.md)."""
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     verdict: Literal["certified", "failed"]
     tier: Tier
     statement: str
@@ -305,14 +310,34 @@ class Certificate(Part):
 
 
 def read_certificate(path: Path) -> dict[str, Any]:
-    """A certificate file as plain values. Raises UserError, one line, for one that is missing, of another schema version,
-    damaged, or whose verdict does not follow from its measures."""
-    certificate: dict[str, Any] = read_json(path, schema_version=SCHEMA_VERSION)
+    """A certificate file as plain values, in the keys of today's schema. Raises UserError, one line, for one that is missing,
+    of another schema version, damaged, or whose verdict does not follow from its measures."""
+    certificate = read_json(path)
+    version = certificate.get("schema_version") if isinstance(certificate, dict) else None
+    if not isinstance(certificate, dict) or version not in (OLD_VERSION, SCHEMA_VERSION):
+        raise UserError(
+            f"{path}: schema_version {version!r}, this program reads {OLD_VERSION} and {SCHEMA_VERSION}; "
+            "run `pldr validate` again"
+        )
+    if version == OLD_VERSION:
+        certificate = upgraded(certificate)
     try:
         Certificate.model_validate(certificate)
     except ValidationError as error:
         raise UserError(f"{path}: {first_fault(error)}; it was damaged or edited: run `pldr validate` again") from None
     return certificate
+
+
+def upgraded(certificate: Mapping[str, Any]) -> dict[str, Any]:
+    """A certificate of schema 3 with the keys of schema 4. What is malformed stays as it is, for the schema to refuse."""
+
+    def renamed(entries: Any) -> Any:
+        if not isinstance(entries, list):
+            return entries
+        return [{SINCE_3.get(k, k): v for k, v in e.items()} if isinstance(e, dict) else e for e in entries]
+
+    lists = {key: renamed(certificate[key]) for key in ("checks", "failed") if key in certificate}
+    return {**certificate, **lists, "schema_version": SCHEMA_VERSION}
 
 
 def first_fault(error: ValidationError) -> str:

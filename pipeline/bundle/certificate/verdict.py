@@ -32,7 +32,7 @@ LESS_BELOW = ("fp64_prompts", "generate_tokens", "generate_prompts")  # settings
 SETTINGS = ("prompts", "g_from", *LESS_BELOW)
 # Measured where everything was finite, and only there.
 MEASURED = ("losses", "prefix", "agreement", "leak", "greedy", "fp64", "cached_rank")
-COMPARED = ("value", "threshold", "bound", "skipped", "passed")  # of a check; a mend is advice
+COMPARED = ("value", "threshold", "bound", "skipped", "passed")  # of a check; a fix is advice
 
 
 def plain(value: Any) -> Any:
@@ -87,7 +87,7 @@ def judged(certificate: Mapping[str, Any]) -> dict[str, Any]:
 
 def failures(checks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The checks that failed, in short."""
-    return [{k: c[k] for k in ("measure", "value", "threshold", "mend")} for c in checks if not c["passed"]]
+    return [{k: c[k] for k in ("measure", "value", "threshold", "fix")} for c in checks if not c["passed"]]
 
 
 def looser(certificate: Mapping[str, Any]) -> str:

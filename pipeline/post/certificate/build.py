@@ -76,7 +76,7 @@ def software(device: torch.device) -> dict[str, str | None]:
 
 
 def summary_lines(certificate: dict[str, Any]) -> list[str]:
-    """The certificate for a terminal: the verdict, one line for each check, the mends, and the losses."""
+    """The certificate for a terminal: the verdict, one line for each check, the losses, and the fix for each failure."""
     lines = [f"certificate: {certificate['verdict'].upper()} - {certificate['statement']}"]
     for check in certificate["checks"]:
         if check["skipped"]:
@@ -90,7 +90,7 @@ def summary_lines(certificate: dict[str, Any]) -> list[str]:
     if losses:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
         lines.append(f"  held-out loss (nats) with G: {shown}")
-    lines += [f"  mend  {failure['measure']}: {failure['mend']}" for failure in certificate["failed"]]
+    lines += [f"  fix   {failure['measure']}: {failure['fix']}" for failure in certificate["failed"]]
     return lines
 
 

@@ -59,8 +59,8 @@ def test_a_model_trained_with_metric_weight_decay_of_the_papers_for_a_moment_is_
     assert certificate["verdict"] == "failed" and certificate["tier"] == "variant"
     assert {found["tier"] for found in certificate["precision"].values()} == {"variant"}
     assert {"relative_deviation_g", "leak_effect"} <= failed(certificate)
-    mend = next(f["mend"] for f in certificate["failed"] if f["measure"] == "relative_deviation_g")
-    assert "0.02" in mend and "train.metric_weight_decay" in mend
+    fix = next(f["fix"] for f in certificate["failed"] if f["measure"] == "relative_deviation_g")
+    assert "0.02" in fix and "train.metric_weight_decay" in fix
 
 
 @pytest.mark.slow
@@ -89,9 +89,9 @@ def test_attention_that_sees_the_future_fails_although_G_is_constant(
     monkeypatch.setattr(F, "scaled_dot_product_attention", leaking)
     certificate = tiny.certify(model, text)
     assert "leak_effect" in failed(certificate) and "relative_deviation_g" not in failed(certificate)
-    mend = next(f["mend"] for f in certificate["failed"] if f["measure"] == "leak_effect")
-    assert "not causal" in mend
-    assert certificate["measures"]["leak"]["last_token"]["cached_rms"] > 1e-3  # caching does not mend it
+    fix = next(f["fix"] for f in certificate["failed"] if f["measure"] == "leak_effect")
+    assert "not causal" in fix
+    assert certificate["measures"]["leak"]["last_token"]["cached_rms"] > 1e-3  # caching does not fix it
 
 
 def test_fewer_prompts_than_asked_for_are_not_certified_by_accident(
@@ -100,7 +100,7 @@ def test_fewer_prompts_than_asked_for_are_not_certified_by_accident(
     post = tiny.post.model_copy(update={"prompts": 100, "min_prompts": 100})
     certificate = tiny.certify(invariant, text[:16], post=post)
     assert failed(certificate) == {"held_out_prompts"} and certificate["tier"] == "at round-off"
-    assert "16 different held-out prompts are too few" in certificate["failed"][0]["mend"]
+    assert "16 different held-out prompts are too few" in certificate["failed"][0]["fix"]
     certificate = tiny.certify(invariant, text)  # min_prompts lowered knowingly
     assert certificate["verdict"] == "certified" and "judged by 16 held-out prompts only" in certificate["statement"]
 

@@ -54,13 +54,13 @@ def test_a_certificate_is_plain_finite_json_and_the_same_every_time(
     assert "certificate: CERTIFIED" in summary_lines(certificate)[0]
 
 
-def test_a_variant_model_fails_and_the_mend_names_the_budget(tiny: SimpleNamespace) -> None:
+def test_a_variant_model_fails_and_the_fix_names_the_budget(tiny: SimpleNamespace) -> None:
     model = tiny.make_model(gain=1.0)
     certificate = tiny.certify(model, tiny.sample_text(model), budget=0.16)
     assert certificate["verdict"] == "failed" and certificate["tier"] == "variant"
     assert {"relative_deviation_g", "leak_effect", "cache_gap", "kl", "top1_agreement"} <= failed(certificate)
-    mend = next(f["mend"] for f in certificate["failed"] if f["measure"] == "relative_deviation_g")
-    assert "0.16" in mend and "metric_weight_decay" in mend
+    fix = next(f["fix"] for f in certificate["failed"] if f["measure"] == "relative_deviation_g")
+    assert "0.16" in fix and "metric_weight_decay" in fix
     assert any(line.startswith("  FAIL  relative_deviation_g") for line in summary_lines(certificate))
 
 
@@ -79,7 +79,7 @@ def test_dead_attention_fails_although_everything_agrees(tiny: SimpleNamespace, 
             layer.attention.output.weight.zero_()
     certificate = tiny.certify(model, tiny.sample_text(model))
     assert failed(certificate) == {"attention_effect_zero", "attention_effect_identity"}
-    assert "attention is dead" in certificate["failed"][0]["mend"]
+    assert "attention is dead" in certificate["failed"][0]["fix"]
 
 
 @pytest.mark.parametrize(("layer", "head"), [(0, 1), (1, 0)])
@@ -115,7 +115,7 @@ def test_nan_in_a_tensor_fails_with_its_name(tiny: SimpleNamespace, text: torch.
     certificate = validate(model, g_lm, text, tiny.post)
     assert certificate["verdict"] == "failed" and certificate["tier"] == "unknown"
     assert "not_finite" in failed(certificate) and "relative_deviation_g" in failed(certificate)
-    assert "A_P, layer 1, head 0" in certificate["failed"][0]["mend"]
+    assert "A_P, layer 1, head 0" in certificate["failed"][0]["fix"]
     assert not any("A_LM" in line for line in certificate["measures"]["not_finite"])
     json.dumps(certificate, allow_nan=False)
 
@@ -126,11 +126,11 @@ def test_infinity_that_shows_in_no_deductive_tensor_fails_too(tiny: SimpleNamesp
     with torch.no_grad():
         model.output.bias[5] = math.inf
     certificate = validate(model, g_lm, text, tiny.post)
-    assert "weight output.bias" in certificate["failed"][0]["mend"]
+    assert "weight output.bias" in certificate["failed"][0]["fix"]
     bad_g = g_lm.clone()
     bad_g[1, 1, 0, 0] = math.nan
     certificate = validate(tiny.make_model(), bad_g, text, tiny.post)
-    assert "cached G_LM, layer 1, head 1" in certificate["failed"][0]["mend"]
+    assert "cached G_LM, layer 1, head 1" in certificate["failed"][0]["fix"]
     assert certificate["verdict"] == "failed"
 
 

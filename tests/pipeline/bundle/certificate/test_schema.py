@@ -1,4 +1,4 @@
-"""The certificate's schema: written down, kept, and not to be talked round by an edit."""
+"""The certificate's schema: documented, kept, and not deceived by an edit."""
 
 from __future__ import annotations
 
@@ -33,6 +33,30 @@ def test_a_certificate_is_read_back(certificate: dict[str, Any], tmp_path: Path)
     assert read({**certificate, "packaged": "certified"}, tmp_path)["packaged"] == "certified"
 
 
+@pytest.mark.parametrize("folder", ["certificate", "failed"])
+def test_a_certificate_of_schema_3_is_read_in_the_keys_of_schema_4_and_judged_again(
+    old_files: Path, folder: str
+) -> None:
+    path = old_files / folder / "certificate.json"
+    old = json.loads(path.read_bytes())
+    found = read_certificate(path)
+    assert (old["schema_version"], found["schema_version"]) == (3, 4)
+    assert found["verdict"] == old["verdict"] == {"certificate": "certified", "failed": "failed"}[folder]
+    for name in ("checks", "failed"):
+        assert [entry["mend"] for entry in old[name]] == [entry["fix"] for entry in found[name]]
+        assert not any("mend" in entry for entry in found[name])
+    assert {k: found[k] for k in old.keys() - {"schema_version", "checks", "failed"}} == {
+        k: old[k] for k in old.keys() - {"schema_version", "checks", "failed"}
+    }
+    assert read(found, old_files) == found  # a certificate of schema 4 now
+    for changes in ({"verdict": "certified", "failed": []}, {"tier": "invariant"}, {"statement": "perfect"}):
+        if any(old[key] != value for key, value in changes.items()):
+            with pytest.raises(UserError, match="certificate.json"):
+                read({**old, **changes}, old_files)
+    with pytest.raises(UserError, match="fix|mend"):
+        read({**found, "schema_version": 3}, old_files)
+
+
 def edited(certificate: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     changed = copy.deepcopy(certificate)
     node: Any = changed
@@ -46,8 +70,9 @@ def edited(certificate: dict[str, Any], path: str, value: Any) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema_version", 2, "schema_version 2, this program reads 3"),
-        ("schema_version", 4, "schema_version 4, this program reads 3"),
+        ("schema_version", 2, "schema_version 2, this program reads 3 and 4"),
+        ("schema_version", 3, "checks.0.fix: Field required"),
+        ("schema_version", 5, "schema_version 5, this program reads 3 and 4"),
         ("schema_version", None, "schema_version None"),
         ("verdict", "failed", "does not follow from the checks"),
         ("verdict", "excellent", "verdict"),
@@ -55,7 +80,7 @@ def edited(certificate: dict[str, Any], path: str, value: Any) -> dict[str, Any]
         ("checks.2.value", None, "relative_deviation_g"),
         ("checks.2.passed", False, "relative_deviation_g"),
         ("checks", [], "checks"),
-        ("failed", [{"measure": "kl", "value": 1.0, "threshold": 0.0, "mend": ""}], "`failed` does not name"),
+        ("failed", [{"measure": "kl", "value": 1.0, "threshold": 0.0, "fix": ""}], "`failed` does not name"),
         ("files", {"model.safetensors": "0" * 64}, "files.g_lm.safetensors"),
         ("surprise", 1, "surprise: Extra inputs"),
         ("measures.losses.block", "4.2", "measures.losses"),
@@ -146,7 +171,19 @@ def test_a_certificate_of_a_constant_G_cannot_be_made_of_a_learned_one(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", "null", '{"schema_version": 3}', '{"schema_version": 3, "verdict": NaN}']
+    "text",
+    [
+        *(
+            "",
+            "[]",
+            "{",
+            "null",
+            '{"schema_version": 4}',
+            '{"schema_version": 4, "verdict": NaN}',
+            '{"schema_version": 3}',
+        ),
+        *('{"schema_version": 3, "checks": 1, "failed": [1]}', '{"schema_version": [3]}'),
+    ],
 )
 def test_what_is_no_certificate_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "certificate.json").write_text(text)

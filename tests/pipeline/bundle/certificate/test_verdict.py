@@ -44,7 +44,7 @@ def test_a_threshold_that_the_untrained_model_passes_certifies_nothing(
     measures, controls = certificate["measures"], {"untrained": {"relative_deviation_g": 1e-7}}
     checks = make_checks(measures, controls, tiny.post, variant="learned", num_prompts=16, budget=None)
     assert [check.measure for check in checks if not check.passed] == ["negative_control"]
-    assert "untrained model passes" in checks[-1].mend
+    assert "untrained model passes" in checks[-1].fix
 
 
 def test_a_value_at_its_threshold_is_judged_as_it_is_written(tiny: SimpleNamespace) -> None:

@@ -1,4 +1,4 @@
-"""A bundle whose parts do not belong together is refused, however well its manifest is sealed."""
+"""A bundle whose parts do not belong together is refused, however well its manifest is resealed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ import torch
 from pipeline.bundle.format import UNCERTIFIED_LINE
 from pipeline.bundle.read import verify_bundle
 from pipeline.errors import UserError
+from pipeline.inference.runtime import Bundle
 from pipeline.io.storage import MANIFEST, manifest_of, render_json, sha256_file, sha256_json
 from pipeline.io.tensors import serialise
 from pipeline.post.extract import extract_g
-from pipeline.post.package.bundle import build_bundle
 from pipeline.post.package.card import CERTIFIED_LINE
-from pipeline.post.package.measured_formats import pack_measured
+from pldr_model.model import PLDRModel
+from tests.helpers.bundles import edit, measured, refused, reseal
 
 Make = Callable[..., Path]
+
+
 PACKAGES = ("python", "torch", "safetensors", "sentencepiece", "pldr", "cuda", "device", "threads")
 HARMLESS: dict[str, set[tuple[str, ...]]] = {
     "config.json": set(),
@@ -37,26 +40,6 @@ HARMLESS: dict[str, set[tuple[str, ...]]] = {
     },
     MANIFEST: {("lineage", "git_commit")},
 }
-
-
-def reseal(bundle: Path) -> None:
-    """A manifest that fits whatever now lies in the folder: damage cannot do this, a careless hand can."""
-    manifest = json.loads((bundle / MANIFEST).read_bytes())
-    manifest.pop("bundle_sha256")
-    manifest["files"] = manifest_of(bundle)
-    (bundle / MANIFEST).write_bytes(render_json({**manifest, "bundle_sha256": sha256_json(manifest)}))
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_bytes(render_json({**json.loads(path.read_bytes()), **changes}))
-
-
-def refused(bundle: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        verify_bundle(bundle)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "certificate.json", MANIFEST])
@@ -93,12 +76,31 @@ def test_whatever_a_careless_hand_writes_into_a_json_file_is_one_line_or_harmles
     assert accepted <= HARMLESS[name], accepted - HARMLESS[name]
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "certificate.json", MANIFEST])
-def test_an_unknown_schema_version_is_refused(make_bundle: Make, name: str) -> None:
-    bundle = make_bundle()
-    edit(bundle / name, schema_version=99)
+def test_uncertified_marks_a_passed_certificate_too_and_marks_that_disagree_are_refused(make_bundle: Make) -> None:
+    bundle = make_bundle(uncertified=True)
+    with pytest.warns(UserWarning, match="UNCERTIFIED"):
+        Bundle.load(bundle)
+    edit(bundle / "config.json", certified=True)
     reseal(bundle)
-    assert f"{name}: schema_version 99" in refused(bundle)
+    assert "disagree" in refused(bundle)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(make_bundle: Make, larger_tokenizer: Path) -> None:
+    bundle = make_bundle()
+    record = json.loads((bundle / "generation_config.json").read_text())
+    edit(bundle / "generation_config.json", tokenizer={**record["tokenizer"], "vocab_size": 7})
+    reseal(bundle)
+    assert "not that of this model and tokenizer.model" in refused(bundle)
+    (bundle / "tokenizer.model").write_bytes(b"not a model")
+    reseal(bundle)
+    assert "not a SentencePiece model" in refused(bundle)
+    shutil.copy(larger_tokenizer, bundle / "tokenizer.model")
+    reseal(bundle)
+    assert "tokenizer.model: 56 pieces, the model's vocabulary is 48" in refused(bundle)
+    with pytest.raises(UserError, match="56 pieces, the model's vocabulary is 48"):
+        make_bundle("larger", tokenizer=larger_tokenizer)
+    with pytest.raises(UserError, match="not the tokenizer that the model was trained with"):
+        make_bundle("other", lineage={"tokenizer_sha256": "0" * 64})
 
 
 def test_a_verdict_that_does_not_follow_from_its_checks_is_refused(
@@ -161,25 +163,6 @@ def test_a_transplanted_certificate_is_refused(make_bundle: Make, tiny: SimpleNa
         (bundle / name).write_bytes(whole)
 
 
-@pytest.mark.parametrize("weight_format", ["fp32", "bf16", "int8"])
-def test_building_with_the_certificate_of_another_model_fails_in_every_format(
-    make_bundle: Make, tiny: SimpleNamespace, text: torch.Tensor, weight_format: str
-) -> None:
-    """The other model's G_LM is the same: only its weights tell them apart, and a packed bundle holds no fp32 ones."""
-    other = tiny.make_model()
-    with torch.no_grad():
-        other.layers[0].attention.output.weight.zero_()
-    g_lm = extract_g(other, text[:, :-1], "mean").g_lm
-    packed = None
-    if weight_format != "fp32":
-        packed = pack_measured(other, g_lm, text, weight_format, max_loss_difference=0.01, max_prompts=16)
-    with pytest.raises(UserError, match=r"certifies another model\.safetensors; validate this model"):
-        make_bundle(model=other, packed=packed)
-    if packed is not None:
-        with pytest.raises(UserError, match="packed weights are of another model"):
-            make_bundle(packed=packed)
-
-
 @pytest.mark.parametrize(
     ("lineage", "message"),
     [
@@ -203,56 +186,41 @@ def test_a_lineage_that_contradicts_the_certificate_is_refused(
     assert message in refused(bundle)
 
 
-def test_a_header_that_claims_10_GB_is_refused_before_anything_is_allocated(make_bundle: Make) -> None:
-    bundle = make_bundle()
-    header = {"g_lm": {"dtype": "F32", "shape": [2, 2, 25000, 25000], "data_offsets": [0, 10_000_000_000]}}
-    raw = json.dumps(header).encode()
-    (bundle / "g_lm.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + b"\0" * 64)
+def test_the_section_has_to_be_about_these_weights(make_bundle: Make, invariant: PLDRModel, text: torch.Tensor) -> None:
+    bundle = make_bundle(packed=measured(invariant, text, "int8"))
     certificate = json.loads((bundle / "certificate.json").read_text())
-    files = {**certificate["files"], "g_lm.safetensors": manifest_of(bundle)["g_lm.safetensors"]["sha256"]}
-    edit(bundle / "certificate.json", files=files)
+    section = certificate["weight_format"]
+    for changed, message in (
+        (None, "it measured no int8 weights"),
+        ({**section, "sha256": "0" * 64}, "it measured no int8 weights"),
+        ({**section, "format": "bf16"}, "it measured no int8 weights"),
+        ({**section, "loss_difference": 3.0}, "is not passed=True"),
+        ({**section, "loss_difference": "x"}, "loss_difference: Input should be a valid number"),
+    ):
+        edit(bundle / "certificate.json", weight_format=changed)
+        reseal(bundle)
+        with pytest.raises(UserError, match=message):
+            verify_bundle(bundle)
+    edit(bundle / "certificate.json", weight_format=section)
     reseal(bundle)
-    assert "header is damaged" in refused(bundle)
+    for weight_format, message in (
+        ("int4", "not one of fp32, bf16, int8"),
+        ("fp32", "another model.safetensors|smaller"),
+    ):
+        edit(bundle / "config.json", weight_format=weight_format)
+        reseal(bundle)
+        with pytest.raises(UserError, match=message):
+            verify_bundle(bundle)
 
 
-def test_the_certificates_tokenizer_counts_too(
-    make_bundle: Make, tiny: SimpleNamespace, invariant: Any, text: torch.Tensor
-) -> None:
-    other = tiny.certify(invariant, text, lineage={**tiny.lineage, "tokenizer_sha256": "0" * 64})
-    with pytest.raises(UserError, match="not the tokenizer that the model was trained with"):
-        make_bundle(certificate=other, lineage={}, uncertified=True)
-
-
-def test_extra_files_links_and_path_tricks_are_refused(make_bundle: Make, tmp_path: Path) -> None:
-    bundle = make_bundle()
-    (bundle / "model.pkl").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-    assert "model.pkl" in refused(bundle)
-    reseal(bundle)  # even when the manifest lists it
-    assert "model.pkl" in refused(bundle)
-    (bundle / "model.pkl").unlink()
+def test_scales_that_are_not_finite_are_refused(make_bundle: Make, invariant: PLDRModel, text: torch.Tensor) -> None:
+    packed = measured(invariant, text, "int8")
+    bundle = make_bundle(packed=packed)
+    tensors = {name: t.clone() for name, t in packed.tensors.items()}
+    tensors["output.weight.scale"][3] = float("inf")
+    (bundle / "model.safetensors").write_bytes(serialise(tensors))
+    sha256 = manifest_of(bundle)["model.safetensors"]["sha256"]
+    edit(bundle / "certificate.json", weight_format={**packed.section, "sha256": sha256})
     reseal(bundle)
-    shutil.move(bundle / "config.json", tmp_path / "outside.json")
-    (bundle / "config.json").symlink_to(tmp_path / "outside.json")
-    assert "config.json: a link" in refused(bundle)
-    (bundle / "config.json").unlink()
-    whole = json.loads((bundle / MANIFEST).read_text())
-    whole.pop("bundle_sha256")
-    for trick in ("../outside.json", str(tmp_path / "outside.json"), "./config.json", "a/../config.json", ""):
-        files = {name: entry for name, entry in whole["files"].items() if name != "config.json"}
-        manifest = {**whole, "files": {**files, trick: whole["files"]["config.json"]}}
-        (bundle / MANIFEST).write_bytes(render_json({**manifest, "bundle_sha256": sha256_json(manifest)}))
-        assert f"{trick!r} is no file of a bundle" in refused(bundle) or "'config.json' is not listed" in refused(
-            bundle
-        )
-    assert "no such bundle" in refused(tmp_path / "nowhere")
-
-
-def test_building_with_the_certificate_of_another_G_fails_and_leaves_nothing(
-    make_bundle: Make, tiny: SimpleNamespace, certificate: dict[str, Any], tokenizer_path: Path, tmp_path: Path
-) -> None:
-    g_lm = torch.zeros(2, 2, 8, 8)
-    with pytest.raises(UserError, match=r"certifies another g_lm\.safetensors"):
-        build_bundle(
-            tiny.make_model(), g_lm, certificate=certificate, tokenizer=tokenizer_path, out=tmp_path / "bundle"
-        )
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"output\.weight\.scale holds NaN or infinity"):
+        verify_bundle(bundle)
