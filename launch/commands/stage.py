@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.io.storage import read_json
 from pipeline.post.certificate.build import summary_lines
 from pipeline.stages.runner import NAMES, Line
 from pipeline.tracking.client import tracking_uri
@@ -19,11 +20,12 @@ def summary(line: Line, records: dict[str, dict[str, Any]], show: Callable[[str]
     from pipeline.inference.runtime import Bundle
 
     config, paths = line.config, line.paths
+    certificate = read_json(paths.bundle / "certificate.json")
     bundle = Bundle.load(paths.bundle)
     sample = bundle.generate(
         [config.post.sample_prompt], max_new_tokens=80, temperature=0.8, top_p=0.9, seed=config.seed
     )
-    show("\n" + "\n".join(summary_lines(bundle.certificate)))
+    show("\n" + "\n".join(summary_lines(certificate)))
     show(f"\nA sample from the bundle (temperature 0.8, top-p 0.9, seed {config.seed}):\n")
     show("    " + (config.post.sample_prompt + sample[0]).replace("\n", "\n    "))
     show(f"\n{'stage':<12} {'seconds':>8}  ")

@@ -230,14 +230,12 @@ class Line:
 
     def _after(self, name: str, result: dict[str, Any]) -> None:
         if name == "validate" and result["verdict"] != "certified":
-            # `mend` in the records of certificates of schema 3.
-            failures = [{"fix" if key == "mend" else key: f[key] for key in f} for f in result["failed"]]
-            failed = "; ".join(f"{f['measure']}: {f['fix']}" for f in failures)
+            failed = "; ".join(f"{f['measure']}: {f['mend']}" for f in result["failed"])
             raise UserError(
                 f"the certificate did not pass ({failed}); see {self.paths.certificate / 'certificate.json'}; "
                 "`pldr bundle CONFIG --uncertified` packages it all the same",
                 exit_code=3,
-                details={"failed": failures},
+                details={"failed": result["failed"]},
             )
 
 

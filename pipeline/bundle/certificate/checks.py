@@ -25,7 +25,7 @@ def rounded(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Check:
-    """One judged measure. `skipped`: the reason why it does not apply (it then neither passes nor fails)."""
+    """One judged measure. `skipped`: why it does not apply; it then counts as passed."""
 
     measure: str
     value: float | None
@@ -44,12 +44,12 @@ class Check:
         return self.value <= self.threshold if self.bound == "<=" else self.value >= self.threshold
 
     def as_dict(self) -> dict[str, Any]:
-        """As in the certificate."""
+        """Its form in the certificate."""
         return {**asdict(self), "passed": self.passed}
 
 
 def tier_of(deviation: float | None, config: PostConfig, *, constant: bool) -> Tier:
-    """What a relative deviation of G_LM over inputs is called (docs/certificate.md)."""
+    """The name for a relative deviation of G_LM over inputs (docs/certificate.md)."""
     if constant:
         return "constant by construction"
     if deviation is None or not math.isfinite(deviation):
@@ -71,7 +71,7 @@ def make_checks(
     budget: float | None,
 ) -> list[Check]:
     """Every judged measure, rounded. `measures` and `controls` as in the certificate; `variant`: g_source; `num_prompts`:
-    distinct held-out prompts that were measured over."""
+    distinct held-out prompts among those measured."""
     more = "train longer or raise train.metric_weight_decay"
     if budget is not None:
         enough = (

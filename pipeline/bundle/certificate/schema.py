@@ -36,7 +36,7 @@ class Part(BaseModel):
 
 
 class CheckRecord(Part):
-    """One judged measure. `skipped`: why it does not apply, and then it counts as passed."""
+    """One judged measure. `skipped`: why it does not apply; it then counts as passed."""
 
     measure: str
     value: Number
@@ -80,7 +80,7 @@ class Deviation(Part):
 
 
 class Stats(Part):
-    """A number of every prompt, per head [L,H]: mean, standard deviation, lowest and highest over the prompts."""
+    """One number per prompt, per head [L,H]: mean, standard deviation, lowest and highest over the prompts."""
 
     mean: PerHead
     std: PerHead
@@ -89,7 +89,7 @@ class Stats(Part):
 
 
 class LogDet(Stats):
-    """log|det|. `singular`: how many prompts had an exactly singular one (log|det| = -infinity), left out of the rest."""
+    """log|det|. `singular`: how many prompts had an exactly singular matrix (log|det| = -infinity); the rest excludes them."""
 
     singular: PerHead
 
@@ -118,7 +118,7 @@ class Order(Part):
 
 
 class Agreement(Part):
-    """Answers with a constant G_LM against live ones: largest |delta logit|, KL(live || constant) in nats, top-1."""
+    """Outputs with a constant G_LM against live ones: largest |delta logit|, KL(live || constant) in nats, top-1."""
 
     max_abs_delta_logit: Number
     kl: Number
@@ -127,7 +127,7 @@ class Agreement(Part):
 
 
 class LeakOf(Part):
-    """A changed suffix: RMS and largest move of the logits before it, over the logits' spread."""
+    """A changed suffix: RMS and largest change of the logits before it, over the logits' spread."""
 
     live_rms: Number
     live_max: Number
@@ -190,7 +190,7 @@ class DoublePrecision(Part):
 
 
 class Measures(Part):
-    """Everything that was measured; what of it is judged stands in `checks`."""
+    """Everything that was measured; what is judged is in `checks`."""
 
     not_finite: list[str]
     relative_deviation_g: Number
@@ -209,7 +209,7 @@ class Measures(Part):
 
 
 class Untrained(Part):
-    """The model as it was before training. `failed`: the checks that it fails, as it must."""
+    """The model before training. `failed`: the checks that it fails, as it must."""
 
     seed: int
     prompts_of_each_kind: int
@@ -223,7 +223,7 @@ class Untrained(Part):
 
 
 class RandomTokens(Part):
-    """The trained model with G_LM from random tokens: its held-out loss, what it costs, and its answers against live ones."""
+    """The trained model with G_LM from random tokens: its held-out loss, the gap to live, and its outputs against live ones."""
 
     loss: Number
     gap: Number
@@ -231,14 +231,14 @@ class RandomTokens(Part):
 
 
 class Controls(Part):
-    """What the measures say of models whose answer is known beforehand. A constant G has no untrained control."""
+    """The measures on models whose result is known in advance. A constant G has no untrained control."""
 
     random_tokens: RandomTokens | Empty
     untrained: Untrained | None = None
 
 
 class Prompts(Part):
-    """What was measured over: [count, length] by kind, how many of the full texts are different, sha256 over every id."""
+    """The prompts: [count, length] by kind, how many of the full texts are distinct, sha256 over every id."""
 
     sha256: Sha256
     kinds: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]
@@ -255,7 +255,7 @@ class Precision(Part):
 
 
 class Files(Part):
-    """The tensor files that are certified, by the sha256 they have in a bundle."""
+    """The sha256 that the certified tensor files have in an fp32 bundle."""
 
     model: Annotated[Sha256, Field(alias="model.safetensors")]
     g_lm: Annotated[Sha256, Field(alias="g_lm.safetensors")]
@@ -280,7 +280,7 @@ class SmallerWeights(Part):
 
 
 class Certificate(Part):
-    """certificate.json: whether G_LM may be cached, and everything it was judged by (docs/certificate.md)."""
+    """certificate.json: whether G_LM may be cached, and all the evidence for it (docs/certificate.md)."""
 
     schema_version: Literal[4]
     verdict: Literal["certified", "failed"]
@@ -319,13 +319,12 @@ def read_certificate(path: Path) -> dict[str, Any]:
             f"{path}: schema_version {version!r}, this program reads {OLD_VERSION} and {SCHEMA_VERSION}; "
             "run `pldr validate` again"
         )
-    if version == OLD_VERSION:
-        certificate = upgraded(certificate)
+    values: dict[str, Any] = upgraded(certificate) if version == OLD_VERSION else certificate
     try:
-        Certificate.model_validate(certificate)
+        Certificate.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {first_fault(error)}; it was damaged or edited: run `pldr validate` again") from None
-    return certificate
+    return values
 
 
 def upgraded(certificate: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,7 +340,7 @@ def upgraded(certificate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line."""
+    """The first error, in one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{f'{where}: ' if where else ''}{first['msg'].removeprefix('Value error, ')}"

@@ -84,7 +84,7 @@ def test_extra_files_links_and_path_tricks_are_refused(make_bundle: Make, tmp_pa
         files = {name: entry for name, entry in whole["files"].items() if name != "config.json"}
         manifest = {**whole, "files": {**files, trick: whole["files"]["config.json"]}}
         (bundle / MANIFEST).write_bytes(render_json({**manifest, "bundle_sha256": sha256_json(manifest)}))
-        assert f"{trick!r} is no file of a bundle" in refused(bundle) or "'config.json' is not listed" in refused(
+        assert f"{trick!r} is not a file of a bundle" in refused(bundle) or "'config.json' is not listed" in refused(
             bundle
         )
     assert "no such bundle" in refused(tmp_path / "nowhere")

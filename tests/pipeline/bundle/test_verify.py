@@ -90,14 +90,14 @@ def test_a_tokenizer_that_does_not_fit_is_refused(make_bundle: Make, larger_toke
     record = json.loads((bundle / "generation_config.json").read_text())
     edit(bundle / "generation_config.json", tokenizer={**record["tokenizer"], "vocab_size": 7})
     reseal(bundle)
-    assert "not that of this model and tokenizer.model" in refused(bundle)
+    assert "does not match this model and tokenizer.model" in refused(bundle)
     (bundle / "tokenizer.model").write_bytes(b"not a model")
     reseal(bundle)
     assert "not a SentencePiece model" in refused(bundle)
     shutil.copy(larger_tokenizer, bundle / "tokenizer.model")
     reseal(bundle)
-    assert "tokenizer.model: 56 pieces, the model's vocabulary is 48" in refused(bundle)
-    with pytest.raises(UserError, match="56 pieces, the model's vocabulary is 48"):
+    assert "tokenizer.model: 56 pieces, but the model's vocabulary is 48" in refused(bundle)
+    with pytest.raises(UserError, match="56 pieces, but the model's vocabulary is 48"):
         make_bundle("larger", tokenizer=larger_tokenizer)
     with pytest.raises(UserError, match="not the tokenizer that the model was trained with"):
         make_bundle("other", lineage={"tokenizer_sha256": "0" * 64})
@@ -132,11 +132,11 @@ def test_a_config_of_a_giant_is_refused_by_arithmetic(make_bundle: Make, tiny: S
         assert "the weights are smaller" in refused(bundle)
     edit(bundle / "config.json", model={**model, "d_ff": 20})
     reseal(bundle)
-    assert "a model of other sizes than config.json" in refused(bundle)
+    assert "a model of different sizes than config.json" in refused(bundle)
     certified = json.loads((bundle / "certificate.json").read_text())["model"]
     edit(bundle / "certificate.json", model={**certified, "d_ff": 20})
     reseal(bundle)
-    assert "num_parameters is not that of its model" in refused(bundle)
+    assert "num_parameters does not match its model" in refused(bundle)
     num = replace(tiny.config, d_ff=20).num_parameters()["total"]
     edit(bundle / "certificate.json", model={**certified, "d_ff": 20, "num_parameters": num})
     reseal(bundle)
@@ -159,7 +159,7 @@ def test_a_transplanted_certificate_is_refused(make_bundle: Make, tiny: SimpleNa
         whole = (bundle / name).read_bytes()
         (bundle / name).write_bytes(serialise({k: t + 0.001 for k, t in tensors.items()}))
         reseal(bundle)
-        assert f"certifies another {name}" in refused(bundle)
+        assert f"certifies a different {name}" in refused(bundle)
         (bundle / name).write_bytes(whole)
 
 
@@ -191,10 +191,10 @@ def test_the_section_has_to_be_about_these_weights(make_bundle: Make, invariant:
     certificate = json.loads((bundle / "certificate.json").read_text())
     section = certificate["weight_format"]
     for changed, message in (
-        (None, "it measured no int8 weights"),
-        ({**section, "sha256": "0" * 64}, "it measured no int8 weights"),
-        ({**section, "format": "bf16"}, "it measured no int8 weights"),
-        ({**section, "loss_difference": 3.0}, "is not passed=True"),
+        (None, "it holds no measurement of these int8 weights"),
+        ({**section, "sha256": "0" * 64}, "it holds no measurement of these int8 weights"),
+        ({**section, "format": "bf16"}, "it holds no measurement of these int8 weights"),
+        ({**section, "loss_difference": 3.0}, "contradicts passed=True"),
         ({**section, "loss_difference": "x"}, "loss_difference: Input should be a valid number"),
     ):
         edit(bundle / "certificate.json", weight_format=changed)
@@ -205,7 +205,7 @@ def test_the_section_has_to_be_about_these_weights(make_bundle: Make, invariant:
     reseal(bundle)
     for weight_format, message in (
         ("int4", "not one of fp32, bf16, int8"),
-        ("fp32", "another model.safetensors|smaller"),
+        ("fp32", "a different model.safetensors|smaller"),
     ):
         edit(bundle / "config.json", weight_format=weight_format)
         reseal(bundle)

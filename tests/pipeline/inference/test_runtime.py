@@ -86,7 +86,7 @@ def test_eos_ends_a_completion_and_is_not_in_it(make_bundle: Callable[..., Path]
     ("prompts", "settings", "message"),
     [
         ([], {}, "none given"),
-        ([""], {}, r"prompts\[0\]: holds no text"),
+        ([""], {}, r"prompts\[0\]: empty; give"),
         (["a", "the quick brown fox " * 9], {}, r"prompts\[1\]: \d+ tokens leave no room in the context of 32"),
         ("one text", {}, "a list of texts"),
         (["a"], {"temperature": -1.0}, "temperature"),

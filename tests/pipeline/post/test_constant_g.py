@@ -58,7 +58,7 @@ def test_it_is_certified_as_constant_by_construction_and_never_as_measured(
     assert json.loads((bundle / "config.json").read_text())["variant"] == "constant"
     card = (bundle / "README.md").read_text()
     assert card.startswith(CONSTANT_LINE + "\n") and CERTIFIED_LINE not in card
-    assert "invariant by construction. That was not measured" in card and "the metric learner is gone" not in card
+    assert "invariant by construction. This was not measured" in card and "the metric learner is removed" not in card
     loaded = Bundle.load(bundle)
     assert torch.equal(loaded.model.g_lm, constant.constant_g())
     with torch.inference_mode():

@@ -144,7 +144,8 @@ def test_every_measure_is_there_for_every_tensor_layer_and_head(certificate: dic
         for runs in ("1-2", "1-C", "2-C"):
             order = measures["order_parameter"][tensor][runs]
             assert torch.tensor(order["by_rms_per_head"]).shape == (2, 2) and order["by_mean"] is not None
-    assert measures["log_abs_det"]["A"]["singular"][0][0] > 0  # its rows are equal
+    det = measures["log_abs_det"]["A"]  # its rows are equal: singular, or to round-off, by the CPU's LU decomposition
+    assert det["singular"][0][0] > 0 or det["high"][0][0] < -300
     assert measures["rank"]["A"]["high"] == [[1.0, 1.0], [1.0, 1.0]]
     assert set(measures["losses"]) == {"block", "cached", "mean", "random_tokens", "other", "zero", "identity"}
     assert set(measures["prefix"]) == {"block", "prefix", "cached"}

@@ -179,7 +179,7 @@ def test_prompts_of_another_context_or_vocabulary_are_errors(
     tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor
 ) -> None:
     g_lm = extract_g(invariant, text[:, :-1], "mean").g_lm
-    with pytest.raises(UserError, match="66 tokens, the context is 32"):
+    with pytest.raises(UserError, match="66 tokens, but the context is 32"):
         validate(invariant, g_lm, torch.cat((text, text, text[:, :2]), dim=1), tiny.post)
     with pytest.raises(UserError, match="outside the model's vocabulary of 48"):
         validate(invariant, g_lm, text + 40, tiny.post)

@@ -48,19 +48,25 @@ def test_a_certified_page_has_everything_and_loads_nothing(
     samples = [Shown("greedy", "the ", "cat", "cat", None), Shown("greedy", "<script>x</script>", "a", "b", 0)]
     page = page_of(certificate, g_lm, histories=HISTORIES, samples=samples, notes=["ACCELERATED RECIPE"])
     assert verdict_of(page) == "Certified: G_LM may be cached"
-    assert page.index("verdict yes") < page.index("What was judged")
+    assert page.index("verdict yes") < page.index(">Checks</h2>")
     assert page.count('<img src="data:image/png;base64,') == 4  # a head each
     assert page.count("<svg") == 2 + 2  # spectra by layer; order parameters and budget
-    for words in ("relative_deviation_g", "Judged by 16", "the texts differ from token 0", "ACCELERATED", "spread"):
+    for words in (
+        "relative_deviation_g",
+        "Judged on only 16",
+        "the texts differ from token 0",
+        "ACCELERATED",
+        "spread",
+    ):
         assert words in page, words
     assert "<script" not in page and "&lt;script&gt;" in page
     assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "url(" not in page and "@import" not in page
     assert "img-src data:" in page and "default-src 'none'" in page
     assert "Thresholds looser than the defaults: min_prompts 16 (default 100)" in page
-    assert certificate["prompts"]["sha256"] in page and "No SDPA twin was named" in page
+    assert certificate["prompts"]["sha256"] in page and "No SDPA twin is configured" in page
 
 
-def test_a_failed_page_says_so_first_and_shows_every_mend(tiny: SimpleNamespace) -> None:
+def test_a_failed_page_says_so_first_and_shows_every_fix(tiny: SimpleNamespace) -> None:
     model = tiny.make_model(gain=1.0)
     certificate = tiny.certify(model, tiny.sample_text(model), budget=0.16)
     page = page_of(certificate, torch.randn(2, 2, 8, 8), twin={"loss": 4.2, "note": "The SDPA twin is runs/twin"})
@@ -88,7 +94,7 @@ def test_a_constant_G_and_too_few_prompts_are_told_in_plain_words(
 ) -> None:
     post = tiny.post.model_copy(update={"prompts": 100, "min_prompts": 100})
     certificate = tiny.certify(invariant, text, post=post)
-    assert "too few prompts" in page_of(certificate, torch.eye(8).expand(2, 2, 8, 8))
+    assert "too few prompts to prove anything" in page_of(certificate, torch.eye(8).expand(2, 2, 8, 8))
 
 
 def test_the_twin_is_named_and_told_apart_when_its_prompts_are_others(
@@ -155,5 +161,5 @@ def test_the_published_G_LM_is_drawn(certificate: dict[str, Any]) -> None:
     deviation["per_head"] = [[0.0] * 42 for _ in range(5)]  # 210 heads
     deviation["per_head"][4] = [0.5] * 41 + [None]
     page = page_of(certificate, G.repeat(1, 3, 1, 1))
-    assert page.count("<img") == MAX_MAPS and "82 heads that vary least are left out" in page
+    assert page.count("<img") == MAX_MAPS and "82 heads that vary least are omitted" in page
     assert page.count('alt="G_LM of layer 4,') == 42

@@ -89,10 +89,10 @@ def test_building_with_the_certificate_of_another_model_fails_in_every_format(
     packed = None
     if weight_format != "fp32":
         packed = pack_measured(other, g_lm, text, weight_format, max_loss_difference=0.01, max_prompts=16)
-    with pytest.raises(UserError, match=r"certifies another model\.safetensors; validate this model"):
+    with pytest.raises(UserError, match=r"is of a different model\.safetensors; validate this model"):
         make_bundle(model=other, packed=packed)
     if packed is not None:
-        with pytest.raises(UserError, match="packed weights are of another model"):
+        with pytest.raises(UserError, match="packed weights are of a different model"):
             make_bundle(packed=packed)
 
 
@@ -108,7 +108,7 @@ def test_building_with_the_certificate_of_another_G_fails_and_leaves_nothing(
     make_bundle: Make, tiny: SimpleNamespace, certificate: dict[str, Any], tokenizer_path: Path, tmp_path: Path
 ) -> None:
     g_lm = torch.zeros(2, 2, 8, 8)
-    with pytest.raises(UserError, match=r"certifies another g_lm\.safetensors"):
+    with pytest.raises(UserError, match=r"is of a different g_lm\.safetensors"):
         build_bundle(
             tiny.make_model(), g_lm, certificate=certificate, tokenizer=tokenizer_path, out=tmp_path / "bundle"
         )
