@@ -3,7 +3,7 @@
 A reader trusts nothing: checks, verdict, tier and statement must be those that follow from the measures and thresholds
 (verdict.py). An edit by hand has to change all of it consistently; this is not a signature.
 
-Decision: a certificate of schema 3 is read as one of schema 4, which it is but for one name (`mend` became `fix`).
+Decision: a certificate of schema 3 is read as one of schema 4, from which it differs in one name: `mend` became `fix`.
 """
 
 from __future__ import annotations

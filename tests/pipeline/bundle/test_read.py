@@ -25,17 +25,17 @@ Make = Callable[..., Path]
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_any_changed_byte_is_noticed(make_bundle: Make, name: str) -> None:
     path = make_bundle() / name
-    whole = path.read_bytes()
-    offsets = {0, 1, 7, 8, len(whole) // 3, len(whole) // 2, len(whole) - 2, len(whole) - 1}
-    offsets |= {int(hashlib.sha256(f"{name}{i}".encode()).hexdigest(), 16) % len(whole) for i in range(12)}
+    original = path.read_bytes()
+    offsets = {0, 1, 7, 8, len(original) // 3, len(original) // 2, len(original) - 2, len(original) - 1}
+    offsets |= {int(hashlib.sha256(f"{name}{i}".encode()).hexdigest(), 16) % len(original) for i in range(12)}
     for offset in sorted(offsets):
         for flip in (0x01, 0x20, 0x80):
-            path.write_bytes(whole[:offset] + bytes([whole[offset] ^ flip]) + whole[offset + 1 :])
+            path.write_bytes(original[:offset] + bytes([original[offset] ^ flip]) + original[offset + 1 :])
             assert name in refused(path.parent)
-    for damaged in (b"", whole[:-1], whole + b"\n", whole + b" "):
+    for damaged in (b"", original[:-1], original + b"\n", original + b" "):
         path.write_bytes(damaged)
         assert name in refused(path.parent)
-    path.write_bytes(whole)
+    path.write_bytes(original)
     verify_bundle(path.parent)
 
 
@@ -46,15 +46,15 @@ def test_every_single_byte_of_every_file_counts(make_bundle: Make) -> None:
     bundle = make_bundle()
     for name in (*FILES, MANIFEST):
         path = bundle / name
-        whole = bytearray(path.read_bytes())
+        original = bytearray(path.read_bytes())
         with open(path, "r+b") as stream:
-            for offset in range(0, len(whole), 13 if name == "tokenizer.model" else 1):
+            for offset in range(0, len(original), 13 if name == "tokenizer.model" else 1):
                 stream.seek(offset)
-                stream.write(bytes([whole[offset] ^ (1 << offset % 8)]))
+                stream.write(bytes([original[offset] ^ (1 << offset % 8)]))
                 stream.flush()
                 assert name in refused(bundle), offset
                 stream.seek(offset)
-                stream.write(whole[offset : offset + 1])
+                stream.write(original[offset : offset + 1])
                 stream.flush()
     verify_bundle(bundle)
 
@@ -78,11 +78,11 @@ def test_extra_files_links_and_path_tricks_are_refused(make_bundle: Make, tmp_pa
     (bundle / "config.json").symlink_to(tmp_path / "outside.json")
     assert "config.json: a link" in refused(bundle)
     (bundle / "config.json").unlink()
-    whole = json.loads((bundle / MANIFEST).read_text())
-    whole.pop("bundle_sha256")
+    original = json.loads((bundle / MANIFEST).read_text())
+    original.pop("bundle_sha256")
     for trick in ("../outside.json", str(tmp_path / "outside.json"), "./config.json", "a/../config.json", ""):
-        files = {name: entry for name, entry in whole["files"].items() if name != "config.json"}
-        manifest = {**whole, "files": {**files, trick: whole["files"]["config.json"]}}
+        files = {name: entry for name, entry in original["files"].items() if name != "config.json"}
+        manifest = {**original, "files": {**files, trick: original["files"]["config.json"]}}
         (bundle / MANIFEST).write_bytes(render_json({**manifest, "bundle_sha256": sha256_json(manifest)}))
         assert f"{trick!r} is not a file of a bundle" in refused(bundle) or "'config.json' is not listed" in refused(
             bundle

@@ -32,7 +32,7 @@ PACKAGES = ("python", "torch", "safetensors", "sentencepiece", "pldr", "cuda", "
 HARMLESS: dict[str, set[tuple[str, ...]]] = {
     "config.json": set(),
     "generation_config.json": set(),
-    # What the validator was told, and nothing is judged by.
+    # Recorded, but not judged.
     "certificate.json": {
         ("lineage", "git_commit"),
         ("lineage", "invariance_budget"),
@@ -43,36 +43,36 @@ HARMLESS: dict[str, set[tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "certificate.json", MANIFEST])
-def test_whatever_a_careless_hand_writes_into_a_json_file_is_one_line_or_harmless(make_bundle: Make, name: str) -> None:
+def test_any_edit_of_a_json_file_is_refused_in_one_line_or_harmless(make_bundle: Make, name: str) -> None:
     """Every key of the file and of the objects in it, replaced by values of other kinds, the manifest resealed each time. What
     is accepted must be words for people (HARMLESS)."""
     bundle = make_bundle()
-    whole = json.loads((bundle / name).read_bytes())
-    places: list[tuple[str, ...]] = [(key,) for key in whole]
-    places += [(key, inner) for key, value in whole.items() if isinstance(value, dict) for inner in value]
+    original = json.loads((bundle / name).read_bytes())
+    keys: list[tuple[str, ...]] = [(key,) for key in original]
+    keys += [(key, inner) for key, value in original.items() if isinstance(value, dict) for inner in value]
     accepted = set()
     kinds = (None, -1.5, "x", [3], {"a": 1}, "\ud800")
-    for index, place in enumerate(places):
+    for index, key_path in enumerate(keys):
         for nonsense in (kinds[index % 6], kinds[(index + 2) % 6], kinds[(index + 3) % 6]):
-            tree = json.loads(json.dumps(whole))
-            node = tree if len(place) == 1 else tree[place[0]]
-            node[place[-1]] = nonsense
+            tree = json.loads(json.dumps(original))
+            node = tree if len(key_path) == 1 else tree[key_path[0]]
+            node[key_path[-1]] = nonsense
             (bundle / name).write_bytes(json.dumps(tree).encode())
             if name == MANIFEST:
                 rest = {key: value for key, value in tree.items() if key != "bundle_sha256"}
                 with contextlib.suppress(UnicodeEncodeError):
-                    tree["bundle_sha256"] = sha256_json(rest) if place != ("bundle_sha256",) else nonsense
+                    tree["bundle_sha256"] = sha256_json(rest) if key_path != ("bundle_sha256",) else nonsense
                     (bundle / name).write_bytes(render_json(tree))
             else:
                 reseal(bundle)
-            if tree == whole:
+            if tree == original:
                 continue
             try:
                 verify_bundle(bundle)
             except UserError as error:
                 assert "\n" not in str(error)
             else:
-                accepted.add(place)
+                accepted.add(key_path)
     assert accepted <= HARMLESS[name], accepted - HARMLESS[name]
 
 
@@ -123,7 +123,7 @@ def test_a_verdict_that_does_not_follow_from_its_checks_is_refused(
     assert manifest["certified"] is False
 
 
-def test_a_config_of_a_giant_is_refused_by_arithmetic(make_bundle: Make, tiny: SimpleNamespace) -> None:
+def test_a_config_of_a_huge_model_is_refused_by_arithmetic(make_bundle: Make, tiny: SimpleNamespace) -> None:
     bundle = make_bundle()
     model = json.loads((bundle / "config.json").read_text())["model"]
     for key, value in (("num_layers", 10**9), ("vocab_size", 10**12), ("num_heads", 10**6)):
@@ -156,11 +156,11 @@ def test_a_transplanted_certificate_is_refused(make_bundle: Make, tiny: SimpleNa
         ("g_lm.safetensors", {"g_lm": extract_g(other, text[:, :-1], "mean").g_lm}),
         ("model.safetensors", {n: t for n, t in other.state_dict().items() if ".plga." not in n}),
     ):
-        whole = (bundle / name).read_bytes()
+        original = (bundle / name).read_bytes()
         (bundle / name).write_bytes(serialise({k: t + 0.001 for k, t in tensors.items()}))
         reseal(bundle)
         assert f"certifies a different {name}" in refused(bundle)
-        (bundle / name).write_bytes(whole)
+        (bundle / name).write_bytes(original)
 
 
 @pytest.mark.parametrize(
@@ -175,13 +175,13 @@ def test_a_transplanted_certificate_is_refused(make_bundle: Make, tiny: SimpleNa
 def test_a_lineage_that_contradicts_the_certificate_is_refused(
     make_bundle: Make, tiny: SimpleNamespace, tokenizer_path: Path, lineage: dict[str, Any], message: str
 ) -> None:
-    whole = {**tiny.lineage, "tokenizer_sha256": sha256_file(tokenizer_path)}
+    original = {**tiny.lineage, "tokenizer_sha256": sha256_file(tokenizer_path)}
     with pytest.raises(UserError) as caught:
-        make_bundle(lineage={**whole, **lineage})
+        make_bundle(lineage={**original, **lineage})
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    bundle = make_bundle(lineage={**whole, "git_commit": "1a7e"})  # the code went on
+    bundle = make_bundle(lineage={**original, "git_commit": "1a7e"})  # the code may change
     assert verify_bundle(bundle)["certified"] is True
-    edit(bundle / MANIFEST, lineage={**whole, **lineage})
+    edit(bundle / MANIFEST, lineage={**original, **lineage})
     reseal(bundle)
     assert message in refused(bundle)
 

@@ -21,10 +21,7 @@ from pipeline.post.extract import extract_g
 from pipeline.post.measure.prompts import make_kinds, sha256_kinds
 from pipeline.post.validate import validate
 from pldr_model.model import PLDRModel
-
-
-def failed(certificate: dict[str, Any]) -> set[str]:
-    return {failure["measure"] for failure in certificate["failed"]}
+from tests.helpers.models import failed
 
 
 def test_an_invariant_model_is_certified(certificate: dict[str, Any], invariant: PLDRModel) -> None:

@@ -19,7 +19,7 @@ def schema_text() -> str:
 
 
 def test_the_written_schema_is_the_one_in_force(repository: Path) -> None:
-    """After a change: `python tests/pipeline/bundle/certificate/test_schema.py` writes it anew; raise SCHEMA_VERSION."""
+    """After a change: `python tests/pipeline/bundle/certificate/test_schema.py` writes it again; raise SCHEMA_VERSION."""
     assert (repository / "docs" / "certificate.schema.json").read_text() == schema_text()
 
 

@@ -16,15 +16,12 @@ from pipeline.post.certificate.build import summary_lines
 from pipeline.post.certificate.labels import plain_verdict
 from pipeline.post.package.card import model_card
 from pldr_model.model import PLDRModel
+from tests.helpers.models import failed
 
 
 def loosened(post: PostConfig, **changes: float) -> PostConfig:
     """Another configuration, checked as one of a file is."""
     return PostConfig(**{**post.model_dump(), **changes})
-
-
-def failed(certificate: dict[str, Any]) -> set[str]:
-    return {failure["measure"] for failure in certificate["failed"]}
 
 
 def test_a_leak_fails_by_itself_even_when_the_deviation_is_allowed(tiny: SimpleNamespace) -> None:

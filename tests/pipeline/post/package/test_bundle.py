@@ -48,9 +48,9 @@ def test_two_builds_are_byte_identical_and_name_no_folder_and_no_time(
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     second = make_bundle("elsewhere/two")
     for name in (*FILES, MANIFEST):
-        whole = (first / name).read_bytes()
-        assert whole == (second / name).read_bytes(), name
-        assert str(tmp_path).encode() not in whole and str(Path.home()).encode() + b"/" not in whole
+        original = (first / name).read_bytes()
+        assert original == (second / name).read_bytes(), name
+        assert str(tmp_path).encode() not in original and str(Path.home()).encode() + b"/" not in original
 
 
 def test_building_again_replaces_the_older_one(make_bundle: Make) -> None:
