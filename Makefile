@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+RUN ?= runs/quickstart
 READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: quickstart test test-slow check format clean
+.PHONY: quickstart test test-slow check format picture clean
 
 quickstart: $(READY)
 	$(BIN)/pldr run configs/quickstart.yaml
@@ -24,6 +25,10 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# README's picture, of a run's certificate; needs Chromium.
+picture: $(READY)
+	$(BIN)/python docs/picture.py $(RUN) docs/certificate.png
 
 # A virtual environment with the locked versions; made again when pyproject.toml or constraints.txt change.
 $(READY):

@@ -1,4 +1,18 @@
-"""What a bundle is made of: its files, their names, and the tensors in them."""
+"""What a bundle is made of: its files and the tensors in them.
+
+    config.json             ModelConfig of the constant-G model, weight format, and whether it is certified
+    model.safetensors       weights without the metric learner: fp32, bf16 or int8 (formats.py)
+    g_lm.safetensors        the cached G_LM [L,H,K,K]
+    tokenizer.model         SentencePiece
+    generation_config.json  how prompts are encoded, ids
+    certificate.json        docs/certificate.md
+    README.md               model card
+    MANIFEST.json           sha256 and size of every file, lineage, and a digest of itself
+
+Decisions. The same inputs give the same bytes: no time of day anywhere. `MANIFEST.json` is in canonical form and holds its
+own digest, so that one changed byte anywhere is an error; this protects against damage and mix-ups, not against forgery:
+it is not a signature. Loading runs no code from the folder and unpickles nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +30,7 @@ from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
 
 SCHEMA_VERSION = 1
-MAX_SMALL = 64 << 20  # bytes of a file that holds no tensors
+MAX_SMALL = 64 << 20  # bytes allowed for a file without tensors
 UNCERTIFIED_LINE = "# PLDR-LLM bundle, UNCERTIFIED: its cached G_LM may give other answers than the model"
 FILES = (
     "README.md",
@@ -30,7 +44,7 @@ FILES = (
 
 
 def generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Prompts are encoded as training text is: no bos (documents were joined by eos alone), nothing put before them."""
+    """Prompts are encoded as training text was: no bos (documents were joined by eos alone) and no prefix."""
     return {
         "schema_version": SCHEMA_VERSION,
         "prompt_prefix_ids": [],
@@ -43,12 +57,12 @@ def generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, An
 
 
 def bundle_tensors(model: PLDRModel) -> dict[str, Tensor]:
-    """The weights a bundle keeps: everything but the metric learner, W, b, P, a, b_a, and a constant G."""
+    """The weights that a bundle keeps: all but the metric learner, W, b, P, a, b_a, and a constant G."""
     return {name: t for name, t in model.state_dict().items() if ".plga." not in name and name != "g_lm"}
 
 
 def bundle_g(g_LHKK: Tensor) -> dict[str, Tensor]:
-    """What `g_lm.safetensors` holds."""
+    """The contents of `g_lm.safetensors`."""
     return {"g_lm": g_LHKK.detach().cpu().float()}
 
 
@@ -61,9 +75,9 @@ def certified_files(model: PLDRModel, g_LHKK: Tensor) -> dict[str, str]:
 
 
 def parse_model(values: Any, *, where: Path) -> ModelConfig:
-    """A `ModelConfig` from a file's plain values. Raises ConfigError naming the file and the key."""
+    """A `ModelConfig` from the plain values in a file. Raises ConfigError naming the file and the key."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: holds no model configuration; it was damaged: make it again")
+        raise ConfigError(f"{where}: holds no model configuration: damaged; make it again")
     try:
         return ModelConfig.from_dict(values)
     except (ValueError, TypeError) as error:

@@ -1,12 +1,10 @@
-"""What a bundle's weights are stored as: fp32, bf16, or int8 with a scale for each output channel.
+"""How a bundle's weights are stored: fp32, bf16, or int8 with a scale for each output channel.
 
 Decisions. Only matrices are packed: biases, norms and G_LM are under a hundredth of the bytes and stay fp32. int8 is symmetric
 and weight-only: row i of a matrix [out, in] is stored as round(127 w / max|w|) with the fp32 scale max|w| / 127 of that row
 (a row of the embedding is a token's vector), ties to even, so that equal weights give equal bytes. Readers unpack to fp32: a
-smaller file, not a faster model. What packing costs is measured on held-out text with the cached G_LM, against the fp32
-weights that the certificate is about, and bounded by `post.max_format_loss`.
-
-Shapes: N sequences or tokens, R of them in a slice, T = S+1 tokens of a sequence, B batch, V vocabulary.
+smaller file, not a faster model. pipeline/post/package/measured_formats.py measures what packing costs; the certificate
+carries that as its section `weight_format`.
 """
 
 from __future__ import annotations
@@ -28,14 +26,14 @@ DTYPE = {"fp32": "F32", "bf16": "BF16", "int8": "I8"}
 
 
 class Packed(NamedTuple):
-    """Weights as they are stored, and the certificate's section on what that costs."""
+    """Weights as stored, and the certificate's section on what the format costs."""
 
     tensors: dict[str, Tensor]
     section: dict[str, Any]
 
 
 def pack(weights: Mapping[str, Tensor], weight_format: WeightFormat) -> dict[str, Tensor]:
-    """fp32 weights as they are stored: bf16 or int8 matrices, the latter with `NAME.scale` [out]."""
+    """fp32 weights in the format to store: bf16 or int8 matrices, the latter with `NAME.scale` [out]."""
     packed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         if tensor.ndim != 2 or weight_format == "fp32":
@@ -51,7 +49,7 @@ def pack(weights: Mapping[str, Tensor], weight_format: WeightFormat) -> dict[str
 
 
 def unpack(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a model computes with: fp32."""
+    """Packed weights back to fp32, which a model computes with."""
     weights = {name: tensor.float() for name, tensor in packed.items() if not name.endswith(SCALE)}
     for name, scale in packed.items():
         if name.endswith(SCALE):
@@ -69,26 +67,25 @@ def packed_shapes(
 
 
 def check_section(section: Any, *, weight_format: str, sha256: str, where: str) -> bool:
-    """Whether the certificate's section allows these packed weights to be called certified.
+    """Whether, by the certificate's section, these packed weights may be called certified.
 
-    section: as schema.py checked it; None where there is none. sha256: that of the bundle's model.safetensors. Raises
+    section: as certificate/schema.py checked it, or None. sha256: that of the bundle's model.safetensors. Raises
     UserError when the section is missing, about another file or format, or `passed` does not follow from its numbers.
     """
     if not isinstance(section, dict) or section.get("format") != weight_format or section.get("sha256") != sha256:
-        raise UserError(
-            f"{where}: it measured no {weight_format} weights like model.safetensors; make the bundle again"
-        )
+        raise UserError(f"{where}: it holds no measurement of these {weight_format} weights; make the bundle again")
     difference, allowed = section["loss_difference"], section["max_loss_difference"]
     within = difference is not None and bool(abs(difference) <= allowed)
     if section["passed"] != within:
         raise UserError(
-            f"{where}: a loss difference of {difference} against {allowed} is not passed={section['passed']}"
+            f"{where}: a loss difference of {difference}, allowed {allowed}, contradicts passed={section['passed']}; "
+            "make the bundle again"
         )
     return bool(within)
 
 
 def describe_format(section: Mapping[str, Any]) -> str:
-    """One line for a person: what the format costs."""
+    """What the format costs, in one line."""
     return (
         f"{section['format']} weights ({section['bytes'] / section['bytes_fp32']:.2f} of the bytes of fp32): held-out loss "
         f"{_number(section['loss'])} against {_number(section['loss_fp32'])} nats in fp32 "

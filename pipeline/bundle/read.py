@@ -1,4 +1,4 @@
-"""Reading a bundle: verified first, then loaded."""
+"""Reading a bundle: verify everything first, then load."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class BundleParts(NamedTuple):
 
 
 def verify_bundle(path: str | Path) -> dict[str, Any]:
-    """Check everything a reader relies on; returns {"path", "bundle_sha256", "certified", "verdict", "tier",
+    """Check everything that a reader relies on; returns {"path", "bundle_sha256", "certified", "verdict", "tier",
     "weight_format", "files"}.
 
-    Raises UserError, one line, for whatever is missing, extra, changed, too large, or does not belong together.
+    Raises UserError, one line, for anything that is missing, extra, changed, too large, or does not belong together.
     """
     parts = read_bundle(Path(path))
     return {
@@ -90,6 +90,6 @@ def read_bundle(path: Path) -> BundleParts:
     check_tokenizer(tokenizer, config, manifest["lineage"], certificate["lineage"], where=path / "tokenizer.model")
     if generation != generation_config(config, tokenizer):
         raise UserError(
-            f"{path / 'generation_config.json'}: not that of this model and tokenizer.model; make the bundle again"
+            f"{path / 'generation_config.json'}: does not match this model and tokenizer.model; make the bundle again"
         )
     return BundleParts(config, weight_format, weights, g_lm, tokenizer, generation, certificate, manifest)

@@ -1,6 +1,6 @@
-"""What a bundle's reader checks before it believes a file of it. Each check raises UserError, one line: file, fault, mend.
+"""What a reader checks before it trusts any file of a bundle. Each check raises UserError, one line: file, problem, fix.
 
-Nothing here allocates by a number that a file claims, and nothing follows a name that a file gives: the names are ours.
+No size that a file claims is allocated, and no path that a file names is opened: the names are those of format.py.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pldr_model.config import ModelConfig
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """MANIFEST.json, byte for byte as it was written."""
+    """MANIFEST.json, checked to be byte for byte as it was written."""
     file = path / MANIFEST
     if not file.is_file() or file.is_symlink():
-        raise UserError(f"{file}: missing; this folder is no bundle, or was cut short: make it again")
+        raise UserError(f"{file}: missing; this folder is not a bundle, or is incomplete: make it again")
     if file.stat().st_size > MAX_SMALL:
-        raise UserError(f"{file}: {file.stat().st_size} bytes: damaged; make the bundle again")
+        raise UserError(f"{file}: {file.stat().st_size} bytes, too large: damaged; make the bundle again")
     manifest = read_json(file, schema_version=SCHEMA_VERSION)
     rest = {key: value for key, value in manifest.items() if key != "bundle_sha256"}
     files = manifest.get("files")
@@ -40,9 +40,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not well_formed:
         raise UserError(f"{file}: not the manifest of a bundle; make the bundle again")
     try:
-        # Rendered anew, the manifest must be the same bytes: none is free to change, not even a space.
+        # Rendered again, the manifest must be the same bytes: not even a space may change.
         same = manifest["bundle_sha256"] == sha256_json(rest) and render_json(manifest) == file.read_bytes()
-    except ValueError:  # NaN, or half a surrogate pair: nothing that we write
+    except ValueError:  # NaN, or half a surrogate pair, which we never write
         same = False
     if not same:
         raise UserError(f"{file}: differs from its own bundle_sha256: damaged; make the bundle again")
@@ -51,43 +51,50 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_folder(path: Path, manifest: dict[str, Any]) -> None:
-    """Exactly the files of a bundle, plain files, in the folder itself."""
+    """The folder holds exactly the files of a bundle, all of them plain files."""
     listed = set(manifest["files"])
     for name in sorted(listed ^ set(FILES)):
-        raise UserError(f"{path / MANIFEST}: {name!r} is {'no file of a bundle' if name in listed else 'not listed'}")
+        problem = "not a file of a bundle" if name in listed else "not listed"
+        raise UserError(f"{path / MANIFEST}: {name!r} is {problem}; make the bundle again")
     for entry in sorted(path.iterdir()):
         if entry.name not in (*FILES, MANIFEST):
-            raise UserError(f"{entry}: no file of this bundle (not in {MANIFEST}); remove it")
+            raise UserError(f"{entry}: not a file of this bundle (not in {MANIFEST}); remove it")
         if not stat.S_ISREG(entry.lstat().st_mode):
-            raise UserError(f"{entry}: a link or folder where a plain file belongs; copy the file itself here")
+            raise UserError(f"{entry}: a link or folder in place of a plain file; copy the file itself here")
     for name in FILES:
         if not name.endswith(".safetensors") and (path / name).is_file() and (path / name).stat().st_size > MAX_SMALL:
-            raise UserError(f"{path / name}: too large for what it is: damaged; make the bundle again")
+            raise UserError(f"{path / name}: too large for this file: damaged; make the bundle again")
 
 
 def read_config(path: Path, manifest: dict[str, Any], record: dict[str, Any]) -> tuple[ModelConfig, WeightFormat]:
     """The model and the weight format that config.json names."""
     file = path / "config.json"
-    weight_format = record.get("weight_format", "fp32")  # bundles of before it existed are fp32
+    weight_format = record.get("weight_format", "fp32")  # bundles from before the key existed are fp32
     if weight_format not in FORMATS:
-        raise UserError(f"{file}: weight_format {weight_format!r} is not one of {', '.join(FORMATS)}")
+        raise UserError(
+            f"{file}: weight_format {weight_format!r} is not one of {', '.join(FORMATS)}; make the bundle again"
+        )
     if record.get("model_type") != "pldr":
         raise UserError(
             f"{file}: model_type {record.get('model_type')!r}, this program reads 'pldr'; make the bundle again"
         )
     config = parse_model(record.get("model"), where=file)
     if config.g_source != "file" or config.g_file is not None:
-        raise UserError(f"{file}: g_source {config.g_source!r}: a bundle's model has a given G_LM")
+        raise UserError(
+            f"{file}: g_source {config.g_source!r}, but the G_LM of a bundle comes from a file; make the bundle again"
+        )
     data_bytes = BYTES[weight_format] * config.num_parameters()["total"]
-    if manifest["files"]["model.safetensors"]["size"] < data_bytes:  # before a giant's shapes are even worked out
-        raise UserError(f"{file}: describes a model of {data_bytes} bytes, the weights are smaller")
+    if manifest["files"]["model.safetensors"]["size"] < data_bytes:  # before the shapes of a huge model are computed
+        raise UserError(
+            f"{file}: describes a model of {data_bytes} bytes, but the weights are smaller; make the bundle again"
+        )
     return config, weight_format
 
 
 def check_certificate(
     path: Path, manifest: dict[str, Any], record: dict[str, Any], certificate: dict[str, Any]
 ) -> None:
-    """The certificate (its own schema and verdict are checked: schema.py) is of these very tensors, and every mark agrees."""
+    """The certificate (certificate/schema.py has checked its schema and verdict) is of these tensors, and every mark agrees."""
     where = path / "certificate.json"
     weight_format, stored = record.get("weight_format", "fp32"), manifest["files"]["model.safetensors"]["sha256"]
     packed_ok = weight_format == "fp32" or check_section(
@@ -96,7 +103,7 @@ def check_certificate(
     for name, sha256 in certificate["files"].items():
         packed = name == "model.safetensors" and weight_format != "fp32"  # then `files` names the fp32 weights
         if not packed and manifest["files"][name]["sha256"] != sha256:
-            raise UserError(f"{where}: it certifies another {name}; validate this model and bundle it again")
+            raise UserError(f"{where}: it certifies a different {name}; validate this model and bundle it again")
     certified = manifest["certified"]
     first_line = (path / "README.md").read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     passed = certificate["verdict"] == "certified" and packed_ok
@@ -115,18 +122,18 @@ def check_certificate(
 def check_certified_model(
     where: Path, config: ModelConfig, record: dict[str, Any], certificate: dict[str, Any]
 ) -> None:
-    """config.json describes the certified model, with its G_LM given."""
+    """config.json describes the certified model, with a fixed G_LM."""
     values = {key: value for key, value in certificate["model"].items() if key != "num_parameters"}
     measured = parse_model(values, where=where)
     if certificate["model"].get("num_parameters") != measured.num_parameters()["total"]:
-        raise UserError(f"{where}: num_parameters is not that of its model; validate this model again")
+        raise UserError(f"{where}: num_parameters does not match its model; validate this model again")
     if measured.with_constant_g() != config or measured.g_source != record.get("variant"):
-        raise UserError(f"{where}: it certifies a model of other sizes than config.json; validate this model again")
+        raise UserError(f"{where}: it certifies a model of different sizes than config.json; validate this model again")
 
 
 def check_lineage(path: Path, manifest: dict[str, Any], certificate: dict[str, Any]) -> None:
-    """Manifest and certificate name the same origin, and what is certified names its tokenizer. Code may have gone on between
-    validating and bundling: the commit may differ. A certificate's budget is None where there is no metric learner."""
+    """Manifest and certificate name the same origin, and a certified bundle names its tokenizer. The commit may differ, as code
+    may change between validating and bundling. A certificate's budget is None where there is no metric learner."""
     ours, theirs = plain(manifest["lineage"]), certificate["lineage"]  # a certificate's numbers are rounded
     for key in sorted(ours.keys() & theirs.keys() - {"git_commit", "invariance_budget"}):
         if ours[key] != theirs[key]:
@@ -136,20 +143,20 @@ def check_lineage(path: Path, manifest: dict[str, Any], certificate: dict[str, A
             )
     if manifest["certified"] and ours.get("tokenizer_sha256") is None:
         raise UserError(
-            f"{path / MANIFEST}: lineage: no tokenizer_sha256, so nothing says which tokenizer a certified model was trained "
-            "with; train it with one that is recorded, or package it marked as uncertified (--uncertified)"
+            f"{path / MANIFEST}: lineage: no tokenizer_sha256, so the tokenizer of a certified model is unknown; "
+            "train with a recorded one, or package the model as uncertified (--uncertified)"
         )
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, *lineages: dict[str, Any], where: Path) -> None:
-    """It is the one that the model was trained with, as far as the lineages know it, and has no more pieces than the model."""
+    """It is the tokenizer that the lineages name, where they do, and has no more pieces than the model."""
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{where}: {tokenizer.vocab_size} pieces, the model's vocabulary is {config.vocab_size}; "
+            f"{where}: {tokenizer.vocab_size} pieces, but the model's vocabulary is {config.vocab_size}; "
             "use the tokenizer that the model was trained with"
         )
     for lineage in lineages:
         if lineage.get("tokenizer_sha256") not in (None, tokenizer.sha256):
             raise UserError(
-                f"{where}: not the tokenizer that the model was trained with (tokenizer_sha256 of the lineage)"
+                f"{where}: not the tokenizer that the model was trained with (tokenizer_sha256 in the lineage); use that one"
             )

@@ -1,8 +1,8 @@
-"""A bundle into MLflow: a registered model version with its lineage, and the alias `certified` only when it is.
+"""Register a bundle in MLflow: a model version with its lineage, and the alias `certified` only for a certified bundle.
 
 Decision: the wrapper is saved to a local folder and uploaded to the training run by the client, so that nothing here starts,
-ends or renames a run, and no global tracking URI is touched. The version names the run; its tags name the checkpoint,
-the data and the verdict. Registering the same bundle twice gives the same version.
+ends or renames a run, or changes the global tracking URI. The version names the run; its tags name the checkpoint, the data
+and the verdict. Registering the same bundle twice gives the same version.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ LINEAGE_TAGS = ("checkpoint", "step", "data_fingerprint", "tokenizer_sha256", "g
 def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certified: bool) -> dict[str, Any]:
     """Upload the bundle to the run, register it as a version of the model `name`; returns {"version", "uri", "alias"}.
 
-    certified: move the alias `certified` to this version. An uncertified version never gets it, and never takes it from
-    another. `uri` is `models:/NAME/VERSION`. Raises UserError when `certified` is asked for an uncertified bundle, when
-    the bundle is damaged, or when the run or the server does not answer.
+    certified: move the alias `certified` to this version. An uncertified version never gets it and never removes it from
+    another. `uri` is `models:/NAME/VERSION`. Raises UserError when `certified` is requested for an uncertified bundle, when
+    the bundle is damaged, when there is no such run, or when the server is unreachable.
     """
     parts = read_bundle(bundle)
     if certified and not parts.manifest["certified"]:
-        raise UserError(f"{bundle}: its certificate did not pass, so it cannot be registered as certified")
+        raise UserError(
+            f"{bundle}: its certificate did not pass, so it cannot be registered as certified; use certified=False"
+        )
     digest = parts.manifest["bundle_sha256"]
     with _quiet():
         from mlflow.tracking import MlflowClient
@@ -41,7 +43,7 @@ def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certifi
             client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
             version = _find_version(client, name, run_id, digest)
             if version is None:
-                # A folder of its own for each bundle of a run: a later one must not change what an earlier version serves.
+                # One folder per bundle of a run: a later bundle must not change what an earlier version serves.
                 source = _upload(client, bundle, run_id, folder_name=f"bundle-{digest[:16]}")
                 _ensure_model(client, name)
                 lineage = parts.manifest["lineage"]
@@ -60,7 +62,7 @@ def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certifi
                 client.set_registered_model_alias(name, ALIAS, version)
         except Exception as error:  # a damaged SQLite file raises SQLAlchemy's own
             raise UserError(
-                f"MLflow at {tracking_uri}: {first_line(error)}; look at tracking.uri and post.register_as"
+                f"MLflow at {tracking_uri}: {first_line(error)}; check tracking.uri and post.register_as"
             ) from error
     return {"version": str(version), "uri": f"models:/{name}/{version}", "alias": ALIAS if certified else None}
 
@@ -84,7 +86,7 @@ def save_pyfunc(bundle: Path, folder: Path) -> None:
         path=folder,
         python_model=str(Path(__file__).with_name("mlflow_model.py")),
         artifacts={"bundle": str(bundle)},
-        # No input schema: it would turn a plain list of texts away.
+        # No input schema: it would reject a plain list of texts.
         signature=ModelSignature(params=ParamSchema(parameters)),
         code_paths=[str(packages / "pipeline"), str(packages / "pldr_model")],
         pip_requirements=_requirements(),
@@ -92,7 +94,7 @@ def save_pyfunc(bundle: Path, folder: Path) -> None:
 
 
 def _upload(client: Any, bundle: Path, run_id: str, *, folder_name: str) -> str:
-    """The model's URL among the run's artifacts."""
+    """Save and upload the model; returns its URL among the run's artifacts."""
     with tempfile.TemporaryDirectory(prefix="pldr-register-") as temporary:
         folder = Path(temporary) / folder_name
         save_pyfunc(bundle, folder)
@@ -101,7 +103,7 @@ def _upload(client: Any, bundle: Path, run_id: str, *, folder_name: str) -> str:
 
 
 def _find_version(client: Any, name: str, run_id: str, digest: str) -> str | None:
-    """The version of this model that already holds this bundle of this run."""
+    """The version of this model that already has this bundle from this run."""
     for version in client.search_model_versions(f"name = '{name}'"):
         if version.run_id == run_id and version.tags.get("bundle_sha256") == digest:
             return str(version.version)
@@ -119,7 +121,7 @@ def _ensure_model(client: Any, name: str) -> None:
 
 
 def _requirements() -> list[str]:
-    """What serving needs, at the versions it was registered with."""
+    """The packages that serving needs, at the versions installed now."""
     from importlib.metadata import version
 
     names = ("torch", "safetensors", "sentencepiece", "mlflow", "fsspec", "pydantic", "pyyaml", "pandas")
@@ -128,7 +130,7 @@ def _requirements() -> list[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """MLflow's progress bars and hints stay out of the terminal; its errors are exceptions anyway."""
+    """Keep MLflow's progress bars and warnings out of the terminal; its errors are exceptions anyway."""
     level, bar = logging.root.manager.disable, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
     logging.disable(logging.WARNING)
     os.environ.setdefault(bar, "false")

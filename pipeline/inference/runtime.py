@@ -1,8 +1,8 @@
 """A loaded bundle: text in, text out, with KV-cache and G-cache.
 
 Decision: prompts are encoded as the training text was, without bos. A completion is decoded as the continuation of a text,
-so that the space at the joint is not lost (SentencePiece drops a leading one). Stop strings are looked for in that text
-and not in tokens: a stop string may begin inside one token and end inside another.
+so that the space between prompt and completion is kept (SentencePiece drops a leading one). Stop strings are searched in that
+text and not in tokens: a stop string may begin inside one token and end inside another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pldr_model.model import PLDRModel
 
 
 class Bundle:
-    """A verified bundle, ready to generate. `certificate`, `manifest`, `config`, `tokenizer` are there to be read."""
+    """A verified bundle, ready to generate. `certificate`, `manifest`, `config` and `tokenizer` are public and read-only."""
 
     def __init__(self, parts: BundleParts) -> None:
         self.config, self.weight_format, self.tokenizer = parts.config, parts.weight_format, parts.tokenizer
@@ -28,7 +28,7 @@ class Bundle:
         self.model = PLDRModel(parts.config, g_lm_LHKK=parts.g_lm)
         self.model.load_state_dict({**parts.weights, "g_lm": parts.g_lm})
         self.model.eval()
-        # One harmless piece: ids decoded after it keep their leading space, whatever the prompt was.
+        # A piece that is decoded before the new ids, so that they keep their leading space, whatever the prompt was.
         self._anchor = self.tokenizer.encode("a")[-1:]
 
     @classmethod
@@ -38,7 +38,7 @@ class Bundle:
         if not parts.manifest["certified"]:
             failed = ", ".join(failure["measure"] for failure in parts.certificate["failed"]) or "none"
             warnings.warn(
-                f"{path}: UNCERTIFIED bundle (failed checks: {failed}): its cached G_LM may give other answers than the model",
+                f"{path}: UNCERTIFIED bundle (failed checks: {failed}): its cached G_LM may change the model's outputs",
                 stacklevel=2,
             )
         return cls(parts)
@@ -56,25 +56,25 @@ class Bundle:
     ) -> list[str]:
         """Continue each prompt; returns the completions without the prompts, in their order.
 
-        A completion ends after `max_new_tokens`, at a full context, at eos, or before the first of the `stop` strings.
-        temperature 0 is greedy; `top_k` 0 and `top_p` 1 switch those off; the token that crosses `top_p` is kept. The same
-        seed gives the same text; None draws a fresh one. Prompts of a batch never influence one another.
+        A completion ends after `max_new_tokens`, at a full context, at eos, or before the first `stop` string.
+        temperature 0 is greedy; `top_k` 0 and `top_p` 1 disable those; the token that crosses `top_p` is kept. The same seed
+        gives the same text; None draws a new one. Prompts of a batch do not affect each other.
         Raises UserError for empty prompts, prompts that leave no room in the context, and settings out of range.
         """
         if isinstance(prompts, str):
-            raise UserError("prompts: a list of texts is needed, this is one text; write [text]")
+            raise UserError("prompts: a list of texts is needed, not one text; write [text]")
         if isinstance(stop, str) or not all(stop):
-            raise UserError("stop: a list of non-empty strings is needed")
+            raise UserError("stop: a list of non-empty strings is needed; write [text]")
         for index, prompt in enumerate(prompts):
             try:
                 prompt.encode()
             except UnicodeEncodeError:
-                raise UserError(f"prompts[{index}]: is not UTF-8; convert it first") from None
+                raise UserError(f"prompts[{index}]: not valid UTF-8; convert it first") from None
         prefix = self.generation["prompt_prefix_ids"]
         encoded = [prefix + ids for ids in self.tokenizer.encode_batch(list(prompts))]
         for index, ids in enumerate(encoded):
             if not ids:
-                raise UserError(f"prompts[{index}]: holds no text; give at least one character")
+                raise UserError(f"prompts[{index}]: empty; give at least one character")
             if len(ids) >= self.config.context_length:
                 raise UserError(
                     f"prompts[{index}]: {len(ids)} tokens leave no room in the context of "
@@ -98,12 +98,12 @@ class Bundle:
         return [text[: _find(text, stop)] for text in texts]
 
     def _text(self, new_ids: list[int]) -> str:
-        """What these ids add to a text that stands before them."""
+        """The text that these ids add to a text before them."""
         before = self.tokenizer.decode(self._anchor)
         return self.tokenizer.decode(self._anchor + new_ids)[len(before) :]
 
     def describe(self) -> dict[str, Any]:
-        """What this bundle is, for logs and endpoints."""
+        """What this bundle is, as plain values for logs and endpoints."""
         return {
             "bundle_sha256": self.manifest["bundle_sha256"],
             "certified": self.certified,
@@ -114,6 +114,5 @@ class Bundle:
 
 
 def _find(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first of the stop strings begins; None when there is none."""
-    places = [place for place in (text.find(ending) for ending in stop) if place >= 0]
-    return min(places, default=None)
+    """Where the first stop string begins; None when there is none."""
+    return min((start for start in (text.find(ending) for ending in stop) if start >= 0), default=None)

@@ -1,7 +1,7 @@
 """ZeRO checkpoint -> one safetensors file: stage `consolidate`.
 
-A DeepSpeed checkpoint keeps fp32 weights in pieces, in files that are pickles: `zero_state` finds and joins them. A
-checkpoint is believed only when it is COMMITTED, every listed file has its sha256, and no unlisted `.pt` lies between them.
+A DeepSpeed checkpoint keeps fp32 weights in pieces, in pickle files: pipeline/checkpoint/deepspeed_files.py finds and joins
+them. A checkpoint is trusted only when it is COMMITTED, every listed file has its sha256, and there is no unlisted `.pt`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
     """
     state = verify(checkpoint)
     config = parse_model(model_of(state), where=checkpoint / "state.json")
-    # DeepSpeed's own files lie in a folder named for the step, whatever the checkpoint has been renamed to.
+    # DeepSpeed's own files are in a folder named after the step, even if the checkpoint was renamed.
     weights = _fit(_merge(checkpoint / checkpoint_name(state["step"])), config, where=checkpoint)
     source = {
         "checkpoint": checkpoint.name,
@@ -79,7 +79,7 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
 
 
 def recipe_of(config: dict[str, Any]) -> dict[str, Any]:
-    """`seed` and `recipe` of a run's configuration: what model card and certificate say about the training."""
+    """`seed` and `recipe` from a run's configuration: what model card and certificate report about the training."""
     train, model = config.get("train") or {}, config.get("model") or {}
     return {
         "seed": config.get("seed"),
@@ -102,12 +102,16 @@ def _fit(weights: dict[str, Tensor], config: ModelConfig, *, where: Path) -> dic
     expected = state_shapes(config)
     for name, shape in expected.items():
         if name not in weights:
-            raise UserError(f"{where}: {name} is missing; state.json describes another model than the weights")
+            raise UserError(
+                f"{where}: {name} is missing; state.json describes a different model than the weights: use another checkpoint"
+            )
         if tuple(weights[name].shape) != shape:
-            raise UserError(f"{where}: {name} is {list(weights[name].shape)}, state.json describes {list(shape)}")
+            raise UserError(
+                f"{where}: {name} is {list(weights[name].shape)}, state.json describes {list(shape)}: use another checkpoint"
+            )
         if not torch.isfinite(weights[name]).all():
-            raise UserError(f"{where}: {name} holds NaN or infinity; training diverged: take an earlier checkpoint")
+            raise UserError(f"{where}: {name} holds NaN or infinity: training diverged; use an earlier checkpoint")
     for name in weights:
-        if name not in expected and name != "g_lm":  # an identity G is a buffer that no state dict needs
-            raise UserError(f"{where}: {name} is no part of the model that state.json describes")
+        if name not in expected and name != "g_lm":  # an identity G is a buffer that is not in the state dict
+            raise UserError(f"{where}: {name} is not in the model that state.json describes: use another checkpoint")
     return {name: weights[name].contiguous() for name in expected}

@@ -1,8 +1,8 @@
-"""G_LM of a model, once and for all: stage `extract`.
+"""The G_LM of a model that will be cached: stage `extract`.
 
 Background (2502.13502): the papers take G from one prompt. Decision: the mean over many held-out prompts is the default
-(`post.g_from: mean`), summed in fp64 and kept in fp32, with the standard deviation of every entry over the prompts
-beside it; `first` is the papers' way. For an invariant model the two agree to round-off, and the certificate shows it.
+(`post.g_from: mean`), summed in fp64 and kept in fp32, together with the standard deviation of every entry over the prompts;
+`first` is the papers' method. For an invariant model the two agree to round-off, and the certificate shows it.
 
 Shapes: N prompts, S tokens, L layers, H heads, K head dim.
 """
@@ -28,11 +28,11 @@ SCHEMA_VERSION = 2
 G_FILE = "g_lm.safetensors"
 SPREAD_FILE = "spread.safetensors"
 RECORD_FILE = "extract.json"
-HASHES = {G_FILE: "g_lm_sha256", SPREAD_FILE: "spread_sha256"}  # of the record
+HASHES = {G_FILE: "g_lm_sha256", SPREAD_FILE: "spread_sha256"}  # keys of the record
 
 
 class ExtractedG(NamedTuple):
-    """`g_lm` [L,H,K,K] fp32; `spread`: standard deviation of each entry over the prompts, fp32; where it came from."""
+    """`g_lm` [L,H,K,K] fp32; `spread`: standard deviation of each entry over the prompts, fp32; `record`: its origin."""
 
     g_lm: Tensor
     spread: Tensor
@@ -43,11 +43,11 @@ class ExtractedG(NamedTuple):
 def extract_g(model: PLDRModel, prompts_NS: Tensor, how: Literal["mean", "first"]) -> ExtractedG:
     """G_LM over prompts of one length. Memory does not grow with N.
 
-    The spread is over all prompts, whichever way G is chosen. Raises UserError naming layer and head when a G_LM is not
+    The spread is over all prompts, however G is chosen. Raises UserError naming layer and head when a G_LM is not
     finite, or when there are no prompts.
     """
     if len(prompts_NS) == 0:
-        raise UserError("extract: no held-out prompts; raise data.val_fraction or give more text")
+        raise UserError("extract: no held-out prompts; raise data.val_fraction or add more text")
     spread, first_LHKK = Spread(), None
     for ids_BS in batches(prompts_NS, model):
         g_BLHKK = model.compute_g(ids_BS, padded=None).transpose(0, 1)
@@ -55,7 +55,7 @@ def extract_g(model: PLDRModel, prompts_NS: Tensor, how: Literal["mean", "first"
         if bad_LH.any():
             layer, head = bad_LH.nonzero()[0].tolist()
             raise UserError(
-                f"extract: G_LM of layer {layer}, head {head} is not finite; training diverged: take an earlier checkpoint"
+                f"extract: G_LM of layer {layer}, head {head} is not finite: training diverged; use an earlier checkpoint"
             )
         first_LHKK = g_BLHKK[0] if first_LHKK is None else first_LHKK
         spread.update(g_BLHKK)

@@ -2,12 +2,12 @@
 
 Background: docs/certificate.md says what is measured, why, and what fools a validator. In short: every deductive tensor per
 layer and head over prompts of several kinds and lengths; the answers with caches against full recomputation without any;
-proof that attention is alive; the leak; and the same measure on the untrained model, which must fail.
+proof that attention is alive; the leak test; and the same measure on the untrained model, which must fail.
 
-Decision: the verdict on G_LM is by the worst head on the worst kind of prompts, measured against the very G_LM that will
+Decision: the verdict on G_LM is by the worst head on the worst kind of prompts, measured against the same G_LM that will
 be cached, in fp32 (as shipped) and in fp64 (which tells real variation from round-off); both must pass. `validate` is a
 pure function: the same model, G, sequences and configuration on the same machine give the same certificate, byte for byte.
-Nothing is read or written. All statistics are streamed: memory does not grow with the number of prompts.
+It reads and writes no files. All statistics are streamed: memory does not grow with the number of prompts.
 
 Shapes: N prompts, T = S+1 tokens, L layers, H heads, K head dim.
 """
@@ -15,13 +15,13 @@ Shapes: N prompts, T = S+1 tokens, L layers, H heads, K head dim.
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.bundle.certificate.checks import make_checks
+from pipeline.bundle.certificate.verdict import largest
 from pipeline.config.post import PostConfig
 from pipeline.post.certificate.build import make_certificate
 from pipeline.post.measure import downstream
@@ -47,9 +47,9 @@ def validate(
     """The certificate of `model` with the cached G_LM `g_LHKK`: a plain dict, ready for JSON (docs/certificate.md).
 
     sequences_NT: held-out token sequences [N, S+1]; the first `config.prompts` without padding are used. lineage: what
-    the certificate shall say about where the weights come from. budget: the run's invariance budget, for the mends. seed:
-    that of the training, which the untrained control is drawn from. Collective where torch.distributed has several ranks:
-    each measures its share, all return the same. Raises UserError for fewer than two different usable prompts, prompts that
+    the certificate records about the origin of the weights. budget: the run's invariance budget, for the fixes. seed: that of
+    the training, from which the untrained control is initialized. Collective where torch.distributed has several ranks:
+    each measures its share, and all return the same. Raises UserError for fewer than two different usable prompts, prompts that
     do not fit the model, or thresholds that no configuration may have.
     """
     assert tuple(g_LHKK.shape) == g_shape(model.config), "G_LM of another model"
@@ -58,7 +58,7 @@ def validate(
     kinds = make_kinds(text_NT, model.config, seed=seed)
     learned = model.config.g_source == "learned"
 
-    measures = measure(model, g_LHKK, text_NT, kinds, seed=seed)
+    measures = _measure(model, g_LHKK, text_NT, kinds, seed=seed)
     _measure_fp64(measures, model, g_LHKK, text_NT, kinds, config, seed=seed)
     if not measures["not_finite"]:
         num = {"num_tokens": config.generate_tokens, "num_prompts": config.generate_prompts}
@@ -67,7 +67,7 @@ def validate(
             measures["order_parameter"] = order_parameters(model, text_NT, **num, seed=seed)
     controls: dict[str, Any] = {"random_tokens": _random_tokens_control(measures)}
     if learned:
-        controls["untrained"] = untrained_control(model, text_NT, kinds, config, seed=seed)
+        controls["untrained"] = _untrained_control(model, text_NT, kinds, config, seed=seed)
     return make_certificate(
         model,
         g_LHKK,
@@ -85,19 +85,19 @@ def validate(
     )
 
 
-def measure(
+def _measure(
     model: PLDRModel, g_LHKK: Tensor | None, text_NT: Tensor, kinds: list[PromptKind], *, seed: int
 ) -> dict[str, Any]:
-    """Everything that one pass over the prompts in the model's own precision tells; no generation.
+    """Everything measured by passes over the prompts in the model's own precision, without generation.
 
-    g_LHKK None: judge a G that is the mean over the text prompts themselves.
+    g_LHKK None: use the mean over the text prompts themselves.
     """
     seen = observe(model, kinds)
     not_finite = list(seen.not_finite)
     not_finite += [f"weight {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
     if g_LHKK is not None:
         not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
-    deviations = deviations_of(seen, g_LHKK)
+    deviations = _deviations(seen, g_LHKK)
     measures: dict[str, Any] = {
         "not_finite": not_finite,
         "relative_deviation_g": deviations["G_LM"]["max"] if "G_LM" in deviations else None,
@@ -125,12 +125,12 @@ def _measure_fp64(
     *,
     seed: int,
 ) -> None:
-    """Add what the same weights do in fp64, over the first prompts of every kind; the worse of both deviations is judged."""
+    """Add the measures of the same weights in fp64, over the first prompts of every kind; the larger deviation is judged."""
     double = copy.deepcopy(model).double()
-    deviations = deviations_of(observe(double, few_of(kinds, config.fp64_prompts)), g_LHKK, drift=True)
+    deviations = _deviations(observe(double, few_of(kinds, config.fp64_prompts)), g_LHKK, drift=True)
     measures["deviations"]["fp64"] = deviations
     found = [d["G_LM"]["max"] if "G_LM" in d else None for d in measures["deviations"].values()]
-    measures["relative_deviation_g"] = _worst(found)
+    measures["relative_deviation_g"] = largest(found)
     if not measures["not_finite"]:
         text_NT = text_NT[: config.fp64_prompts]
         measures["fp64"] = {
@@ -139,12 +139,12 @@ def _measure_fp64(
         }
 
 
-def deviations_of(seen: Observation, g_LHKK: Tensor | None, *, drift: bool = False) -> dict[str, Any]:
+def _deviations(seen: Observation, g_LHKK: Tensor | None, *, drift: bool = False) -> dict[str, Any]:
     """Relative deviation over inputs of each tensor: `max` over kinds, layers and heads, where it is, and all of it.
 
-    G_LM is held against the G to be cached (None: its own mean over the prompts), the other tensors against their mean
-    over all prompts. The scale is the head's RMS over all prompts. `drift`: the observation is in another precision than
-    the cached G, so hold G_LM against its own mean and leave the difference of the two precisions out.
+    G_LM is compared with the G to be cached (None: its own mean over the prompts), the other tensors with their mean over
+    all prompts. The scale is the head's RMS over all prompts. `drift`: the observation is in another precision than the
+    cached G, so compare G_LM with its own mean, which leaves out the difference between the precisions.
     """
     out: dict[str, Any] = {}
     for tensor in TENSORS:
@@ -174,16 +174,16 @@ def deviations_of(seen: Observation, g_LHKK: Tensor | None, *, drift: bool = Fal
     return out
 
 
-def untrained_control(
+def _untrained_control(
     model: PLDRModel, text_NT: Tensor, kinds: list[PromptKind], config: PostConfig, *, seed: int
 ) -> dict[str, Any]:
-    """The same measures on the same model as it was before training: drawn anew from its seed. It must fail."""
+    """The same measures on the model before training, initialized again from its seed. It must fail."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = PLDRModel(model.config).eval()
     weight = model.embedding.weight
     fresh.to(device=weight.device, dtype=weight.dtype)
-    measures = measure(fresh, None, text_NT[:CONTROL_PROMPTS], few_of(kinds, CONTROL_PROMPTS), seed=seed)
+    measures = _measure(fresh, None, text_NT[:CONTROL_PROMPTS], few_of(kinds, CONTROL_PROMPTS), seed=seed)
     checks = make_checks(
         measures, {}, config, variant=model.config.g_source, num_prompts=config.min_prompts, budget=None
     )
@@ -198,7 +198,7 @@ def untrained_control(
 
 
 def _random_tokens_control(measures: dict[str, Any]) -> dict[str, Any]:
-    """The same model with G_LM from random tokens: where G_LM is constant, that is as good as one from text."""
+    """The same model with G_LM from random tokens: where G_LM is constant, this is as good as one from text."""
     losses = measures["losses"]
     if not losses:
         return {}
@@ -210,7 +210,7 @@ def _random_tokens_control(measures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shape_measures(seen: Observation, head_dim: int) -> dict[str, Any]:
-    """What the tensors look like: certifies nothing by itself, explains a lot."""
+    """Determinants, ranks and row variance of the tensors: recorded as explanation, not judged."""
     return {
         "row_variance_ratio_A": seen.row_variance.as_dict() if "A" in seen.spreads else None,
         "log_abs_det": {
@@ -229,9 +229,3 @@ def _rank_of(g_LHKK: Tensor) -> dict[str, Any]:
 def _not_finite_heads(g_LHKK: Tensor) -> list[tuple[int, int]]:
     bad_LH = ~g_LHKK.isfinite().all(dim=-1).all(dim=-1)
     return [(int(i), int(h)) for i, h in bad_LH.nonzero().tolist()]
-
-
-def _worst(values: list[float | None]) -> float | None:
-    """The largest; None when any could not be measured."""
-    known = [v for v in values if v is not None and math.isfinite(v)]
-    return max(known) if len(known) == len(values) else None

@@ -1,8 +1,7 @@
-"""Consolidated weights: the folder `{model.safetensors, config.json}` that every later stage reads.
+"""Consolidated weights: the folder `{model.safetensors, config.json}` that consolidate.py writes and every later stage reads.
 
-Decision: a model is described by its `ModelConfig` alone; the names and shapes its file must have follow from that (a
-model built on torch's meta device, which allocates nothing), so that a file of another model is refused by name before
-any of it is read.
+Decision: a model is described by its `ModelConfig` alone. The names and shapes that its file must have follow from that (by
+a model on torch's meta device, which allocates nothing), so that a file of another model is refused before it is read.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ CONFIG = "config.json"
 def load_weights(folder: Path) -> tuple[PLDRModel, dict[str, Any]]:
     """The consolidated model in fp32 (evaluation mode, CPU), and its `source` record.
 
-    Raises UserError for files that are missing, damaged (sha256), or do not fit each other.
+    Raises UserError for files that are missing, damaged (sha256), or do not match each other.
     """
     record = read_json(folder / CONFIG, schema_version=SCHEMA_VERSION)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder / WEIGHTS}: no such file; run the consolidate stage again")
     if sha256_file(folder / WEIGHTS) != record.get("model_sha256"):
-        raise UserError(f"{folder / WEIGHTS}: sha256 differs from {CONFIG}: damaged; run consolidate again")
+        raise UserError(f"{folder / WEIGHTS}: sha256 differs from {CONFIG}: damaged; run the consolidate stage again")
     config = parse_model(record.get("model"), where=folder / CONFIG)
     tensors = load_tensors(folder / WEIGHTS, state_shapes(config))
-    # The file that a transferred G came from is no longer needed: the weights hold it.
+    # The file that a transferred G came from is no longer needed: the weights include it.
     given = tensors["g_lm"] if config.g_source == "file" else None
     model = PLDRModel(config if given is None else config.with_constant_g(), g_lm_LHKK=given)
     model.load_state_dict(tensors)

@@ -1,5 +1,5 @@
-"""A tiny model whose held-out text is sampled from itself: then its own G_LM is the best one by construction, and a
-validator has something true to find, without any training."""
+"""A tiny model whose held-out text is sampled from itself: its own G_LM is then the best one by construction, so that a
+validator has something true to find without any training."""
 
 from __future__ import annotations
 
@@ -81,9 +81,14 @@ def certify(model: PLDRModel, text: torch.Tensor, *, post: PostConfig = POST, **
     return validate(model, extract_g(model, text[:, :-1], "mean").g_lm, text, post, **kwargs)
 
 
+def failed(certificate: dict[str, Any]) -> set[str]:
+    """The names of the checks that failed."""
+    return {failure["measure"] for failure in certificate["failed"]}
+
+
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
-    """The helpers above: a conftest cannot be imported by name."""
+    """The functions and constants above, for tests that do not import them."""
     helpers = {"make_model": make_model, "sample_text": sample_text, "certify": certify}
     return SimpleNamespace(config=CONFIG, post=POST, lineage=LINEAGE, **helpers)
 
@@ -110,7 +115,7 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def larger_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With 8 pieces more than the model has rows."""
+    """Has 8 pieces more than the model has rows."""
     return train_tokenizer(tmp_path_factory.mktemp("tokenizer"), vocab_size=CONFIG.vocab_size + 8)
 
 

@@ -1,8 +1,9 @@
-"""Thresholds, tiers, and the mend for each measure that fails. What is judged is here; how it is measured is not.
+"""Every check: its measure, its threshold, and the fix when it fails. How a value is measured is pipeline/post/measure/.
 
 Decisions. A check passes only when its value is a finite number on the right side of its threshold. A value that could
-not be measured (None, NaN, infinity) fails. So nothing is certified by accident. Values and thresholds are rounded as the
-certificate writes them *before* they are judged: a reader who judges the written numbers comes to the same verdict.
+not be measured (None, NaN, infinity) fails, so that nothing is certified by accident. Values and thresholds are rounded as
+the certificate writes them *before* they are judged: a reader who judges the written numbers comes to the same verdict. A
+reader compares the reasons in `skipped` word by word (verdict.py): those texts may not change. Fixes are advice and may.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ Tier = Literal["variant", "approximate", "invariant", "at round-off", "constant 
 
 
 def rounded(value: float | None) -> float | None:
-    """To nine digits, which tell any two fp32 numbers apart and keep a gap of 1e-8 between two losses; None when not finite."""
+    """To nine digits, enough to distinguish any two fp32 numbers and losses 1e-8 apart; None when not finite."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.9g}")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One judged measure. `skipped`: the reason why it does not apply (it then neither passes nor fails)."""
+    """One judged measure. `skipped`: why it does not apply; it then counts as passed."""
 
     measure: str
     value: float | None
     threshold: float
     bound: Literal["<=", ">="]
-    mend: str
+    fix: str
     skipped: str | None = None
 
     @property
@@ -43,12 +44,12 @@ class Check:
         return self.value <= self.threshold if self.bound == "<=" else self.value >= self.threshold
 
     def as_dict(self) -> dict[str, Any]:
-        """As in the certificate."""
+        """Its form in the certificate."""
         return {**asdict(self), "passed": self.passed}
 
 
 def tier_of(deviation: float | None, config: PostConfig, *, constant: bool) -> Tier:
-    """What a relative deviation of G_LM over inputs is called (docs/certificate.md)."""
+    """The name for a relative deviation of G_LM over inputs (docs/certificate.md)."""
     if constant:
         return "constant by construction"
     if deviation is None or not math.isfinite(deviation):
@@ -70,13 +71,13 @@ def make_checks(
     budget: float | None,
 ) -> list[Check]:
     """Every judged measure, rounded. `measures` and `controls` as in the certificate; `variant`: g_source; `num_prompts`:
-    distinct held-out prompts that were measured over."""
+    distinct held-out prompts among those measured."""
     more = "train longer or raise train.metric_weight_decay"
     if budget is not None:
         enough = (
-            f"the invariance budget was {budget:.2f}, {BUDGET_INVARIANT:g} or more is needed: {more}"
+            f"the invariance budget was {budget:.2f}, but {BUDGET_INVARIANT:g} or more is needed: {more}"
             if budget < BUDGET_INVARIANT
-            else f"the invariance budget of {budget:.2f} should have been enough: look for a spike, lower train.max_lr, "
+            else f"the invariance budget of {budget:.2f} should have been enough: look for a loss spike, lower train.max_lr, "
             f"or {more}"
         )
     else:
@@ -85,7 +86,7 @@ def make_checks(
     losses, agreement = measures["losses"], measures["agreement"].get("cached", {})
     cached = losses.get("cached")
     alive = (
-        "attention is dead: the answers do not depend on G_LM, so their agreement proves nothing; train longer, or lower "
+        "attention is dead: the outputs do not depend on G_LM, so their agreement proves nothing; train longer, or lower "
         "train.weight_decay or train.max_lr"
     )
     identity_skip = {
@@ -100,7 +101,7 @@ def make_checks(
         "<=",
         f"G_LM still depends on the input; {enough}",
     )
-    then = enough if deviation.passed else "mend relative_deviation_g first"
+    then = enough if deviation.passed else "fix relative_deviation_g first"
     checks = [
         Check(
             "held_out_prompts",
@@ -108,14 +109,14 @@ def make_checks(
             float(config.min_prompts),
             ">=",
             f"{num_prompts} different held-out prompts are too few to certify by: raise post.prompts or data.val_fraction, "
-            "give more text, or lower post.min_prompts knowingly (the certificate will say how few there were)",
+            "add more text, or lower post.min_prompts on purpose (the certificate will state the number)",
         ),
         Check(
             "not_finite",
             float(len(not_finite)),
             0.0,
             "<=",
-            "NaN or infinity in " + "; ".join(not_finite[:3]) + ": training diverged, take an earlier checkpoint"
+            "NaN or infinity in " + "; ".join(not_finite[:3]) + ": training diverged: use an earlier checkpoint"
             if not_finite
             else "",
         ),
@@ -126,7 +127,7 @@ def make_checks(
             _minus(losses.get("identity"), cached),
             config.min_attention_effect,
             ">=",
-            "G_LM does no more than the identity would; train longer, or use model.g_source=identity",
+            "G_LM does no better than the identity; train longer, or use model.g_source=identity",
             identity_skip,
         ),
         Check(
@@ -134,16 +135,16 @@ def make_checks(
             _size(_minus(losses.get("other"), losses.get("block"))),
             config.max_leak_gap,
             "<=",
-            f"the block loss has seen the future through G_LM and cannot be trusted; {then}",
+            f"the block loss sees future tokens through G_LM and cannot be trusted; {then}",
         ),
         Check(
             "leak_effect",
             measures["leak"].get("worst_rms"),
             config.max_leak_effect,
             "<=",
-            f"logits depend on tokens behind them: G_LM leaks; {then}"
+            f"logits depend on later tokens: G_LM leaks; {then}"
             if not deviation.passed
-            else "logits depend on tokens behind them although G_LM is constant: look for attention that is not causal",
+            else "logits depend on later tokens although G_LM is constant: look for attention that is not causal",
         ),
         Check(
             "cache_gap",
@@ -157,15 +158,15 @@ def make_checks(
             _size(_minus(losses.get("random_tokens"), losses.get("block"))),
             config.max_leak_gap,
             "<=",
-            f"a G_LM deduced from random tokens does not do what one from text does; {then}",
+            f"a G_LM deduced from random tokens gives another loss than one from text; {then}",
         ),
-        Check("kl", agreement.get("kl"), config.max_kl, "<=", f"caching G_LM changes the answers; {then}"),
+        Check("kl", agreement.get("kl"), config.max_kl, "<=", f"caching G_LM changes the outputs; {then}"),
         Check(
             "top1_agreement",
             agreement.get("top1"),
             config.min_top1_agreement,
             ">=",
-            f"caching G_LM changes the best token; {then}",
+            f"caching G_LM changes the top-1 token; {then}",
         ),
         Check(
             "greedy_agreement",
@@ -179,7 +180,7 @@ def make_checks(
             (controls.get("untrained") or {}).get("relative_deviation_g"),
             config.max_relative_deviation_g,
             ">=",
-            "the untrained model passes the same measure, so the measure or its threshold is worthless: lower "
+            "the untrained model passes this measure too, so the measure or its threshold proves nothing: lower "
             "post.max_relative_deviation_g, or report this as a bug of the validator",
             control_skip,
         ),

@@ -1,11 +1,14 @@
-"""The schema of `certificate.json`, as the types that write and read it; docs/certificate.schema.json is made from it.
+"""The schema of `certificate.json`, as the types that write and read it; docs/certificate.schema.json is generated from it.
 
-A reader takes nothing on trust: checks, verdict, tier and statement must be those that follow from the measures and
-thresholds (verdict.py). Whoever edits a certificate by hand has to edit all of it; a signature this is not.
+A reader trusts nothing: checks, verdict, tier and statement must be those that follow from the measures and thresholds
+(verdict.py). An edit by hand has to change all of it consistently; this is not a signature.
+
+Decision: a certificate of schema 3 is read as one of schema 4, from which it differs in one name: `mend` became `fix`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +19,9 @@ from pipeline.bundle.certificate.verdict import contradiction
 from pipeline.errors import UserError
 from pipeline.io.storage import read_json
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+OLD_VERSION = 3  # still read
+SINCE_3 = {"mend": "fix", "fix": "mend"}  # keys of checks and failures; both ways, so that neither is accepted twice
 
 Number = float | None  # None: could not be measured, or is not finite
 PerHead = list[list[Number]]  # [L,H]
@@ -31,13 +36,13 @@ class Part(BaseModel):
 
 
 class CheckRecord(Part):
-    """One judged measure. `skipped`: why it does not apply, and then it counts as passed."""
+    """One judged measure. `skipped`: why it does not apply; it then counts as passed."""
 
     measure: str
     value: Number
     threshold: float
     bound: Literal["<=", ">="]
-    mend: str
+    fix: str
     skipped: str | None
     passed: bool
 
@@ -48,7 +53,7 @@ class Failure(Part):
     measure: str
     value: Number
     threshold: float
-    mend: str
+    fix: str
 
 
 class Spot(Part):
@@ -75,7 +80,7 @@ class Deviation(Part):
 
 
 class Stats(Part):
-    """A number of every prompt, per head [L,H]: mean, standard deviation, lowest and highest over the prompts."""
+    """One number per prompt, per head [L,H]: mean, standard deviation, lowest and highest over the prompts."""
 
     mean: PerHead
     std: PerHead
@@ -84,7 +89,7 @@ class Stats(Part):
 
 
 class LogDet(Stats):
-    """log|det|. `singular`: how many prompts had an exactly singular one (log|det| = -infinity), left out of the rest."""
+    """log|det|. `singular`: how many prompts had an exactly singular matrix (log|det| = -infinity); the rest excludes them."""
 
     singular: PerHead
 
@@ -113,7 +118,7 @@ class Order(Part):
 
 
 class Agreement(Part):
-    """Answers with a constant G_LM against live ones: largest |delta logit|, KL(live || constant) in nats, top-1."""
+    """Outputs with a constant G_LM against live ones: largest |delta logit|, KL(live || constant) in nats, top-1."""
 
     max_abs_delta_logit: Number
     kl: Number
@@ -122,7 +127,7 @@ class Agreement(Part):
 
 
 class LeakOf(Part):
-    """A changed suffix: RMS and largest move of the logits before it, over the logits' spread."""
+    """A changed suffix: RMS and largest change of the logits before it, over the logits' spread."""
 
     live_rms: Number
     live_max: Number
@@ -185,7 +190,7 @@ class DoublePrecision(Part):
 
 
 class Measures(Part):
-    """Everything that was measured; what of it is judged stands in `checks`."""
+    """Everything that was measured; what is judged is in `checks`."""
 
     not_finite: list[str]
     relative_deviation_g: Number
@@ -204,7 +209,7 @@ class Measures(Part):
 
 
 class Untrained(Part):
-    """The model as it was before training. `failed`: the checks that it fails, as it must."""
+    """The model before training. `failed`: the checks that it fails, as it must."""
 
     seed: int
     prompts_of_each_kind: int
@@ -218,7 +223,7 @@ class Untrained(Part):
 
 
 class RandomTokens(Part):
-    """The trained model with G_LM from random tokens: its held-out loss, what it costs, and its answers against live ones."""
+    """The trained model with G_LM from random tokens: its held-out loss, the gap to live, and its outputs against live ones."""
 
     loss: Number
     gap: Number
@@ -226,14 +231,14 @@ class RandomTokens(Part):
 
 
 class Controls(Part):
-    """What the measures say of models whose answer is known beforehand. A constant G has no untrained control."""
+    """The measures on models whose result is known in advance. A constant G has no untrained control."""
 
     random_tokens: RandomTokens | Empty
     untrained: Untrained | None = None
 
 
 class Prompts(Part):
-    """What was measured over: [count, length] by kind, how many of the full texts are different, sha256 over every id."""
+    """The prompts: [count, length] by kind, how many of the full texts are distinct, sha256 over every id."""
 
     sha256: Sha256
     kinds: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]
@@ -250,14 +255,14 @@ class Precision(Part):
 
 
 class Files(Part):
-    """The tensor files that are certified, by the sha256 they have in a bundle."""
+    """The sha256 that the certified tensor files have in an fp32 bundle."""
 
     model: Annotated[Sha256, Field(alias="model.safetensors")]
     g_lm: Annotated[Sha256, Field(alias="g_lm.safetensors")]
 
 
 class SmallerWeights(Part):
-    """What a bundle's bf16 or int8 weights cost on held-out text (weight_format.py). Losses and KL in nats per token."""
+    """What a bundle's bf16 or int8 weights cost on held-out text. Losses and KL in nats per token."""
 
     format: Literal["bf16", "int8"]
     sha256: Sha256
@@ -275,9 +280,9 @@ class SmallerWeights(Part):
 
 
 class Certificate(Part):
-    """certificate.json: whether G_LM may be cached, and everything it was judged by (docs/certificate.md)."""
+    """certificate.json: whether G_LM may be cached, and all the evidence for it (docs/certificate.md)."""
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     verdict: Literal["certified", "failed"]
     tier: Tier
     statement: str
@@ -305,18 +310,37 @@ class Certificate(Part):
 
 
 def read_certificate(path: Path) -> dict[str, Any]:
-    """A certificate file as plain values. Raises UserError, one line, for one that is missing, of another schema version,
-    damaged, or whose verdict does not follow from its measures."""
-    certificate: dict[str, Any] = read_json(path, schema_version=SCHEMA_VERSION)
+    """A certificate file as plain values, in the keys of today's schema. Raises UserError, one line, for one that is missing,
+    of another schema version, damaged, or whose verdict does not follow from its measures."""
+    certificate = read_json(path)
+    version = certificate.get("schema_version") if isinstance(certificate, dict) else None
+    if not isinstance(certificate, dict) or version not in (OLD_VERSION, SCHEMA_VERSION):
+        raise UserError(
+            f"{path}: schema_version {version!r}, this program reads {OLD_VERSION} and {SCHEMA_VERSION}; "
+            "run `pldr validate` again"
+        )
+    values: dict[str, Any] = upgraded(certificate) if version == OLD_VERSION else certificate
     try:
-        Certificate.model_validate(certificate)
+        Certificate.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {first_fault(error)}; it was damaged or edited: run `pldr validate` again") from None
-    return certificate
+    return values
+
+
+def upgraded(certificate: Mapping[str, Any]) -> dict[str, Any]:
+    """A certificate of schema 3 with the keys of schema 4. What is malformed stays as it is, for the schema to refuse."""
+
+    def renamed(entries: Any) -> Any:
+        if not isinstance(entries, list):
+            return entries
+        return [{SINCE_3.get(k, k): v for k, v in e.items()} if isinstance(e, dict) else e for e in entries]
+
+    lists = {key: renamed(certificate[key]) for key in ("checks", "failed") if key in certificate}
+    return {**certificate, **lists, "schema_version": SCHEMA_VERSION}
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line."""
+    """The first error, in one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{f'{where}: ' if where else ''}{first['msg'].removeprefix('Value error, ')}"

@@ -1,8 +1,9 @@
-"""The verdict: a function of what a certificate measured and of its thresholds, and of nothing else.
+"""The verdict: a function of a certificate's measures and thresholds, and of nothing else.
 
 Decision: the writer judges the numbers as they are written (rounded), and a reader judges them again by the same function. So
 no check can be left out, skipped, loosened or renamed in a certificate without a contradiction, and tier, verdict and
-statement cannot say more than the measures do. It is no signature: who edits every number edits them consistently.
+statement cannot claim more than the measures support. This is not a signature: someone who edits every number consistently is
+not found out. Statements are compared word by word, also those on disk: their text may not change.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LESS_BELOW = recorded("settings", looser="below")  # with smaller ones less was 
 SETTINGS = recorded("settings")
 # Measured where everything was finite, and only there.
 MEASURED = ("losses", "prefix", "agreement", "leak", "greedy", "fp64", "cached_rank")
-COMPARED = ("value", "threshold", "bound", "skipped", "passed")  # of a check; a mend is advice
+COMPARED = ("value", "threshold", "bound", "skipped", "passed")  # of a check; a fix is advice
 
 
 def plain(value: Any) -> Any:
@@ -41,13 +42,13 @@ def plain(value: Any) -> Any:
 
 
 def judged(certificate: Mapping[str, Any]) -> dict[str, Any]:
-    """What follows from `measures`, `controls`, `thresholds`, `settings`, `prompts`, `model` and `lineage` of a certificate:
-    its other judged parts. Raises ValueError, one line, for thresholds that no configuration may have."""
+    """The parts of a certificate that follow from its `measures`, `controls`, `thresholds`, `settings`, `prompts`, `model` and
+    `lineage`. Raises ValueError, one line, for thresholds that no configuration may have."""
     config = _config_of(certificate)
     measures, model, prompts = certificate["measures"], certificate["model"], certificate["prompts"]
     budget = certificate["lineage"].get("invariance_budget", "missing")
     if not isinstance(model.get("g_source"), str) or not (budget is None or type(budget) in (int, float)):
-        raise ValueError("model.g_source is no text, or lineage.invariance_budget no number")
+        raise ValueError("model.g_source is not a string, or lineage.invariance_budget not a number")
     constant = model["g_source"] != "learned"
     deviation = measures["relative_deviation_g"]
     checks = [
@@ -79,12 +80,12 @@ def judged(certificate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def failures(checks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The checks that failed, in short."""
-    return [{k: c[k] for k in ("measure", "value", "threshold", "mend")} for c in checks if not c["passed"]]
+    """The failed checks, in their short form."""
+    return [{k: c[k] for k in ("measure", "value", "threshold", "fix")} for c in checks if not c["passed"]]
 
 
 def looser(certificate: Mapping[str, Any]) -> str:
-    """Thresholds and amounts that ask less of a model than the defaults: "name value (default ...), ..."; empty when none."""
+    """Thresholds and settings looser than the defaults: "name value (default ...), ..."; empty when there are none."""
     values = {**certificate["thresholds"], **certificate["settings"]}
     found = []
     for name in (*THRESHOLDS, *LESS_BELOW):
@@ -100,13 +101,13 @@ def contradiction(certificate: Mapping[str, Any]) -> str | None:
         ours = judged(certificate)
     except (ValueError, OverflowError) as error:  # an int may be too large for a float
         return str(error)
-    if wrong := _unlike_measured(certificate):
+    if wrong := _inconsistent_measures(certificate):
         return wrong
     checks = certificate["checks"]
     names, expected = [c["measure"] for c in checks], [c["measure"] for c in ours["checks"]]
     if names != expected:
         odd = [name for name in expected if name not in names] or [name for name in names if name not in expected]
-        return f"checks: not all of them, each once, in order ({', '.join(odd) or 'other order'})"
+        return f"checks: not all of them, each once, in order ({', '.join(odd) or 'wrong order'})"
     for check, made in zip(checks, ours["checks"], strict=True):
         for key in COMPARED:
             if check[key] != made[key]:
@@ -120,11 +121,11 @@ def contradiction(certificate: Mapping[str, Any]) -> str | None:
 
 
 def _config_of(certificate: Mapping[str, Any]) -> PostConfig:
-    """The configuration's `post` that these thresholds and settings are of: what it refuses certifies nothing."""
+    """The `post` configuration with these thresholds and settings. What it refuses certifies nothing."""
     thresholds, settings = certificate["thresholds"], certificate["settings"]
     for name, found, known in (("thresholds", thresholds, THRESHOLDS), ("settings", settings, SETTINGS)):
         if found.keys() != set(known):
-            raise ValueError(f"{name}: not those of a certificate ({', '.join(sorted(found.keys() ^ set(known)))})")
+            raise ValueError(f"{name}: not the keys of a certificate ({', '.join(sorted(found.keys() ^ set(known)))})")
     try:
         return PostConfig.model_validate({**thresholds, **settings})
     except ValidationError as error:
@@ -133,30 +134,30 @@ def _config_of(certificate: Mapping[str, Any]) -> PostConfig:
         raise ValueError(f"post{where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
-def _unlike_measured(certificate: Mapping[str, Any]) -> str | None:
+def _inconsistent_measures(certificate: Mapping[str, Any]) -> str | None:
     """The first summary among the measures that their details contradict."""
     measures, controls, prompts = certificate["measures"], certificate["controls"], certificate["prompts"]
     learned = certificate["model"]["g_source"] == "learned"
     if "text" not in prompts["kinds"] or not 2 <= prompts["distinct"] <= prompts["kinds"]["text"][0]:
-        return f"prompts: {prompts['distinct']} different ones are not among the held-out ones"
+        return f"prompts: {prompts['distinct']} different ones do not match the number of held-out ones"
     if measures["deviations"].keys() != {"fp32", "fp64"}:
-        return "measures.deviations: not those of fp32 and fp64"
+        return "measures.deviations: not exactly fp32 and fp64"
     worst: list[float | None] = []
     for precision, tensors in measures["deviations"].items():
         if not learned and set(tensors) - {"G_LM"}:
             return f"measures.deviations.{precision}: a constant G_LM has no other deduced tensors"
-        if wrong := _unlike_details(tensors, f"measures.deviations.{precision}"):
+        if wrong := _inconsistent_details(tensors, f"measures.deviations.{precision}"):
             return wrong
         worst.append(tensors.get("G_LM", {}).get("max"))
-    if measures["relative_deviation_g"] != _largest(worst):
-        return "measures.relative_deviation_g is not the worse of fp32 and fp64"
+    if measures["relative_deviation_g"] != largest(worst):
+        return "measures.relative_deviation_g is not the larger of fp32 and fp64"
     finite = not measures["not_finite"]
     if bool(measures["row_variance_ratio_A"]) is not learned:
-        return "measures.row_variance_ratio_A: missing, or of a model without A"
+        return "measures.row_variance_ratio_A: missing, or present for a model without A"
     for name in (*MEASURED, *(("order_parameter",) if learned else ())):
         if bool(measures[name]) is not finite:
             return f"measures.{name}: {'missing' if finite else 'measured although something was not finite'}"
-    if finite and measures["leak"]["worst_rms"] != _largest(
+    if finite and measures["leak"]["worst_rms"] != largest(
         [measures["leak"][what][rms] for what in ("last_token", "last_quarter") for rms in ("live_rms", "cached_rms")]
     ):
         return "measures.leak.worst_rms is not the largest of the four"
@@ -166,22 +167,22 @@ def _unlike_measured(certificate: Mapping[str, Any]) -> str | None:
     if untrained:
         tensors = untrained["deviations"]
         if untrained["relative_deviation_g"] != tensors.get("G_LM", {}).get("max"):
-            return "controls.untrained.relative_deviation_g is not that of its G_LM"
-        return _unlike_details(tensors, "controls.untrained.deviations")
+            return "controls.untrained.relative_deviation_g does not match its G_LM"
+        return _inconsistent_details(tensors, "controls.untrained.deviations")
     return None
 
 
-def _unlike_details(tensors: Mapping[str, Any], where: str) -> str | None:
-    """A tensor whose largest deviation is not that of its kinds, or of its heads."""
+def _inconsistent_details(tensors: Mapping[str, Any], where: str) -> str | None:
+    """The first tensor whose `max` does not match its kinds, or its heads."""
     for name, found in tensors.items():
         heads = [value for row in found["per_head"] for value in row]
-        if found["max"] != _largest(found["by_kind"].values()) or found["max"] != _largest(heads):
+        if found["max"] != largest(found["by_kind"].values()) or found["max"] != largest(heads):
             return f"{where}.{name}.max is not the largest of its kinds and heads"
     return None
 
 
-def _largest(values: Iterable[float | None]) -> float | None:
-    """The largest; None when there is none, or one that could not be measured."""
+def largest(values: Iterable[float | None]) -> float | None:
+    """The largest; None when there is none, or any could not be measured."""
     known = list(values)
     finite = [value for value in known if value is not None and math.isfinite(value)]
     return max(finite) if finite and len(finite) == len(known) else None

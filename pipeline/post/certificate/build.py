@@ -1,10 +1,10 @@
-"""The certificate: one JSON that says whether G_LM may be cached, and everything it was judged by.
+"""Building the certificate: one JSON that states whether G_LM may be cached, with all the evidence.
 
-Its schema is in schema.py, the verdict in verdict.py. Floats are rounded to nine digits and are finite or null. No time of
-day, so that equal inputs are equal bytes.
+Schema and verdict are pipeline/bundle/certificate/{schema,verdict}.py. Floats are rounded to nine digits and are finite or
+null. It has no time of day, so that equal inputs give equal bytes.
 
 Decision: `files` holds the sha256 that `model.safetensors` and `g_lm.safetensors` of the bundle will have, computed from
-the tensors that were measured. A bundle whose files have other hashes carries somebody else's certificate, and is refused.
+the tensors that were measured. A bundle whose files have other hashes has the certificate of another model, and is refused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make_certificate(
     prompts: dict[str, Any],
     lineage: dict[str, Any],
 ) -> dict[str, Any]:
-    """Put the certificate together. The verdict is `certified` when every check that applies passed.
+    """The certificate. The verdict is `certified` when every check that applies has passed.
 
     Raises UserError for thresholds that no configuration may have.
     """
@@ -57,15 +57,15 @@ def make_certificate(
     )
     try:
         certificate = {**evidence, **judged(evidence)}
-        Certificate.model_validate(certificate)  # what is written is what is described
+        Certificate.model_validate(certificate)  # what is written follows the schema
     except ValueError as error:
         fault = first_fault(error) if isinstance(error, ValidationError) else first_line(error)
-        raise UserError(f"validate: no certificate can say this: {fault}; look at `post`") from None
+        raise UserError(f"validate: not a valid certificate: {fault}; check `post` in the configuration") from None
     return certificate
 
 
 def software(device: torch.device) -> dict[str, str | None]:
-    """What computed the numbers, which depend on it in their last digits."""
+    """The versions and device that computed the numbers; their last digits depend on them."""
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
@@ -76,7 +76,7 @@ def software(device: torch.device) -> dict[str, str | None]:
 
 
 def summary_lines(certificate: dict[str, Any]) -> list[str]:
-    """The certificate for a terminal: the verdict, one line for each check, the mends, and the losses."""
+    """The certificate for a terminal: the verdict, one line for each check, the losses, and the fix for each failure."""
     lines = [f"certificate: {certificate['verdict'].upper()} - {certificate['statement']}"]
     for check in certificate["checks"]:
         if check["skipped"]:
@@ -90,7 +90,7 @@ def summary_lines(certificate: dict[str, Any]) -> list[str]:
     if losses:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
         lines.append(f"  held-out loss (nats) with G: {shown}")
-    lines += [f"  mend  {failure['measure']}: {failure['mend']}" for failure in certificate["failed"]]
+    lines += [f"  fix   {failure['measure']}: {failure['fix']}" for failure in certificate["failed"]]
     return lines
 
 

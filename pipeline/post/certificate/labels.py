@@ -1,4 +1,4 @@
-"""What the certificate's page calls things, and its verdict in plain words."""
+"""Labels of the certificate's page, and the verdict in plain words."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 from pipeline.bundle.certificate.verdict import looser
 
 Tree = dict[str, Any]
-WORDS = {
-    "held_out_prompts": "held-out prompts it was judged by",
+CHECK_LABELS = {
+    "held_out_prompts": "distinct held-out prompts",
     "not_finite": "tensors with NaN or infinity",
-    "relative_deviation_g": "how far G_LM moves with the input (worst head)",
-    "attention_effect_zero": "nats lost without attention's G_LM (G = 0)",
-    "attention_effect_identity": "nats lost with plain attention (G = identity)",
-    "leak_gap": "nats between the block loss and one that cannot leak",
-    "leak_effect": "how far a changed ending moves the logits before it",
-    "cache_gap": "nats that caching G_LM costs",
-    "random_tokens_gap": "nats lost with a G_LM from random tokens",
-    "kl": "KL of cached against live answers, nats per token",
-    "top1_agreement": "best token the same, cached and live",
-    "greedy_agreement": "greedy decisions the same as without any cache",
-    "negative_control": "how far the untrained model's G_LM moves (must be large)",
+    "relative_deviation_g": "how much G_LM changes with the input (worst head)",
+    "attention_effect_zero": "loss increase without G_LM (G = 0), nats",
+    "attention_effect_identity": "loss increase with plain attention (G = identity), nats",
+    "leak_gap": "gap between the block loss and one that cannot leak, nats",
+    "leak_effect": "how much a changed ending changes the logits before it",
+    "cache_gap": "change of the loss when G_LM is cached, nats",
+    "random_tokens_gap": "change of the loss with a G_LM from random tokens, nats",
+    "kl": "KL of cached against live outputs, nats per token",
+    "top1_agreement": "share of tokens with the same top-1, cached and live",
+    "greedy_agreement": "share of greedy decisions equal to those without any cache",
+    "negative_control": "how much the untrained model's G_LM changes (must be large)",
 }
-LOSSES = {
-    "block": "live: deduced from the whole sequence (sees the future until invariant)",
+LOSS_LABELS = {
+    "block": "live: deduced from the whole sequence (sees future tokens unless invariant)",
     "cached": "cached: what the bundle serves",
-    "mean": "mean over these very prompts",
+    "mean": "mean over these prompts",
     "other": "of another prompt (cannot leak)",
     "random_tokens": "from random tokens",
     "identity": "identity (plain attention)",
@@ -35,24 +35,24 @@ LOSSES = {
 
 
 def plain_verdict(certificate: Tree) -> Tree:
-    """The verdict in a heading and two sentences that need no knowledge of the measures."""
+    """The verdict as a heading and two sentences, for readers who do not know the measures."""
     deviation, loose = certificate["measures"]["relative_deviation_g"], looser(certificate)
     if certificate["verdict"] == "certified":
         if certificate["constant_by_construction"]:
-            why = "G_LM is a constant of this model by construction, so there is nothing that a cache could get wrong."
+            why = "G_LM is a constant of this model by construction, so caching it is exact."
         else:
             why = (
-                f"Over every kind of prompt tried, G_LM stayed the same to {number(deviation)} of its size in the worst head. "
-                f"Computed once, it replaces the network that deduces it, {_answers(certificate, loose)}."
+                f"Over every kind of prompt tried, G_LM stayed constant to {number(deviation)} of its size in the worst head. "
+                f"Computed once, it replaces the network that deduces it, {_effect_on_outputs(certificate, loose)}."
             )
         if loose:
             why += f" The thresholds are looser than the defaults: {loose}."
         return {"passed": True, "title": "Certified: G_LM may be cached", "why": why}
-    failed = [WORDS.get(failure["measure"], failure["measure"]) for failure in certificate["failed"]]
+    failed = [CHECK_LABELS.get(failure["measure"], failure["measure"]) for failure in certificate["failed"]]
     if [failure["measure"] for failure in certificate["failed"]] == ["held_out_prompts"]:
-        why = "Nothing that was measured speaks against it, but too few prompts were: this proves nothing yet."
+        why = "No measurement speaks against it, but there were too few prompts to prove anything."
     else:
-        why = "A cached G_LM would give other answers than the model, or it cannot be shown that it would not."
+        why = "A cached G_LM would change the model's outputs, or it could not be shown that it would not."
     return {
         "passed": False,
         "title": "Not certified: G_LM must not be cached",
@@ -60,22 +60,22 @@ def plain_verdict(certificate: Tree) -> Tree:
     }
 
 
-def _answers(certificate: Tree, loose: str) -> str:
-    """What becomes of the answers. The check of greedy texts is a rate per decision: some texts may differ and it passes."""
+def _effect_on_outputs(certificate: Tree, loose: str) -> str:
+    """What caching does to the outputs. Some greedy texts may differ although their check passes: it is a rate per decision."""
     if loose:
-        return "within the thresholds that were set"
+        return "within the configured thresholds"
     greedy = certificate["measures"]["greedy"]
     differ = 1 - (greedy["identical"] or 0.0)
     if differ > 0:
         return (
-            f"and nearly every answer stays what it was: {differ:.0%} of {greedy['num_prompts']} greedy texts differ from some "
+            f"and nearly all outputs stay the same: {differ:.0%} of {greedy['num_prompts']} greedy texts differ from some "
             "token on"
         )
-    return "and the answers stay what they were"
+    return "and the outputs stay the same"
 
 
 def number(value: Any) -> str:
-    """A number for a table: short, and a dash where there is none."""
+    """A number for a table: short; a dash for a missing one."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e6):

@@ -1,7 +1,7 @@
-"""The certificate for people: one self-contained HTML page, verdict first, then everything it rests on.
+"""The certificate for people: one self-contained HTML page, the verdict first, then the evidence.
 
-The numbers are the certificate's own; pictures of G_LM come from the G_LM that it certifies. What a page shows may be
-hostile (samples of a model, names of runs): every value goes through jinja2's escaping (pipeline/report/html.py).
+The numbers are the certificate's own; pictures of G_LM are of the G_LM that it certifies. Page content may be hostile (samples
+of a model, names of runs): every value goes through jinja2's escaping (pipeline/report/html.py).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 
 from pipeline.bundle.certificate.verdict import FULL_PROMPTS, looser
-from pipeline.post.certificate.labels import LOSSES, WORDS, Tree, number, plain_verdict
+from pipeline.post.certificate.labels import CHECK_LABELS, LOSS_LABELS, Tree, number, plain_verdict
 from pipeline.post.certificate.png import png_uri, scale_of
 from pipeline.post.measure.generation import first_difference
 from pipeline.report.html import render
 from pipeline.report.plots import Plot, Points, draw
 from pipeline.report.training import PLOTS
 
-MAX_MAPS = 128  # heads whose G_LM is drawn; the worst ones where there are more
+MAX_MAPS = 128  # heads whose G_LM is drawn; of more, those with the largest deviation
 OVER_TRAINING = ("Order parameters", "Invariance budget", "What attention is worth (nats)", "Leak gap (nats)")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A sample as text; `differs` is where the two first differ, in tokens (None: nowhere)."""
+    """A sample as text; `differs`: the first token where cached and live differ (None: they do not)."""
 
     how: str
     prompt: str
@@ -41,7 +41,7 @@ class Shown:
 @dataclass(frozen=True)
 class Evidence:
     """What the page shows beside the certificate. g_lm, spread: [L,H,K,K]; histories: metric -> (step, value) points of the
-    training; twin: its `loss` (None without one) and a `note` about it."""
+    training; twin: the SDPA twin's `loss` (None without one) and a `note` about it."""
 
     name: str
     g_lm: Tensor
@@ -60,12 +60,12 @@ def show_sample(how: str, ids: tuple[list[int], list[int], list[int]], decode: C
 
 
 def certificate_page(certificate: Tree, evidence: Evidence) -> str:
-    """The HTML."""
+    """The page as HTML."""
     filters: dict[str, Callable[[Any], str]] = {"num": number, "loss": lambda x: "-" if x is None else f"{x:.4f}"}
-    return render(Path(__file__).with_name("page.html"), content_of(certificate, evidence), filters)
+    return render(Path(__file__).with_name("page.html"), _content(certificate, evidence), filters)
 
 
-def content_of(certificate: Tree, evidence: Evidence) -> Tree:
+def _content(certificate: Tree, evidence: Evidence) -> Tree:
     """Everything the page shows, as plain values."""
     measures = certificate["measures"]
     steps = max((points[-1][0] for points in evidence.histories.values() if points), default=0)
@@ -76,7 +76,7 @@ def content_of(certificate: Tree, evidence: Evidence) -> Tree:
         "verdict": plain_verdict(certificate),
         "looser": looser(certificate),
         "full_prompts": FULL_PROMPTS,
-        "checks": [{**check, "words": WORDS.get(check["measure"], "")} for check in certificate["checks"]],
+        "checks": [{**check, "label": CHECK_LABELS.get(check["measure"], "")} for check in certificate["checks"]],
         "tiles": _tiles(certificate),
         "losses": _losses(measures["losses"], evidence.twin),
         "twin": evidence.twin,
@@ -127,12 +127,12 @@ def _tiles(certificate: Tree) -> list[Tree]:
 
 
 def _losses(losses: Tree, twin: Tree) -> list[Tree]:
-    """Losses from best to worst that is known, with bars of what each costs over the live one."""
+    """A row per G_LM: its loss, and a bar for the gap to the live loss."""
     if not losses:
         return []
     rows = [
         {"label": text, "loss": losses[name], "name": name}
-        for name, text in LOSSES.items()
+        for name, text in LOSS_LABELS.items()
         if losses.get(name) is not None
     ]
     if twin["loss"] is not None:
@@ -145,7 +145,7 @@ def _losses(losses: Tree, twin: Tree) -> list[Tree]:
 
 
 def _grids(deviations: Tree) -> list[Tree]:
-    """Relative deviation by layer and head of each tensor and precision, as coloured cells."""
+    """Relative deviation by layer and head of each tensor and precision, as colored cells."""
     out = []
     for precision, tensors in deviations.items():
         for tensor, found in tensors.items():
@@ -161,7 +161,7 @@ def _short(value: float | None) -> str:
 
 
 def _shade(value: float | None) -> float:
-    """0 at 1e-8 and below to 0.9 at 1: how strong a cell is coloured."""
+    """How strongly a cell is colored: 0 at 1e-8 and below, 0.9 at 1."""
     if value is None:
         return 0.9
     return round(min(0.9, max(0.0, 0.9 * (math.log10(max(value, 1e-12)) + 8) / 8)), 2)
@@ -219,7 +219,7 @@ def _ranks(rank: Tree | None) -> list[str]:
 
 
 def _spread(g_LHKK: Tensor, spread_LHKK: Tensor) -> list[list[str]]:
-    """Standard deviation over the extraction's prompts over the head's RMS, [L][H]."""
+    """Standard deviation over the extraction's prompts, divided by the head's RMS, [L][H]."""
 
     def rms(x: Tensor) -> Tensor:
         return x.double().square().mean(dim=(-2, -1)).sqrt()

@@ -1,6 +1,6 @@
-"""A matrix as a small PNG in a data URI: what an HTML page without scripts can show ten thousand numbers with.
+"""A matrix as a small PNG in a data URI, so that an HTML page without scripts can show ten thousand numbers.
 
-Decision: 30 lines here and not a plotting library, which would be a heavy import for one picture per head.
+Decision: 30 lines here instead of a plotting library, which would be a heavy import for one picture per head.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def palette() -> bytes:
 
 
 def scale_of(matrix_KK: Tensor) -> float:
-    """What is drawn in full colour: the 99th percentile of |x|, so that one large entry does not fade the others."""
+    """The value drawn in full color: the 99th percentile of |x|, so that one large entry does not fade the others."""
     size = matrix_KK.abs().flatten().double()
     return float(torch.quantile(size, 0.99)) or float(size.max()) or 1.0
 

@@ -1,12 +1,12 @@
-"""What caching G_LM does to the model's answers, against full recomputation without any cache.
+"""What caching G_LM does to the model's outputs, against full recomputation without any cache.
 
 Background (docs/certificate.md, "what fools a validator"):
-- The control is the live model: G deduced anew from the whole sequence, nothing cached. Keeping only K/V would freeze G too.
-- A G deduced from a whole sequence has seen the tokens to be predicted. So beside the live loss stands the loss with the G
-  of *another* prompt, which cannot leak; their difference is the leak gap. The same leak seen directly: change the last
-  tokens and watch the logits before them.
+- The control is the live model: G deduced from the whole sequence, nothing cached. Caching only K/V would freeze G too.
+- A G deduced from a whole sequence has seen the tokens to be predicted. So the live loss is compared with the loss under the
+  G of *another* prompt, which cannot leak; their difference is the leak gap. The leak test measures the same directly:
+  change the last tokens and compare the logits before them.
 - A model whose attention is dead agrees with itself perfectly under any G. So the loss with G = 0 and with G = identity
-  must be worse.
+  must be higher.
 
 Every function is collective where there are several ranks (pipeline/distributed.py).
 Shapes: N sequences, T = S+1 tokens of a sequence, B batch, V vocabulary, L layers, H heads, K head dim.
@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.distributed import bounds, merged, share
-from pipeline.post.measure.observe import batches
+from pipeline.post.measure.observe import batches, slice_rows
 from pldr_model.model import PLDRModel
 
-COMPARED = ("cached", "random_tokens")  # the given G whose answers are compared with live ones, token by token
+COMPARED = ("cached", "random_tokens")  # the given G whose outputs are compared with live ones, token by token
 
 
 class Agreement:
@@ -37,7 +37,7 @@ class Agreement:
         self.kl_sum = self.kl_max = self.max_delta = 0.0
 
     def update(self, live_NV: Tensor, log_p_NV: Tensor, cached_NV: Tensor) -> None:
-        """Take in the logits of N tokens, live (with their log-probabilities in fp64) and cached."""
+        """Add the logits of N tokens, live (with their log-probabilities in fp64) and cached."""
         log_q_NV = cached_NV.double().log_softmax(-1)
         kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
         self.tokens += len(kl_N)
@@ -47,7 +47,7 @@ class Agreement:
         self.max_delta = _larger(self.max_delta, (live_NV - cached_NV).abs().max().item())
 
     def merge(self, other: Agreement) -> None:
-        """Take in what another accumulator has seen."""
+        """Add what another accumulator has seen."""
         self.tokens += other.tokens
         self.same += other.same
         self.kl_sum += other.kl_sum
@@ -64,8 +64,8 @@ class Agreement:
 
 
 def compare(agreement: Mapping[str, Agreement], live_BSV: Tensor, others_BSV: Mapping[str, Tensor]) -> None:
-    """Take one batch's logits into each of `agreement`; in slices, so that a large vocabulary fits in fp64."""
-    rows = max(1, (1 << 22) // live_BSV.shape[-1])
+    """Add one batch's logits to each of `agreement`; in slices, so that a large vocabulary fits in fp64."""
+    rows = slice_rows(live_BSV.shape[-1])
     for start in range(0, live_BSV.shape[0] * live_BSV.shape[1], rows):
         live_RV = live_BSV.flatten(0, 1)[start : start + rows]
         log_p_RV = live_RV.double().log_softmax(-1)
@@ -89,7 +89,7 @@ class Totals:
         self.largest[name] = _larger(self.largest.get(name, 0.0), value)
 
     def merge(self, other: Totals) -> None:
-        """Take in what another accumulator has seen."""
+        """Add what another accumulator has seen."""
         for name, value in other.sums.items():
             self.add(name, value)
         for name, value in other.largest.items():
@@ -98,12 +98,12 @@ class Totals:
 
 @torch.inference_mode()
 def compare_losses(model: PLDRModel, given: Mapping[str, Tensor], text_NT: Tensor) -> dict[str, Any]:
-    """Held-out losses in nats per token by the G they were computed with, and how far answers with it agree with live ones.
+    """Held-out losses in nats per token by the G they were computed with, and how well outputs with it agree with live ones.
 
     given: constant G by name [L,H,K,K], `cached` among them. N >= 2.
     `losses`: `block` (live), each given one, `other` (of the prompt before), `zero`, `identity`. `prefix`: over the second
-    half of each sequence only, with G live (`block`), of the first half (`prefix`: it cannot have seen a target, and is what
-    a cache filled by the prompt gives), and cached. `agreement`: by name of the given G, of those in COMPARED.
+    half of each sequence only, with G live (`block`), of the first half (`prefix`: it cannot have seen a target, and is the G
+    of a cache filled by the prompt), and cached. `agreement`: by name of the given G, for those in COMPARED.
     """
     device = model.embedding.weight.device
     given = {name: g.to(device) for name, g in given.items()}
@@ -111,7 +111,7 @@ def compare_losses(model: PLDRModel, given: Mapping[str, Tensor], text_NT: Tenso
     identity_LHKK = torch.eye(zero_LHKK.shape[-1], dtype=zero_LHKK.dtype, device=device).expand_as(zero_LHKK)
     totals, agreement = Totals(), {name: Agreement() for name in COMPARED if name in given}
     half = (text_NT.shape[1] - 1) // 2
-    # The first prompt needs a neighbour: before the first of all stands the last.
+    # Each prompt takes the G of the one before it; the very first takes that of the last.
     before_1S = text_NT[bounds(len(text_NT))[0] - 1, :-1].unsqueeze(0)
     previous_LBHKK = model.compute_g(before_1S.to(device), padded=False)
     for ids_BT in batches(share(text_NT), model):
@@ -150,10 +150,10 @@ def compare_losses(model: PLDRModel, given: Mapping[str, Tensor], text_NT: Tenso
 
 @torch.inference_mode()
 def leak_test(model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, seed: int) -> dict[str, Any]:
-    """Change the end of each sequence: how far do the logits before it move, relative to their own spread?
+    """Change the end of each sequence: how much do the logits before it change, relative to their own spread?
 
     `last_token` (the next id instead) and `last_quarter` (random ids instead), each with `live_rms`, `live_max` (RMS and
-    largest |delta| over the standard deviation of the logits) and `cached_rms`, `cached_max`, where causality alone makes it
+    largest |delta| over the standard deviation of the logits) and `cached_rms`, `cached_max`, where causality alone makes them
     zero up to round-off. `worst_rms`: the largest of the four.
     """
     device = model.embedding.weight.device
@@ -161,9 +161,8 @@ def leak_test(model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, seed: int) -
     S = text_NT.shape[1] - 1
     generator = torch.Generator().manual_seed(seed)
     others_NS = torch.randint(model.config.vocab_size, (len(text_NT), S), generator=generator)
-    both_NZ = torch.cat(
-        (text_NT[:, :S], others_NS), dim=1
-    )  # each sequence beside its random one, so that they share a rank
+    # Each sequence beside its random one, so that both are on one rank.
+    both_NZ = torch.cat((text_NT[:, :S], others_NS), dim=1)
     totals = Totals()
     for both_BZ in batches(share(both_NZ), model):
         ids_BS, others_BS = both_BZ[:, :S], both_BZ[:, S:]
@@ -173,7 +172,7 @@ def leak_test(model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, seed: int) -
         totals.add("count", logits_BSV["live"].numel())
         for what, start in (("last_token", S - 1), ("last_quarter", S - max(1, S // 4))):
             changed_BS = ids_BS.clone()
-            # Never the padding id, which would hide the key and not only change it; never the id that was there.
+            # Never the padding id, which would mask the key instead of changing it; never the id that was there.
             new = (ids_BS[:, start:] + 1) if what == "last_token" else others_BS[:, start:]
             new = torch.where(new == ids_BS[:, start:], new + 1, new) % model.config.vocab_size
             changed_BS[:, start:] = torch.where(new == model.config.pad_id, new + 1, new)
@@ -203,11 +202,11 @@ def _logits(model: PLDRModel, ids_BS: Tensor, g: Tensor | None = None) -> Tensor
 
 
 def _nll(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Negative log-likelihood of every target in nats; in fp64 to be summed, or a gap of 1e-6 a token would drown."""
+    """Negative log-likelihood of every target in nats; in fp64, so that sums resolve a gap of 1e-6 per token."""
     wide = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
     return F.cross_entropy(wide.flatten(0, 1), targets_BS.flatten(), reduction="none").double().view_as(targets_BS)
 
 
 def _larger(a: float, b: float) -> float:
-    """The larger; NaN when either is: Python's max would drop it."""
+    """The larger; NaN when either is NaN, which Python's max may drop."""
     return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)

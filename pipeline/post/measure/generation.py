@@ -1,6 +1,6 @@
-"""Generated text with caches and without: greedy agreement, the papers' order parameter, samples for the report.
+"""Generated text with and without caches: greedy agreement, the papers' order parameter, samples for the page.
 
-The control reads the whole sequence again for every token and deduces G anew from it: no KV-cache, no G-cache.
+The control processes the whole sequence again for every token and deduces G from it: no KV-cache, no G-cache.
 Every function but `samples` is collective where there are several ranks. Shapes: N sequences, T = S+1 tokens of a sequence.
 """
 
@@ -23,7 +23,7 @@ RUNS = (("1", "2"), ("1", "C"), ("2", "C"))
 
 
 class Sample(NamedTuple):
-    """One prompt, continued with caches and without any: ids. `how` says how tokens were chosen."""
+    """One prompt and its continuations with and without caches, as ids. `how`: how tokens were chosen."""
 
     how: str
     prompt: list[int]
@@ -36,8 +36,8 @@ def greedy_agreement(
 ) -> dict[str, Any]:
     """Greedy continuations with KV- and G-cache against those without any cache (live G at every token).
 
-    After a first difference the two texts are not comparable, so what is counted is decisions taken after identical
-    tokens: `per_decision` = 1 - differences / decisions. `identical` is the share of prompts that never differ.
+    After the first difference the two texts are not comparable, so only decisions taken after identical tokens are
+    counted: `per_decision` = 1 - differences / decisions. `identical` is the share of prompts that never differ.
     """
     totals = Totals()
     for prompts in _prompt_batches(model, text_NT, num_tokens, num_prompts):
@@ -111,15 +111,15 @@ def samples(
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Where two sequences differ first; None when they do not."""
+    """The first index where two sequences differ; None when they are equal."""
     if len(a) != len(b):
         return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
 
 
 def _prompt_batches(model: PLDRModel, text_NT: Tensor, num_tokens: int, num_prompts: int) -> list[list[list[int]]]:
-    """This rank's prompts in batches that fit: as long as leaves room for the tokens, but a quarter to half a context."""
+    """This rank's prompts in batches that fit: as long as the new tokens leave room for, from a quarter to half a context."""
     S = text_NT.shape[1] - 1
     length = max(1, S // 4, min(S // 2, S - num_tokens))
-    # Their batches are sized by full sequences, which is what a pass without caches reads in the end.
+    # Batches are sized by full sequences, which a pass without caches processes in the end.
     return [ids_BS[:, :length].tolist() for ids_BS in batches(share(text_NT[:num_prompts, :S]), model)]

@@ -1,7 +1,7 @@
-"""Run a model over prompts and keep what its deductive outputs did: the model side of `measures`.
+"""Run a model over prompts and accumulate statistics of its deductive outputs: the model side of `measures`.
 
 Decision: a tensor that holds NaN or infinity is named (tensor, layer, head, kind of prompt) and kept out of the
-accumulators. Its measures then do not exist, and what does not exist cannot pass a threshold.
+accumulators. Its measures are then missing, and a missing measure cannot pass a threshold.
 
 Shapes: N prompts, B of them in a batch, S tokens, L layers, H heads, K head dim, V vocabulary.
 """
@@ -20,16 +20,15 @@ from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
 
 TENSORS = ("A", "A_LM", "A_P", "G_LM")
-BATCH_LOGITS = (
-    1 << 22
-)  # entries of B*S*V a batch may have on a CPU: 17 MB, which its allocator reuses; larger are slower
+BATCH_LOGITS = 1 << 22  # entries of B*S*V in a batch on a CPU: 17 MB, which its allocator reuses; larger are slower
+SLICE_LOGITS = 1 << 22  # entries of R*V that are computed in fp64 at once
 ON_GPU = 32  # times as many there
-BATCH_ENTRIES = 1 << 23  # entries of B*L*H*K*K a batch may have: 67 MB in fp64, for each tensor
-RANKED_PROMPTS = 4  # of every kind: singular values cost a hundred times what the other measures do
+BATCH_ENTRIES = 1 << 23  # entries of B*L*H*K*K in a batch: 67 MB in fp64, for each tensor
+RANKED_PROMPTS = 4  # of every kind: singular values cost a hundred times as much as the other measures
 
 
 class Observation:
-    """What a model's deductive outputs did over all prompts. Its size does not depend on their number.
+    """Statistics of a model's deductive outputs over all prompts. Its size does not depend on their number.
 
     spreads: tensor -> kind -> Spread; log_abs_det and rank: tensor -> Scalars; row_variance: of A; not_finite: "A_P, layer
     1, head 0, prompts text".
@@ -44,7 +43,7 @@ class Observation:
         self.not_finite: list[str] = []
 
     def update(self, name: str, kind: str, x_BLHKK: Tensor, *, ranked: int) -> None:
-        """Take in a tensor of a batch of prompts of one kind; of the first `ranked` its numerical rank as well."""
+        """Add a tensor of a batch of prompts of one kind; for the first `ranked` prompts its numerical rank as well."""
         bad_LH = ~x_BLHKK.isfinite().all(dim=0).all(dim=-1).all(dim=-1)
         for layer, head in bad_LH.nonzero().tolist():
             label = f"{name}, layer {layer}, head {head}, prompts {kind}"
@@ -60,7 +59,7 @@ class Observation:
             self.row_variance.update(row_variance_ratio(x_BLHKK))
 
     def merge_ranks(self) -> None:
-        """Take in what the other ranks have seen. Collective."""
+        """Add what the other ranks have seen. Collective."""
         for by_kind in self.spreads.values():
             by_kind.update({kind: merged(spread) for kind, spread in by_kind.items()})
         self.log_abs_det = {name: merged(scalars) for name, scalars in self.log_abs_det.items()}
@@ -69,13 +68,13 @@ class Observation:
         self.not_finite = list(dict.fromkeys(label for labels in gathered(self.not_finite) for label in labels))
 
     def pooled(self, tensor: str) -> Spread | None:
-        """One spread over all kinds; None when the tensor was not finite somewhere or never seen."""
+        """One spread over all kinds; None when the tensor was not finite somewhere, or was never seen."""
         if any(label.startswith(f"{tensor},") for label in self.not_finite):
             return None
-        whole = Spread()
+        total = Spread()
         for spread in self.spreads.get(tensor, {}).values():
-            whole.merge(spread)
-        return whole if whole.count else None
+            total.merge(spread)
+        return total if total.count else None
 
 
 @torch.inference_mode()
@@ -106,7 +105,7 @@ def deduce(model: PLDRModel, ids_BS: Tensor, *, padded: bool = False) -> dict[st
 
 
 def batches(ids_NS: Tensor, model: PLDRModel) -> Iterator[Tensor]:
-    """Batches on the model's device, small enough for their logits and deductive outputs; none of no prompts."""
+    """Batches on the model's device, small enough for their logits and deductive outputs; none where there are no prompts."""
     config = model.config
     logits, entries = ids_NS.shape[1] * config.vocab_size, config.num_layers * config.num_heads * config.head_dim**2
     device = model.embedding.weight.device
@@ -114,3 +113,8 @@ def batches(ids_NS: Tensor, model: PLDRModel) -> Iterator[Tensor]:
     size = max(1, min(most // logits, BATCH_ENTRIES // entries))
     for start in range(0, len(ids_NS), size):
         yield ids_NS[start : start + size].to(device)
+
+
+def slice_rows(vocab_size: int) -> int:
+    """How many tokens' logits are computed in fp64 at once, so that a large vocabulary fits."""
+    return max(1, SLICE_LOGITS // vocab_size)

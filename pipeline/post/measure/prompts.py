@@ -1,11 +1,11 @@
 """The inputs that G_LM is measured over: several kinds and lengths, all made from held-out text and one seed.
 
 Background: G_LM depends on the input through the rotated queries of the whole sequence, so prompts of one length and one
-kind are a soft test: text of one length has much the same statistics everywhere. Random tokens, one token repeated, and
-prompts of a few tokens are what a model has never seen; a G_LM that is a constant of the model does not care.
+kind are a weak test: text of one length has similar statistics everywhere. Random tokens, one token repeated, and prompts
+of a few tokens are unlike anything the model was trained on; a constant G_LM does not change with them.
 
 Decision: prompts of one kind share one length, so that they run as one batch without padding. Padding is a kind of its own:
-padding queries count in the density matrix (that is the model), so a G_LM that is a constant must not care for them either.
+padding queries count in the density matrix (by the model's definition), so a constant G_LM must not depend on them either.
 
 Shapes: N prompts, S tokens.
 """
@@ -25,7 +25,7 @@ SHORT_LENGTHS = (1, 4, 16)
 
 
 class PromptKind(NamedTuple):
-    """Prompts of one kind and one length: [N,S] token ids. `padded`: they hold padding."""
+    """Prompts of one kind and one length: [N,S] token ids. `padded`: they have padding."""
 
     name: str
     ids_NS: Tensor
@@ -33,48 +33,51 @@ class PromptKind(NamedTuple):
 
 
 def held_out_text(sequences_NT: Tensor, config: ModelConfig, *, limit: int) -> tuple[Tensor, int]:
-    """The first `limit` sequences [n, S+1] that hold no padding, and how many were left out for holding some.
+    """The first `limit` sequences [n, S+1] without padding, and how many were left out because they have some.
 
     Raises UserError when fewer than two different ones are left: a spread over one prompt is zero for every model.
     """
     if sequences_NT.ndim != 2 or sequences_NT.shape[1] < 3:
-        raise UserError(f"validation: sequences of shape {list(sequences_NT.shape)}; needs [prompts, >= 3 tokens]")
+        raise UserError(
+            f"validation: sequences of shape {list(sequences_NT.shape)}, [prompts, >= 3 tokens] are needed; "
+            "tokenize with the model's context_length"
+        )
     if sequences_NT.shape[1] > config.context_length + 1:
         raise UserError(
-            f"validation: sequences of {sequences_NT.shape[1]} tokens, the context is {config.context_length}; "
+            f"validation: sequences of {sequences_NT.shape[1]} tokens, but the context is {config.context_length}; "
             "tokenize with the model's context_length"
         )
     if sequences_NT.numel() and not 0 <= int(sequences_NT.min()) <= int(sequences_NT.max()) < config.vocab_size:
         raise UserError(
             f"validation: token ids outside the model's vocabulary of {config.vocab_size}; "
-            "the tokens were made with another tokenizer"
+            "they were made with another tokenizer: tokenize again"
         )
-    whole_N = (sequences_NT != config.pad_id).all(dim=1)
-    text_NT = sequences_NT[whole_N][:limit]
+    full_N = (sequences_NT != config.pad_id).all(dim=1)
+    text_NT = sequences_NT[full_N][:limit]
     if len(text_NT) < 2:
-        padded = int((~whole_N).sum())
-        why = f" ({padded} hold padding and were left out: tokens.packing=concat makes none)" if padded else ""
+        padded = int((~full_N).sum())
+        why = f" ({padded} have padding and were left out; tokens.packing=concat makes none)" if padded else ""
         raise UserError(
             f"validation: {len(text_NT)} held-out prompts of full length{why}, at least 2 are needed; "
-            "raise data.val_fraction or give more text"
+            "raise data.val_fraction or add more text"
         )
     if num_distinct(text_NT) < 2:
         raise UserError(
             f"validation: all {len(text_NT)} held-out prompts are the same text, at least 2 different ones are needed; "
-            "give more text"
+            "add more text"
         )
-    return text_NT.long(), int((~whole_N).sum())
+    return text_NT.long(), int((~full_N).sum())
 
 
 def num_distinct(text_NT: Tensor) -> int:
-    """How many of these prompts differ in more than their last token, which is a target only."""
+    """The number of distinct prompts, not counting the last token, which is a target only."""
     return len(torch.unique(text_NT[:, :-1], dim=0))
 
 
 def make_kinds(text_NT: Tensor, config: ModelConfig, *, seed: int) -> list[PromptKind]:
     """All kinds of prompts, from held-out text [N, S+1]: text of full, half and quarter length, short text, random
     tokens, one token repeated, and half a text padded to full length (a quarter as many of the last three, at least two).
-    The same seed, the same prompts."""
+    The same seed gives the same prompts."""
     num, S = text_NT.shape[0], text_NT.shape[1] - 1
     kinds = [PromptKind("text", text_NT[:, :S])]
     lengths = {S}

@@ -1,12 +1,12 @@
-"""The measures of invariance, as pure functions and streaming accumulators. No model in here.
+"""The measures of invariance, as pure functions and streaming accumulators. No model is involved.
 
 Background (docs/certificate.md): a G_LM may be cached when it does not depend on the input. How much a tensor depends on
-it is measured per layer and head over many prompts. Determinants, loss gaps and averages over heads hide what fails, so
+the input is measured per layer and head over many prompts. Determinants, loss gaps and averages over heads hide failures, so
 nothing here averages over heads.
 
 Decision: accumulators, not lists. `Spread` keeps mean, variance and extremes of every entry (Welford's update, merged as
 Chan et al. do), in fp64, so that memory does not grow with the number of prompts and fp32 inputs lose nothing. They
-live on the CPU, whatever device the model is on, and `merge` joins those of several ranks.
+are on the CPU, whatever device the model is on, and `merge` combines those of several ranks.
 
 Shapes: N prompts, L layers, H heads, K head dim (rows and columns of the tensors).
 """
@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ENERGY_LEFT_OUT = 1e-6  # of the effective rank: the share of sum(singular value^2) that may be dropped
+ENERGY_LEFT_OUT = 1e-6  # by the effective rank: the share of sum(singular value^2)
 
 
 class Spread:
-    """Streaming mean, variance and extremes of tensors [N,L,H,K,K] over N. Non-finite inputs are the caller's to refuse."""
+    """Streaming mean, variance and extremes of tensors [N,L,H,K,K] over N. The caller must reject non-finite inputs."""
 
     def __init__(self) -> None:
         self.count = 0
         self.mean_LHKK = self._m2_LHKK = self._low_LHKK = self._high_LHKK = torch.zeros(())
 
     def update(self, x_NLHKK: Tensor) -> None:
-        """Take in N more prompts."""
+        """Add N more prompts."""
         x = x_NLHKK.detach().double()
         other, mean_LHKK = Spread(), x.mean(dim=0)
         other.count, other.mean_LHKK = x.shape[0], mean_LHKK.cpu()
@@ -39,7 +39,7 @@ class Spread:
         self.merge(other)
 
     def merge(self, other: Spread) -> None:
-        """Take in what another accumulator has seen."""
+        """Add what another accumulator has seen."""
         if other.count == 0:
             return
         if self.count == 0:
@@ -73,7 +73,7 @@ class Spread:
 
 
 class Scalars:
-    """Streaming mean, standard deviation and extremes of [N,L,H] over N; what is not finite is counted apart, per head."""
+    """Streaming mean, standard deviation and extremes of [N,L,H] over N; non-finite values are counted separately, per head."""
 
     def __init__(self, num_layers: int, num_heads: int) -> None:
         shape = (num_layers, num_heads)
@@ -82,7 +82,7 @@ class Scalars:
         self._high_LH = torch.full(shape, -math.inf, dtype=torch.float64)
 
     def update(self, x_NLH: Tensor) -> None:
-        """Take in N more prompts."""
+        """Add N more prompts."""
         x = x_NLH.detach().cpu().double()
         finite = x.isfinite()
         other = Scalars(*x.shape[1:])
@@ -95,7 +95,7 @@ class Scalars:
         self.merge(other)
 
     def merge(self, other: Scalars) -> None:
-        """Take in what another accumulator has seen."""
+        """Add what another accumulator has seen."""
         total = self.count_LH + other.count_LH
         delta = other._mean_LH - self._mean_LH
         self._m2_LH = self._m2_LH + other._m2_LH + delta.square() * self.count_LH * other.count_LH / total.clamp_min(1)
@@ -120,7 +120,7 @@ class Scalars:
 class Pair:
     """Streaming order parameter of two runs over the same prompts, tensors [N,L,H,K,K] each: RMSE / |mean| and RMSE / RMS.
 
-    |mean| and RMS are over both runs. |mean| can vanish, and the first number with it means nothing (inf at 0): judge
+    |mean| and RMS are over both runs. |mean| can vanish, and then the first number is meaningless (inf at 0): judge
     by the second, which is bounded. Source: arXiv 2603.23539, and docs/certificate.md.
     """
 
@@ -129,7 +129,7 @@ class Pair:
         self._error_LH = self._sum_LH = self._square_LH = torch.zeros((), dtype=torch.float64)
 
     def update(self, first_NLHKK: Tensor, second_NLHKK: Tensor) -> None:
-        """Take in N more prompts."""
+        """Add N more prompts."""
         first, second = first_NLHKK.detach().cpu().double(), second_NLHKK.detach().cpu().double()
         over = (0, -2, -1)
         self._error_LH = self._error_LH + (first - second).square().sum(dim=over)
@@ -138,7 +138,7 @@ class Pair:
         self._entries += len(first) * first.shape[-2] * first.shape[-1]
 
     def merge(self, other: Pair) -> None:
-        """Take in what another accumulator has seen."""
+        """Add what another accumulator has seen."""
         self._entries += other._entries
         self._error_LH = self._error_LH + other._error_LH
         self._sum_LH = self._sum_LH + other._sum_LH
@@ -175,9 +175,9 @@ def relative_deviation(spread: Spread, reference_LHKK: Tensor, *, scale_LH: Tens
 
 
 def row_variance_ratio(A: Tensor) -> Tensor:
-    """How far the rows of A differ, [...,K,K] -> [...]: variance between rows over all variance, 0 for equal rows.
+    """How much the rows of A differ, [...,K,K] -> [...]: variance between rows over all variance, 0 for equal rows.
 
-    The metric learner's output has it near 1 at initialisation and at 1e-7 to 1e-13 once it has forgotten its input.
+    The metric learner's output has it near 1 at initialization, and at 1e-7 to 1e-13 once it ignores its input.
     """
     wide = A.double()
     between = wide.var(dim=-2, correction=0).mean(dim=-1)
@@ -201,5 +201,5 @@ def numerical_rank(G: Tensor) -> Tensor:
 def effective_rank(G: Tensor, *, left_out: float = ENERGY_LEFT_OUT) -> Tensor:
     """Smallest rank that keeps all but `left_out` of the energy (sum of squared singular values), [...,K,K] -> [...]."""
     energy: Tensor = torch.linalg.svdvals(G.double()).square()
-    tail = energy.flip(-1).cumsum(-1).flip(-1)  # what is lost by stopping before each value
+    tail = energy.flip(-1).cumsum(-1).flip(-1)  # energy lost by stopping before each value
     return (tail > left_out * energy.sum(dim=-1, keepdim=True)).sum(dim=-1)

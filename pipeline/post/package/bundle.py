@@ -1,18 +1,7 @@
-"""The bundle: a folder that serves a model with KV-cache and G-cache, and proves that it may. Stage `bundle`.
+"""Building a bundle: the folder that serves a model with KV-cache and G-cache. Stage `bundle`.
 
-    config.json             ModelConfig of the constant-G model, and whether it is certified
-    model.safetensors       weights without the metric learner: fp32, bf16 or int8 (weight_format.py)
-    g_lm.safetensors        the cached G_LM [L,H,K,K]
-    tokenizer.model         SentencePiece
-    generation_config.json  how prompts are encoded, ids
-    certificate.json        docs/certificate.md
-    README.md               model card
-    MANIFEST.json           sha256 and size of every file, lineage, and a digest of itself
-
-Decisions. Written beside, verified as a reader would, then renamed: a bundle is whole or absent. No time of day anywhere:
-the same inputs give the same bytes. `MANIFEST.json` is in canonical form and holds its own digest, so that one changed byte
-anywhere is an error; this protects against damage and mix-ups, not against a forger, who would sign. Loading runs no
-code from the folder and unpickles nothing; sizes are checked against headers before anything is allocated.
+Its files and their format are pipeline/bundle/format.py. Decision: the folder is written under a temporary name, verified as
+a reader would, then renamed: a bundle is complete or absent.
 """
 
 from __future__ import annotations
@@ -32,9 +21,7 @@ from pipeline.bundle.format import (
 )
 from pipeline.bundle.formats import SECTION, Packed, describe_format, pack
 from pipeline.bundle.read import read_bundle
-from pipeline.bundle.verify import (
-    check_tokenizer,
-)
+from pipeline.bundle.verify import check_tokenizer
 from pipeline.errors import UserError
 from pipeline.io.storage import (
     MANIFEST,
@@ -66,8 +53,8 @@ def build_bundle(
     """Write, verify and publish the bundle folder `out`; returns {"path", "bundle_sha256", "certified", "bytes"}.
 
     lineage: plain values for MANIFEST.json (run, checkpoint, git commit, data fingerprint). notes: lines for the model
-    card (how it was trained). uncertified: package a failed certificate all the same, marked everywhere; marks a passed
-    one as well. packed: the weights in another format than fp32, with what that costs. Raises UserError for a failed
+    card (how it was trained). uncertified: package even with a failed certificate, and mark every file; marks a passed one
+    as well. packed: the weights in another format than fp32, with its cost. Raises UserError for a failed
     certificate or a format that costs too much (exit code 3), a certificate of other tensors, or a tokenizer that does not
     fit the model.
     """
@@ -85,7 +72,7 @@ def build_bundle(
         certificate = {**certificate, SECTION: packed.section}
         notes = [
             *notes,
-            f"Stored as {describe_format(packed.section)}. The certificate's measures are of the fp32 weights.",
+            f"Stored as {describe_format(packed.section)}. The certificate's measures are those of the fp32 weights.",
         ]
     require_free_space(out, 2 * (len(weights) + len(g_lm)), "the bundle")
     with publish_dir(out) as temporary:
@@ -134,21 +121,22 @@ def _require_same_tensors(model: PLDRModel, g_LHKK: Tensor, certificate: dict[st
     """
     for name, sha256 in certified_files(model, g_LHKK).items():
         if certificate["files"][name] != sha256:
-            raise UserError(f"the certificate certifies another {name}; validate this model and bundle it again")
+            raise UserError(f"the certificate is of a different {name}; validate this model and bundle it again")
     if packed is not None:
         weights = pack(bundle_tensors(model), packed.section["format"])
         if not packed.section["sha256"] == sha256_tensors(weights) == sha256_tensors(packed.tensors):
-            raise UserError("the packed weights are of another model than the certificate; pack this model's again")
+            raise UserError("the packed weights are of a different model than the certificate; pack this model again")
 
 
 def _require_passed(certificate: dict[str, Any], packed: Packed | None) -> None:
-    """Raise UserError, exit code 3, unless everything that a certified bundle needs has passed."""
-    mend = "or package it marked as uncertified (--uncertified)"
+    """Raise UserError, exit code 3, unless certificate and weight format have passed."""
+    otherwise = "or package it as uncertified (--uncertified)"
     if certificate["verdict"] != "certified":
         names = ", ".join(failure["measure"] for failure in certificate["failed"])
-        raise UserError(f"the certificate failed ({names}); mend what it says, {mend}", exit_code=3)
+        raise UserError(f"the certificate failed ({names}); apply the fixes it lists, {otherwise}", exit_code=3)
     if packed is not None and not packed.section["passed"]:
         raise UserError(
-            f"{describe_format(packed.section)}: too much; use another post.weight_format, raise post.max_format_loss, {mend}",
+            f"{describe_format(packed.section)}: too much; use another post.weight_format, raise post.max_format_loss, "
+            f"{otherwise}",
             exit_code=3,
         )

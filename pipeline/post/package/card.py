@@ -1,7 +1,7 @@
 """The model card: README.md of a bundle. For people; everything in it is in the JSON files too.
 
-Decision: the card of an uncertified bundle says so in its first line, and a loader checks that line. How the model was
-trained, and what its loss has to be compared with, comes as `notes` from whoever knows the run.
+Decision: the first line of an uncertified bundle's card marks it as such, and a loader checks that line. How the model was
+trained, and what to compare its loss with, is passed in as `notes` by the caller, who knows the run.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from pldr_model.config import ModelConfig
 CERTIFIED_LINE = "# PLDR-LLM bundle, certified: G_LM may be cached"
 CONSTANT_LINE = "# PLDR-LLM bundle, certified: G_LM is constant by construction, so caching it is exact"
 
-
-# What the model is, by where its G_LM came from. Only a deduced one can be *measured* to be invariant.
+# What the model is, by the source of its G_LM. Only a deduced G_LM can be *measured* to be invariant.
 ABOUT = {
-    "learned": "Power-law decoder language model (PLDR-LLM v510Gi, arXiv 2502.13502): the metric learner is gone, its "
+    "learned": "Power-law decoder language model (PLDR-LLM v510Gi, arXiv 2502.13502): the metric learner is removed, its "
     "energy-curvature tensor G_LM is the constant in `g_lm.safetensors`, and decoding needs only a KV-cache.",
     "constant": "PLDR-LLM whose G_LM is a trained parameter of each head, without a metric learner. It is invariant by "
-    "construction. That was not measured, and says nothing about models with a metric learner.",
+    "construction. This was not measured, and implies nothing about models with a metric learner.",
     "identity": "Plain attention (SDPA): a PLDR-LLM whose G_LM is the identity, by construction.",
 }
 FIXED = "PLDR-LLM (v510G) whose G_LM is a fixed tensor: constant by construction, not by measurement."
@@ -37,11 +36,11 @@ def model_card(
     lineage: dict[str, Any],
     notes: Sequence[str],
 ) -> str:
-    """Markdown: verdict, sizes, how to use it, what it was judged by, where it comes from."""
+    """Markdown: verdict, sizes, usage, checks, origin."""
     sizes = (
         f"{config.num_layers} layers x {config.num_heads} heads x {config.head_dim}, width {config.d_model}, "
         f"vocabulary {config.vocab_size}, context {config.context_length} tokens, "
-        f"{config.num_parameters()['total']:,} parameters beside G_LM"
+        f"{config.num_parameters()['total']:,} parameters without G_LM"
     )
     certified_line = CONSTANT_LINE if certificate["constant_by_construction"] else CERTIFIED_LINE
     parts = [
@@ -62,7 +61,7 @@ def model_card(
         "```",
         "",
         "Prompts are encoded without bos: training joined documents by eos alone. A prompt and its continuation share the",
-        "context; a longer prompt is an error. The text is the model's: unfiltered, and no better than what it was trained on.",
+        "context; a longer prompt is an error. The generated text is unfiltered, and no better than the training data.",
         "",
         "## Certificate",
         "",

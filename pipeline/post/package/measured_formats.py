@@ -1,4 +1,9 @@
-"""What a smaller weight format costs on held-out text."""
+"""What a smaller weight format costs on held-out text.
+
+Measured with the cached G_LM, against the fp32 weights that the certificate is about, and bounded by `post.max_format_loss`.
+
+Shapes: N sequences or tokens, R tokens of a slice, T = S+1 tokens of a sequence, B batch, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from pipeline.bundle.format import bundle_tensors
 from pipeline.bundle.formats import Packed, pack, unpack
 from pipeline.config.post import WeightFormat
 from pipeline.io.tensors import sha256_tensors
-from pipeline.post.measure.observe import batches
+from pipeline.post.measure.observe import batches, slice_rows
 from pipeline.post.measure.prompts import PromptKind, held_out_text, sha256_kinds
 from pldr_model.model import PLDRModel, to_constant_g
 
@@ -29,9 +34,9 @@ def pack_measured(
     """The model's bundle weights in a smaller format, and what that costs on held-out text.
 
     sequences_NT: held-out sequences [N, S+1], the first `max_prompts` without padding are used. max_loss_difference: nats;
-    `section["passed"]` says whether the measured one is finite and within. Raises UserError for no usable prompts.
+    `section["passed"]`: whether the measured difference is finite and within it. Raises UserError for no usable prompts.
     """
-    assert weight_format != "fp32", "fp32 is what the certificate is about: nothing is packed"
+    assert weight_format != "fp32", "fp32 weights are what the certificate is about; there is nothing to pack"
     original = bundle_tensors(model)
     packed = pack(original, weight_format)
     fp32, small = (to_constant_g(model, g_LHKK).eval() for _ in range(2))
@@ -58,7 +63,7 @@ def pack_measured(
 def _compare(fp32: PLDRModel, small: PLDRModel, text_NT: Tensor) -> dict[str, float]:
     """Losses in nats per token, their difference, KL(fp32 || small) in nats per token, and top-1 agreement."""
     sums = dict.fromkeys(("loss_fp32", "loss", "kl", "same"), 0.0)
-    rows = max(1, (1 << 22) // fp32.config.vocab_size)  # of a slice, so that a large vocabulary fits in fp64
+    rows = slice_rows(fp32.config.vocab_size)
     for ids_BT in batches(text_NT, fp32):
         targets_N = ids_BT[:, 1:].flatten()
         logits = [model(ids_BT[:, :-1], padded=False).flatten(0, 1) for model in (fp32, small)]

@@ -1,4 +1,4 @@
-"""A bundle through MLflow: registered with lineage, loaded by alias, asked for text."""
+"""A bundle in MLflow: registered with its lineage, loaded by alias, used to generate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SimpleNamespace]:
-    """An SQLite store with local artifacts and a training run in it that goes on."""
+    """An SQLite store with local artifacts and a training run in it that is still running."""
     import mlflow
 
     before = mlflow.get_tracking_uri()
@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> Iterator[SimpleNamespace]:
     mlflow.set_tracking_uri(before)
 
 
-def test_registered_loaded_by_alias_and_asked(
+def test_a_registered_bundle_is_loaded_by_alias_and_generates(
     store: SimpleNamespace, make_bundle: Make, tiny: SimpleNamespace, text: torch.Tensor
 ) -> None:
     import mlflow

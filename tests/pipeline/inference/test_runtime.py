@@ -21,12 +21,12 @@ def bundle(make_bundle: Callable[..., Path]) -> Bundle:
     return Bundle.load(make_bundle())
 
 
-def test_the_bundle_says_what_the_full_model_says_without_any_cache(bundle: Bundle, invariant: PLDRModel) -> None:
+def test_the_bundle_generates_what_the_full_model_does_without_any_cache(bundle: Bundle, invariant: PLDRModel) -> None:
     ids = [bundle.tokenizer.encode(prompt) for prompt in PROMPTS]
     live = generate(invariant, ids, max_new_tokens=10, use_cache=False, eos_id=3)
     got = bundle.generate(PROMPTS, max_new_tokens=10)
-    whole = [bundle.tokenizer.decode(a + b) for a, b in zip(ids, live, strict=True)]
-    for completion, prompt, text in zip(got, PROMPTS, whole, strict=True):
+    full = [bundle.tokenizer.decode(a + b) for a, b in zip(ids, live, strict=True)]
+    for completion, prompt, text in zip(got, PROMPTS, full, strict=True):
         assert (prompt.rstrip() + completion).split() == text.split()
     assert any(got)
 
@@ -47,29 +47,29 @@ def test_generation_ends_at_the_context(bundle: Bundle) -> None:
 
 def test_text_is_cut_before_the_first_stop_string_also_one_that_spans_tokens(bundle: Bundle) -> None:
     settings = {"max_new_tokens": 28, "temperature": 1.0, "seed": 3}
-    (whole,) = bundle.generate(["the quick"], **settings)
-    pieces = bundle.tokenizer.encode(whole)
-    assert len(whole) > 12 and len(pieces) > 6
-    middle = len(whole) // 2
+    (full,) = bundle.generate(["the quick"], **settings)
+    pieces = bundle.tokenizer.encode(full)
+    assert len(full) > 12 and len(pieces) > 6
+    middle = len(full) // 2
     for length in (1, 2, 5):  # long ones span tokens
-        stop = whole[middle : middle + length]
+        stop = full[middle : middle + length]
         (cut,) = bundle.generate(["the quick"], stop=[stop, "\x00never"], **settings)
-        assert cut == whole[: whole.index(stop)]
-    assert bundle.generate(["the quick"], stop=["\x00never"], **settings) == [whole]
+        assert cut == full[: full.index(stop)]
+    assert bundle.generate(["the quick"], stop=["\x00never"], **settings) == [full]
 
 
-def test_stop_strings_end_the_work_and_not_only_the_text(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_strings_end_the_generation_and_not_only_the_text(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     extend = PLDRModel.extend
     monkeypatch.setattr(PLDRModel, "extend", lambda self, *a, **k: calls.append(1) or extend(self, *a, **k))
     settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 3}
-    (whole,) = bundle.generate(["the"], **settings)
-    full = len(calls)
-    bundle.generate(["the"], stop=[whole[2]], **settings)
-    assert len(calls) - full < full / 2
+    (full,) = bundle.generate(["the"], **settings)
+    steps = len(calls)
+    bundle.generate(["the"], stop=[full[2]], **settings)
+    assert len(calls) - steps < steps / 2
 
 
-def test_the_space_at_the_joint_is_kept(bundle: Bundle) -> None:
+def test_the_space_after_the_prompt_is_kept(bundle: Bundle) -> None:
     ids = bundle.tokenizer.encode("the lazy dog")
     start = bundle.tokenizer.encode("the")
     assert ids[: len(start)] == start
@@ -86,7 +86,7 @@ def test_eos_ends_a_completion_and_is_not_in_it(make_bundle: Callable[..., Path]
     ("prompts", "settings", "message"),
     [
         ([], {}, "none given"),
-        ([""], {}, r"prompts\[0\]: holds no text"),
+        ([""], {}, r"prompts\[0\]: empty; give"),
         (["a", "the quick brown fox " * 9], {}, r"prompts\[1\]: \d+ tokens leave no room in the context of 32"),
         ("one text", {}, "a list of texts"),
         (["a"], {"temperature": -1.0}, "temperature"),

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints to one file, for every ZeRO stage; and what is not believed."""
+"""DeepSpeed's checkpoints to one file, for every ZeRO stage; and what is not trusted."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def checkpoint(checkpoints: Path, tmp_path: Path) -> Path:
 
 
 def recommit(checkpoint: Path) -> None:
-    """Manifest and COMMITTED that fit what now lies in the folder."""
+    """Write a manifest and COMMITTED that fit the folder as it is now."""
     files = {n: e for n, e in manifest_of(checkpoint, leave_out=["COMMITTED"]).items() if n != MANIFEST}
     publish_json(checkpoint / MANIFEST, {"schema_version": 1, "files": files})
     publish_bytes(checkpoint / "COMMITTED", sha256_file(checkpoint / MANIFEST).encode())
@@ -109,21 +109,21 @@ def test_the_same_checkpoint_gives_the_same_bytes(checkpoints: Path, tmp_path: P
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_what_is_not_committed_does_not_exist(checkpoint: Path) -> None:
+def test_a_checkpoint_that_is_not_committed_is_refused(checkpoint: Path) -> None:
     (checkpoint / "COMMITTED").unlink()
     assert "no COMMITTED" in refused(checkpoint)
 
 
 def test_any_damage_is_named(checkpoint: Path) -> None:
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != "COMMITTED"):
-        whole = path.read_bytes()
-        middle = len(whole) // 2
-        for damaged in (whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], whole[:-1], b""):
+        original = path.read_bytes()
+        middle = len(original) // 2
+        for damaged in (original[:middle] + bytes([original[middle] ^ 1]) + original[middle + 1 :], original[:-1], b""):
             path.write_bytes(damaged)
             assert path.name in refused(checkpoint)
         path.unlink()
         assert path.name in refused(checkpoint)
-        path.write_bytes(whole)
+        path.write_bytes(original)
     stray = checkpoint / STEP / "zero_pp_rank_9_mp_rank_00_optim_states.pt"
     stray.write_bytes(b"x")
     assert stray.name in refused(checkpoint)
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_model_is_named(checkpoint: Path) -> None:
     state = json.loads((checkpoint / "state.json").read_text())
     for key, value, message in (
         ("num_layers", 3, "layers.2.*is missing"),
-        ("num_layers", 1, "layers.1.* is no part of the model"),
+        ("num_layers", 1, "layers.1.* is not in the model"),
         ("vocab_size", 41, r"embedding.weight is \[40, 12\], state.json describes \[41, 12\]"),
         ("nmu_heads", 2, "nmu_heads"),
     ):

@@ -24,7 +24,7 @@ def test_mean_first_and_spread_are_those_of_all_prompts_at_once(tiny: SimpleName
     assert mean.record["num_prompts"] == len(text) and mean.record["max_relative_spread"] > 0.1
 
 
-def test_an_invariant_model_has_one_G_whatever_the_way(tiny: SimpleNamespace, text: torch.Tensor) -> None:
+def test_an_invariant_model_has_one_G_however_it_is_extracted(tiny: SimpleNamespace, text: torch.Tensor) -> None:
     model = tiny.make_model()
     mean, first = (extract_g(model, text[:, :-1], how) for how in ("mean", "first"))
     torch.testing.assert_close(mean.g_lm, first.g_lm)

@@ -21,10 +21,7 @@ from pipeline.post.extract import extract_g
 from pipeline.post.measure.prompts import make_kinds, sha256_kinds
 from pipeline.post.validate import validate
 from pldr_model.model import PLDRModel
-
-
-def failed(certificate: dict[str, Any]) -> set[str]:
-    return {failure["measure"] for failure in certificate["failed"]}
+from tests.helpers.models import failed
 
 
 def test_an_invariant_model_is_certified(certificate: dict[str, Any], invariant: PLDRModel) -> None:
@@ -54,13 +51,13 @@ def test_a_certificate_is_plain_finite_json_and_the_same_every_time(
     assert "certificate: CERTIFIED" in summary_lines(certificate)[0]
 
 
-def test_a_variant_model_fails_and_the_mend_names_the_budget(tiny: SimpleNamespace) -> None:
+def test_a_variant_model_fails_and_the_fix_names_the_budget(tiny: SimpleNamespace) -> None:
     model = tiny.make_model(gain=1.0)
     certificate = tiny.certify(model, tiny.sample_text(model), budget=0.16)
     assert certificate["verdict"] == "failed" and certificate["tier"] == "variant"
     assert {"relative_deviation_g", "leak_effect", "cache_gap", "kl", "top1_agreement"} <= failed(certificate)
-    mend = next(f["mend"] for f in certificate["failed"] if f["measure"] == "relative_deviation_g")
-    assert "0.16" in mend and "metric_weight_decay" in mend
+    fix = next(f["fix"] for f in certificate["failed"] if f["measure"] == "relative_deviation_g")
+    assert "0.16" in fix and "metric_weight_decay" in fix
     assert any(line.startswith("  FAIL  relative_deviation_g") for line in summary_lines(certificate))
 
 
@@ -79,7 +76,7 @@ def test_dead_attention_fails_although_everything_agrees(tiny: SimpleNamespace, 
             layer.attention.output.weight.zero_()
     certificate = tiny.certify(model, tiny.sample_text(model))
     assert failed(certificate) == {"attention_effect_zero", "attention_effect_identity"}
-    assert "attention is dead" in certificate["failed"][0]["mend"]
+    assert "attention is dead" in certificate["failed"][0]["fix"]
 
 
 @pytest.mark.parametrize(("layer", "head"), [(0, 1), (1, 0)])
@@ -115,7 +112,7 @@ def test_nan_in_a_tensor_fails_with_its_name(tiny: SimpleNamespace, text: torch.
     certificate = validate(model, g_lm, text, tiny.post)
     assert certificate["verdict"] == "failed" and certificate["tier"] == "unknown"
     assert "not_finite" in failed(certificate) and "relative_deviation_g" in failed(certificate)
-    assert "A_P, layer 1, head 0" in certificate["failed"][0]["mend"]
+    assert "A_P, layer 1, head 0" in certificate["failed"][0]["fix"]
     assert not any("A_LM" in line for line in certificate["measures"]["not_finite"])
     json.dumps(certificate, allow_nan=False)
 
@@ -126,11 +123,11 @@ def test_infinity_that_shows_in_no_deductive_tensor_fails_too(tiny: SimpleNamesp
     with torch.no_grad():
         model.output.bias[5] = math.inf
     certificate = validate(model, g_lm, text, tiny.post)
-    assert "weight output.bias" in certificate["failed"][0]["mend"]
+    assert "weight output.bias" in certificate["failed"][0]["fix"]
     bad_g = g_lm.clone()
     bad_g[1, 1, 0, 0] = math.nan
     certificate = validate(tiny.make_model(), bad_g, text, tiny.post)
-    assert "cached G_LM, layer 1, head 1" in certificate["failed"][0]["mend"]
+    assert "cached G_LM, layer 1, head 1" in certificate["failed"][0]["fix"]
     assert certificate["verdict"] == "failed"
 
 
@@ -179,7 +176,7 @@ def test_prompts_of_another_context_or_vocabulary_are_errors(
     tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor
 ) -> None:
     g_lm = extract_g(invariant, text[:, :-1], "mean").g_lm
-    with pytest.raises(UserError, match="66 tokens, the context is 32"):
+    with pytest.raises(UserError, match="66 tokens, but the context is 32"):
         validate(invariant, g_lm, torch.cat((text, text, text[:, :2]), dim=1), tiny.post)
     with pytest.raises(UserError, match="outside the model's vocabulary of 48"):
         validate(invariant, g_lm, text + 40, tiny.post)

@@ -1,4 +1,4 @@
-"""The certificate's schema: written down, kept, and not to be talked round by an edit."""
+"""The certificate's schema: documented, kept, and not deceived by an edit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def schema_text() -> str:
 
 
 def test_the_written_schema_is_the_one_in_force(repository: Path) -> None:
-    """After a change: `python tests/pipeline/bundle/certificate/test_schema.py` writes it anew; raise SCHEMA_VERSION."""
+    """After a change: `python tests/pipeline/bundle/certificate/test_schema.py` writes it again; raise SCHEMA_VERSION."""
     assert (repository / "docs" / "certificate.schema.json").read_text() == schema_text()
 
 
@@ -31,6 +31,30 @@ def read(certificate: dict[str, Any], folder: Path) -> dict[str, Any]:
 def test_a_certificate_is_read_back(certificate: dict[str, Any], tmp_path: Path) -> None:
     assert read(certificate, tmp_path) == certificate
     assert read({**certificate, "packaged": "certified"}, tmp_path)["packaged"] == "certified"
+
+
+@pytest.mark.parametrize("folder", ["certificate", "failed"])
+def test_a_certificate_of_schema_3_is_read_in_the_keys_of_schema_4_and_judged_again(
+    old_files: Path, folder: str
+) -> None:
+    path = old_files / folder / "certificate.json"
+    old = json.loads(path.read_bytes())
+    found = read_certificate(path)
+    assert (old["schema_version"], found["schema_version"]) == (3, 4)
+    assert found["verdict"] == old["verdict"] == {"certificate": "certified", "failed": "failed"}[folder]
+    for name in ("checks", "failed"):
+        assert [entry["mend"] for entry in old[name]] == [entry["fix"] for entry in found[name]]
+        assert not any("mend" in entry for entry in found[name])
+    assert {k: found[k] for k in old.keys() - {"schema_version", "checks", "failed"}} == {
+        k: old[k] for k in old.keys() - {"schema_version", "checks", "failed"}
+    }
+    assert read(found, old_files) == found  # a certificate of schema 4 now
+    for changes in ({"verdict": "certified", "failed": []}, {"tier": "invariant"}, {"statement": "perfect"}):
+        if any(old[key] != value for key, value in changes.items()):
+            with pytest.raises(UserError, match="certificate.json"):
+                read({**old, **changes}, old_files)
+    with pytest.raises(UserError, match="fix|mend"):
+        read({**found, "schema_version": 3}, old_files)
 
 
 def edited(certificate: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -46,8 +70,9 @@ def edited(certificate: dict[str, Any], path: str, value: Any) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema_version", 2, "schema_version 2, this program reads 3"),
-        ("schema_version", 4, "schema_version 4, this program reads 3"),
+        ("schema_version", 2, "schema_version 2, this program reads 3 and 4"),
+        ("schema_version", 3, "checks.0.fix: Field required"),
+        ("schema_version", 5, "schema_version 5, this program reads 3 and 4"),
         ("schema_version", None, "schema_version None"),
         ("verdict", "failed", "does not follow from the checks"),
         ("verdict", "excellent", "verdict"),
@@ -55,7 +80,7 @@ def edited(certificate: dict[str, Any], path: str, value: Any) -> dict[str, Any]
         ("checks.2.value", None, "relative_deviation_g"),
         ("checks.2.passed", False, "relative_deviation_g"),
         ("checks", [], "checks"),
-        ("failed", [{"measure": "kl", "value": 1.0, "threshold": 0.0, "mend": ""}], "`failed` does not name"),
+        ("failed", [{"measure": "kl", "value": 1.0, "threshold": 0.0, "fix": ""}], "`failed` does not name"),
         ("files", {"model.safetensors": "0" * 64}, "files.g_lm.safetensors"),
         ("surprise", 1, "surprise: Extra inputs"),
         ("measures.losses.block", "4.2", "measures.losses"),
@@ -69,10 +94,10 @@ def edited(certificate: dict[str, Any], path: str, value: Any) -> dict[str, Any]
         ("precision", {}, "precision {} does not follow"),
         ("statement", "perfect", "statement 'perfect' does not follow"),
         ("constant_by_construction", True, "constant_by_construction True does not follow"),
-        ("measures.relative_deviation_g", 0.8, "not the worse of fp32 and fp64"),
-        ("measures.relative_deviation_g", 1e-9, "not the worse of fp32 and fp64"),
+        ("measures.relative_deviation_g", 0.8, "not the larger of fp32 and fp64"),
+        ("measures.relative_deviation_g", 1e-9, "not the larger of fp32 and fp64"),
         ("measures.not_finite", ["A, layer 0, head 0, prompts text"], "measured although something was not finite"),
-        ("measures.deviations", {}, "not those of fp32 and fp64"),
+        ("measures.deviations", {}, "not exactly fp32 and fp64"),
         ("measures.deviations.fp32.G_LM.per_head", [[0.0, 0.5], [0.0, 0.0]], "not the largest of its kinds and heads"),
         ("measures.deviations.fp32.A.by_kind.text", 0.5, "fp32.A.max is not the largest"),
         ("measures.losses", {}, "measures.losses: missing"),
@@ -85,22 +110,22 @@ def edited(certificate: dict[str, Any], path: str, value: Any) -> dict[str, Any]
         ("measures.order_parameter", {}, "measures.order_parameter: missing"),
         ("measures.losses.other", 99.0, "leak_gap: value"),
         ("controls.untrained", None, "controls.untrained: missing"),
-        ("controls.untrained.relative_deviation_g", 0.9, "not that of its G_LM"),
-        ("thresholds", {}, "thresholds: not those of a certificate"),
+        ("controls.untrained.relative_deviation_g", 0.9, "does not match its G_LM"),
+        ("thresholds", {}, "thresholds: not the keys of a certificate"),
         ("thresholds.max_kl", 0.01, "kl: threshold 0.0001 does not follow"),
         ("thresholds.max_kl", 1e9, "post.max_kl: Input should be less than or equal to 0.1"),
-        ("thresholds.surprise", 1.0, "thresholds: not those of a certificate (surprise)"),
-        ("settings", {}, "settings: not those of a certificate"),
+        ("thresholds.surprise", 1.0, "thresholds: not the keys of a certificate (surprise)"),
+        ("settings", {}, "settings: not the keys of a certificate"),
         ("settings.fp64_prompts", 2, "statement"),
         ("model.g_source", "identity", "a constant G_LM has no other deduced tensors"),
-        ("model.g_source", ["learned"], "model.g_source is no text"),
-        ("lineage.invariance_budget", "9", "lineage.invariance_budget no number"),
+        ("model.g_source", ["learned"], "model.g_source is not a string"),
+        ("lineage.invariance_budget", "9", "lineage.invariance_budget not a number"),
         ("lineage.invariance_budget", 10**400, "too large"),
-        ("lineage", {}, "lineage.invariance_budget no number"),
+        ("lineage", {}, "lineage.invariance_budget not a number"),
         ("prompts.distinct", 10**400, "too large"),
         ("thresholds.min_prompts", 10**400, "thresholds.min_prompts"),
         ("prompts.distinct", 3, "held_out_prompts: value 16.0 does not follow"),
-        ("prompts.distinct", 400, "400 different ones are not among the held-out ones"),
+        ("prompts.distinct", 400, "400 different ones do not match"),
         ("prompts.kinds", {}, "prompts"),
     ],
 )
@@ -146,7 +171,19 @@ def test_a_certificate_of_a_constant_G_cannot_be_made_of_a_learned_one(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", "null", '{"schema_version": 3}', '{"schema_version": 3, "verdict": NaN}']
+    "text",
+    [
+        *(
+            "",
+            "[]",
+            "{",
+            "null",
+            '{"schema_version": 4}',
+            '{"schema_version": 4, "verdict": NaN}',
+            '{"schema_version": 3}',
+        ),
+        *('{"schema_version": 3, "checks": 1, "failed": [1]}', '{"schema_version": [3]}'),
+    ],
 )
 def test_what_is_no_certificate_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "certificate.json").write_text(text)

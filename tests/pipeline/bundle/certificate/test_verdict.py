@@ -16,15 +16,12 @@ from pipeline.post.certificate.build import summary_lines
 from pipeline.post.certificate.labels import plain_verdict
 from pipeline.post.package.card import model_card
 from pldr_model.model import PLDRModel
+from tests.helpers.models import failed
 
 
 def loosened(post: PostConfig, **changes: float) -> PostConfig:
     """Another configuration, checked as one of a file is."""
     return PostConfig(**{**post.model_dump(), **changes})
-
-
-def failed(certificate: dict[str, Any]) -> set[str]:
-    return {failure["measure"] for failure in certificate["failed"]}
 
 
 def test_a_leak_fails_by_itself_even_when_the_deviation_is_allowed(tiny: SimpleNamespace) -> None:
@@ -44,7 +41,7 @@ def test_a_threshold_that_the_untrained_model_passes_certifies_nothing(
     measures, controls = certificate["measures"], {"untrained": {"relative_deviation_g": 1e-7}}
     checks = make_checks(measures, controls, tiny.post, variant="learned", num_prompts=16, budget=None)
     assert [check.measure for check in checks if not check.passed] == ["negative_control"]
-    assert "untrained model passes" in checks[-1].mend
+    assert "untrained model passes" in checks[-1].fix
 
 
 def test_a_value_at_its_threshold_is_judged_as_it_is_written(tiny: SimpleNamespace) -> None:
@@ -85,7 +82,7 @@ def test_thresholds_that_would_certify_anything_are_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=next(iter(changes))):
         PostConfig(**{**tiny.post.model_dump(), **changes})
-    with pytest.raises(UserError, match="no certificate can say this") as caught:
+    with pytest.raises(UserError, match="not a valid certificate") as caught:
         tiny.certify(invariant, text, post=tiny.post.model_copy(update=changes))
     assert "\n" not in str(caught.value)
 
@@ -103,11 +100,11 @@ def test_thresholds_looser_than_the_defaults_are_named_with_them(tiny: SimpleNam
     )
     assert certificate["statement"].endswith(f"attention is alive; thresholds looser than the defaults: {loose}")
     why = plain_verdict(certificate)["why"]
-    assert loose in why and "the answers stay what they were" not in why
+    assert loose in why and "the outputs stay the same" not in why
     assert loose in model_card(certificate, model.config, certified=True, lineage={}, notes=())
     strict = tiny.certify(tiny.make_model(), text, post=loosened(usual, max_kl=1e-6))
     assert strict["statement"].endswith("attention is alive")
-    assert "the answers stay what they were" in plain_verdict(strict)["why"]
+    assert "the outputs stay the same" in plain_verdict(strict)["why"]
     strict["measures"]["greedy"]["identical"] = 0.75  # which a rate per decision of 0.999 allows
     why = plain_verdict(strict)["why"]
-    assert "25% of 16 greedy texts differ from some token on" in why and "the answers stay" not in why
+    assert "25% of 16 greedy texts differ from some token on" in why and "the outputs stay" not in why

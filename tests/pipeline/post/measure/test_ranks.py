@@ -58,7 +58,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path, tiny: SimpleNames
 
 
 @pytest.mark.parametrize("world", [1, 3, 7])
-def test_every_prompt_is_somebodys_once_also_with_more_ranks_than_prompts(
+def test_every_prompt_belongs_to_one_rank_also_with_more_ranks_than_prompts(
     monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
     for count in (0, 2, 5, 12):
@@ -101,7 +101,7 @@ def test_what_is_kept_does_not_grow_with_prompts(
 
 @pytest.mark.slow
 def test_the_process_does_not_grow_with_prompts(tmp_path: Path) -> None:
-    """Peak memory of whole validations, 200 prompts against 4,000: only their ids are held, 33 x 8 bytes each."""
+    """Peak memory of complete validations, 200 prompts against 4,000: only their ids are held, 33 x 8 bytes each."""
     program = """
 import resource, sys, torch
 import pipeline.post.measure.observe as o

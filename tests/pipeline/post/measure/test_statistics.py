@@ -70,14 +70,14 @@ def test_memory_does_not_grow_with_prompts() -> None:
 
 
 def test_scalars_leave_out_what_is_not_finite_head_by_head() -> None:
-    scalars, whole = Scalars(1, 3), Scalars(1, 3)
+    scalars, together = Scalars(1, 3), Scalars(1, 3)
     x = torch.tensor([[[1.0, 2.0, math.inf]], [[3.0, -math.inf, math.nan]], [[5.0, 4.0, math.inf]]])
     scalars.update(x[:2])
     other = Scalars(1, 3)
     other.update(x[2:])
     scalars.merge(other)
-    whole.update(x)
-    for seen in (scalars, whole):
+    together.update(x)
+    for seen in (scalars, together):
         values = seen.as_dict()
         assert seen.not_finite_LH.tolist() == [[0, 1, 3]]
         assert values["mean"][0][:2] == [3.0, 3.0] and values["std"][0][:2] == pytest.approx([math.sqrt(8 / 3), 1.0])

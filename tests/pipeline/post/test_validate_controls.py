@@ -1,4 +1,4 @@
-"""Known answers that need more than a conftest model: real trainings, a leaking attention, too few prompts."""
+"""`validate` on trained models and on attention that leaks, its controls, and all that it measures."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ import torch.nn.functional as F
 from pipeline.post.certificate.build import summary_lines
 from pldr_model.loss import cross_entropy
 from pldr_model.model import PLDRModel, is_metric_parameter
+from tests.helpers.models import failed
 
 
-def failed(certificate: dict[str, Any]) -> set[str]:
-    return {failure["measure"] for failure in certificate["failed"]}
-
-
-def twice_told(count: int, config: Any, *, seed: int) -> torch.Tensor:
-    """[count, context+1]: the second half of each sequence repeats the first: what attention is for."""
+def repeated_text(count: int, config: Any, *, seed: int) -> torch.Tensor:
+    """[count, context+1]: the second half of each sequence repeats the first: a task for attention."""
     generator = torch.Generator().manual_seed(seed)
     half = torch.randint(4, config.vocab_size, (count, config.context_length // 2 + 1), generator=generator)
     return torch.cat((half, half), dim=1)[:, : config.context_length + 1]
@@ -43,7 +40,7 @@ def train(config: Any, *, steps: int, metric_weight_decay: float, lr: float = 4e
         optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
     for step in range(steps):
-        ids = twice_told(16, config, seed=step + 1)
+        ids = repeated_text(16, config, seed=step + 1)
         loss = cross_entropy(model(ids[:, :-1], padded=False), ids[:, 1:])
         optimizer.zero_grad()
         loss.backward()
@@ -53,14 +50,14 @@ def train(config: Any, *, steps: int, metric_weight_decay: float, lr: float = 4e
     return model.eval()
 
 
-def test_a_model_trained_with_metric_weight_decay_of_the_papers_for_a_moment_is_variant(tiny: SimpleNamespace) -> None:
+def test_a_model_trained_with_the_papers_metric_weight_decay_for_a_few_steps_is_variant(tiny: SimpleNamespace) -> None:
     model = train(tiny.config, steps=60, metric_weight_decay=0.1)
-    certificate = tiny.certify(model, twice_told(20, tiny.config, seed=0), budget=0.02)
+    certificate = tiny.certify(model, repeated_text(20, tiny.config, seed=0), budget=0.02)
     assert certificate["verdict"] == "failed" and certificate["tier"] == "variant"
     assert {found["tier"] for found in certificate["precision"].values()} == {"variant"}
     assert {"relative_deviation_g", "leak_effect"} <= failed(certificate)
-    mend = next(f["mend"] for f in certificate["failed"] if f["measure"] == "relative_deviation_g")
-    assert "0.02" in mend and "train.metric_weight_decay" in mend
+    fix = next(f["fix"] for f in certificate["failed"] if f["measure"] == "relative_deviation_g")
+    assert "0.02" in fix and "train.metric_weight_decay" in fix
 
 
 @pytest.mark.slow
@@ -71,7 +68,7 @@ def test_the_same_training_is_invariant_or_not_by_its_metric_weight_decay(tiny: 
     found = {}
     for decay in (40.0, 0.1):
         model = train(config, steps=800, metric_weight_decay=decay, lr=2e-3)
-        found[decay] = tiny.certify(model, twice_told(20, config, seed=0), post=post)
+        found[decay] = tiny.certify(model, repeated_text(20, config, seed=0), post=post)
     assert found[40.0]["verdict"] == "certified", "\n".join(summary_lines(found[40.0]))
     assert failed(found[0.1]) >= {"relative_deviation_g", "leak_effect"} and found[0.1]["tier"] == "variant"
 
@@ -81,27 +78,27 @@ def test_attention_that_sees_the_future_fails_although_G_is_constant(
 ) -> None:
     model = tiny.make_model()
     text = tiny.sample_text(model)
-    whole = F.scaled_dot_product_attention
+    original = F.scaled_dot_product_attention
 
     def leaking(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False) -> torch.Tensor:
-        return whole(q, k, v, attn_mask=attn_mask)
+        return original(q, k, v, attn_mask=attn_mask)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", leaking)
     certificate = tiny.certify(model, text)
     assert "leak_effect" in failed(certificate) and "relative_deviation_g" not in failed(certificate)
-    mend = next(f["mend"] for f in certificate["failed"] if f["measure"] == "leak_effect")
-    assert "not causal" in mend
-    assert certificate["measures"]["leak"]["last_token"]["cached_rms"] > 1e-3  # caching does not mend it
+    fix = next(f["fix"] for f in certificate["failed"] if f["measure"] == "leak_effect")
+    assert "not causal" in fix
+    assert certificate["measures"]["leak"]["last_token"]["cached_rms"] > 1e-3  # caching does not fix it
 
 
-def test_fewer_prompts_than_asked_for_are_not_certified_by_accident(
+def test_fewer_prompts_than_required_are_not_certified_by_accident(
     tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor
 ) -> None:
     post = tiny.post.model_copy(update={"prompts": 100, "min_prompts": 100})
     certificate = tiny.certify(invariant, text[:16], post=post)
     assert failed(certificate) == {"held_out_prompts"} and certificate["tier"] == "at round-off"
-    assert "16 different held-out prompts are too few" in certificate["failed"][0]["mend"]
-    certificate = tiny.certify(invariant, text)  # min_prompts lowered knowingly
+    assert "16 different held-out prompts are too few" in certificate["failed"][0]["fix"]
+    certificate = tiny.certify(invariant, text)  # min_prompts lowered on purpose
     assert certificate["verdict"] == "certified" and "judged by 16 held-out prompts only" in certificate["statement"]
 
 
@@ -144,7 +141,8 @@ def test_every_measure_is_there_for_every_tensor_layer_and_head(certificate: dic
         for runs in ("1-2", "1-C", "2-C"):
             order = measures["order_parameter"][tensor][runs]
             assert torch.tensor(order["by_rms_per_head"]).shape == (2, 2) and order["by_mean"] is not None
-    assert measures["log_abs_det"]["A"]["singular"][0][0] > 0  # its rows are equal
+    det = measures["log_abs_det"]["A"]  # its rows are equal: singular, or to round-off, by the CPU's LU decomposition
+    assert det["singular"][0][0] > 0 or det["high"][0][0] < -300
     assert measures["rank"]["A"]["high"] == [[1.0, 1.0], [1.0, 1.0]]
     assert set(measures["losses"]) == {"block", "cached", "mean", "random_tokens", "other", "zero", "identity"}
     assert set(measures["prefix"]) == {"block", "prefix", "cached"}
