@@ -80,6 +80,9 @@ def test_they_find_what_is_wrong() -> None:
     ]  # fmt: skip
     keys = "`train.setps=3`, model.safetensors\n\n    train:\n      stepz: 1\n\nand\n\n    pldr run X seeds=1 train.steps=2\n"
     assert wrong_keys(keys) == ["seeds", "train.setps", "train.stepz"]
+    assert not wrong_keys(
+        "`data.slurm.sbatch_args.account`, `train.freeze_g.below=1e-5`, `data.sources`, `model.g_source`"
+    )
     assert wrong_keys("a\n\n    name: x\n    config: y\n    set: {train.stepz: 1}\n    grids: {}\n    grid: {seed: [1]}\n") == [
         "grids", "train.stepz",
     ]  # fmt: skip
