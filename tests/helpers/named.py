@@ -30,7 +30,7 @@ FOLDERS = (*PACKAGES, "docs", "configs")
 FILE = re.compile(r"(?<![\w/.:{-])(?:\.\./)*(?:[\w.-]+/)*[\w*.-]+\.(?:py|md)\b(?!\.?\w)")
 FOLDER = re.compile(rf"(?<![\w/.:-])(?:{'|'.join(FOLDERS)})/[\w./*{{}},-]*[\w*}}]")
 MODULE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(PACKAGES)})(?:\.[A-Za-z_]\w*)+(?![\w/])")
-FOREIGN = {"launch.py": "DeepSpeed's launcher/launch.py"}  # not files of this repository, and why
+FOREIGN = {"launch.py": "of DeepSpeed's launcher"}  # not files of this repository, and why
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -143,7 +143,10 @@ def wrong_names(claim: Claim) -> list[str]:
     text = re.sub(r"\w+://\S+", "", claim.text)
     files = {name for match in [*FILE.findall(text), *FOLDER.findall(text)] for name in expand(match)}
     found = {name for name in files if missing_file(name, claim.path)}
-    return sorted(found | {name for name in MODULE.findall(text) if missing_module(name)})
+    modules = {
+        name for name in MODULE.findall(text) if name.rsplit(".", 1)[-1] not in FILE_ENDINGS
+    }  # `launch.py` is a file
+    return sorted(found | {name for name in modules if missing_module(name)})
 
 
 def anchors(page: Path) -> set[str]:
