@@ -1,4 +1,4 @@
-"""A pipeline for the tests of the engines, in a module of its own: tasks are pickled to processes that import it."""
+"""A pipeline for the tests of the engines, in its own module: tasks are pickled, and their processes import it."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class Read(PipelineStep):  # type: ignore[misc]
 
 
 def fail(how: str) -> None:
-    """In one of the ways that tasks do."""
+    """Fail in one of the ways that tasks do."""
     if how == "user":
-        raise UserError("file.jsonl: line 3: not JSON; mend it", exit_code=2)
+        raise UserError("file.jsonl: line 3: not JSON; fix it", exit_code=2)
     if how == "bug":
         raise KeyError("no such thing\nand a second line")
     if how == "unpicklable":

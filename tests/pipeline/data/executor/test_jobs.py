@@ -1,4 +1,4 @@
-"""The engines: what a job is to its caller on each of them. A real Ray cluster: test_ray.py (slow)."""
+"""Jobs on each engine, as seen by the caller. A real Ray cluster: test_ray.py (slow)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datatrove.pipeline.base import PipelineStep
 
 from pipeline.config.data import DataConfig, Slurm
 from pipeline.data.executor import slurm
 from pipeline.data.executor.jobs import LOCAL, DryRun, Engine, engine_of, run_tasks
-from pipeline.data.executor.markers import step_stats
+from pipeline.data.executor.markers import PICKLE_VERSION, Reporting, step_stats
 from pipeline.errors import UserError
 from tests.pipeline.data.executor import engine_steps
 
@@ -63,7 +64,7 @@ class TestEngineOf:
         engine = engine_of(data_config(executor="slurm", slurm={"qos": "high"}), dry_run=True)
         assert engine.kind == "slurm" and engine.slurm["qos"] == "high" and engine.dry_run
 
-    def test_what_is_missing_is_named_with_the_mend(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_what_is_missing_is_named_with_the_fix(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(UserError, match="no sbatch on this machine.*--dry-run"):
             engine_of(data_config(executor="slurm"))
@@ -75,8 +76,10 @@ class TestEngineOf:
 
 
 class TestLocal:
-    def test_a_mistake_stops_the_job_and_mended_it_goes_on(self, job: Callable[..., Any], tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="file.jsonl: line 3: not JSON; mend it") as caught:
+    def test_a_mistake_stops_the_job_and_after_a_fix_it_continues(
+        self, job: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        with pytest.raises(UserError, match="file.jsonl: line 3: not JSON; fix it") as caught:
             job(wrong={1: "user"})
         assert caught.value.exit_code == 2
         assert published(tmp_path) == {"000.txt": expected()["000.txt"]}, "a task began after another had failed"
@@ -93,7 +96,7 @@ class TestLocal:
         with pytest.raises(KeyError, match="no such thing"):
             job(wrong={0: "bug"})
 
-    def test_an_error_that_cannot_be_pickled_is_told(self, job: Callable[..., Any], tmp_path: Path) -> None:
+    def test_an_error_that_cannot_be_pickled_is_reported(self, job: Callable[..., Any], tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"task 0 failed \(Unpicklable: first second\); see .*task_00000.log"):
             job(wrong={0: "unpicklable"})
 
@@ -145,8 +148,8 @@ class TestScript:
         [
             ({"cpus_per_task": "2"}, "sbatch has no option --cpus_per_task"),
             ({"array": "0-7"}, "array is set by pldr"),
-            ({"comment": "x\n#SBATCH --uid=0"}, "must not have line breaks"),
-            ({"comment": 'x" --uid=0'}, "must not have line breaks or quotes"),
+            ({"comment": "x\n#SBATCH --uid=0"}, "must not contain line breaks"),
+            ({"comment": 'x" --uid=0'}, "must not contain line breaks or quotes"),
         ],
     )
     def test_wrong_options(self, args: dict[str, str], message: str, job: Callable[..., Any]) -> None:
@@ -156,10 +159,10 @@ class TestScript:
     def test_the_check_finds_what_is_wrong(self, tmp_path: Path) -> None:
         script = tmp_path / "script"
         script.write_text("#!/bin/bash\n#SBATCH --array=0-2%1\n#SBATCH --nodez=2\n")
-        with pytest.raises(UserError, match="--nodez=2.* is no option of sbatch"):
+        with pytest.raises(UserError, match="--nodez=2.* is not an option of sbatch"):
             slurm.check_script(script, 3)
         script.write_text("#!/bin/bash\n#SBATCH --array=0-2%1\nif true; then\n")
-        with pytest.raises(UserError, match="no bash script"):
+        with pytest.raises(UserError, match="not a valid bash script"):
             slurm.check_script(script, 3)
         script.write_text("#!/bin/bash\n#SBATCH --array=0-2%1\n")
         slurm.check_script(script, 3)
@@ -167,7 +170,7 @@ class TestScript:
             slurm.check_script(script, 4)
 
 
-# Slurm's commands, as far as a job uses them: arrays run when they are submitted, and nothing is queued afterwards.
+# Fake Slurm commands, as far as a job uses them: arrays run when they are submitted, and nothing is queued afterwards.
 COMMANDS = {
     "sbatch": """
 for last; do :; done
@@ -189,7 +192,7 @@ echo "$id;cluster"
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of stand-ins for Slurm's commands, first in PATH."""
+    """A folder with fake Slurm commands, first in PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, text in COMMANDS.items():
@@ -203,19 +206,19 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class TestSlurm:
-    """Everything on our side of Slurm's commands: the scripts run as they are written."""
+    """Everything except Slurm's own commands: the scripts really run."""
 
-    def test_fails_and_mended_finishes_with_the_bytes_of_a_local_run(
+    def test_fails_and_after_a_fix_finishes_with_the_bytes_of_a_local_run(
         self, job: Callable[..., Any], tmp_path: Path, commands: Path
     ) -> None:
         engine = slurm_engine(max_array_size=2)
-        with pytest.raises(UserError, match="^file.jsonl: line 3: not JSON; mend it$") as caught:
+        with pytest.raises(UserError, match="^file.jsonl: line 3: not JSON; fix it$") as caught:
             job(engine, wrong={1: "user"})
         assert caught.value.exit_code == 2 and list(published(tmp_path)) == ["000.txt"]
         assert len(job(engine)) == TASKS
         assert published(tmp_path) == expected()
 
-    def test_a_task_that_ended_without_a_word(self, job: Callable[..., Any], tmp_path: Path, commands: Path) -> None:
+    def test_a_task_that_ended_without_an_error(self, job: Callable[..., Any], tmp_path: Path, commands: Path) -> None:
         with pytest.raises(
             UserError, match=r"task 1 .*ended as TIMEOUT in Slurm job 40_1, .*40_1\.out: .*raise data.slurm.time"
         ):
@@ -225,7 +228,7 @@ class TestSlurm:
     def test_sbatch_refuses(self, job: Callable[..., Any], commands: Path) -> None:
         (commands / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid partition\nmore' >&2; exit 1")
         with pytest.raises(
-            UserError, match=r"sbatch refused .*\(sbatch: error: invalid partition more\); mend data.slurm"
+            UserError, match=r"sbatch refused .*\(sbatch: error: invalid partition more\); fix data.slurm"
         ):
             job(slurm_engine())
 
@@ -237,16 +240,35 @@ class TestSlurm:
         with pytest.raises(UserError, match="Slurm job 17 of an earlier start.* writes to the same folder.*scancel 17"):
             job(slurm_engine())
 
-    def test_the_controller_does_not_answer(
+    def test_an_unfinished_job_of_another_version(
+        self, job: Callable[..., Any], commands: Path, tmp_path: Path
+    ) -> None:
+        """Commit 160ea30 kept its pickle, which names modules of its own, and the ids of its arrays in the work folder."""
+        with pytest.raises(DryRun) as ended:
+            job(slurm_engine(dry_run=True))
+        name, work = options_of(ended.value.script)["job-name"], tmp_path / "a work" / "job"
+        (work / "executor.pik").write_bytes(b"cpipeline.data.engines\nEngine\n.")
+        (work / "slurm_jobs.json").write_text('["17"]')
+        queue = commands / "squeue"
+        empty = queue.read_text()
+        queue.write_text(f"#!/bin/bash\necho '17 {name}'")
+        with pytest.raises(UserError, match="Slurm job 17 of an earlier start.*another version of pldr.*scancel 17"):
+            job(slurm_engine())
+        queue.write_text(empty)
+        assert len(job(slurm_engine())) == TASKS and published(tmp_path) == expected()
+        assert (work / "executor.pik").read_bytes().startswith(b"cpipeline.data.engines")
+        assert (work / f"cluster-v{PICKLE_VERSION}" / "executor.pik").is_file()
+
+    def test_the_controller_is_unreachable(
         self, job: Callable[..., Any], commands: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (commands / "squeue").write_text("#!/bin/bash\necho 'slurm_load_jobs error' >&2; exit 1")
-        with pytest.raises(UserError, match="squeue does not answer .slurm_load_jobs error."):
+        with pytest.raises(UserError, match="squeue failed .slurm_load_jobs error."):
             job(slurm_engine())
 
 
-def test_a_task_process_ends_with_whoever_started_it(job: Callable[..., Any], tmp_path: Path) -> None:
-    """The lifeline of the processes on Ray's nodes: no writer outlives a killed run."""
+def test_a_task_process_ends_with_whoever_started_it(job: Callable[..., Any], tmp_path: Path, repository: Path) -> None:
+    """On Ray's nodes too, no writer may outlive a killed run."""
     import dill
 
     from pipeline.data.executor.local import LocalExecutor
@@ -255,11 +277,10 @@ def test_a_task_process_ends_with_whoever_started_it(job: Callable[..., Any], tm
     steps = [engine_steps.Read(tmp_path / "none", seconds=60), engine_steps.Publish(tmp_path / "out", work)]
     with open(tmp_path / "executor.pik", "wb") as stream:
         dill.dump(LocalExecutor(steps, tasks=1, workers=1, logging_dir=str(work)), stream)
-    root = Path(__file__).parents[4]
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.data.executor.run_task", str(tmp_path / "executor.pik"), "0"],
         stdin=subprocess.PIPE,
-        cwd=root,
+        cwd=repository,
         stderr=subprocess.DEVNULL,
     )
     try:
@@ -272,3 +293,29 @@ def test_a_task_process_ends_with_whoever_started_it(job: Callable[..., Any], tm
         assert process.wait(10) == 1
     finally:
         process.send_signal(signal.SIGKILL)
+
+
+# What a pickled executor of pickle version 2 names. When this changes, raise PICKLE_VERSION.
+PICKLED = {
+    2: """
+dedup.exact.DropDuplicates dedup.exact.ExactKeys dedup.exact.FindDuplicates dedup.exact.KeysStep dedup.near.ClusterNear
+dedup.near.NearKeys dedup.paragraphs.CutParagraphs dedup.paragraphs.ParagraphKeys documents.shard.ReadUnits
+documents.spool.ReadSpool documents.spool.WriteSpool documents.write.WriteDocuments executor.local.LocalExecutor
+executor.slurm.SlurmExecutor filters.decontaminate.Decontaminate filters.gopher.Quality filters.gopher.Repetition
+filters.language.LanguageFilter filters.length.LengthFilter filters.length.SplitLong filters.unicode.RepairUnicode
+tokens.tokenize.TokenizeShard
+"""
+}
+
+
+def test_a_class_that_pickles_name_has_not_moved_without_a_new_version() -> None:
+    import pipeline.data.documents.shard
+    import pipeline.data.tokens.tokenize  # noqa: F401
+
+    def below(base: type) -> set[type]:
+        return {base} | {found for child in base.__subclasses__() for found in below(child)}
+
+    found = {f"{cls.__module__}.{cls.__name__}" for base in (PipelineStep, Reporting) for cls in below(base)}
+    room = "pipeline.data."
+    named = {name.removeprefix(room) for name in found if name.startswith(room)}
+    assert named - {"executor.markers.Reporting", "executor.ray.RayExecutor"} == set(PICKLED[PICKLE_VERSION].split())
