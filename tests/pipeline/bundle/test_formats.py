@@ -16,7 +16,7 @@ from pipeline.bundle.read import verify_bundle
 from pipeline.errors import UserError
 from pipeline.inference.runtime import Bundle
 from pipeline.io.storage import MANIFEST, manifest_of, render_json, sha256_json
-from pipeline.io.tensors import read_header, serialise
+from pipeline.io.tensors import read_header, serialize
 from pipeline.post.extract import extract_g
 from pipeline.post.package.measured_formats import pack_measured
 from pldr_model.model import PLDRModel
@@ -129,7 +129,7 @@ def test_scales_that_are_not_finite_are_refused(make_bundle: Make, invariant: PL
     bundle = make_bundle(packed=packed)
     tensors = {name: t.clone() for name, t in packed.tensors.items()}
     tensors["output.weight.scale"][3] = float("inf")
-    (bundle / "model.safetensors").write_bytes(serialise(tensors))
+    (bundle / "model.safetensors").write_bytes(serialize(tensors))
     sha256 = manifest_of(bundle)["model.safetensors"]["sha256"]
     edit_and_reseal(bundle / "certificate.json", weight_format={**packed.section, "sha256": sha256})
     with pytest.raises(UserError, match=r"output\.weight\.scale holds NaN or infinity"):

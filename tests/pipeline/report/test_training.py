@@ -1,4 +1,4 @@
-"""The training report: curves that lose no spike, gaps where there is no number, and nothing that a name can smuggle in."""
+"""The training report: curves that lose no spike, gaps for values that are not numbers, and no injection through names."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_ticks_are_few_and_inside(low: float, width: float) -> None:
     assert 1 <= len(marks) <= 7 and all(low - 1e-6 * width <= m <= low + width * (1 + 1e-6) + 1e-6 for m in marks)
 
 
-def test_what_is_no_number_is_a_gap() -> None:
+def test_values_that_are_not_numbers_are_gaps() -> None:
     points = [(1, 1.0), (2, 2.0), (3, math.nan), (4, 1.7976931348623157e308), (5, 1.0), (6, 0.0), (7, 3.0), (8, 2.0)]
     drawn = draw(Plot("t", ("a",)), {"a": points}, 8)
     assert drawn is not None and [len(piece.split()) for piece in drawn["lines"][0]["pieces"]] == [2, 4]

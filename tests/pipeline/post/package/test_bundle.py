@@ -19,7 +19,7 @@ from pipeline.bundle.read import verify_bundle
 from pipeline.errors import UserError
 from pipeline.inference.runtime import Bundle
 from pipeline.io.storage import MANIFEST, manifest_of, render_json, sha256_json
-from pipeline.io.tensors import read_header, serialise
+from pipeline.io.tensors import read_header, serialize
 from pipeline.post.package.card import CERTIFIED_LINE
 
 Make = Callable[..., Path]
@@ -170,7 +170,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(make_bundle: Make, larger_toke
 def test_nan_weights_are_refused(make_bundle: Make, invariant: Any) -> None:
     bundle = make_bundle()
     g_lm = torch.full((2, 2, 8, 8), float("nan"))
-    (bundle / "g_lm.safetensors").write_bytes(serialise({"g_lm": g_lm}))
+    (bundle / "g_lm.safetensors").write_bytes(serialize({"g_lm": g_lm}))
     certificate = json.loads((bundle / "certificate.json").read_text())
     files = {**certificate["files"], "g_lm.safetensors": manifest_of(bundle)["g_lm.safetensors"]["sha256"]}
     edit(bundle / "certificate.json", files=files)

@@ -18,7 +18,7 @@ from pipeline.bundle.format import UNCERTIFIED_LINE
 from pipeline.bundle.read import verify_bundle
 from pipeline.errors import UserError
 from pipeline.io.storage import MANIFEST, manifest_of, render_json, sha256_file, sha256_json
-from pipeline.io.tensors import serialise
+from pipeline.io.tensors import serialize
 from pipeline.post.extract import extract_g
 from pipeline.post.package.bundle import build_bundle
 from pipeline.post.package.card import CERTIFIED_LINE
@@ -155,7 +155,7 @@ def test_a_transplanted_certificate_is_refused(make_bundle: Make, tiny: SimpleNa
         ("model.safetensors", {n: t for n, t in other.state_dict().items() if ".plga." not in n}),
     ):
         whole = (bundle / name).read_bytes()
-        (bundle / name).write_bytes(serialise({k: t + 0.001 for k, t in tensors.items()}))
+        (bundle / name).write_bytes(serialize({k: t + 0.001 for k, t in tensors.items()}))
         reseal(bundle)
         assert f"certifies another {name}" in refused(bundle)
         (bundle / name).write_bytes(whole)
