@@ -1,4 +1,4 @@
-"""Cleaning one document at a time: what each step changes and removes, and that the whole stage counts and lists it."""
+"""Cleaning one document at a time: what each step changes and removes, and that the stage counts and lists it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def through(texts: dict[str, str], **clean: Any) -> tuple[dict[str, str], dict[s
         (
             "« l\u2019œuvre » ﬁn \uff21\uff22\uff23 &amp; “q”",
             "« l\u2019œuvre » ﬁn \uff21\uff22\uff23 &amp; “q”",
-        ),  # how it looks is its own affair
+        ),  # appearance is not changed
     ],
 )
 def test_unicode_is_repaired(before: str, after: str) -> None:
@@ -100,7 +100,7 @@ def test_repairing_twice_changes_nothing(text: str, form: Any) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters(codec="ascii", exclude_categories=("Cc",)), max_size=80))
-def test_plain_text_comes_back_as_it_is(text: str) -> None:
+def test_plain_text_is_unchanged(text: str) -> None:
     assert repair(text, "NFC") == text
 
 
@@ -119,7 +119,7 @@ def test_language() -> None:
     assert language_of(ENGLISH)[1] < 1 and removed == {"en": "unsure_language"}
 
 
-def test_the_language_of_a_long_text_is_told_from_samples() -> None:
+def test_the_language_of_a_long_text_is_identified_from_samples() -> None:
     assert language_of(ENGLISH * 1000)[0] == "en" and language_of("x" * 10 + GERMAN * 1000)[0] == "de"
 
 
@@ -145,7 +145,7 @@ def test_gopher_rules() -> None:
     assert "prose" in kept and removed["repeated"] == "dup_line_frac" and removed["symbols"] == "top_2_gram"
 
 
-def test_dialogue_and_quotation_marks_are_no_words(tmp_path: Path) -> None:
+def test_dialogue_and_quotation_marks_are_not_words(tmp_path: Path) -> None:
     said = [
         '"Well," said Jeeves, "I think, sir, that the aunt, if I may say so, is - well - out," he said;',
         '"Oh, no!"',
@@ -182,7 +182,7 @@ def test_filters_are_datatrove_blocks() -> None:
 
 
 def novel(rng: random.Random, lines: int = 6) -> str:
-    """English that Gopher's rules accept; no two alike."""
+    """English texts that Gopher's rules accept, all different."""
     verbs, things = (
         ["carried", "found", "forgot", "described", "painted"],
         ["lamp", "harbour", "letter", "winter", "door"],
@@ -201,7 +201,7 @@ def novel(rng: random.Random, lines: int = 6) -> str:
     return "\n".join(out)
 
 
-def test_all_steps_at_once_count_and_list_what_they_took(tmp_path: Path, make_config: MakeConfig) -> None:
+def test_all_steps_together_count_and_list_what_they_removed(tmp_path: Path, make_config: MakeConfig) -> None:
     rng = random.Random(0)
     good = [novel(rng) for _ in range(40)]
     question = (

@@ -1,4 +1,4 @@
-"""The data report: everything the indexes know, safe against what documents say."""
+"""The data report: everything in the indexes, safe against hostile documents."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def run(
     return config
 
 
-def test_without_tokens_the_page_says_so_and_with_them_it_shows_them(run: RunConfig, tmp_path: Path) -> None:
+def test_the_page_without_and_with_tokens(run: RunConfig, tmp_path: Path) -> None:
     paths = RunPaths(run.run_dir)
     before = write_report("run", str(paths.documents), str(paths.tokens), tmp_path / "a.html")
     assert before["tokens"] is None and "No tokens yet" in Page((tmp_path / "a.html").read_text()).text
@@ -107,7 +107,7 @@ def test_the_page_loads_nothing(run: RunConfig, tmp_path: Path) -> None:
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
 
 
-def test_what_was_taken_is_counted_with_ten_examples(run: RunConfig, tmp_path: Path) -> None:
+def test_removed_documents_are_counted_with_ten_examples(run: RunConfig, tmp_path: Path) -> None:
     paths = RunPaths(run.run_dir)
     write_report("run", str(paths.documents), None, tmp_path / "page.html")
     text = Page((tmp_path / "page.html").read_text()).text

@@ -1,4 +1,4 @@
-"""Looking at data: sequences as they are stored, in words that lose nothing, and every checksum that matters."""
+"""Showing sequences as text without losing anything, and verifying every checksum."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_sequence_is_what_the_loader_reads(finished: Finished) -> None:
 
 
 def test_what_is_shown_is_the_documents_with_their_ends(finished: Finished) -> None:
-    """All sequences of a shard, put together again, are its documents' texts, one mark behind each."""
+    """All sequences of a shard, joined, are its documents' texts, with one mark after each."""
     index, paths = TokenIndex.load(finished[1].tokens), finished[1]
     shard = index.of_split("val")[0]
     rows = [read_sequence(index, "val", number).ids for number in range(shard.sequences)]
@@ -92,7 +92,7 @@ def test_bytes_padding_special_pieces_and_cut_documents_have_marks(finished: Fin
     assert as_text(spans(two, tokenizer)).endswith("b ⏎ end of document\nb[1 x padding]")
 
 
-def test_a_tokenizer_with_a_leading_space_shows_no_space_of_its_own_behind_an_end(tmp_path: Path) -> None:
+def test_a_tokenizer_with_a_leading_space_shows_no_extra_space_after_an_end(tmp_path: Path) -> None:
     import io
 
     import sentencepiece
@@ -111,7 +111,7 @@ def test_a_tokenizer_with_a_leading_space_shows_no_space_of_its_own_behind_an_en
     assert [*spans(sequence_of(*ids), tokenizer)][2] == Span("text", "three four")
 
 
-def test_documents_that_packing_cut_are_told_apart(finished: Finished, tmp_path: Path) -> None:
+def test_documents_that_packing_cut_are_distinguished(finished: Finished, tmp_path: Path) -> None:
     """best-fit with boundaries: wherever the document changes without an end there is a mark, and only there."""
     config, paths = finished
     tokens = config.tokens.model_copy(update={"packing": "best-fit", "boundaries": True})
@@ -168,7 +168,7 @@ def test_verify_counts_everything(finished: Finished) -> None:
     assert result["documents"]["documents"] == documents.tree["counts"]["documents_written"]
     assert result["documents"]["files"] == len(documents.shards) + len(documents.tree["removed"])
     assert result["tokens"]["blocks"] == sum(len(s.offsets) for s in TokenIndex.load(finished[1].tokens).shards)
-    assert len(said) == 2 and all("every checksum fits" in line for line in said)
+    assert len(said) == 2 and all("all checksums match" in line for line in said)
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "remove"])
@@ -193,7 +193,7 @@ def test_verify_knows_a_changed_index(copied: Run, folder: int) -> None:
     tree = json.loads(path.read_text())
     tree["splits"]["train"]["documents"] += 1
     path.write_text(json.dumps(tree))
-    with pytest.raises(UserError, match="its fingerprint does not fit"):
+    with pytest.raises(UserError, match="its fingerprint does not match"):
         verify(*copied, quiet)
 
 
@@ -211,7 +211,7 @@ def test_verify_compares_each_document_with_its_own_hash(copied: Run) -> None:
         facts = tar.publish()
     shard |= {"bytes": facts["size"], "sha256": facts["sha256"]}
     publish_json(folder / "index.json", {**tree, "fingerprint": fingerprint_of(tree)})
-    with pytest.raises(UserError, match=f"{documents[2].key}.txt is not the text"):
+    with pytest.raises(UserError, match=f"{documents[2].key}.txt does not match"):
         verify(copied[0], None, quiet)
 
 
@@ -251,7 +251,7 @@ def test_an_index_may_be_named_by_its_file() -> None:
     assert folder_of("index.json") == "."
 
 
-def test_an_index_of_documents_or_of_another_shape_is_told(
+def test_an_index_of_documents_or_of_another_shape_is_reported(
     tmp_path: Path, finished: tuple[RunConfig, RunPaths]
 ) -> None:
     _, paths = finished
@@ -262,16 +262,16 @@ def test_an_index_of_documents_or_of_another_shape_is_told(
         other = json.loads(json.dumps(tree))
         other.pop(change, None) or other["shards"][0].pop(change)
         (tmp_path / "index.json").write_text(json.dumps(other | {"fingerprint": fingerprint_of(other)}))
-        with pytest.raises(UserError, match=f"no index of ours .*{change}.*pldr tokenize"):
+        with pytest.raises(UserError, match=f"not a token index .*{change}.*pldr tokenize"):
             TokenIndex.load(tmp_path)
 
 
-def test_folders_in_place_of_files_and_cut_shards_name_the_mend(
+def test_folders_in_place_of_files_and_cut_shards_name_the_fix(
     tmp_path: Path, finished: tuple[RunConfig, RunPaths]
 ) -> None:
     _, paths = finished
     (tmp_path / "index.json").mkdir()
-    with pytest.raises(UserError, match="a folder stands in place of this file"):
+    with pytest.raises(UserError, match="is a folder, a file is expected"):
         TokenIndex.load(tmp_path)
     (tmp_path / "index.json").rmdir()
     (tmp_path / "index.json").write_bytes((paths.tokens / "index.json").read_bytes())
