@@ -169,31 +169,6 @@ def test_secrets_of_a_signed_url_are_not_shown(flaky_server: str, caplog: pytest
     assert "HUSH" not in str(raised.value) + caplog.text and "attempt 2 of 2" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("s3://bucket/what?.jsonl", "s3://bucket/what?.jsonl"),
-        ("/a/b?c#d", "/a/b?c#d"),
-        ("https://u:p@host/x.gz?sig=1#f", "https://host/x.gz"),
-        ("simplecache::https://host/x?sig=1", "simplecache::https://host/x"),
-    ],
-)
-def test_public_urls(url: str, shown: str) -> None:
-    assert urls.public_url(url) == shown
-
-
-@pytest.mark.parametrize("url", ["https://user:HUSH@host/x", "sftp://user:HUSH@host/x", "https://HUSH@host/x"])
-def test_passwords_in_urls_are_refused(url: str) -> None:
-    with pytest.raises(UserError, match="put credentials into the environment") as raised:
-        urls.check_url(url)
-    assert "HUSH" not in str(raised.value)
-
-
-def test_other_urls_are_accepted() -> None:
-    for url in ("sftp://user@host/x", "s3://bucket/a@b:c", "/data/x:y@z", "https://host/a@b:c"):
-        assert urls.check_url(url) == url
-
-
 def test_a_missing_package_or_protocol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, package in (("gs", "gcsfs"), ("s3", "s3fs")):
         monkeypatch.setitem(sys.modules, package, None)

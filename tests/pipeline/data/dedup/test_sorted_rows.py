@@ -96,7 +96,7 @@ def test_a_truncated_table_is_noticed(tmp_path: Path) -> None:
     write(path, as_rows([(number, 0, 0) for number in range(100)]))
     run = run_of(path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(AssertionError, match=r"t\.npy: cut"):
+    with pytest.raises(AssertionError, match=r"t\.npy: truncated"):
         list(merge([run]))
 
 

@@ -19,6 +19,8 @@ from pipeline.data.executor.progress import advance
 from pipeline.errors import UserError
 from pipeline.io.storage import publish_bytes
 
+TASKS = 3
+
 
 class Unpicklable(Exception):
     """Many libraries have exceptions like this one."""
@@ -80,3 +82,11 @@ class Publish(PipelineStep):  # type: ignore[misc]
         ran = {"pid": os.getpid(), "node": os.environ.get("RAY_NODE_ID") or os.environ.get("SLURM_JOB_ID")}
         publish_bytes(self.work / "ran" / f"{rank}.json", json.dumps(ran).encode())
         yield from ()
+
+
+def published(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted((folder / "out").iterdir())}
+
+
+def expected(tasks: int = TASKS) -> dict[str, str]:
+    return {f"{rank:03d}.txt": "".join(f"{rank} of {tasks}: {n}\n" for n in range(20)) for rank in range(tasks)}

@@ -31,24 +31,14 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.compress,
     ".zst": zstandard.ZstdCompressor().compress,
 }
-
-
 MB = 1_000_000
-
-
 PAGE = """<html><head><meta charset='iso-8859-1'><title>Kaffee</title></head><body><nav><a href='x'>home</a></nav><article>
 <h1>Kaffee</h1><p>{}</p><p>Zweiter Absatz, der auch lang genug ist, um zu zählen, und gut.</p></article>
 <footer>copyright</footer></body></html>""".format(
     "Ein Café ist ein Ort, an dem man Kaffee trinkt und lange redet. " * 4
 )
-
-
 BLANKS = st.sampled_from(["\n", "\r\n", "\n\n", "\n \t\n", "\r\n\r\n", "\n\n\n"])
-
-
 WORDS = st.text(st.sampled_from('abc "\\öß漢😀\u2028'), max_size=40)
-
-
 LINES = st.lists(st.tuples(WORDS, BLANKS), max_size=30)
 
 

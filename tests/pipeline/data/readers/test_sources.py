@@ -179,8 +179,8 @@ def test_entries_that_are_not_files(tmp_path: Path) -> None:
     assert sorted(texts(str(tmp_path))) == ["!not_a_file"] * 3 + ["in"]
     items = [i for unit in plan_units(find(str(tmp_path))) for i in read_unit(unit, max_document_bytes=10**6)]
     messages = [item.message for item in items if isinstance(item, Rejected)]
-    assert [m for m in messages if m.startswith(f"{tmp_path}/linked: a folder (or a link to one) in place of a file")]
-    assert [m for m in messages if m.startswith(f"{tmp_path}/pipe.txt: no regular file in place of a file")]
+    assert [m for m in messages if m.startswith(f"{tmp_path}/linked: a folder (or a link to one), a file is expected")]
+    assert [m for m in messages if m.startswith(f"{tmp_path}/pipe.txt: not a regular file, a file is expected")]
 
 
 def test_a_glob_that_matches_folders_is_reported(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_glob_that_matches_folders_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     assert texts(f"{tmp_path}/*") == ["a"]  # an empty folder is ignored
     (tmp_path / "sub" / "b.txt").write_text("b")
-    with pytest.raises(UserError, match=f"{tmp_path}/sub is a folder; end the glob in /\\*\\*"):
+    with pytest.raises(UserError, match=f"{tmp_path}/sub is a folder; end the glob with /\\*\\*"):
         find(f"{tmp_path}/*")
     assert texts(f"{tmp_path}/**") == ["a", "b"]
 
@@ -231,7 +231,7 @@ def test_a_missing_package_for_pages_is_named_before_any_work(tmp_path: Path, mo
 def test_names_and_urls_that_fsspec_cannot_take_are_one_line(tmp_path: Path) -> None:
     with open(os.path.join(os.fsencode(tmp_path), b"lat\xe9.txt"), "w") as stream:
         stream.write("text")
-    with pytest.raises(UserError, match=r"lat\\xe9\.txt: this name is not UTF-8; rename"):
+    with pytest.raises(UserError, match=r"lat\\xe9\.txt: this name is not valid UTF-8; rename"):
         find_files([Source(url=str(tmp_path))])
     with pytest.raises(UserError, match=r"x\*\*\.jsonl.*fix the path or glob"):
         find_files([Source(url=f"{tmp_path}/x**.jsonl")])

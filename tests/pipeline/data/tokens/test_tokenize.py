@@ -300,7 +300,7 @@ def test_damaged_tokens_and_indexes_are_named(finished: tuple[RunConfig, RunPath
     with pytest.raises(UserError, match=r"train-000001\.tar: its sha256 is not the one in its index"):
         index.verify()
     path.write_bytes(whole[:-512])
-    with pytest.raises(UserError, match=r"train-000001\.tar: \d+ bytes, its index says \d+: cut"):
+    with pytest.raises(UserError, match=r"train-000001\.tar: \d+ bytes, its index says \d+: truncated"):
         index.verify()
     path.unlink()
     with pytest.raises(UserError, match=r"train-000001\.tar: missing"):
