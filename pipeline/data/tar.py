@@ -135,7 +135,7 @@ class TarWriter:
 
 
 def read_members(source: Path | str) -> Iterator[tuple[str, bytes]]:
-    """(name, payload) of each member of an archive of ours in order, streamed from a path or URL.
+    """(name, payload) of each member of an archive of TarWriter, in order, streamed from a path or URL.
 
     Raises UserError naming the archive when it is missing, truncated or was not written by TarWriter. Changed bytes in a name
     or a payload do not show in the structure: check the sha256 in the index first.

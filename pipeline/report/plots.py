@@ -58,7 +58,9 @@ def draw(plot: Plot, curves: dict[str, Points], steps: int) -> Tree | None:
         drawn = [" ".join(piece) for piece in pieces if len(piece) > 1]
         alone = [piece[0].split(",") for piece in pieces if len(piece) == 1]
         lines.append({"name": metric, "number": number, "newest": newest, "pieces": drawn, "dots": alone})
-    marks = [(y(mark), f"{10**mark:.0e}" if plot.log else f"{mark:.4g}") for mark in ticks(low, high, whole=plot.log)]
+    marks = [
+        (y(mark), f"{10**mark:.0e}" if plot.log else f"{mark:.4g}") for mark in ticks(low, high, whole=plot.log)
+    ]
     return {
         "title": plot.title,
         "note": plot.note,

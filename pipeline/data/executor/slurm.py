@@ -161,12 +161,12 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
     def _wait(self, jobs: list[str], ranks: list[int]) -> None:
-        asked, gone, failures, canceled = 0.0, 0, 0, False
+        checked_at, gone, failures, canceled = 0.0, 0, 0, False
         while self.get_incomplete_ranks(ranks):
             if has_failed(self.work) and not canceled:
                 canceled = True  # running tasks may finish: their work is kept
                 subprocess.run(["scancel", "--state=PENDING", *jobs], capture_output=True)
-            if time.monotonic() - asked >= QUEUE_SECONDS:
+            if time.monotonic() - checked_at >= QUEUE_SECONDS:
                 try:
                     gone = 0 if {job for job, _ in _queue()} & set(jobs) else gone + 1
                     failures = 0
@@ -175,7 +175,7 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
                     log.warning("%s", error)
                     if failures == PATIENCE:
                         raise
-                asked = time.monotonic()
+                checked_at = time.monotonic()
             if gone and has_failed(self.work):
                 raise_error(self.work)
             if gone == GONE:

@@ -222,8 +222,8 @@ def _duplicates(tree: Tree) -> list[Tree]:
         }
 
     return [
-        kind("the same text", "exact_duplicates", removed.get(EXACT, 0)),
-        kind("nearly the same text", "near_duplicates", removed.get(NEAR, 0)),
+        kind("identical text", "exact_duplicates", removed.get(EXACT, 0)),
+        kind("near-duplicates", "near_duplicates", removed.get(NEAR, 0)),
         kind("repeated paragraphs", PARAGRAPHS, step=paragraphs),
     ]
 

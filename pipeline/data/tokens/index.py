@@ -18,11 +18,10 @@ import numpy as np
 from pipeline.data.documents.read import fingerprint_of
 from pipeline.errors import UserError
 from pipeline.io.remote import open_retrying, size_of
-from pipeline.io.storage import exists, read_json, safe_member
+from pipeline.io.storage import CHUNK, exists, read_json, safe_member
 from pipeline.io.urls import check_url, join, public_url
 
 SCHEMA_VERSION = 2
-CHUNK = 1 << 20
 TOKENIZE_AGAIN = "run `pldr tokenize` again"
 
 
@@ -70,7 +69,7 @@ class TokenShard:
 class TokenIndex:
     """`tokens/index.json`. `splits[name]`: totals of sequences, tokens, documents, text_bytes, tokens_in
     (with each document's eos), tokens_dropped and tokens_padded, where tokens_in == tokens +
-    tokens_dropped, and what reports show. `tokenizer`: name, bytes and sha256 of the copy beside the index."""
+    tokens_dropped, and what reports show. `tokenizer`: name, bytes and sha256 of the copy next to the index."""
 
     folder: str
     fingerprint: str
