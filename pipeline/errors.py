@@ -1,8 +1,8 @@
-"""The one exception a user is meant to read.
+"""The exception for users.
 
-Whatever a user can get wrong (a key, a file, a full disk) raises `UserError` with one line that names the thing and
-the mend; the command line prints that line without a traceback and leaves with `exit_code`. Everything else is our bug
-and keeps its traceback.
+Anything a user can get wrong (a key, a file, a full disk) raises `UserError` with one line that names the problem and the fix;
+the command line prints that line without a traceback and exits with `exit_code`. Every other exception is a bug and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A user's mistake or a broken input. The message is one line: what, where, and the mend.
+    """A user's mistake or a broken input. The message is one line: what, where, and the fix.
 
-    `exit_code`: 2 for wrong usage or configuration, 1 for a failure while working, 3 for a certificate that failed.
-    `again`: whether the same might go well when it is started again by itself (`train.max_restarts`); never a mistake.
+    `exit_code`: 2 for wrong usage or configuration, 1 for a failure at work, 3 for a certificate that failed.
+    `again`: whether an automatic restart (`train.max_restarts`) may succeed; false for mistakes in usage.
     """
 
     def __init__(
@@ -27,12 +27,12 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line: libraries add pages of SQL and advice."""
+    """The first line of an exception's message: libraries add pages of SQL and advice."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 class Stopped(UserError):
-    """Not an error: the user's signal ended training after a save (exit code 0, or what a scheduler asked to be told)."""
+    """Not an error: the user's signal ended training after a save (exit code 0, or the one that a scheduler expects)."""
 
     def __init__(self, message: str, *, details: dict[str, Any], exit_code: int = 0) -> None:
         super().__init__(message, exit_code=exit_code, details=details, again=False)

@@ -1,7 +1,6 @@
-"""The tokenizer that data, training and serving share: a SentencePiece model and the four special ids of the
-papers.
+"""The tokenizer that data, training and serving share: a SentencePiece model and the four special ids of the papers.
 
-A `.model` file is a protocol buffer, not a pickle: loading one that a user hands us runs no code.
+A `.model` file is a protocol buffer, not a pickle: loading one from a user runs no code.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ import sentencepiece
 
 from pipeline.errors import UserError
 
-SPECIAL_IDS = {"pad": 0, "unk": 1, "bos": 2, "eos": 3}  # model.md: [PAD], [UNK], [START], [END]
+SPECIAL_IDS = {"pad": 0, "unk": 1, "bos": 2, "eos": 3}  # the papers' [PAD], [UNK], [START], [END]
 
 
 class Tokenizer:
-    """Text to ids and back. Neither bos nor eos is ever added here: whoever concatenates documents does
-    that."""
+    """Text to ids and back. Neither bos nor eos is added here: the code that concatenates documents does that."""
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor, *, path: Path, sha256: str) -> None:
         self._processor = processor
@@ -34,8 +32,7 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Tokenizer:
         """Read a SentencePiece model.
 
-        Raises UserError when the file is absent, is no SentencePiece model, or numbers its special pieces
-        differently.
+        Raises UserError if the file is absent, is not a SentencePiece model, or has other special ids.
         """
         path = Path(path)
         try:
@@ -48,7 +45,7 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, path: Path) -> Tokenizer:
-        """`load` for a model at hand; `path` is what errors name."""
+        """`load` for the bytes of a model; `path` is for error messages."""
         processor = sentencepiece.SentencePieceProcessor()
         try:
             loaded = processor.LoadFromSerializedProto(data) if data else False
@@ -58,7 +55,7 @@ class Tokenizer:
             raise UserError(f"{path}: not a SentencePiece model; tokenizer.model must name a .model file")
         found = {name: getattr(processor, f"{name}_id")() for name in SPECIAL_IDS}
         if found != SPECIAL_IDS:
-            raise UserError(f"{path}: special ids are {found}, must be {SPECIAL_IDS}; train it with these")
+            raise UserError(f"{path}: special ids are {found}, must be {SPECIAL_IDS}; train it with those")
         return cls(processor, path=path, sha256=hashlib.sha256(data).hexdigest())
 
     def encode(self, text: str) -> list[int]:
@@ -67,23 +64,22 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, on one thread: parallelism is over processes, so that a worker is a core."""
+        """Ids of each text, on one thread: parallelism is over processes, one core per worker."""
         ids: list[list[int]] = self._processor.encode(texts, num_threads=1)
         return ids
 
     def encode_arrays(self, texts: list[str] | list[bytes]) -> list[npt.NDArray[np.int32]]:
-        """`encode_batch` of texts, or of their UTF-8, without a Python object for each id: these cost half as much again."""
+        """`encode_batch` of texts, or of their UTF-8, without a Python object for each id, which would add half of the time."""
         arrays: list[npt.NDArray[np.int32]] = self._processor.encode(texts, num_threads=1, return_type="numpy")
         return arrays
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special ids give nothing. Bytes that are not UTF-8 (a character cut in two) become
-        U+FFFD."""
+        """Text of ids; special ids give no text. Invalid UTF-8 (a character cut in two) becomes U+FFFD."""
         text: str = self._processor.decode([int(i) for i in ids])
         return text
 
     def pieces(self, text: str) -> list[str]:
-        """The pieces of one text, as the model writes them (U+2581 for a space)."""
+        """The pieces of one text, as in the model (U+2581 for a space)."""
         pieces: list[str] = self._processor.encode(text, out_type=str)
         return pieces
 
@@ -93,7 +89,7 @@ class Tokenizer:
         return piece
 
     def byte(self, token: int) -> int | None:
-        """The byte that this id stands for, None for any other piece."""
+        """The byte of a byte piece; None for any other id."""
         if token >= self.vocab_size or not self._processor.is_byte(token):
             return None
         return int(self.piece(token)[3:5], 16)

@@ -134,7 +134,7 @@ def bench_data(arguments: Any, show: Show) -> Result:
     for name in OF_MODEL_BENCH:
         if getattr(arguments, name):
             raise ConfigError(f"bench data: takes no {name}; that is for `pldr bench CONFIG`, the model's benchmark")
-    return bench(text=arguments.text, tokenizer=arguments.tokenizer, show=show)
+    return bench(text=arguments.text, tokenizer=arguments.tokenizer, report=show)
 
 
 def _is_config(argument: str) -> bool:

@@ -1,23 +1,24 @@
 """`pldr bench data`: how fast text becomes tokens, and tokens become batches.
 
-Everything runs in one process, what is compared in turn, and medians count, so that a busy machine slows both sides alike.
-Where both sides run on one core, processor time is compared; the clock of a machine that others use too says 0.55 one
-minute and 1.19 the next about what is 0.93 (2026-11-24, two cores, load 3).
+Everything runs in one process, alternatives take turns, and medians are compared, so that a busy machine slows both sides
+equally. If both sides run on one core, CPU time is compared: on a shared machine, wall time gave 0.55 one minute and 1.19 the
+next for what is 0.93 (2026-11-24, two cores, load 3).
 
-What is measured, and with what target:
+What is measured, with targets:
 
-- tokenize_ratio_to_sentencepiece (0.90): all that one worker does with a document shard (read and check the tar, encode,
-  pack, write the token tar) against nothing but SentencePiece encoding the same texts on one thread, both giving arrays;
-  in processor time. tokenize_ratio_by_the_clock is the same with the waiting for the disk.
-- tokenize_scaling_2 (1.7): the job of the stage `tokenize` with one worker against two, by the clock, starting the fork
-  server and the workers included. More text hides the start better: how much it was stands below.
-- loader_tokens_per_second (20 million): global batches of a local folder through order, reader and prefetch, per second of
-  processor time of all threads, which is what "per core" means where threads read ahead.
-- loader_flat_shards, loader_flat_sequences (0.8): that rate with 2,000 shards against 1 of as many sequences, and with 1
-  shard against one with a sixteenth of its sequences. A shard is opened again for each of its blocks, which are a quarter
-  of the default size here.
-- loader_startup_seconds_2000_shards (1.0): from nothing to the first batch. Shards are hashed when they are first touched.
-- order_bytes: peak memory of computing 4,096 positions of an order of 1e12 sequences, beside that of 1e3.
+- tokenize_ratio_to_sentencepiece (0.90): one worker's full processing of a document shard (read and check the tar, encode,
+  pack, write the token tar) against only SentencePiece encoding the same texts on one thread, both returning arrays; in CPU
+  time.
+  tokenize_ratio_by_the_clock is the same in wall time, with waiting for the disk.
+- tokenize_scaling_2 (1.7): the job of stage `tokenize` with one worker against two, in wall time, including the start of the
+  fork server and the workers. More text hides the start better; MEGABYTES is the amount used.
+- loader_tokens_per_second (20 million): global batches from a local folder through order, reader and prefetch, per second of
+  CPU time of all threads, i.e. per core.
+- loader_flat_shards, loader_flat_sequences (0.8): that rate with 2,000 shards against 1 with as many sequences, and with 1
+  shard against one with a sixteenth of its sequences. A shard is opened again for each of its blocks, which here have a quarter
+  of the default size.
+- loader_startup_seconds_2000_shards (1.0): from nothing to the first batch. Shards are hashed on first use.
+- order_bytes: peak memory of computing 4,096 positions of an order of 1e12 sequences, next to that of 1e3.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from pipeline.data.tokens.train_tokenizer import train
 from pipeline.io.storage import publish_bytes
 from pipeline.tokenizer import Tokenizer
 
-Show = Callable[[str], None]
+Report = Callable[[str], None]
 TARGETS = {
     "tokenize_ratio_to_sentencepiece": (0.90, "at least"),
     "tokenize_scaling_2": (1.7, "at least"),
@@ -57,8 +58,8 @@ SHARDS = 16
 TRAINER_BYTES = 3_000_000
 VOCAB_SIZE = 4096
 ROUNDS = 3
-RATIO_ROUNDS = 11  # a shard takes a third of a second, and a busy machine comes in bursts
-CONTEXT, BLOCK, BATCH = 1024, 64, 64  # of the loader's runs; a shard of the many is one block
+RATIO_ROUNDS = 11  # a shard takes a third of a second, and load from others comes in bursts
+CONTEXT, BLOCK, BATCH = 1024, 64, 64  # for the loader; each of the many shards is one block
 MANY_SHARDS = 2000
 
 
@@ -66,24 +67,24 @@ def bench(
     *,
     text: str | None = None,
     tokenizer: str | None = None,
-    show: Show,
+    report: Report,
     megabytes: int = MEGABYTES,
     shards: int = MANY_SHARDS,
 ) -> dict[str, Any]:
-    """Run everything (about a minute and a half). `text`: a file, `tokenizer`: a SentencePiece model, else made up.
+    """Run everything (about a minute and a half). `text`: a file, `tokenizer`: a SentencePiece model; generated if None.
 
-    Returns the numbers by the names above, and what they were measured on. Raises UserError for a text or model that
-    cannot be read.
+    Returns the numbers by the names above, and what they were measured on. Raises UserError for a text or model that cannot
+    be read.
     """
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1  # of before we begin
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1  # before the measurements
     if load > 0.5:
-        show(f"load {load:.1f} on {cores} cores: others work here, and two workers cannot be twice as fast")
+        report(f"load {load:.1f} on {cores} cores: other processes are running, so two workers cannot be twice as fast")
     with tempfile.TemporaryDirectory(prefix="pldr-bench-") as folder:
         work = Path(folder)
         texts, source = read_text(text, megabytes * 10**6)
         model = _tokenizer(texts, tokenizer, work)
-        show(f"text: {source}, {megabytes} MB")
-        show(f"tokenizer: {tokenizer or 'trained on the text'}, {model.vocab_size} pieces")
+        report(f"text: {source}, {megabytes} MB")
+        report(f"tokenizer: {tokenizer or 'trained on the text'}, {model.vocab_size} pieces")
         result: dict[str, Any] = {"text": source, "load_average": round(load, 2), "cores": cores}
         parts: list[Callable[[], dict[str, Any]]] = [
             lambda: bench_tokenize(work / "tokenize", texts, model),
@@ -93,12 +94,12 @@ def bench(
         for part in parts:
             numbers = part()
             result |= numbers
-            show("\n".join(line(name, value) for name, value in numbers.items()))
+            report("\n".join(line(name, value) for name, value in numbers.items()))
     return result
 
 
 def line(name: str, value: Any) -> str:
-    """A number for a person, with its target."""
+    """A number as a line of text, with its target."""
     shown = f"{value:,}" if isinstance(value, int) else f"{value / 1e6:,.1f} M" if value > 1e5 else f"{value:.3f}"
     if name not in TARGETS:
         return f"{name:<40} {shown:>12}"
@@ -143,7 +144,7 @@ def bench_tokenize(work: Path, texts: list[str], tokenizer: Tokenizer) -> dict[s
     runs = iter(range(2 * ROUNDS))
 
     def stage(workers: int) -> None:
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # a stage starts its own: the start counts
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # each run starts its own, and the start is measured
         folder = work / f"run-{next(runs)}"
         run_tasks(
             [step(folder)],
@@ -168,7 +169,7 @@ def bench_tokenize(work: Path, texts: list[str], tokenizer: Tokenizer) -> dict[s
 
 
 def bench_loader(work: Path, *, many: int) -> dict[str, Any]:
-    """Rates of a loader on one shard, on many with as many sequences, and on one with a sixteenth of them; its start."""
+    """Rates of a loader on one shard, on many with as many sequences, and on one with a sixteenth of them; startup time."""
     sequences = many * BLOCK
     sizes = {"one": (1, sequences), "many": (many, BLOCK), "few": (1, sequences // 16)}
     for name, (shards, size) in sizes.items():
@@ -176,7 +177,7 @@ def bench_loader(work: Path, *, many: int) -> dict[str, Any]:
     ready = {name: _loader(work / name) for name in sizes}
     batches = sequences // BATCH
     for loader in ready.values():
-        _exhaust(loader.micro_batches(0, limit=batches))  # touches, and so checks, every shard
+        _exhaust(loader.micro_batches(0, limit=batches))  # reads, and so checks, every shard
 
     def run(name: str) -> Callable[[], None]:
         return lambda: _exhaust(ready[name].micro_batches(0, limit=batches))
@@ -215,14 +216,14 @@ def bench_order() -> dict[str, Any]:
 
 
 class Seconds(NamedTuple):
-    """What something took: on the clock, and of all processor cores together."""
+    """Wall time, and CPU time of all cores."""
 
     wall: float
     cpu: float
 
 
 def in_turn(*parts: Callable[[], Any], rounds: int) -> list[list[Seconds]]:
-    """Seconds of each part in each round. Who begins changes from round to round."""
+    """Seconds of each part in each round. The order is reversed in every other round."""
     seconds: list[list[Seconds]] = [[] for _ in parts]
     for number in range(rounds):
         order = range(len(parts)) if number % 2 == 0 else reversed(range(len(parts)))

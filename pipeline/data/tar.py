@@ -1,15 +1,13 @@
 """Uncompressed tars with known offsets: the container of documents and tokens.
 
-Any tool reads them (`tar`, stock `webdataset`): members are `{key}.{extension}`, those of one sample follow
-one another. Every header field but name and size is fixed, so equal content is equal bytes, on any machine,
-on every run.
+Any tool can read them (`tar`, stock `webdataset`): members are `{key}.{extension}`, and those of one sample are adjacent.
+Every header field but name and size is fixed, so equal content gives equal bytes on any machine, on every run.
 
-Decision: headers are written and read here, not by `webdataset.TarWriter` or the standard library. Importing
-webdataset imports torch (2 s in each worker), its archives' bytes would change with its version and our
-fingerprints with them, and it does not tell where a member's payload begins, which is what makes random
-access by memory map possible. The standard library takes 35 microseconds for a document of two members, as
-long as SentencePiece takes for a kilobyte of text; a header is one fixed block of 512 bytes with three fields
-to fill in, and one that is not exactly that is damage.
+Decision: headers are written and read here, not by `webdataset.TarWriter` or the standard library. Importing webdataset imports
+torch (2 s in each worker), the bytes of its archives, and so our fingerprints, would change with its version, and it does not
+report the offset of a member's payload, which random access by memory map needs. The standard library takes 35 microseconds for
+a document of two members, as long as SentencePiece takes for a kilobyte of text; a header is one fixed block of 512 bytes with
+three fields to fill in, and a header that is not exactly that is damaged.
 """
 
 from __future__ import annotations
@@ -36,9 +34,9 @@ BLOCK = tarfile.BLOCKSIZE  # 512 bytes: headers and payloads begin at multiples 
 BUFFER = 1 << 20
 MAX_NAME = tarfile.LENGTH_NAME
 MAX_MEMBER = 8 * 2**30 - 1  # a ustar header has eleven octal digits for the size
-LEFTOVERS = ".*.tmp"  # what a killed run leaves: spools here, half-published files of storage.publish
+LEFTOVERS = ".*.tmp"  # of a killed run: spools from here, half-published files of storage.publish
 SHARDS = re.compile(r"(train|val|test)-\d{6}\.tar")
-ALWAYS_THERE = ("index.json", "tokenizer.model")  # beside the shards
+OTHER_FILES = ("index.json", "tokenizer.model")  # besides the shards
 REMOTE_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]+\.tmp")  # of storage.publish
 
 
@@ -49,16 +47,21 @@ def _fixed_header() -> bytes:
 
 
 _HEADER = _fixed_header()
-_MIDDLE, _END = _HEADER[100:124], _HEADER[156:]  # mode, owner, group; type and all behind it. Between: size, times, sum
+_MIDDLE, _END = (
+    _HEADER[100:124],
+    _HEADER[156:],
+)  # mode, owner, group; type and everything after it. Between: size, times, sum
 _TIME = _HEADER[136:148]
-_SUM = sum(_MIDDLE) + sum(_TIME) + sum(_END) + 8 * ord(" ")  # of all bytes but name and size, the sum itself as spaces
+_SUM = (
+    sum(_MIDDLE) + sum(_TIME) + sum(_END) + 8 * ord(" ")
+)  # of all bytes but name and size, with the checksum field as spaces
 
 
 class TarWriter:
-    """Writes a tar beside its final name; `publish` gives it that name, whole and durable, or not at all.
+    """Writes a tar next to its final name; `publish` renames it atomically and durably.
 
     target: a path or an fsspec URL. The archive of a URL is written to the local folder `spool` (default: the
-    folder for temporary files) and uploaded whole.
+    folder for temporary files) and uploaded when complete.
     """
 
     def __init__(self, target: Path | str, *, spool: Path | None = None) -> None:
@@ -73,13 +76,13 @@ class TarWriter:
         self._size = 0
 
     def add(self, name: str, *payload: bytes | memoryview) -> int:
-        """Append a member, its bytes in one or several parts. Returns the byte offset of its payload.
+        """Append a member, its bytes in one or more parts. Returns the byte offset of its payload.
 
         Raises UserError on a full disk or a member of 8 GiB or more.
         """
         size = sum(map(len, payload))
         if size > MAX_MEMBER:
-            raise UserError(f"{self._shown}: member {name} has {size} bytes, at most {MAX_MEMBER}; cut it")
+            raise UserError(f"{self._shown}: member {name} has {size} bytes, at most {MAX_MEMBER}; split it")
         self._write(_header(name.encode(), size))
         offset = self._size
         for part in payload:
@@ -88,15 +91,15 @@ class TarWriter:
         return offset
 
     def publish(self) -> dict[str, Any]:
-        """End the archive and give it its name. Returns {"sha256", "size"} of the file; at a URL also its "version"
-        there, so that a restart knows it again without reading it."""
+        """Finish the archive and give it its final name. Returns {"sha256", "size"} of the file; for a URL also the store's
+        "version", so that a restart can recognize the file without reading it."""
         self._write(bytes(2 * BLOCK))
         self._write(bytes(-self._size % tarfile.RECORDSIZE))
         try:
             self._stream.close()
         except OSError as error:
             raise explain_os_error(error, self._shown) from error
-        # A link spares the copy where spool and temporary files are on two disks; the upload follows it.
+        # A link avoids a copy if spool and temporary files are on different disks; the upload follows it.
         publish(self.target, self._spool_as_link if self._remote else partial(os.replace, self._spool))
         facts = {"sha256": self._sha256.hexdigest(), "size": self._size}
         return {**facts, "version": version_of(self.target)} if self._remote else facts
@@ -124,7 +127,7 @@ class TarWriter:
     ) -> None:
         try:
             self._stream.close()
-        except OSError as close_error:  # the buffer of a full disk; it was reported when it happened
+        except OSError as close_error:  # from flushing the buffer on a full disk; already reported when it happened
             if error is None:
                 raise explain_os_error(close_error, self._shown) from close_error
         finally:
@@ -132,10 +135,10 @@ class TarWriter:
 
 
 def read_members(source: Path | str) -> Iterator[tuple[str, bytes]]:
-    """(name, payload) of each member of an archive of ours in order, streamed from a path or URL.
+    """(name, payload) of each member of an archive of TarWriter, in order, streamed from a path or URL.
 
-    Raises UserError naming the archive when it is missing, cut or of another make. What no structure shows, changed bytes
-    in a name or a payload, the sha256 in the index does: check that first.
+    Raises UserError naming the archive when it is missing, truncated or was not written by TarWriter. Changed bytes in a name
+    or a payload do not show in the structure: check the sha256 in the index first.
     """
     shown = public_url(source)
     try:
@@ -148,7 +151,7 @@ def read_members(source: Path | str) -> Iterator[tuple[str, bytes]]:
                     or header[136:148] != _TIME
                     or not header[124:135].isdigit()
                 ):
-                    raise UserError(f"{shown}: damaged archive (a header is not one of ours); make it again")
+                    raise UserError(f"{shown}: damaged archive (a header was not written by pldr); make it again")
                 name, size = header[:MAX_NAME].rstrip(b"\0"), int(header[124:135], 8)
                 padding = -size % BLOCK
                 payload = read(size)
@@ -174,15 +177,15 @@ def _header(name: bytes, size: int) -> bytes:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed runs left half-written in a local folder."""
+    """Delete the half-written files of killed runs in a local folder."""
     for leftover in folder.glob(LEFTOVERS):
         leftover.unlink(missing_ok=True)
 
 
 def remove_strays(folder: Path | str, keep: set[str], names: re.Pattern[str] = SHARDS) -> None:
-    """Delete the files in a folder or below a URL whose names fit `names` and are not in `keep`: those of an earlier run
-    with more of them, which a reader that globs would mix in. And what killed runs left half-published at a URL.
-    Nothing else: the folder may be one that a user has other things in."""
+    """Delete the files in a folder or below a URL whose names match `names` and are not in `keep`: files of an earlier run
+    with more shards, which a reader that globs would mix in. Also delete half-published files of killed runs at a URL.
+    Nothing else is deleted: the user may keep other files in this folder."""
     if is_local(folder):
         for path in Path(str(folder).removeprefix("file://")).iterdir():
             if names.fullmatch(path.name) and path.name not in keep:
@@ -197,6 +200,6 @@ def remove_strays(folder: Path | str, keep: set[str], names: re.Pattern[str] = S
         name = path.rstrip("/").rpartition("/")[2]
         leftover = REMOTE_LEFTOVER.fullmatch(name)
         final = leftover["name"] if leftover else name
-        if name not in keep and (names.fullmatch(final) or (leftover and final in ALWAYS_THERE)):
-            with contextlib.suppress(FileNotFoundError):  # removed, but the answer was lost
+        if name not in keep and (names.fullmatch(final) or (leftover and final in OTHER_FILES)):
+            with contextlib.suppress(FileNotFoundError):  # removed, but the response was lost
                 retrying(join(folder, name), partial(filesystem.rm_file, path), what="removed")

@@ -1,13 +1,13 @@
-"""Reading what is not on this machine: whole, or an error.
+"""Reading remote files: complete, or an error.
 
-Networks fail in two ways that look like data: a connection that ends early, and an answer that is an error. So every
-read here knows how many bytes it has to get; what fails is tried again from where it stopped, after a pause that doubles,
-and what stays broken is a UserError with the URL. s3fs, gcsfs and aiohttp each have exceptions of their own for this
-(aiohttp's do not even descend from OSError): `_is_passing` is the one place that knows them.
+Networks fail in two ways that look like data: a connection that ends early, and a response that is an error. So every read here
+knows its number of bytes; a failed read is retried from where it stopped, with exponential backoff, and a persistent failure is
+a UserError with the URL. s3fs, gcsfs and aiohttp each have their own exceptions for this (aiohttp's are not even subclasses of
+OSError); only `_is_transient` knows them.
 
-Filesystems are fsspec's own instances, which fsspec keeps one of per process: a fork gets new ones.
+Filesystems are fsspec's instances, one per process: a fork gets new ones.
 
-For tests and bad days: PLDR_RETRIES (default 5) further attempts, the first after about PLDR_RETRY_SECONDS (0.5).
+Environment variables: PLDR_RETRIES (default 5) more attempts, the first after about PLDR_RETRY_SECONDS (0.5).
 """
 
 from __future__ import annotations
@@ -25,19 +25,28 @@ import fsspec
 from pipeline.errors import UserError, first_line
 from pipeline.io.urls import check_url, is_http, is_local, public_url, without_secrets
 
-PIECE = 8 << 20  # bytes asked for at once: one request
+PIECE = 8 << 20  # bytes per request
 LONGEST_WAIT = 30.0  # seconds
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
-LIBRARIES = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "requests", "urllib3", "s3fs")  # of transport
-VERSION_KEYS = ("size", "ETag", "etag", "generation", "md5Hash")  # of fsspec's info: differ when the content does
+LIBRARIES = (
+    "aiohttp",
+    "aiobotocore",
+    "botocore",
+    "gcsfs",
+    "google",
+    "requests",
+    "urllib3",
+    "s3fs",
+)  # of network errors
+VERSION_KEYS = ("size", "ETag", "etag", "generation", "md5Hash")  # of fsspec's info: they differ if the content does
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """(fsspec filesystem, path in it), without remembered listings: other processes write too.
+    """(fsspec filesystem, path in it), without cached listings, because other processes write too.
 
-    Raises UserError for a protocol that does not exist or whose package is missing.
+    Raises UserError for an unknown protocol or a missing package.
     """
     check_url(url)
     protocol = url.partition("://")[0]
@@ -45,19 +54,19 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         filesystem, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = PACKAGES.get(protocol)
-        mend = f"pip install {package}" if package else first_line(error)
-        raise UserError(f"{public_url(url)}: {protocol}:// needs a package that is not installed; {mend}") from None
+        fix = f"pip install {package}" if package else first_line(error)
+        raise UserError(f"{public_url(url)}: {protocol}:// needs a package that is not installed; {fix}") from None
     except ValueError as error:
-        raise UserError(f"{public_url(url)}: {without_secrets(first_line(error))}; mend the URL") from None
+        raise UserError(f"{public_url(url)}: {without_secrets(first_line(error))}; fix the URL") from None
     filesystem.invalidate_cache()
     return filesystem, path
 
 
 def open_retrying(url: str, *, size: int | None = None, start: int = 0) -> BinaryIO:
-    """A file for reading forwards from byte `start`; a remote one with retries.
+    """A file for sequential reading from byte `start`, with retries if it is remote.
 
-    `size`: how long the file has to be, where the caller knows. Opening a remote file does nothing yet; reading raises
-    FileNotFoundError, or UserError naming the URL when retries do not help or the file is no longer what it was.
+    `size`: the expected size of the file, if known. Opening a remote file does nothing yet; reading raises FileNotFoundError,
+    or UserError naming the URL if retries do not help or the file has changed.
     """
     if is_local(url):
         stream = open(url.removeprefix("file://"), "rb")  # noqa: SIM115  # the caller closes it
@@ -75,7 +84,7 @@ def read_range(url: str, start: int, end: int) -> bytes:
             stream.seek(start)
             data = stream.read(end - start)
         if len(data) != end - start:
-            raise UserError(f"{url}: {len(data)} bytes at {start}, {end - start} expected: it was cut")
+            raise UserError(f"{url}: {len(data)} bytes at {start}, {end - start} expected: it was truncated")
         return data
     if is_http(url):
         with io.BufferedReader(_HttpStream(url, start, end, None), 1 << 20) as remote:
@@ -92,28 +101,28 @@ def read_range(url: str, start: int, end: int) -> bytes:
 
 
 def size_of(url: str) -> int:
-    """Bytes of a file. Raises FileNotFoundError, or UserError naming the URL, also where a server does not tell."""
+    """Bytes of a file. Raises FileNotFoundError, or UserError naming the URL, also if a server does not report it."""
     if is_local(url):
         return os.stat(url.removeprefix("file://")).st_size
     filesystem, path = filesystem_of(url)
     size = retrying(url, lambda: filesystem.info(path)).get("size")
     if size is None:
-        raise UserError(f"{public_url(url)}: the server does not tell its size; copy it to a disk or object store")
+        raise UserError(f"{public_url(url)}: the server does not report its size; copy it to a disk or object store")
     return int(size)
 
 
 def version_of(url: str) -> dict[str, Any]:
-    """What tells one content of a remote file from another without reading it: size, and what the store has of ETag,
-    generation and hash. Raises FileNotFoundError, or UserError naming the URL."""
+    """What identifies the content of a remote file without reading it: its size, and the ETag, generation and hash if the
+    store has them. Raises FileNotFoundError, or UserError naming the URL."""
     filesystem, path = filesystem_of(url)
     info = retrying(url, lambda: filesystem.info(path))
     return {key: info[key] for key in VERSION_KEYS if info.get(key) is not None}
 
 
 def retrying(url: str, action: Callable[[], Result], *, what: str = "read") -> Result:
-    """The result of `action`, tried again while it fails for a reason that may pass.
+    """The result of `action`, which is retried after transient errors.
 
-    Raises FileNotFoundError, UserError ("cannot be {what}"), and unchanged whatever is not about files and networks.
+    Raises FileNotFoundError, UserError ("cannot be {what}"), and unchanged any exception that is not about files or networks.
     """
     retries = int(os.environ.get("PLDR_RETRIES", "5"))
     wait = float(os.environ.get("PLDR_RETRY_SECONDS", "0.5"))
@@ -121,38 +130,38 @@ def retrying(url: str, action: Callable[[], Result], *, what: str = "read") -> R
         try:
             return action()
         except Exception as error:
-            problem = _behind(error)
+            problem = _cause(error)
             if isinstance(problem, FileNotFoundError) or getattr(problem, "status", None) in (404, 410):
                 raise FileNotFoundError(f"{public_url(url)}: no such file") from None
-            passing = _is_passing(problem)
-            if passing is None:
+            transient = _is_transient(problem)
+            if transient is None:
                 raise
             why = without_secrets(first_line(problem))
-            if not passing:
+            if not transient:
                 raise UserError(
-                    f"{public_url(url)}: cannot be {what} ({why}); mend the address or the credentials in the environment"
+                    f"{public_url(url)}: cannot be {what} ({why}); fix the address or the credentials in the environment"
                 ) from None
             if attempt == retries:
                 raise UserError(
-                    f"{public_url(url)}: cannot be {what}, {retries + 1} attempts failed (last: {why}); look at the "
+                    f"{public_url(url)}: cannot be {what}, {retries + 1} attempts failed (last: {why}); check the "
                     "network and the store and start again, finished work is kept"
                 ) from None
-            log.warning("%s: %s; attempt %d of %d follows", public_url(url), why, attempt + 2, retries + 1)
+            log.warning("%s: %s; retrying, attempt %d of %d", public_url(url), why, attempt + 2, retries + 1)
             time.sleep(
                 min(wait * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1)
-            )  # apart: many workers fail at once
+            )  # jitter: many workers fail at once
     raise AssertionError("the last attempt returns or raises")
 
 
-def _behind(error: Exception) -> Exception:
-    """fsspec's http calls every failure a missing file; the true one is its cause."""
+def _cause(error: Exception) -> Exception:
+    """The actual error: fsspec's http reports every failure as a missing file, with the actual error as its cause."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
-        return _behind(error.__cause__)
+        return _cause(error.__cause__)
     return error
 
 
-def _is_passing(error: Exception) -> bool | None:
-    """Whether a failure may be gone at the next attempt; None when it is not about files and networks at all."""
+def _is_transient(error: Exception) -> bool | None:
+    """Whether an error may not occur again at the next attempt; None if it is not about files or networks."""
     status = getattr(error, "status", getattr(error, "code", None))
     if isinstance(status, int) and 400 <= status < 500:
         return status in (408, 425, 429)
@@ -166,7 +175,7 @@ def _is_passing(error: Exception) -> bool | None:
 
 
 class _Ranges(io.RawIOBase):
-    """A file of an object store from byte `start` on, forwards, a request for each piece."""
+    """A file of an object store from byte `start`, read sequentially, one request per piece."""
 
     def __init__(self, url: str, start: int, size: int | None) -> None:
         self._url = url
@@ -181,12 +190,12 @@ class _Ranges(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if self._version is None:
-            self._version = self._look()
+            self._version = self._current_version()
             self._size = _same_size(self._url, self._size, self._version["size"])
         assert self._size is not None
         count = min(len(buffer), self._size - self._position)
         if count <= 0:
-            if not self._ended and self._look() != self._version:
+            if not self._ended and self._current_version() != self._version:
                 raise UserError(f"{public_url(self._url)}: changed while it was read; start again")
             self._ended = True
             return 0
@@ -195,12 +204,12 @@ class _Ranges(io.RawIOBase):
         self._position += count
         return count
 
-    def _look(self) -> dict[str, Any]:
+    def _current_version(self) -> dict[str, Any]:
         return version_of(self._url)
 
 
 class _HttpStream(io.RawIOBase):
-    """Bytes [start, end) of a web server's file, forwards, over one connection; a new one where that breaks."""
+    """Bytes [start, end) of a web server's file, read sequentially over one connection; a new one if that breaks."""
 
     def __init__(self, url: str, start: int, end: int | None, size: int | None) -> None:
         self._url = url
@@ -245,7 +254,7 @@ class _HttpStream(io.RawIOBase):
             stream.close()
 
     def _open(self) -> Any:
-        """The answer at the position. A server that knows no ranges sends all of it: the beginning is read away."""
+        """The response from the current position. A server without ranges sends the entire file: its beginning is skipped."""
         import aiohttp
 
         headers = {"Accept-Encoding": "identity"}
@@ -254,7 +263,7 @@ class _HttpStream(io.RawIOBase):
         stream = self._filesystem.open(
             self._path,
             "rb",
-            block_size=0,  # streamed; the size is not used then, it spares a HEAD
+            block_size=0,  # streamed; then the size is not used, it only avoids a HEAD request
             size=1,
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60),
@@ -263,7 +272,7 @@ class _HttpStream(io.RawIOBase):
             stream.r.raise_for_status()
             self._check_version(stream.r.headers)
             if stream.r.status != 206:
-                self._read_away(stream)
+                self._skip_to_position(stream)
         except BaseException:
             stream.close()
             raise
@@ -277,7 +286,7 @@ class _HttpStream(io.RawIOBase):
         self._version = found
         self._size = _same_size(self._url, self._size, found[0])
 
-    def _read_away(self, stream: Any) -> None:
+    def _skip_to_position(self, stream: Any) -> None:
         left = self._position
         while left > 0:
             data = stream.read(min(left, 1 << 20))
@@ -287,7 +296,9 @@ class _HttpStream(io.RawIOBase):
 
 
 def _same_size(url: str, expected: int | None, found: int | None) -> int | None:
-    """The size, when what was expected is what is found. Either may be unknown."""
+    """The size, after checking that the expected and the actual one agree. Either may be unknown."""
     if expected is not None and found is not None and expected != found:
-        raise UserError(f"{public_url(url)}: {found} bytes, {expected} expected: it changed or was cut; start again")
+        raise UserError(
+            f"{public_url(url)}: {found} bytes, {expected} expected: it changed or was truncated; start again"
+        )
     return expected if found is None else found

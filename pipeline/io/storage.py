@@ -1,10 +1,9 @@
-"""The one seam to files: atomic publish, checksums, manifests, free space. fsspec URLs wherever data may be remote.
+"""Files: atomic publishing, checksums, manifests, free space, locks. fsspec URLs wherever data may be remote.
 
-Oddities explained once:
-- A local file is written as a temporary sibling, fsynced, then renamed: a reader sees the old file or the new one.
-  The folder is fsynced too, or the rename itself can be lost with the power.
-- On an object store a failing `with open(url, "wb")` can still publish a truncated object, so `publish` writes a local
-  file first, uploads it whole beside the final name, reads it back, and only then copies it to that name.
+- A local file is written as a temporary sibling, fsynced, then renamed: a reader sees the old file or the new one. The folder
+  is fsynced too, because otherwise a power failure can undo the rename.
+- On an object store a failing `with open(url, "wb")` can still publish a truncated object, so `publish` writes a local file
+  first, uploads it under a temporary name, reads it back, and only then copies it to the final name.
 - `pipe:` URLs run a shell in webdataset: `check_url` refuses them everywhere.
 """
 
@@ -47,7 +46,7 @@ def sha256_json(value: Any) -> str:
 
 
 def canonical_json(value: Any) -> str:
-    """Compact JSON with sorted keys: equal values, equal bytes."""
+    """Compact JSON with sorted keys: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -61,9 +60,9 @@ def fsync_dir(path: Path) -> None:
 
 
 def publish(url: str | Path, write: Callable[[Path], None]) -> None:
-    """Create a file that is either whole or absent: `write(temporary)` fills it, then it takes its name.
+    """Create a file atomically: `write(temporary)` fills it, then it is renamed.
 
-    Raises UserError when the disk is full or the store refuses, with nothing new under the final name.
+    Raises UserError if the disk is full or the store refuses, with nothing new under the final name.
     """
     check_url(str(url))
     target = Path(str(url).removeprefix("file://")) if is_local(url) else None
@@ -86,33 +85,33 @@ def publish(url: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def _upload(source: Path, url: str) -> None:
-    """Put a file beside its final name, read it back, and give it the name when it is what was sent."""
+    """Upload a file under a temporary name, read it back, and rename it if the content is correct."""
     if is_http(url):
         raise UserError(
             f"{public_url(url)}: web servers are for reading; name a folder or an object store (s3://, gs://)"
         )
     filesystem, path = filesystem_of(url)
     parent, _, name = path.rpartition("/")
-    beside = f"{parent}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
-    beside_url = join(url.rpartition("/")[0], beside.rpartition("/")[2])
+    temporary = f"{parent}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary_url = join(url.rpartition("/")[0], temporary.rpartition("/")[2])
     size, sha256 = source.stat().st_size, sha256_file(source)
     try:
-        if _can_rename(filesystem):  # and so has folders
+        if _can_rename(filesystem):  # so it has folders
             retrying(url, lambda: filesystem.makedirs(parent, exist_ok=True), what="written")
-        retrying(url, lambda: filesystem.put_file(str(source), beside), what="written")
-        if sha256_file(beside_url) != sha256:
-            raise UserError(f"{public_url(url)}: what the store gives back is not what was sent; start again")
-        retrying(url, lambda: _rename(filesystem, beside, path, size), what="written")
+        retrying(url, lambda: filesystem.put_file(str(source), temporary), what="written")
+        if sha256_file(temporary_url) != sha256:
+            raise UserError(f"{public_url(url)}: the store returned other bytes than were sent; start again")
+        retrying(url, lambda: _rename(filesystem, temporary, path, size), what="written")
     finally:
-        with contextlib.suppress(Exception):  # renamed, so gone already; or the error of before counts
-            retrying(url, lambda: filesystem.rm_file(beside), what="removed")
+        with contextlib.suppress(Exception):  # already renamed; or the earlier error is the one to raise
+            retrying(url, lambda: filesystem.rm_file(temporary), what="removed")
 
 
 def _rename(filesystem: Any, old: str, new: str, size: int) -> None:
-    """Where the filesystem can rename it does; an object store copies, which is whole or nothing too."""
+    """Rename if the filesystem can; otherwise (object stores) copy, which is atomic too."""
     filesystem.invalidate_cache()
     if _can_rename(filesystem):
-        if filesystem.exists(old):  # else an attempt before did it, and its answer was lost
+        if filesystem.exists(old):  # else an earlier attempt did it, but its response was lost
             filesystem.mv(old, new)
     else:
         filesystem.cp_file(old, new)
@@ -128,7 +127,7 @@ def _can_rename(filesystem: Any) -> bool:
 
 
 def publish_bytes(url: str | Path, data: bytes) -> None:
-    """`publish` for bytes at hand."""
+    """`publish` for bytes."""
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
@@ -137,24 +136,24 @@ def publish_bytes(url: str | Path, data: bytes) -> None:
 
 
 def publish_json(url: str | Path, value: Any) -> None:
-    """`publish` for JSON, as `render_json` writes it."""
+    """`publish` for JSON, formatted by `render_json`."""
     publish_bytes(url, render_json(value))
 
 
 def render_json(value: Any) -> bytes:
-    """Readable JSON: indented, keys sorted, a final newline, so that equal values are equal bytes."""
+    """Readable JSON: indented, sorted keys, final newline; equal values give equal bytes."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(url: str | Path, *, schema_version: int | None = None) -> Any:
-    """Parse a JSON file. Raises UserError naming the file when it is absent, cut, or of another schema."""
+    """Parse a JSON file. Raises UserError naming the file if it is absent, truncated, or has another schema version."""
     try:
         with open_retrying(check_url(str(url))) as stream:
             value = json.loads(stream.read())
     except FileNotFoundError:
         raise UserError(f"{public_url(url)}: no such file") from None
     except IsADirectoryError:
-        raise UserError(f"{url}: a folder stands in place of this file; remove it and make the file again") from None
+        raise UserError(f"{url}: is a folder, a file is expected; remove it and make the file again") from None
     except UserError:
         raise
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
@@ -167,7 +166,7 @@ def read_json(url: str | Path, *, schema_version: int | None = None) -> Any:
 
 
 def exists(url: str | Path) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder exists."""
     if is_local(url):
         return Path(str(url).removeprefix("file://")).exists()
     filesystem, path = filesystem_of(str(url))
@@ -190,7 +189,7 @@ def manifest_of(folder: Path, *, leave_out: Iterable[str] = ()) -> dict[str, dic
 
 
 def verify_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Every file of a manifest is there, of its size and hash. Raises UserError naming the first that is not."""
+    """Check existence, size and hash of every file of a manifest. Raises UserError naming the first wrong one."""
     for name, expected in files.items():
         path = folder / safe_member(name)
         if not path.is_file():
@@ -202,7 +201,7 @@ def verify_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def safe_member(name: str) -> str:
-    """A member name that stays below its folder. Raises UserError for `../x`, absolute or empty names."""
+    """The name, if it stays below its folder. Raises UserError for `../x`, absolute or empty names."""
     parts = Path(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise UserError(f"{name!r}: a member name must stay inside its folder")
@@ -211,7 +210,7 @@ def safe_member(name: str) -> str:
 
 @contextlib.contextmanager
 def publish_dir(target: Path) -> Iterator[Path]:
-    """A folder that is either whole or absent: fill the yielded one, and it takes its name when the block ends well."""
+    """Create a folder atomically: fill the yielded one; it is renamed when the block ends without an error."""
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -224,7 +223,7 @@ def publish_dir(target: Path) -> Iterator[Path]:
 
 
 def replace_dir(temporary: Path, target: Path) -> None:
-    """Publish a finished folder under its name; an older one of that name goes away."""
+    """Rename a finished folder to its final name, replacing an older one."""
     old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
@@ -235,7 +234,7 @@ def replace_dir(temporary: Path, target: Path) -> None:
 
 
 def require_free_space(folder: Path, needed: int, what: str) -> None:
-    """Raise UserError when fewer than `needed` bytes are free where `folder` is (or will be)."""
+    """Raise UserError if fewer than `needed` bytes are free on the disk of `folder` (which may not exist yet)."""
     probe = folder
     while not probe.exists():
         probe = probe.parent
@@ -248,9 +247,9 @@ def require_free_space(folder: Path, needed: int, what: str) -> None:
 
 
 def lock(stream: IO[str], *, wait: bool = False) -> bool:
-    """Take the lock of an open lock file and leave our process id in it; False when another process has it.
+    """Lock an open lock file and write our process id to it; False if another process holds the lock.
 
-    A POSIX record lock: it goes with its process, also on kill -9, and children do not inherit it.
+    A POSIX record lock: it ends with its process, also on kill -9, and children do not inherit it.
     """
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -269,7 +268,7 @@ def lock_holder(stream: IO[str]) -> str:
 
 
 def explain_os_error(error: OSError, where: str) -> UserError:
-    """A full disk, a missing permission: one line with the mend."""
+    """An error such as a full disk or a missing permission as one line with the fix."""
     if error.errno in (28, 122):  # ENOSPC, EDQUOT
         return UserError(f"{where}: the disk is full; free some space and start again, finished work is kept")
     if error.errno in (13, 30):  # EACCES, EROFS

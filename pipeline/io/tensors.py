@@ -1,6 +1,6 @@
 """safetensors files that are byte-identical on every write and bounded on every read.
 
-Background: a safetensors file is `<8-byte header length><JSON header><data>`. Two things need care. Its writer keeps
+Background: a safetensors file is `<8-byte header length><JSON header><data>`. Two things need care. Its writer stores
 metadata in a hash map, so two metadata keys come out in any order: here there is at most one key. Its readers trust the
 header's shapes: here the header is checked against the file's size and against the expected shapes before anything is
 allocated, so that a header that claims 10 GB is an error and not a crash.
@@ -26,27 +26,27 @@ MAX_HEADER = 64 << 20  # bytes; a million tensors
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 
 
-def serialise(tensors: Mapping[str, Tensor], *, note: str | None = None) -> bytes:
-    """The bytes of a safetensors file: equal tensors (and note), equal bytes. `note` becomes the metadata key `pldr`."""
+def serialize(tensors: Mapping[str, Tensor], *, note: str | None = None) -> bytes:
+    """The bytes of a safetensors file: equal tensors (and note) give equal bytes. `note` becomes the metadata key `pldr`."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return save(plain, {"pldr": note} if note is not None else None)
 
 
 def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hex sha256 of `serialise(tensors)`: what the file in a bundle will have."""
-    return hashlib.sha256(serialise(tensors)).hexdigest()
+    """Hex sha256 of `serialize(tensors)`: the hash of that file in a bundle."""
+    return hashlib.sha256(serialize(tensors)).hexdigest()
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """`name -> (dtype, shape)`, with every offset inside the file and every byte accounted for.
 
-    Raises UserError naming the file for a file that is cut, that claims more than it holds, or is no safetensors file.
+    Raises UserError naming the file for a file that is truncated, that claims more data, or that is not safetensors.
     """
     size = path.stat().st_size
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(MAX_HEADER, size - 8):
-            raise UserError(f"{path}: header of {length} bytes in a file of {size}: no safetensors file, or damaged")
+            raise UserError(f"{path}: header of {length} bytes in a file of {size}: not a safetensors file, or damaged")
         try:
             header = json.loads(stream.read(length))
             if not isinstance(header, dict):
@@ -70,17 +70,17 @@ def _check_header(header: dict[str, Any], *, data_bytes: int) -> dict[str, tuple
             raise ValueError(f"{name}: {entry['dtype']} {shape} does not fill bytes {begin}..{stop}")
         found[name], end = (entry["dtype"], shape), stop
     if end != data_bytes:
-        raise ValueError(f"claims {end} bytes of tensors, the file holds {data_bytes}")
+        raise ValueError(f"claims {end} bytes of tensors, the file has {data_bytes}")
     return found
 
 
 def load_tensors(
     path: Path, expected: Mapping[str, tuple[int, ...]], *, dtypes: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
-    """Tensors of exactly these names and shapes, all finite; fp32, but for those that `dtypes` names otherwise.
+    """Tensors with exactly these names and shapes, all finite; fp32 unless `dtypes` says otherwise.
 
     dtypes: name -> safetensors' name of a dtype. Raises UserError naming the file and the tensor; nothing is allocated before
-    names, dtypes and shapes agree.
+    names, dtypes and shapes match.
     """
     header = read_header(path)
     for name, shape in expected.items():
@@ -92,7 +92,7 @@ def load_tensors(
             raise UserError(f"{path}: {name} is {dtype} {list(found)}, the model needs {needed} {list(shape)}")
     for name in header:
         if name not in expected:
-            raise UserError(f"{path}: {name} is no part of this model; the file belongs to another model")
+            raise UserError(f"{path}: {name} is not part of this model; the file belongs to another model")
     try:
         with safe_open(path, framework="pt") as stream:
             tensors: dict[str, Tensor] = {name: stream.get_tensor(name) for name in expected}

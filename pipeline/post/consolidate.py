@@ -28,7 +28,7 @@ from pipeline.io.storage import (
     sha256_file,
     sha256_json,
 )
-from pipeline.io.tensors import serialise
+from pipeline.io.tensors import serialize
 from pipeline.post.weights import CONFIG, SCHEMA_VERSION, WEIGHTS
 from pldr_model.config import ModelConfig
 
@@ -60,7 +60,7 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
     require_free_space(out, 2 * sum(t.numel() * 4 for t in weights.values()), "the consolidated model")
     with publish_dir(out) as temporary:
         note = json.dumps({"schema_version": SCHEMA_VERSION, "model": config.to_dict()}, sort_keys=True)
-        publish_bytes(temporary / WEIGHTS, serialise(weights, note=note))
+        publish_bytes(temporary / WEIGHTS, serialize(weights, note=note))
         publish_json(
             temporary / CONFIG,
             {

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.io.storage import publish_bytes, publish_dir, publish_json, read_json, sha256_file
-from pipeline.io.tensors import load_tensors, serialise
+from pipeline.io.tensors import load_tensors, serialize
 from pipeline.post.measure.observe import batches
 from pipeline.post.measure.prompts import PromptKind, sha256_kinds
 from pipeline.post.measure.statistics import Spread
@@ -76,8 +76,8 @@ def extract_g(model: PLDRModel, prompts_NS: Tensor, how: Literal["mean", "first"
 def save_g(extracted: ExtractedG, out: Path) -> dict[str, Any]:
     """Write `out/{g_lm,spread}.safetensors` and `out/extract.json`; returns the record with both files' sha256."""
     with publish_dir(out) as temporary:
-        publish_bytes(temporary / G_FILE, serialise({"g_lm": extracted.g_lm}))
-        publish_bytes(temporary / SPREAD_FILE, serialise({"spread": extracted.spread}))
+        publish_bytes(temporary / G_FILE, serialize({"g_lm": extracted.g_lm}))
+        publish_bytes(temporary / SPREAD_FILE, serialize({"spread": extracted.spread}))
         record = {**extracted.record, **{key: sha256_file(temporary / name) for name, key in HASHES.items()}}
         publish_json(temporary / RECORD_FILE, record)
     return record

@@ -1,4 +1,4 @@
-"""Length histograms as bars for the report's SVG: geometry only, the template draws."""
+"""Length histograms as bars for SVG: only the geometry, templates draw it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ Tree = dict[str, Any]
 
 
 def charts(rows: dict[str, dict[str, Tree]], splits: Sequence[str]) -> list[Tree]:
-    """A row for each title -> split -> facts; in it a chart for each of `splits` with a `length_histogram` that is not
-    empty."""
+    """A row for each title -> split -> facts, with a chart for each of `splits` that has a non-empty `length_histogram`."""
     return [{"title": title, "charts": _row(facts, splits)} for title, facts in rows.items()]
 
 
 def _row(facts: dict[str, Tree], splits: Sequence[str]) -> list[Tree]:
-    """All over the same lengths, so that they can be compared."""
+    """All charts over the same lengths, so that they can be compared."""
     histograms = {name: facts.get(name, {}).get("length_histogram") or [] for name in splits}
     used = [number for histogram in histograms.values() for number, count in enumerate(histogram) if count]
     if not used:
@@ -31,14 +30,14 @@ def _row(facts: dict[str, Tree], splits: Sequence[str]) -> list[Tree]:
 
 
 def bars(histogram: list[int], first: int, last: int) -> list[Tree]:
-    """Bars of the bins first..last, and one more without height whose label says where the last one ends.
+    """Bars of the bins first..last, and one more without height whose label is the end of the last bin.
 
     Bin i counts documents with 2**i <= length < 2**(i+1).
     """
     total, highest = sum(histogram), max(histogram)
     step = WIDTH / (last - first + 1)
     width = min(step - 3, 46.0)
-    labelled = 1 + (last - first) // 11  # every so many bins: labels must not touch
+    labelled = 1 + (last - first) // 11  # one label per this many bins, so that labels do not touch
     out = []
     for number in range(first, last + 2):
         count = histogram[number] if number < min(len(histogram), last + 1) else 0
@@ -60,12 +59,12 @@ def bars(histogram: list[int], first: int, last: int) -> list[Tree]:
 
 
 def share(count: int, total: int) -> str:
-    """Percent without decimals; what is there but rounds to nothing says so."""
+    """Percent without decimals; "<1%" for a small count that would round to zero."""
     return "" if not count else "<1%" if count * 200 < total else f"{count / total:.0%}"
 
 
 def median(histogram: list[int]) -> str:
-    """The upper end of the bin that the median is in."""
+    """The upper end of the bin with the median."""
     half, seen = sum(histogram) / 2, 0
     for number, count in enumerate(histogram):
         seen += count

@@ -1,4 +1,4 @@
-"""Line plots as SVG geometry: scales, lines and labels; the templates draw."""
+"""Line plots for SVG: only the geometry (scales, lines, labels), templates draw it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 Points = list[tuple[int, float]]
-
 Tree = dict[str, Any]
-
-MAX_POINTS = 400  # of a curve: about one for each pixel
-
+MAX_POINTS = 400  # of a curve: about one per pixel
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 480.0, 200.0, 52.0, 8.0, 22.0  # of a plot, in the SVG's units
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One chart: its title, the metrics in it (patterns), and whether the axis is logarithmic."""
+    """One plot: its title, its metrics (patterns), and whether the axis is logarithmic."""
 
     title: str
     metrics: tuple[str, ...]
@@ -27,8 +24,8 @@ class Plot:
 
 
 def draw(plot: Plot, curves: dict[str, Points], steps: int) -> Tree | None:
-    """Lines, axes and labels of a plot; None where there is nothing to draw. What is not finite, or not positive on a
-    logarithmic axis, is a gap in its line."""
+    """Lines, axes and labels of a plot; None if there is nothing to draw. Values that are not finite, or not positive on a
+    logarithmic axis, are gaps in the line."""
     scale: Callable[[float], float] = math.log10 if plot.log else float
 
     def good(value: float) -> bool:
@@ -72,7 +69,7 @@ def draw(plot: Plot, curves: dict[str, Points], steps: int) -> Tree | None:
 
 
 def thinned(points: Points) -> Points:
-    """At most 2 * MAX_POINTS of them: of each stretch the lowest and the highest, so that no spike is lost."""
+    """At most 2 * MAX_POINTS points: the lowest and the highest of each stretch, so that no spike is lost."""
     if len(points) <= 2 * MAX_POINTS:
         return points
     size = -(-len(points) // MAX_POINTS)
@@ -87,7 +84,7 @@ def thinned(points: Points) -> Points:
 
 
 def ticks(low: float, high: float, *, whole: bool) -> list[float]:
-    """About four round numbers in [low, high]; whole ones for the exponents of a logarithmic axis."""
+    """About four round numbers in [low, high]; integers (`whole`) for the exponents of a logarithmic axis."""
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 5)
     step = max(1.0, math.ceil(step)) if whole else step

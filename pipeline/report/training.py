@@ -1,7 +1,7 @@
-"""The report of a training run: one HTML page with the curves that MLflow has of it.
+"""The report of a training run: one HTML page with its curves from MLflow.
 
-Losses stand beside one another as they must be read: the block-mode loss of a model that is not invariant sees the future,
-the cached one cannot (docs/certificate.md). Order parameters are drawn on a logarithmic axis with the thresholds' tiers.
+Losses are in one plot so that they are read together: the block-mode loss of a model that is not invariant sees the future, the
+cached one cannot (docs/certificate.md). Order parameters are on a logarithmic axis.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ PLOTS = (
         note="RMS over inputs, relative: above 1e-2 variant, below 1e-5 invariant.",
     ),
     Plot("Invariance budget", ("invariance/budget",), note="Sum of learning rate x metric weight decay."),
-    Plot("What attention is worth (nats)", ("invariance/attention_alive",)),
+    Plot("Contribution of attention (nats)", ("invariance/attention_alive",)),
     Plot("Leak gap (nats)", ("val/leak_gap",)),
     Plot("Gradient norm", ("train/grad_norm",), log=True),
     Plot("Learning rate", ("train/lr",)),
     Plot("Tokens per second", ("train/tokens_per_second",)),
-    Plot("Model FLOP utilisation", ("train/mfu",)),
-    Plot("Skipped steps, spikes", ("train/skipped_steps", "train/spikes")),
+    Plot("Model FLOPs utilization", ("train/mfu",)),
+    Plot("Skipped steps, loss spikes", ("train/skipped_steps", "train/spikes")),
     Plot(
-        "Seconds of a step before ranks wait for one another",
+        "Seconds per step before ranks synchronize",
         tuple(f"system/rank_seconds_{name}" for name in ("min", "median", "max")),
-        note="Over ranks: the data and the forward pass. A maximum far above the median is a slow rank (system/slowest_rank).",
+        note="Over ranks: data and forward pass. A maximum far above the median means a slow rank (system/slowest_rank).",
     ),
-    Plot("Memory of the fullest rank (GB)", ("system/rss_gb", "system/gpu_peak_gb")),
-    Plot("CPU of each node (%)", ("system/node-[0-3]/cpu_percent",)),
-    Plot("GPUs of each node (%)", ("system/node-[0-3]/gpu_percent",)),
-    Plot("Memory in use on each node (GB)", ("system/node-[0-3]/memory_gb",)),
+    Plot("Peak memory over ranks (GB)", ("system/rss_gb", "system/gpu_peak_gb")),
+    Plot("CPU use of each node (%)", ("system/node-[0-3]/cpu_percent",)),
+    Plot("GPU use of each node (%)", ("system/node-[0-3]/gpu_percent",)),
+    Plot("Memory used on each node (GB)", ("system/node-[0-3]/memory_gb",)),
 )
 TILES = (
     ("data/tokens", "tokens", "{:,.0f}"),

@@ -30,7 +30,7 @@ def sentences(rng: random.Random, count: int) -> str:
 
 
 def write_corpus(folder: Path, *, files: int = 4, documents: int = 40, lines: int = 12, seed: int = 0) -> Path:
-    """JSONL files of documents that all differ."""
+    """JSONL files of different documents."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(files):
@@ -78,7 +78,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(
     tmp_path_factory: pytest.TempPathFactory, corpus: Path, make_config: MakeConfig
 ) -> tuple[RunConfig, RunPaths]:
-    """All three data stages of the corpus, done. Read only."""
+    """The corpus after all three data stages. Read only."""
     root = tmp_path_factory.mktemp("run")
     config, paths = make_config(root, f"{corpus}/*.jsonl"), RunPaths(root)
     shard_documents(config, paths)
@@ -106,9 +106,9 @@ def write_tokens(
     block_sequences: int = 8,
     boundaries: bool = False,
 ) -> None:
-    """A tokens folder, local or at a URL, without the stages: so many sequences in each shard of each split.
+    """A tokens folder, local or at a URL, without running the stages. train, val: number of sequences of each shard.
 
-    Sequence n of a split holds n % 65536 and n // 65536, then noise of its own; its document numbers are n % 7 + 1.
+    Sequence n of a split holds n % 65536 and n // 65536, then its own noise; its document numbers are n % 7 + 1.
     """
     import hashlib
 

@@ -1,6 +1,6 @@
-"""An S3 that breaks on command: moto's server in a process of its own, and a proxy in front of it that injects faults.
+"""An S3 that fails on command: moto's server in its own process, behind a proxy that injects faults.
 
-`s3` is a bucket of its own for each test; `faulty_s3` is the same one under the name that says what it is used for. Both set
+`s3` is a new bucket for each test; `faulty_s3` is the same one, for tests that inject faults. Both set
 the environment (endpoint, dummy credentials, one attempt in botocore, short waits), so that worker processes see it too.
 """
 
@@ -29,7 +29,7 @@ BUCKETS = itertools.count()
 
 
 class FaultyS3:
-    """A bucket behind the proxy. Faults meet GETs of objects; with method="PUT" every PUT and POST, with method="LIST" the
+    """A bucket behind the proxy. Faults apply to GETs of objects; with method="PUT" every PUT and POST, with method="LIST" the
     listings."""
 
     def __init__(self, backend: str) -> None:
@@ -46,34 +46,34 @@ class FaultyS3:
         return f"s3://{self.bucket}/{key}"
 
     def put(self, key: str, data: bytes) -> str:
-        """Store an object past the proxy; its URL."""
+        """Store an object, bypassing the proxy. Returns its URL."""
         status, answer = self._direct("PUT", f"/{self.bucket}/{key}", data)
         assert status == 200, answer
         return self.url(key)
 
     def read(self, key: str) -> bytes | None:
-        """An object past the proxy; None when there is none."""
+        """An object, bypassing the proxy; None if it does not exist."""
         status, answer = self._direct("GET", f"/{self.bucket}/{key}")
         return answer if status == 200 else None
 
     def keys(self) -> list[str]:
-        """Every object of the bucket, past the proxy."""
+        """Every object of the bucket, bypassing the proxy."""
         _, answer = self._direct("GET", f"/{self.bucket}?list-type=2")
         return re.findall(r"<Key>(.*?)</Key>", answer.decode())
 
     def fail_next(self, count: int, status: int = 500, method: str = "GET") -> None:
-        """The next requests of the method are answered with the status and reach no storage."""
+        """The next requests of the method get this status and do not reach the storage."""
         with self.lock:
             self.failures[method] += [status] * count
 
     def truncate_next(self, count: int, keep: float = 0.5, announce: bool = True) -> None:
-        """The next GETs of objects announce the whole length, send this share of it, and hang up; without `announce` the
-        answer looks whole."""
+        """The next GETs of objects announce the full length, send this share of it, and hang up; without `announce` the
+        response looks complete."""
         with self.lock:
             self.truncations, self.keep, self.announce = count, keep, announce
 
     def heal(self) -> None:
-        """No fault is left over."""
+        """Remove all pending faults."""
         with self.lock:
             self.failures = {"GET": [], "PUT": [], "LIST": []}
             self.truncations = 0
@@ -163,7 +163,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Faulty
 
 
 def _address(server: subprocess.Popen[bytes], log: Path) -> str:
-    """Where the server listens: it chose a free port itself and says so."""
+    """Where the server listens: it chooses a free port and logs it."""
     waiter = threading.Event()
     for _ in range(600):
         if found := re.search(r"Running on http://(127\.0\.0\.1:\d+)", log.read_text()):

@@ -1,4 +1,4 @@
-"""The SentencePiece wrapper: special ids are fixed, foreign files are refused in words."""
+"""The SentencePiece wrapper: special ids are fixed, other files are refused with a clear message."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_special_ids_decode_to_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no model at all", b"\x80\x04\x95pickle."])
-def test_a_file_that_is_no_model(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_not_a_model(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "t.model").write_bytes(data)
     with pytest.raises(UserError, match=r"t\.model: not a SentencePiece model"):
         Tokenizer.load(tmp_path / "t.model")
 
 
-def test_a_cut_model_and_no_model(tmp_path: Path) -> None:
+def test_a_truncated_model_and_a_missing_one(tmp_path: Path) -> None:
     path = train(tmp_path / "t.model")
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UserError, match="not a SentencePiece model"):

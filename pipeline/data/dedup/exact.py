@@ -1,12 +1,12 @@
-"""Finding duplicates in corpora larger than memory: keys, sorted on disk, compared one range of hashes at a time.
+"""Finding duplicates in corpora larger than memory: keys are sorted on disk and compared one range of hashes at a time.
 
     keys/{rank:05d}.npy             a task's keys, sorted: hash (two numbers), ordinal[, number of the paragraph]
     found/{b:05d}-of-{B:05d}.npy    what range b of the hashes removes, sorted: ordinal[, paragraph], ordinal of the kept one
 
-One machinery serves exact duplicates (a key is the hash of the normalised text), near ones (near.py: hashes of bands) and
-paragraphs (paragraphs.py). Of equal keys the one with the smallest ordinal stays. Ordinals follow the sources, so neither
-the number of tasks, nor of workers, nor their order, nor a restart changes what is removed. Every table is external-sorted
-(sorted_rows.py) and looked up by binary search; no step holds all keys or all removals.
+The same steps find exact duplicates (a key is the hash of the normalized text), near-duplicates (near.py: hashes of bands) and
+repeated paragraphs (paragraphs.py). Of equal keys the one with the smallest ordinal is kept. Ordinals follow the sources, so
+the result does not depend on the number or order of tasks and workers, or on restarts. Tables are sorted externally
+(sorted_rows.py) and searched by binary search; no step holds all keys or all removals in memory.
 
 Hashes have 128 bits: among 10**10 texts, two that differ share one with a chance of 10**20 / 2**129, about 1 in 10**19.
 """
@@ -28,14 +28,14 @@ from datatrove.utils.typeshelper import StatHints
 from pipeline.data.dedup.sorted_rows import MEMORY, Lookup, Rows, TableWriter, merge, run_of
 from pipeline.data.executor.markers import write_record
 
-HASHES = 2**64  # how many values the first half of a hash has
+HASHES = 2**64  # number of values of the first half of a hash
 HASH_COLUMNS = 2
 KEYS_A_PARTITION = 8_000_000  # about 200 MB read by one FindDuplicates task
-MAX_PARTITIONS = 256  # tables that DropDuplicates has open
+MAX_PARTITIONS = 256  # tables that DropDuplicates opens
 
 
-def normalised(text: str) -> str:
-    """What counts as the same text: NFKC, case folded, every run of white space one space, none at the ends."""
+def normalized(text: str) -> str:
+    """The form in which texts are compared: NFKC, case folded, runs of white space as one space, none at the ends."""
     if text.isascii():
         return " ".join(text.lower().split())
     folded = unicodedata.normalize("NFKC", text).casefold()
@@ -43,7 +43,7 @@ def normalised(text: str) -> str:
 
 
 def text_hash(text: str) -> bytes:
-    """128 bits of BLAKE2b over the UTF-8 of a normalised text."""
+    """128 bits of BLAKE2b over the UTF-8 of a normalized text."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
 
@@ -58,30 +58,32 @@ def keys_file(folder: Path, rank: int) -> Path:
 
 
 def count_keys(folder: Path) -> int:
-    """How many keys all tasks together found; from the tables' headers."""
+    """Number of keys of all tasks, from the headers of their tables."""
     return sum(run_of(path).rows for path in _keys_files(folder))
 
 
 def partitions(keys_total: int) -> int:
-    """How many tasks share the search. Any number gives the same result; memory does not depend on it either."""
+    """Number of tasks that share the search. Neither the result nor the memory depends on it."""
     return min(MAX_PARTITIONS, max(1, -(-keys_total // KEYS_A_PARTITION)))
 
 
 def found_file(folder: Path, rank: int, world_size: int) -> Path:
-    """The table of what one range of hashes removes."""
+    """The table of removals for one range of hashes."""
     return folder / f"{rank:05d}-of-{world_size:05d}.npy"
 
 
 def found_files(folder: Path) -> list[Path]:
-    """The tables of all ranges, which have to be there."""
+    """The tables of all ranges, which must be complete."""
     present = set(folder.glob("*-of-*.npy"))
     expected = [found_file(folder, rank, len(present)) for rank in range(len(present))]
-    assert present and present == set(expected), f"{folder}: not one whole set: {sorted(path.name for path in present)}"
+    assert present and present == set(expected), (
+        f"{folder}: incomplete set of tables: {sorted(path.name for path in present)}"
+    )
     return expected
 
 
 class ExactKeys(PipelineStep):  # type: ignore[misc]  # datatrove has no types
-    """Lets documents through and keeps the hash of each; publishes `keys_file(folder, rank)` when the last has passed."""
+    """Passes documents through and records the hash of each; publishes `keys_file(folder, rank)` after the last one."""
 
     type = "DEDUP"
     name = "exact_keys"
@@ -95,15 +97,15 @@ class ExactKeys(PipelineStep):  # type: ignore[misc]  # datatrove has no types
         with TableWriter(keys_file(self.folder, rank), HASH_COLUMNS + 1, self.memory) as table:
             for document in data:
                 self.stat_update(StatHints.total)
-                table.append(key_row(text_hash(normalised(document.text)), document.metadata["ordinal"]))
+                table.append(key_row(text_hash(normalized(document.text)), document.metadata["ordinal"]))
                 yield document
             table.publish()
 
 
 class KeysStep(PipelineStep):  # type: ignore[misc]
-    """The last step of a job: takes the documents and publishes their keys and the task's record.
+    """The last step of a job: consumes the documents and publishes their keys and the task's record.
 
-    Subclasses say which keys a document has.
+    Subclasses define the keys of a document.
     """
 
     type = "DEDUP"
@@ -116,7 +118,7 @@ class KeysStep(PipelineStep):  # type: ignore[misc]
         self.memory = memory
 
     def keys(self, document: Document) -> bytes:
-        """Rows of the keys table, as bytes."""
+        """A document's rows in the table of keys, as bytes."""
         raise NotImplementedError
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
@@ -131,9 +133,9 @@ class KeysStep(PipelineStep):  # type: ignore[misc]
 
 
 class FindDuplicates(PipelineStep):  # type: ignore[misc]
-    """Task b of B searches the b-th part of all hashes: of rows with equal hashes it keeps the first and lists the others.
+    """Task b of B searches the b-th range of hashes: of rows with equal hashes it keeps the first and lists the others.
 
-    keys: folder of what the keys steps published. found: where the lists go.
+    keys: folder of the tables of keys. found: folder for the lists.
     """
 
     type = "DEDUP"
@@ -160,9 +162,9 @@ class FindDuplicates(PipelineStep):  # type: ignore[misc]
 
 
 class DropDuplicates(BaseFilter):  # type: ignore[misc]
-    """Drops the documents that `found` lists; `metadata["keeper"]` is then the ordinal of the one that is kept.
+    """Drops the documents listed in `found` and sets `metadata["keeper"]` to the ordinal of the kept one.
 
-    reason: "exact_duplicate" or "near_duplicate". Documents come in the order of their ordinals, as tasks read them.
+    reason: "exact_duplicate" or "near_duplicate". Documents must come in the order of their ordinals, as tasks read them.
     """
 
     type = "DEDUP"
@@ -188,7 +190,7 @@ class DropDuplicates(BaseFilter):  # type: ignore[misc]
 
 
 def _repeats(pieces: Iterable[Rows]) -> Iterator[Rows]:
-    """From rows sorted by (hash, ordinal, ...): those whose hash came before, as (ordinal, ..., first ordinal)."""
+    """From rows sorted by (hash, ordinal, ...): those whose hash occurred before, as (ordinal, ..., first ordinal)."""
     kept: Rows | None = None  # the first row of the hash the last piece ended with
     for piece in pieces:
         rows = piece if kept is None else np.concatenate([kept, piece])

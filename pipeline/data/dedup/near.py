@@ -1,9 +1,9 @@
-"""Near-duplicates: MinHash over word n-grams, banded (LSH), and clusters of what shares a band.
+"""Near-duplicates: MinHash over word n-grams, banded (LSH), and clusters of documents that share a band.
 
-A document is the set of its word n-grams; the chance that two sets have the same smallest hash is their Jaccard similarity
-s. `rows` such minima side by side are a band, and documents that share one of `bands` bands are near-duplicates: with
-the chance 1 - (1 - s**rows)**bands, an S-shaped curve which `bands_for` puts at the similarity asked for. Clusters are
-joined through shared members (a like b, b like c), and the first document of each is kept.
+A document is the set of its word n-grams; the probability that two sets have the same minimum hash is their Jaccard similarity
+s. `rows` such minima form a band, and documents that share one of `bands` bands are near-duplicates: with probability
+1 - (1 - s**rows)**bands, an S-shaped curve that `bands_for` centers at the requested similarity. Clusters are merged through
+shared members (a like b, b like c), and the first document of each is kept.
 
 The curve is not a step. For the defaults (similarity 0.75, 112 hashes: 14 bands of 8 rows), of pairs with
 
@@ -11,15 +11,15 @@ The curve is not a step. For the defaults (similarity 0.75, 112 hashes: 14 bands
     are found   0.9 %   5.3 %   21 %    56 %    77 %    92 %    98.8 %  99.96 % 100 %
 
 and tests/pipeline/data/dedup/test_near.py measures it. Decision: pairs are not verified. A check against stored signatures
-would cost 900 bytes a document on disk and a second pass over all pairs, to sharpen the flank between 0.5 and 0.8; more
+would cost 900 bytes a document on disk and a second pass over all pairs, only to sharpen the curve between 0.5 and 0.8; more
 `hashes` or a higher `similarity` move it as well.
 
-Decision: datatrove's MinhashDedup* blocks are not used. They call the word tokeniser of a language (spaCy: more to install,
-slow), number documents by task (another number of tasks keeps other documents), tie the number of tasks to the
-number of bands, and hold the clusters in one dictionary. Here keys go through the machinery of duplicates.py.
+Decision: datatrove's MinhashDedup* blocks are not used. They call a language's word tokenizer (spaCy: one more dependency,
+slow), number documents by task (so another number of tasks keeps other documents), tie the number of tasks to the number of
+bands, and hold all clusters in one dictionary. Here keys go through the steps of exact.py.
 
 Words are runs of letters and digits. Chinese, Japanese or Thai text, which has no spaces, is compared by phrases between
-punctuation, so that fewer of its near-duplicates are found.
+punctuation, so fewer of its near-duplicates are found.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ import numpy.typing as npt
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from pipeline.data.dedup.exact import KeysStep, found_file, found_files, key_row, normalised
+from pipeline.data.dedup.exact import KeysStep, found_file, found_files, key_row, normalized
 from pipeline.data.dedup.sorted_rows import MEMORY, NUMBER, Rows, TableWriter, merge, run_of
 from pipeline.data.dedup.word_hashes import WordHashes, ngrams, splitmix64
 from pipeline.data.executor.markers import write_record
 
 Indices = npt.NDArray[np.int64]
 
-BLOCK = 512  # n-grams times all hash functions at once: stays in the processor's cache
+BLOCK = 512  # n-grams hashed at once by all hash functions: fits in the CPU cache
 
 
 def bands_for(similarity: float, hashes: int) -> tuple[int, int]:
     """(bands, rows) with bands * rows <= hashes whose curve is closest to a step at `similarity`.
 
-    Closest: the least sum of the mean share missed above `similarity` and the mean share wrongly found below it. Means, not
-    areas: at a similarity of 0.9 the side above is narrow, and areas would give it up.
+    Closest: the smallest sum of the mean share missed above `similarity` and the mean share falsely found below it. Means, not
+    areas: at a similarity of 0.9 the side above is narrow, and areas would ignore it.
     """
     grid = (np.arange(1000) + 0.5) / 1000
     step = grid >= similarity
@@ -63,7 +63,7 @@ def bands_for(similarity: float, hashes: int) -> tuple[int, int]:
 
 
 class MinHasher:
-    """The smallest hashes of a text's word n-grams; the same on every machine."""
+    """The minimum hashes of a text's word n-grams; the same on every machine."""
 
     def __init__(self, ngram: int, hashes: int) -> None:
         self.ngram = ngram
@@ -74,7 +74,7 @@ class MinHasher:
 
     def signature(self, text: str) -> Rows | None:
         """uint64 [hashes]; None for a text without words. A text of fewer than `ngram` words is one n-gram."""
-        words = self._words.of(normalised(text))
+        words = self._words.of(normalized(text))
         if not len(words):
             return None
         size = min(self.ngram, len(words))
@@ -110,7 +110,7 @@ class NearKeys(KeysStep):
 
 
 class ClusterNear(PipelineStep):  # type: ignore[misc]  # datatrove has no types
-    """One task: joins the pairs of all ranges to clusters, and lists every document but the first of each.
+    """A single task: merges the pairs of all ranges into clusters, and lists every document but the first of each.
 
     Memory grows with the near-duplicate documents (about 100 bytes for each and its pairs), not with the corpus.
     """
@@ -126,7 +126,7 @@ class ClusterNear(PipelineStep):  # type: ignore[misc]  # datatrove has no types
         self.memory = memory
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        assert world_size == 1, "clusters reach across all ranges"
+        assert world_size == 1, "clusters span all ranges"
         runs = [run_of(path) for path in found_files(self.found)]
         pairs = [_distinct(piece) for piece in merge(runs, self.memory)]
         path = found_file(self.clusters, rank, world_size)
@@ -142,8 +142,8 @@ class ClusterNear(PipelineStep):  # type: ignore[misc]  # datatrove has no types
 def components(pairs: Rows) -> Rows:
     """[n, 2] pairs of ordinals to [m, 2]: each ordinal that is not the smallest of its cluster, and the smallest.
 
-    Union-find for all pairs at once: roots that a pair joins are hung below the smaller one, then every path is shortened;
-    parents only get smaller, so it ends, with the smallest as the root.
+    Union-find for all pairs at once: of two roots that a pair joins, the larger becomes a child of the smaller one, then all
+    paths are compressed. Parents only get smaller, so this terminates with the smallest ordinal as the root.
     """
     ordinals, flat = np.unique(pairs, return_inverse=True)
     ends: Indices = flat.reshape(-1, 2).astype(np.int64)
@@ -159,10 +159,10 @@ def components(pairs: Rows) -> Rows:
 
 
 def _band_hash(band: Rows) -> bytes:
-    """Bands need no number: each has its own hash functions, their minima do not meet."""
+    """Without the number of the band: each band has its own hash functions, so their minima do not collide."""
     return hashlib.blake2b(band.tobytes(), digest_size=16).digest()
 
 
 def _distinct(rows: Rows) -> Rows:
-    """Sorted rows without repeats: a pair that shares several bands comes as often."""
+    """Sorted rows without repeats: a pair that shares several bands occurs that often."""
     return rows[np.append(True, (rows[1:] != rows[:-1]).any(axis=1))] if len(rows) else rows

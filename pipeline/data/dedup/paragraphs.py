@@ -1,7 +1,7 @@
-"""Paragraphs that came before, anywhere in the corpus or in the same document, are cut; the first one stays.
+"""Repeated paragraphs, anywhere in the corpus or in the same document, are cut; the first one is kept.
 
-A paragraph is what lies between blank lines. Short ones (fewer than `min_characters` after normalising: headings,
-dialogue) may repeat. Keys and search are those of duplicates.py, with the number of the paragraph beside the ordinal.
+A paragraph is the text between blank lines. Short ones (fewer than `min_characters` after normalization: headings, dialogue)
+may repeat. Keys and search are those of exact.py, with the number of the paragraph after the ordinal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.typeshelper import StatHints
 
-from pipeline.data.dedup.exact import HASH_COLUMNS, KeysStep, found_files, key_row, normalised, text_hash
+from pipeline.data.dedup.exact import HASH_COLUMNS, KeysStep, found_files, key_row, normalized, text_hash
 from pipeline.data.dedup.sorted_rows import MEMORY, Lookup
 
 SEPARATOR = re.compile(r"(\n\s*\n)")
@@ -23,15 +23,15 @@ REASON = "paragraph_duplicate"
 
 
 def split_paragraphs(text: str) -> tuple[list[str], list[str]]:
-    """(paragraphs, separators) in order: one separator fewer, and alternating they are the text. A text that begins or ends
-    with a separator has an empty paragraph there."""
+    """(paragraphs, separators) in order, one separator fewer; alternating, they are the text. A text that begins or ends with
+    a separator has an empty paragraph there."""
     pieces = SEPARATOR.split(text)
     return pieces[::2], pieces[1::2]
 
 
 def cut(text: str, numbers: set[int]) -> str:
-    """The text without the paragraphs of these numbers. A paragraph takes the separator behind it along; what is left ends
-    with its last paragraph, not with a separator that nothing follows. White space alone becomes ""."""
+    """The text without the paragraphs with these numbers. A paragraph is cut together with the separator after it; the rest
+    ends with its last paragraph, not with a separator. Only white space becomes ""."""
     paragraphs, separators = split_paragraphs(text)
     kept = [number for number in range(len(paragraphs)) if number not in numbers]
     if not any(paragraphs[number].strip() for number in kept):
@@ -54,18 +54,18 @@ class ParagraphKeys(KeysStep):
         rows = []
         for number, paragraph in enumerate(split_paragraphs(document.text)[0]):
             if len(paragraph) < self.min_characters and paragraph.isascii():
-                continue  # normalising makes no ASCII text longer
-            text = normalised(paragraph)
+                continue  # normalization never makes ASCII text longer
+            text = normalized(paragraph)
             if len(text) >= self.min_characters:
                 rows.append(key_row(text_hash(text), document.metadata["ordinal"], number))
         return b"".join(rows)
 
 
 class CutParagraphs(PipelineStep):  # type: ignore[misc]  # datatrove has no types
-    """Cuts the paragraphs that `found` lists. A document of which nothing is left comes out with the text "".
+    """Cuts the paragraphs listed in `found`. A document without any paragraph left comes out with the text "".
 
-    exclusion_writer: gets one record for each paragraph that is cut, with its number as `detail` and, as `keeper`, the
-    document that has the first one. Documents come in the order of their ordinals, with the text ParagraphKeys saw.
+    exclusion_writer: receives one record for each paragraph that is cut, with its number as `detail` and the document with the
+    first occurrence as `keeper`. Documents must come in the order of their ordinals, with the text that ParagraphKeys saw.
     """
 
     type = "DEDUP"
@@ -78,7 +78,7 @@ class CutParagraphs(PipelineStep):  # type: ignore[misc]  # datatrove has no typ
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         lookup = Lookup(found_files(self.found))
-        with self.exclusion_writer or _Nowhere() as writer:
+        with self.exclusion_writer or _Discard() as writer:
             for document in data:
                 self.stat_update(StatHints.total)
                 repeated = {number: keeper for number, keeper in sorted(lookup.rows(document.metadata["ordinal"]))}
@@ -99,13 +99,13 @@ class CutParagraphs(PipelineStep):  # type: ignore[misc]  # datatrove has no typ
         document.text = shorter
 
 
-class _Nowhere:
-    """The exclusion writer of those who want none."""
+class _Discard:
+    """An exclusion writer that discards everything."""
 
     def write(self, document: Document, rank: int) -> None:
-        """Keeps nothing."""
+        """Discard the document."""
 
-    def __enter__(self) -> _Nowhere:
+    def __enter__(self) -> _Discard:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,9 +1,9 @@
-"""Sorted tables of numbers on disk, of any length, made and read in bounded memory: what finding duplicates rests on.
+"""Sorted tables of numbers on disk, of any length, written and read in bounded memory: the basis of finding duplicates.
 
-A table is an .npy file of uint64 [rows, columns] with its rows in lexicographic order, so equal content is equal bytes
-whoever wrote it, in whatever order and with however little memory. It is an external merge sort: rows are sorted in runs
-of `memory` bytes, runs are merged window by window. Nothing grows with the number of rows, nor with how often one value
-comes: a boilerplate paragraph that a billion documents share is only a long stretch of equal hashes.
+A table is an .npy file of uint64 [rows, columns] with its rows in lexicographic order, so equal content gives equal bytes,
+independent of the order of writing and of the memory. It is written by an external merge sort: rows are sorted in runs of
+`memory` bytes, and runs are merged window by window. Memory does not grow with the number of rows, nor with how often a value
+occurs: a boilerplate paragraph in a billion documents is only a long stretch of equal hashes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pipeline.io.storage import explain_os_error, publish, sha256_file
 Rows = npt.NDArray[np.uint64]
 
 NUMBER = np.dtype("<u8")
-MEMORY = 32 << 20  # bytes of rows at once; a step that merges, compares and sorts them needs some 250 MB in all
+MEMORY = 32 << 20  # bytes of rows at once; a step that merges, compares and sorts them needs about 250 MB in all
 
 
 def sort_rows(rows: Rows) -> Rows:
     """Rows [n, columns] in lexicographic order.
 
-    The first column decides nearly always (it is half of a hash, or unique), and sorting by one column is several times
-    as fast as by all: only rows which share their first number are compared further.
+    The first column nearly always decides (it is half of a hash, or unique), and sorting by one column is several times as fast
+    as by all of them: only rows with the same first number are compared further.
     """
     ordered: Rows = rows[np.argsort(rows[:, 0], kind="stable")]
     same = ordered[1:, 0] == ordered[:-1, 0]
@@ -46,7 +46,7 @@ def sort_rows(rows: Rows) -> Rows:
 
 @dataclass(frozen=True)
 class Run:
-    """Sorted rows that lie in a row in a file: `source` is a path, or the number of an open file."""
+    """Consecutive sorted rows in a file. `source`: a path, or the descriptor of an open file."""
 
     source: Path | int
     offset: int  # of the first row, in bytes
@@ -54,7 +54,7 @@ class Run:
     columns: int
 
     def read(self, start: int, count: int) -> Rows:
-        """Up to `count` rows from row `start`. A path is opened for this only: thousands of runs are no open files."""
+        """Up to `count` rows from row `start`. A path is opened only for this, because there may be thousands of runs."""
         count = min(count, self.rows - start)
         width = self.columns * NUMBER.itemsize
         handle = self.source if isinstance(self.source, int) else os.open(self.source, os.O_RDONLY)
@@ -63,7 +63,7 @@ class Run:
         finally:
             if not isinstance(self.source, int):
                 os.close(handle)
-        assert len(data) == count * width, f"{self.source}: cut"
+        assert len(data) == count * width, f"{self.source}: truncated"
         return np.frombuffer(data, NUMBER).reshape(count, self.columns)
 
 
@@ -77,10 +77,10 @@ def run_of(path: Path, first: int = 0, last: int = 2**64) -> Run:
 def merge(runs: Iterable[Run], memory: int = MEMORY) -> Iterator[Rows]:
     """All rows of the runs in order, in pieces of at most about `memory` bytes.
 
-    Each run is read through a window in proportion to its length; hashes being evenly spread, the windows end at about the
-    same value. What is not above the lowest end of an unfinished window can come out. Where runs follow one another
-    instead (one hash everywhere, then ordinals decide), only the windows that begin below that end are touched, or
-    thousands of runs would be searched for every few rows.
+    Each run is read through a window proportional to its length; since hashes are evenly distributed, the windows end at about
+    the same value. Rows up to the lowest end of an unfinished window can be emitted. If runs follow one another instead (one
+    hash everywhere, so ordinals decide), only the windows that begin below that end are touched; otherwise thousands of runs
+    would be searched for every few rows.
     """
     runs = [run for run in runs if run.rows]
     share = memory / max(memory, sum(run.rows * run.columns for run in runs) * NUMBER.itemsize)
@@ -91,7 +91,7 @@ def merge(runs: Iterable[Run], memory: int = MEMORY) -> Iterator[Rows]:
     heapq.heapify(ends)
     while heads:
         while ends and windows[ends[0][1]].end != ends[0][0]:
-            heapq.heappop(ends)  # this window has moved on since
+            heapq.heappop(ends)  # this window has advanced since
         bound = ends[0][0] if ends else None
         touched = []
         while heads and (bound is None or heads[0][0] <= bound):
@@ -117,13 +117,13 @@ class _Window:
         self.fill()
 
     def fill(self) -> None:
-        """Read on behind what is there."""
+        """Read more rows from the run until the window is full."""
         more = self.run.read(self._read, self.size - len(self.rows))
         self._read += len(more)
         self.rows = np.concatenate([self.rows, more])
 
     def take(self, bound: tuple[int, ...] | None) -> Rows:
-        """Take out what is not above `bound`; all without one."""
+        """Remove and return the rows up to `bound`, or all rows without one."""
         count = len(self.rows) if bound is None else count_up_to(self.rows, bound)
         taken, self.rows = self.rows[:count], self.rows[count:]
         return taken
@@ -135,28 +135,28 @@ class _Window:
 
     @property
     def end(self) -> tuple[int, ...] | None:
-        """The last row; None when the run has no more behind it."""
+        """The last row; None if the run has no rows after it."""
         return tuple(self.rows[-1].tolist()) if self._read < self.run.rows else None
 
 
 def count_up_to(rows: Rows, bound: tuple[int, ...]) -> int:
-    """How many of the sorted rows are not above `bound`, column after column."""
+    """Number of the sorted rows that are <= `bound`, column by column."""
     start, stop = 0, len(rows)
     for column, value in enumerate(bound):
         among, number = (
             rows[start:stop, column],
             np.uint64(value),
-        )  # sorted: the columns before are equal in all of them
+        )  # sorted, as the columns before are equal in all of them
         left, right = np.searchsorted(among, number, "left"), np.searchsorted(among, number, "right")
         start, stop = start + int(left), start + int(right)
     return stop
 
 
 class TableWriter:
-    """Writes a table from rows in any order; `publish` gives it its name, whole or not at all.
+    """Writes a table from rows in any order; `publish` gives it its name atomically.
 
-    What does not fit into `memory` waits in a file without a name beside the target: it is gone with the process, also on
-    kill -9.
+    Rows that do not fit into `memory` are spilled to an unnamed temporary file next to the target, which disappears with the
+    process, also on kill -9.
     """
 
     def __init__(self, target: Path, columns: int, memory: int = MEMORY) -> None:
@@ -176,7 +176,7 @@ class TableWriter:
             self._runs.append(self._write_run())
 
     def publish(self) -> dict[str, Any]:
-        """Give the table its name. Returns {"sha256", "size"} of the file."""
+        """Write the table under its final name. Returns {"sha256", "size"} of the file."""
         if self._runs and self._buffer:
             self._runs.append(self._write_run())
         pieces = merge(self._runs, self.memory) if self._runs else iter([self._sorted()])
@@ -212,14 +212,14 @@ class TableWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # the buffer of a full disk, which was reported when it happened
+        with contextlib.suppress(OSError):  # from flushing the buffer on a full disk; already reported when it happened
             self._spill.close()
 
 
 class Lookup:
-    """The rows of several tables by their first number, asked for in ascending order.
+    """The rows of several tables by their first number, requested in ascending order.
 
-    Tables are mapped, not read: each is followed from the row it is at, and long stretches nobody asks for (other tasks'
+    Tables are memory-mapped. Each is followed from its current row, and long stretches that are not requested (other tasks'
     documents) are skipped by binary search.
     """
 
@@ -230,8 +230,8 @@ class Lookup:
         self._last = 0
 
     def rows(self, wanted: int) -> list[tuple[int, ...]]:
-        """The rows that begin with `wanted`, without it; in the order of the tables."""
-        assert wanted >= self._last, f"{wanted} is asked for after {self._last}"
+        """The rows that begin with `wanted`, without that number, in the order of the tables."""
+        assert wanted >= self._last, f"{wanted} requested after {self._last}"
         self._last = wanted
         found: list[tuple[int, ...]] = []
         while self._heads and self._heads[0][0] <= wanted:
@@ -250,5 +250,5 @@ class Lookup:
 
 
 def _position(column: Rows, number: int) -> int:
-    """Where `number` (at most 2**64) would stand in a sorted column. As uint64: numpy would compare small ints as floats."""
+    """Where `number` (at most 2**64) belongs in a sorted column. As uint64: numpy would compare small ints as floats."""
     return len(column) if number >= 2**64 else int(np.searchsorted(column, np.uint64(number)))

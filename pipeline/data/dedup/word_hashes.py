@@ -1,6 +1,6 @@
-"""Words and runs of words as 64-bit numbers: what near-duplicates and contamination are found by.
+"""64-bit hashes of words and word n-grams, for finding near-duplicates and contamination.
 
-Words are runs of letters and digits (`\\w+`). The numbers are the same on every machine and in every version of Python.
+Words are runs of letters and digits (`\\w+`). The hashes are the same on every machine and in every version of Python.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 class WordHashes(dict[str, int]):
-    """Word -> 64-bit hash, computed when first asked for. word: the pattern of one."""
+    """Word -> 64-bit hash, computed on first use. word: the pattern of a word."""
 
     word: Any = WORD
 
@@ -31,14 +31,14 @@ class WordHashes(dict[str, int]):
         return value
 
     def hash_of(self, word: str) -> int:
-        """What a word's hash is."""
+        """Compute a word's hash."""
         return int.from_bytes(hashlib.blake2b(word.encode("utf-8"), digest_size=8).digest(), "little")
 
     def of(self, text: str) -> Rows:
         """The hash of each word of a text, in order."""
         pieces, start = [], 0
         while start < len(text):
-            stop = text.find(" ", start + PIECE)  # a piece ends at a space, so that no word is cut
+            stop = text.find(" ", start + PIECE)  # a piece ends at a space, so no word is cut
             stop = len(text) if stop < 0 else stop
             words = self.word.findall(text, start, stop)
             pieces.append(np.fromiter(map(self.__getitem__, words), NUMBER, len(words)))
@@ -49,7 +49,7 @@ class WordHashes(dict[str, int]):
 
 
 def ngrams(words: Rows, size: int) -> Rows:
-    """The hash of each `size` words in a row; none for fewer words."""
+    """The hash of each run of `size` words; none if there are fewer words."""
     count = max(0, len(words) - size + 1)
     total = np.zeros(count, NUMBER)
     for place in range(size):
@@ -58,7 +58,7 @@ def ngrams(words: Rows, size: int) -> Rows:
 
 
 def splitmix64(numbers: Rows) -> Rows:
-    """A well mixed 64-bit number for each."""
+    """A well-mixed 64-bit number for each number."""
     mixed = numbers + np.uint64(GOLDEN)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(MIX[0])
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(MIX[1])

@@ -1,7 +1,7 @@
-"""The index of document shards: what each task and each step counted, added up, and whether it makes a corpus.
+"""Building the index of document shards: the counts of tasks and steps, added up, and checks that they make a usable corpus.
 
-Counts are checked against one another: what was read is what was kept and what was removed, or the stage fails. Nothing in
-here says where the corpus lies, or which engine and how many workers ran: equal corpora have equal fingerprints.
+Counts must agree: the documents read are those kept plus those removed, or the stage fails. The index does not contain where
+the corpus is stored, which engine ran, or how many workers: equal corpora have equal fingerprints.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ def build_index(
     steps: list[dict[str, Any]],
     records: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The index of document shards, with its fingerprint. steps: `tasks.step_stats` of the first and the last job;
-    records: of the last job's tasks, by rank."""
+    """The index of document shards, with its fingerprint. steps: `step_stats` of the first and the last job; records: those of
+    the last job's tasks, by rank."""
     shards = [shard for split in SPLITS for record in records for shard in record["shards"] if shard["split"] == split]
     splits = {split: _totals([shard for shard in shards if shard["split"] == split]) for split in SPLITS}
     read = next(step["stats"] for step in steps if step["name"] == "read")
     kept = sum(record["documents_kept"] for record in records)
     settings = data.model_dump(mode="json", include=set(IN_INDEX)) | {"tasks": tasks}
-    if data.clean.decontaminate is not None:  # where the evaluation files lie is nobody's identity
+    if (
+        data.clean.decontaminate is not None
+    ):  # names, not paths: the fingerprint must not depend on where they are stored
         settings["clean"]["decontaminate"]["files"] = [f.name for f in evaluation_files(data.clean.decontaminate.files)]
     index: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -99,7 +101,7 @@ def _reasons(stats: dict[str, int]) -> dict[str, int]:
 
 
 def removed_by_reason(index: dict[str, Any]) -> dict[str, int]:
-    """How many documents were removed for each reason, over all steps (two of them look at the length)."""
+    """Number of documents removed for each reason, over all steps (two of them check the length)."""
     total: Counter[str] = Counter()
     for step in index["steps"]:
         total.update(step["removed"])
@@ -117,23 +119,23 @@ def _totals(shards: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_splits(index: dict[str, Any], data: DataConfig, records: list[dict[str, Any]]) -> None:
-    """Raise UserError when there is nothing to train or to validate on."""
+    """Raise UserError if there is nothing to train or to validate on."""
     counts, splits = index["counts"], index["splits"]
     if not counts["documents_written"]:
         gone = {**index["rejected"], **removed_by_reason(index)}
         why = ", ".join(f"{n} {reason}" for reason, n in gone.items()) or "the files are empty"
         raise UserError(
-            f"data.sources: {counts['files']} files and no document left ({why}); name other sources, or loosen data.clean "
+            f"data.sources: {counts['files']} files, but no document is left ({why}); use other sources, or relax data.clean "
             "or data.min_characters"
         )
     if not splits["val"]["documents"]:
         smallest = math.ceil(min(record["lowest_hash"] for record in records) * 1000 + 1e-9) / 1000
         raise UserError(
-            f"the val split is empty: data.val_fraction {data.val_fraction} of {counts['documents_kept']} documents took none; "
-            f"set data.val_fraction to {smallest} or more (it is measured in documents, chosen by hash)"
+            f"the val split is empty: data.val_fraction {data.val_fraction} of {counts['documents_kept']} documents selected "
+            f"none; set data.val_fraction to {smallest} or more (a fraction of documents, selected by hash)"
         )
     if not splits["train"]["documents"]:
         raise UserError(
             f"the train split is empty: data.val_fraction {data.val_fraction} and data.test_fraction "
-            f"{data.test_fraction} took all {counts['documents_kept']} documents; lower them or name more text"
+            f"{data.test_fraction} selected all {counts['documents_kept']} documents; lower them or add text"
         )

@@ -1,8 +1,8 @@
-"""Document shards as written: their index, and reading them back checked, from a folder or an fsspec URL.
+"""Finished document shards: their index, and verified reads, from a folder or an fsspec URL.
 
-`index.json` (schema 2) holds what the shards hold, what every cleaning step did, and what was left out, by reason. Its
-fingerprint covers all of it, so that it names the corpus: the same text sharded the same way has the same fingerprint on any
-machine and wherever the corpus lies.
+`index.json` (schema 2) describes the shards, what each cleaning step did, and what was left out, by reason. Its fingerprint
+covers all of this and identifies the corpus: the same text sharded the same way has the same fingerprint on any machine,
+wherever the corpus is stored.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHARD_AGAIN = "run `pldr shard` again"
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its UTF-8 text and what is known of it (source, sha256, split, license, repeat, part)."""
+    """One document: its text and metadata (source, sha256, split, license, repeat, part)."""
 
     key: str
     text: str
@@ -41,7 +41,7 @@ class Document:
 
 @dataclass(frozen=True)
 class DocumentIndex:
-    """`documents/index.json`, read once. `tree`: all of it."""
+    """`documents/index.json`, read once. `tree`: the entire index."""
 
     folder: str
     fingerprint: str
@@ -51,13 +51,13 @@ class DocumentIndex:
 
     @classmethod
     def load(cls, folder: str | Path) -> DocumentIndex:
-        """Raises UserError when there is no finished index, or one that is damaged."""
+        """Read `index.json`. Raises UserError if there is none (unfinished documents) or it is damaged."""
         url = join(check_url(str(folder)), "index.json")
         if not exists(url):
             raise UserError(f"{url}: no finished documents; run `pldr shard` first")
         tree = read_json(url, schema_version=SCHEMA_VERSION)
         if tree.get("fingerprint") != fingerprint_of(tree):
-            raise UserError(f"{url}: its fingerprint does not fit its content; it was changed: {SHARD_AGAIN}")
+            raise UserError(f"{url}: its fingerprint does not match its content; it was changed: {SHARD_AGAIN}")
         return cls(str(folder), tree["fingerprint"], tuple(tree["shards"]), tree["splits"], tree)
 
     def of_split(self, split: str) -> list[dict[str, Any]]:
@@ -65,11 +65,11 @@ class DocumentIndex:
         return [shard for shard in self.shards if shard["split"] == split]
 
     def verify(self) -> int:
-        """Check size and sha256 of every shard and every list of removed documents; returns how many files.
+        """Check size and sha256 of every shard and every list of removed documents; returns the number of files.
         Raises UserError naming the first that is damaged or missing."""
         files = [*self.shards, *self.tree["removed"]]
         for facts in files:
-            check_file(join(self.folder, facts["name"]), facts, mend=SHARD_AGAIN)
+            check_file(join(self.folder, facts["name"]), facts, fix=SHARD_AGAIN)
         return len(files)
 
 
@@ -79,11 +79,11 @@ def fingerprint_of(tree: dict[str, Any]) -> str:
 
 
 def read_shard(folder: str | Path, shard: dict[str, Any]) -> Iterator[Document]:
-    """The documents of a shard in order, streamed. The file is checked against the index before anything comes out.
+    """The documents of a shard in order, streamed. The file is checked against the index before anything is returned.
 
     Raises UserError naming the shard when it is missing or damaged.
     """
-    with checked_file(join(folder, shard["name"]), shard, mend=SHARD_AGAIN) as path:
+    with checked_file(join(folder, shard["name"]), shard, fix=SHARD_AGAIN) as path:
         members = read_members(path)
         for name, payload in members:
             key, _, extension = name.partition(".")
@@ -93,28 +93,28 @@ def read_shard(folder: str | Path, shard: dict[str, Any]) -> Iterator[Document]:
 
 
 def read_texts(folder: str | Path, shard: dict[str, Any]) -> Iterator[bytes]:
-    """The texts alone of `read_shard`, as UTF-8, at half its cost: what matters where documents are short."""
-    with checked_file(join(folder, shard["name"]), shard, mend=SHARD_AGAIN) as path:
+    """Only the texts of `read_shard`, as UTF-8, at half the cost, which matters for short documents."""
+    with checked_file(join(folder, shard["name"]), shard, fix=SHARD_AGAIN) as path:
         yield from (payload for name, payload in read_members(path) if name.endswith(".txt"))
 
 
 def read_removed(index: DocumentIndex) -> Iterator[dict[str, Any]]:
-    """What the stage left out or cut, record by record: id, step, reason, source and what else is known of it."""
+    """What the stage left out or cut, record by record: id, step, reason, source and further details."""
     for facts in index.tree["removed"]:
-        with checked_file(join(index.folder, facts["name"]), facts, mend=SHARD_AGAIN) as path, open(path, "rb") as raw:
+        with checked_file(join(index.folder, facts["name"]), facts, fix=SHARD_AGAIN) as path, open(path, "rb") as raw:
             lines = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
             for line in lines:
                 yield json.loads(line)
 
 
 @contextmanager
-def checked_file(url: str, facts: dict[str, Any], *, mend: str) -> Iterator[Path]:
-    """A local path with the bytes that `facts` (bytes, sha256) promise: the file itself, or a temporary copy of a remote one.
+def checked_file(url: str, facts: dict[str, Any], *, fix: str) -> Iterator[Path]:
+    """A local path of a file checked against `facts` (bytes, sha256): the file itself, or a temporary copy of a remote one.
 
     Raises UserError naming the file when it is missing or damaged.
     """
     if is_local(url):
-        check_file(url, facts, mend=mend)
+        check_file(url, facts, fix=fix)
         yield Path(url.removeprefix("file://"))
         return
     with tempfile.NamedTemporaryFile(prefix="pldr-") as copy:
@@ -123,22 +123,24 @@ def checked_file(url: str, facts: dict[str, Any], *, mend: str) -> Iterator[Path
                 while chunk := stream.read(CHUNK):
                     copy.write(chunk)
         except FileNotFoundError:
-            raise UserError(f"{public_url(url)}: missing, but its index lists it; {mend}") from None
+            raise UserError(f"{public_url(url)}: missing, but its index lists it; {fix}") from None
         copy.flush()
         try:
-            check_file(copy.name, facts, mend=mend)
+            check_file(copy.name, facts, fix=fix)
         except UserError as error:
             raise UserError(str(error).replace(copy.name, url)) from None
         yield Path(copy.name)
 
 
-def check_file(url: str | Path, facts: dict[str, Any], *, mend: str) -> None:
-    """A file is there, whole and unchanged: `facts` holds its bytes and sha256. Raises UserError naming it."""
+def check_file(url: str | Path, facts: dict[str, Any], *, fix: str) -> None:
+    """Check that a file exists with the size and sha256 in `facts`. Raises UserError naming it."""
     try:
         size = size_of(str(url))
     except FileNotFoundError:
-        raise UserError(f"{public_url(url)}: missing, but its index lists it; {mend}") from None
+        raise UserError(f"{public_url(url)}: missing, but its index lists it; {fix}") from None
     if size != facts["bytes"]:
-        raise UserError(f"{public_url(url)}: {size} bytes, its index says {facts['bytes']}: cut or damaged; {mend}")
+        raise UserError(
+            f"{public_url(url)}: {size} bytes, its index says {facts['bytes']}: truncated or damaged; {fix}"
+        )
     if sha256_file(url) != facts["sha256"]:
-        raise UserError(f"{public_url(url)}: its sha256 is not the one in its index: damaged; {mend}")
+        raise UserError(f"{public_url(url)}: its sha256 is not the one in its index: damaged; {fix}")

@@ -1,14 +1,14 @@
-"""Stage `shard`: corpora to document tars, cleaned, in parallel, restartable, byte-identical whoever runs it.
+"""Stage `shard`: corpora to cleaned document tars, in parallel, restartable, byte-identical on every machine.
 
     files -> units -> clean -> spool -> find duplicates -> write -> documents/{train,val,test}-{shard:06d}.tar, index.json
 
-Each arrow is a job of datatrove tasks (tasks.py) on the engine of `data.executor`; docs/data.md has the picture. Units, pieces
-of files, are dealt to `data.tasks` tasks by size; task i writes shard i of each split. `data.workers` and the engine change
-nothing in the result. Duplicates are found between jobs from sorted keys on disk (duplicates.py): memory does not grow with
-the corpus.
+The arrows are jobs of datatrove tasks (pipeline/data/executor/jobs.py) on the engine of `data.executor`; docs/data.md has a
+diagram. Units (pieces of files) are assigned to `data.tasks` tasks by size; task i writes shard i of each split. `data.workers`
+and the engine do not change the result. Duplicates are found between jobs from sorted keys on disk (pipeline/data/dedup), so
+memory does not grow with the corpus.
 
-Restart: finished tasks are believed as long as their files have their sha256 (tasks.py); the index is written last, and a
-folder without it is unfinished. The spool is deleted at the end: to run the stage again is to clean again.
+Restart: a finished task is not run again while its files have their recorded sha256; the index is written last, and a folder
+without it is unfinished. The spool is deleted at the end, so running the stage again cleans again.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from pipeline.data.documents.write import WriteDocuments
 from pipeline.data.executor.jobs import DROPPED, Engine, engine_of, run_tasks
 from pipeline.data.executor.markers import is_complete, step_stats
 from pipeline.data.executor.progress import advance
-from pipeline.data.filters import chain as clean
-from pipeline.data.filters import decontaminate, length
-from pipeline.data.filters.length import SplitLong
+from pipeline.data.filters import chain, decontaminate
+from pipeline.data.filters.length import LengthFilter, SplitLong
 from pipeline.data.readers.sources import find_files
 from pipeline.data.readers.text import bad_input_error, read_unit
 from pipeline.data.readers.units import Rejected, Unit, deal, ordinal, plan_units, unit_as_dict, unit_from_dict
@@ -44,38 +43,38 @@ from pipeline.data.tar import remove_strays
 from pipeline.io.storage import publish_json, read_json, require_free_space, sha256_json
 from pipeline.io.urls import is_local, join, local_path
 
-if TYPE_CHECKING:  # workers import this module; torch is behind the configuration
+if TYPE_CHECKING:  # workers import this module, and the configuration imports torch
     from pipeline.config.paths import RunPaths
     from pipeline.config.run import RunConfig
 
-TASK_BYTES = 256_000_000  # of text, about: what one task gets unless data.tasks is set
+TASK_BYTES = 256_000_000  # of text, about, for one task unless data.tasks is set
 REMOVED = re.compile(r"\d{6}\.jsonl\.zst")
-SPOOL = 0.5  # bytes of spool per byte of text, about
+SPOOL = 0.5  # estimated bytes of spool per byte of text
 
 
 def shard_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = False) -> dict[str, Any]:
     """Run the stage. Returns {"fingerprint", "documents", "removed", "rejected", "splits", "shards", "files"}.
 
-    dry_run: with data.executor slurm, only write the first job's script and check it; raises engines.DryRun.
+    dry_run: with data.executor slurm, only write and check the script of the first job; raises DryRun.
 
-    Raises UserError for a source, file or line that cannot be read (unless data.on_bad_input is skip), a corpus that ends up
-    empty, a split without documents, a package that a step needs, or a full disk.
+    Raises UserError for a source, file or line that cannot be read (unless data.on_bad_input is skip), an empty corpus, a split
+    without documents, a missing package, or a full disk.
     """
-    clean.check_extras(config.data.clean.model_dump())
-    chain = _Chain(config, paths, engine_of(config.data, dry_run=dry_run))
-    records = chain.run()
+    chain.check_extras(config.data.clean.model_dump())
+    jobs = _Jobs(config, paths, engine_of(config.data, dry_run=dry_run))
+    records = jobs.run()
     index = build_index(
         config.data,
-        files=chain.files,
-        ignored=chain.ignored,
-        tasks=chain.tasks,
-        steps=chain.step_stats(),
+        files=jobs.files,
+        ignored=jobs.ignored,
+        tasks=jobs.tasks,
+        steps=jobs.step_stats(),
         records=records,
     )
     check_splits(index, config.data, records)
-    chain.remove_strays({shard["name"] for shard in index["shards"]}, {file["name"] for file in index["removed"]})
-    publish_json(join(chain.folder, "index.json"), index)
-    chain.discard_spool()
+    jobs.remove_strays({shard["name"] for shard in index["shards"]}, {file["name"] for file in index["removed"]})
+    publish_json(join(jobs.folder, "index.json"), index)
+    jobs.discard_spool()
     counted = ("documents", "text_bytes", "shards")
     return {
         "fingerprint": index["fingerprint"],
@@ -89,7 +88,7 @@ def shard_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = False
 
 
 def stage_inputs(config: RunConfig) -> dict[str, Any]:
-    """Everything that decides the stage's result: its settings, and which files there are, with size and times."""
+    """Everything that determines the stage's result: its settings, and its files with size and times."""
     from pipeline.config.keys import of_stage
 
     data = config.data
@@ -105,7 +104,7 @@ def stage_inputs(config: RunConfig) -> dict[str, Any]:
 
 
 class ReadUnits(PipelineStep):  # type: ignore[misc]  # datatrove has no types
-    """The documents of a task's units. Bad input stops the task, or is counted by its reason and recorded."""
+    """The documents of a task's units. Bad input stops the task, or is counted by reason and recorded."""
 
     type = "READER"
     name = "read"
@@ -145,8 +144,8 @@ def _rejected(unit: Unit, item: Rejected) -> Document:
     return Document(text="", id=name, metadata=metadata)
 
 
-class _Chain:
-    """The stage's jobs in order, and the folders they meet in."""
+class _Jobs:
+    """The stage's jobs in order, and the folders through which they pass data."""
 
     def __init__(self, config: RunConfig, paths: RunPaths, engine: Engine) -> None:
         self.data = config.data
@@ -162,7 +161,7 @@ class _Chain:
         self.found = self.work / "found"
 
     def run(self) -> list[dict[str, Any]]:
-        """Every job that is not complete; the records of the last one's tasks, by rank."""
+        """Run every incomplete job. Returns the records of the last one's tasks, by rank."""
         needed = self.text_bytes * (SPOOL + (1.1 if is_local(self.folder) else 0))
         require_free_space(self.work, int(needed), "cleaning and writing the documents")
         steps = self.data.clean
@@ -173,29 +172,29 @@ class _Chain:
                 self._find(self.work / "clean" / "exact-keys", "exact")
             if near := steps.near_duplicates:
                 keys = self.work / "near-keys"
-                tap = NearKeys(keys, near.similarity, near.ngram, near.hashes, work=keys)
-                self._job("near-keys", [*self._survivors(near=False), tap])
+                near_keys = NearKeys(keys, near.similarity, near.ngram, near.hashes, work=keys)
+                self._job("near-keys", [*self._survivors(near=False), near_keys])
                 self._find(keys, "near-pairs")
                 cluster = ClusterNear(self.found / "near-pairs", self.found / "near", work=self.found / "near")
                 self._job("found/near", [cluster], tasks=1)
             if paragraphs := steps.paragraph_duplicates:
                 keys = self.work / "paragraph-keys"
-                tap = ParagraphKeys(keys, paragraphs.min_characters, work=keys)
-                self._job("paragraph-keys", [*self._survivors(), tap])
+                paragraph_keys = ParagraphKeys(keys, paragraphs.min_characters, work=keys)
+                self._job("paragraph-keys", [*self._survivors(), paragraph_keys])
                 self._find(keys, "paragraphs")
         return self._job("write", last, output=self.folder)
 
     def step_stats(self) -> list[dict[str, Any]]:
-        """What each step of the first and the last job counted, in their order."""
+        """The counts of each step of the first and the last job, in order."""
         return [step for job in ("clean", "write") for step in step_stats(self.work / job, self.tasks)]
 
     def discard_spool(self) -> None:
-        """Delete what only a restart in the middle needs."""
+        """Delete files that only a restart of an unfinished stage needs."""
         for job in ("clean/spool", "clean/exact-keys", "near-keys", "paragraph-keys", "found"):
             shutil.rmtree(self.work / job, ignore_errors=True)
 
     def remove_strays(self, shards: set[str], removed: set[str]) -> None:
-        """Files of an earlier corpus with more tasks: a reader that globs would mix them in."""
+        """Delete files of an earlier corpus with more tasks, which a reader that globs would mix in."""
         remove_strays(self.folder, shards)
         lists = join(self.folder, "removed")
         if not is_local(lists) or local_path(lists).is_dir():
@@ -238,7 +237,7 @@ class _Chain:
                 max_document_bytes=data.max_document_megabytes * 10**6,
                 stop=data.on_bad_input == "error",
             ),
-            *clean.document_blocks(
+            *chain.document_blocks(
                 settings,
                 min_characters=data.min_characters,
                 max_characters=data.max_characters,
@@ -246,17 +245,17 @@ class _Chain:
                 removed=lambda step: RemovedWriter(folder, step),
             ),
         ]
-        taps = [ExactKeys(keys)] if keys else []
+        key_steps = [ExactKeys(keys)] if keys else []
         removed = [step.name for step in steps]
-        self._job("clean", [*steps, *taps, WriteSpool(self.work / "clean", keys=keys, removed=removed)])
+        self._job("clean", [*steps, *key_steps, WriteSpool(self.work / "clean", keys=keys, removed=removed)])
 
     def _find(self, keys: Path, name: str) -> None:
-        """Duplicates among sorted keys: one task for each range of hashes."""
+        """Find duplicates among sorted keys: one task for each range of hashes."""
         found = self.found / name
         self._job(f"found/{name}", [FindDuplicates(keys, found, work=found)], tasks=partitions(count_keys(keys)))
 
     def _survivors(self, *, near: bool = True) -> list[PipelineStep]:
-        """The spool without the duplicates found so far; they are recorded when the documents are written."""
+        """The spool without the duplicates found so far. They are recorded when the documents are written."""
         return [ReadSpool(self.spool), *self._drops(None, near=near)]
 
     def _drops(self, removed: Path | None, *, near: bool = True) -> list[PipelineStep]:
@@ -282,11 +281,11 @@ class _Chain:
             blocks.append(CutParagraphs(self.found / "paragraphs", writer))
         if steps.paragraph_duplicates or (steps.decontaminate and steps.decontaminate.action == "cut"):
             writer = RemovedWriter(folder, "length")
-            blocks.append(length.LengthFilter(data.min_characters, data.max_characters, exclusion_writer=writer))
+            blocks.append(LengthFilter(data.min_characters, data.max_characters, exclusion_writer=writer))
         if steps.split_long:
             blocks.append(SplitLong(steps.split_long.max_characters))
         cleaned = self.work / "clean" / "removed"
-        names = ["read", *clean.block_names(steps.model_dump())]
+        names = ["read", *chain.block_names(steps.model_dump())]
         sink = WriteDocuments(
             self.folder,
             self.work / "write",

@@ -1,11 +1,11 @@
-"""Documents on their way between the jobs of stage `shard`, and the record of what was left out.
+"""The spool of documents between the jobs of stage `shard`, and the records of what was left out.
 
-    spool/{rank:05d}.jsonl.zst    a task's documents in order, one JSON a line
-    removed/{rank:05d}.jsonl.zst  what was removed or cut on the way, with step and reason, one JSON a line
+    spool/{rank:05d}.jsonl.zst    a task's documents in order, one JSON per line
+    removed/{rank:05d}.jsonl.zst  what was removed or cut, with step and reason, one JSON per line
 
-A duplicate can only be told when the whole corpus has been seen, so cleaned documents are written once, found duplicates
-are lists of ordinals, and the last job reads the spool without them. Files are zstd (level 1: about as fast as the disk)
-and deleted when the stage is done.
+Duplicates are known only after the entire corpus has been read, so cleaned documents are written once, duplicates are lists of
+ordinals, and the last job reads the spool without them. Files are zstd (level 1: about as fast as the disk) and are deleted
+when the stage is done.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ import zstandard
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from pipeline.data.dedup.exact import keys_file, normalised
+from pipeline.data.dedup.exact import keys_file, normalized
 from pipeline.data.executor.markers import write_record
 from pipeline.data.executor.progress import advance
 from pipeline.data.readers.units import split_ordinal, unit_from_dict
 from pipeline.io.storage import publish, read_json, sha256_file
 
-EXCERPTS = 10  # of each reason, in each task
+EXCERPTS = 10  # per reason and task
 EXCERPT_CHARACTERS = 300
 LEVEL = 1
 
 
 class WriteSpool(PipelineStep):  # type: ignore[misc]  # datatrove has no types
-    """The last step of the cleaning job: writes a task's documents to `job/spool`, each with `key`, the hash that decides its
-    split, and the task's record.
+    """The last step of the cleaning job: writes the task's record, and its documents to `job/spool`, each with `key`, the hash
+    that decides its split.
 
-    The key is taken before duplicates are cut out, so that equal texts stay together whatever is cut later.
-    keys: folder of the exact keys that a step before published, if one did. removed: the steps that record removals.
+    The key is computed before duplicates are cut, so equal texts stay in one split whatever is cut later.
+    keys: folder of the exact keys that an earlier step published, if any. removed: names of the steps that record removals.
     """
 
     type = "WRITER"
@@ -84,26 +84,26 @@ class ReadSpool(PipelineStep):  # type: ignore[misc]
 
 
 def spool_file(folder: Path, rank: int) -> Path:
-    """Where a task's spool (or list of removed documents) is."""
+    """The path of a task's spool (or list of removed documents)."""
     return folder / f"{rank:05d}.jsonl.zst"
 
 
 def split_key(text: str) -> str:
-    """Hex sha256 of the normalised text: what decides the split. Texts that differ in case, width or white space only
-    have the same."""
-    return hashlib.sha256(normalised(text).encode("utf-8")).hexdigest()
+    """Hex sha256 of the normalized text, which decides the split. It is the same for texts that differ only in case, width or
+    white space."""
+    return hashlib.sha256(normalized(text).encode("utf-8")).hexdigest()
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a zstd file of ours, streamed."""
+    """The lines of a zstd file, streamed."""
     with open(path, "rb") as raw:
         yield from io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 20)
 
 
 class RemovedWriter:
-    """The `exclusion_writer` of datatrove's filters: one step's removals of a task, appended to a file of their own.
+    """An `exclusion_writer` for datatrove's filters: writes the removals of one step and task to one file.
 
-    units: JSON list of all units, to name the document that a duplicate duplicates.
+    units: JSON list of all units, from which the kept document of a duplicate is named.
     """
 
     def __init__(self, folder: Path, step: str, *, units: Path | None = None) -> None:
@@ -125,7 +125,7 @@ class RemovedWriter:
         self._stream, self._seen = None, Counter()
 
     def write(self, document: Document, rank: int = 0) -> None:
-        """Record a document that is left out (or a passage that is cut): the reason is in its metadata."""
+        """Record a document that is left out (or a passage that is cut); its metadata has the reason."""
         reason = document.metadata.get("filter_reason", self.step)
         record: dict[str, Any] = {"id": document.id, "step": self.step, "reason": reason}
         record["source"] = document.metadata.get("source")
@@ -152,7 +152,7 @@ class RemovedWriter:
 
 
 def merge_removed(target: Path, parts: Iterable[tuple[Path, int, str]]) -> int:
-    """One zstd file of the removals in `parts` (folder, rank, step), in that order; returns how many records."""
+    """Write the removals in `parts` (folder, rank, step), in that order, to one zstd file; returns the number of records."""
     count = 0
 
     def write(temporary: Path) -> None:

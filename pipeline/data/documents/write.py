@@ -1,14 +1,13 @@
-"""The last job of stage `shard`: cleaned documents to document tars, by split and by weight.
+"""The last job of stage `shard`: cleaned documents to document tars, by split and weight.
 
-A document's split is decided by the hash of its normalised text alone (`key`, see spool.py): re-sharding, adding sources or
+A document's split is decided only by the hash of its normalized text (`key`, see spool.py): re-sharding, adding sources or
 another order of files never moves a document, equal texts are always in the same split, and so are the parts of a long
-document. The val split is cut from the low end of the hashes and test from the high end, so that changing one fraction
-leaves the other.
+document. The val split takes the lowest hashes and test the highest, so changing one fraction does not affect the other.
 
-Weights: a source of weight 2.5 gives every training document twice, and those whose hash says so once more; the rest of the
-hash, not its beginning, decides, or weight and split would depend on one another. Repeats are written behind everything
-else of their task, so that a document's copies are far apart. Decision: val and test hold a document once at most (a
-repeated document measures nothing new); a weight below 1 thins them like the train split, so that the mix stays the same.
+Weights: a source of weight 2.5 repeats every training document twice, and half of them, chosen by hash, once more. The later
+digits of the hash decide this, not the first ones, or weight and split would be correlated. Repeats are written after all
+other documents of their task, so copies of a document are far apart. Decision: val and test hold a document at most once (a
+repeated document measures nothing new); a weight below 1 thins them like the train split, so the mix stays the same.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ HISTOGRAM_BINS = 40  # bin i: 2**i <= characters < 2**(i+1)
 
 @dataclass
 class _Shard:
-    """One tar being written, and what the index says of it."""
+    """A tar being written, and its counts for the index."""
 
     name: str
     split: str
@@ -78,10 +77,10 @@ class _Shard:
 
 
 class WriteDocuments(PipelineStep):  # type: ignore[misc]  # datatrove has no types
-    """Writes a task's documents to one tar a split, and the list of what was removed; publishes them together with the
-    task's record at the end.
+    """Writes a task's documents to one tar per split, and the list of what was removed; publishes them at the end, together
+    with the task's record.
 
-    folder: path or URL. weights: by number of the source. removed: (folder, step) of the steps' removals, in order.
+    folder: path or URL. weights: by source number. removed: (folder, step) of the steps' removals, in order.
     """
 
     type = "WRITER"
@@ -121,22 +120,22 @@ class WriteDocuments(PipelineStep):  # type: ignore[misc]  # datatrove has no ty
                 counts[0] += 1
                 counts[1] += shards[split].text_bytes - before
 
-            again = open_files.enter_context(_Again())
+            repeats = open_files.enter_context(_Repeats())
             for document in data:
                 key = document.metadata["key"]
-                whole = document.metadata.get("part", 0) == 0  # the parts of a document count once
+                first = document.metadata.get("part", 0) == 0  # the parts of a document count once
                 weight = self.weights[document.metadata["source"]]
-                kept += whole
+                kept += first
                 if not copies(key, weight):
-                    thinned += whole
+                    thinned += first
                     continue
                 lowest = min(lowest, hash_position(key))
                 split = split_of(key, **self.fractions)
                 put(document, split)
                 if split == "train" and copies(key, weight) > 1:
-                    again.add(document)
+                    repeats.add(document)
             for number in range(1, max((copies("f" * 64, weight) for weight in self.weights), default=1) + 1):
-                for document in again.read():
+                for document in repeats.read():
                     if number < copies(document.metadata["key"], self.weights[document.metadata["source"]]):
                         put(document, "train", repeat=number)
             files = {shard.name: shard.tar.publish() for shard in shards.values()}
@@ -171,8 +170,8 @@ def _move(source: Path, target: Path) -> None:
     shutil.move(source, target)
 
 
-class _Again:
-    """Documents that are written more than once, set aside on disk."""
+class _Repeats:
+    """Documents that are written more than once, stored on disk until then."""
 
     def __init__(self) -> None:
         self._file = tempfile.NamedTemporaryFile(prefix="pldr-", suffix=".jsonl.zst")  # noqa: SIM115 - closed in __exit__
@@ -192,7 +191,7 @@ class _Again:
             text, name, metadata = orjson.loads(line)
             yield Document(text=text, id=name, metadata=metadata)
 
-    def __enter__(self) -> _Again:
+    def __enter__(self) -> _Repeats:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -200,7 +199,7 @@ class _Again:
 
 
 def split_of(key: str, *, val_fraction: float, test_fraction: float) -> str:
-    """The split of a document by the hex sha256 of its normalised text."""
+    """The split of a document by the hex sha256 of its normalized text."""
     position = hash_position(key)
     if position < val_fraction:
         return "val"
@@ -208,11 +207,11 @@ def split_of(key: str, *, val_fraction: float, test_fraction: float) -> str:
 
 
 def copies(key: str, weight: float) -> int:
-    """How often a document of a source of this weight is in the train split: floor(weight), or once more, by its hash."""
-    whole = int(weight)
-    return whole + (hash_position(key[13:]) < weight - whole)
+    """How often a document of a source with this weight is in the train split: floor(weight), or one more, by its hash."""
+    always = int(weight)
+    return always + (hash_position(key[13:]) < weight - always)
 
 
 def hash_position(key: str) -> float:
-    """The beginning of a hex hash as a number in [0, 1)."""
+    """The first 13 digits of a hex hash as a number in [0, 1)."""
     return int(key[:13], 16) / 2**52  # 52 bits: exact in a double, never rounded up to 1

@@ -1,25 +1,25 @@
-"""Running a datatrove pipeline: on any engine, quiet, restartable, and never hanging on a worker that died.
+"""Running a datatrove pipeline on any engine: quiet, restartable, and never hanging on a worker that died.
 
-datatrove divides the work into tasks, gives each task the pipeline, its rank and the number of tasks, and marks what is
-finished. On top of that:
+datatrove divides the work into tasks, gives each task the pipeline, its rank and the number of tasks, and marks finished
+tasks. On top of that:
 
-- Markers live in a folder named by a key of everything that goes in, so changed inputs never meet old markers.
-- A marker counts only while the files it stands for are there with their sha256 (`records/`): what is complete is not redone,
-  what is half-written or damaged is not believed.
-- Decision: a file in an object store was read back when it was published; to read all of them again at every start may cost
-  hours. As long as the store names the version (ETag, generation) that the record has, it is believed; otherwise, and where a
-  store has no versions, it is read and hashed.
+- Markers are kept in a folder named by a hash of all inputs, so changed inputs never meet old markers.
+- A marker counts only while the task's files exist with their recorded sha256 (`records/`): complete tasks are not run again,
+  half-written or damaged files are made again.
+- Decision: a file in an object store was read back when it was published, and reading all of them again at every start could
+  take hours. It counts as unchanged while the store reports the version (ETag, generation) in the record; otherwise, and where
+  a store has no versions, it is read and hashed.
 
-Where tasks run (`data.executor`), all of them datatrove's executors:
+Where tasks run (`data.executor`), each one a datatrove executor:
 
     local  processes of this machine        local.py
-    slurm  a job array, one task an element slurm.py
+    slurm  a job array, one element a task  slurm.py
     ray    processes of a Ray cluster       ray.py
 
-A task does the same in each of them (markers.py), so the result has the same bytes. Slurm and Ray need `run_dir`, and
-`data.output` where it is a folder, on a file system that every node sees at the same path, and the same installation on every
-node. Both hand the pipeline over as a pickle, `executor.pik` in run_dir: whoever may write to run_dir may run programs as you
-on the nodes.
+A task does the same in each of them (markers.py), so the results are byte-identical. Slurm and Ray need `run_dir`, and
+`data.output` if it is a folder, on a file system that every node mounts at the same path, and the same installation on every
+node. Both pass the pipeline as a pickle, `executor.pik` in run_dir: anyone who can write to run_dir can run programs as you on
+the nodes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from pipeline.data.executor import progress
 from pipeline.data.executor.local import LocalExecutor
-from pipeline.data.executor.markers import RECORDS, forget_errors, forget_unbelievable, read_record
+from pipeline.data.executor.markers import RECORDS, forget_errors, read_record, remove_stale_markers
 from pipeline.data.tar import remove_leftovers
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.remote import filesystem_of, retrying
@@ -46,13 +46,13 @@ from pipeline.io.urls import is_local, join, local_path
 if TYPE_CHECKING:
     from pipeline.config.data import DataConfig
 
-DROPPED = "dropped_"  # datatrove's filters count what they remove under this prefix; so do our readers
+DROPPED = "dropped_"  # prefix under which datatrove's filters, and our readers, count what they remove
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Where tasks run. slurm: `data.slurm` as plain values. dry_run: only write the scripts and check them. in_process: one
-    after the other in this process, which alone sees what memory:// holds."""
+    """Where tasks run. slurm: `data.slurm` as plain values. dry_run: only write and check the scripts. in_process: one task
+    after another in this process, because only this process can see memory:// files."""
 
     kind: str = "local"
     slurm: dict[str, Any] = field(default_factory=dict)
@@ -65,9 +65,9 @@ LOCAL = Engine()
 
 
 class DryRun(Exception):
-    """Not an error: the Slurm scripts of a job were written and checked, and nothing was submitted.
+    """Not an error: the Slurm scripts of a job were written and checked, but nothing was submitted.
 
-    script: the first; scripts: all, one for each array of the job. tasks: how many they run.
+    script: the first; scripts: all of them, one per array of the job. tasks: how many they run.
     """
 
     def __init__(self, scripts: list[Path], tasks: int) -> None:
@@ -91,21 +91,21 @@ def run_tasks(
 ) -> list[dict[str, Any]]:
     """Run the pipeline for every rank in [0, tasks) that is not complete. Returns each task's record, by rank.
 
-    work: this job's markers, records and logs. output: the folder or URL the tasks publish their files in; its index.json
-    goes away before anything in it changes. workers: tasks at once; workers_key: what a user calls that setting. label,
-    total_bytes: of the progress bar.
+    work: folder of this job's markers, records and logs. output: the folder or URL where tasks publish their files; its
+    index.json is removed before anything in it changes. workers: tasks at once; workers_key: the name of that setting in the
+    configuration. label, total_bytes: for the progress bar.
 
-    Raises whatever a step raises (on a cluster: always as a UserError); UserError when a worker dies; DryRun.
+    Raises whatever a step raises (on a cluster always as a UserError); UserError when a worker dies; DryRun.
     """
     work.mkdir(parents=True, exist_ok=True)
-    forget_unbelievable(work, output, tasks)
+    remove_stale_markers(work, output, tasks)
     executor = _executor_of(engine, steps, tasks=tasks, workers=workers, work=work, label=label, output=output)
     ranks = executor.get_incomplete_ranks()
     if engine.dry_run:
         ranks = ranks or list(range(tasks))
         raise DryRun(executor.render(ranks), len(ranks))
     if ranks:
-        if not executor.goes_on():
+        if not executor.still_running():
             _prepare(output)
             forget_errors(work)
             progress.forget(work, ranks)
@@ -129,8 +129,8 @@ def _executor_of(
     if engine.kind == "slurm":
         from pipeline.data.executor.slurm import SlurmExecutor
 
-        where = str(local_path(output).resolve()) if is_local(output) else str(output)
-        name = f"pldr-{re.sub('[^a-z0-9]+', '-', label.lower())}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
+        target = str(local_path(output).resolve()) if is_local(output) else str(output)
+        name = f"pldr-{re.sub('[^a-z0-9]+', '-', label.lower())}-{hashlib.sha256(target.encode()).hexdigest()[:8]}"
         return SlurmExecutor(steps, tasks=tasks, workers=workers, work=work, name=name, settings=engine.slurm)
     if engine.kind == "ray":
         from pipeline.data.executor.ray import RayExecutor
@@ -140,7 +140,7 @@ def _executor_of(
 
 
 def _prepare(output: Path | str) -> None:
-    """An unfinished folder has no index, and nothing of a killed run's half-written files."""
+    """Remove the index, which an unfinished folder must not have, and the half-written files of a killed run."""
     if is_local(output):
         folder = local_path(output)
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,19 +155,21 @@ def _prepare(output: Path | str) -> None:
 
 
 def engine_of(data: DataConfig, *, dry_run: bool = False, output: str | None = None) -> Engine:
-    """The engine a configuration asks for. output: `tokens.output`, of stage tokenize. Raises UserError when the engine cannot
-    be used here."""
+    """The engine that a configuration selects. output: `tokens.output`, for stage tokenize. Raises UserError when the engine
+    cannot be used here."""
     evaluation = data.clean.decontaminate.files if data.clean.decontaminate else []
     urls = [source.url for source in data.sources] + [url for url in (data.output, output, *evaluation) if url]
     in_process = any(url.startswith("memory://") for url in urls)
     if in_process and data.executor != "local":
-        raise ConfigError(f"memory:// is seen by one process only, data.executor is {data.executor}; set it to local")
+        raise ConfigError(
+            f"memory:// is visible to one process only, data.executor is {data.executor}; set it to local"
+        )
     if dry_run and data.executor != "slurm":
         raise ConfigError(f"--dry-run writes Slurm scripts, data.executor is {data.executor}; set data.executor=slurm")
     if data.executor == "slurm" and not dry_run and shutil.which("sbatch") is None:
         raise UserError(
-            "data.executor is slurm, but there is no sbatch on this machine; start it where there is (a login node), look at "
-            "the script with --dry-run, or set data.executor=local"
+            "data.executor is slurm, but there is no sbatch on this machine; run it on a login node, check the script with "
+            "--dry-run, or set data.executor=local"
         )
     if data.executor == "ray" and importlib.util.find_spec("ray") is None:
         raise UserError("data.executor is ray, but ray is not installed; pip install 'pldr[ray]'")

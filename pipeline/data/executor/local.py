@@ -1,9 +1,9 @@
 """Tasks in processes of this machine: a pool that notices dead workers and dies with its parent.
 
-Decision: LocalPipelineExecutor's `run` is replaced by the standard library's process pool. datatrove's own pool waits for
-ever for a worker that was killed (out of memory), and leaves its manager process behind when the parent is killed.
-Workers come from a fork server: no fork of a process with threads or open fsspec filesystems (s3 breaks), and only the
-first worker pays the imports. What workers print (datatrove's log, C++ libraries) goes to `console.log` in the work folder.
+Decision: LocalPipelineExecutor's `run` is replaced by the standard library's process pool. datatrove's own pool waits forever
+for a worker that was killed (out of memory), and leaves its manager process behind when the parent is killed. Workers come
+from a fork server: a process with threads or open fsspec filesystems must not be forked (s3 breaks), and only the first worker
+spends time on imports. What workers print (datatrove's log, C++ libraries) goes to `console.log` in the work folder.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LocalExecutor(Reporting, LocalPipelineExecutor):  # type: ignore[misc]  # 
             futures = [pool.submit(self.run_rank, rank) for rank in ranks]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
-                pool.shutdown(cancel_futures=True)  # tasks that run now finish: their work is kept
+                pool.shutdown(cancel_futures=True)  # running tasks finish: their work is kept
                 for future in futures:
                     if not future.cancelled():
                         future.result()
@@ -53,21 +53,20 @@ class LocalExecutor(Reporting, LocalPipelineExecutor):  # type: ignore[misc]  # 
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
             except BrokenProcessPool:
-                raise_error(self.work)  # an exception that cannot be pickled breaks the pool too
+                raise_error(self.work)  # an exception that cannot be pickled breaks the pool as well
                 raise UserError(
                     f"a worker process died (killed, or out of memory), see {console}; lower {workers_key} or free "
                     "memory and start again, finished work is kept"
                 ) from None
 
     def run_rank(self, rank: int) -> None:
-        """One task in a worker, on its own copy of the steps: they count as they go."""
+        """Run one task in a worker, on its own copy of the steps, because steps hold counts."""
         alone = deepcopy(self)
         alone._run_for_rank(rank, local_rank=1)  # ranks other than 0 do not log to the console
 
 
 def _start_worker(environment: dict[str, str], console: str) -> None:
-    """Take the parent's environment (the fork server may be older), send output to a file, die with the
-    parent."""
+    """Take the parent's environment (the fork server may be older), redirect output to a file, exit with the parent."""
     os.environ.clear()
     os.environ.update(environment)
     handle = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -79,6 +78,6 @@ def _start_worker(environment: dict[str, str], console: str) -> None:
 
     def watch() -> None:
         multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)  # a killed parent must not leave a writer behind that outlives the next run's start
+        os._exit(1)  # a worker of a killed run must not keep writing while the next run starts
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,8 +1,12 @@
-"""Around a task, in whatever process and on whatever machine it runs: how far it is, and why it failed.
+"""What tasks leave in the work folder of their job: completion markers, records of their files, and errors.
 
-Slurm and Ray do not bring an exception back to the process that waits (datatrove's Ray executor even drops it), so a task
-that fails leaves its error in `work/errors/{rank:05d}.json`, and the waiting process raises it: in one line where it was a
-user's mistake. Once a task has failed, tasks that have not begun do not begin; those that run finish, their work is kept.
+    completions/{rank:05d}     datatrove's marker of a finished task
+    records/{rank:05d}.json    what the task counted, and size and sha256 of the files it published
+    errors/{rank:05d}.json     why it failed
+
+Slurm and Ray do not return an exception to the waiting process (datatrove's Ray executor drops it), so a task that fails writes
+its error here, and the waiting process raises it, in one line if it was a user's mistake. After a task has failed, no further
+task starts; running tasks finish, and their work is kept.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import dill
 from datatrove.utils.stats import PipelineStats
 
 from pipeline.data.executor import progress
@@ -22,23 +27,40 @@ from pipeline.io.storage import publish_json, sha256_file
 from pipeline.io.urls import is_local, join
 
 RECORDS = "records"
-
-
 ERRORS = "errors"
+# Version of the pickled executors that Slurm and Ray jobs run. A pickle names modules and classes: raise this when one of them
+# moves or changes its fields. A job of another version is never joined: it is refused while it runs, and started anew after.
+PICKLE_VERSION = 2
 
 
 class Reporting:
-    """For datatrove's executors, to be named before them: tasks count their progress and leave their errors."""
+    """Mixin for datatrove's executors, listed before them: tasks count their progress and write down their errors."""
 
     logging_dir: Any
 
     @property
     def work(self) -> Path:
-        """The job's folder of markers, records, errors and logs."""
+        """The job's folder for markers, records, errors and logs."""
         return Path(self.logging_dir.path)
 
-    def goes_on(self) -> bool:
-        """Whether an earlier start's tasks still run, by themselves. Only Slurm's do."""
+    @property
+    def cluster_folder(self) -> Path:
+        """Where the pickled executor, and what else belongs to a job on a cluster, is kept."""
+        return self.work / f"cluster-v{PICKLE_VERSION}"
+
+    @property
+    def pickle(self) -> Path:
+        """The pickled executor that the processes of the cluster load."""
+        return self.cluster_folder / "executor.pik"
+
+    def dump(self, executor: Any) -> None:
+        """Write `pickle`. An unfinished job of another version has its own folder."""
+        self.cluster_folder.mkdir(parents=True, exist_ok=True)
+        with open(self.pickle, "wb") as stream:
+            dill.dump(executor, stream)
+
+    def still_running(self) -> bool:
+        """Whether the tasks of an earlier start are still running on their own. Only Slurm's can be."""
         return False
 
     def _run_for_rank(self, rank: int, *arguments: Any, **options: Any) -> Any:
@@ -53,24 +75,24 @@ class Reporting:
 
 
 def leave_error(work: Path, rank: int, error: Exception) -> None:
-    """Write down why a task failed, for the process that waits for it."""
+    """Write down why a task failed, for the waiting process."""
     user = isinstance(error, UserError)
     facts = {
         "message": str(error) if user else f"{type(error).__name__}: {first_line(error)}",
         "user": user,
         "exit_code": getattr(error, "exit_code", 1) if user else 1,
     }
-    with contextlib.suppress(UserError, OSError):  # a full disk: what the task said about it counts
+    with contextlib.suppress(UserError, OSError):  # a full disk: the task's own error is the one to report
         publish_json(work / ERRORS / f"{rank:05d}.json", facts)
 
 
 def has_failed(work: Path) -> bool:
-    """Whether some task left an error."""
+    """Whether any task has failed."""
     return any((work / ERRORS).glob("*.json"))
 
 
 def raise_error(work: Path) -> None:
-    """Raise the error of the first task that left one, as a UserError."""
+    """Raise the error of the first task that failed, as a UserError."""
     for file in sorted((work / ERRORS).glob("*.json")):
         facts = json.loads(file.read_text(encoding="utf-8"))
         if facts["user"]:
@@ -80,25 +102,24 @@ def raise_error(work: Path) -> None:
 
 
 def forget_errors(work: Path) -> None:
-    """A new start begins without the errors of the last."""
+    """Remove the errors of an earlier start."""
     shutil.rmtree(work / ERRORS, ignore_errors=True)
 
 
 def is_complete(work: Path, output: Path | str, tasks: int) -> bool:
-    """Whether every task is finished and its files are as they were left."""
+    """Whether every task is finished and its files are unchanged."""
     return all(
-        (work / "completions" / f"{rank:05d}").is_file() and _believable(work, output, rank) for rank in range(tasks)
+        (work / "completions" / f"{rank:05d}").is_file() and _is_intact(work, output, rank) for rank in range(tasks)
     )
 
 
 def write_record(work: Path, rank: int, record: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """What a task leaves for the index. `files`: name -> {sha256, size} of what it published; these are
-    re-checked."""
+    """Write a task's record for the index. `files`: name -> {sha256, size} of what it published, to be checked again later."""
     publish_json(work / RECORDS / f"{rank:05d}.json", {**record, "files": files})
 
 
 def step_stats(work: Path, tasks: int) -> list[dict[str, Any]]:
-    """What each step counted, in pipeline order, summed over the tasks."""
+    """The counts of each step, in pipeline order, summed over tasks."""
     steps: list[dict[str, Any]] = []
     for rank in range(tasks):
         for number, step in enumerate(read_record(work, "stats", rank)):
@@ -112,31 +133,32 @@ def step_stats(work: Path, tasks: int) -> list[dict[str, Any]]:
 
 
 def read_record(work: Path, kind: str, rank: int) -> Any:
+    """A task's JSON file of this kind: RECORDS, or datatrove's "stats"."""
     return json.loads((work / kind / f"{rank:05d}.json").read_text(encoding="utf-8"))
 
 
-def forget_unbelievable(work: Path, output: Path | str, tasks: int) -> None:
-    """Remove the marker of each finished task whose record or files are not what they were."""
+def remove_stale_markers(work: Path, output: Path | str, tasks: int) -> None:
+    """Remove the marker of each finished task whose record or files are missing, changed or damaged."""
     for rank in range(tasks):
         marker = work / "completions" / f"{rank:05d}"
-        if marker.is_file() and not _believable(work, output, rank):
+        if marker.is_file() and not _is_intact(work, output, rank):
             marker.unlink()
 
 
-def _believable(work: Path, output: Path | str, rank: int) -> bool:
+def _is_intact(work: Path, output: Path | str, rank: int) -> bool:
     try:
         read_record(work, "stats", rank)
         files = read_record(work, RECORDS, rank)["files"]
         return all(_is_unchanged(join(output, name), facts) for name, facts in files.items())
-    except (OSError, ValueError, KeyError):  # a UserError is a ValueError: what cannot be read is made again
+    except (OSError, ValueError, KeyError):  # a UserError is a ValueError: files that cannot be read are made again
         return False
 
 
 def _is_unchanged(url: str, facts: dict[str, Any]) -> bool:
-    """Whether a published file is what its record says."""
+    """Whether a published file matches its record."""
     if not is_local(url):
         version = version_of(url)
-        if len(version) > 1 and version == facts.get("version"):  # more than the size
+        if len(version) > 1 and version == facts.get("version"):  # it holds more than the size
             return True
     size: int = facts["size"]
     return size_of(url) == size and sha256_file(url) == facts["sha256"]

@@ -1,10 +1,10 @@
-"""How far a job is: counted in the workers, shown by the process that waits for them.
+"""Progress of a job: counted in the workers, shown by the process that waits for them.
 
-A worker leaves its task's counts in `work/progress/{rank:05d}.json`, twice a second at most, whatever the engine: the run
-directory is on a file system that all of them see. The waiting process adds them up. On a terminal it draws one bar, and
-one line is left when the job is done; elsewhere it logs a line a minute (level INFO).
+A worker writes its task's counts to `work/progress/{rank:05d}.json`, at most twice a second, on every engine: the run directory
+is on a file system that all nodes share. The waiting process adds them up. On a terminal it draws one bar and leaves one line
+when the job is done; otherwise it logs one line a minute (level INFO).
 
-Counts are for people: they are not fsynced, and a full disk that refuses them stops nothing.
+Counts are for display only: they are not fsynced, and a full disk does not stop the job.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 FOLDER = "progress"
-SECONDS = 0.5  # between two writes of a task, and two looks at them
+SECONDS = 0.5  # between two writes of a task, and between two reads of them
 LOG_SECONDS = 60.0
 LAYOUT = "{desc} {percentage:3.0f}% {remaining} left |{bar}| {n_fmt}/{total_fmt}B {rate_fmt}{postfix}"
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Counts:
-    """What a task has done so far."""
+    """What a task has processed so far."""
 
     documents: int = 0
     bytes: int = 0
@@ -41,7 +41,7 @@ class Counts:
 
 
 class _Task:
-    """The task this process works on, if it does."""
+    """The task that this process is running, if any."""
 
     file: Path | None = None
     counts = Counts()
@@ -53,7 +53,7 @@ _task = _Task()
 
 @contextmanager
 def counting(work: Path, rank: int) -> Iterator[None]:
-    """Inside, `advance` counts for this task; it is done when the block ends well."""
+    """While the block runs, `advance` counts for this task; if it ends without an error, the task is done."""
     _task.file, _task.counts = work / FOLDER / f"{rank:05d}.json", Counts()
     try:
         _write(_task.file)
@@ -65,7 +65,7 @@ def counting(work: Path, rank: int) -> Iterator[None]:
 
 
 def advance(documents: int = 1, bytes: int = 0) -> None:
-    """So much more is done. Cheap: steps call it for every document. Outside of a task it does nothing."""
+    """Add to the counts of the current task; outside of a task do nothing. Cheap: steps call it for every document."""
     if _task.file is None:
         return
     _task.counts.documents += documents
@@ -80,31 +80,31 @@ def _write(file: Path) -> None:
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps([counts.documents, counts.bytes, counts.done]))
-        os.replace(temporary, file)  # a reader never sees half of it
+        os.replace(temporary, file)  # a reader never sees a partial file
     _task.written = time.monotonic()
 
 
 def forget(work: Path, ranks: list[int]) -> None:
-    """Tasks that start again start at nothing."""
+    """Reset the counts of tasks that start again."""
     for rank in ranks:
         (work / FOLDER / f"{rank:05d}.json").unlink(missing_ok=True)
 
 
 class Counter:
-    """Adds up a job's tasks; files of finished ones are read once."""
+    """Adds up a job's tasks; the files of finished tasks are read once."""
 
     def __init__(self, work: Path) -> None:
         self._folder = work / FOLDER
         self._done: dict[str, Counts] = {}
 
     def read(self) -> list[Counts]:
-        """The counts of every task that has begun, in this start or an earlier one."""
+        """The counts of every task that has started, now or in an earlier start."""
         found = dict(self._done)
         with contextlib.suppress(FileNotFoundError):
             for entry in os.scandir(self._folder):
                 if entry.name in self._done or not entry.name.endswith(".json"):
                     continue
-                with contextlib.suppress(OSError, ValueError, TypeError):  # gone, or damaged: a picture, no ledger
+                with contextlib.suppress(OSError, ValueError, TypeError):  # gone or damaged: for display only
                     counts = Counts(*json.loads(Path(entry.path).read_bytes()))
                     found[entry.name] = counts
                     if counts.done:
@@ -113,13 +113,13 @@ class Counter:
 
 
 def expected_bytes(counts: list[Counts], *, tasks: int, total_bytes: int) -> int:
-    """How many bytes the whole job will have read, judged from the plan and the tasks that are done.
+    """Estimate of the bytes that the job will have read in the end, from the plan and from finished tasks.
 
-    The plan is an estimate (compressed sources, documents that an earlier job removed), and tasks are dealt evenly: the
-    mean of those that are done tells more and more about the others.
+    The plan is an estimate (compressed sources, documents that an earlier job removed), and tasks are about equal, so the mean
+    of the finished ones is a better and better estimate for the others.
     """
     done = [task.bytes for task in counts if task.done]
-    mean = (total_bytes / tasks + sum(done)) / (1 + len(done))  # the plan counts like one task
+    mean = (total_bytes / tasks + sum(done)) / (1 + len(done))  # the plan has the weight of one task
     running = [max(mean, task.bytes) for task in counts if not task.done]
     return round(sum(done) + sum(running) + mean * max(0, tasks - len(counts)))
 
@@ -127,7 +127,7 @@ def expected_bytes(counts: list[Counts], *, tasks: int, total_bytes: int) -> int
 class Bar:
     """Shows a job's progress while the block runs: a bar when stderr is a terminal, log lines otherwise.
 
-    total_bytes: of text, about; None for a job that is counted in tasks.
+    total_bytes: of text, estimated; None for a job that is counted in tasks.
     """
 
     def __init__(self, work: Path, label: str, *, tasks: int, total_bytes: int | None) -> None:
@@ -159,13 +159,13 @@ class Bar:
     def _draw(self) -> None:
         before = self._counter.read()
         if self._ended.wait(2 * SECONDS):
-            return  # over in a moment: no need of a bar
+            return  # already finished: no bar needed
         in_tasks = self._total_bytes is None
         started = time.monotonic()
-        sys.stderr.write("\r\033[K")  # a status line may be standing there
+        sys.stderr.write("\r\033[K")  # clear a status line that may be there
         with tqdm(
             total=self._total(before),
-            initial=self._position(before),  # the rate is of this start
+            initial=self._position(before),  # so that the rate is that of this start
             desc=self._label,
             bar_format=LAYOUT.replace("B {rate_fmt}", " tasks") if in_tasks else LAYOUT,
             unit="task" if in_tasks else "B",

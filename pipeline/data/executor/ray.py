@@ -1,13 +1,13 @@
-"""Tasks on a Ray cluster: datatrove's Ray executor, which spreads the tasks and starts those of lost nodes again.
+"""Tasks on a Ray cluster: datatrove's Ray executor, which distributes tasks and restarts those of lost nodes.
 
-What it does not do, and is done here:
+Added here:
 
-- It ends quietly, whatever became of its tasks: afterwards, errors and markers are looked at.
-- It waits for ever when a node cannot import datatrove. Every node is asked first, also whether it sees the run directory.
-- It runs a task in a fork of an actor, a process with threads, and waits for ever when that fork is killed (out of memory).
-  Here the fork only starts `python -m pipeline.data.executor.run_task`, a process like those of a local job, and looks at
-  how it ends. It also ends it when the actor is gone, or a killed run's tasks would write on beside those of the next
-  start.
+- datatrove's executor returns without an error even if its tasks failed. Here errors and markers are checked afterwards.
+- It waits forever when a node cannot import datatrove. Here each node is checked first, also whether it sees run_dir.
+- It runs a task in a fork of an actor, which is a process with threads, and waits forever when that fork is killed (out of
+  memory). Here the fork only starts `python -m pipeline.data.executor.run_task`, a process like those of a local job, and
+  checks its exit code. It also kills that process when the actor is gone, so that tasks of a killed run do not keep writing
+  while the next run starts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import dill
 from datatrove.executor.base import PipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
@@ -40,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class RayExecutor(Reporting, RayPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
-    """datatrove's Ray executor that says what went wrong. in_process: what runs a task in a process of a node."""
+    """datatrove's Ray executor that reports what went wrong. in_process: the executor that runs a task in a node's process."""
 
     def __init__(
         self,
@@ -52,7 +51,7 @@ class RayExecutor(Reporting, RayPipelineExecutor):  # type: ignore[misc]  # data
         address: str,
         in_process: PipelineExecutor,
     ) -> None:
-        with _quiet():  # of a warning that the folder has to be shared
+        with _quiet():  # hide a warning that the folder has to be shared
             super().__init__(steps, tasks=tasks, workers=workers, logging_dir=str(work.absolute()), mem_per_cpu_gb=0)
         self.address = address
         self.folder = os.getcwd()
@@ -60,33 +59,34 @@ class RayExecutor(Reporting, RayPipelineExecutor):  # type: ignore[misc]  # data
         self.in_process = in_process
 
     def run_ranks(self, ranks: list[int], *, console: Path, workers_key: str) -> None:
-        """Run the tasks on the cluster and wait for them. Raises a task's UserError, and UserError for a cluster that does not
-        answer, a node that cannot take part, or tasks that did not finish."""
-        with open(self.work / "executor.pik", "wb") as stream:
-            dill.dump(self.in_process, stream)
+        """Run the tasks on the cluster and wait for them. Raises a task's UserError, and UserError for an unreachable cluster,
+        a node that cannot run tasks, or tasks that did not finish."""
+        self.dump(self.in_process)
         with _connected(self.address), _quiet():
             _check_nodes(self.work)
-            with contextlib.suppress(FileNotFoundError):  # at its end it adds up statistics; failed tasks left none
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # in the end it adds up statistics, which failed tasks do not have
                 self.run()
         raise_error(self.work)
         if missing := self.get_incomplete_ranks(ranks):
             raise UserError(
                 f"{len(missing)} of {len(ranks)} tasks (the first is {missing[0]}) did not finish on the Ray cluster: their "
-                f"nodes were lost; look at them (ray status, {console}) and start again, finished work is kept"
+                f"nodes were lost; check them (ray status, {console}) and start again, finished work is kept"
             )
 
     def _run_for_rank(self, rank: int, *arguments: Any, **options: Any) -> PipelineStats:
-        """In the fork of a Ray actor: the task in a process of its own."""
+        """In the fork of a Ray actor: run the task in a separate process."""
         if self.is_rank_completed(rank) or has_failed(self.work):
             return PipelineStats()
         actor = os.getppid()
         console = self.work / "console.log"
         with open(console, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.data.executor.run_task", str(self.work / "executor.pik"), str(rank)],
+                [sys.executable, "-m", "pipeline.data.executor.run_task", str(self.pickle), str(rank)],
                 cwd=self.folder,
                 env={**os.environ, "PYTHONPATH": self.python_path},
-                stdin=subprocess.PIPE,  # it ends when this closes, so also when this process is killed
+                stdin=subprocess.PIPE,  # the task process exits when this closes, so also when this process is killed
                 stdout=output,
                 stderr=output,
             )
@@ -99,8 +99,8 @@ class RayExecutor(Reporting, RayPipelineExecutor):  # type: ignore[misc]  # data
         if process.returncode and not has_failed(self.work):
             error = UserError(
                 f"task {rank}: its process on {os.uname().nodename} ended with {process.returncode} (negative: killed by that "
-                f"signal; 9 may be: out of memory), see {console}; raise data.tasks for smaller tasks or free memory and start "
-                "again, finished work is kept"
+                f"signal; -9 may mean out of memory), see {console}; raise data.tasks for smaller tasks or free memory and "
+                "start again, finished work is kept"
             )
             leave_error(self.work, rank, error)
         return PipelineStats()
@@ -118,8 +118,8 @@ def _connected(address: str) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise UserError(
-            f"data.ray_address {address}: no Ray cluster can be used there ({first_line(error)}); start one (ray start --head) "
-            "or mend the address"
+            f"data.ray_address {address}: cannot connect to a Ray cluster ({first_line(error)}); start one (ray start --head) "
+            "or fix the address"
         ) from None
     try:
         yield
@@ -128,34 +128,34 @@ def _connected(address: str) -> Iterator[None]:
 
 
 def _check_address(address: str) -> None:
-    """Raise UserError when nothing listens at host:port: Ray itself would go on trying for many minutes without a word."""
+    """Raise UserError when nothing listens at host:port: Ray itself would retry silently for many minutes."""
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():
-        return  # auto, local, or a client's address: Ray knows at once
+        return  # auto, local, or a client's address: Ray reports these at once
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"data.ray_address {address}: nothing answers there ({first_line(error)}); start a cluster (ray start --head) or "
-            "mend the address"
+            f"data.ray_address {address}: unreachable ({first_line(error)}); start a cluster (ray start --head) or "
+            "fix the address"
         ) from None
 
 
 def _check_nodes(work: Path) -> None:
-    """Raise UserError for a node that cannot take part. Nodes that an autoscaler adds later are not asked."""
+    """Raise UserError for a node that cannot run tasks. Nodes that an autoscaler adds later are not checked."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     probe = work / f".probe-{os.getpid()}-{time.time_ns()}"
     probe.touch()
-    asked = {}
+    checks = {}
     try:
         for node in ray.nodes():
             if node["Alive"] and node["Resources"].get("CPU"):
                 here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                task = ray.remote(_sees).options(num_cpus=0, scheduling_strategy=here, max_retries=0)
-                asked[node["NodeManagerAddress"], node["NodeID"]] = task.remote(str(probe))
-        for (address, _), answer in asked.items():
+                task = ray.remote(_can_see).options(num_cpus=0, scheduling_strategy=here, max_retries=0)
+                checks[node["NodeManagerAddress"], node["NodeID"]] = task.remote(str(probe))
+        for (address, _), answer in checks.items():
             try:
                 seen = ray.get(answer, timeout=PROBE_SECONDS)
             except Exception as error:
@@ -169,12 +169,12 @@ def _check_nodes(work: Path) -> None:
                 )
     finally:
         probe.unlink()
-    if not asked:
+    if not checks:
         log.warning("the Ray cluster has no node with CPUs yet; waiting for one")
 
 
-def _sees(path: str) -> bool:
-    """On a node: whether it has what tasks need, and the file."""
+def _can_see(path: str) -> bool:
+    """On a node: whether this package can be imported and the file is visible."""
     import pipeline.data.executor.local  # noqa: F401
 
     return Path(path).is_file()
@@ -182,7 +182,7 @@ def _sees(path: str) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without datatrove's log lines on the user's terminal."""
+    """Keep datatrove's log lines off the user's terminal."""
     logger.disable("datatrove")
     try:
         yield

@@ -1,8 +1,8 @@
-"""One task in this process, for an engine that only starts programs: `python -m pipeline.data.executor.run_task
-EXECUTOR.pik RANK`.
+"""Run one task in this process, for an engine that can only start programs:
+`python -m pipeline.data.executor.run_task EXECUTOR.pik RANK`.
 
-Standard input is a lifeline: when it closes, whoever started this is gone, and this process ends too. Reads a pickle, which
-may run anything: it lies in the run directory, where only its owner may write (engines.py).
+When standard input closes, the process that started this one is gone, and this one exits. The pickle it reads may run
+anything: it is in the run directory, where only the owner may write (see jobs.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import dill
 
 
 def main() -> None:
-    """Run the task; a failure is written down by the executor and leaves a traceback and exit code 1."""
+    """Run the task. On failure the executor writes down the error; the process ends with a traceback and exit code 1."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(sys.argv[1], "rb") as stream:
         executor = dill.load(stream)

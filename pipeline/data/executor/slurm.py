@@ -1,13 +1,14 @@
-"""Tasks on a Slurm cluster: datatrove's Slurm executor, and what it leaves to its user: waiting, and saying what failed.
+"""Tasks on a Slurm cluster: datatrove's Slurm executor, plus waiting for the tasks and reporting what failed.
 
-A job becomes one array (several, one after the other, when it has more tasks than `data.slurm.max_array_size`), one element a
-task that is not complete, `data.workers` of them at once. The process that submitted them waits. When it is stopped, the array
-goes on, and the next start waits for the same array (`slurm_jobs.json`) instead of submitting another.
+A job becomes one array with one element per incomplete task, `data.workers` of them at once (several arrays, one after another,
+when it has more tasks than `data.slurm.max_array_size`). The process that submitted it waits. When that process is stopped, the
+array keeps running, and the next start waits for the same array (`slurm_jobs.json`) instead of submitting another. An array
+that another version of pldr submitted is never joined (PICKLE_VERSION in markers.py).
 
 datatrove's `launch_job` cannot write scripts without submitting them, does not quote paths, starts tasks through srun (which
-since Slurm 22.05 gives a task one CPU, whatever cpus-per-task says), and submits a further job to merge statistics which
-waits for ever when a task fails. So submitting is done here; the script's frame, its options and what happens inside
-the array's elements are datatrove's.
+since Slurm 22.05 gives a task one CPU, whatever cpus-per-task says), and submits one more job to merge statistics, which waits
+forever when a task fails. So scripts are submitted here; their frame, their options and what runs inside an array element are
+datatrove's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import dill
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
@@ -32,12 +32,12 @@ from pipeline.errors import ConfigError, UserError
 from pipeline.io.storage import publish_json
 
 SCRIPT = "launch_script{}.slurm"
-JOBS = "slurm_jobs.json"  # the ids of what was submitted last
-POLL_SECONDS = 2.0  # between two looks at the markers: files
-QUEUE_SECONDS = 10.0  # between two questions to the controller, which many users share
-GONE = 3  # so often has a job to be missing in the queue: the markers may come late through a network file system
-PATIENCE = 60  # so often may squeue fail: controllers restart
-# Long options of sbatch in Slurm 22.05 to 24.11, by its manual pages.
+JOBS = "slurm_jobs.json"  # ids of the arrays submitted last
+POLL_SECONDS = 2.0  # between two checks of the markers, which are files
+QUEUE_SECONDS = 10.0  # between two calls of squeue: many users share the controller
+GONE = 3  # times in a row that a job has to be missing from the queue: markers may arrive late on a network file system
+PATIENCE = 60  # times in a row that squeue may fail: controllers restart
+# Long options of sbatch in Slurm 22.05 to 24.11, from its manual pages.
 OPTIONS = set(
     """
 account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint container container-id
@@ -64,10 +64,10 @@ OURS = (
     "wait",
     "wrap",
 )
-MENDS = {
+FIXES = {
     "TIMEOUT": "raise data.slurm.time, or data.tasks for smaller tasks",
     "OUT_OF_MEMORY": "raise data.slurm.mem_per_cpu_gb",
-    "CANCELLED": "somebody cancelled it",
+    "CANCELLED": "someone canceled it",
 }
 log = logging.getLogger(__name__)
 
@@ -75,13 +75,13 @@ log = logging.getLogger(__name__)
 class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
     """datatrove's Slurm executor that waits for its arrays.
 
-    name: of the Slurm job; the same for all jobs that publish to the same folder, so that two cannot do so at once.
+    name: of the Slurm job. Jobs that publish to the same folder have the same name, so that two cannot run at once.
     """
 
     def __init__(
         self, steps: list[PipelineStep], *, tasks: int, workers: int, work: Path, name: str, settings: dict[str, Any]
     ) -> None:
-        bin_folder = Path(sys.executable).parent  # of the virtual environment, if it is one
+        bin_folder = Path(sys.executable).parent  # of the virtual environment, if there is one
         super().__init__(
             steps,
             tasks=tasks,
@@ -99,37 +99,38 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
                 raise ConfigError(f"data.slurm.sbatch_args: {key} is set by pldr; leave it out")
 
     def render(self, ranks: list[int]) -> list[Path]:
-        """Write the scripts that run these tasks, one for each array, and check them. Raises UserError."""
+        """Write and check the scripts that run these tasks, one per array. Raises UserError."""
         scripts = []
+        self.cluster_folder.mkdir(parents=True, exist_ok=True)
         for number, start in enumerate(range(0, len(ranks), self.max_array_size)):
             jobs = min(self.max_array_size, len(ranks) - start)
-            pickled = shlex.quote(str(self.work / "executor.pik"))
-            # Not the launcher's own command: -m finds a package that lies in the working directory.
+            pickled = shlex.quote(str(self.pickle))
+            # Not `launch_pickled_pipeline`: with -m, packages in the working directory are found.
             command = f"exec {shlex.quote(sys.executable)} -m datatrove.tools.launch_pickled_pipeline {pickled}"
             options = {key: _quote(key, value) for key, value in self.get_sbatch_args(jobs).items()}
-            script = self.work / SCRIPT.format(f".{number}" if number else "")
+            script = self.cluster_folder / SCRIPT.format(f".{number}" if number else "")
             text = self.get_launch_file_contents(options, f"export RUN_OFFSET={number}\n        {command}")
             script.write_text(text, encoding="utf-8")
             check_script(script, jobs)
             scripts.append(script)
         return scripts
 
-    def goes_on(self) -> bool:
-        """Whether the arrays of an earlier start still run or wait. Raises UserError when another job that writes to the
-        same folder does."""
+    def still_running(self) -> bool:
+        """Whether arrays of an earlier start are still running or queued. Raises UserError when another job that writes to
+        the same folder is."""
         queued = _queue()
         others = sorted({job for job, name in queued if name == self.job_name} - set(self._jobs()))
         if others:
             raise UserError(
-                f"Slurm job {others[0]} of an earlier start with other settings still writes to the same folder; wait for it, "
-                f"or scancel {others[0]}"
+                f"Slurm job {others[0]} of an earlier start, with other settings or another version of pldr, still writes to "
+                f"the same folder; wait for it, or scancel {others[0]}"
             )
         return bool({job for job, _ in queued} & set(self._jobs()))
 
     def run_ranks(self, ranks: list[int], *, console: Path, workers_key: str) -> None:
-        """Submit the tasks, unless an earlier start's still run, and wait for them. Raises a task's UserError, and UserError
-        for a task that ended without finishing, with the last line of its log."""
-        if not self.goes_on():
+        """Submit the tasks, unless those of an earlier start are still running, and wait. Raises a task's UserError, and
+        UserError for a task that ended without finishing, with the last line of its log."""
+        if not self.still_running():
             self._submit(ranks)
         jobs = self._jobs()
         try:
@@ -137,34 +138,35 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
         except KeyboardInterrupt:
             ids = " ".join(jobs)
             print(
-                f"\nSlurm goes on with job {ids}: start again to wait for it, or end it with: scancel {ids}",
+                f"\nSlurm job {ids} keeps running: start again to wait for it, or cancel it with: scancel {ids}",
                 file=sys.stderr,
             )
             raise
 
     def _submit(self, ranks: list[int]) -> None:
         scripts = self.render(ranks)
-        with open(self.work / "executor.pik", "wb") as stream:
-            dill.dump(self, stream)
+        self.dump(self)
         publish_json(self.work / "ranks_to_run.json", ranks)
         jobs: list[str] = []
         for script in scripts:
-            after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []  # together they would be more than `workers`
+            after = (
+                [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+            )  # running together they would exceed `workers`
             jobs.append(_sbatch(script, after))
-            publish_json(self.work / JOBS, jobs)
+            publish_json(self.cluster_folder / JOBS, jobs)
         log.info("submitted Slurm job %s: %d tasks, %s", " ".join(jobs), len(ranks), scripts[0])
 
     def _jobs(self) -> list[str]:
-        file = self.work / JOBS
+        file = self.cluster_folder / JOBS
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
     def _wait(self, jobs: list[str], ranks: list[int]) -> None:
-        asked, gone, failures, cancelled = 0.0, 0, 0, False
+        checked_at, gone, failures, canceled = 0.0, 0, 0, False
         while self.get_incomplete_ranks(ranks):
-            if has_failed(self.work) and not cancelled:
-                cancelled = True  # what runs may finish: its work is kept
+            if has_failed(self.work) and not canceled:
+                canceled = True  # running tasks may finish: their work is kept
                 subprocess.run(["scancel", "--state=PENDING", *jobs], capture_output=True)
-            if time.monotonic() - asked >= QUEUE_SECONDS:
+            if time.monotonic() - checked_at >= QUEUE_SECONDS:
                 try:
                     gone = 0 if {job for job, _ in _queue()} & set(jobs) else gone + 1
                     failures = 0
@@ -173,7 +175,7 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
                     log.warning("%s", error)
                     if failures == PATIENCE:
                         raise
-                asked = time.monotonic()
+                checked_at = time.monotonic()
             if gone and has_failed(self.work):
                 raise_error(self.work)
             if gone == GONE:
@@ -181,7 +183,7 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
             time.sleep(POLL_SECONDS)
 
     def _explain(self, jobs: list[str]) -> None:
-        """Raise what can be found out about the first task that is not complete though its array is gone."""
+        """Raise what is known about the first task that is incomplete although its array has ended."""
         ranks = json.loads((self.work / "ranks_to_run.json").read_text(encoding="utf-8"))
         missing = self.get_incomplete_ranks(ranks)
         if not missing:
@@ -190,61 +192,59 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
         element = f"{jobs[position // self.max_array_size]}_{position % self.max_array_size}"
         output = Path(self.slurm_logs_folder) / f"{element}.out"
         state = _state_of(element)
-        mend = MENDS.get(state, "see there")
+        fix = FIXES.get(state, "see that log")
         raise UserError(
             f"task {missing[0]} ({len(missing)} of {len(ranks)} are unfinished) ended as {state} in Slurm job {element}, "
-            f"{output}: {_last_line(output)}; {mend}, and start again, finished work is kept"
+            f"{output}: {_last_line(output)}; {fix}, and start again, finished work is kept"
         )
 
 
 def check_script(script: Path, jobs: int) -> None:
-    """A script is good bash, its options are sbatch's, and its array has `jobs` elements. Raises UserError."""
+    """Check that a script is valid bash, has valid sbatch options and an array of `jobs` elements. Raises UserError."""
     parsed = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
     if parsed.returncode:
-        raise UserError(f"{script}: no bash script ({parsed.stderr.strip()[:200]}); mend data.slurm")
+        raise UserError(f"{script}: not a valid bash script ({parsed.stderr.strip()[:200]}); fix data.slurm")
     options = {}
     for line in script.read_text(encoding="utf-8").splitlines():
         if line.startswith("#SBATCH"):
             option = re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(.+))?", line)
             if option is None or option[1] not in OPTIONS:
-                raise UserError(f"{script}: {line!r} is no option of sbatch; mend data.slurm.sbatch_args")
+                raise UserError(f"{script}: {line!r} is not an option of sbatch; fix data.slurm.sbatch_args")
             options[option[1]] = option[2]
     array = re.fullmatch(r"0-(\d+)(%[1-9]\d*)?", options.get("array") or "")
     assert array is not None and int(array[1]) == jobs - 1, f"{script}: the array is not of {jobs} tasks"
 
 
 def _quote(key: str, value: Any) -> str:
-    """A value as sbatch reads it in a script."""
+    """A value, quoted for an #SBATCH line."""
     text = str(value)
     if "\n" in text or '"' in text:
-        raise ConfigError(f"data.slurm: {key} must not have line breaks or quotes in it: {text!r}")
+        raise ConfigError(f"data.slurm: {key} must not contain line breaks or quotes: {text!r}")
     return f'"{text}"' if re.search(r"[\s#'\\;]", text) else text
 
 
 def _sbatch(script: Path, arguments: list[str]) -> str:
-    """Submit a script; the job's id. Inside a Slurm job, its variables would be taken for this one's."""
+    """Submit a script and return the job's id. Inside a Slurm job, the new job must not inherit its variables."""
     kept = ("SLURM_CONF", "SLURM_JWT")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key in kept}
     command = ["sbatch", "--parsable", *arguments, str(script)]
     asked = subprocess.run(command, capture_output=True, text=True, env=environment)
     if asked.returncode:
-        raise UserError(f"sbatch refused {script} ({_one_line(asked.stderr)}); mend data.slurm")
+        raise UserError(f"sbatch refused {script} ({_one_line(asked.stderr)}); fix data.slurm")
     return asked.stdout.strip().partition(";")[0]
 
 
 def _queue() -> set[tuple[str, str]]:
-    """(id, name) of our jobs that wait or run. An array has one id. Raises UserError when the controller does not answer."""
+    """(id, name) of our queued and running jobs. An array has one id. Raises UserError when squeue fails."""
     asked = subprocess.run(["squeue", "--me", "--noheader", "--format=%F %j"], capture_output=True, text=True)
     if asked.returncode:
-        raise UserError(
-            f"squeue does not answer ({_one_line(asked.stderr)}); submitted jobs may go on, start again later"
-        )
+        raise UserError(f"squeue failed ({_one_line(asked.stderr)}); submitted jobs may still run, start again later")
     lines = (line.strip().partition(" ") for line in asked.stdout.splitlines())
     return {(job, name) for job, _, name in lines}
 
 
 def _state_of(element: str) -> str:
-    """How Slurm says that an element of an array ended; what it says depends on the site's accounting."""
+    """The final state of an array element according to Slurm; how much is known depends on the site's accounting."""
     for command in (
         ["sacct", "-n", "-X", "-P", "-j", element, "--format=State"],
         ["scontrol", "-o", "show", "job", element],

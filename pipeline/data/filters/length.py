@@ -1,7 +1,7 @@
-"""Long documents in parts, cut where it hurts least.
+"""Filters on the length of documents: drop short or long ones, split long ones at good places.
 
-Joined, the parts are the document, character for character. They know their number (`part`) and are called after it, and
-write.py keeps them in one split.
+Joined, the parts of a split document are the document, character for character. Each has its number (`part`), which is also in
+its id, and pipeline/data/documents/write.py keeps them in one split.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
-# Where a part may end, best first: behind a paragraph, a line, a sentence, a word.
+# Where a part may end, best first: after a paragraph, a line, a sentence, a word.
 ENDS = [
     re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"[.!?\u3002\uff01\uff1f]['\"\u201d\u2019)]*\s+", r"\s+")
 ]
-WINDOW = 0.5  # of a part, at its end: where a good place is looked for
+WINDOW = 0.5  # share of a part, at its end, that is searched for a good place
 
 
 class SplitLong(PipelineStep):  # type: ignore[misc]  # datatrove has no types
@@ -46,11 +46,11 @@ class SplitLong(PipelineStep):  # type: ignore[misc]  # datatrove has no types
 
 
 def split(text: str, max_characters: int) -> list[str]:
-    """The text in parts of at most `max_characters`, as even as the places to cut allow."""
+    """The text in parts of at most `max_characters`, as even as the places to split allow."""
     parts: list[str] = []
     start = 0
     while (left := len(text) - start) > max_characters:
-        even = -(-left // -(-left // max_characters))  # what is left, in equal parts
+        even = -(-left // -(-left // max_characters))  # length of the remaining parts if they were equal
         end = _end(text, start, start + even, start + max_characters)
         parts.append(text[start:end])
         start = end
@@ -58,10 +58,10 @@ def split(text: str, max_characters: int) -> list[str]:
 
 
 def _end(text: str, start: int, wanted: int, latest: int) -> int:
-    """The best place to end a part, the nearest to `wanted` of its kind; `latest` at most."""
+    """The best place to end a part, at most `latest`: of the best kind, the nearest to `wanted`."""
     earliest = max(start + 1, int(wanted - WINDOW * (wanted - start)))
     for end in ENDS:
-        # An end is behind the match: matches may begin a little before the window.
+        # A part ends after the match, so matches may begin a little before the window.
         places = [found.end() for found in end.finditer(text, earliest - 1, latest) if found.end() <= latest]
         if places:
             return min(places, key=lambda place: (abs(place - wanted), place))
@@ -69,7 +69,7 @@ def _end(text: str, start: int, wanted: int, latest: int) -> int:
 
 
 class LengthFilter(BaseFilter):  # type: ignore[misc]
-    """Keeps documents of `minimum` to `maximum` characters, white space at the ends not counted."""
+    """Keeps documents of `minimum` to `maximum` characters, not counting white space at the ends."""
 
     name = "length"
 

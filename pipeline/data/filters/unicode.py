@@ -1,4 +1,4 @@
-"""Text as it was meant: mojibake undone, no control characters, normalized."""
+"""Unicode repair: mojibake undone, control characters removed, text normalized."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ from datatrove.pipeline.base import PipelineStep
 Form = Literal["NFC", "NFKC"]
 
 PLAIN = re.compile(r"[\n\t\x20-\x7e]*")
-
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufff9-\ufffb]")
-
 MAX_ROUNDS = 8
 
 
 class RepairUnicode(PipelineStep):  # type: ignore[misc]  # datatrove has no types
-    """Text as it was meant: mojibake undone (ftfy), line ends \\n, no control characters but \\n and \\t, normalised.
+    """Repairs text: mojibake undone (ftfy), line ends \\n, no control characters but \\n and \\t, normalized.
 
-    What only changes how text looks is left alone: quotes, ligatures (NFKC unfolds them), full-width letters (NFKC too),
-    HTML entities. form: "nfc" or "nfkc".
+    What only affects how text looks is kept: quotes, ligatures and full-width letters (unless NFKC replaces them), HTML
+    entities. form: "nfc" or "nfkc".
     """
 
     type = "FORMAT"
@@ -49,10 +47,10 @@ class RepairUnicode(PipelineStep):  # type: ignore[misc]  # datatrove has no typ
 
 
 def repair(text: str, form: Form) -> str:
-    """The repaired text; repairing it again changes nothing. Plain ASCII comes back as it is."""
+    """The repaired text; repairing it again changes nothing. Plain ASCII is returned unchanged."""
     if PLAIN.fullmatch(text):
         return text
-    for _ in range(MAX_ROUNDS):  # mojibake of mojibake: each round undoes one; nearly always the first
+    for _ in range(MAX_ROUNDS):  # nested mojibake: each round undoes one level; nearly always one is enough
         before, text = text, _repair_once(text, form)
         if text == before:
             break
@@ -61,7 +59,7 @@ def repair(text: str, form: Form) -> str:
 
 def _repair_once(text: str, form: Form) -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    # Lines apart, so that one line's encoding says nothing about another's; and short pieces are fast.
+    # Line by line, because one line's encoding implies nothing about another's, and short pieces are fast.
     lines = [line if line.isascii() else _fix_line(line) for line in text.split("\n")]
     return unicodedata.normalize(form, CONTROL.sub("", "\n".join(lines)))
 
@@ -75,8 +73,8 @@ def _fix_line(line: str) -> str:
 def _ftfy() -> tuple[Any, Any]:
     """ftfy's function and its settings.
 
-    ftfy brings encodings of its own. The package future_typing (which the quickstart's corpus installs) answers for every
-    encoding that Python does not know, so it is asked after ftfy's.
+    ftfy registers encodings of its own. The package future_typing (which the quickstart's corpus installs) claims every
+    encoding that Python does not know, so it has to be registered after ftfy.
     """
     other: Any = getattr(sys.modules.get("future_typing.codec"), "search_function", None)
     for _ in range(4 if other is not None else 0):  # its .pth file registers it twice
@@ -91,7 +89,7 @@ def _ftfy() -> tuple[Any, Any]:
         fix_character_width=False,
         uncurl_quotes=False,
         fix_line_breaks=False,
-        remove_control_chars=False,  # CONTROL does, and knows which
+        remove_control_chars=False,  # CONTROL removes exactly those that should go
         normalization=None,
         explain=False,
     )

@@ -1,10 +1,10 @@
-"""The data report: one HTML page of what came in, what each step took, and what a model will see.
+"""The data report: one HTML page of the sources, what each cleaning step removed, and what a model will see.
 
-Documents are hostile input: what page.py does for every page is done here too, and control characters become symbols. Equal
-data give an equal page.
+Documents are untrusted input: values are escaped (pipeline/report/html.py), and control characters become symbols. Equal data
+give an equal page.
 
-Only indexes, the lists of removed documents and a few blocks of tokens are read, so that a report of a large corpus is
-quick: the lists are read until each reason has its ten examples.
+Only the indexes, the lists of removed documents and a few blocks of tokens are read, so a report of a large corpus is fast: the
+lists are read until each reason has ten examples.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from pipeline.data.inspect.show import read_sequences, spans, tokenizer_of, visi
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.io.storage import exists, publish_bytes
 from pipeline.io.urls import join, public_url
+from pipeline.report import html
 from pipeline.report.histogram import charts
-from pipeline.report.html import render as page_of
 
 EXAMPLES = 10  # of each reason
 DASH = "\u2013"
 SAMPLES = {"train": 3, "val": 1, "test": 1}
-CANDIDATES = 32  # neighbours looked at for one with a document end in it
+CANDIDATES = 32  # following sequences searched for one with a document end in it
 EXACT, NEAR, PARAGRAPHS = "exact_duplicate", "near_duplicate", "paragraph_duplicates"  # two reasons, one step
 
 Tree = dict[str, Any]
 
 
 def write_report(title: str, documents: str, tokens: str | None, target: Path) -> Tree:
-    """Write the page to `target`; `tokens` None, or a folder without an index: the page says that there are none yet.
+    """Write the page to `target`; `tokens`: None or a folder without an index if there are none yet.
 
-    Returns the headline numbers. Raises UserError when there are no documents, or a file it reads is damaged.
+    Returns the headline numbers. Raises UserError if there are no documents, or a file is damaged.
     """
     index = DocumentIndex.load(documents)
     made = TokenIndex.load(tokens) if tokens is not None and exists(join(tokens, "index.json")) else None
@@ -64,7 +64,7 @@ def headline(index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
 
 
 def render(content: Tree) -> str:
-    """The page of what `page` gathered."""
+    """The HTML of the content that `page` returns."""
     filters: dict[str, Callable[[Any], str]] = {
         "count": lambda number: f"{number:,}",
         "count_or_dash": lambda number: DASH if number is None else f"{number:,}",
@@ -72,7 +72,7 @@ def render(content: Tree) -> str:
         "percent": lambda share: f"{share:.1%}",
         "ratio": lambda number: DASH if number is None else f"{number:.3f}",
     }
-    return page_of(Path(__file__).with_name("report.html"), content, filters)
+    return html.render(Path(__file__).with_name("report.html"), content, filters)
 
 
 def page(title: str, index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
@@ -82,12 +82,12 @@ def page(title: str, index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
     counted = _removed(tree)
     order: dict[str, int] = {}
     for place, step in enumerate(tree["steps"]):
-        order.setdefault(step["name"], place)  # two of them look at the length
-    taken = [
+        order.setdefault(step["name"], place)  # two of them check the length
+    removed = [
         _group(step, reason, counted.get(reason), found)
         for (step, reason), found in sorted(examples.items(), key=lambda group: order.get(group[0][0], -1))
     ]
-    copies = [group for group in taken if group["reason"] in (EXACT, NEAR) or group["step"] == PARAGRAPHS]
+    copies = [group for group in removed if group["reason"] in (EXACT, NEAR) or group["step"] == PARAGRAPHS]
     return {
         "title": title,
         "warnings": _warnings(index, tokens),
@@ -96,10 +96,10 @@ def page(title: str, index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
         "ignored": tree["counts"].get("files_of_unknown_ending", 0),
         "sources": _sources(tree["sources"]),
         "steps": _steps(tree["steps"], tree["counts"]["documents_read"]),
-        "taken": [group for group in taken if group not in copies and group["reason"] not in tree["rejected"]],
+        "removed": [group for group in removed if group not in copies and group["reason"] not in tree["rejected"]],
         "duplicates": _duplicates(tree),
         "copies": copies,
-        "rejected": [_rejected(reason, count, taken) for reason, count in tree["rejected"].items()],
+        "rejected": [_rejected(reason, count, removed) for reason, count in tree["rejected"].items()],
         "splits": [_split(index, tokens, name) for name in SPLITS],
         "charts": charts({"in characters": index.splits, **({"in tokens": tokens.splits} if tokens else {})}, SPLITS),
         "tokens": tokens is not None,
@@ -112,7 +112,7 @@ def page(title: str, index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
 
 def _warnings(index: DocumentIndex, tokens: TokenIndex | None) -> list[str]:
     if tokens is not None and tokens.documents_fingerprint != index.fingerprint:
-        return ["The tokens were made of other documents than these; run `pldr tokenize` again."]
+        return ["These tokens were made from other documents; run `pldr tokenize` again."]
     return []
 
 
@@ -159,7 +159,7 @@ def _width(part: int, whole: int) -> float:
 
 
 def _removed(tree: Tree) -> dict[str, int]:
-    """Documents removed, by reason. A step can stand there twice: lengths are checked again where text was cut."""
+    """Documents removed, by reason. A step can occur twice: lengths are checked again if text was cut."""
     counted: Counter[str] = Counter()
     for step in tree["steps"]:
         counted.update(step["removed"])
@@ -167,19 +167,19 @@ def _removed(tree: Tree) -> dict[str, int]:
 
 
 def _examples(index: DocumentIndex) -> dict[tuple[str, str], list[Tree]]:
-    """The first records of each (step, reason). Whole files are read, as many as it takes to satisfy every counted reason."""
+    """The first records of each (step, reason). Files are read until every counted reason has its examples."""
     found: dict[tuple[str, str], list[Tree]] = defaultdict(list)
     counted = _removed(index.tree) | index.tree["rejected"]
     wanted = {reason: min(EXAMPLES, n) for reason, n in counted.items()}
     for file in index.tree["removed"]:
         for record in read_removed(replace(index, tree={**index.tree, "removed": [file]})):
-            known = found[str(record["step"]), str(record["reason"])]
-            if len(known) < EXAMPLES:
-                known.append(record)
-        have: dict[str, int] = defaultdict(int)
+            examples = found[str(record["step"]), str(record["reason"])]
+            if len(examples) < EXAMPLES:
+                examples.append(record)
+        collected: dict[str, int] = defaultdict(int)
         for (_, reason), records in found.items():
-            have[reason] += len(records)
-        if all(have[reason] >= count for reason, count in wanted.items()):
+            collected[reason] += len(records)
+        if all(collected[reason] >= count for reason, count in wanted.items()):
             break
     return dict(found)
 
@@ -222,14 +222,14 @@ def _duplicates(tree: Tree) -> list[Tree]:
         }
 
     return [
-        kind("the same text", "exact_duplicates", removed.get(EXACT, 0)),
-        kind("nearly the same text", "near_duplicates", removed.get(NEAR, 0)),
+        kind("identical text", "exact_duplicates", removed.get(EXACT, 0)),
+        kind("near-duplicates", "near_duplicates", removed.get(NEAR, 0)),
         kind("repeated paragraphs", PARAGRAPHS, step=paragraphs),
     ]
 
 
 def _split(index: DocumentIndex, tokens: TokenIndex | None, name: str) -> Tree:
-    """A split's numbers from both indexes; zeros where a split or the tokens do not exist."""
+    """A split's numbers from both indexes; zeros if the split or the tokens do not exist."""
     documents = index.splits.get(name, {})
     made = tokens.splits.get(name, {}) if tokens else {}
     total, words, ends = made.get("tokens_in", 0), documents.get("words", 0), made.get("documents", 0)
@@ -248,14 +248,16 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def _samples(tokens: TokenIndex) -> Iterator[Tree]:
-    """A few sequences of each split from evenly spaced places, there one with a document end inside, where there is one."""
+    """A few sequences of each split at evenly spaced positions, preferably with a document end inside."""
     tokenizer = tokenizer_of(tokens)
     for split, wanted in SAMPLES.items():
         total = tokens.num_sequences(split)
         for place in sorted({i * total // wanted for i in range(min(wanted, total))}):
             near = list(islice(read_sequences(tokens, split, place), CANDIDATES))
             inside = (one for one in near if tokenizer.eos_id in one.ids[1:-1])
-            at_end = (one for one in near if tokenizer.eos_id == one.ids[-1])  # packed best-fit, a long document's rest
+            at_end = (
+                one for one in near if tokenizer.eos_id == one.ids[-1]
+            )  # packing best-fit: the rest of a long document
             sequence = next(inside, None) or next(at_end, near[0])
             yield {
                 **{key: getattr(sequence, key) for key in ("split", "number", "of", "shard", "block", "row")},
@@ -277,7 +279,7 @@ def _identity(index: DocumentIndex, tokens: TokenIndex | None) -> list[tuple[str
 
 
 def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
-    """Settings as `key.key` and text; a part that is off is one line."""
+    """Settings as (`key.key`, text); a step that is off is one line."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
@@ -291,7 +293,7 @@ def _size(number: int) -> str:
 
 
 def _short(number: int) -> str:
-    """Three digits and a decimal unit, from ten thousand on."""
+    """Three digits and a decimal unit, for ten thousand and more."""
     if number < 10_000:
         return f"{number:,}"
     for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M")):

@@ -1,7 +1,7 @@
-"""Looking at what the data stages made: every checksum again, and a sequence in words.
+"""Showing a stored sequence as text, with document ends and padding marked.
 
-Nothing here trusts the files it reads. Text is shown with its control characters made visible: a document may hold what
-moves a terminal's cursor.
+The files are not trusted: blocks are checked, and control characters are made visible, because a document may contain sequences
+that move a terminal's cursor.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from pipeline.tokenizer import Tokenizer
 
 END_MARK = "⏎ end of document"
 CUT_MARK = "⏎ another document"
-SPACE = "\u2581"  # what SentencePiece writes for one
+SPACE = "\u2581"  # SentencePiece's symbol for a space
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One stored sequence of context_length + 1 ids, and where it is. `segments`: number of the document of each token
-    within the row, from 1, 0 for padding; None when the tokens were made without boundaries."""
+    """A stored sequence of context_length + 1 ids, and its location. `segments`: document number of each token within the
+    row, from 1, 0 for padding; None if the tokens were made without boundaries."""
 
     split: str
     number: int
@@ -49,15 +49,15 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a decoded sequence. `kind`: text, byte (part of a character that is cut), end (of a document), cut
-    (another document begins although none ended), pad (text: how many), special (text: its name)."""
+    """A part of a decoded sequence. `kind`: text, byte (of a character that is cut), end (of a document), cut (another
+    document begins although none ended), pad (text: the count), special (text: its name)."""
 
     kind: str
     text: str = ""
 
 
 def tokenizer_of(index: TokenIndex) -> Tokenizer:
-    """The tokenizer that lies beside the tokens. Raises UserError when it is missing or damaged."""
+    """The tokenizer next to the tokens. Raises UserError if it is missing or damaged."""
     url = join(index.folder, safe_member(index.tokenizer["name"]))
     try:
         with open_retrying(url) as stream:
@@ -70,15 +70,15 @@ def tokenizer_of(index: TokenIndex) -> Tokenizer:
 
 
 def read_sequence(index: TokenIndex, split: str, number: int) -> Sequence:
-    """A sequence by number, from 0, through the split's shards in index order. Only its block is read, and checked.
+    """A sequence by number, from 0, through the split's shards in index order. Only its block is read and checked.
 
-    Raises UserError for a number that does not exist, or a block that is missing or damaged.
+    Raises UserError for a number out of range, or a missing or damaged block.
     """
     return next(read_sequences(index, split, number))
 
 
 def read_sequences(index: TokenIndex, split: str, number: int) -> Iterator[Sequence]:
-    """`read_sequence`, and the sequences behind it in the same block: one read of the file."""
+    """`read_sequence`, followed by the later sequences of the same block, with one read of the file."""
     total = index.num_sequences(split)
     if not total:
         known = ", ".join(dict.fromkeys(shard.split for shard in index.shards))
@@ -94,10 +94,10 @@ def read_sequences(index: TokenIndex, split: str, number: int) -> Iterator[Seque
     segments = None
     if index.boundaries:
         segments = _block(index, shard, block, shard.segment_offsets, shard.segment_sha256, "uint16")
-    for behind in range(len(ids) - row):
-        numbers = None if segments is None else tuple(segments[row + behind].tolist())
-        place = (split, number + behind, total, shard.name, block, row + behind)
-        yield Sequence(*place, tuple(ids[row + behind].tolist()), numbers)
+    for offset in range(len(ids) - row):
+        numbers = None if segments is None else tuple(segments[row + offset].tolist())
+        location = (split, number + offset, total, shard.name, block, row + offset)
+        yield Sequence(*location, tuple(ids[row + offset].tolist()), numbers)
 
 
 def _block(index: TokenIndex, shard: TokenShard, block: int, offsets: Any, hashes: Any, dtype: str) -> npt.NDArray[Any]:
@@ -117,7 +117,7 @@ def _block(index: TokenIndex, shard: TokenShard, block: int, offsets: Any, hashe
 
 
 def spans(sequence: Sequence, tokenizer: Tokenizer) -> Iterator[Span]:
-    """The sequence in words, document ends and padding marked. Bytes that make whole characters are text."""
+    """The sequence as text, with document ends and padding marked. Bytes that form complete characters are text."""
     for is_text, group in groupby(_joined(_atoms(sequence, tokenizer)), key=lambda span: span.kind == "text"):
         if is_text:
             yield Span("text", "".join(span.text for span in group))
@@ -126,12 +126,10 @@ def spans(sequence: Sequence, tokenizer: Tokenizer) -> Iterator[Span]:
 
 
 def _atoms(sequence: Sequence, tokenizer: Tokenizer) -> Iterator[Span]:
-    """A span for each token (a byte as two hex digits), and those where another document begins."""
-    leading = tokenizer.pieces("a")[0].startswith(
-        SPACE
-    )  # it puts a space before a text, which decoding takes away again
+    """A span for each token (a byte as two hex digits), and one where another document begins."""
+    leading = tokenizer.pieces("a")[0].startswith(SPACE)  # it adds a space before a text, which decoding removes
     for position, token in enumerate(sequence.ids):
-        if position and _another(sequence, position, tokenizer):
+        if position and _begins_document(sequence, position, tokenizer):
             yield Span("cut")
         if (byte := tokenizer.byte(token)) is not None:
             yield Span("byte", f"{byte:02X}")
@@ -150,7 +148,7 @@ def _atoms(sequence: Sequence, tokenizer: Tokenizer) -> Iterator[Span]:
 
 
 def _joined(atoms: Iterator[Span]) -> Iterator[Span]:
-    """Bytes in a row as characters where they make some, padding in a row as one span with its count."""
+    """Consecutive bytes as characters where possible, consecutive padding as one span with its count."""
     for kind, group in groupby(atoms, key=lambda span: span.kind):
         if kind == "byte":
             yield from _characters(bytes.fromhex("".join(span.text for span in group)))
@@ -172,8 +170,8 @@ def _characters(raw: bytes) -> Iterator[Span]:
             raw = raw[error.end :]
 
 
-def _another(sequence: Sequence, position: int, tokenizer: Tokenizer) -> bool:
-    """Whether another document begins here although none ended: the piece before goes on in another sequence."""
+def _begins_document(sequence: Sequence, position: int, tokenizer: Tokenizer) -> bool:
+    """Whether another document begins here although none ended: the one before continues in another sequence."""
     if sequence.segments is None:
         return False
     before, now = sequence.segments[position - 1], sequence.segments[position]
@@ -190,7 +188,7 @@ def as_text(parts: Iterator[Span]) -> str:
 
 
 def visible(text: str) -> str:
-    """Control characters, and those that turn the direction of writing, as symbols; line ends and tabs stay."""
+    """The text with control characters and changes of writing direction as symbols; line ends and tabs are kept."""
     return text if text.isprintable() else HIDDEN.sub(lambda found: _symbol(found[0]), text)
 
 

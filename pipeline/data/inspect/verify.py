@@ -1,4 +1,4 @@
-"""Every checksum of documents and tokens again."""
+"""Verifying finished documents and tokens: every checksum and fingerprint is computed again."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ from pipeline.errors import UserError
 from pipeline.io.storage import exists, read_json
 from pipeline.io.urls import join, public_url
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 def folder_of(index: str) -> str:
-    """The folder of an index, given as folder or as its index.json."""
+    """The folder of an index, given as a folder or an index.json."""
     return index.removesuffix("index.json").rstrip("/") or "."
 
 
 def kind_of(folder: str) -> str:
-    """Whose folder it is, "documents" or "tokens". Raises UserError when it is neither's."""
+    """The kind of a folder, "documents" or "tokens". Raises UserError if it is neither."""
     url = join(folder, "index.json")
     if not exists(url):
         raise UserError(
-            f"{public_url(folder)}: holds no index.json; name a documents or tokens folder, or the YAML of a run"
+            f"{public_url(folder)}: contains no index.json; name a documents or tokens folder, or the YAML of a run"
         )
     tree = read_json(url)
     if isinstance(tree, dict) and isinstance(tree.get("shards"), list):
         return "tokens" if "context_length" in tree else "documents"
     raise UserError(
-        f"{public_url(url)}: no index of documents or tokens; name the folder that `pldr shard` or `pldr tokenize` made"
+        f"{public_url(url)}: not an index of documents or tokens; name the folder that `pldr shard` or `pldr tokenize` made"
     )
 
 
-def verify(documents: str | None, tokens: str | None, say: Say) -> dict[str, Any]:
-    """Check every checksum of documents, removed lists and tokens, and the fingerprints. A folder that is None is left out.
+def verify(documents: str | None, tokens: str | None, report: Report) -> dict[str, Any]:
+    """Check every checksum of documents, removed lists and tokens, and the fingerprints. A folder that is None is skipped.
 
-    Returns what was checked. Raises UserError naming the first file that is damaged or missing.
+    Returns what was checked. Raises UserError naming the first damaged or missing file.
     """
     result: dict[str, Any] = {}
     if documents is not None:
         result["documents"] = verify_documents(documents)
         facts = result["documents"]
-        say(
+        report(
             f"{public_url(documents)}: {facts['files']} files, {facts['documents']:,} documents, {facts['removed']:,} removed: "
-            f"every checksum fits, fingerprint {facts['fingerprint'][:16]}"
+            f"all checksums match, fingerprint {facts['fingerprint'][:16]}"
         )
     if tokens is not None:
         result["tokens"] = verify_tokens(tokens)
         facts = result["tokens"]
-        say(
+        report(
             f"{public_url(tokens)}: {facts['files']} files, {facts['blocks']:,} blocks, {facts['sequences']:,} sequences: "
-            f"every checksum fits, fingerprint {facts['fingerprint'][:16]}"
+            f"all checksums match, fingerprint {facts['fingerprint'][:16]}"
         )
     if documents is not None and tokens is not None:
         made, found = result["tokens"]["documents_fingerprint"], result["documents"]["fingerprint"]
         if made != found:
             raise UserError(
-                f"{tokens}: tokens of documents {made[:16]}, {documents} holds {found[:16]} (fingerprints); {TOKENIZE_AGAIN}"
+                f"{tokens}: tokens of documents {made[:16]}, but {documents} has {found[:16]} (fingerprints); {TOKENIZE_AGAIN}"
             )
     return result
 
@@ -73,7 +73,7 @@ def verify_documents(folder: str) -> dict[str, Any]:
     listed = sum(file["records"] for file in index.tree["removed"])
     if removed != listed:
         raise UserError(
-            f"{folder}: {removed} records of removed documents, the index says {listed}; run `pldr shard` again"
+            f"{folder}: {removed} records of removed documents, the index lists {listed}; run `pldr shard` again"
         )
     files = len(index.shards) + len(index.tree["removed"])
     return {
@@ -90,13 +90,13 @@ def _verify_shard(index: DocumentIndex, shard: dict[str, Any]) -> int:
     for document in read_shard(index.folder, shard):
         if hashlib.sha256(document.text.encode("utf-8")).hexdigest() != document.meta["sha256"]:
             raise UserError(
-                f"{join(index.folder, shard['name'])}: {document.key}.txt is not the text its .json names (sha256); "
+                f"{join(index.folder, shard['name'])}: {document.key}.txt does not match the sha256 in its .json; "
                 "run `pldr shard` again"
             )
         count += 1
     if count != shard["documents"]:
         raise UserError(
-            f"{join(index.folder, shard['name'])}: {count} documents, the index says {shard['documents']}; "
+            f"{join(index.folder, shard['name'])}: {count} documents, the index lists {shard['documents']}; "
             "run `pldr shard` again"
         )
     return count

@@ -1,13 +1,13 @@
-"""The order's sequences to micro batches: read ahead, the same on every rank, and nothing that is damaged.
+"""From the data order to micro batches: read ahead, consistent on all ranks, without damaged data.
 
-What a global batch holds depends on the index, the seed, the position in the order and which units (reader.py) are bad; on
-nothing else. Ranks take equal consecutive slices of it, micro batches are consecutive slices of those.
+The content of a global batch depends only on the index, the seed, the position in the order, and which extents (reader.py) are
+bad. Ranks take equal consecutive slices of it, and micro batches are consecutive slices of those.
 
-The order is computed and its units opened in chunks of positions, one chunk ahead of the one being read, on FETCHERS threads
-(a shard's sha256, a block's download). With `data.on_bad_shard: skip` the ranks look at all units of a chunk before any
-batch is formed from it, agree which are bad for any of them, and leave those sequences out; what follows moves up. That
-verdict belongs to the unit, not to the moment it was found, so a run that resumes forms the same batches as one that was
-never interrupted: it only has to know the position, which counts what was left out.
+The order is computed and its extents are opened in chunks of positions, one chunk ahead of the one being read, on FETCHERS
+threads (hashing a shard, downloading a block). With `data.on_bad_shard: skip` the ranks check all extents of a chunk before any
+batch is formed from it, agree which are bad for any of them, and leave their sequences out; later ones move up. The verdict is
+about the extent, not the time at which it was found, so a resumed run forms the same batches as an uninterrupted one: it only
+needs the position, which counts the sequences left out.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.loading.order import WINDOW_BLOCKS, Indices, Order
-from pipeline.data.loading.reader import BadUnit, TokenReader, Unit
+from pipeline.data.loading.reader import BadExtent, Extent, TokenReader
 from pipeline.errors import UserError
 
 PREFETCH = 2  # global batches read ahead
-CHUNK = 4096  # positions looked at together, or a window of the order where that is less: computing 32 costs 0.9 ms, 4,096 2 ms
-ROWS = 256  # of a rank, read together: three times as fast as 32
-AHEAD = 2  # chunks whose units are being opened: the one that is read next, and the one behind it
+CHUNK = 4096  # positions handled together, at most a window of the order: computing 32 takes 0.9 ms, 4,096 take 2 ms
+ROWS = 256  # of a rank that are read together: three times as fast as 32
+AHEAD = 2  # chunks whose extents are being opened: the next one to read, and the one after it
 FETCHERS = 8
 CLOSE_S = 5.0
 Agree = Callable[[list[bool]], list[bool]]
@@ -42,16 +42,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Sequences at consecutive positions of the order, and the units they need, which are being opened."""
+    """Sequences at consecutive positions of the order, and the extents they need, which are being opened."""
 
     start: int
     ids: Indices
-    units: list[Unit]
+    extents: list[Extent]
     opened: list[Future[None]]
 
 
 class TrainLoader:
-    """Global batches of a split for one rank, from any position of the order on."""
+    """Global batches of a split for one rank, starting at any position of the order."""
 
     def __init__(
         self,
@@ -67,14 +67,14 @@ class TrainLoader:
     ) -> None:
         """global_batch and micro_batch count sequences; micro_batch is per rank and forward pass.
 
-        agree: with on_bad_shard "skip" and more than one rank: takes this rank's verdicts and gives back, on every rank,
-        which of them any rank has. Called by the thread that reads ahead, equally often on all ranks.
+        agree: for on_bad_shard "skip" with more than one rank: takes this rank's verdicts and returns, on every rank, their
+        logical or over all ranks. Called by the thread that reads ahead, equally often on all ranks.
 
-        Raises UserError when world_size ranks cannot share a global batch in whole micro batches.
+        Raises UserError if a global batch is not a multiple of micro_batch * world_size.
         """
         if global_batch % (micro_batch * world_size):
             raise UserError(
-                f"train.global_batch {global_batch} is no multiple of train.micro_batch {micro_batch} x {world_size} ranks; "
+                f"train.global_batch {global_batch} is not a multiple of train.micro_batch {micro_batch} x {world_size} ranks; "
                 f"set train.global_batch to a multiple of {micro_batch * world_size}, or train.micro_batch to a divisor"
             )
         assert 0 <= rank < world_size
@@ -86,12 +86,11 @@ class TrainLoader:
         self._width = reader.index.context_length + 1
         share = global_batch // world_size
         self._slice = slice(rank * share, (rank + 1) * share)
-        self._turn = (
-            rank / world_size
-        )  # where in a chunk this rank begins to open units: ranks of a node share the work
+        # Where in a chunk this rank begins to open extents, so that the ranks of a node share the work.
+        self._first_extent = rank / world_size
         self._skip = on_bad_shard == "skip"
         self._agree: Agree = agree or (lambda verdicts: verdicts)
-        self._bad: set[Unit] = set()
+        self._bad: set[Extent] = set()
         self._left_out = 0
         self._order = Order(
             num_sequences=reader.num_sequences,
@@ -102,21 +101,21 @@ class TrainLoader:
 
     @property
     def left_out(self) -> dict[str, object]:
-        """What was bad so far and so is in no batch: {"shards": names, "sequences": how many positions were passed over}."""
+        """What was bad and left out so far: {"shards": names, "sequences": number of positions that were skipped}."""
         names = sorted({self.reader.shards[shard].name for shard, _ in list(self._bad)})
         return {"shards": names, "sequences": self._left_out}
 
     def indices(self, position: int) -> Indices:
-        """The sequence numbers [global_batch] of the batch that begins at a position, where nothing is left out."""
+        """The sequence numbers [global_batch] of the batch that begins at a position, if nothing is left out."""
         return self._order.global_batch(position, self.global_batch)
 
     def micro_batches(self, position: int, *, limit: int | None = None) -> Iterator[tuple[list[Indices], int]]:
-        """Global batch after global batch from a position of the order (0: the beginning) on; `limit` of them, or no end.
+        """Global batches from a position of the order (0: the beginning); `limit` of them, or without end.
 
-        Yields this rank's micro batches, each int64 [micro_batch, context_length + 1], and the position behind the batch,
-        where the next one begins. Read PREFETCH batches ahead on a thread, whose errors are raised here: UserError naming a
-        shard that is bad, or, with "skip", when no good one is left. With ranks that agree, close a limited iterator only
-        at its end: ranks that stop at different times wait for one another.
+        Yields this rank's micro batches, each int64 [micro_batch, context_length + 1], and the position after the batch, where
+        the next one begins. A thread reads PREFETCH batches ahead, and its errors are raised here: UserError naming a bad
+        shard, or, with "skip", when no good one is left. If ranks have to agree, exhaust a limited iterator before closing it:
+        ranks that stop at different times would wait for one another.
         """
         ready: queue.Queue[tuple[list[Indices], int] | BaseException | None] = queue.Queue(maxsize=PREFETCH)
         stop = threading.Event()
@@ -154,45 +153,45 @@ class TrainLoader:
                 yield item
         finally:
             stop.set()
-            thread.join(CLOSE_S)  # not for ever: it may wait for a rank that is gone
+            thread.join(CLOSE_S)  # with a timeout: it may be waiting for a rank that is gone
 
     def _rows(self, position: int, limit: int | None, fetchers: _Fetchers) -> Iterator[tuple[list[Indices], int]]:
-        """What `micro_batches` yields. Several batches are read at once: what they need of a block is one copy."""
+        """What `micro_batches` yields. Several batches are read at once, so that a block is copied from once."""
         share = self._slice.stop - self._slice.start
         together = -(-ROWS // share)
-        for ids, behind in self._batches(position, limit, fetchers):
+        for ids, ends in self._batches(position, limit, fetchers):
             for first in range(0, len(ids), together):
                 mine = ids[first : first + together, self._slice]
                 micro = self.reader.read(mine.ravel()).reshape(len(mine), -1, self.micro_batch, self._width)
                 for number, rows in enumerate(micro, first):
-                    yield list(rows), int(behind[number])
+                    yield list(rows), int(ends[number])
 
     def _batches(self, position: int, limit: int | None, fetchers: _Fetchers) -> Iterator[tuple[Indices, Indices]]:
-        """(sequence numbers [n, global_batch], position behind each batch [n]): the whole global batches that can be formed
-        after each chunk; at least `limit` in all."""
+        """(sequence numbers [n, global_batch], position after each batch [n]): the complete global batches that can be formed
+        after each chunk; at least `limit` in total."""
         ids = positions = np.empty(0, dtype=np.int64)
-        behind_good = position
+        after_good = position
         for chunk in self._chunks(position, limit, fetchers):
             good = self._good(chunk)
             ids = np.concatenate([ids, chunk.ids[good]])
             positions = np.concatenate([positions, chunk.start + np.flatnonzero(good)])
             if good.any():
-                behind_good = int(positions[-1]) + 1
-            elif chunk.start + len(good) - behind_good >= 2 * self.num_sequences:  # a whole epoch, wherever that begins
+                after_good = int(positions[-1]) + 1
+            elif chunk.start + len(good) - after_good >= 2 * self.num_sequences:  # a full epoch, wherever it begins
                 raise UserError(
                     f"{self.reader.index.folder}: every shard of the {self.reader.split} split is missing or damaged; "
                     "run `pldr tokenize` again"
                 )
-            whole = len(ids) // self.global_batch * self.global_batch
+            complete = len(ids) // self.global_batch * self.global_batch
             yield (
-                ids[:whole].reshape(-1, self.global_batch),
-                positions[self.global_batch - 1 : whole : self.global_batch] + 1,
+                ids[:complete].reshape(-1, self.global_batch),
+                positions[self.global_batch - 1 : complete : self.global_batch] + 1,
             )
-            ids, positions = ids[whole:], positions[whole:]
+            ids, positions = ids[complete:], positions[complete:]
 
     def _chunks(self, position: int, limit: int | None, fetchers: _Fetchers) -> Iterator[_Chunk]:
-        """The order in chunks of whole global batches, AHEAD of them being opened at any time. How they are cut decides
-        nothing but when units are opened."""
+        """The order in chunks of complete global batches, with AHEAD of them being opened at any time. Their size affects
+        only when extents are opened."""
         window = WINDOW_BLOCKS * self.reader.index.block_sequences
         batches = -(-min(CHUNK, window) // self.global_batch)
         size = (batches if limit is None else min(batches, limit)) * self.global_batch
@@ -208,40 +207,40 @@ class TrainLoader:
 
     def _plan(self, start: int, size: int, fetchers: _Fetchers) -> _Chunk:
         ids = self._order.global_batch(start, size)
-        # Where nothing is left out batches are known already, and a rank only has to open what its own rows need.
+        # If nothing is left out, batches are already known, and a rank opens only the extents of its own rows.
         mine = ids if self._skip else ids.reshape(-1, self.global_batch)[:, self._slice].ravel()
-        units = self.reader.units_of(mine)
-        begin = int(self._turn * len(units))
-        opened: list[Future[None]] = [Future() for _ in units]
-        for number in [*range(begin, len(units)), *range(begin)]:
-            fetchers.submit(self.reader, units[number], opened[number])
-        return _Chunk(start, ids, units, opened)
+        extents = self.reader.extents_of(mine)
+        begin = int(self._first_extent * len(extents))
+        opened: list[Future[None]] = [Future() for _ in extents]
+        for number in [*range(begin, len(extents)), *range(begin)]:
+            fetchers.submit(self.reader, extents[number], opened[number])
+        return _Chunk(start, ids, extents, opened)
 
     def _good(self, chunk: _Chunk) -> npt.NDArray[np.bool_]:
-        """Which sequences of a chunk are used; all of them, or BadUnit, unless bad units are skipped."""
+        """Which sequences of a chunk are used: all of them (or BadExtent is raised), unless bad extents are skipped."""
         verdicts = []
-        for unit, opened in zip(chunk.units, chunk.opened, strict=True):
+        for extent, opened in zip(chunk.extents, chunk.opened, strict=True):
             error = opened.exception()
-            if error is not None and not (self._skip and isinstance(error, BadUnit)):
+            if error is not None and not (self._skip and isinstance(error, BadExtent)):
                 raise error
-            if error is not None and unit not in self._bad:
+            if error is not None and extent not in self._bad:
                 log.warning("left out: %s", error)
             verdicts.append(error is not None)
         if not self._skip:
             return np.ones(len(chunk.ids), dtype=np.bool_)
         agreed = self._agree(verdicts)
-        bad = {unit for unit, is_bad in zip(chunk.units, agreed, strict=True) if is_bad}
-        for unit in sorted(bad - self._bad - {u for u, own in zip(chunk.units, verdicts, strict=True) if own}):
-            log.warning("left out: %s, which another rank cannot read", self.reader.name(unit))
+        bad = {extent for extent, is_bad in zip(chunk.extents, agreed, strict=True) if is_bad}
+        for extent in sorted(bad - self._bad - {e for e, own in zip(chunk.extents, verdicts, strict=True) if own}):
+            log.warning("left out: %s, which another rank cannot read", self.reader.name(extent))
         self._bad |= bad
-        return np.logical_not(self.reader.in_units(chunk.ids, bad))
+        return np.logical_not(self.reader.in_extents(chunk.ids, bad))
 
 
 def evenly_spread(
     reader: TokenReader, candidates: Indices, count: int, *, skip: bool = False, agree: Agree | None = None
 ) -> Indices:
-    """`count` of the candidates (sequence numbers), or all if they are fewer, evenly spread; with `skip`, of those that every
-    rank can read. Collective where ranks agree. Raises UserError when there is none."""
+    """`count` of the candidates (sequence numbers), or all if there are fewer, evenly spaced; with `skip`, only those that
+    every rank can read. Collective if ranks have to agree. Raises UserError if there are none."""
     while True:
         if not len(candidates):
             raise UserError(
@@ -251,24 +250,24 @@ def evenly_spread(
         chosen: Indices = candidates[np.linspace(0, len(candidates) - 1, wanted).astype(int)]
         if not skip:
             return chosen
-        units = reader.units_of(chosen)
-        verdicts = _judge(reader, units)
-        bad = {unit for unit, is_bad in zip(units, agree(verdicts) if agree else verdicts, strict=True) if is_bad}
+        extents = reader.extents_of(chosen)
+        verdicts = _judge(reader, extents)
+        bad = {extent for extent, is_bad in zip(extents, agree(verdicts) if agree else verdicts, strict=True) if is_bad}
         if not bad:
             return chosen
-        candidates = candidates[np.logical_not(reader.in_units(candidates, bad))]
+        candidates = candidates[np.logical_not(reader.in_extents(candidates, bad))]
 
 
-def _judge(reader: TokenReader, units: list[Unit]) -> list[bool]:
-    """Which of these units are bad."""
+def _judge(reader: TokenReader, extents: list[Extent]) -> list[bool]:
+    """Which of these extents are bad."""
     fetchers = _Fetchers(FETCHERS)
-    opened: list[Future[None]] = [Future() for _ in units]
-    for unit, result in zip(units, opened, strict=True):
-        fetchers.submit(reader, unit, result)
+    opened: list[Future[None]] = [Future() for _ in extents]
+    for extent, result in zip(extents, opened, strict=True):
+        fetchers.submit(reader, extent, result)
     errors = [result.exception() for result in opened]
     fetchers.stop()
     for error in errors:
-        if isinstance(error, BadUnit):
+        if isinstance(error, BadExtent):
             log.warning("left out: %s", error)
         elif error is not None:
             raise error
@@ -276,16 +275,16 @@ def _judge(reader: TokenReader, units: list[Unit]) -> list[bool]:
 
 
 class _Fetchers:
-    """Threads that open units. Daemons, unlike a ThreadPoolExecutor's: a process that ends does not wait for a network."""
+    """Threads that open extents. Daemons, unlike those of ThreadPoolExecutor, so that exit does not wait for a network."""
 
     def __init__(self, count: int) -> None:
-        self._work: queue.SimpleQueue[tuple[TokenReader, Unit, Future[None]] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[TokenReader, Extent, Future[None]] | None] = queue.SimpleQueue()
         self._stopped = False
         self._count = count
         self._threads: list[threading.Thread] = []
 
-    def submit(self, reader: TokenReader, unit: Unit, opened: Future[None]) -> None:
-        self._work.put((reader, unit, opened))
+    def submit(self, reader: TokenReader, extent: Extent, opened: Future[None]) -> None:
+        self._work.put((reader, extent, opened))
         if len(self._threads) < self._count:
             self._threads.append(threading.Thread(target=self._run, name="token-fetch", daemon=True))
             self._threads[-1].start()
@@ -297,9 +296,9 @@ class _Fetchers:
 
     def _run(self) -> None:
         while (item := self._work.get()) is not None and not self._stopped:
-            reader, unit, opened = item
+            reader, extent, opened = item
             try:
-                reader.open(unit)
+                reader.open(extent)
                 opened.set_result(None)
             except BaseException as error:
                 opened.set_exception(error)

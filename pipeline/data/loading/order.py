@@ -1,20 +1,19 @@
-"""Which sequence comes when: a pure function of (fingerprint, seed, epoch, position). No state, no lists,
-O(1) memory.
+"""The data order: a pure function of (fingerprint, seed, epoch, position). No state, no lists, O(1) memory.
 
 The only training-data state is `sequences_consumed`. World size, micro batch, workers and restarts cannot
-change what a global batch holds, because none of them is an argument here.
+change the content of a global batch, because none of them is an argument here.
 
-How epoch `e` is laid out, in two keyed permutations:
-1. Blocks of `block_sequences` consecutive sequences (a tar member) are permuted over the whole split.
-2. The permuted line is cut into windows of WINDOW_BLOCKS blocks; inside each window single sequences are
-   permuted. So a reader touches at most WINDOW_BLOCKS blocks (two windows at a seam) at a time: with 256
-   sequences of 1025 uint16, 33 MB, whatever the size of the corpus. Sequences of one block still come close
-   to one another; a window of 16,384 sequences (512 global batches of 32) is what mixes them.
+An epoch is laid out by two keyed permutations:
+1. Blocks of `block_sequences` consecutive sequences (a tar member) are permuted over the entire split.
+2. The permuted blocks are divided into windows of WINDOW_BLOCKS blocks; inside each window single sequences are
+   permuted. So a reader touches at most WINDOW_BLOCKS blocks at a time (two windows where they meet): with
+   256 sequences of 1025 uint16, 33 MB for any size of the corpus. Sequences of one block are still close to
+   one another; a window of 16,384 sequences (512 global batches of 32) mixes them.
 
-A permutation of [0, n) is a Feistel network on the smallest even number of bits that holds n, walked until
-it lands inside (Black & Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): less than four tries on
-average. The last block of a split may be short; it takes a keyed place in the line and everything behind it
-moves up.
+A permutation of [0, n) is a Feistel network on the smallest even number of bits that holds n, applied again
+until the value is inside ("cycle walking"; Black & Rogaway, "Ciphers with Arbitrary Finite Domains", 2002):
+less than four times on average. The last block of a split may be short; it is inserted at a keyed position, and
+everything after it moves up.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Words = npt.NDArray[np.uint64]
 
 WINDOW_BLOCKS = 64
 ROUNDS = 6
-VERSION = "pldr-order-1"  # a change of anything below changes every run's data order: change this with it
+VERSION = "pldr-order-1"  # any change below changes the data order of every run: change this version with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +56,10 @@ class Order:
         place = np.asarray(positions, dtype=np.int64)
         assert place.size == 0 or (place.min() >= 0 and place.max() < self.num_sequences)
         block_key, window_key, short_key = self._keys(epoch)
-        return self._line(self._within_window(place, window_key), block_key, short_key)
+        return self._sequence_at(self._within_window(place, window_key), block_key, short_key)
 
     def global_batch(self, start: int, size: int) -> Indices:
-        """Sequence ids [size] of the batch that begins after `start` consumed sequences; runs across epoch
-        ends."""
+        """Sequence ids [size] of the batch that begins after `start` consumed sequences; may span epochs."""
         parts = []
         while size > 0:
             epoch, position = divmod(start, self.num_sequences)
@@ -76,7 +74,7 @@ class Order:
         return tuple(int.from_bytes(digest[i : i + 8], "little") for i in (0, 8, 16))  # type: ignore[return-value]
 
     def _within_window(self, place: Indices, key: int) -> Indices:
-        """Permute positions inside their window; the last window may be shorter than the others."""
+        """Permute positions inside their window; the last window may be shorter."""
         window = WINDOW_BLOCKS * self.block_sequences
         number = place // window
         inside = place - number * window
@@ -88,8 +86,8 @@ class Order:
                 out[chosen] = permute(inside[chosen], size, keys[chosen])
         return out + number * window
 
-    def _line(self, place: Indices, block_key: int, short_key: int) -> Indices:
-        """Sequence id at each place of the line of permuted blocks."""
+    def _sequence_at(self, place: Indices, block_key: int, short_key: int) -> Indices:
+        """Sequence id at each position of the permuted blocks."""
         size = self.block_sequences
         full, short = divmod(self.num_sequences, size)
         short_at = short_key % (full + 1) * size if short else self.num_sequences
@@ -111,7 +109,7 @@ def permute(values: Indices, size: int, keys: Words) -> Indices:
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     out = values.astype(np.uint64)
     todo = np.arange(len(out))
-    while len(todo):  # values outside [0, size) walk on until they are back inside
+    while len(todo):  # cycle walking: values outside [0, size) are permuted again
         out[todo] = _feistel(out[todo], keys[todo], half)
         todo = todo[out[todo] >= size]
     return out.astype(np.int64)
@@ -127,7 +125,7 @@ def _feistel(values: Words, keys: Words, half: int) -> Words:
 
 
 def _mix(word: Words) -> Words:
-    """The finaliser of splitmix64: every input bit reaches every output bit."""
+    """The finalizer of splitmix64: every input bit affects every output bit."""
     with np.errstate(over="ignore"):
         word = (word + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
         word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

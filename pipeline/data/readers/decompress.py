@@ -1,9 +1,9 @@
-"""Decompressed streams that notice every cut and every damaged part, in bounded memory.
+"""Decompressed streams that detect truncation and damage, in bounded memory.
 
-The usual readers lose text without a word: zstandard's stops where the file is cut and behind the first frame of many, bz2's
-and lzma's take a damaged second stream for padding. Parallel compressors write many streams in a file, so here a file is
-read to its last byte, and what is no further stream is an error. And they may give out hundreds of megabytes for a few
-bytes read (one long line of the same letter); here nothing gives out more than a few at once.
+The usual readers lose text silently: zstandard's stops where the file is truncated and after the first of several frames, bz2's
+and lzma's take a damaged second stream for padding. Parallel compressors write many streams to a file, so here a file is read
+to its last byte, and anything that is not another stream is an error. The usual readers may also return hundreds of megabytes
+for a few bytes read (one long line of the same letter); here at most a few megabytes are returned at once.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ OUT = 1 << 20  # decompressed bytes at once, at most
 XZ_MEMORY = 1 << 30  # `xz -9` needs 65 MB; a header that asks for more than this is refused
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 ZSTD_SKIPPED = range(0x184D2A50, 0x184D2A60)
-DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # and an OSError without a number: bz2
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # and for bz2 an OSError without an errno
 
 
 def decompressed(raw: BinaryIO, compression: str) -> io.BufferedReader:
-    """What a stream of `compression` (gzip, bz2, xz, zstd) holds. Reading raises one of DAMAGE, or OSError without an
-    errno, where it is cut or damaged."""
+    """The content of a stream with `compression` (gzip, bz2, xz, zstd). Reading raises one of DAMAGE, or OSError without
+    an errno, where it is truncated or damaged."""
     return io.BufferedReader(_Blocks(READERS[compression](raw), raw), OUT)
 
 
@@ -66,7 +66,7 @@ def _gzip(raw: BinaryIO) -> Iterator[bytes]:
             data = data or _more(raw)
             yield stream.decompress(data, OUT)
             data = stream.unconsumed_tail
-        data = _behind_zeros(raw, stream.unused_data)
+        data = _after_zeros(raw, stream.unused_data)
 
 
 def _bz2(raw: BinaryIO) -> Iterator[bytes]:
@@ -86,7 +86,7 @@ def _streams(raw: BinaryIO, start: Callable[[], Any], *, zeros: bool) -> Iterato
                 data = data or _more(raw)
             yield stream.decompress(data, OUT)
             data = b""
-        data = _behind_zeros(raw, stream.unused_data) if zeros else stream.unused_data or raw.read(IN)
+        data = _after_zeros(raw, stream.unused_data) if zeros else stream.unused_data or raw.read(IN)
 
 
 def _more(raw: BinaryIO) -> bytes:
@@ -96,7 +96,7 @@ def _more(raw: BinaryIO) -> bytes:
     return data
 
 
-def _behind_zeros(raw: BinaryIO, data: bytes) -> bytes:
+def _after_zeros(raw: BinaryIO, data: bytes) -> bytes:
     """The next bytes that are not padding; none at the end of the file."""
     while not (data := data.lstrip(b"\0")):
         data = raw.read(IN)
@@ -106,8 +106,7 @@ def _behind_zeros(raw: BinaryIO, data: bytes) -> bytes:
 
 
 def _zstd(raw: BinaryIO) -> Iterator[bytes]:
-    """zstandard has no limit on what it gives out for what it gets, but a block of the format holds 128 KiB at most: so
-    it gets them one by one."""
+    """zstandard does not limit its output, but a block of the format holds at most 128 KiB, so it is fed block by block."""
     while magic := raw.read(4):
         if len(magic) == 4 and int.from_bytes(magic, "little") in ZSTD_SKIPPED:
             left = int.from_bytes(_exactly(raw, 4), "little")
@@ -115,7 +114,7 @@ def _zstd(raw: BinaryIO) -> Iterator[bytes]:
                 left -= len(_exactly(raw, min(left, OUT)))
             continue
         if magic != ZSTD_MAGIC:
-            raise zstandard.ZstdError("no zstd frame where one has to begin")
+            raise zstandard.ZstdError("no zstd frame where one should begin")
         yield from _zstd_frame(raw)
 
 
@@ -135,7 +134,7 @@ def _zstd_frame(source: BinaryIO) -> Iterator[bytes]:
     if checksum:
         yield frame.decompress(_exactly(source, 4))
     if not frame.eof:
-        raise zstandard.ZstdError("a zstd frame that does not end")
+        raise zstandard.ZstdError("a zstd frame without an end")
 
 
 def _exactly(source: BinaryIO, count: int) -> bytes:

@@ -1,10 +1,10 @@
-"""Documents of a parquet file: the text column alone, row group by row group, a few megabytes at once.
+"""Documents of a parquet file: only the text column, row group by row group, a few megabytes at a time.
 
-A row group belongs to the unit in whose byte range it begins. Local files and object stores are read in place; what cannot
-be entered in the middle (a compressed .parquet, a web server) is copied to a temporary file first.
+A row group belongs to the unit in whose byte range it begins. Local files and object stores are read in place; files without
+random access (a compressed .parquet, a web server) are copied to a temporary file first.
 
-Arrow decodes a page as a whole, so a cell that is too long is in memory once, in Arrow's, before it is rejected; no Python
-string is made of it. Pages are checked against their checksums where a file has them.
+Arrow decodes a page at once, so a cell that is too long is in Arrow's memory once before it is rejected; no Python string is
+made of it. Pages are checked against their checksums if the file has them.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ REMOTE_BLOCK = 4 << 20
 
 
 def read_parquet(unit: Unit, limit: int) -> Iterator[Text | Rejected]:
-    """The documents of a unit's row groups; `record` is the row's number in the file, from 1."""
+    """The documents of a unit's row groups. `record` is the row number in the file, from 1."""
     shown = unit.file.shown
     with contextlib.ExitStack() as stack:
         source, size = open_parquet(unit, stack)
         if not size:
             if unit.part == 0:
-                yield Rejected(None, "empty_file", shown, f"empty, not one byte; fetch or drop it {SKIP}")
+                yield Rejected(None, "empty_file", shown, f"empty file; download it again or remove it {SKIP}")
             return
         try:
             file = pq.ParquetFile(source, page_checksum_verification=True)
@@ -53,7 +53,7 @@ def read_parquet(unit: Unit, limit: int) -> Iterator[Text | Rejected]:
                 yield Rejected(None, "no_text", shown, problem)
             return
         if not file.metadata.num_rows and unit.part == 0:
-            yield Rejected(None, "empty_file", shown, f"no rows; fetch or drop it {SKIP}")
+            yield Rejected(None, "empty_file", shown, f"no rows; download it again or remove it {SKIP}")
         row = 1
         for group in range(file.num_row_groups):
             facts = file.metadata.row_group(group)
@@ -86,7 +86,7 @@ def _read_cells(unit: Unit, column: Any, row: int, limit: int) -> Iterator[Text 
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_string_view(column.type):
-        column = column.cast(pa.large_string())  # binary_length knows no views
+        column = column.cast(pa.large_string())  # binary_length does not support views
     lengths = pc.binary_length(column).to_pylist()
     for i, length in enumerate(lengths):
         number = row + i
@@ -104,7 +104,7 @@ def _read_cells(unit: Unit, column: Any, row: int, limit: int) -> Iterator[Text 
 
 
 def _column_problem(file: pq.ParquetFile, key: str) -> str | None:
-    """Why the text cannot be taken from this file; None when it can."""
+    """Why the text cannot be read from this file; None when it can."""
     schema = file.schema_arrow
     if schema.names.count(key) != 1:
         return f"no column {key!r} (columns: {some_names(schema.names)}); set text_key of this source {SKIP}"
@@ -131,18 +131,20 @@ def read_rows(unit: Unit) -> Iterator[Any]:
             for batch in file.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{unit.file.shown}: no whole parquet file ({first_line(error)}); fetch it again") from None
+            raise UserError(
+                f"{unit.file.shown}: not an intact parquet file ({first_line(error)}); download it again"
+            ) from None
 
 
 def _damaged(unit: Unit, rows: str, error: Exception) -> Iterator[Rejected]:
-    """Damage of one row group is met by its unit alone; of the file by all of its units: the first one tells."""
+    """A damaged row group is seen only by its unit; a damaged file by all of its units, and the first one reports it."""
     if rows or unit.part == 0:
-        problem = f"cut or damaged ({first_line(error)}); fetch it again {SKIP}"
+        problem = f"truncated or damaged ({first_line(error)}); download it again {SKIP}"
         yield Rejected(None, "damaged_file", unit.file.shown + rows, problem)
 
 
 def open_parquet(unit: Unit, stack: contextlib.ExitStack) -> tuple[Any, int]:
-    """What Arrow reads, a path or a seekable file, and its size."""
+    """What Arrow reads (a path or a seekable file), and its size."""
     url, compression = unit.file.url, unit.file.compression
     if compression is None and is_local(url):
         return unit.file.shown, os.stat(unit.file.shown).st_size
@@ -158,7 +160,7 @@ def open_parquet(unit: Unit, stack: contextlib.ExitStack) -> tuple[Any, int]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A remote file to be read anywhere."""
+    """A remote file with random access."""
 
     def __init__(self, url: str, size: int) -> None:
         self._url = url

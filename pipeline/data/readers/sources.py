@@ -1,11 +1,11 @@
 """Corpora: which files the `data.sources` entries name.
 
 A source is a path, a folder, a glob, any fsspec URL, or `package://NAME/GLOB` for files inside an installed package. The
-ending decides how a file is read (FORMATS, COMPRESSIONS). A folder gives the files of known endings in it and counts the
-others; what a glob or a name matches has to be readable. `read.py` reads the files.
+extension decides how a file is read (FORMATS, COMPRESSIONS). A folder contributes the files in it with a known extension and
+counts the others; a file that is named or matched by a glob must have one. text.py and parquet.py read the files.
 
-A file's `name` is what its documents are called, in indexes and fingerprints: the source's name and the path below the fixed
-part of the source's URL, so that it is the same wherever the corpus lies. Errors show the real place.
+A file's `name` is used for its documents in indexes and fingerprints: the source's name and the path below the fixed part of
+the source's URL, so that it does not depend on where the corpus is stored. Errors show the real path or URL.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ FORMATS = {
 }
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 KNOWN = f"{' '.join(FORMATS)}, each also .gz .bz2 .xz .zst"
-NOT_A_FILE = "not_a_file"  # kind of what stands where a file should: bad input when it is read
+NOT_A_FILE = "not_a_file"  # kind of an entry that is not a regular file: bad input when it is read
 PACKAGE = "package://"
 MAGIC = re.compile(r"[*?[]")
 
 
 class SourceConfig(Protocol):
-    """What is read of `pipeline.config.data.Source` (workers must not import the whole configuration)."""
+    """The fields used of `pipeline.config.data.Source` (workers must not import the whole configuration)."""
 
     @property
     def url(self) -> str: ...
@@ -56,8 +56,8 @@ class SourceConfig(Protocol):
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file to read. `source`: index in data.sources. `size`: bytes as stored, 0 when a server does not tell.
-    `identity` changes when the file does: it is made of size, times, or a store's etag."""
+    """One file to read. `source`: index in data.sources. `size`: bytes as stored, 0 if a server does not report it.
+    `identity` changes when the file does: a hash of its size, times, or a store's etag."""
 
     url: str
     name: str
@@ -72,13 +72,13 @@ class InputFile:
 
     @property
     def shown(self) -> str:
-        """The real place, for errors: a path, or a URL without its secrets."""
+        """The real path, or URL without its secrets, for errors."""
         return public_url(self.url).removeprefix("file://")
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What a source matches: URL, path below the fixed part of the source's URL, and the filesystem's facts."""
+    """A match of a source: URL, path below the fixed part of the source's URL, and the filesystem's info."""
 
     url: str
     relative: str
@@ -86,10 +86,10 @@ class _Found:
 
 
 def find_files(sources: Iterable[SourceConfig]) -> tuple[list[InputFile], int]:
-    """Every file the sources name, in a fixed order, each once; and how many files of unknown ending folders held.
+    """Every file that the sources name, once, in a fixed order; and how many files in folders have an unknown extension.
 
-    Raises UserError for a source that matches nothing (or only what earlier ones do), a file named outright or by a glob of
-    unknown ending, a missing package.
+    Raises UserError for a source that matches nothing new, a file with an unknown extension that is named or matched by a
+    glob, or a missing package.
     """
     listed = list(sources)
     found = [_matches(source.url) for source in listed]
@@ -102,7 +102,7 @@ def find_files(sources: Iterable[SourceConfig]) -> tuple[list[InputFile], int]:
             kind, compression = _format(match)
             if kind is None:
                 if how != "folder":
-                    raise UserError(f"{public_url(match.url)}: unknown ending; data.sources reads {KNOWN}")
+                    raise UserError(f"{public_url(match.url)}: unknown extension; data.sources reads {KNOWN}")
                 ignored += 1
             elif match.url not in files:
                 files[match.url] = InputFile(
@@ -120,10 +120,10 @@ def find_files(sources: Iterable[SourceConfig]) -> tuple[list[InputFile], int]:
         if len(files) == before and ignored == ignored_before:
             shown = public_url(source.url)
             raise UserError(
-                f"data.sources: {shown} names only files that earlier sources name; drop it or list it first"
+                f"data.sources: {shown} names only files that earlier sources name; remove it or list it first"
             )
     if not files:
-        raise UserError(f"data.sources: no file of a known ending ({' '.join(FORMATS)}) in the folders named")
+        raise UserError(f"data.sources: no file with a known extension ({' '.join(FORMATS)}) in these folders")
     _check_html(files.values())
     return list(files.values()), ignored
 
@@ -137,27 +137,29 @@ def _matches(url: str) -> tuple[str, list[_Found]]:
         if is_http(located):
             how, fixed, infos = "file", path.rpartition("/")[0], {path: _http_info(located, filesystem, path)}
         elif is_local(located):
-            how, fixed, infos = _list(filesystem, path, {"on_error": "raise"})  # or it leaves out what it may not read
+            how, fixed, infos = _list(
+                filesystem, path, {"on_error": "raise"}
+            )  # else unreadable folders are skipped silently
         else:
             how, fixed, infos = retrying(located, lambda: _list(filesystem, path, {}))
     except FileNotFoundError:
         infos = {}
     except OSError as error:
         raise explain_os_error(error, f"data.sources: {public_url(url)}") from error
-    except ValueError as error:  # of fsspec: `**` inside a name, a bucket that is not named
+    except ValueError as error:  # from fsspec: `**` inside a name, a URL without a bucket
         if isinstance(error, UserError):
             raise
-        raise UserError(f"data.sources: {public_url(url)}: {first_line(error)}; mend the path or glob") from None
+        raise UserError(f"data.sources: {public_url(url)}: {first_line(error)}; fix the path or glob") from None
     if not infos:
-        mend = "mend the path or glob (** goes into folders)"
+        fix = "fix the path or glob (** matches nested folders)"
         if is_local(url) and "::" in url:
-            mend = "`::` begins a chained URL; rename the file"
-        raise UserError(f"data.sources: {public_url(url)} matches no file; {mend}")
+            fix = "`::` starts a chained URL; rename the file"
+        raise UserError(f"data.sources: {public_url(url)} matches no file; {fix}")
     out = []
     for name, info in sorted(infos.items()):
         if not _is_unicode(name):
             shown = os.fsencode(name).decode("utf-8", "backslashreplace")
-            raise UserError(f"data.sources: {shown}: this name is not UTF-8; rename the file")
+            raise UserError(f"data.sources: {shown}: this name is not valid UTF-8; rename the file")
         full = name if is_local(located) else filesystem.unstrip_protocol(name)
         relative = name[len(fixed) :].lstrip("/") if name.startswith(fixed) else name
         if is_http(located):
@@ -167,7 +169,7 @@ def _matches(url: str) -> tuple[str, list[_Found]]:
 
 
 def _is_unicode(name: str) -> bool:
-    """Whether a name can be written in UTF-8: a file system gives bytes that are not as lone surrogates."""
+    """Whether a name can be encoded as UTF-8: bytes of a file system that cannot come as lone surrogates."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -176,11 +178,11 @@ def _is_unicode(name: str) -> bool:
 
 
 def _list(filesystem: Any, path: str, options: dict[str, Any]) -> tuple[str, str, dict[str, dict[str, Any]]]:
-    """(how, the fixed part of the path, path -> info) of files, and of folders that stand in place of files."""
+    """(how, fixed part of the path, path -> info) of files, and of folders where a file is expected."""
     if filesystem.isdir(path):
         infos = filesystem.find(path, detail=True, **options)
         return "folder", path, {name: info for name, info in infos.items() if info["type"] != "directory"}
-    if filesystem.exists(path):  # before globbing: a file may have [ in its name
+    if filesystem.exists(path):  # before globbing: a file name may contain [
         return "file", path.rpartition("/")[0], {path: filesystem.info(path)}
     fixed = MAGIC.split(path)[0].rpartition("/")[0]
     infos = filesystem.glob(path, detail=True, **options)
@@ -188,16 +190,16 @@ def _list(filesystem: Any, path: str, options: dict[str, Any]) -> tuple[str, str
     for name in [name for name in infos if infos[name]["type"] == "directory"]:
         inside = name.rstrip("/") + "/"
         if any(file.startswith(inside) for file in files):
-            del infos[name]  # `**` matches folders on its way to the files
-        elif _ending(name)[0] is None:
+            del infos[name]  # `**` also matches the folders above the files
+        elif _extension(name)[0] is None:
             if filesystem.ls(name):
-                raise UserError(f"data.sources: {name} is a folder; end the glob in /** to read what is in it")
+                raise UserError(f"data.sources: {name} is a folder; end the glob with /** to read its files")
             del infos[name]
     return "glob", fixed, infos
 
 
 def _follow(path: str, info: dict[str, Any]) -> dict[str, Any]:
-    """A local link as what it points to: fsspec tells the link's own times, which stay when the file changes."""
+    """Info of the target of a local link: fsspec reports the link's own times, which do not change with the file."""
     if info["type"] != "other" or not info.get("islink"):
         return info
     try:
@@ -210,25 +212,25 @@ def _follow(path: str, info: dict[str, Any]) -> dict[str, Any]:
 
 def _http_info(url: str, filesystem: Any, path: str) -> dict[str, Any]:
     if MAGIC.search(public_url(url)):
-        raise UserError(f"data.sources: {public_url(url)}: web servers cannot be listed; name each file by its URL")
+        raise UserError(f"data.sources: {public_url(url)}: web servers cannot be listed; list each file by its URL")
     info: dict[str, Any] = retrying(url, lambda: filesystem.info(path))
     return info
 
 
 def _format(match: _Found) -> tuple[str | None, str | None]:
-    """(kind, compression); kind None when the ending is unknown."""
-    kind, compression = _ending(match.relative)
+    """(kind, compression); kind is None for an unknown extension."""
+    kind, compression = _extension(match.relative)
     if match.info["type"] != "file" and (kind is not None or match.info["type"] == "directory"):
-        return NOT_A_FILE, None  # a folder here is a link to one; folders themselves were looked into
+        return NOT_A_FILE, None  # a folder here is a link to one; real folders were listed
     return kind, compression
 
 
-def _ending(name: str) -> tuple[str | None, str | None]:
-    base, ending = os.path.splitext(name.lower().rstrip("/"))
-    compression = COMPRESSIONS.get(ending)
+def _extension(name: str) -> tuple[str | None, str | None]:
+    base, extension = os.path.splitext(name.lower().rstrip("/"))
+    compression = COMPRESSIONS.get(extension)
     if compression is not None:
-        ending = os.path.splitext(base)[1]
-    return FORMATS.get(ending), compression
+        extension = os.path.splitext(base)[1]
+    return FORMATS.get(extension), compression
 
 
 def _identity(info: dict[str, Any]) -> str:
@@ -237,11 +239,11 @@ def _identity(info: dict[str, Any]) -> str:
 
 
 def _names(sources: list[SourceConfig], hows: list[str]) -> list[str]:
-    """Each source's name: as configured, or from its URL, with -2, -3 ... where another has it."""
+    """Each source's name: as configured, or from its URL, with -2, -3 ... if it is taken."""
     taken: set[str] = set()
     for given in (source.name for source in sources if source.name is not None):
         if given in taken:
-            raise UserError(f"data.sources: two sources are named {given}; name one of them otherwise")
+            raise UserError(f"data.sources: two sources are named {given}; rename one of them")
         taken.add(given)
     names = []
     for source, how in zip(sources, hows, strict=True):
@@ -255,8 +257,8 @@ def _names(sources: list[SourceConfig], hows: list[str]) -> list[str]:
 
 
 def _derived_name(url: str, how: str) -> str:
-    """The last fixed component of a URL: of a folder its name, of a glob the last folder before it, of a file its name
-    without the endings."""
+    """The last fixed component of a URL: a folder's name, the last folder before a glob, or a file's name without
+    extensions."""
     parts = [part for part in public_url(url).rpartition("://")[2].split("/") if part not in ("", ".", "..")]
     if how == "glob":
         parts = parts[: next(i for i, part in enumerate(parts) if MAGIC.search(part))]
@@ -275,7 +277,7 @@ def _check_html(files: Iterable[InputFile]) -> None:
 def _locate_package(url: str) -> str:
     """Path or glob on disk for `package://NAME/GLOB`. Nothing is imported."""
     name, _, glob = url.removeprefix(PACKAGE).partition("/")
-    if not name.isidentifier() or not glob:  # a dotted name would import its parents
+    if not name.isidentifier() or not glob:  # find_spec of a dotted name would import its parents
         raise UserError(f"data.sources: {url}: write package://NAME/GLOB with the name of a top-level package")
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:

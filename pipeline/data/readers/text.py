@@ -1,13 +1,13 @@
-"""The documents of a unit, streamed, in bounded memory; and everything in it that is no document, named.
+"""Reading a unit: its documents, streamed in bounded memory, and every record that is not a document, with the reason.
 
-Nothing is lost silently: what cannot be read comes out as a `Rejected` with its place and its mend, and the caller stops
-or counts. That is why datatrove's JsonlReader is not used: it logs a line that is not JSON, or a whole file that is not
-UTF-8, and goes on.
+Nothing is lost silently: input that cannot be read comes out as a `Rejected` with its location and fix, and the caller stops or
+counts it. That is why datatrove's JsonlReader is not used: it logs a line that is not JSON, or an entire file that is not
+UTF-8, and continues.
 
-Texts (.txt, .md) of at most `max_document_bytes` are one document. A larger one is many: the file is divided every
-TEXT_PIECE bytes (half of `max_document_bytes` where that is less), and a document ends at the first paragraph end behind
-each of these places; without a blank line up to the next place, at the first line end; without that, between two
-characters. The file and the two sizes decide, however it is cut in units.
+Texts (.txt, .md) of at most `max_document_bytes` are one document. A larger one is many: there is a grid point every TEXT_PIECE
+bytes (half of `max_document_bytes` if that is less), and a document ends at the first paragraph end after each grid point; if
+there is no blank line before the next one, at the first line end; otherwise between two characters. Only the file and the two
+sizes decide this, not how the file is cut into units.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ PARAGRAPH_END = re.compile(rb"\n[ \t\r]*\n")
 
 
 def read_unit(unit: Unit, *, max_document_bytes: int) -> Iterator[Text | Rejected]:
-    """The documents of a unit, in order. A line, cell or page longer than `max_document_bytes` as it is stored is rejected
-    without being held in memory (for a parquet cell see parquet.py); reading goes on behind it. Damage ends the unit.
+    """The documents of a unit, in order. A line, cell or page longer than `max_document_bytes` as stored is rejected without
+    being held in memory (for a parquet cell see parquet.py); reading continues after it. Damage ends the unit.
 
-    Raises UserError for what is no bad input but a broken machine: files that are gone, changed or may not be read.
+    Raises UserError for problems of the machine rather than the input: files that are gone, changed or not readable.
     """
     file = unit.file
     if file.kind == NOT_A_FILE:
-        what = "a folder (or a link to one)" if os.path.isdir(file.shown) else "no regular file"
-        yield Rejected(None, NOT_A_FILE, file.shown, f"{what} in place of a file; name the files in it {SKIP}")
+        what = "a folder (or a link to one)" if os.path.isdir(file.shown) else "not a regular file"
+        yield Rejected(None, NOT_A_FILE, file.shown, f"{what}, a file is expected; list the files in it {SKIP}")
         return
     try:
         _check_unchanged(file)
@@ -54,14 +54,14 @@ def read_unit(unit: Unit, *, max_document_bytes: int) -> Iterator[Text | Rejecte
     except OSError as error:
         if error.errno is not None or isinstance(error, io.UnsupportedOperation):
             raise UserError(
-                f"{file.shown}: cannot be read ({first_line(error)}); mend the file's permissions or its disk"
+                f"{file.shown}: cannot be read ({first_line(error)}); fix the file's permissions or its disk"
             ) from error
-        yield from _damaged(unit, error)  # bz2 and parquet report damage as an OSError without a number
+        yield from _damaged(unit, error)  # bz2 and parquet report damage as an OSError without an errno
 
 
 def bad_input_error(unit: Unit, rejected: Rejected) -> UserError:
-    """The error for policy `error`. Inside a file that was cut in parts the line's number in the whole file is found
-    by counting, which takes reading what is before it."""
+    """The error for policy `error`. In a file that is cut into parts, the line number in the file is found by reading and
+    counting the lines before it."""
     file, start = unit.file, _start(unit)
     if rejected.record is None or start == 0 or file.kind != "jsonl":
         return UserError(rejected.message)
@@ -69,12 +69,12 @@ def bad_input_error(unit: Unit, rejected: Rejected) -> UserError:
     with open_retrying(file.url) as stream:
         while left and (block := stream.read(min(left, BLOCK))):
             lines, last, left = lines + block.count(b"\n"), block[-1:], left - len(block)
-    number = lines + rejected.record + (last != b"\n")  # the line that the part begins in is not its own
+    number = lines + rejected.record + (last != b"\n")  # the line in which the part begins belongs to the part before
     return UserError(f"{file.shown}, line {number}: {rejected.problem}")
 
 
 def _check_unchanged(file: InputFile) -> None:
-    """Parts were planned for a file of this size."""
+    """Raise UserError if the size is not the one that the parts were planned for."""
     if is_local(file.url):
         size = os.stat(file.shown).st_size
         if size != file.size:
@@ -82,8 +82,8 @@ def _check_unchanged(file: InputFile) -> None:
 
 
 def _damaged(unit: Unit, error: Exception) -> Iterator[Rejected]:
-    if unit.part == 0:  # it meets every part of a compressed file
-        problem = f"cut or damaged ({first_line(error)}); fetch it again {SKIP}"
+    if unit.part == 0:  # every part of a compressed file sees it; the first reports it
+        problem = f"truncated or damaged ({first_line(error)}); download it again {SKIP}"
         yield Rejected(None, "damaged_file", unit.file.shown, problem)
 
 
@@ -98,15 +98,17 @@ def _read(unit: Unit, limit: int) -> Iterator[Text | Rejected]:
         start = _up(start, _grid(limit))
         if start >= unit.file.size:
             return
-    before = 1 if unit.file.kind == "jsonl" and start else 0  # tells whether a line begins at `start`
+    before = 1 if unit.file.kind == "jsonl" and start else 0  # shows whether a line begins at `start`
     with closing(open_input(unit.file, start - before)) as stream:
         if start == 0 and not (begin := stream.peek(4)[:4]):
             if unit.part == 0:
-                yield Rejected(None, "empty_file", unit.file.shown, f"empty, not one byte; fetch or drop it {SKIP}")
+                yield Rejected(
+                    None, "empty_file", unit.file.shown, f"empty file; download it again or remove it {SKIP}"
+                )
         elif start == 0 and begin.startswith(UTF16):
             if unit.part == 0:
-                mend = f"convert it (iconv -f UTF-16 -t UTF-8) {SKIP}"
-                yield Rejected(None, "not_utf8", unit.file.shown, f"UTF-16, not UTF-8, by its first bytes; {mend}")
+                fix = f"convert it (iconv -f UTF-16 -t UTF-8) {SKIP}"
+                yield Rejected(None, "not_utf8", unit.file.shown, f"UTF-16, not UTF-8, by its first bytes; {fix}")
         elif unit.file.kind == "html":
             yield _read_html(unit, stream, limit)
         elif unit.file.kind == "text":
@@ -134,12 +136,12 @@ def _start(unit: Unit) -> int:
 
 
 def _end(unit: Unit) -> int | None:
-    """First byte behind such a unit; None where only the file's end is."""
+    """First byte after such a unit; None for the last one in the file."""
     return (unit.part + 1) * RANGE if _is_ranges(unit) and unit.part + 1 < unit.parts else None
 
 
 def _is_mine(unit: Unit, position: int) -> bool:
-    """Whether what begins at `position` of the (decompressed) file belongs to a unit that does not end before it."""
+    """Whether a record at `position` of the (decompressed) file belongs to this unit, which does not end before it."""
     return unit.parts == 1 or _is_ranges(unit) or position // STREAM_CHUNK % unit.parts == unit.part
 
 
@@ -165,7 +167,7 @@ def _read_jsonl(unit: Unit, stream: io.BufferedReader, start: int, limit: int) -
 
 
 def next_line(stream: io.BufferedReader, limit: int) -> tuple[bytes | None, int]:
-    """(line, its length); None for a line longer than `limit`, which is read but not kept. Length 0: the end."""
+    """(line, its length); the line is None if longer than `limit`: it is read but not kept. Length 0: end of file."""
     line = stream.readline(BLOCK)
     length = len(line)
     if length == BLOCK and line[-1:] != b"\n":
@@ -191,20 +193,20 @@ def _parse(unit: Unit, number: int, line: bytes) -> Text | Rejected:
             line.decode("utf-8")
         except UnicodeDecodeError as bad:
             return _not_utf8(number, _where(unit, number), bad.start)
-        problem = f"not JSON ({first_line(error)}); mend the line {SKIP}"
+        problem = f"not JSON ({first_line(error)}); fix the line {SKIP}"
         return Rejected(number, "not_json", _where(unit, number), problem)
     key = unit.file.text_key
     text = record.get(key) if isinstance(record, dict) else None
     if isinstance(text, str):
         return Text(number, text)
-    keys = some_names(record) if isinstance(record, dict) else "none, it is no object"
+    keys = some_names(record) if isinstance(record, dict) else "none, it is not an object"
     problem = f"no text under {key!r} (keys: {keys}); set text_key of this source {SKIP}"
     return Rejected(number, "no_text", _where(unit, number), problem)
 
 
 def _where(unit: Unit, number: int) -> str:
     start = _start(unit)
-    return f"{unit.file.shown}, line {number}" + (f" behind byte {start}" if start else "")
+    return f"{unit.file.shown}, line {number}" + (f" after byte {start}" if start else "")
 
 
 def _not_utf8(record: int, where: str, byte: int) -> Rejected:
@@ -216,7 +218,7 @@ def _too_long(unit: Unit, number: int, limit: int) -> Rejected:
     return Rejected(number, "too_long_line", _where(unit, number), too_long(limit))
 
 
-# Whole files
+# Entire files
 
 
 def _read_html(unit: Unit, stream: io.BufferedReader, limit: int) -> Text | Rejected:
@@ -228,7 +230,7 @@ def _read_html(unit: Unit, stream: io.BufferedReader, limit: int) -> Text | Reje
     text = trafilatura.extract(data, include_comments=False)
     if text:
         return Text(0, text)
-    problem = f"no main text found in this page; drop the file, give its text as .txt {SKIP}"
+    problem = f"no main text found in this page; remove the file, provide its text as .txt {SKIP}"
     return Rejected(0, "no_main_text", unit.file.shown, problem)
 
 
@@ -247,7 +249,7 @@ def _read_text(unit: Unit, stream: io.BufferedReader, start: int, limit: int) ->
 
 
 def _pieces(unit: Unit, stream: io.BufferedReader, head: bytes, start: int, limit: int) -> Iterator[Text | Rejected]:
-    """The documents of a text that is more than one; `head` was read from the stream before."""
+    """The documents of a text that is split into several; `head` was already read from the stream."""
     grid, end = _grid(limit), _end(unit)
     source = _Joined(head, stream)
     number = start // grid
@@ -264,7 +266,7 @@ def _pieces(unit: Unit, stream: io.BufferedReader, head: bytes, start: int, limi
 
 
 class _Joined:
-    """Bytes at hand, then a stream."""
+    """Bytes in memory, followed by a stream."""
 
     def __init__(self, head: bytes, stream: io.BufferedReader) -> None:
         self._head = io.BytesIO(head)
@@ -276,7 +278,7 @@ class _Joined:
 
 
 def _paragraph(window: bytes) -> int:
-    """Where in the bytes behind a place of the grid the next document begins."""
+    """Where the next document begins in the bytes after a grid point."""
     found = PARAGRAPH_END.search(window)
     if found:
         return found.end()
@@ -299,5 +301,5 @@ def _grid(limit: int) -> int:
 
 
 def _up(position: int, grid: int) -> int:
-    """The first place of the grid at or behind a position."""
+    """The first grid point at or after a position."""
     return -(-position // grid) * grid

@@ -1,14 +1,16 @@
-"""Units: what one worker reads at a time. A small file is one unit, a huge one many.
+"""Units, the pieces of source files that workers read, and what reading one yields: `Text` or `Rejected`.
 
-    plain .jsonl .txt .md    byte ranges of RANGE; a record belongs to the range in which its first byte lies
-    compressed ones          at most MAX_PARTS parts; each decompresses all of it (it cannot be entered in the middle) and
-                             keeps the records that begin in its chunks: chunk i of STREAM_CHUNK bytes of what comes out
-                             belongs to part i % parts, so that the parsing is shared, if not the decompression
+A small file is one unit, a huge one many:
+
+    plain .jsonl .txt .md    byte ranges of RANGE; a record belongs to the range that holds its first byte
+    compressed ones          at most MAX_PARTS parts; each decompresses the entire file (there is no random access) and keeps
+                             the records that begin in its chunks: chunk i of STREAM_CHUNK decompressed bytes belongs to part
+                             i % parts, so the parsing is shared, if not the decompression
     .parquet                 byte ranges of RANGE; a row group belongs to the range in which it begins
     .html, .parquet that has to be copied first, files of unknown size    one unit
 
-Units are numbered through the whole corpus and depend on the files alone, never on tasks or workers: a document's
-ordinal (unit, record) is its place in the corpus, the same on every run. `read.py` reads them.
+Units are numbered through the corpus and depend only on the files, never on tasks or workers: a document's ordinal (unit,
+record) is its position in the corpus, the same on every run. text.py and parquet.py read them.
 """
 
 from __future__ import annotations
@@ -22,21 +24,18 @@ from pipeline.data.readers.sources import InputFile
 from pipeline.io.urls import is_http
 
 BLOCK = 1 << 20  # bytes read at once
-
 SKIP = "or set data.on_bad_input=skip"
-
-
 RANGE = 64 << 20
 STREAM_CHUNK = 8 << 20
 MAX_PARTS = 8
-GROWTH = {None: 1.0, "gzip": 4.0, "bz2": 5.0, "xz": 5.5, "zstd": 5.0}  # about, bytes of text per byte read
+GROWTH = {None: 1.0, "gzip": 4.0, "bz2": 5.0, "xz": 5.5, "zstd": 5.0}  # estimated bytes of text per byte read
 KIND_GROWTH = {"parquet": 2.5, "html": 0.2}
 RECORD_BITS = 32
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Part `part` of `parts` of a file. `size`: estimated bytes of text, for even work and for progress."""
+    """Part `part` of `parts` of a file. `size`: estimated bytes of text, for even tasks and for progress."""
 
     number: int
     file: InputFile
@@ -45,8 +44,8 @@ class Unit:
     size: int
 
     def document_id(self, record: int) -> str:
-        """What a document is called: by its source, its file and its record, never by where the corpus lies. Record 0 is a
-        file that is one document."""
+        """A document's id: its source, file and record, independent of where the corpus is stored. Record 0 is a file that
+        is one document."""
         if record == 0:
             return self.file.name
         part = f"[{self.part}]" if self.parts > 1 else ""
@@ -54,7 +53,7 @@ class Unit:
 
 
 def plan_units(files: Iterable[InputFile]) -> list[Unit]:
-    """The files' units: files in order, each cut in its parts."""
+    """The units of these files: files in order, each cut into its parts."""
     units: list[Unit] = []
     for file in files:
         parts, size = _parts(file), _text_size(file)
@@ -63,7 +62,7 @@ def plan_units(files: Iterable[InputFile]) -> list[Unit]:
 
 
 def deal(units: Iterable[Unit], tasks: int) -> list[list[Unit]]:
-    """Units to tasks, the largest first to the least loaded: even work, and the same deal on every machine. A task's units
+    """Assign units to tasks, the largest first to the least loaded: even tasks, the same on every machine. A task's units
     are in order."""
     plan: list[list[Unit]] = [[] for _ in range(tasks)]
     load = [(0, rank) for rank in range(tasks)]
@@ -75,7 +74,7 @@ def deal(units: Iterable[Unit], tasks: int) -> list[list[Unit]]:
 
 
 def ordinal(unit_number: int, record: int) -> int:
-    """A document's place in the corpus: larger is later. Fits in 64 bits."""
+    """A document's position in the corpus: larger is later. Fits in 64 bits."""
     assert 0 <= record < 1 << RECORD_BITS, record
     return unit_number << RECORD_BITS | record
 
@@ -91,7 +90,7 @@ def unit_as_dict(unit: Unit) -> dict[str, Any]:
 
 
 def unit_from_dict(tree: dict[str, Any]) -> Unit:
-    """What `unit_as_dict` gave."""
+    """The inverse of `unit_as_dict`."""
     return Unit(**{**tree, "file": InputFile(**tree["file"])})
 
 
@@ -110,7 +109,7 @@ def _parts(file: InputFile) -> int:
 
 @dataclass(frozen=True)
 class Text:
-    """A document as read. `record`: its number in the unit, growing; 0 for a file that is one document."""
+    """A document as read. `record`: its number in the unit, increasing; 0 for a file that is one document."""
 
     record: int
     text: str
@@ -118,8 +117,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Rejected:
-    """Input that gives no document. `reason` is what it is counted under; `message` is the error: where, what, and the
-    mend. `record`: as of Text; None when it is about the whole file."""
+    """Input that yields no document. `reason`: what it is counted under. `message`: the error with where, what, and the fix.
+    `record`: as in Text; None if it concerns the entire file."""
 
     record: int | None
     reason: str
@@ -132,12 +131,12 @@ class Rejected:
 
 
 def too_long(limit: int) -> str:
-    """The problem of what is longer than `limit` bytes, and its mend."""
-    return f"longer than {limit / 1e6:g} MB; raise data.max_document_megabytes, cut it {SKIP}"
+    """The problem and fix for input longer than `limit` bytes."""
+    return f"longer than {limit / 1e6:g} MB; raise data.max_document_megabytes, split it {SKIP}"
 
 
 def some_names(names: object) -> str:
-    """Names for an error, sorted, on one line: the first dozen, cut where they are long."""
+    """Names for an error message, sorted, on one line: the first twelve, each at most 40 characters."""
     assert isinstance(names, (dict, list))
     shown = [repr(name[:40])[1:-1] for name in sorted(names)[:12]]
     return ", ".join(shown) + (", ..." if len(names) > 12 else "")

@@ -1,9 +1,8 @@
-"""The token index: what `tokens/index.json` promises, read once, checked whole.
+"""The token index, `tokens/index.json`: read once and fully checked.
 
-It holds every number a reader needs (member offsets, sequences, hashes), so that nothing has to list a
-folder or walk a tar, and every number a stage has to agree on (context length, tokenizer, vocabulary), so
-that a mismatch is an error with both values before anything runs. The fingerprint covers all of it; the data
-order and checkpoints are tied to it.
+It holds everything a reader needs (member offsets, sequences, hashes), so nothing has to list a folder or scan a tar, and
+everything stages have to agree on (context length, tokenizer, vocabulary), so a mismatch is an error with both values before
+anything runs. The fingerprint covers all of it; the data order and checkpoints depend on it.
 """
 
 from __future__ import annotations
@@ -19,16 +18,15 @@ import numpy as np
 from pipeline.data.documents.read import fingerprint_of
 from pipeline.errors import UserError
 from pipeline.io.remote import open_retrying, size_of
-from pipeline.io.storage import exists, read_json, safe_member
+from pipeline.io.storage import CHUNK, exists, read_json, safe_member
 from pipeline.io.urls import check_url, join, public_url
 
 SCHEMA_VERSION = 2
-CHUNK = 1 << 20
 TOKENIZE_AGAIN = "run `pldr tokenize` again"
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The smallest of uint16 and uint32 that holds every id."""
+    """The smaller of uint16 and uint32 that can hold every id."""
     return "uint16" if vocab_size <= 65536 else "uint32"
 
 
@@ -38,8 +36,8 @@ class TokenShard:
 
     offsets[b]: byte offset in the file of block b's numbers, row-major [n, context_length + 1]; every block but the last has
     `block_sequences` rows. block_sha256[b]: the first 32 hex digits of the sha256 of these bytes. segment_*: the same of
-    the blocks of document numbers (uint16), empty without boundaries. tokens: distinct ones in the sequences, padding not
-    counted. text_bytes: UTF-8 bytes of the documents. bytes, sha256: of the tar.
+    the blocks of document numbers (uint16), empty without boundaries. tokens: distinct ones in the sequences, without
+    padding. text_bytes: UTF-8 bytes of the documents. bytes, sha256: of the tar.
     """
 
     name: str
@@ -57,7 +55,7 @@ class TokenShard:
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> TokenShard:
-        """A shard as the index lists it; keys that only reports read are left aside. Raises UserError for an unsafe name."""
+        """A shard as listed in the index; keys that only reports read are ignored. Raises UserError for an unsafe name."""
         safe_member(tree["name"])
         fields: dict[str, Any] = {
             name: tuple(tree[name]) if isinstance(tree[name], list) else tree[name]
@@ -71,7 +69,7 @@ class TokenShard:
 class TokenIndex:
     """`tokens/index.json`. `splits[name]`: totals of sequences, tokens, documents, text_bytes, tokens_in
     (with each document's eos), tokens_dropped and tokens_padded, where tokens_in == tokens +
-    tokens_dropped, and what reports show. `tokenizer`: name, bytes and sha256 of the copy beside the index."""
+    tokens_dropped, and what reports show. `tokenizer`: name, bytes and sha256 of the copy next to the index."""
 
     folder: str
     fingerprint: str
@@ -91,15 +89,14 @@ class TokenIndex:
     def load(cls, folder: str | Path) -> TokenIndex:
         """Read `index.json` in a local folder or below an fsspec URL.
 
-        Raises UserError when there is none, or when it is damaged, was changed, or comes from another
-        version.
+        Raises UserError if there is none, or if it is damaged, was changed, or has another schema version.
         """
         url = join(check_url(str(folder)), "index.json")
         if not exists(url):
             raise UserError(f"{url}: no finished tokens; run `pldr tokenize` first")
         tree = read_json(url, schema_version=SCHEMA_VERSION)
         if tree.get("fingerprint") != fingerprint_of(tree):
-            raise UserError(f"{url}: its fingerprint does not fit its content; it was changed: {TOKENIZE_AGAIN}")
+            raise UserError(f"{url}: its fingerprint does not match its content; it was changed: {TOKENIZE_AGAIN}")
         if "context_length" not in tree and "splits" in tree:
             raise UserError(f"{url}: an index of documents, not of tokens; name the folder that `pldr tokenize` made")
         try:
@@ -107,7 +104,7 @@ class TokenIndex:
             fields = {name: tree[name] for name in cls.__dataclass_fields__ if name not in ("folder", "shards")}
             return cls(folder=str(folder), shards=shards, **fields)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{url}: no index of ours ({type(error).__name__}: {error}); {TOKENIZE_AGAIN}") from None
+            raise UserError(f"{url}: not a token index ({type(error).__name__}: {error}); {TOKENIZE_AGAIN}") from None
 
     def of_split(self, split: str) -> list[TokenShard]:
         """The shards of a split, in order."""
@@ -124,9 +121,8 @@ class TokenIndex:
         tokenizer_sha256: str | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        """Raise UserError, with both values and the mend, unless a model of this context length and
-        vocabulary, and this tokenizer, can use these tokens. A model's vocabulary may be larger than the
-        tokenizer's."""
+        """Raise UserError, with both values and the fix, unless a model of this context length and vocabulary, and this
+        tokenizer, can use these tokens. A model's vocabulary may be larger than the tokenizer's."""
         if context_length is not None and context_length != self.context_length:
             raise UserError(
                 f"{self.folder}: tokens of context length {self.context_length}, model.context_length is {context_length}; "
@@ -148,45 +144,45 @@ class TokenIndex:
         return min(self.block_sequences, shard.sequences - block * self.block_sequences)
 
     def verify(self) -> None:
-        """Every shard is there with its size and sha256, and so is every block in it. One pass over each file, local or
-        remote. Raises UserError naming the first shard that is not."""
+        """Check size and sha256 of every shard and every block in it, in one pass over each file, local or remote. Raises
+        UserError naming the first shard that is missing or damaged."""
         for shard in self.shards:
             check_shard(self, shard)
 
 
 def check_shard(index: TokenIndex, shard: TokenShard) -> None:
-    """Read a shard once and compare its size, its sha256 and its blocks'. Raises UserError naming it."""
+    """Read a shard once and check its size, its sha256 and those of its blocks. Raises UserError naming it."""
     url = join(index.folder, shard.name)
     try:
         size = size_of(url)
         if size != shard.bytes:
             raise UserError(wrong_size(url, size, shard))
         with open_retrying(url, size=size) as stream:
-            whole, damaged = _hash(stream, _ranges(index, shard))
+            sha256, damaged = _hash(stream, _ranges(index, shard))
     except FileNotFoundError:
         raise UserError(missing(url)) from None
-    if whole != shard.sha256 or damaged:
+    if sha256 != shard.sha256 or damaged:
         where = f"; first in {damaged[0]}" if damaged else ""
         raise UserError(wrong_sha256(url, where))
 
 
 def missing(url: str) -> str:
-    """The message about a shard that is not there."""
+    """The message for a missing shard."""
     return f"{public_url(url)}: missing, but its index lists it; {TOKENIZE_AGAIN}"
 
 
 def wrong_size(url: str, size: int, shard: TokenShard) -> str:
-    """The message about a shard of another size."""
-    return f"{public_url(url)}: {size} bytes, its index says {shard.bytes}: cut or damaged; {TOKENIZE_AGAIN}"
+    """The message for a shard of the wrong size."""
+    return f"{public_url(url)}: {size} bytes, its index says {shard.bytes}: truncated or damaged; {TOKENIZE_AGAIN}"
 
 
 def wrong_sha256(url: str, where: str = "") -> str:
-    """The message about a shard with other bytes."""
+    """The message for a shard with the wrong bytes."""
     return f"{public_url(url)}: its sha256 is not the one in its index: damaged{where}; {TOKENIZE_AGAIN}"
 
 
 def _ranges(index: TokenIndex, shard: TokenShard) -> list[tuple[int, int, str, str]]:
-    """(start, bytes, beginning of the sha256, what it is) of everything in a shard that has a checksum, in file order."""
+    """(start, bytes, first digits of the sha256, name) of every checksummed range of a shard, in file order."""
     width = index.context_length + 1
     kinds = (
         ("block", shard.offsets, shard.block_sha256, np.dtype(index.dtype).itemsize),
@@ -200,12 +196,12 @@ def _ranges(index: TokenIndex, shard: TokenShard) -> list[tuple[int, int, str, s
 
 
 def _hash(stream: BinaryIO, ranges: list[tuple[int, int, str, str]]) -> tuple[str, list[str]]:
-    """The sha256 of a stream, and the names of the ranges in it whose own is another."""
-    whole, damaged, position = hashlib.sha256(), [], 0
+    """The sha256 of a stream, and the names of the ranges in it with a wrong one."""
+    total, damaged, position = hashlib.sha256(), [], 0
 
     def pieces(count: int) -> Iterator[bytes]:
         while count > 0 and (piece := stream.read(min(count, CHUNK))):
-            whole.update(piece)
+            total.update(piece)
             count -= len(piece)
             yield piece
 
@@ -219,11 +215,5 @@ def _hash(stream: BinaryIO, ranges: list[tuple[int, int, str, str]]) -> tuple[st
             damaged.append(name)
         position = start + size
     while piece := stream.read(CHUNK):
-        whole.update(piece)
-    return whole.hexdigest(), damaged
-
-
-def totals(shards: list[dict[str, Any]]) -> dict[str, int]:
-    """Sums of the counts over shards."""
-    names = ("sequences", "tokens", "documents", "text_bytes", "tokens_in", "tokens_dropped", "tokens_padded")
-    return {name: sum(shard[name] for shard in shards) for name in names}
+        total.update(piece)
+    return total.hexdigest(), damaged

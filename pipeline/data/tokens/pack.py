@@ -1,23 +1,23 @@
-"""Documents' tokens to rows of one length: three ways, all of them counting every token.
+"""Packing the tokens of documents into rows of one length, in three ways that each account for every token.
 
-A row has C + 1 tokens, C the context length: inputs are the first C, targets the last C. The first token of a row is never a
-target; so that nothing is lost to that, what continues in another row begins there with the last token of the row before.
+A row has C + 1 tokens, where C is the context length: inputs are the first C, targets the last C. The first token of a row is
+never a target; so that no target is lost, a continuation row begins with the last token of the row before.
 
     concat     one stream, cut every C tokens. No padding; documents begin and end anywhere in a row.
-    best-fit   documents that fit into a row stay whole and are put together so that rows are nearly full, and padded
-               (Ding et al. 2024, "Fewer Truncations Improve Language Modeling": best-fit decreasing). Longer ones are cut,
-               never cropped.
-    pad        each document (or piece of a long one) in a row of its own, padded.
+    best-fit   documents that fit into a row are not cut, and are combined so that rows are nearly full, then padded (Ding et
+               al. 2024, "Fewer Truncations Improve Language Modeling": best-fit decreasing). Longer ones are cut, never
+               cropped.
+    pad        each document (or piece of a long one) in its own row, padded.
 
-Decision: best-fit and pad cut a long document into a first piece that is the short one, and full rows. So the token that two
-pieces share is always the first of a row: were the short piece last and put behind another document, that token would be a
-target twice, and once from a document that is not its own.
+Decision: best-fit and pad cut a long document into a short first piece and full rows. So the token that two pieces share is
+always the first of a row: if the short piece came last and were packed after another document, that token would be a target
+twice, once from the wrong document.
 
-Decision: a row with a single token is not stored. It has no target, and a micro batch of such rows only has no loss (a mean
-over nothing). So the last token of a shard can be dropped where nothing else goes with it; it is counted like all others.
+Decision: a row with a single token is not stored. It has no target, and a micro batch of only such rows has no loss (a mean
+over nothing). So the last token of a shard may be dropped if no other token goes with it; it is counted as dropped.
 
-Segments, where asked for, number the documents of a row from 1 on, 0 is padding: `seg_i == seg_j & seg_i > 0` is the mask
-that keeps documents apart. A document that comes from the row before counts as a new one.
+Segments, if requested, number the documents of a row from 1, and 0 is padding: `seg_i == seg_j & seg_i > 0` is the mask that
+keeps documents apart. A document continued from the row before counts as a new one.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ import numpy.typing as npt
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Numbers = npt.NDArray[np.int64]
 
-WINDOW = 1 << 23  # tokens that best-fit chooses among; what is left over at the end of one waits for the next
-MAX_CONTEXT = 65_534  # with boundaries: a row of C + 1 documents is the most, and their numbers are uint16
+WINDOW = 1 << 23  # tokens that best-fit packs together; leftovers are packed with the next window
+MAX_CONTEXT = 65_534  # with boundaries: a row has at most C + 1 documents, numbered in uint16
 
 
 class Block(NamedTuple):
-    """Rows of C + 1 tokens, and the same shape of segment numbers (uint16) where they are kept."""
+    """Rows of C + 1 tokens, and segment numbers (uint16) of the same shape if they are kept."""
 
     tokens: Tokens
     segments: npt.NDArray[np.uint16] | None
 
 
 class Packer:
-    """Takes documents (each with its eos), gives blocks of `block_sequences` rows; only the last block is shorter."""
+    """Takes documents (each with its eos), yields blocks of `block_sequences` rows; only the last block may be shorter."""
 
     def __init__(
         self, context_length: int, block_sequences: int, *, dtype: str, pad_id: int = 0, boundaries: bool = False
@@ -58,11 +58,11 @@ class Packer:
         self._in = self._sequences = self._dropped = self._padded = 0
 
     def add(self, tokens: Tokens, lengths: Numbers) -> Iterator[Block]:
-        """Take documents, one behind the other, each with its eos at least; blocks that are full now."""
+        """Add documents, concatenated, each at least its eos. Yields the blocks that are full now."""
         raise NotImplementedError
 
     def finish(self) -> Iterator[Block]:
-        """Everything that is left, where it makes rows."""
+        """Yield the remaining rows."""
         raise NotImplementedError
 
     def counts(self) -> dict[str, int]:
@@ -82,7 +82,7 @@ class Concat(Packer):
     def __init__(self, *args: Any, keep_rest: bool = False, **more: Any) -> None:
         super().__init__(*args, **more)
         self.keep_rest = keep_rest
-        self._kept: list[Tokens] = []  # not yet in a block; the first is the last token of the block before, if any
+        self._kept: list[Tokens] = []  # not yet in a block; begins with the last token of the block before, if any
         self._lengths: list[Numbers] = []  # of the documents in _kept; the first may be the end of one
         self._waiting = 0
 
@@ -103,7 +103,7 @@ class Concat(Packer):
 
     def finish(self) -> Iterator[Block]:
         stream, owners = self._stream()
-        if len(stream) < 2:  # one token predicts nothing; behind a block it is that block's last one
+        if len(stream) < 2:  # one token predicts nothing; after a block it is that block's last token
             self._dropped = 0 if self._sequences else len(stream)
             return
         rest = (len(stream) - 1) % self.context_length
@@ -122,7 +122,7 @@ class Concat(Packer):
         return super().counts()
 
     def _stream(self) -> tuple[Tokens, Numbers]:
-        """What waits, in one array; and the number of each token's document where boundaries are asked for."""
+        """The pending tokens in one array, and with boundaries the number of each token's document."""
         stream = np.concatenate([np.empty(0, dtype=self.dtype), *self._kept])
         if not self.boundaries:
             return stream, np.empty(0, np.int64)
@@ -146,15 +146,15 @@ class Concat(Packer):
 
 
 class _Pieces(Packer):
-    """Documents cut into a first piece of at most C + 1 tokens and full rows, overlapping by one token."""
+    """Documents cut into a first piece of at most C + 1 tokens, and full rows that overlap by one token."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self._kept: list[Tokens] = []  # documents not yet in rows
         self._lengths: list[Numbers] = []
         self._waiting = 0  # their tokens
-        self._full: list[Block] = []  # rows on their way to a block
-        self._stored = self._overlaps = 0  # tokens in rows; those of them that are in two
+        self._full: list[Block] = []  # rows of an unfinished block
+        self._stored = self._overlaps = 0  # tokens in rows; those that are in two rows
 
     @property
     def window(self) -> int:
@@ -162,7 +162,7 @@ class _Pieces(Packer):
         raise NotImplementedError
 
     def rows_of(self, lengths: Numbers) -> Numbers:
-        """The row, 0-based and without gaps, of each piece."""
+        """The row of each piece, 0-based and without gaps."""
         raise NotImplementedError
 
     def add(self, tokens: Tokens, lengths: Numbers) -> Iterator[Block]:
@@ -183,7 +183,7 @@ class _Pieces(Packer):
         return super().counts()
 
     def _pack(self, *, last: bool) -> Iterator[Block]:
-        """Pack what waits. A single token without company waits for the next window; the last one drops it."""
+        """Pack pending documents. A token that would be alone in a row waits for the next window; the last window drops it."""
         stream = np.concatenate([np.empty(0, dtype=self.dtype), *self._kept])
         starts, lengths = _pieces(np.concatenate([np.empty(0, np.int64), *self._lengths]), self.context_length)
         self._overlaps += int(lengths.sum()) - len(stream)
@@ -196,7 +196,7 @@ class _Pieces(Packer):
         yield from self._emit(stream, *_in_order(starts[~alone], lengths[~alone], rows[~alone]), last=last)
 
     def _emit(self, stream: Tokens, starts: Numbers, lengths: Numbers, rows: Numbers, *, last: bool) -> Iterator[Block]:
-        """Rows as blocks; rows are numbered in order here, and so are the pieces in them."""
+        """Rows as blocks. Rows are numbered in order, and so are the pieces in them."""
         total = int(rows[-1]) + 1 if len(rows) else 0
         row = 0
         while row < total:
@@ -216,7 +216,7 @@ class _Pieces(Packer):
         return Block(np.concatenate([p.tokens for p in parts]), np.concatenate(segments) if segments else None)
 
     def _fill(self, stream: Tokens, starts: Numbers, lengths: Numbers, rows: Numbers, count: int) -> Block:
-        """`count` rows: pieces one behind the other, padding behind them."""
+        """`count` rows: pieces one after another, then padding."""
         width = self.context_length + 1
         ends = np.cumsum(lengths)
         before = ends - lengths  # tokens of the pieces before, over all rows
@@ -238,10 +238,10 @@ class _Pieces(Packer):
 
 
 class Pad(_Pieces):
-    """Each piece in a row of its own."""
+    """Each piece in its own row."""
 
     def add(self, tokens: Tokens, lengths: Numbers) -> Iterator[Block]:
-        several = lengths > 1  # a single token would never find company
+        several = lengths > 1  # a single token would be alone in its row
         self._in += int((~several).sum())
         self._dropped += int((~several).sum())
         yield from super().add(tokens[np.repeat(several, lengths)], lengths[several])
@@ -255,7 +255,7 @@ class Pad(_Pieces):
 
 
 class BestFit(_Pieces):
-    """Pieces of a window put together by `best_fit`."""
+    """Pieces of a window combined by `best_fit`."""
 
     @property
     def window(self) -> int:
@@ -266,16 +266,16 @@ class BestFit(_Pieces):
 
 
 def best_fit(lengths: Numbers, room: int) -> Numbers:
-    """Best-fit decreasing: the row of each piece, rows of `room` tokens. Longest pieces first, each into the row where it
-    leaves the least room free.
+    """Best-fit decreasing: the row of each piece, with rows of `room` tokens. Longest pieces first, each into the row where it
+    leaves the least free room.
 
-    Pieces of one length go together: a row that took one is still the best fit for the next of that length while it has room.
-    So this costs steps by different lengths, not by pieces.
+    Pieces of equal length are placed together: a row that took one is still the best fit for the next one of that length while
+    it has room. So the number of steps grows with the number of different lengths, not of pieces.
     """
     rows = np.empty(len(lengths), dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     bounds = np.flatnonzero(np.diff(lengths[order], prepend=-1, append=-1))
-    free: dict[int, list[int]] = {}  # room left -> rows with just that
+    free: dict[int, list[int]] = {}  # room left -> rows with exactly that much
     rooms: list[int] = []  # the keys of `free`, sorted
     opened = 0
 
@@ -309,19 +309,21 @@ def best_fit(lengths: Numbers, room: int) -> Numbers:
     return rows
 
 
-def _pieces(whole: Numbers, context: int) -> tuple[Numbers, Numbers]:
+def _pieces(documents: Numbers, context: int) -> tuple[Numbers, Numbers]:
     """(start in the stream, length) of each piece of documents of these lengths, in order."""
-    more = np.maximum(0, -(-(whole - 1 - context) // context))  # full rows behind the first piece
-    first = whole - more * context  # its length: two at least, or all of the document
-    number = np.arange(len(whole) + more.sum()) - np.repeat(np.cumsum(more + 1) - more - 1, more + 1)  # in its document
-    begins = np.cumsum(whole) - whole
+    more = np.maximum(0, -(-(documents - 1 - context) // context))  # full rows after the first piece
+    first = documents - more * context  # its length: at least two, or the entire document
+    number = np.arange(len(documents) + more.sum()) - np.repeat(
+        np.cumsum(more + 1) - more - 1, more + 1
+    )  # in its document
+    begins = np.cumsum(documents) - documents
     starts = np.repeat(begins, more + 1) + np.where(number, np.repeat(first - 1, more + 1) + (number - 1) * context, 0)
     return starts, np.where(number, context + 1, np.repeat(first, more + 1))
 
 
 def _in_order(starts: Numbers, lengths: Numbers, rows: Numbers) -> tuple[Numbers, Numbers, Numbers]:
-    """Pieces sorted by row and place in the stream, rows numbered anew by their first piece: neighbours in the corpus stay
-    neighbours, and long and short documents stay mixed."""
+    """Pieces sorted by row and position in the stream, rows renumbered by their first piece: neighbors in the corpus stay
+    neighbors, and long and short documents stay mixed."""
     _, first, number = np.unique(rows, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first, kind="stable")] = np.arange(len(first))

@@ -1,17 +1,16 @@
-"""Stage `tokenize`: document tars to token tars, one task a document shard, restartable, byte-identical
-whoever runs it.
+"""Stage `tokenize`: document tars to token tars, one task per document shard, restartable, byte-identical on every machine.
 
     documents/train-000000.tar --> tokens/train-000000.tar: {key}.tokens.npy blocks [n, context_length + 1],
     with tokens.boundaries also {key}.segments.npy; + tokenizer.model + index.json
 
-Each document of a shard is followed by eos, never preceded by bos (like the published models). How documents
-become rows of context_length + 1 tokens is `tokens.packing`: see pack.py.
+Each document of a shard is followed by eos, never preceded by bos (like the published models). `tokens.packing` decides how
+documents become rows of context_length + 1 tokens: see pack.py.
 
-What does not fill the last row of a shard is, with packing concat, dropped (`tokens.remainder: drop`, the
-default) or padded with pad, which the loss ignores. Everything is counted: tokens_in == tokens + tokens_dropped.
+With packing concat, tokens that do not fill the last row of a shard are dropped (`tokens.remainder: drop`, the default) or
+padded with pad, which the loss ignores. All tokens are counted: tokens_in == tokens + tokens_dropped.
 
-The output may be an fsspec URL: a shard is written to a spool in the work folder, uploaded beside its name, read
-back, and renamed. The index comes last: a folder without it is unfinished.
+The output may be an fsspec URL: a shard is written to a spool in the work folder, uploaded under a temporary name, read back,
+and renamed. The index is written last: a folder without it is unfinished.
 """
 
 from __future__ import annotations
@@ -39,25 +38,25 @@ from pipeline.io.storage import publish_bytes, publish_json, require_free_space,
 from pipeline.io.urls import is_local, join
 from pipeline.tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # workers import this module; torch is behind the configuration
+if TYPE_CHECKING:  # workers import this module, and the configuration imports torch
     from pipeline.config.paths import RunPaths
     from pipeline.config.run import RunConfig
 
-BATCH_BYTES = 1 << 19  # handed to SentencePiece at once
-TOKENS_PER_BYTE = 0.5  # an upper estimate, for the free space
+BATCH_BYTES = 1 << 19  # passed to SentencePiece at once
+TOKENS_PER_BYTE = 0.5  # upper estimate, to check the free space
 HISTOGRAM_EDGES = 2 ** np.arange(41)  # bin i: documents of 2**i <= tokens < 2**(i+1)
-TOKENIZER = "tokenizer.model"  # the copy beside the shards: what reads tokens needs nothing else
+TOKENIZER = "tokenizer.model"  # the copy next to the shards: readers of tokens need nothing else
 COUNTED = ("documents", "text_bytes", "words", "sequences", "tokens", "tokens_in", "tokens_dropped", "tokens_padded")
-OF_SPLITS = ("words", "tokens_in", "tokens_dropped", "tokens_padded", "length_histogram")  # not listed for each shard
+OF_SPLITS = ("words", "tokens_in", "tokens_dropped", "tokens_padded", "length_histogram")  # not listed per shard
 
 
 def tokenize_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = False) -> dict[str, Any]:
     """Run the stage. Returns {"fingerprint", "splits", "shards", "dtype", "bytes_per_token"}.
 
-    dry_run: with data.executor slurm, only write the job's script and check it; raises engines.DryRun.
+    dry_run: with data.executor slurm, only write and check the job's script; raises DryRun.
 
-    Raises UserError for documents or a tokenizer that are missing or damaged, a tokenizer with more pieces
-    than model.vocab_size, a train or val split too short for one sequence, or a full disk.
+    Raises UserError for missing or damaged documents or tokenizer, a tokenizer with more pieces than model.vocab_size, a train
+    or val split that is too short for one sequence, or a full disk.
     """
     folder = config.tokens.output or str(paths.tokens)
     documents = DocumentIndex.load(config.data.output or paths.documents)
@@ -95,7 +94,7 @@ def tokenize_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = Fa
 
 
 def _settings(config: RunConfig, documents: DocumentIndex, tokenizer: Tokenizer, *, path: Path) -> dict[str, Any]:
-    """All that decides the tokens."""
+    """Everything that determines the tokens."""
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"{path}: {tokenizer.vocab_size} pieces, but model.vocab_size is {config.model.vocab_size}; "
@@ -104,7 +103,7 @@ def _settings(config: RunConfig, documents: DocumentIndex, tokenizer: Tokenizer,
     tokens, context_length = config.tokens, config.model.context_length
     if tokens.boundaries and context_length > MAX_CONTEXT:
         raise UserError(
-            f"tokens.boundaries: numbers of documents are uint16, enough for a context of {MAX_CONTEXT}, "
+            f"tokens.boundaries: document numbers are uint16, enough for a context of {MAX_CONTEXT}, "
             f"model.context_length is {context_length}; lower it or set tokens.boundaries=false"
         )
     return {
@@ -121,7 +120,7 @@ def _settings(config: RunConfig, documents: DocumentIndex, tokenizer: Tokenizer,
 
 
 def _check_space(documents: DocumentIndex, settings: dict[str, Any], *, folder: str, work: Path, workers: int) -> None:
-    """UserError unless the tokens (of a URL: the shards that are made at once) have room on this machine's disk."""
+    """Raise UserError unless the tokens (for a URL: the shards written at once) fit on this machine's disk."""
     context_length = settings["context_length"]
     cell = np.dtype(settings["dtype"]).itemsize + (2 if settings["boundaries"] else 0)
 
@@ -140,7 +139,7 @@ def _check_space(documents: DocumentIndex, settings: dict[str, Any], *, folder: 
 class TokenizeShard(PipelineStep):  # type: ignore[misc]  # datatrove has no types
     """Task i: document shard i to one token tar, published together with the task's record.
 
-    documents, folder: paths or URLs. settings: as in the index.
+    documents, folder: paths or URLs. settings: those in the index.
     """
 
     type = "TOKENIZER"
@@ -158,9 +157,9 @@ class TokenizeShard(PipelineStep):  # type: ignore[misc]  # datatrove has no typ
         documents = DocumentIndex.load(self.documents)
         tokenizer = _tokenizer(self.tokenizer.read_bytes(), path=self.tokenizer)
         now = {"tokenizer_sha256": tokenizer.sha256, "documents_fingerprint": documents.fingerprint}
-        for name, place in (("tokenizer_sha256", self.tokenizer), ("documents_fingerprint", self.documents)):
+        for name, origin in (("tokenizer_sha256", self.tokenizer), ("documents_fingerprint", self.documents)):
             if now[name] != self.settings[name]:
-                raise UserError(f"{place}: changed while tokens were made with it; start again")
+                raise UserError(f"{origin}: changed while it was being tokenized; start again")
         source = documents.shards[rank]
         packer = make_packer(self.settings, pad_id=tokenizer.pad_id)
         histogram = np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64)
@@ -190,7 +189,7 @@ class TokenizeShard(PipelineStep):  # type: ignore[misc]  # datatrove has no typ
 
 
 class _Blocks:
-    """Writes blocks into a tar; `facts`: where each begins and the first half of its sha256, by block."""
+    """Writes blocks to a tar. `facts`: the offset of each block and the first half of its sha256."""
 
     def __init__(self, tar: TarWriter, name: str, *, boundaries: bool) -> None:
         self.tar = tar
@@ -211,7 +210,7 @@ class _Blocks:
 
 
 def make_packer(settings: dict[str, Any], *, pad_id: int) -> Packer:
-    """The packer that an index's settings ask for."""
+    """The packer for an index's settings."""
     kinds: dict[str, type[Packer]] = {"concat": Concat, "best-fit": BestFit, "pad": Pad}
     more = {"keep_rest": settings["remainder"] == "pad"} if settings["packing"] == "concat" else {}
     return kinds[settings["packing"]](
@@ -226,16 +225,16 @@ def make_packer(settings: dict[str, Any], *, pad_id: int) -> Packer:
 
 @lru_cache(maxsize=1)
 def _tokenizer(data: bytes, *, path: Path) -> Tokenizer:
-    """A worker's tokenizer, parsed once for all its tasks."""
+    """A worker's tokenizer, parsed once for all of its tasks."""
     return Tokenizer.from_bytes(data, path=path)
 
 
 def encode(texts: Iterable[bytes], tokenizer: Tokenizer, *, dtype: str) -> Iterator[tuple[Tokens, Numbers]]:
-    """Ids of documents in UTF-8, eos behind each document's: many documents in one array, and how long each is.
+    """Ids of UTF-8 documents, each followed by eos: many documents in one array, and their lengths.
 
-    A document is encoded whole, however long: time grows with its length and no faster, memory by about 28 bytes for each
-    of its bytes (1.8 GB for the 64 MB that data.max_document_megabytes allows; clean.split_long keeps it small).
-    SentencePiece adds up scores along the whole text, rounding, so that cutting it would change a token here and there.
+    A document is encoded in one piece, however long: time is linear in its length, memory about 28 bytes per byte (1.8 GB for
+    the 64 MB that data.max_document_megabytes allows; clean.split_long keeps it small). SentencePiece accumulates rounded
+    scores along the text, so cutting it would change a few tokens.
     """
     eos = np.array([tokenizer.eos_id], dtype=np.int32)
     for batch in batches(texts):
@@ -247,7 +246,7 @@ def encode(texts: Iterable[bytes], tokenizer: Tokenizer, *, dtype: str) -> Itera
 
 
 def batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Texts in lists of about BATCH_BYTES: calls stay few for short texts, memory stays small for long ones."""
+    """Texts in lists of about BATCH_BYTES: few calls for short texts, little memory for long ones."""
     batch: list[bytes] = []
     size = 0
     for text in texts:
@@ -261,7 +260,7 @@ def batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 def npy_bytes(block: npt.NDArray[Any]) -> tuple[bytes, bytes]:
-    """Header and numbers of a .npy file (format 1.0, little-endian, no pickle)."""
+    """Header and data of a .npy file (format 1.0, little-endian, no pickle)."""
     little = block.astype(block.dtype.newbyteorder("<"), copy=False)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(little))

@@ -1,16 +1,15 @@
-"""Stage `tokenizer`: train a SentencePiece unigram model on the train split, or take an existing one.
+"""Stage `tokenizer`: train a SentencePiece unigram model on the train split, or use an existing one.
 
-Decision: no normalisation at all (rule `identity`, white space kept, no dummy prefix), so that
-decode(encode(text)) == text, line ends included (only U+2581, which SentencePiece itself writes for a space,
-comes back as one). The papers use nmt_nfkc with white space collapsed, which loses every newline; that suits
-web pages and destroys plays, verse and code. A newline is an ordinary character here: the trainer sees
-pieces of text several lines long and learns `.\\n\\n**` where a corpus has it. On the 38 plays of the
-quickstart (4096 pieces): 3.17 bytes a token, against 2.75 with a newline as a symbol of its own. Like the
-papers: unigram, digits split, byte fallback, ids 0-3 as in model.md.
+Decision: no normalization at all (rule `identity`, white space kept, no dummy prefix), so that decode(encode(text)) == text,
+including line ends (only U+2581, which SentencePiece uses for a space, is decoded as a space). The papers use nmt_nfkc with
+collapsed white space, which loses every newline; that works for web pages but destroys plays, verse and code. Here a newline is
+an ordinary character: the trainer sees pieces of text several lines long and learns `.\\n\\n**` where a corpus has it. On the
+38 plays of the quickstart (4096 pieces): 3.17 bytes per token, against 2.75 with the newline as a separate symbol. Like the
+papers: unigram, digits split, byte fallback, ids 0-3 ([PAD], [UNK], [START], [END]).
 
-Decision: training is a pure function of the documents and the settings. SentencePiece's own sampling is off;
-when the split is larger than `tokenizer.max_megabytes`, evenly spaced pieces of text are taken. The number
-of threads is fixed, because sums of floats depend on it.
+Decision: training is a pure function of the documents and the settings. SentencePiece's own sampling is off; when the split is
+larger than `tokenizer.max_megabytes`, evenly spaced pieces of text are used. The number of threads is fixed, because sums of
+floats depend on it.
 """
 
 from __future__ import annotations
@@ -33,15 +32,14 @@ if TYPE_CHECKING:
     from pipeline.config.run import RunConfig
 
 TRAINER_THREADS = 2
-PIECE_BYTES = 2048  # what the trainer sees as one sentence
+PIECE_BYTES = 2048  # of text that the trainer sees as one sentence
 SPECIAL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "bos": "[START]", "eos": "[END]"}
 
 
 def make_tokenizer(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     """Run the stage: publish `paths.tokenizer`. Returns {"sha256", "vocab_size", "trained"}.
 
-    Raises UserError for a model file that is none, a vocabulary larger than the model's, or one the text is
-    too small for.
+    Raises UserError for an invalid model file, a vocabulary larger than the model's, or too little text for the vocabulary.
     """
     given = config.tokenizer.model
     vocab_size = config.model.vocab_size
@@ -68,11 +66,9 @@ def make_tokenizer(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
 
 
 def train(texts: Iterable[str], *, vocab_size: int, character_coverage: float = 0.9995, share: float = 1.0) -> bytes:
-    """The model file of a unigram model with `vocab_size` pieces, trained on a `share` in (0, 1] of the
-    texts.
+    """The file of a unigram model with `vocab_size` pieces, trained on a `share` in (0, 1] of the texts.
 
-    Raises UserError when the text cannot give that many pieces, or needs more; it names the number that is
-    possible.
+    Raises UserError if the text has too few or too many possible pieces; it names a possible number.
     """
     model = io.BytesIO()
     special: dict[str, Any] = {f"{name}_id": number for name, number in SPECIAL_IDS.items()}
@@ -100,8 +96,7 @@ def train(texts: Iterable[str], *, vocab_size: int, character_coverage: float = 
 
 
 def cut(texts: Iterable[str]) -> Iterator[str]:
-    """Texts in pieces of at most PIECE_BYTES, cut behind a line end where there is one, else behind a
-    space."""
+    """Texts in pieces of at most PIECE_BYTES, cut after a line end if there is one, else after a space."""
     for text in texts:
         start, length = 0, len(text)
         while start < length:
@@ -118,7 +113,7 @@ def cut(texts: Iterable[str]) -> Iterator[str]:
 
 
 def spread(pieces: Iterable[str], share: float) -> Iterator[str]:
-    """Every piece, or an evenly spaced `share` of them: piece i is taken when floor(share * i) steps up."""
+    """An evenly spaced `share` of the pieces: piece i is taken when floor(share * i) increases."""
     return (piece for i, piece in enumerate(pieces) if int((i + 1) * share) > int(i * share))
 
 
@@ -132,23 +127,23 @@ def _share(documents: DocumentIndex, max_bytes: int) -> float:
 
 
 def _read(path: Path) -> bytes:
-    Tokenizer.load(path)  # its errors are the ones a user understands
+    Tokenizer.load(path)  # raises a UserError that explains the problem
     return path.read_bytes()
 
 
 def _explain(error: RuntimeError, vocab_size: int) -> UserError:
-    """SentencePiece's complaint in our words, with the number it names."""
+    """SentencePiece's error as a UserError with the number it mentions."""
     text = " ".join(str(error).split())
     if most := re.search(r"Vocabulary size too high.*<= (\d+)", text):
         return UserError(
-            f"model.vocab_size {vocab_size} is too large for the train split; it gives at most {most[1]} pieces: "
+            f"model.vocab_size {vocab_size} is too large for the train split; it has at most {most[1]} pieces: "
             f"set model.vocab_size={most[1]} or add text"
         )
     if least := re.search(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)", text):
         return UserError(
-            f"model.vocab_size {vocab_size} is too small: characters, 256 bytes and special pieces take {least[1]}; "
+            f"model.vocab_size {vocab_size} is too small: characters, 256 bytes and special pieces need {least[1]}; "
             f"set model.vocab_size={least[1]} or more, or lower tokenizer.character_coverage"
         )
     if "sentences_.empty()" in text:
-        return UserError("the train split holds nothing but line ends; name other data.sources")
+        return UserError("the train split has only line ends; use other data.sources")
     return UserError(f"SentencePiece could not train on the train split: {text}")

@@ -32,7 +32,7 @@ from pipeline.io.storage import (
     require_free_space,
     sha256_json,
 )
-from pipeline.io.tensors import serialise, sha256_tensors
+from pipeline.io.tensors import serialize, sha256_tensors
 from pipeline.post.package.card import model_card
 from pipeline.tokenizer import Tokenizer
 from pldr_model.model import PLDRModel
@@ -64,8 +64,8 @@ def build_bundle(
     certified = not uncertified
     config = model.config.with_constant_g()
     weight_format = "fp32" if packed is None else packed.section["format"]
-    weights = serialise(bundle_tensors(model) if packed is None else packed.tensors)
-    g_lm = serialise(bundle_g(g_LHKK))
+    weights = serialize(bundle_tensors(model) if packed is None else packed.tensors)
+    g_lm = serialize(bundle_g(g_LHKK))
     spm = Tokenizer.load(tokenizer)
     check_tokenizer(spm, config, lineage or {}, certificate["lineage"], where=tokenizer)
     if packed is not None:

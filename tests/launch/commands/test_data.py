@@ -68,7 +68,7 @@ def test_verify_takes_a_configuration_or_a_folder_and_names_damage(capsys, confi
     assert result["tokens"]["documents_fingerprint"] == result["documents"]["fingerprint"] and result["files"] > 4
     tokens = config.parent / "run" / "tokens"
     code, out, _ = run(capsys, "data", "verify", tokens / "index.json")
-    assert code == 0 and "every checksum fits" in out and out.endswith("files checked, none damaged\n")
+    assert code == 0 and "all checksums match" in out and out.endswith("files checked, none damaged\n")
     shard = next(tokens.glob("train-*.tar"))
     good = shard.read_bytes()
     try:
@@ -99,7 +99,7 @@ def test_show_prints_a_sequence_and_where_it_is(capsys, config: Path) -> None:
         (["data", "show", "run/tokens", "1000000"], 1, "the train split has sequences 0 to"),
         (["data", "show", "run/tokens", "0", "--split", "best"], 1, "no split 'best'"),
         (["data", "show", "nowhere", "0"], 1, "run `pldr tokenize` first"),
-        (["data", "verify", "nowhere"], 1, "holds no index.json"),
+        (["data", "verify", "nowhere"], 1, "contains no index.json"),
         (["data", "verify", "run/tokens", "seed=2"], 2, "goes with the YAML"),
         (["data", "report", "nowhere.yaml"], 2, "no such file"),
         (["data", "report", "tiny.yaml", "run_dir=other"], 1, "run `pldr shard` first"),

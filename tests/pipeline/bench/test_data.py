@@ -1,4 +1,4 @@
-"""`pldr bench data` runs all of its parts, on real shards, and says honestly what it found. No timing is judged here."""
+"""`pldr bench data` runs all of its parts, on real shards, and reports its numbers. No timing is checked here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.bench import data as benches
 from pipeline.bench.data import bench, in_turn, line
-from pipeline.bench.data_input import made_up, read_text, write_documents, write_tokens
+from pipeline.bench.data_input import generated, read_text, write_documents, write_tokens
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.data.documents.read import DocumentIndex, read_shard
@@ -24,39 +24,39 @@ KEYS = (
 )
 
 
-def test_every_number_is_there(
+def test_every_measurement_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: tuple[RunConfig, RunPaths]
 ) -> None:
     monkeypatch.setattr(benches, "ROUNDS", 1)
     monkeypatch.setattr(benches, "RATIO_ROUNDS", 2)
     monkeypatch.setattr(benches, "SHARDS", 2)
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in made_up(300_000)))
+    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in generated(300_000)))
     said: list[str] = []
-    result = bench(text=str(text), tokenizer=str(finished[1].tokenizer), show=said.append, megabytes=1, shards=64)
+    result = bench(text=str(text), tokenizer=str(finished[1].tokenizer), report=said.append, megabytes=1, shards=64)
     assert all(result[key] > 0 for key in KEYS)
     assert 1_000_000 <= result["tokenize_text_bytes"] < 1_500_000, "the small file is repeated"
     assert result["order_bytes"] < 2_000_000
     assert all(key in "\n".join(said) for key in KEYS)
 
 
-def test_a_line_tells_whether_the_target_is_met() -> None:
+def test_a_line_shows_whether_the_target_is_met() -> None:
     assert line("tokenize_scaling_2", 1.71).endswith("1.710   target at least 1.7: met")
     assert line("tokenize_scaling_2", 1.69).endswith("target at least 1.7: NOT met")
     assert line("loader_startup_seconds_2000_shards", 1.0).endswith("target below 1: NOT met")
     assert line("loader_tokens_per_second", 21.04e6).endswith("21.0 M   target at least 20 M: met")
 
 
-def test_text_is_made_up_the_same_everywhere() -> None:
-    texts = made_up(50_000)
-    assert texts == made_up(50_000) != made_up(50_000, seed=1) and sum(map(len, texts)) >= 50_000
-    assert texts[0][:38] == made_up(10)[0][:38]
+def test_text_is_generated_the_same_everywhere() -> None:
+    texts = generated(50_000)
+    assert texts == generated(50_000) != generated(50_000, seed=1) and sum(map(len, texts)) >= 50_000
+    assert texts[0][:38] == generated(10)[0][:38]
     assert len({word for text in texts for word in text.split()}) > 2000
 
 
-def test_what_it_writes_is_what_the_stages_write(tmp_path: Path) -> None:
-    """The loader and the readers take these folders; everything in them has its checksum."""
-    texts = made_up(20_000)
+def test_its_folders_are_like_those_of_the_stages(tmp_path: Path) -> None:
+    """The loader and the readers accept these folders, and every checksum matches."""
+    texts = generated(20_000)
     write_documents(tmp_path / "documents", texts, 3)
     index = DocumentIndex.load(tmp_path / "documents")
     found = [[document.text for document in read_shard(index.folder, shard)] for shard in index.shards]

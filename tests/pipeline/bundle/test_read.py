@@ -16,7 +16,7 @@ from pipeline.bundle.format import FILES
 from pipeline.bundle.read import verify_bundle
 from pipeline.inference.runtime import Bundle
 from pipeline.io.storage import MANIFEST, manifest_of, render_json, sha256_json
-from pipeline.io.tensors import serialise
+from pipeline.io.tensors import serialize
 from tests.helpers.bundles import edit, refused, reseal
 
 Make = Callable[..., Path]
@@ -105,7 +105,7 @@ def test_a_header_that_claims_10_GB_is_refused_before_anything_is_allocated(make
 def test_nan_weights_are_refused(make_bundle: Make, invariant: Any) -> None:
     bundle = make_bundle()
     g_lm = torch.full((2, 2, 8, 8), float("nan"))
-    (bundle / "g_lm.safetensors").write_bytes(serialise({"g_lm": g_lm}))
+    (bundle / "g_lm.safetensors").write_bytes(serialize({"g_lm": g_lm}))
     certificate = json.loads((bundle / "certificate.json").read_text())
     files = {**certificate["files"], "g_lm.safetensors": manifest_of(bundle)["g_lm.safetensors"]["sha256"]}
     edit(bundle / "certificate.json", files=files)

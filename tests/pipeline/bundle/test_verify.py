@@ -19,7 +19,7 @@ from pipeline.bundle.read import verify_bundle
 from pipeline.errors import UserError
 from pipeline.inference.runtime import Bundle
 from pipeline.io.storage import MANIFEST, manifest_of, render_json, sha256_file, sha256_json
-from pipeline.io.tensors import serialise
+from pipeline.io.tensors import serialize
 from pipeline.post.extract import extract_g
 from pipeline.post.package.card import CERTIFIED_LINE
 from pldr_model.model import PLDRModel
@@ -157,7 +157,7 @@ def test_a_transplanted_certificate_is_refused(make_bundle: Make, tiny: SimpleNa
         ("model.safetensors", {n: t for n, t in other.state_dict().items() if ".plga." not in n}),
     ):
         original = (bundle / name).read_bytes()
-        (bundle / name).write_bytes(serialise({k: t + 0.001 for k, t in tensors.items()}))
+        (bundle / name).write_bytes(serialize({k: t + 0.001 for k, t in tensors.items()}))
         reseal(bundle)
         assert f"certifies a different {name}" in refused(bundle)
         (bundle / name).write_bytes(original)
@@ -218,7 +218,7 @@ def test_scales_that_are_not_finite_are_refused(make_bundle: Make, invariant: PL
     bundle = make_bundle(packed=packed)
     tensors = {name: t.clone() for name, t in packed.tensors.items()}
     tensors["output.weight.scale"][3] = float("inf")
-    (bundle / "model.safetensors").write_bytes(serialise(tensors))
+    (bundle / "model.safetensors").write_bytes(serialize(tensors))
     sha256 = manifest_of(bundle)["model.safetensors"]["sha256"]
     edit(bundle / "certificate.json", weight_format={**packed.section, "sha256": sha256})
     reseal(bundle)

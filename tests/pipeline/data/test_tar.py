@@ -1,4 +1,4 @@
-"""The tar container: fixed bytes, true offsets, publish whole or not at all."""
+"""The tar container: fixed bytes, true offsets, atomic publishing."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_bytes_are_the_same_every_time(tmp_path: Path) -> None:
     assert (tmp_path / "x.tar").read_bytes() == (tmp_path / "other" / "y.tar").read_bytes()
 
 
-def test_what_is_not_published_is_not_there(tmp_path: Path) -> None:
+def test_an_unpublished_archive_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(KeyError), TarWriter(tmp_path / "x.tar") as tar:
         tar.add("a.txt", b"1")
         raise KeyError
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leftovers_of_a_killed_run_go_away_and_nothing_else(tmp_path: Path) -> None:
+def test_only_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     write(tmp_path / "x.tar")
     TarWriter(tmp_path / "y.tar")._stream.close()  # killed: neither published nor cleaned up
     assert len(list(tmp_path.iterdir())) == 2
@@ -106,8 +106,8 @@ def test_a_damaged_header_is_named(position: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 100, 512, 515, 600, 1024, 2000, 24_000])
-def test_a_cut_archive_is_named(size: int, tmp_path: Path) -> None:
-    """Wherever it ends: in a header, a payload, the padding behind it, or between two members."""
+def test_a_truncated_archive_is_named(size: int, tmp_path: Path) -> None:
+    """Wherever it ends: in a header, a payload, the padding after it, or between two members."""
     write(tmp_path / "x.tar")
     (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:size])
     with pytest.raises(UserError, match=r"x\.tar: damaged"):
@@ -118,7 +118,7 @@ def test_an_archive_of_another_tool_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         archive.add(tmp_path / "folder", "../x")
-    with pytest.raises(UserError, match=r"x\.tar: damaged archive \(a header is not one of ours\)"):
+    with pytest.raises(UserError, match=r"x\.tar: damaged archive \(a header was not written by pldr\)"):
         list(read_members(tmp_path / "x.tar"))
 
 
@@ -132,7 +132,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
         list(read_members(tmp_path / "gone.tar"))
 
 
-def test_an_archive_at_a_url_is_published_whole(faulty_s3: Any, tmp_path: Path) -> None:
+def test_an_archive_at_a_url_is_published_complete(faulty_s3: Any, tmp_path: Path) -> None:
     write(tmp_path / "x.tar")
     spool = tmp_path / "spool"
     faulty_s3.fail_next(2, method="PUT")
@@ -158,7 +158,7 @@ STRAYS = ["train-000001.tar", ".train-000000.tar.0a1b.tmp", ".index.json.0a1b.tm
 OTHERS = ["train-000000.tar", "mine.tar", "train-1.tar", ".mine.txt.0a1b.tmp", "deeper/train-000001.tar"]
 
 
-def test_strays_go_away_and_nothing_else(s3: Any, tmp_path: Path) -> None:
+def test_only_strays_are_removed(s3: Any, tmp_path: Path) -> None:
     for name in [*STRAYS, *OTHERS]:
         s3.put(f"tokens/{name}", b"x")
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -167,5 +167,5 @@ def test_strays_go_away_and_nothing_else(s3: Any, tmp_path: Path) -> None:
     assert set(s3.keys()) == {f"tokens/{name}" for name in OTHERS}
     remove_strays(tmp_path, {"train-000000.tar"})
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {*OTHERS, *STRAYS[1:]}  # these are remove_leftovers' here
+    assert left == {*OTHERS, *STRAYS[1:]}  # remove_leftovers handles these here
     remove_strays(s3.url("nothing-here"), set())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.io.tensors import load_tensors, read_header, serialise, sha256_tensors
+from pipeline.io.tensors import load_tensors, read_header, serialize, sha256_tensors
 
 
 def write(path: Path, header: dict[str, object] | bytes, data: bytes = b"") -> Path:
@@ -20,9 +20,9 @@ def write(path: Path, header: dict[str, object] | bytes, data: bytes = b"") -> P
 
 def test_round_trip_and_equal_bytes_whatever_the_order(tmp_path: Path) -> None:
     a, b = torch.randn(2, 3), torch.randn(4)
-    assert serialise({"a": a, "b": b}, note="n") == serialise({"b": b, "a": a.mT.contiguous().mT}, note="n")
+    assert serialize({"a": a, "b": b}, note="n") == serialize({"b": b, "a": a.mT.contiguous().mT}, note="n")
     assert sha256_tensors({"a": a}) != sha256_tensors({"a": a + 1})
-    (tmp_path / "x.safetensors").write_bytes(serialise({"a": a, "b": b}))
+    (tmp_path / "x.safetensors").write_bytes(serialize({"a": a, "b": b}))
     loaded = load_tensors(tmp_path / "x.safetensors", {"a": (2, 3), "b": (4,)})
     assert torch.equal(loaded["a"], a) and torch.equal(loaded["b"], b)
 
@@ -35,7 +35,7 @@ def test_round_trip_and_equal_bytes_whatever_the_order(tmp_path: Path) -> None:
         {"a": {"dtype": "F32", "shape": [-1, -4], "data_offsets": [0, 16]}},
         {"a": {"dtype": "F32", "shape": [True, 4], "data_offsets": [0, 16]}},
         {"a": {"dtype": "P32", "shape": [4], "data_offsets": [0, 16]}},
-        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},  # 8 bytes that nobody claims
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},  # 8 bytes without a tensor
         {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "b": 7},
         {"a": {"dtype": "F32"}},
         b"[1, 2]",
@@ -49,9 +49,9 @@ def test_a_header_that_does_not_fit_its_file_is_refused(tmp_path: Path, header: 
         read_header(path)
 
 
-def test_a_cut_file_and_a_header_longer_than_the_file_are_refused(tmp_path: Path) -> None:
+def test_a_truncated_file_and_a_header_longer_than_the_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    whole = serialise({"a": torch.ones(8)})
+    whole = serialize({"a": torch.ones(8)})
     for data in (b"", b"\x01", whole[:20], whole[:-1], whole + b"\0", (1 << 62).to_bytes(8, "little") + b"{}"):
         path.write_bytes(data)
         with pytest.raises(UserError, match=r"x\.safetensors: "):
@@ -62,7 +62,7 @@ def test_a_cut_file_and_a_header_longer_than_the_file_are_refused(tmp_path: Path
     ("tensors", "message"),
     [
         ({"b": torch.ones(4)}, "a is missing"),
-        ({"a": torch.ones(4), "b": torch.ones(1)}, "b is no part of this model"),
+        ({"a": torch.ones(4), "b": torch.ones(1)}, "b is not part of this model"),
         ({"a": torch.ones(5)}, r"a is F32 \[5\], the model needs F32 \[4\]"),
         ({"a": torch.ones(4, dtype=torch.float64)}, "a is F64"),
         ({"a": torch.tensor([1.0, float("nan"), 1.0, 1.0])}, "a holds NaN or infinity"),
@@ -70,6 +70,6 @@ def test_a_cut_file_and_a_header_longer_than_the_file_are_refused(tmp_path: Path
 )
 def test_tensors_of_another_model_are_named(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
     path = tmp_path / "x.safetensors"
-    path.write_bytes(serialise(tensors))
+    path.write_bytes(serialize(tensors))
     with pytest.raises(UserError, match=message):
         load_tensors(path, {"a": (4,)})

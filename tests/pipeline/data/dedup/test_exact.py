@@ -1,4 +1,4 @@
-"""Exact duplicates: the machinery against looking at everything at once, whatever the tasks, ranges, order and memory."""
+"""Exact duplicates against brute force, for any number of tasks, ranges, order and memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipeline.data.dedup.exact import (
     found_file,
     found_files,
     keys_file,
-    normalised,
+    normalized,
     partitions,
 )
 from pipeline.data.dedup.near import NearKeys
@@ -57,7 +57,7 @@ def run_all(step: Any, shares: list[Any], order: random.Random) -> list[list[Doc
 
 
 def drop_exact(folder: Path, texts: list[str], tasks: int, parts: int, memory: int, seed: int) -> dict[int, int]:
-    """What is dropped, and for which: place -> place of the text that is kept."""
+    """What is dropped, and for which: position -> position of the kept text."""
     order = random.Random(seed)
     shares = deal(texts, tasks)
     passed = run_all(ExactKeys(folder / "keys", memory), shares, order)
@@ -73,8 +73,8 @@ def drop_exact(folder: Path, texts: list[str], tasks: int, parts: int, memory: i
 
 def repeats(texts: list[str]) -> dict[int, int]:
     """The same by brute force."""
-    first = {normalised(text): place for place, text in reversed(list(enumerate(texts)))}
-    return {place: first[normalised(text)] for place, text in enumerate(texts) if first[normalised(text)] != place}
+    first = {normalized(text): place for place, text in reversed(list(enumerate(texts)))}
+    return {place: first[normalized(text)] for place, text in enumerate(texts) if first[normalized(text)] != place}
 
 
 @settings(max_examples=40, deadline=None)
@@ -134,13 +134,13 @@ def test_writing_again_writes_the_same_bytes(tmp_path: Path) -> None:
     assert len(written[0]) == 6  # 2 keys, 2 found, 2 records
 
 
-def test_a_missing_table_is_no_empty_one(tmp_path: Path) -> None:
+def test_a_missing_table_is_not_an_empty_one(tmp_path: Path) -> None:
     run_all(ExactKeys(tmp_path), deal(["x", "y", "z", "x"], 2), random.Random(0))
     keys_file(tmp_path, 0).unlink()
     with pytest.raises(AssertionError, match="missing"):
         count_keys(tmp_path)
     found_file(tmp_path, 0, 2).touch()
-    with pytest.raises(AssertionError, match="whole set"):
+    with pytest.raises(AssertionError, match="incomplete set"):
         found_files(tmp_path)
 
 
@@ -162,26 +162,26 @@ def test_partitions_grow_with_the_keys(keys: int, expected: int) -> None:
         ("", ""),
     ],
 )
-def test_what_counts_as_the_same_text(text: str, expected: str) -> None:
-    assert normalised(text) == expected
+def test_which_texts_count_as_equal(text: str, expected: str) -> None:
+    assert normalized(text) == expected
 
 
 @given(st.text())
-def test_normalising_is_done_once_for_all(text: str) -> None:
-    """Twice is once, and canonically equal texts, cases and white space make no difference."""
-    once = normalised(text)
-    assert normalised(once) == once
-    assert normalised(unicodedata.normalize("NFD", text)) == once
-    assert normalised(f"\t{text}\u00a0\n") == once
+def test_normalization_is_idempotent(text: str) -> None:
+    """Idempotent; canonically equal texts, case and white space make no difference."""
+    once = normalized(text)
+    assert normalized(once) == once
+    assert normalized(unicodedata.normalize("NFD", text)) == once
+    assert normalized(f"\t{text}\u00a0\n") == once
 
 
 @given(st.text(st.characters(max_codepoint=127)))
-def test_the_fast_path_for_ascii_is_the_slow_one(text: str) -> None:
+def test_the_fast_path_for_ascii_equals_the_slow_one(text: str) -> None:
     slow = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    assert normalised(text) == " ".join(slow.split())
+    assert normalized(text) == " ".join(slow.split())
 
 
-def test_jobs_in_worker_processes_heal_a_damaged_table(tmp_path: Path) -> None:
+def test_jobs_in_worker_processes_rewrite_a_damaged_table(tmp_path: Path) -> None:
     """Keys and search as real jobs: records name the tables, and a damaged one is made again."""
     source, keys, found = tmp_path / "source", tmp_path / "keys", tmp_path / "found"
     source.mkdir()

@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.dedup import near, word_hashes
-from pipeline.data.dedup.exact import DropDuplicates, FindDuplicates, count_keys, normalised
+from pipeline.data.dedup.exact import DropDuplicates, FindDuplicates, count_keys, normalized
 from pipeline.data.dedup.near import ClusterNear, MinHasher, NearKeys, bands_for, components
 
 SIMILARITY, NGRAM, HASHES = 0.75, 5, 112  # the configuration's defaults
 
 
 def grams(text: str, size: int) -> set[tuple[str, ...]]:
-    words = re.findall(r"\w+", normalised(text))
+    words = re.findall(r"\w+", normalized(text))
     return {tuple(words[at : at + size]) for at in range(max(1, len(words) - size + 1))}
 
 
@@ -66,7 +66,7 @@ def drop_near(
     memory: int = 1 << 20,
     seed: int = 0,
 ) -> dict[int, int]:
-    """What is dropped, and for which: place -> place of the document that is kept."""
+    """What is dropped, and for which: position -> position of the kept document."""
     order = random.Random(seed)
     shares: list[list[Document]] = [[] for _ in range(tasks)]
     for place, text in enumerate(texts):
@@ -113,13 +113,13 @@ def test_the_share_of_equal_minima_is_the_jaccard_similarity(similarity: float) 
         signatures.append((one == other).astype(float))
     deviation = (similarity * (1 - similarity) / (100 * HASHES)) ** 0.5
     assert abs(np.mean(shares) - similarity) < 4 * deviation
-    # of independent hash functions the single estimates scatter like coins, not more
+    # of independent hash functions the single estimates are independent
     assert np.std(shares) < 1.3 * (similarity * (1 - similarity) / HASHES) ** 0.5
 
 
 @cache
 def measured(pairs: int = 150) -> dict[float, float]:
-    """Share of pairs found through the whole machinery, by Jaccard similarity."""
+    """Share of pairs found by all steps together, by Jaccard similarity."""
     rng = random.Random(2)
     levels = (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
     texts = [text for level in levels for _ in range(pairs) for text in pair_of(level, rng, union=240)]
@@ -148,7 +148,7 @@ def test_recall_and_precision() -> None:
     assert np.mean(below) < 0.06
 
 
-def test_edited_prose_is_found_and_other_prose_left_alone(tmp_path: Path) -> None:
+def test_edited_prose_is_found_and_other_prose_is_kept(tmp_path: Path) -> None:
     """5-grams: copies with a few words changed against everything else, judged by their exact similarity."""
     rng = random.Random(3)
     originals = [prose(rng, 400) for _ in range(40)]
@@ -189,18 +189,18 @@ def test_tasks_ranges_order_and_memory_change_nothing(texts: list[str], how: tup
         assert dropped == drop_near(Path(other), texts, tasks=1, parts=1)
     assert all(keeper < place and keeper not in dropped for place, keeper in dropped.items())
     for place, other_place in combinations(range(len(texts)), 2):
-        if normalised(texts[place]) == normalised(texts[other_place]) and re.search(r"\w", texts[place]):
+        if normalized(texts[place]) == normalized(texts[other_place]) and re.search(r"\w", texts[place]):
             assert other_place in dropped, "equal texts are near ones"
 
 
-def test_short_texts_count_as_a_whole_and_wordless_ones_not_at_all(tmp_path: Path) -> None:
+def test_short_texts_are_one_ngram_and_texts_without_words_are_ignored(tmp_path: Path) -> None:
     texts = ["one two three", "One, two; three.", "one two four", "", "...", "...", "", "one two"]
     assert drop_near(tmp_path, texts) == {1: 0}
     assert count_keys(tmp_path / "keys") == 4 * 14
 
 
 def test_long_texts_are_hashed_piece_by_piece_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words at the ends of pieces are whole, n-grams reach across pieces and blocks, forgotten words come back the same."""
+    """Words at the ends of pieces are complete, n-grams span pieces and blocks, cleared hashes are computed again."""
     text = " ".join(prose(random.Random(5), 3000)) + " é" * 5
     whole = MinHasher(NGRAM, 16).signature(text)
     expected = {hash(gram) for gram in grams(text, NGRAM)}
@@ -229,7 +229,7 @@ def test_components_against_joining_one_pair_after_another(pairs: list[tuple[int
 
 
 def test_a_long_path_is_one_component() -> None:
-    """Every pair joins neighbours: the worst case for hanging roots below one another."""
+    """Every pair joins neighbors: the worst case for union-find."""
     rng = np.random.default_rng(0)
     numbers = rng.permutation(20_000).astype(np.uint64)
     found = components(np.column_stack([numbers[:-1], numbers[1:]]))

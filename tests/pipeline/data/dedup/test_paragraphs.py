@@ -1,4 +1,4 @@
-"""Paragraphs: what is cut against looking at everything at once; what is left is untouched."""
+"""Repeated paragraphs against brute force; the rest of a text is unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datatrove.data import Document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.dedup.exact import FindDuplicates, normalised
+from pipeline.data.dedup.exact import FindDuplicates, normalized
 from pipeline.data.dedup.paragraphs import CutParagraphs, ParagraphKeys, cut, split_paragraphs
 
 PIECES = st.sampled_from(["a", "bb", "BB ", "ccc", "dddd", "Dddd", "ﬃ", "ffi", "x\ny", "x y", " "])
@@ -77,12 +77,12 @@ def cut_all(
 
 
 def repeated(texts: list[str]) -> dict[int, dict[int, int]]:
-    """By brute force: place -> number of a paragraph that came before -> place of the text which has the first one."""
+    """By brute force: position -> number of a repeated paragraph -> position of the text with the first one."""
     first: dict[str, tuple[int, int]] = {}
     found: dict[int, dict[int, int]] = {}
     for place, text in enumerate(texts):
         for number, paragraph in enumerate(split_paragraphs(text)[0]):
-            same = normalised(paragraph)
+            same = normalized(paragraph)
             if len(same) >= MINIMUM and first.setdefault(same, (place, number)) != (place, number):
                 found.setdefault(place, {})[number] = first[same][0]
     return found
@@ -124,7 +124,7 @@ def test_cutting_leaves_the_rest_as_it_was(text: str, numbers: set[int]) -> None
     if not any(paragraphs[number].strip() for number in kept):
         assert left == ""
         return
-    # each kept paragraph in order, with the separator that stood behind it, and exactly one between two
+    # each kept paragraph in order, with the separator after it, and exactly one between two
     for place, number in enumerate(kept):
         assert left.startswith(paragraphs[number])
         left = left[len(paragraphs[number]) :]
@@ -154,8 +154,8 @@ def test_separators_around_a_cut(text: str, numbers: set[int], expected: str) ->
     assert cut(text, numbers) == expected
 
 
-def test_a_notice_repeated_everywhere_is_left_once(tmp_path: Path) -> None:
-    """Also inside one document; headings below the limit stay; a document that holds nothing else is left empty."""
+def test_a_notice_repeated_everywhere_is_kept_once(tmp_path: Path) -> None:
+    """Also inside one document; headings below the limit are kept; a document with nothing else becomes empty."""
     notice = "All rights are reserved; nothing of this may be copied."
     texts = [f"Chapter\n\nText {n} says something of its own.\n\n{notice}\n\nThe end {n}" for n in range(3)]
     texts += [notice.upper(), f"{notice}\n\n{notice} ", "Chapter\n\nChapter"]

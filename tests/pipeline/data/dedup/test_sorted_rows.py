@@ -1,4 +1,4 @@
-"""Tables against plain sorting: any rows, any memory, any way they are cut into runs."""
+"""Tables against plain sorting: any rows, any memory, any division into runs."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_tables_merges_ranges_and_lookups_agree_with_sorted(
 
 
 @pytest.mark.parametrize("big", [2**60, 2**63])
-def test_neighbours_above_two_to_the_53_are_told_apart(tmp_path: Path, big: int) -> None:
-    """A comparison as floats would take them for one."""
+def test_neighbors_above_two_to_the_53_are_distinguished(tmp_path: Path, big: int) -> None:
+    """A comparison as floats would consider them equal."""
     write(tmp_path / "t.npy", as_rows([(big + n, n) for n in range(5)]))
     assert run_of(tmp_path / "t.npy", big + 2, big + 4).rows == 2
     lookup = Lookup([tmp_path / "t.npy"])
@@ -72,7 +72,7 @@ def test_neighbours_above_two_to_the_53_are_told_apart(tmp_path: Path, big: int)
     assert lookup.rows(big + 4) == [(4,)]
 
 
-def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"t\.npy: the disk is full"),
         open("/dev/full", "wb") as full,
@@ -87,22 +87,22 @@ def test_a_lookup_refuses_to_go_back(tmp_path: Path) -> None:
     write(tmp_path / "t.npy", as_rows([(5, 0, 0)]))
     lookup = Lookup([tmp_path / "t.npy"])
     lookup.rows(6)
-    with pytest.raises(AssertionError, match="5 is asked for after 6"):
+    with pytest.raises(AssertionError, match="5 requested after 6"):
         lookup.rows(5)
 
 
-def test_a_cut_table_is_noticed(tmp_path: Path) -> None:
+def test_a_truncated_table_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "t.npy"
     write(path, as_rows([(number, 0, 0) for number in range(100)]))
     run = run_of(path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(AssertionError, match=r"t\.npy: cut"):
+    with pytest.raises(AssertionError, match=r"t\.npy: truncated"):
         list(merge([run]))
 
 
 @pytest.mark.parametrize("spread", [2**64, 1], ids=["even", "one value"])
-def test_memory_hangs_neither_on_rows_nor_on_repeats(tmp_path: Path, spread: int) -> None:
-    """10 MB of rows through 256 kB; of evenly spread rows, and of rows that share their first number."""
+def test_memory_depends_neither_on_rows_nor_on_repeats(tmp_path: Path, spread: int) -> None:
+    """10 MB of rows through 256 kB; of evenly distributed rows, and of rows that share their first number."""
     paths = [tmp_path / f"{number}.npy" for number in range(4)]
     rng = np.random.default_rng(0)
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""kill -9 at any time, then once more: the same bytes as without, nothing believed that is not whole, nobody left over."""
+"""kill -9 at any time, then start again: the same bytes as without, damaged files are made again, no process survives."""
 
 from __future__ import annotations
 
@@ -22,21 +22,13 @@ from pipeline.data.documents.shard import shard_documents
 from pipeline.data.tokens.tokenize import tokenize_documents
 from pipeline.data.tokens.train_tokenizer import make_tokenizer
 from pipeline.errors import UserError
+from tests.pipeline.data.run_stage import STAGES
 
 MakeConfig = Callable[..., RunConfig]
 Contents = Callable[[Path], dict[str, bytes]]
-STAGES = {"shard": shard_documents, "tokenize": tokenize_documents}
 FOLDERS = {"shard": "documents", "tokenize": "tokens"}
 PANGRAM = "sphinx of black quartz judge my vow pack five dozen liquor jugs in the box thou hast her"
-CHILD = """
-import json, sys
-from pipeline.config.paths import RunPaths, parse_config
-from pipeline.data.documents.shard import shard_documents
-from pipeline.data.tokens.tokenize import tokenize_documents
-config = parse_config(json.loads(sys.argv[2]), where="test")
-{"shard": shard_documents, "tokenize": tokenize_documents}[sys.argv[1]](config, RunPaths(config.run_dir))
-"""
-# What must be seen in the stage's folder (documents/ or tokens/) and its markers for the kill to come.
+# What must be in the stage's folder (documents/ or tokens/) or among its markers at the kill.
 MOMENTS: dict[str, Callable[[Path, Path], bool]] = {
     "while a tar is written": lambda out, logs: any(out.glob(".*.spool.tmp")),
     "when some tars are published": lambda out, logs: any(out.glob("*.tar")),
@@ -45,13 +37,13 @@ MOMENTS: dict[str, Callable[[Path, Path], bool]] = {
 
 
 def markers(logs: Path) -> list[Path]:
-    """Of the tasks of the job that writes the tars: stage shard has others before."""
+    """Markers of the job that writes the tars; stage shard has other jobs before."""
     return [*logs.glob("shard-*/write/completions/*"), *logs.glob("tokenize-*/completions/*")]
 
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory, make_config: MakeConfig) -> tuple[Path, RunPaths]:
-    """Enough small documents for seconds of work, and the uninterrupted run."""
+    """Enough small documents for a few seconds of work, and the uninterrupted run."""
     corpus = tmp_path_factory.mktemp("many")
     for number in range(4):
         texts = (
@@ -106,14 +98,14 @@ def test_killed_and_started_again(
     big: tuple[Path, RunPaths],
     make_config: MakeConfig,
     contents: Contents,
+    repository: Path,
 ) -> None:
     corpus, whole = big
     paths = prepare(stage, tmp_path, whole)
     config = configure(make_config, tmp_path, corpus, workers=workers)
     output = tmp_path / FOLDERS[stage]
-    command = [sys.executable, "-c", CHILD, stage, json.dumps(config.as_dict())]
-    root = str(Path(__file__).parents[4])
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root})
+    command = [sys.executable, "-m", "tests.pipeline.data.run_stage", stage, json.dumps(config.as_dict())]
+    child = subprocess.Popen(command, cwd=repository)
     for _ in poll(lambda: MOMENTS[moment](output, paths.logs)):
         assert child.poll() is None, "ended before it could be killed"
         time.sleep(0.0005)

@@ -1,4 +1,4 @@
-"""Stage shard: everything accounted for, byte-identical for any number of workers, splits by text, readable by others."""
+"""Stage shard: every document is counted, results are byte-identical for any number of workers, other tools can read them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-def test_every_document_arrives_once_with_its_facts(corpus: Path, finished: tuple[RunConfig, RunPaths]) -> None:
+def test_every_document_is_written_once_with_its_metadata(corpus: Path, finished: tuple[RunConfig, RunPaths]) -> None:
     _, paths = finished
     lines = [line for file in corpus.iterdir() for line in file.read_text(encoding="utf-8").splitlines()]
     written = [json.loads(line)["text"] for line in lines]
@@ -86,7 +86,7 @@ def test_stock_webdataset_reads_document_tars(
     assert [(s["__key__"], s["txt"], s["json"]) for s in samples] == [(d.key, d.text, d.meta) for d in ours]
 
 
-def test_splits_depend_on_the_text_alone(tmp_path: Path, make_config: MakeConfig) -> None:
+def test_splits_depend_only_on_the_text(tmp_path: Path, make_config: MakeConfig) -> None:
     texts = [f"document {n}" for n in range(120)]
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", texts)
@@ -128,7 +128,7 @@ def test_bad_input_stops_with_its_place_and_leaves_no_index(tmp_path: Path, make
 @pytest.mark.parametrize(
     ("texts", "settings", "message"),
     [
-        ([""], {}, "no document left.*1 too_short"),
+        ([""], {}, "no document is left.*1 too_short"),
         (["a", "b"], {"min_characters": 5}, "2 too_short.*or data.min_characters"),
         (["a", "b", "c"], {"val_fraction": 0.0}, r"the val split is empty: .*set data.val_fraction to 0\.\d+"),
         (["a", "b", "c"], {"val_fraction": 0.94}, "the train split is empty"),
@@ -160,12 +160,12 @@ def test_changed_inputs_never_meet_old_work(tmp_path: Path, make_config: MakeCon
     second, _ = run(config)
     assert first["fingerprint"] != second["fingerprint"] and "file 1 TEXT 7" in texts_of(paths)
     (tmp_path / "2.jsonl").unlink()
-    run(make_config(tmp_path / "run", f"{tmp_path}/*.jsonl", data={"tasks": 1}))  # fewer shards than lie there
+    run(make_config(tmp_path / "run", f"{tmp_path}/*.jsonl", data={"tasks": 1}))  # fewer shards than before
     _, fresh = run(make_config(tmp_path / "fresh", f"{tmp_path}/*.jsonl", data={"tasks": 1}))
     assert contents(paths.documents) == contents(fresh.documents)
 
 
-def test_finished_work_is_kept_and_damage_is_not_believed(
+def test_finished_work_is_kept_and_damage_is_repaired(
     tmp_path: Path, corpus: Path, make_config: MakeConfig, contents: Contents
 ) -> None:
     config = make_config(tmp_path, f"{corpus}/*.jsonl")
@@ -192,11 +192,11 @@ def test_damaged_documents_are_named(finished: tuple[RunConfig, RunPaths], tmp_p
         next(read_shard(index.folder, index.of_split("train")[0]))
     tree = (tmp_path / "documents" / "index.json").read_text()
     (tmp_path / "documents" / "index.json").write_text(tree.replace('"documents": ', '"documents": 1', 1))
-    with pytest.raises(UserError, match="fingerprint does not fit"):
+    with pytest.raises(UserError, match="fingerprint does not match"):
         DocumentIndex.load(tmp_path / "documents")
 
 
-def test_too_little_disk_is_said_before_anything_is_written(
+def test_too_little_disk_is_reported_before_anything_is_written(
     tmp_path: Path, corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -206,7 +206,7 @@ def test_too_little_disk_is_said_before_anything_is_written(
     assert not (tmp_path / "run" / "documents").exists()
 
 
-def test_the_fingerprint_does_not_depend_on_where_the_corpus_lies(
+def test_the_fingerprint_does_not_depend_on_the_location_of_the_corpus(
     tmp_path: Path, make_config: MakeConfig, contents: Contents
 ) -> None:
     for place in ("here", "there/deep"):
@@ -309,7 +309,7 @@ def test_nothing_is_printed(
 def test_a_corpus_in_memory_is_read_where_it_is(
     tmp_path: Path, corpus: Path, make_config: MakeConfig, contents: Contents
 ) -> None:
-    """memory:// is seen by one process only."""
+    """memory:// is visible to one process only."""
     memory = fsspec.filesystem("memory")
     for file in corpus.glob("*.jsonl"):
         memory.pipe(f"/shard/{corpus.name}/{file.name}", file.read_bytes())
@@ -320,5 +320,5 @@ def test_a_corpus_in_memory_is_read_where_it_is(
     run(config)
     found = {name.rpartition("/")[2]: memory.cat_file(name) for name in memory.find("/shard/documents")}
     assert found == {name: data for name, data in contents(here.documents).items() if not name.startswith(".")}
-    with pytest.raises(UserError, match="seen by one process only"):
+    with pytest.raises(UserError, match="visible to one process only"):
         run(make_config(tmp_path / "ray", "memory://shard/x.txt", data={"executor": "ray"}))

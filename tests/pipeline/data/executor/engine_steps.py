@@ -1,4 +1,4 @@
-"""A pipeline for the tests of the engines, in a module of its own: tasks are pickled to processes that import it."""
+"""A pipeline for the tests of the engines, in its own module: tasks are pickled, and their processes import it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from pipeline.data.executor.markers import write_record
 from pipeline.data.executor.progress import advance
 from pipeline.errors import UserError
 from pipeline.io.storage import publish_bytes
+
+TASKS = 3
 
 
 class Unpicklable(Exception):
@@ -50,9 +52,9 @@ class Read(PipelineStep):  # type: ignore[misc]
 
 
 def fail(how: str) -> None:
-    """In one of the ways that tasks do."""
+    """Fail in one of the ways that tasks do."""
     if how == "user":
-        raise UserError("file.jsonl: line 3: not JSON; mend it", exit_code=2)
+        raise UserError("file.jsonl: line 3: not JSON; fix it", exit_code=2)
     if how == "bug":
         raise KeyError("no such thing\nand a second line")
     if how == "unpicklable":
@@ -80,3 +82,11 @@ class Publish(PipelineStep):  # type: ignore[misc]
         ran = {"pid": os.getpid(), "node": os.environ.get("RAY_NODE_ID") or os.environ.get("SLURM_JOB_ID")}
         publish_bytes(self.work / "ran" / f"{rank}.json", json.dumps(ran).encode())
         yield from ()
+
+
+def published(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted((folder / "out").iterdir())}
+
+
+def expected(tasks: int = TASKS) -> dict[str, str]:
+    return {f"{rank:03d}.txt": "".join(f"{rank} of {tasks}: {n}\n" for n in range(20)) for rank in range(tasks)}

@@ -46,23 +46,11 @@ def test_the_expected_size_follows_the_tasks_that_are_done() -> None:
     assert expected_bytes([Counts(1, 700, False)], tasks=1, total_bytes=400) == 700
 
 
-SCRIPT = """
-import time
-from pathlib import Path
-import sys
-from pipeline.data.executor.progress import Bar, advance, counting
-work = Path(sys.argv[1])
-with Bar(work, "shard: clean", tasks=2, total_bytes=40_000_000), counting(work, 0):
-    for _ in range(60):
-        advance(10, 500_000)
-        time.sleep(0.05)
-"""
-
-
-def test_a_terminal_shows_a_bar_with_rate_and_time_left(tmp_path: Path) -> None:
+def test_a_terminal_shows_a_bar_with_rate_and_time_left(tmp_path: Path, repository: Path) -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], stderr=theirs)
+    command = [sys.executable, "-m", "tests.pipeline.data.executor.show_progress", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=theirs, cwd=repository)
     os.close(theirs)
     shown = b""
     while True:

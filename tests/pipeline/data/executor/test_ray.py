@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'pldr[ray]'"),
 ]
+ROOT = Path(__file__).resolve().parents[4]
 CLEAN = {"exact_duplicates": True, "near_duplicates": True, "paragraph_duplicates": True, "unicode": "nfc"}
 
 
@@ -37,48 +37,20 @@ def cluster() -> Iterator[str]:
     """Two nodes of one core; the address of their head."""
     from ray.cluster_utils import Cluster
 
-    here = Path(__file__).parent
-    os.environ["PYTHONPATH"] = f"{here}{os.pathsep}{here.parents[3]}"
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        found.add_node(num_cpus=1)
-        yield str(found.address)
-    finally:
-        found.shutdown()
-        del os.environ["PYTHONPATH"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # the nodes' processes import the package and these tests
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            found.add_node(num_cpus=1)
+            yield str(found.address)
+        finally:
+            found.shutdown()
 
 
-SHARD = """
-from pipeline.config.paths import RunPaths, parse_config
-from pipeline.data.documents.shard import shard_documents
-config = parse_config(json.loads(sys.argv[1]), where="test")
-shard_documents(config, RunPaths(config.run_dir))
-"""
-JOB = """
-from pathlib import Path
-from tests.pipeline.data.executor import engine_steps
-from pipeline.data.executor.jobs import Engine
-from pipeline.data.executor.jobs import run_tasks
-folder, address = Path(sys.argv[1]), sys.argv[2]
-steps = [engine_steps.Read(folder / "plan.json"), engine_steps.Publish(folder / "out", folder / "work")]
-engine, paths = Engine("ray", ray_address=address), {"work": folder / "work", "output": folder / "out"}
-run_tasks(steps, tasks=4, workers=2, workers_key="data.workers", engine=engine, **paths)
-"""
-START = """
-import json, sys
-from pipeline.errors import UserError
-try:
-    exec(sys.argv.pop(1))
-except UserError as error:
-    print(error)
-    sys.exit(1)
-"""
-
-
-def run_apart(code: str, *arguments: str) -> tuple[int, str]:
-    """(exit code, stdout) of code in a process of its own, as the command line runs it: a UserError is printed."""
-    command = [sys.executable, "-c", START, code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+def run_apart(module: str, *arguments: str) -> tuple[int, str]:
+    """(exit code, stdout) of a module in a process of its own; it prints a UserError as the command line does."""
+    command = [sys.executable, "-m", f"tests.pipeline.data.{module}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout
 
@@ -92,24 +64,24 @@ def test_the_stage_gives_the_bytes_of_a_local_run(
     ray = make_config(
         tmp_path / "ray", f"{corpus}/*.jsonl", data={**data, "executor": "ray", "ray_address": cluster, "workers": 2}
     )
-    assert run_apart(SHARD, json.dumps(ray.as_dict())) == (0, "")
+    assert run_apart("run_stage", "shard", json.dumps(ray.as_dict())) == (0, "")
     assert contents(RunPaths(ray.run_dir).documents) == contents(RunPaths(local.run_dir).documents)
 
 
-def test_mistakes_and_killed_tasks_are_told_and_mended_it_finishes(cluster: str, tmp_path: Path) -> None:
+def test_mistakes_and_killed_tasks_are_reported_and_after_a_fix_it_finishes(cluster: str, tmp_path: Path) -> None:
     outcomes = []
     for wrong in ({1: "user"}, {1: "killed"}, {}):
         (tmp_path / "plan.json").write_text(json.dumps(wrong))
-        outcomes.append(run_apart(JOB, str(tmp_path), cluster))
-    assert outcomes[0] == (1, "file.jsonl: line 3: not JSON; mend it\n")
+        outcomes.append(run_apart("executor.run_ray_job", str(tmp_path), cluster))
+    assert outcomes[0] == (1, "file.jsonl: line 3: not JSON; fix it\n")
     assert outcomes[1][0] == 1 and "ended with -9" in outcomes[1][1] and "finished work is kept" in outcomes[1][1]
     assert outcomes[2] == (0, "")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{rank:03d}.txt" for rank in range(4)]
 
 
-def test_an_address_where_nobody_listens_is_told_at_once(tmp_path: Path) -> None:
-    code, said = run_apart(JOB, str(tmp_path), f"127.0.0.1:{free_port()}")
-    assert code == 1 and "nothing answers there" in said and "ray start --head" in said
+def test_an_address_where_nobody_listens_is_reported_at_once(tmp_path: Path) -> None:
+    code, output = run_apart("executor.run_ray_job", str(tmp_path), f"127.0.0.1:{free_port()}")
+    assert code == 1 and "unreachable" in output and "ray start --head" in output
 
 
 def test_it_is_datatroves_executor() -> None:

@@ -36,7 +36,7 @@ def jsonl(path: Path, *records: Any) -> Path:
 
 
 def clean(folder: Path, files: list[Path], texts: list[str], *, ngram: int = 13, cut: bool = False) -> dict[int, str]:
-    """What is kept: place -> text."""
+    """What is kept: position -> text."""
     build_index([str(file) for file in files], ngram, folder / "index.npz", LIMIT)
     step = Decontaminate(folder / "index.npz", ngram, cut=cut)
     return {int(d.id): d.text for d in step.run(Document(text, str(n)) for n, text in enumerate(texts))}
@@ -79,7 +79,7 @@ def test_a_cut_passage_is_recorded_with_source_and_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["NFC", "NFD", "NFKD", "soft hyphen", "no width", "upper", "_"])
-def test_other_ways_of_writing_the_same_do_not_hide_it(tmp_path: Path, way: str) -> None:
+def test_unicode_variants_are_found(tmp_path: Path, way: str) -> None:
     plain = "Où l\u2019élève étudiait-il déjà la géométrie à l\u2019été de l\u2019année dernière, près de la ﬁnale du château"
     file = jsonl(tmp_path / "eval.jsonl", plain)
     written = {
@@ -93,7 +93,7 @@ def test_other_ways_of_writing_the_same_do_not_hide_it(tmp_path: Path, way: str)
     assert left == "Avant. Après."
 
 
-def test_short_strings_are_found_as_a_whole_and_the_shortest_not_at_all(tmp_path: Path) -> None:
+def test_short_strings_must_match_completely_and_the_shortest_are_ignored(tmp_path: Path) -> None:
     nine, seven = words(10, 9), words(11, 7)
     file = jsonl(tmp_path / "eval.jsonl", {"goal": nine, "choices": {"text": [seven]}})
     texts = [f"{words(1, 20)} {nine} {words(2, 20)}", f"{words(1, 20)} {nine.rpartition(' ')[0]}", f"x {seven} y"]
@@ -155,11 +155,11 @@ def test_every_format(tmp_path: Path) -> None:
         ("a.jsonl", b'{"q": "x"}\n{"q": \n', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl", b'"' + b"x" * (LIMIT + 1) + b'"\n', r"a\.jsonl, line 1: longer than data.max_document_megabytes"),
         ("a.jsonl", b'{"q": "one two"}\n', "no text of 8 words or more in 1 files"),
-        ("a.parquet", b"PAR1 not really", r"a\.parquet: no whole parquet file"),
+        ("a.parquet", b"PAR1 not really", r"a\.parquet: not an intact parquet file"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("a.jsonl", b'{"q": "\xe9t\xe9"}\n', r"a\.jsonl, line 1: not UTF-8"),
         ("a.jsonl", b"", r"a\.jsonl: no text in this evaluation file"),
-        ("a.txt.bz2", b"not bz2 at all", r"a\.txt\.bz2: cut or damaged"),
+        ("a.txt.bz2", b"not bz2 at all", r"a\.txt\.bz2: truncated or damaged"),
         ("a.jsonl.gz", gzip.compress(b'{"q": "x"}\n', mtime=0)[:-9], r"a\.jsonl\.gz"),
     ],
 )
@@ -178,14 +178,14 @@ def test_deep_records_and_the_advice_for_sources(tmp_path: Path) -> None:
     assert "on_bad_input" not in str(caught.value)
 
 
-def test_files_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_that_are_not_read_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "evals").mkdir()
     jsonl(tmp_path / "evals" / "a.jsonl", QUESTION)
     (tmp_path / "evals" / "b.csv").write_text(QUESTION)
     assert [file.name for file in evaluation_files([f"{tmp_path}/evals", f"{tmp_path}/evals/*.jsonl"])] == [
         "evals/a.jsonl"
     ]
-    assert "1 files of unknown ending" in caplog.text
+    assert "with an unknown extension are not read" in caplog.text
 
 
 def test_no_such_file_is_named_by_its_key(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Long documents in parts: nothing lost, nothing too long, cut at the best place there is."""
+"""Splitting long documents: nothing lost, nothing too long, split at the best place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_joined_the_parts_are_the_document(text: str, limit: int) -> None:
     assert "".join(parts) == text and all(0 < len(part) <= limit for part in parts[:-1]) and len(parts[-1]) <= limit
 
 
-def test_cut_behind_paragraphs() -> None:
+def test_cut_after_paragraphs() -> None:
     paragraphs = [f"Paragraph {n}. It has two sentences, and\nthree lines, one\nafter another.\n\n" for n in range(20)]
     for part in split("".join(paragraphs), 300):
         assert len(part) <= 300 and part.startswith("Paragraph") and part.endswith("another.\n\n")
@@ -33,7 +33,7 @@ def test_parts_are_about_even() -> None:
     assert len(sizes) == 5 and max(sizes) - min(sizes) < 200
 
 
-def test_parts_know_their_place_and_short_documents_pass() -> None:
+def test_parts_have_numbers_and_short_documents_pass() -> None:
     step = SplitLong(10)
     documents = [Document("short", "a"), Document("one two three four", "b", metadata={"key": "k"})]
     out = list(step.run(documents))

@@ -1,6 +1,7 @@
-"""One rank of tests/pipeline/data/loading/test_loader_ranks.py: its batches, as the training worker would read them.
+"""One rank of test_loader_ranks.py: its batches, as the training worker would read them.
 
-Usage: loader_rank.py RANK WORLD RENDEZVOUS TOKENS POSITION BATCHES RESULT. Writes {"batches", "left_out", "held_out"} as JSON.
+`python -m tests.pipeline.data.loading.loader_rank RANK WORLD RENDEZVOUS TOKENS POSITION BATCHES RESULT` writes
+{"batches", "left_out", "held_out"} as JSON.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What ranks of a node share: each block fetched once, never more than the limit, and nothing on the disk is believed."""
+"""What ranks of a node share: each block fetched once, never more than the limit, and nothing on the disk is trusted."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_ranks_that_want_the_same_blocks_fetch_each_once(tmp_path: Path) -> None
     assert sorted(lines) == sorted({block(n)[0] for n in range(8)})
 
 
-def test_the_limit_holds_and_what_was_used_longest_ago_goes(tmp_path: Path) -> None:
+def test_the_limit_holds_and_the_least_recently_used_is_evicted(tmp_path: Path) -> None:
     cache = NodeCache(10_000, tmp_path)
     for number in range(40):
         get(cache, number)
@@ -110,7 +110,7 @@ def test_the_limit_holds_with_many_ranks(tmp_path: Path) -> None:
     assert 10_000 < bytes_on_disk(NodeCache(20_000, tmp_path)) <= 20_000
 
 
-def test_what_is_being_read_survives_its_removal(tmp_path: Path) -> None:
+def test_a_block_that_is_being_read_survives_its_removal(tmp_path: Path) -> None:
     cache = NodeCache(3000, tmp_path)
     name, sha256, data = block(0)
     held = cache.get(name, sha256, lambda: data)
@@ -167,14 +167,14 @@ def test_a_full_disk_makes_a_smaller_cache(tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_folder_that_cannot_be_used_is_no_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unusable_folder_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "blocks").write_text("a file")
     cache = NodeCache(10**6, tmp_path)
     assert get(cache, 1) == (block(1)[2], True) == get(cache, 1)
     assert len(caplog.records) == 1 or all("blocks" in record.message for record in caplog.records)
 
 
-def test_a_rank_that_is_killed_holds_nobody_up(tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_does_not_block_others(tmp_path: Path) -> None:
     name, sha256, data = block(1)
     (tmp_path / "blocks" / name[:2]).mkdir(parents=True)
     half = tmp_path / "blocks" / name[:2] / f"{name}.0123abcd.tmp"
@@ -215,14 +215,14 @@ def test_the_folder_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert node_folder().stat().st_mode & 0o777 == 0o700
     folder.rmdir()
     folder.symlink_to(tmp_path)
-    with pytest.raises(UserError, match="is not a folder of this user's; set XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match="not a folder of this user; set XDG_CACHE_HOME"):
         node_folder()
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # not allowed by its specification
     monkeypatch.setattr(cache_module.tempfile, "gettempdir", lambda: str(tmp_path))
     assert node_folder() == tmp_path / f"pldr-{os.getuid()}"
     if os.getuid() == 0:
         os.chown(node_folder(), 12345, 12345)
-        with pytest.raises(UserError, match="is not a folder of this user's"):
+        with pytest.raises(UserError, match="not a folder of this user"):
             node_folder()
 
 
@@ -236,7 +236,7 @@ def test_one_rank_checks_and_the_others_wait(tmp_path: Path) -> None:
                 stream.write(f"{job}\n")
 
         Stamps(job, tmp_path).once("shard", check)
-        assert log.read_text().count(job)  # back only when it was checked
+        assert log.read_text().count(job)  # returns only after the check
 
     run_all(rank, ("a",), ("a",), ("a",), ("b",))
     assert sorted(log.read_text().split()) == ["a", "b"]
@@ -259,7 +259,7 @@ def test_a_check_that_failed_is_made_again(tmp_path: Path) -> None:
     assert len(calls) == 3
 
 
-def test_without_a_place_for_stamps_every_rank_checks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_folder_for_stamps_every_rank_checks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "stamps").write_text("a file")
     calls: list[int] = []
     for _ in range(2):
@@ -267,7 +267,7 @@ def test_without_a_place_for_stamps_every_rank_checks(tmp_path: Path, caplog: py
     assert len(calls) == 2 and "each rank checks for itself" in caplog.text
 
 
-def test_stamps_of_old_jobs_go(tmp_path: Path) -> None:
+def test_stamps_of_old_jobs_are_removed(tmp_path: Path) -> None:
     Stamps("old", tmp_path).once("shard", lambda: None)
     old = next((tmp_path / "stamps").iterdir())
     os.utime(old, (1, 1))
@@ -276,6 +276,6 @@ def test_stamps_of_old_jobs_go(tmp_path: Path) -> None:
 
 
 def test_the_cache_starts_fast(tmp_path: Path) -> None:
-    """Nothing heavy behind it: helpers and workers import it."""
+    """No heavy imports: helper processes and workers import it."""
     code = "import sys, pipeline.data.loading.cache; assert not {'torch', 'numpy', 'fsspec'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

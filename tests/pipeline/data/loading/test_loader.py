@@ -1,4 +1,4 @@
-"""The loader: what a global batch holds is nobody's business but the order's; what is bad stops it, or is left out, alike
+"""The loader: only the order decides the content of a global batch; bad data stops it or is left out, alike
 on every rank and after every restart."""
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from pipeline.data.loading.cache import Stamps
 from pipeline.data.loading.loader import TrainLoader, evenly_spread
 from pipeline.data.loading.order import Indices
-from pipeline.data.loading.reader import BadUnit, TokenReader
+from pipeline.data.loading.reader import BadExtent, TokenReader
 from pipeline.data.tar import read_members
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.errors import UserError
 
 WriteTokens = Callable[..., None]
 relaxed = settings(deadline=None, max_examples=25)
-SIZES = [37, 20, 8, 1, 30]  # sequences of the shards: whole blocks, short ones, a single sequence
+SIZES = [37, 20, 8, 1, 30]  # sequences of the shards: complete blocks, short ones, a single sequence
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def reader(folder: Path) -> TokenReader:
 
 
 @pytest.fixture
-def spoilt(tmp_path: Path, write_tokens: WriteTokens) -> Path:
+def damaged_folder(tmp_path: Path, write_tokens: WriteTokens) -> Path:
     """The same tokens, to be damaged."""
     write_tokens(tmp_path / "tokens", train=SIZES, val=[9, 9], boundaries=True)
     return tmp_path / "tokens"
@@ -69,7 +69,7 @@ def numbers(rows: Indices) -> list[int]:
 
 
 def stream(of: TrainLoader, position: int = 0, limit: int | None = None) -> Iterator[tuple[list[int], int]]:
-    """(sequence numbers, position behind) of each batch of one rank."""
+    """(sequence numbers, position after) of each batch of one rank."""
     for micro_batches, behind in of.micro_batches(position, limit=limit):
         yield numbers(np.concatenate(micro_batches)), behind
 
@@ -105,7 +105,7 @@ def test_rows_come_from_their_shard_and_block(folder: Path, reader: TokenReader)
 
 def test_tokens_without_boundaries_have_no_segments(tmp_path: Path, write_tokens: WriteTokens) -> None:
     write_tokens(tmp_path / "plain", train=[3])
-    with pytest.raises(UserError, match="has no document boundaries; run `pldr tokenize` with tokens.boundaries=true"):
+    with pytest.raises(UserError, match="no document boundaries; run `pldr tokenize` with tokens.boundaries=true"):
         TokenReader(TokenIndex.load(tmp_path / "plain"), "train").segments([0])
 
 
@@ -135,7 +135,7 @@ shapes = st.sampled_from(
 def test_a_global_batch_is_the_same_for_every_world(
     reader: TokenReader, shape: tuple[int, int], position: int, batches: int
 ) -> None:
-    """Union over ranks of global batch n == the whole batch on one rank, in its order, whatever the start."""
+    """Union over ranks of global batch n == the batch on one rank, in its order, whatever the start."""
     world_size, micro = shape
     got = joined(reader, world_size, position, batches, micro=micro)
     for number, (ids, behind) in enumerate(got):
@@ -156,7 +156,7 @@ def test_micro_batches_are_slices_of_the_ranks_share(reader: TokenReader) -> Non
 def test_stops_and_other_world_sizes_change_nothing(
     reader: TokenReader, stints: list[tuple[int, int]], start: int
 ) -> None:
-    """A run that stops anywhere and goes on with another number of ranks sees what an uninterrupted one sees."""
+    """A run that stops anywhere and continues with another number of ranks sees the same as an uninterrupted one."""
     whole = [batch for batch, _ in stream(loader(reader), start, sum(count for _, count in stints))]
     pieces: list[list[int]] = []
     position = start
@@ -196,7 +196,7 @@ def test_the_threads_end_with_their_iterator(reader: TokenReader) -> None:
 
 
 def test_batches_that_ranks_cannot_share(reader: TokenReader) -> None:
-    with pytest.raises(UserError, match=r"train.global_batch 12 is no multiple of train.micro_batch 5 x 2 ranks"):
+    with pytest.raises(UserError, match=r"train.global_batch 12 is not a multiple of train.micro_batch 5 x 2 ranks"):
         loader(reader, micro=5, world_size=2)
 
 
@@ -206,10 +206,10 @@ def test_a_split_without_sequences(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "gone", "folder"])
-def test_a_bad_shard_stops_the_run_with_its_name(how: str, spoilt: Path) -> None:
-    damage(spoilt / "train-000001.tar", how)
-    reader = TokenReader(TokenIndex.load(spoilt), "train")
-    reader.read([0])  # another shard is whole
+def test_a_bad_shard_stops_the_run_with_its_name(how: str, damaged_folder: Path) -> None:
+    damage(damaged_folder / "train-000001.tar", how)
+    reader = TokenReader(TokenIndex.load(damaged_folder), "train")
+    reader.read([0])  # another shard is intact
     with pytest.raises(UserError, match=r"train-000001\.tar"):
         reader.read([40])
     with pytest.raises(UserError, match=r"train-000001\.tar"):  # out of the threads, too
@@ -218,10 +218,10 @@ def test_a_bad_shard_stops_the_run_with_its_name(how: str, spoilt: Path) -> None
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "gone", "folder"])
-def test_a_bad_shard_is_left_out_and_counted(how: str, spoilt: Path, caplog: pytest.LogCaptureFixture) -> None:
-    index = TokenIndex.load(spoilt)
+def test_a_bad_shard_is_left_out_and_counted(how: str, damaged_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index = TokenIndex.load(damaged_folder)
     order = loader(TokenReader(index, "train")).indices
-    damage(spoilt / "train-000001.tar", how)  # sequences 37 to 56
+    damage(damaged_folder / "train-000001.tar", how)  # sequences 37 to 56
     one = loader(TokenReader(index, "train"), on_bad_shard="skip")
     got = list(stream(one, 0, 14))
     good = [n for n in itertools.chain(*(order(p).tolist() for p in range(0, 240, 12))) if not 37 <= n < 57]
@@ -242,12 +242,12 @@ def test_with_bad_shards_resume_still_equals_no_interruption(
     bad: set[int],
     stints: list[tuple[int, int]],
 ) -> None:
-    """Each stint starts with new readers, which know of no bad shard yet."""
-    spoilt = tmp_path_factory.mktemp("spoilt")
-    write_tokens(spoilt, train=SIZES)
+    """Each stint starts with new readers, which do not know any bad shard yet."""
+    damaged_folder = tmp_path_factory.mktemp("damaged_folder")
+    write_tokens(damaged_folder, train=SIZES)
     for shard in bad:
-        (spoilt / f"train-{shard:06d}.tar").unlink()
-    index = TokenIndex.load(spoilt)
+        (damaged_folder / f"train-{shard:06d}.tar").unlink()
+    index = TokenIndex.load(damaged_folder)
     skip = {"on_bad_shard": "skip", "agree": lambda verdicts: verdicts}
     total = sum(count for _, count in stints)
     whole = list(stream(loader(TokenReader(index, "train"), **skip), 0, total))
@@ -259,31 +259,31 @@ def test_with_bad_shards_resume_still_equals_no_interruption(
     assert pieces == whole
 
 
-def test_no_good_shard_left(spoilt: Path) -> None:
-    for path in spoilt.glob("train-*.tar"):
+def test_no_good_shard_is_left(damaged_folder: Path) -> None:
+    for path in damaged_folder.glob("train-*.tar"):
         path.unlink()
     with pytest.raises(UserError, match="every shard of the train split is missing or damaged"):
-        next(stream(loader(TokenReader(TokenIndex.load(spoilt), "train"), on_bad_shard="skip")))
+        next(stream(loader(TokenReader(TokenIndex.load(damaged_folder), "train"), on_bad_shard="skip")))
 
 
 def test_what_another_rank_cannot_read_is_left_out_here_too(reader: TokenReader) -> None:
-    """This rank's own files are whole."""
+    """This rank's own files are intact."""
     one = loader(reader, world_size=2, on_bad_shard="skip", agree=lambda verdicts: [True, *verdicts[1:]])
     ids = list(itertools.chain(*(ids for ids, _ in stream(one, 0, 30))))
     assert ids and min(ids) >= 37 and one.left_out["shards"] == ["train-000000.tar"]
 
 
-def test_held_out_sequences_come_from_good_shards(spoilt: Path) -> None:
-    index = TokenIndex.load(spoilt)
+def test_held_out_sequences_come_from_good_shards(damaged_folder: Path) -> None:
+    index = TokenIndex.load(damaged_folder)
     everything = np.arange(18)
     assert evenly_spread(TokenReader(index, "val"), everything, 3).tolist() == [0, 8, 17]
-    damage(spoilt / "val-000001.tar")
+    damage(damaged_folder / "val-000001.tar")
     reader = TokenReader(index, "val")
-    with pytest.raises(BadUnit, match=r"val-000001\.tar"):
+    with pytest.raises(BadExtent, match=r"val-000001\.tar"):
         reader.read(evenly_spread(reader, everything, 3))
     assert evenly_spread(reader, everything, 3, skip=True).tolist() == [0, 4, 8]
     assert evenly_spread(reader, everything, 99, skip=True).tolist() == list(range(9))
-    damage(spoilt / "val-000000.tar")
+    damage(damaged_folder / "val-000000.tar")
     with pytest.raises(UserError, match="no sequence of the val split can be read"):
         evenly_spread(TokenReader(index, "val"), everything, 3, skip=True)
 
@@ -319,16 +319,16 @@ def test_ranks_of_a_job_check_a_shard_once_a_node(
     assert len(hashed) == 1
 
 
-def test_a_stamp_never_vouches_for_a_changed_file(spoilt: Path, tmp_path: Path) -> None:
-    index = TokenIndex.load(spoilt)
+def test_a_stamp_is_not_valid_for_a_changed_file(damaged_folder: Path, tmp_path: Path) -> None:
+    index = TokenIndex.load(damaged_folder)
     TokenReader(index, "train", stamps=Stamps("job", tmp_path)).read([0])
-    path = spoilt / "train-000000.tar"
+    path = damaged_folder / "train-000000.tar"
     times = path.stat().st_mtime_ns
     data = bytearray(path.read_bytes())
     data[600] ^= 1
     path.write_bytes(data)
-    os.utime(path, ns=(times, times))  # the change time tells
-    with pytest.raises(BadUnit, match=r"train-000000\.tar: its sha256"):
+    os.utime(path, ns=(times, times))  # the change time is different
+    with pytest.raises(BadExtent, match=r"train-000000\.tar: its sha256"):
         TokenReader(index, "train", stamps=Stamps("job", tmp_path)).read([0])
 
 

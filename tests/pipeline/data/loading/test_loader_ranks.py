@@ -1,4 +1,4 @@
-"""Ranks with disks of their own, one of them damaged: all leave out the same, through real gloo processes."""
+"""Ranks with disks of their own, one of them damaged: all ranks leave out the same, with real gloo processes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ from pipeline.data.tokens.index import TokenIndex
 
 SIZES = [37, 20, 8, 1, 30]
 BATCHES = 20
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def run_ranks(tmp_path: Path, folders: list[Path], position: int, batches: int) -> list[dict[str, Any]]:
     """What each rank reports."""
     results = [tmp_path / f"result-{rank}.json" for rank in range(len(folders))]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
-    script, meeting = Path(__file__).with_name("loader_rank.py"), tmp_path / f"meeting-{position}"
+    module, meeting = "tests.pipeline.data.loading.loader_rank", tmp_path / f"meeting-{position}"
     ranks = [
         subprocess.Popen(
             [
-                sys.executable, str(script), str(rank), str(len(folders)), str(meeting), str(folder), str(position),
+                sys.executable, "-m", module, str(rank), str(len(folders)), str(meeting), str(folder), str(position),
                 str(batches), str(results[rank]),
             ],
             env=environment,
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -46,7 +48,7 @@ def run_ranks(tmp_path: Path, folders: list[Path], position: int, batches: int) 
 
 
 def test_two_ranks_leave_out_what_either_cannot_read(tmp_path: Path, write_tokens: Callable[..., None]) -> None:
-    """Equal to one process whose folder lacks both; and so it is when two ranks go on where one stopped."""
+    """Equal to one process whose folder lacks both; also when two ranks continue where one stopped."""
     whole, folders = tmp_path / "whole", [tmp_path / "a", tmp_path / "b"]
     write_tokens(whole, train=SIZES, val=[9, 9])
     for folder in folders:

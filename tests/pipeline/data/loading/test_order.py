@@ -1,4 +1,4 @@
-"""The data order: a permutation of each epoch, batches that only `start` and `size` decide, bounded windows."""
+"""The data order: a permutation of each epoch, batches that depend only on `start` and `size`, bounded windows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.loading.order import WINDOW_BLOCKS, Order, permute
 
-relaxed = settings(deadline=None, max_examples=40)  # a slow machine is no failure
+relaxed = settings(deadline=None, max_examples=40)  # a slow machine is not a failure
 orders = st.builds(
     Order,
     num_sequences=st.integers(1, 3000),
@@ -28,7 +28,7 @@ def test_an_epoch_is_a_permutation(order: Order, epoch: int) -> None:
 
 @relaxed
 @given(orders, st.data())
-def test_a_position_alone_gives_what_the_whole_epoch_gives(order: Order, data: st.DataObject) -> None:
+def test_single_positions_agree_with_the_full_epoch(order: Order, data: st.DataObject) -> None:
     position = data.draw(st.integers(0, order.num_sequences - 1))
     assert order.sequences(3, [position])[0] == order.sequences(3, np.arange(order.num_sequences))[position]
 
@@ -66,7 +66,7 @@ def test_epochs_differ_and_look_random() -> None:
 @relaxed
 @given(st.integers(1, 20_000), st.integers(4, 64))
 def test_a_window_touches_few_blocks(num_sequences: int, block_sequences: int) -> None:
-    """Any run of positions inside a window reads at most WINDOW_BLOCKS blocks (one more where the short one lies)."""
+    """Any run of positions inside a window reads at most WINDOW_BLOCKS blocks (one more with the short one)."""
     order = Order(num_sequences=num_sequences, block_sequences=block_sequences, fingerprint="x", seed=1)
     window = WINDOW_BLOCKS * block_sequences
     for start in range(0, num_sequences, window):

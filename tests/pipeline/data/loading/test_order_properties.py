@@ -1,4 +1,4 @@
-"""What the order and the loader promise, over random corpora, settings, ranks and stops. Every example writes real tars."""
+"""Properties of the order and the loader over random corpora, settings, ranks and stops. Every example writes real tars."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def consume(
 
 @relaxed
 @given(corpora, st.integers(0, 2**63), st.integers(0, 500), stints)
-def test_batches_are_the_orders_whoever_reads_them(
+def test_batches_follow_the_order_for_any_number_of_readers(
     make_reader: Callable[[tuple[list[int], int]], TokenReader],
     corpus: tuple[list[int], int],
     seed: int,
@@ -95,13 +95,13 @@ def test_batches_are_the_orders_whoever_reads_them(
 
 @relaxed
 @given(corpora, st.integers(0, 2**63), ranks)
-def test_an_epoch_has_every_sequence_once_whoever_reads_it(
+def test_an_epoch_has_every_sequence_once_for_any_number_of_readers(
     make_reader: Callable[[tuple[list[int], int]], TokenReader],
     corpus: tuple[list[int], int],
     seed: int,
     shape: tuple[int, int],
 ) -> None:
-    """Counted in what comes out, over as many epochs as end with a batch."""
+    """Counted in the batches, over as many epochs as end with a batch."""
     reader = make_reader(corpus)
     size = reader.num_sequences
     epochs = BATCH // np.gcd(size, BATCH)
@@ -149,7 +149,7 @@ def test_sources_keep_their_weights_within_an_epoch(layout: str, seed: int) -> N
 
 
 def test_a_global_batch_mixes_sources(seed: int = 3) -> None:
-    """Batches of 512 are no runs of one block: each source's share in them is near its weight on average and in spread."""
+    """Batches of 512 are not runs of one block: each source's share in them is near its weight on average and in spread."""
     order = Order(num_sequences=1_000_000, block_sequences=256, fingerprint="x", seed=seed)
     shares = [(order.global_batch(512 * n, 512) < 300_000).mean() for n in range(0, 1900, 19)]
     assert abs(np.mean(shares) - 0.3) < 0.03 and np.std(shares) < 0.1

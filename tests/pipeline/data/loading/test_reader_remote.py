@@ -1,4 +1,4 @@
-"""Tokens at a URL: the same rows as from a disk, by ranged reads, once a node, through a network that fails."""
+"""Tokens at a URL: the same rows as from a disk, by ranged reads, once per node, over a network that fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.data.loading.cache import NodeCache
 from pipeline.data.loading.loader import TrainLoader, evenly_spread
-from pipeline.data.loading.reader import BadUnit, TokenReader
+from pipeline.data.loading.reader import BadExtent, TokenReader
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.errors import UserError
 
@@ -82,11 +82,11 @@ def test_a_rank_reads_only_what_its_rows_need(bucket: Any, tmp_path: Path) -> No
     reader = open_reader(bucket, tmp_path)
     one = TrainLoader(reader, seed=5, global_batch=4, micro_batch=2, rank=1, world_size=2)
     next(one.micro_batches(0, limit=1))
-    blocks = {unit for unit in reader.units_of(one.indices(0)[2:])}
+    blocks = {unit for unit in reader.extents_of(one.indices(0)[2:])}
     assert len(ranges(bucket)) == len(blocks) <= 2
 
 
-def test_errors_and_cut_answers_on_the_way_change_nothing(bucket: Any, tmp_path: Path) -> None:
+def test_errors_and_truncated_responses_change_nothing(bucket: Any, tmp_path: Path) -> None:
     expected = stream(loader(local_reader(tmp_path)))
     reader = open_reader(bucket, tmp_path)
     bucket.fail_next(4, 500)
@@ -106,7 +106,7 @@ def test_a_cache_smaller_than_what_is_used(bucket: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["gone", "cut", "flip"])
 def test_a_bad_shard_stops_the_run_with_its_name(how: str, bucket: Any, tmp_path: Path) -> None:
-    """The first block of the second shard is at fault; where only that is damaged, only that is left out."""
+    """The first block of the second shard is bad; if only that is damaged, only that is left out."""
     key = "tokens/train-000001.tar"
     if how == "gone":
         fsspec.filesystem("s3").rm_file(bucket.url(key))
@@ -114,7 +114,7 @@ def test_a_bad_shard_stops_the_run_with_its_name(how: str, bucket: Any, tmp_path
         bucket.put(key, bucket.read(key)[:-700])
     else:
         flip(bucket, key, 512 + 128 + 3)
-    with pytest.raises(BadUnit, match=r"train-000001\.tar"):
+    with pytest.raises(BadExtent, match=r"train-000001\.tar"):
         stream(loader(open_reader(bucket, tmp_path)))
 
     bad = range(37, 45) if how == "flip" else range(37, 57)
@@ -123,21 +123,21 @@ def test_a_bad_shard_stops_the_run_with_its_name(how: str, bucket: Any, tmp_path
     order = itertools.chain(*(one.indices(p).tolist() for p in range(0, 400, 12)))
     assert list(itertools.chain(*(ids for ids, _ in got))) == [n for n in order if n not in bad][: 20 * 12]
     assert one.left_out == {"shards": ["train-000001.tar"], "sequences": got[-1][1] - 240}
-    resumed = loader(open_reader(bucket, tmp_path), on_bad_shard="skip")  # a new process, which knows of nothing yet
+    resumed = loader(open_reader(bucket, tmp_path), on_bad_shard="skip")  # a new process, which knows nothing yet
     assert stream(resumed, got[6][1], 13) == got[7:]
 
 
-def test_a_store_that_refuses_is_no_bad_shard(bucket: Any, tmp_path: Path) -> None:
+def test_a_store_that_refuses_is_not_a_bad_shard(bucket: Any, tmp_path: Path) -> None:
     """Credentials that ran out, or an outage, must not decide what is trained on."""
     reader = open_reader(bucket, tmp_path)
     bucket.fail_next(200, 403)
     one = loader(reader, on_bad_shard="skip")
     with pytest.raises(UserError, match="cannot be read") as caught:
         stream(one)
-    assert not isinstance(caught.value, BadUnit) and one.left_out == {"shards": [], "sequences": 0}
+    assert not isinstance(caught.value, BadExtent) and one.left_out == {"shards": [], "sequences": 0}
 
 
-def test_bytes_that_were_damaged_on_the_way_are_asked_for_again(
+def test_bytes_damaged_in_transit_are_requested_again(
     bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.data.loading import reader as module
@@ -153,7 +153,9 @@ def test_bytes_that_were_damaged_on_the_way_are_asked_for_again(
 
     monkeypatch.setattr(module, "read_range", read_range)
     assert stream(loader(open_reader(bucket, tmp_path))) == stream(loader(local_reader(tmp_path)))
-    own = {(url, start) for url, start in damaged if url.startswith(bucket.url(""))}  # other tests' readers may go on
+    own = {
+        (url, start) for url, start in damaged if url.startswith(bucket.url(""))
+    }  # other tests' readers may still run
     assert len(own) == 14
 
 
@@ -164,7 +166,7 @@ def test_held_out_sequences_of_a_bucket(bucket: Any, tmp_path: Path) -> None:
 
 
 def test_a_forked_child_and_its_parent_both_read(bucket: Any, tmp_path: Path) -> None:
-    """The child inherits a filesystem whose event loop runs in a thread it does not have: it must make its own."""
+    """The child inherits a filesystem whose event loop runs in a thread it does not have: it must create its own."""
     expected = local_reader(tmp_path).read(range(sum(SIZES)))
     reader = TokenReader(TokenIndex.load(bucket.url("tokens")), "train")  # no cache: everyone has to ask the store
     assert np.array_equal(reader.read(range(20)), expected[:20])
@@ -205,6 +207,6 @@ def test_other_file_systems(tmp_path: Path, write_tokens: WriteTokens) -> None:
     reader = TokenReader(TokenIndex.load("memory://loader/tokens"), "train", cache=NodeCache(10**6, tmp_path))
     assert reader.read(range(29))[:, 0].tolist() == list(range(29))
     fsspec.filesystem("memory").rm("/loader/tokens/train-000001.tar")
-    with pytest.raises(BadUnit, match=r"memory://loader/tokens/train-000001.tar: missing"):
+    with pytest.raises(BadExtent, match=r"memory://loader/tokens/train-000001.tar: missing"):
         TokenReader(reader.index, "train").read([9])
     fsspec.filesystem("memory").rm("/loader", recursive=True)

@@ -1,4 +1,4 @@
-"""Sources: which files are found, what they are called, and that nothing is left out silently."""
+"""Sources: which files are found, how they are named, and that nothing is left out silently."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_globs_folders_and_files_each_file_once_in_order(tmp_path: Path) -> None
         find(str(tmp_path), f"{tmp_path}/b.md")
 
 
-def test_names_are_the_same_wherever_the_corpus_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_do_not_depend_on_the_location_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = []
     for place in ("here", "over/there"):
         folder = tmp_path / place / "corpus"
@@ -146,12 +146,12 @@ def test_a_web_server(web: str, tmp_path: Path) -> None:
     assert (file.name, file.shown) == ("a/a.jsonl.gz", f"{web}/deep/a.jsonl.gz")
     assert texts(file.url, f"{web}/t.parquet") == ["one", "one", "p"]
     assert find(f"{web}/page.html")[0].kind == "html"
-    with pytest.raises(UserError, match="web servers cannot be listed; name each file"):
+    with pytest.raises(UserError, match="web servers cannot be listed; list each file"):
         find(f"{web}/deep/*.gz")
     with pytest.raises(UserError, match=r"absent.txt matches no file") as raised:
         find(f"{web}/absent.txt?signature=HUSH")
     assert "HUSH" not in str(raised.value)
-    with pytest.raises(UserError, match=r"/deep/: unknown ending"):
+    with pytest.raises(UserError, match=r"/deep/: unknown extension"):
         find(f"{web}/deep/")
 
 
@@ -166,29 +166,29 @@ def test_a_changed_file_has_another_identity(tmp_path: Path) -> None:
     assert texts(str(tmp_path)) == ["two", "two"]
 
 
-def test_what_stands_in_place_of_a_file(tmp_path: Path) -> None:
+def test_entries_that_are_not_files(tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").mkdir()  # as Spark leaves it
     (tmp_path / "out.jsonl" / "part-0.jsonl").write_text('{"text": "in"}')
     assert texts(f"{tmp_path}/**/*.jsonl") == texts(f"{tmp_path}/out.jsonl") == ["in"]
     assert texts(f"{tmp_path}/*.jsonl") == ["!not_a_file"]
     (tmp_path / "pipe.txt").parent.mkdir(exist_ok=True)
-    os.mkfifo(tmp_path / "pipe.txt")  # reading it would wait for ever
+    os.mkfifo(tmp_path / "pipe.txt")  # reading it would block forever
     (tmp_path / "gone.md").symlink_to("nowhere")
     (tmp_path / "linked").symlink_to("out.jsonl")
     (tmp_path / "else").mkdir()
     assert sorted(texts(str(tmp_path))) == ["!not_a_file"] * 3 + ["in"]
     items = [i for unit in plan_units(find(str(tmp_path))) for i in read_unit(unit, max_document_bytes=10**6)]
     messages = [item.message for item in items if isinstance(item, Rejected)]
-    assert [m for m in messages if m.startswith(f"{tmp_path}/linked: a folder (or a link to one) in place of a file")]
-    assert [m for m in messages if m.startswith(f"{tmp_path}/pipe.txt: no regular file in place of a file")]
+    assert [m for m in messages if m.startswith(f"{tmp_path}/linked: a folder (or a link to one), a file is expected")]
+    assert [m for m in messages if m.startswith(f"{tmp_path}/pipe.txt: not a regular file, a file is expected")]
 
 
-def test_a_glob_that_matches_folders_says_so(tmp_path: Path) -> None:
+def test_a_glob_that_matches_folders_is_reported(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.txt").write_text("a")
-    assert texts(f"{tmp_path}/*") == ["a"]  # an empty folder holds nothing
+    assert texts(f"{tmp_path}/*") == ["a"]  # an empty folder is ignored
     (tmp_path / "sub" / "b.txt").write_text("b")
-    with pytest.raises(UserError, match=f"{tmp_path}/sub is a folder; end the glob in /\\*\\*"):
+    with pytest.raises(UserError, match=f"{tmp_path}/sub is a folder; end the glob with /\\*\\*"):
         find(f"{tmp_path}/*")
     assert texts(f"{tmp_path}/**") == ["a", "b"]
 
@@ -211,12 +211,12 @@ def test_sources_that_cannot_be_listed(url: str, message: str) -> None:
     assert "HUSH" not in str(raised.value).partition("[type=")[0]
 
 
-def test_an_unknown_ending_is_named(tmp_path: Path) -> None:
+def test_an_unknown_extension_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_text("x")
     for url in (f"{tmp_path}/*", f"{tmp_path}/a.pdf"):
-        with pytest.raises(UserError, match=r"a\.pdf: unknown ending"):
+        with pytest.raises(UserError, match=r"a\.pdf: unknown extension"):
             find(url)
-    with pytest.raises(UserError, match="no file of a known ending"):
+    with pytest.raises(UserError, match="no file with a known extension"):
         find(str(tmp_path))
 
 
@@ -231,9 +231,9 @@ def test_a_missing_package_for_pages_is_named_before_any_work(tmp_path: Path, mo
 def test_names_and_urls_that_fsspec_cannot_take_are_one_line(tmp_path: Path) -> None:
     with open(os.path.join(os.fsencode(tmp_path), b"lat\xe9.txt"), "w") as stream:
         stream.write("text")
-    with pytest.raises(UserError, match=r"lat\\xe9\.txt: this name is not UTF-8; rename"):
+    with pytest.raises(UserError, match=r"lat\\xe9\.txt: this name is not valid UTF-8; rename"):
         find_files([Source(url=str(tmp_path))])
-    with pytest.raises(UserError, match=r"x\*\*\.jsonl.*mend the path or glob"):
+    with pytest.raises(UserError, match=r"x\*\*\.jsonl.*fix the path or glob"):
         find_files([Source(url=f"{tmp_path}/x**.jsonl")])
     (tmp_path / "a::b.txt").write_text("text")
     with pytest.raises(UserError, match="rename the file"):

@@ -1,4 +1,4 @@
-"""Units: a function of the files alone, dealt evenly, with ordinals that sort like the corpus."""
+"""Units: a function of the files only, evenly distributed, with ordinals that sort like the corpus."""
 
 from __future__ import annotations
 
@@ -64,6 +64,6 @@ def test_ordinals_sort_as_units_and_records_do(a: int, b: int, c: int, d: int) -
     assert (ordinal(a, b) < ordinal(c, d)) == ((a, b) < (c, d))
 
 
-def test_the_plan_knows_no_settings() -> None:
-    """Ordinals, and so which duplicate is kept, hang on these: changing one makes another corpus of the same files."""
+def test_the_plan_does_not_depend_on_settings() -> None:
+    """Ordinals, and so which duplicate is kept, depend on these: changing one gives another corpus from the same files."""
     assert (units.RANGE, units.STREAM_CHUNK, units.MAX_PARTS) == (64 << 20, 8 << 20, 8)

@@ -1,4 +1,4 @@
-"""Packing, whatever the documents: each token once and in order, rows of one length, every count true."""
+"""Packing any documents: each token once and in order, rows of one length, correct counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS: dict[str, Any] = {"concat": Concat, "best-fit": BestFit, "pad": Pad}
 
 
 def documents_of(lengths: list[int]) -> list[Any]:
-    """Documents without a token in common, so that each token tells its place; 0 is padding."""
+    """Documents without a token in common, so that each token identifies its position; 0 is padding."""
     ends = np.cumsum([1, *lengths])
     return [np.arange(a, b, dtype=np.uint16) for a, b in itertools.pairwise(ends)]
 
@@ -117,7 +117,7 @@ def segments_tell_the_documents(blocks: list[Block], documents: list[Any]) -> No
 @given(st.lists(st.integers(1, 30), max_size=60), st.integers(0, 10))
 @settings(deadline=None)
 def test_best_fit_is_best_fit_decreasing(lengths: list[int], more: int) -> None:
-    """As filled as by the plain algorithm: longest first, each into the fullest row that has room."""
+    """As full as with the plain algorithm: longest first, each into the fullest row that has room."""
     room = max(lengths, default=1) + more
     rows = best_fit(np.array(lengths, dtype=np.int64), room)
     plain: list[int] = []
@@ -134,11 +134,11 @@ def test_best_fit_is_best_fit_decreasing(lengths: list[int], more: int) -> None:
     assert sorted(fills.values()) == sorted(room - left for left in plain)
 
 
-def test_best_fit_pads_little_and_keeps_short_documents_whole() -> None:
+def test_best_fit_pads_little_and_does_not_cut_short_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     lengths = np.maximum(2, rng.lognormal(3.0, 1.0, 4000)).astype(int).tolist()
     context = 63
-    pack.WINDOW = 1 << 15  # undone by the fixture
+    monkeypatch.setattr(pack, "WINDOW", 1 << 15)
     packer = BestFit(context, 16, dtype="uint32", boundaries=True)
     documents = [np.full(n, 7, dtype=np.uint32) for n in lengths]
     blocks = run(packer, documents)
@@ -148,8 +148,8 @@ def test_best_fit_pads_little_and_keeps_short_documents_whole() -> None:
     assert pieces == sum(max(1, -(-(n - 1) // context)) for n in lengths)
 
 
-def test_neighbours_stay_near() -> None:
-    """Rows come in the order of their first documents, not sorted by length: else a batch would see one kind only."""
+def test_neighbors_stay_near() -> None:
+    """Rows come in the order of their first documents, not sorted by length: or a batch would contain only one kind."""
     pack.WINDOW = 1 << 20
     lengths = [3, 9] * 200
     packer = BestFit(8, 10, dtype="uint16")
@@ -157,8 +157,8 @@ def test_neighbours_stay_near() -> None:
     assert (np.diff(rows[:, 0].astype(int)) > 0).all()
 
 
-def test_what_one_token_does() -> None:
-    """An empty document is its eos alone: company makes it a target, alone it would be a row without one."""
+def test_documents_of_one_token() -> None:
+    """An empty document is its eos alone: after another document it is a target, alone it would be a row without one."""
     one, two = np.array([3], np.uint16), np.array([5, 3], np.uint16)
     for kind, documents, expected, dropped in [
         ("best-fit", [one, two], [[3, 5, 3, 0]], 0),

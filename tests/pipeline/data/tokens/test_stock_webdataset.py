@@ -1,4 +1,4 @@
-"""Our tars in the hands of stock tools: plain webdataset gives the same tokens and the same documents."""
+"""Our tars read by stock webdataset: the same tokens and the same documents."""
 
 from __future__ import annotations
 

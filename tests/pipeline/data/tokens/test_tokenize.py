@@ -1,4 +1,4 @@
-"""Stage tokenize and the index: every token accounted for, readable by others, damage and mismatches named."""
+"""Stage tokenize and the index: every token is counted, other tools can read them, damage and mismatches are reported."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def test_tokens_are_the_documents_with_eos(finished: tuple[RunConfig, RunPaths])
         (True, "1baa9c7ed1d423f059c1e531b668ecde9e122110baeaa1bc1990b676132cf781", 0),
     ],
 )
-def test_concatenated_tokens_are_the_same_bytes_as_ever(
-    keep_rest: bool, sha256: str, dropped: int, tmp_path: Path
-) -> None:
+def test_concatenated_tokens_have_not_changed(keep_rest: bool, sha256: str, dropped: int, tmp_path: Path) -> None:
     """Hashes of what the first version of the stage wrote: a corpus tokenized then is the same corpus now."""
     rng = np.random.Generator(np.random.PCG64(7))
     documents = [rng.integers(4, 30000, int(n)).astype(np.uint16) for n in rng.integers(1, 900, 60)]
@@ -119,7 +117,7 @@ def test_every_way_of_packing_holds_every_document(
 
 
 def pieces_of(document: list[int], context: int) -> list[list[int]]:
-    """The first piece takes what full rows leave; each next one begins with the last token of the one before."""
+    """The first piece takes the tokens that full rows leave; each next one begins with the last token of the one before."""
     first = len(document) - context * max(0, -(-(len(document) - context - 1) // context))
     starts = range(first - 1, len(document) - 1, context)
     return [document[:first], *(document[start : start + context + 1] for start in starts)]
@@ -134,7 +132,7 @@ def members_of(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("boundaries", [False, True])
-def test_the_index_tells_the_truth(
+def test_the_index_agrees_with_the_files(
     boundaries: bool, tmp_path: Path, corpus: Path, make_config: MakeConfig, finished: tuple[RunConfig, RunPaths]
 ) -> None:
     paths = copy_of(finished, tmp_path)
@@ -165,7 +163,7 @@ def test_the_index_tells_the_truth(
         assert counts["words"] == sum(len(text.split()) for text in texts) and counts["tokens_in"] == sum(lengths)
 
 
-def test_boundaries_leave_the_tokens_as_they_are(
+def test_boundaries_do_not_change_the_tokens(
     tmp_path: Path, corpus: Path, make_config: MakeConfig, finished: tuple[RunConfig, RunPaths]
 ) -> None:
     paths = copy_of(finished, tmp_path)
@@ -214,7 +212,7 @@ def test_padding_keeps_every_token(
     assert (rows == 0).sum() == index.splits["val"]["tokens_padded"] > 0
 
 
-def test_finished_shards_are_kept_and_damage_is_not_believed(
+def test_finished_shards_are_kept_and_damage_is_repaired(
     tmp_path: Path, corpus: Path, make_config: MakeConfig, finished: tuple[RunConfig, RunPaths], contents: Contents
 ) -> None:
     paths, config = copy_of(finished, tmp_path), make_config(tmp_path, str(corpus))
@@ -302,14 +300,14 @@ def test_damaged_tokens_and_indexes_are_named(finished: tuple[RunConfig, RunPath
     with pytest.raises(UserError, match=r"train-000001\.tar: its sha256 is not the one in its index"):
         index.verify()
     path.write_bytes(whole[:-512])
-    with pytest.raises(UserError, match=r"train-000001\.tar: \d+ bytes, its index says \d+: cut"):
+    with pytest.raises(UserError, match=r"train-000001\.tar: \d+ bytes, its index says \d+: truncated"):
         index.verify()
     path.unlink()
     with pytest.raises(UserError, match=r"train-000001\.tar: missing"):
         index.verify()
     tree = json.loads((tmp_path / "tokens" / "index.json").read_text())
     for change, message in [
-        ({"context_length": 8}, "fingerprint does not fit"),
+        ({"context_length": 8}, "fingerprint does not match"),
         ({"schema_version": 99}, "schema_version 99, this program reads 2"),
     ]:
         (tmp_path / "tokens" / "index.json").write_text(json.dumps({**tree, **change}))

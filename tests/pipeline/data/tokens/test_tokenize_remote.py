@@ -1,9 +1,8 @@
-"""Stage tokenize between object stores: the same bytes as on a disk, whatever breaks on the way, and nothing left over."""
+"""Stage tokenize between object stores: the same bytes as on a disk despite failures, and no leftovers."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -24,13 +23,6 @@ from pipeline.errors import UserError
 
 MakeConfig = Callable[..., RunConfig]
 Contents = Callable[[Path], dict[str, bytes]]
-CHILD = """
-import json, sys
-from pipeline.config.paths import RunPaths, parse_config
-from pipeline.data.tokens.tokenize import tokenize_documents
-config = parse_config(json.loads(sys.argv[1]), where="test")
-tokenize_documents(config, RunPaths(config.run_dir))
-"""
 
 
 def prepare(root: Path, finished: tuple[RunConfig, RunPaths], *, documents: bool = True) -> RunPaths:
@@ -55,7 +47,7 @@ def test_tokens_at_a_url_are_the_same_bytes(
     finished: tuple[RunConfig, RunPaths],
     contents: Contents,
 ) -> None:
-    """From documents at a URL to tokens at a URL, through a store that fails and cuts answers short."""
+    """From documents at a URL to tokens at a URL, with a store that fails and truncates responses."""
     paths = prepare(tmp_path, finished, documents=False)
     for path in finished[1].documents.glob("*.*"):
         faulty_s3.put(f"documents/{path.name}", path.read_bytes())
@@ -118,12 +110,12 @@ def test_killed_and_started_again(
     make_config: MakeConfig,
     finished: tuple[RunConfig, RunPaths],
     contents: Contents,
+    repository: Path,
 ) -> None:
     paths = prepare(tmp_path, finished)
     config = make_config(tmp_path, str(corpus), tokens={"output": faulty_s3.url("tokens"), "workers": 1})
-    command = [sys.executable, "-c", CHILD, json.dumps(config.as_dict())]
-    root = str(Path(__file__).parents[4])
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root})
+    command = [sys.executable, "-m", "tests.pipeline.data.run_stage", "tokenize", json.dumps(config.as_dict())]
+    child = subprocess.Popen(command, cwd=repository)
     ending = ".tmp" if moment == "while a shard is on its way" else ".tar"
     end = time.monotonic() + 60
     while not any(key.endswith(ending) for key in faulty_s3.keys()):  # noqa: SIM118 - a method of the store

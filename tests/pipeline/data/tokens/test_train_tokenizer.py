@@ -1,4 +1,4 @@
-"""Stage tokenizer: lossless, deterministic, from the train split only, and clear when the vocabulary does not fit."""
+"""Stage tokenizer: lossless, deterministic, from the train split only, and a clear error if the vocabulary does not fit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_model_and_its_special_pieces(finished: tuple[RunConfig, RunPaths]) 
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=60))
-def test_any_text_comes_back_unchanged(finished: tuple[RunConfig, RunPaths], text: str) -> None:
+def test_any_text_is_decoded_unchanged(finished: tuple[RunConfig, RunPaths], text: str) -> None:
     tokenizer = Tokenizer.load(finished[1].tokenizer)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and tokenizer.unk_id not in ids
@@ -96,7 +96,7 @@ def test_a_share_is_spread_evenly(count: int, share: float) -> None:
 
 
 def test_a_limit_in_megabytes_takes_that_share_of_the_train_split(tmp_path: Path, make_config: MakeConfig) -> None:
-    """Not the first megabyte: evenly spaced pieces, so that the end of the corpus is seen too."""
+    """Not the first megabyte: evenly spaced pieces, so that the end of the corpus is used too."""
     lines = [json.dumps({"text": f"small talk {n}"}) for n in range(60)]
     lines += [json.dumps({"text": sentences(random.Random(n), 1000)}) for n in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -122,7 +122,7 @@ def test_vocabularies_that_do_not_fit_name_the_possible_number() -> None:
         train(texts, vocab_size=200)
     needed = int(str(caught.value).split("model.vocab_size=")[1].split()[0])
     assert Tokenizer.from_bytes(train(texts, vocab_size=needed), path=Path("x")).vocab_size == needed
-    with pytest.raises(UserError, match="nothing but line ends"):
+    with pytest.raises(UserError, match="only line ends"):
         train(["\n\n\n"], vocab_size=300)
 
 
