@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Section
 from pipeline.io.urls import check_url, is_http
-from pldr_model.model import ActivationCheckpointing
+from pldr_model.config import ActivationCheckpointing
 
 
 class FreezeConfig(Section):
