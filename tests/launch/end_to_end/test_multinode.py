@@ -231,7 +231,7 @@ def test_a_node_that_does_not_come_is_named(hosts, work):
     words = ["--hostfile", hosts.hostfile(0, 1), "--no-ssh", "--node-rank", "0", "--wait", "3"]
     with Launch(hosts, 0, work, "launch", "deepspeed", "tiny.yaml", *words) as launch:
         assert launch.wait() == 1
-        assert "node 1 did not come within 3 s" in launch.result["error"]
+        assert "node 1 was not there within 3 s" in launch.result["error"]
 
 
 def test_doctor_passes_two_hosts_and_names_the_one_that_is_cut_off(hosts, work):
@@ -245,7 +245,7 @@ def test_doctor_passes_two_hosts_and_names_the_one_that_is_cut_off(hosts, work):
         with Launch(hosts, 0, work, *words) as launch:
             assert launch.wait() == 1
             failed = [f for f in launch.result["findings"] if f["status"] == "FAIL"]
-            assert [(f["check"], f["host"]) for f in failed] == [("ssh", hosts.addresses[1])] and failed[0]["mend"]
+            assert [(f["check"], f["host"]) for f in failed] == [("ssh", hosts.addresses[1])] and failed[0]["fix"]
     finally:
         hosts.cable("up")
 
