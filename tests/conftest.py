@@ -21,6 +21,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 pytest_plugins = [
     "tests.helpers.corpus",
     "tests.helpers.faulty_s3",
+    "tests.helpers.hosts",
     "tests.helpers.models",
     "tests.helpers.ranks",
     "tests.helpers.runs",
