@@ -186,7 +186,7 @@ class _Job:
                     os.kill(rank, number)
 
     def kill(self) -> None:
-        """Kill every process of the job on this node; ranks elsewhere are told to exit."""
+        """Kill every process of the job on this node; ranks elsewhere get a message to exit."""
         if self.head is not None:
             self.head.over()
         ranks = self.ranks()

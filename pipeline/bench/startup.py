@@ -38,7 +38,8 @@ train: {{steps: 10, warmup_steps: 1}}
 
 
 def bench(*, bundle: str | None, repeats: int, report: Callable[[str], None]) -> dict[str, Any]:
-    """{"command": {"seconds", "cpu_seconds" (medians), "slowest", "limit_s"}}; bundle_verify also has "hashing_s", already subtracted.
+    """{"command": {"seconds", "cpu_seconds" (medians), "slowest", "limit_s"}}. bundle_verify also has "hashing_s",
+    which is already subtracted.
 
     Raises UserError when a command does not end as it should.
     """
