@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +54,26 @@ def _runs(arguments: Any, report: Report) -> Result:
             raise ConfigError("runs: name the YAML of a run, or --uri http://HOST:PORT or sqlite:///PATH")
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise UserError(f"{uri.removeprefix('sqlite:///')}: no such file; nothing was logged there yet")
-    from pipeline.tracking.query import list_runs
+    with _without_gc():
+        from pipeline.tracking.query import list_runs
 
-    rows = list_runs(uri, experiment)
+        rows = list_runs(uri, experiment)
     for line in _table(rows):
         report(line)
     return {"uri": uri, "runs": rows}
+
+
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    """Pause the garbage collector: its passes over the objects of MLflow's import are a fifth of `pldr runs` (measured
+    2026-11-28: 3.6 s of processor time with it, 2.8 to 3.1 s without, on a busy machine)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _report(arguments: Any, report: Report) -> Result:
