@@ -1,4 +1,5 @@
-"""One answer to "GPU or CPU?", the same that DeepSpeed gives itself: CUDA when there is one, unless DS_ACCELERATOR=cpu."""
+"""What a process has to know about its ranks: the device (CUDA if there is one, unless DS_ACCELERATOR=cpu, as DeepSpeed
+decides too), the network interface for gloo, this rank's share of the work, and collectives over plain values."""
 
 from __future__ import annotations
 
@@ -17,11 +18,8 @@ from torch import Tensor
 from pipeline.errors import UserError, first_line
 
 T = TypeVar("T")
-
 M = TypeVar("M")
-
-
-OUTSIDE = "192.0.2.1"  # of nobody (RFC 5737): the way there is the default route
+OUTSIDE = "192.0.2.1"  # reserved for documentation (RFC 5737): it is reached by the default route
 
 
 def has_gpu() -> bool:
@@ -35,25 +33,24 @@ def num_devices() -> int:
 
 
 def choose_interface() -> None:
-    """Set GLOO_SOCKET_IFNAME for the rank's environment (MASTER_ADDR), unless it is set or nothing can be found out."""
+    """Set GLOO_SOCKET_IFNAME to the interface towards MASTER_ADDR, unless it is set or no interface is found."""
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
     name = interface_towards(os.environ["MASTER_ADDR"])
-    if _several_nodes() and name == interface_towards(
-        "127.0.0.1"
-    ):  # rank 0's host has its own name there (Debian's hosts)
+    # On rank 0's host its own name may resolve to the loopback (Debian's /etc/hosts).
+    if _several_nodes() and name == interface_towards("127.0.0.1"):
         name = interface_towards(OUTSIDE) or name
     if name is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _several_nodes() -> bool:
-    """As the launcher has told: DeepSpeed's CROSS_SIZE, torchrun's GROUP_WORLD_SIZE."""
+    """According to the launcher: DeepSpeed's CROSS_SIZE, torchrun's GROUP_WORLD_SIZE."""
     return any(int(os.environ.get(name, "1")) > 1 for name in ("CROSS_SIZE", "GROUP_WORLD_SIZE"))
 
 
 def interface_towards(address: str) -> str | None:
-    """The interface by which this host reaches `address` (a name or an IP); of its own address, the one that has it."""
+    """The interface by which this host reaches `address` (a name or an IP); for its own address, the interface that has it."""
     with contextlib.suppress(OSError):
         family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -72,7 +69,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def bounds(count: int) -> tuple[int, int]:
-    """First and last (exclusive) of `count` prompts that are this rank's; empty where there are more ranks than prompts."""
+    """First and last (exclusive) of this rank's part of `count` prompts; empty when there are more ranks than prompts."""
     rank, world = rank_and_world()
     return count * rank // world, count * (rank + 1) // world
 
@@ -84,7 +81,7 @@ def share(prompts_NS: Tensor) -> Tensor:
 
 
 def gathered(mine: T) -> list[T]:
-    """What every rank holds, in the order of ranks. Collective."""
+    """The values of all ranks, in the order of ranks. Collective."""
     _, world = rank_and_world()
     if world == 1:
         return [mine]
@@ -94,7 +91,7 @@ def gathered(mine: T) -> list[T]:
 
 
 def merged(mine: M) -> M:
-    """The accumulators of all ranks in one, the same on every rank. Collective."""
+    """The accumulators of all ranks merged into one, the same on every rank. Collective."""
     first, *others = gathered(mine)
     for other in others:
         first.merge(other)  # type: ignore[attr-defined]
@@ -102,12 +99,10 @@ def merged(mine: M) -> M:
 
 
 def on_every_rank(work: Callable[[], T]) -> T:
-    """What `work` gives on this rank, when it went well on all of them. Collective.
+    """The result of `work` on this rank, if it succeeded on all ranks. Collective.
 
-    Raises UserError on every rank otherwise, naming the ranks that failed and why: before training, not with a hang in it.
+    Otherwise raises UserError on every rank, naming the ranks that failed and why: before training, instead of a hang in it.
     """
-    import torch.distributed as dist
-
     problem: tuple[int, str] | None = None
     try:
         result = work()
@@ -123,11 +118,10 @@ def on_every_rank(work: Callable[[], T]) -> T:
 
 
 def agreement(timeout_s: float) -> Callable[[list[bool]], list[bool]]:
-    """Which of its verdicts any rank shares: an all-reduce in a group of its own, which a thread can use beside training's.
-    On the CPU: it must not wait for the GPU's queue. Collective."""
-    import torch
-    import torch.distributed as dist
+    """A function that gives, for each of its booleans, whether any rank passed True. Collective.
 
+    It has its own group, so that a thread can use it during training, on the CPU, so that it does not wait for the GPU's queue.
+    """
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def agree(verdicts: list[bool]) -> list[bool]:

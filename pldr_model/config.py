@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 RopeStyle = Literal["interleaved", "half"]
 GSource = Literal["learned", "constant", "identity", "random", "file"]
 GStart = Literal["paper", "identity"]
+ActivationCheckpointing = Literal["none", "layer", "metric_learner"]  # what the backward pass computes again
 
 # Reference implementation's hyperparameter names (and the golden cases' config.json) -> ours.
 _REFERENCE_NAMES = {"dff": "d_ff", "max_seq_len": "context_length"}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pldr_model.cache import KVCache, attention_mask
-from pldr_model.config import ModelConfig
+from pldr_model.config import ActivationCheckpointing, ModelConfig
 from pldr_model.layers import GLU, Linear, RopeTables, apply_rope, rope_tables
 from pldr_model.plga import PLGA, ConstantG, DeductiveOutputs
 
@@ -258,9 +258,6 @@ class PLDRModel(nn.Module):
                 f"g_lm: shape {tuple(given.shape)} is neither [L,H,K,K] = {shape} nor [L,B,H,K,K] of {batch_size} rows"
             )
         return given
-
-
-ActivationCheckpointing = Literal["none", "layer", "metric_learner"]
 
 
 def set_activation_checkpointing(model: PLDRModel, what: ActivationCheckpointing) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pldr_model.config import ModelConfig
 from pldr_model.convert import from_reference, load_checkpoint_file, to_reference
-from pldr_model.generate import generate
+from pldr_model.generation import generate
 from pldr_model.loss import dag_regulariser, total_loss
 from pldr_model.model import PLDRModel
 from pldr_model.plga import DeductiveOutputs

@@ -22,6 +22,7 @@ pytest_plugins = [
     "tests.helpers.bundles",
     "tests.helpers.corpus",
     "tests.helpers.faulty_s3",
+    "tests.helpers.hosts",
     "tests.helpers.models",
     "tests.helpers.ranks",
     "tests.helpers.runs",

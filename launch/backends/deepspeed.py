@@ -1,50 +1,53 @@
-"""DeepSpeed's launcher: on one node, over ssh from one host, or one on each node where a scheduler starts them."""
+"""DeepSpeed's launcher: on one node, over ssh on all hosts of a hostfile, or one launcher on each node."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from launch.backends.dry_run import dry_run
 from launch.backends.hosts import (
     SSH_ARGS,
     Host,
     carried,
     environment_file,
     is_private,
+    kill_leftovers,
     private_file,
     ssh_options,
-    sweep,
 )
-from launch.backends.job import WORKER, free_port, rank_environment, run_job
+from launch.backends.job import WORKER, Report, free_port, rank_environment, run_job, stopped_exit_code
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.distributed import has_gpu
 from pipeline.errors import Stopped
 from pipeline.io import storage
+from pipeline.stages.runner import Line, exclusive
 from pipeline.train import signals
 from pipeline.worker import ENVIRONMENT_FILE, PARENT_PIPE
 
 RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
-def launch(config: RunConfig, job_file: Path, ranks: int, *, show: Callable[[str], None]) -> None:
-    """Run the job on this node to its end. `show` gets each status line; all output is kept in `logs/train.log`.
+def launch(config: RunConfig, job_file: Path, ranks: int, *, report: Report) -> None:
+    """Run the job on this node until it ends. `report` gets each status line; all output is kept in `logs/train.log`.
 
     Raises Stopped and UserError as `run_job` does.
     """
     environment = rank_environment(ranks)
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     log_file = RunPaths(config.run_dir).logs / "train.log"
-    run_job(command(job_file, ranks), environment=environment, ranks=ranks, log_file=log_file, show=show)
+    run_job(command(job_file, ranks), environment=environment, ranks=ranks, log_file=log_file, report=report)
 
 
 def command(job_file: Path, ranks: int) -> list[str]:
     """The launcher's command line for one node, run with this Python.
 
-    With `--num_gpus` DeepSpeed forgets CUDA_VISIBLE_DEVICES and takes the first GPUs, so a choice of GPUs is handed over.
+    With `--num_gpus` DeepSpeed ignores CUDA_VISIBLE_DEVICES and uses the first GPUs, so the chosen ones are named.
     """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if has_gpu() and chosen.replace(",", "").isdigit():
@@ -57,7 +60,7 @@ def command(job_file: Path, ranks: int) -> list[str]:
 def ssh_command(job_file: Path, *, hostfile: str, address: str, port: int, ssh_port: int | None) -> list[str]:
     """The launcher's command line for all hosts of a hostfile, over pdsh and ssh.
 
-    Its own check of the first host ignores the ssh options that pdsh gets, and its log shows every exported variable.
+    DeepSpeed's own check of the first host ignores the ssh options that pdsh gets, and its log shows every exported variable.
     """
     options = [
         "--hostfile",
@@ -93,7 +96,12 @@ class SshJob:
     address: str  # rank 0's
     port: int
     ssh_port: int | None
-    env: Sequence[str]  # further variables to carry, NAME or NAME=VALUE
+    env: Sequence[str]  # further variables for the ranks, NAME or NAME=VALUE
+
+    @property
+    def ranks(self) -> int:
+        """How many train, on all hosts."""
+        return sum(host.slots for host in self.hosts)
 
     def files(self, logs: Path) -> dict[Path, dict[str, str]]:
         """The environment files of the job -> their variables: DeepSpeed's, then the private one (empty: not written)."""
@@ -112,7 +120,7 @@ class SshJob:
 
     def environment(self, logs: Path) -> dict[str, str]:
         """What DeepSpeed's launcher itself gets."""
-        _, private = self.files(logs).values()  # else it carries MLFLOW_TRACKING_PASSWORD by itself
+        _, private = self.files(logs).values()  # otherwise it exports MLFLOW_TRACKING_PASSWORD itself
         kept = {k: v for k, v in os.environ.items() if k != PARENT_PIPE and k not in private}
         return {**kept, "DS_ENV_FILE": str(logs / "deepspeed_env"), SSH_ARGS: ssh_options()}
 
@@ -122,9 +130,39 @@ class SshJob:
             job_file, hostfile=self.hostfile, address=self.address, port=self.port, ssh_port=self.ssh_port
         )
 
+    def dry_run(self, logs: Path, report: Report) -> dict[str, Any]:
+        """Report what would be written and started; of private variables the names only."""
+        (public_path, public), (private_path, private) = self.files(logs).items()
+        files = {public_path: environment_file(public)}
+        if private:
+            files[private_path] = "".join(f"{name}=…\n" for name in sorted(private))
+        job_file = logs / "job.json"
+        environment = self.environment(logs)
+        return dry_run(files, [self.command(job_file)], environment, report=report, job_file=job_file)
 
-def launch_over_ssh(config: RunConfig, job_file: Path, ranks: int, job: SshJob, *, show: Callable[[str], None]) -> None:
-    """Run the job on all hosts to its end, as `launch` does on one. When it did not end well, nothing of it stays there."""
+
+def train_over_ssh(
+    config: RunConfig,
+    job: SshJob,
+    *,
+    resume: str,
+    force: bool,
+    stopped_code: int,
+    report: Report,
+    live: Report,
+) -> dict[str, Any]:
+    """The stage `train` on all hosts of a job. `live` gets each status line. Raises UserError; Stopped with stopped_code."""
+
+    def start(config: RunConfig, job_file: Path, ranks: int) -> None:
+        launch_over_ssh(config, job_file, ranks, job, report=live)
+
+    line = Line(config, launch=start, say=report, ranks=job.ranks)
+    with stopped_exit_code(stopped_code), exclusive(config, report):
+        return line.stage("train", resume=resume, force=force)
+
+
+def launch_over_ssh(config: RunConfig, job_file: Path, ranks: int, job: SshJob, *, report: Report) -> None:
+    """Run the job on all hosts until it ends, as `launch` does on one. After a failure its processes there are killed."""
     logs = RunPaths(config.run_dir).logs
     (env_path, public), (private_path, private) = job.files(logs).items()
     storage.publish_bytes(env_path, environment_file(public).encode())
@@ -137,15 +175,15 @@ def launch_over_ssh(config: RunConfig, job_file: Path, ranks: int, job: SshJob, 
                 environment=job.environment(logs),
                 ranks=ranks,
                 log_file=logs / "train.log",
-                show=show,
+                report=report,
                 head=head,
             )
     except Stopped:
         raise
     except BaseException:
-        for host in sweep(job.hosts, job_file, ssh_port=job.ssh_port):
-            show(
-                f"warning: {host} does not answer; ranks that still run there end by themselves within train.timeout_s"
+        for host in kill_leftovers(job.hosts, job_file, ssh_port=job.ssh_port):
+            report(
+                f"warning: {host} is unreachable; ranks that still run there exit by themselves within train.timeout_s"
             )
         raise
     finally:

@@ -1,8 +1,8 @@
-"""The hosts of a job over ssh: the hostfile, talking to them, rank 0's address, and what environment their ranks get.
+"""The hosts of a job over ssh: the hostfile, running commands on them, rank 0's address, and the environment of their ranks.
 
-`PDSH_SSH_ARGS_APPEND` holds ssh options for pdsh; our own ssh calls take the same, so that one variable serves both. DeepSpeed
-carries to the hosts what begins with PYTHON, MLFLOW, NCCL, MV2 or UCX, and what an environment file names; both end up in
-command lines, which everybody on the hosts can read. So what may be secret goes through a file that only the user can read.
+`PDSH_SSH_ARGS_APPEND` holds ssh options for pdsh; our own ssh calls use the same, so that one variable serves both. DeepSpeed
+exports variables that begin with PYTHON, MLFLOW, NCCL, MV2 or UCX, and those in an environment file; both end up in command
+lines, which every user of the hosts can read. So values that may be secret go through a file that only the user can read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError
 
 T = TypeVar("T")
 SSH_ARGS = "PDSH_SSH_ARGS_APPEND"
-# Never ask; a host that is dead or goes away ends the connection instead of hanging it (rc 255 after 20 s).
+# Never prompt; a host that is dead or becomes unreachable ends the connection instead of hanging it (rc 255 after 20 s).
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2"
 USERS_FILES = (Path.home() / ".deepspeed_env", Path(".deepspeed_env"))  # DeepSpeed's own, the later one wins
 CARRIED = re.compile(
@@ -34,17 +34,17 @@ CARRIED = re.compile(
     re.IGNORECASE,
 )
 LOCAL_ONLY = {"DS_ENV_FILE", "PLDR_PARENT_PIPE", "PLDR_VISIBLE_DEVICES"}
-# What storage and MLflow read is theirs alone, and nothing reads it before the rank's own code runs: all of it is private.
+# Only storage and MLflow read their variables, and not before the rank's own code runs: all of them can be private.
 PRIVATE_NAME = re.compile(
     r"^(AWS|S3|FSSPEC|GOOGLE|GCSFS|GCE|AZURE|MLFLOW)_|_proxy$|SECRET|PASS|TOKEN|CREDENTIAL|KEY|CONNECTION_STRING|SAS",
     re.IGNORECASE,
 )
-PRIVATE_VALUE = re.compile(r"://[^/\s]*@|://\S*\?")  # user or token before a host; a query, where signatures stand
+PRIVATE_VALUE = re.compile(r"://[^/\s]*@|://\S*\?")  # user or token before a host; a query, which may hold a signature
 
 
 @dataclass(frozen=True)
 class Host:
-    """A line of the hostfile: how ssh calls it, and how many ranks it takes."""
+    """A line of the hostfile: the name that ssh uses, and how many ranks run there."""
 
     name: str
     slots: int
@@ -65,7 +65,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
         if match is None:
             raise ConfigError(f"{path}, line {number}: {text!r}; write `HOST slots=N`, N the ranks on that host")
         if match[1] in (host.name for host in hosts):
-            raise ConfigError(f"{path}, line {number}: {match[1]} is there twice; write one line with all its slots")
+            raise ConfigError(f"{path}, line {number}: {match[1]} is listed twice; write one line with all its slots")
         hosts.append(Host(match[1], int(match[2])))
     if not hosts:
         raise ConfigError(f"{path}: no hosts; write a line `HOST slots=N` for each")
@@ -73,7 +73,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
 
 
 def ssh_options() -> str:
-    """Options of every ssh call: the user's first, because ssh takes the first value that it is given."""
+    """Options of every ssh call: the user's first, because ssh uses the first value that it gets."""
     return f"{os.environ.get(SSH_ARGS, '')} {SSH_OPTIONS}".strip()
 
 
@@ -86,12 +86,12 @@ def ssh(
     try:
         return subprocess.run(words, input=stdin, capture_output=True, text=True, errors="replace", timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
-        said = error.stdout.decode("utf-8", "replace") if isinstance(error.stdout, bytes) else error.stdout or ""
-        return subprocess.CompletedProcess(words, -1, said, f"no end within {timeout_s:g} s")
+        output = error.stdout.decode("utf-8", "replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+        return subprocess.CompletedProcess(words, -1, output, f"did not finish within {timeout_s:g} s")
 
 
 def on_each(hosts: Sequence[Host], work: Callable[[Host], T]) -> dict[str, T]:
-    """`work` for every host at once; its results by name."""
+    """Run `work` for all hosts in parallel; the results by host name."""
     with ThreadPoolExecutor(max_workers=min(64, len(hosts))) as pool:
         return dict(zip([h.name for h in hosts], pool.map(work, hosts), strict=True))
 
@@ -107,22 +107,22 @@ def require_tools(*tools: str) -> None:
 
 
 def rendezvous_address(hosts: Sequence[Host]) -> str:
-    """The address of rank 0's host; when there is no other host, the loopback. Raises ConfigError where it must be given."""
+    """The address of rank 0's host; the loopback when it is the only host. Raises ConfigError when --master-addr is needed."""
     return "127.0.0.1" if len(hosts) == 1 else address_of(hosts[0].name)
 
 
 def address_of(host: str) -> str:
-    """The address at which rank 0's host is reached by the others. Raises ConfigError where it must be given."""
+    """The address at which the other hosts reach rank 0's. Raises ConfigError when --master-addr is needed."""
     name = host.rpartition("@")[2]
-    if shutil.which("ssh") is not None:  # ~/.ssh/config may call it otherwise
+    if shutil.which("ssh") is not None:  # ~/.ssh/config may give it another name
         words = ["ssh", *shlex.split(ssh_options()), "-G", host]
-        told = subprocess.run(words, capture_output=True, text=True, errors="replace")
-        found = re.search(r"^hostname (\S+)$", told.stdout, re.MULTILINE)
+        shown = subprocess.run(words, capture_output=True, text=True, errors="replace")
+        found = re.search(r"^hostname (\S+)$", shown.stdout, re.MULTILINE)
         name = found[1] if found else name
     try:
         address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
-        raise ConfigError(f"{host}: no address is known for {name}; give rank 0's with --master-addr") from None
+        raise ConfigError(f"{host}: cannot resolve {name}; give rank 0's with --master-addr") from None
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         raise ConfigError(
             f"{host}: {name} is {address} here, which other hosts cannot reach; give rank 0's address with --master-addr"
@@ -131,7 +131,7 @@ def address_of(host: str) -> str:
 
 
 def carried(extra: Sequence[str] = ()) -> dict[str, str]:
-    """Variables that the ranks need: those that storage, MLflow, gloo and NCCL read, the user's `.deepspeed_env` files, and
+    """The variables that ranks need: those that storage, MLflow, gloo and NCCL read, the user's `.deepspeed_env` files, and
     `extra` (NAME or NAME=VALUE). Raises ConfigError."""
     found = {k: v for k, v in os.environ.items() if CARRIED.fullmatch(k) and k not in LOCAL_ONLY}
     for file in USERS_FILES:
@@ -148,27 +148,28 @@ def carried(extra: Sequence[str] = ()) -> dict[str, str]:
 
 
 def is_private(name: str, value: str) -> bool:
-    """Whether a variable must not stand in a command line: it may be secret, or pdsh would not pass it on as it is."""
+    """Whether a variable must not be in a command line: it may be secret, or pdsh would change it."""
     return bool(PRIVATE_NAME.search(name) or PRIVATE_VALUE.search(value) or re.search(r"[%\n]", value))
 
 
 def environment_file(variables: dict[str, str]) -> str:
-    """DeepSpeed's environment file. DeepSpeed puts values between double quotes, in which a shell still reads these."""
+    """DeepSpeed's environment file. DeepSpeed puts values in double quotes, where a shell still expands these characters."""
     escaped = {name: re.sub(r'([\\$`"])', r"\\\1", value) for name, value in variables.items()}
     return "".join(f"{name}={value}\n" for name, value in sorted(escaped.items()))
 
 
 def private_file(variables: dict[str, str], path: Path) -> None:
-    """What the ranks read themselves (pipeline.worker): JSON for this user's eyes only."""
+    """Write the variables that ranks read themselves (pipeline/worker.py): JSON that only this user can read."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
         json.dump(variables, stream)
 
 
-def sweep(hosts: Sequence[Host], job_file: Path, *, ssh_port: int | None = None) -> list[str]:
-    """Kill what a job that has ended left on its hosts: a stopped rank hears nothing else. Returns hosts it could not reach.
+def kill_leftovers(hosts: Sequence[Host], job_file: Path, *, ssh_port: int | None = None) -> list[str]:
+    """Kill the processes that a finished job left on its hosts; returns the hosts that were unreachable.
 
-    By the name of the run's job file, which is no other job's; the brackets keep pkill from finding its own shell.
+    SIGKILL, because a suspended process handles no other signal. They are found by the path of the run's job file, which no
+    other job has; the brackets keep pkill from matching its own shell.
     """
     pattern = rf"[p]ipeline\.worker (--local_rank=[0-9]+ )?{re.escape(str(job_file))}"
     command = ["pkill", "-KILL", "-u", str(os.getuid()), "-f", pattern]

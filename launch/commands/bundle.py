@@ -1,21 +1,28 @@
-"""`pldr bundle verify BUNDLE`, also `pldr verify BUNDLE`: every byte, the schemas, the certificate against the files."""
+"""`pldr bundle verify BUNDLE` (also `pldr verify BUNDLE`), and `pldr generate`: what is done with a finished bundle."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-Result = dict[str, Any]
-Show = Callable[[str], None]
+from launch.commands.verbs import Report, Result, Verbs
 
 
-def add_bundle_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
-    """The verb `verify`, whose long name is `bundle verify`."""
-    about = "check every byte of a bundle, its schemas, and its certificate against its files"
-    verify = verbs.add_parser("verify", help=about, description=about, parents=[common])
-    verify.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
-    verify.set_defaults(work=_verify)
+def add_bundle_verbs(verbs: Verbs) -> None:
+    """The verbs `generate` and `verify`; the long name of the latter is `bundle verify`."""
+    sub = verbs.add("generate", _generate, "continue prompts with a bundle")
+    sub.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
+    sub.add_argument("--prompt", action="append", required=True, help="text to continue; several make a batch")
+    sub.add_argument("--max-new-tokens", type=int, default=100)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    sub.add_argument("--top-k", type=int, default=0)
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
+    sub.add_argument("--seed", type=int, default=None)
+    sub = verbs.add(
+        "verify", _verify, "check every byte of a bundle, its schemas, and its certificate against its files"
+    )
+    sub.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
 
 
 def long_name(words: Sequence[str]) -> list[str]:
@@ -23,13 +30,31 @@ def long_name(words: Sequence[str]) -> list[str]:
     return ["verify", *words[2:]] if list(words[:2]) == ["bundle", "verify"] else list(words)
 
 
-def _verify(arguments: Any, show: Show) -> Result:
+def _generate(arguments: Any, report: Report) -> Result:
+    from pipeline.inference.runtime import Bundle
+
+    bundle = Bundle.load(arguments.bundle)
+    texts = bundle.generate(
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        stop=arguments.stop,
+        seed=arguments.seed,
+    )
+    for prompt, text in zip(arguments.prompt, texts, strict=True):
+        report(f"{prompt}{text}\n")
+    return {"completions": texts, "certified": bundle.certified}
+
+
+def _verify(arguments: Any, report: Report) -> Result:
     from pipeline.bundle.read import verify_bundle
 
     result = verify_bundle(arguments.bundle)
     state = "certified" if result["certified"] else "UNCERTIFIED"
-    show(
+    report(
         f"{arguments.bundle}: {result['files']} files, every byte as in its manifest; the certificate is of these files"
     )
-    show(f"{state}, G_LM {result['tier']}, weights {result['weight_format']}, sha256 {result['bundle_sha256']}")
+    report(f"{state}, G_LM {result['tier']}, weights {result['weight_format']}, sha256 {result['bundle_sha256']}")
     return result

@@ -1,19 +1,67 @@
-"""`pldr import` and `pldr export`: checkpoints of the reference implementation to and from our safetensors folder."""
+"""`pldr import`, `export` and `parity`: checkpoints of the reference implementation to and from our safetensors folder, and
+whether a model computes what the reference implementation does."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config.load import load_config
+from launch.commands.verbs import Report, Result, Verbs
 from pipeline.errors import ConfigError, UserError
-from pipeline.io import storage
-from pldr_model.config import ModelConfig, RopeStyle
-from pldr_model.convert import from_reference, infer_config, load_checkpoint_file, save_checkpoint_file, to_reference
+
+if TYPE_CHECKING:
+    from pldr_model.config import ModelConfig, RopeStyle
 
 SCHEMA_VERSION = 1
+
+
+def add_convert_verbs(verbs: Verbs) -> None:
+    """The verbs `import`, `export` and `parity`."""
+    sub = verbs.add("import", _import, "reference checkpoint (.pth, .safetensors) -> our safetensors")
+    sub.add_argument("source", metavar="CHECKPOINT")
+    sub.add_argument("target", metavar="FOLDER")
+    sub.add_argument(
+        "--model", metavar="CONFIG", help="JSON of the model, or the YAML of a run (else read off the shapes)"
+    )
+    sub.add_argument(
+        "--context-length", type=int, default=1024, help="without --model: the shapes do not show it (1024)"
+    )
+    sub.add_argument(
+        "--rope-style", choices=("interleaved", "half"), default="interleaved", help="without --model; v52: half"
+    )
+    sub = verbs.add("export", _export, "our safetensors -> reference checkpoint (.pth or .safetensors)")
+    sub.add_argument("source", metavar="FOLDER")
+    sub.add_argument("target", metavar="CHECKPOINT")
+    sub = verbs.add("parity", _parity, "compare with a golden case of the reference implementation")
+    sub.add_argument("directory", metavar="DIR")
+
+
+def _import(arguments: Any, report: Report) -> Result:
+    return import_reference(
+        arguments.source,
+        arguments.target,
+        model=arguments.model,
+        context_length=arguments.context_length,
+        rope_style=arguments.rope_style,
+        report=report,
+    )
+
+
+def _export(arguments: Any, report: Report) -> Result:
+    return export_reference(arguments.source, arguments.target, report)
+
+
+def _parity(arguments: Any, report: Report) -> Result:
+    from pldr_model.parity import parity
+
+    try:
+        result = parity(arguments.directory)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    for key, value in result.items():
+        report(f"{key:<32} {value}")
+    return result
 
 
 def import_reference(
@@ -23,10 +71,13 @@ def import_reference(
     model: str | None,
     context_length: int,
     rope_style: RopeStyle,
-    show: Callable[[str], None],
-) -> dict[str, Any]:
+    report: Report,
+) -> Result:
     """Reference checkpoint -> FOLDER/{model.safetensors, config.json}. Raises UserError naming the file, key or shape."""
     from safetensors.torch import save_file
+
+    from pipeline.io import storage
+    from pldr_model.convert import from_reference, infer_config, load_checkpoint_file
 
     try:
         state = load_checkpoint_file(source)
@@ -55,13 +106,17 @@ def import_reference(
         },
     )
     count = sum(tensor.numel() for tensor in weights.values())
-    show(f"{folder}: {len(weights)} tensors, {count:,} numbers")
+    report(f"{folder}: {len(weights)} tensors, {count:,} numbers")
     return {"folder": str(folder), "tensors": len(weights), "numbers": count}
 
 
-def export_reference(source: str, target: str, show: Callable[[str], None]) -> dict[str, Any]:
+def export_reference(source: str, target: str, report: Report) -> Result:
     """FOLDER/{model.safetensors, config.json} -> a reference checkpoint (.pth or .safetensors, by the target's name)."""
     from safetensors.torch import load_file
+
+    from pipeline.io import storage
+    from pldr_model.config import ModelConfig
+    from pldr_model.convert import save_checkpoint_file, to_reference
 
     folder = Path(source)
     record = storage.read_json(folder / "config.json", schema_version=SCHEMA_VERSION)
@@ -76,22 +131,26 @@ def export_reference(source: str, target: str, show: Callable[[str], None]) -> d
     suffix = Path(target).suffix
 
     def write(temporary: Path) -> None:
-        named = temporary.with_name(temporary.name + suffix)  # the ending chooses the format
+        named = temporary.with_name(temporary.name + suffix)  # the suffix chooses the format
         save_checkpoint_file(weights, named)
         named.replace(temporary)
 
     storage.publish(target, write)
-    show(f"{target}: {len(weights)} tensors")
+    report(f"{target}: {len(weights)} tensors")
     return {"checkpoint": target, "tensors": len(weights)}
 
 
 def read_model_config(path: str) -> ModelConfig:
     """A model's sizes from a run's YAML, our `config.json`, the reference's or the transformers port's JSON."""
+    from pipeline.config.load import load_config
+    from pipeline.io import storage
+    from pldr_model.config import ModelConfig
+
     if Path(path).suffix in (".yaml", ".yml"):
         return load_config(path).model
     values = storage.read_json(path)
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds no model configuration")
+        raise ConfigError(f"{path}: not a model configuration")
     try:
         if "num_hidden_layers" in values:
             return ModelConfig.from_transformers(values)

@@ -1,72 +1,138 @@
-"""What `pldr run` says at its end: the verdict, a sample, what each stage took, and what to do next."""
+"""`pldr run`, the stages one by one, `pldr train --prepare`, and `pldr plan`."""
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
-import sys
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.io.storage import read_json
-from pipeline.post.certificate.build import summary_lines
-from pipeline.stages.runner import NAMES, Line
-from pipeline.tracking.client import tracking_uri
+from launch.commands.terminal import status_lines
+from launch.commands.verbs import Report, Result, Verbs, add_config
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pipeline.config.run import RunConfig
+    from pipeline.stages.runner import Line
+
+STAGE_HELP = {
+    "shard": "corpora -> document tars",
+    "tokenizer": "train or take the SentencePiece model",
+    "tokenize": "documents -> token tars and their index",
+    "train": "token tars -> committed checkpoints (deepspeed)",
+    "consolidate": "checkpoint -> safetensors weights",
+    "extract": "weights -> G_LM",
+    "validate": "weights, G_LM -> certificate",
+    "bundle": "package and register the cached inference bundle",
+}
 
 
-def summary(line: Line, records: dict[str, dict[str, Any]], show: Callable[[str], None]) -> dict[str, Any]:
-    """Show the end of a run; returns the run's result for --json."""
-    from pipeline.inference.runtime import Bundle
+def add_stage_verbs(verbs: Verbs) -> None:
+    """The verb `run`, one for each stage, and `plan`."""
+    add_config(verbs.add("run", _run, "the whole pipeline, from corpora to a certified bundle"))
+    for name, help in STAGE_HELP.items():
+        sub = verbs.add(name, _stage, help)
+        add_config(sub)
+        also = "; continue with other data, model or tokenizer than the checkpoint's" if name == "train" else ""
+        sub.add_argument("--force", action="store_true", help=f"do it again even if it is complete{also}")
+        if name in ("shard", "tokenize"):
+            sub.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="data.executor=slurm: write the job's script, check it, submit nothing",
+            )
+        if name == "train":
+            sub.add_argument(
+                "--resume",
+                default="auto",
+                metavar="auto|RUN_ID|runs:/RUN_ID[/checkpoints/step-000500]|PATH",
+                help="continue from a run's newest checkpoint (auto), from that one, or in a new run from PATH",
+            )
+            sub.add_argument(
+                "--prepare",
+                type=int,
+                metavar="RANKS",
+                help="only write the job for this many ranks and show how to start it",
+            )
+        if name == "bundle":
+            sub.add_argument(
+                "--uncertified", action="store_true", help="package without a passing certificate, marked so"
+            )
+    sub = verbs.add("plan", _plan, "parameters, FLOPs, memory, time and invariance budget of a run")
+    add_config(sub)
+    sub.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilization to assume (0.4)")
+    sub.add_argument("--peak-tflops", type=float, default=989.0, help="dense peak of one device (989: H100/H200, bf16)")
+    sub.add_argument("--devices", type=int, default=8)
 
-    config, paths = line.config, line.paths
-    certificate = read_json(paths.bundle / "certificate.json")
-    bundle = Bundle.load(paths.bundle)
-    sample = bundle.generate(
-        [config.post.sample_prompt], max_new_tokens=80, temperature=0.8, top_p=0.9, seed=config.seed
-    )
-    show("\n" + "\n".join(summary_lines(certificate)))
-    show(f"\nA sample from the bundle (temperature 0.8, top-p 0.9, seed {config.seed}):\n")
-    show("    " + (config.post.sample_prompt + sample[0]).replace("\n", "\n    "))
-    show(f"\n{'stage':<12} {'seconds':>8}  ")
-    for name in NAMES:
-        note = "skipped, was complete" if records[name]["skipped"] else ""
-        show(f"{name:<12} {records[name]['seconds']:>8.1f}  {note}")
-    show(f"{'total':<12} {sum(records[name]['seconds'] for name in NAMES):>8.1f}")
-    uri = tracking_uri(config)
-    tools = os.path.relpath(os.path.dirname(sys.executable))
-    tools = tools if not tools.startswith("..") else os.path.dirname(sys.executable)
-    view = (
-        f"{tools}/mlflow ui --backend-store-uri {shlex.quote(uri)} --port 5000"
-        if uri.startswith("sqlite")
-        else f"open {uri}"
-    )
-    model = f"models:/{config.post.register_as}@certified"
-    serve = f"mlflow models serve -m {model} --env-manager local --port 5001"
-    environment = f"PATH={tools}:$PATH MLFLOW_TRACKING_URI={shlex.quote(uri)}"  # mlflow starts uvicorn by name
-    show(f"\nbundle      {paths.bundle}")
-    show(f"look        {view}    (run {records['train']['result']['run_id']})")
-    show(
-        f"generate    {tools}/pldr generate {shlex.quote(str(paths.bundle))} --prompt 'To be, or not to be' --temperature 0.8"
-    )
-    if config.post.register_as is not None:
-        body = json.dumps({"dataframe_split": {"columns": ["prompt"], "data": [["To be"]]}})
-        show(f"serve       {environment} {serve}")
-        show(
-            f"  and ask   curl -s 127.0.0.1:5001/invocations -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+
+def _line(arguments: Any, report: Report) -> Line:
+    from pipeline.config.load import load_config
+
+    config = load_config(
+        arguments.config, arguments.overrides
+    )  # first: a wrong key must not wait for the imports below
+    from launch.backends.deepspeed import launch
+    from pipeline.stages.runner import Line
+
+    live = status_lines(json=arguments.json)
+
+    def start(config: RunConfig, job_file: Path, ranks: int) -> None:
+        launch(config, job_file, ranks, report=live)
+
+    return Line(config, launch=start, say=report)
+
+
+def _run(arguments: Any, report: Report) -> Result:
+    line = _line(arguments, report)
+    from launch.commands.summary import summary
+    from pipeline.stages.runner import exclusive
+
+    with exclusive(line.config, report):
+        records = line.run()
+        return summary(line, records, report)
+
+
+def _stage(arguments: Any, report: Report) -> Result:
+    line = _line(arguments, report)
+    from pipeline.stages.runner import exclusive
+
+    with exclusive(line.config, report):
+        if getattr(arguments, "prepare", None) is not None:
+            return _prepare(line, arguments, report)
+        if getattr(arguments, "dry_run", False):
+            script, tasks = line.dry_run(arguments.verb)
+            report(f"{script}: {tasks} tasks; checked, nothing was submitted")
+            return {"script": str(script), "tasks": tasks}
+        return line.stage(
+            arguments.verb,
+            resume=getattr(arguments, "resume", "auto"),
+            force=arguments.force,
+            uncertified=getattr(arguments, "uncertified", False),
         )
-    return {
-        "bundle": str(paths.bundle),
-        "certified": bundle.certified,
-        "bundle_sha256": records["bundle"]["result"]["bundle_sha256"],
-        "run_id": records["train"]["result"]["run_id"],
-        "sample": sample[0],
-        "stages": {
-            name: {
-                "seconds": records[name]["seconds"],
-                "skipped": records[name]["skipped"],
-                "result": records[name]["result"],
-            }
-            for name in NAMES
-        },
-    }
+
+
+def _prepare(line: Line, arguments: Any, report: Report) -> Result:
+    """The job file of a training over several nodes, and the command that starts it."""
+    from pipeline.stages.train import prepare
+
+    if arguments.prepare < 1:
+        raise ConfigError(f"--prepare {arguments.prepare}: give the number of ranks on all nodes, 1 or more")
+    job = prepare(
+        line.config, line.paths, resume=arguments.resume, ranks=arguments.prepare, say=report, force=arguments.force
+    )
+    command = f"deepspeed --hostfile HOSTFILE --module pipeline.worker {shlex.quote(str(job.file))}"
+    report(f"start       {command}\nthen        pldr run {arguments.config}")
+    start = None if job.start is None else job.start.name
+    return {"job": str(job.file), "run_id": job.run_id, "resumed_from": start, "command": command}
+
+
+def _plan(arguments: Any, report: Report) -> Result:
+    from pipeline.config.load import load_config
+    from pipeline.config.plan import plan, plan_lines
+
+    if not 0 < arguments.mfu <= 1 or arguments.devices < 1 or arguments.peak_tflops <= 0:
+        raise ConfigError("plan: --mfu is between 0 and 1, --devices and --peak-tflops are positive")
+    config = load_config(arguments.config, arguments.overrides)
+    result = plan(config, mfu=arguments.mfu, peak_tflops=arguments.peak_tflops, devices=arguments.devices)
+    report("\n".join(plan_lines(result)))
+    return result

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config.run import RunConfig
-from pipeline.stages.train import Launch
+from launch.commands.verbs import Report, Result, Verbs, add_config
 
-Result = dict[str, Any]
-Show = Callable[[str], None]
+if TYPE_CHECKING:
+    from pipeline.config.run import RunConfig
+    from pipeline.stages.train import Launch
 
 
-def add_sweep_verb(verbs: Any, common: argparse.ArgumentParser) -> None:
+def add_sweep_verb(verbs: Verbs) -> None:
     """The verb `sweep`."""
     about = "run every combination of a grid, skip what is complete, and end with one table and plot"
-    sweep = verbs.add_parser("sweep", help=about, description=about, parents=[common])
-    sweep.add_argument(
-        "config", metavar="SWEEP", help="YAML of the sweep, such as configs/sweeps/invariance_budget.yaml"
-    )
-    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of every child's run")
+    sweep = verbs.add("sweep", _sweep, about)
+    add_config(sweep, metavar="SWEEP", help="YAML of the sweep, such as configs/sweeps/invariance_budget.yaml")
     sweep.add_argument(
         "--hostfile", metavar="FILE", help="train each child on these hosts, as `pldr launch deepspeed` does"
     )
@@ -31,38 +26,37 @@ def add_sweep_verb(verbs: Any, common: argparse.ArgumentParser) -> None:
     sweep.add_argument("--master-port", type=int, default=29500, help="with --hostfile: a free port there (29500)")
     sweep.add_argument("--ssh-port", type=int, metavar="PORT", help="with --hostfile")
     sweep.add_argument(
-        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="with --hostfile: carry it there"
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="with --hostfile: set it there, too"
     )
-    sweep.set_defaults(work=_sweep)
 
 
-def _sweep(arguments: Any, show: Show) -> Result:
+def _sweep(arguments: Any, report: Report) -> Result:
     from pipeline.sweep.report import table_lines
     from pipeline.sweep.sweep import Sweep
 
     sweep = Sweep(arguments.config, arguments.overrides)
     if arguments.hostfile is None:
-        start, ranks = _here(show), None
+        start, ranks = _here(report), None
     else:
-        start, ranks = _on_hosts(arguments, [child.config for child in sweep.children], show)
-    result = sweep.run(launch=start, say=show, ranks=ranks)
+        start, ranks = _on_hosts(arguments, [child.config for child in sweep.children], report)
+    result = sweep.run(launch=start, say=report, ranks=ranks)
     for line in table_lines(list(sweep.settings.grid), result["table"]):
-        show(line)
-    show(result["files"]["page"])
+        report(line)
+    report(result["files"]["page"])
     return result
 
 
-def _here(show: Show) -> Launch:
+def _here(report: Report) -> Launch:
     """Train on this node."""
     from launch.backends.deepspeed import launch
 
     def start(config: RunConfig, job_file: Path, ranks: int) -> None:
-        launch(config, job_file, ranks, show=lambda text: show(f"  {text}"))
+        launch(config, job_file, ranks, report=lambda text: report(f"  {text}"))
 
     return start
 
 
-def _on_hosts(arguments: Any, children: list[RunConfig], show: Show) -> tuple[Launch, int]:
+def _on_hosts(arguments: Any, children: list[RunConfig], report: Report) -> tuple[Launch, int]:
     """Train over ssh on the hosts of a hostfile, all of them for each child; how many ranks that are. Everything else of a
     child is done here. Raises ConfigError."""
     from launch.backends.deepspeed import SshJob, launch_over_ssh
@@ -79,6 +73,6 @@ def _on_hosts(arguments: Any, children: list[RunConfig], show: Show) -> tuple[La
     job = SshJob(hostfile, hosts, address, arguments.master_port, arguments.ssh_port, arguments.env)
 
     def start(config: RunConfig, job_file: Path, ranks: int) -> None:
-        launch_over_ssh(config, job_file, ranks, job, show=lambda text: show(f"  {text}"))
+        launch_over_ssh(config, job_file, ranks, job, report=lambda text: report(f"  {text}"))
 
     return start, ranks

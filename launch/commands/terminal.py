@@ -9,8 +9,8 @@ from collections.abc import Callable
 _live = False
 
 
-def say(text: str) -> None:
-    """A plain line."""
+def report(text: str) -> None:
+    """Print a plain line."""
     global _live
     if _live:
         print()
@@ -18,8 +18,8 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def say_live(text: str) -> None:
-    """A line that the next one overwrites, on a terminal."""
+def report_live(text: str) -> None:
+    """Print a line that the next one overwrites, on a terminal."""
     global _live
     width = os.get_terminal_size().columns if sys.stdout.isatty() else 200
     print(f"\r\033[K{text[: width - 1]}", end="", flush=True)
@@ -27,5 +27,6 @@ def say_live(text: str) -> None:
 
 
 def status_lines(*, json: bool) -> Callable[[str], None]:
-    """For a training's status lines: on a terminal each makes room for the next."""
-    return say_live if sys.stdout.isatty() and not json else say
+    """For a training's status lines, indented: on a terminal each makes room for the next."""
+    write = report_live if sys.stdout.isatty() and not json else report
+    return lambda text: write(f"  {text}")

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import ConfigError
 from pipeline.io.tensors import sha256_tensors
@@ -84,10 +85,19 @@ def parse_model(values: Any, *, where: Path) -> ModelConfig:
         raise ConfigError(f"{where}: {error}") from None
 
 
+class _WithoutInit(TorchFunctionMode):
+    """`nn.init.normal_` does nothing: on the meta device it imports torch._dynamo, which takes seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.init.normal_:
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the model's state dict, without allocating it."""
     constant = config.g_source in ("random", "file")
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         # A random G has the state dict of a given one, and needs none to be given.
         model = PLDRModel(replace(config, g_source="random", g_file=None) if constant else config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -20,7 +20,6 @@ from pipeline.config.section import section_in
 from pipeline.errors import ConfigError
 from pipeline.io.urls import without_secrets
 from pldr_model.config import ModelConfig
-from pldr_model.model import load_g_file
 
 EXTENDS = "extends"
 Location = tuple[str | int, ...]  # a key's path: ("train", "steps")
@@ -136,6 +135,8 @@ def _resolve(config: RunConfig, base: Path) -> RunConfig:
             raise ConfigError(
                 "model.g_file: missing; model.g_source=file needs a safetensors file with one G_LM tensor"
             )
+        from pldr_model.model import load_g_file  # imports torch, which takes seconds
+
         try:
             load_g_file(config.model.g_file, config.model)
         except ValueError as error:

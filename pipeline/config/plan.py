@@ -1,8 +1,8 @@
-"""`pldr plan`: what a run will cost and whether its G_LM can become invariant, from the configuration alone.
+"""`pldr plan`: what a run will cost and whether its G_LM can become invariant, computed from the configuration.
 
 Memory is that of the model states as ZeRO shards them (parameters, gradients, Adam moments and, under bf16, the fp32
 master weights) plus an estimate of the activations of one micro batch without checkpointing. It is a plan, not a
-measurement: fragmentation, communication buckets and the framework come on top.
+measurement: fragmentation, communication buckets and the framework are not in it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WORLD_SIZES = (1, 2, 4, 8, 16, 64)
 def plan(config: RunConfig, *, mfu: float = 0.4, peak_tflops: float = 989.0, devices: int = 8) -> dict[str, Any]:
     """Parameters, FLOPs, memory, tokens, time and the invariance budget of a run.
 
-    mfu: model FLOPs utilisation to assume, 0..1. peak_tflops: dense peak of one device (989: H100/H200 bf16).
+    mfu: model FLOPs utilization to assume, 0..1. peak_tflops: dense peak of one device (989: H100/H200 bf16).
     """
     model, train = config.model, config.train
     parameters = model.num_parameters()
@@ -72,7 +72,7 @@ def activation_bytes(config: RunConfig) -> int:
 
 
 def plan_lines(report: dict[str, Any]) -> list[str]:
-    """The report for a person."""
+    """The report as lines of text."""
 
     def size(value: float) -> str:
         return f"{value / 1e9:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.1f} MB"

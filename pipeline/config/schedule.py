@@ -1,6 +1,6 @@
 """The learning rate of every step, and what it adds up to: the invariance budget.
 
-Pure functions of the configuration, so that `pldr plan` can tell the budget before a GPU is bought and a resumed run
+Pure functions of the configuration, so that `pldr plan` can compute the budget before anything is spent and a resumed run
 needs no scheduler state.
 
 Invariance budget (docs/certificate.md; a hypothesis this project keeps testing): `Sigma = sum_t lr_t * weight_decay` over
@@ -15,9 +15,8 @@ import math
 
 from pipeline.config.train import TrainConfig
 
-BUDGET_INVARIANT = (
-    6.0  # measured: >= 5.9 gave fp32 round-off in some small runs, 6.5 left others variant (docs/experiments.md)
-)
+# Measured: 5.9 and more gave fp32 round-off in some small runs, 6.5 left others variant (docs/experiments.md).
+BUDGET_INVARIANT = 6.0
 BUDGET_PUBLISHED = 9.0  # every published run below it was sub-critical, every one above near-critical
 BUDGET_APPROXIMATE = 3.0  # measured: 2.9..3.6 gave 4e-4..3e-5, and 3.3 in 600 steps still 0.4..1
 
@@ -38,12 +37,12 @@ def invariance_budget(train: TrainConfig, step: int | None = None) -> float:
 
 
 def planned_budget(train: TrainConfig) -> float:
-    """Sigma of a run that goes as planned: up to `freeze_g.at_step`, where there is one (the metric learner is then gone)."""
+    """Sigma of a run that goes as planned: up to `freeze_g.at_step`, if set (the metric learner is then gone)."""
     return invariance_budget(train, None if train.freeze_g is None else train.freeze_g.at_step)
 
 
 def budget_verdict(budget: float) -> str:
-    """The prediction in plain words."""
+    """The prediction in words."""
     if budget >= BUDGET_PUBLISHED:
         return "invariant expected (like the published near-critical models)"
     if budget >= BUDGET_INVARIANT:

@@ -8,7 +8,7 @@ from pydantic import field_validator, model_validator
 
 from pipeline.config.section import Kind, Section
 from pipeline.io.urls import check_url, is_http
-from pldr_model.model import ActivationCheckpointing
+from pldr_model.config import ActivationCheckpointing
 
 recipe = Kind("fixed", ("train",), result=True)  # what the trained weights come from: another value is another run
 arithmetic = Kind("may change", ("train",), result=True)  # another rounding of the same run

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.bundle.read import BundleParts, read_bundle
 from pipeline.errors import UserError
-from pldr_model.generate import generate
+from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
 
 

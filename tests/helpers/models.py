@@ -19,7 +19,7 @@ from pipeline.post.extract import extract_g
 from pipeline.post.package.bundle import build_bundle
 from pipeline.post.validate import validate
 from pldr_model.config import ModelConfig
-from pldr_model.generate import generate
+from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,17 +1,7 @@
-"""A run small enough for a test and real in every part (it trains in seconds and its certificate passes), and two hosts to
-train on: network and host-name namespaces of this machine, a cable between them, and sshd in each. Needs root.
+"""A run small enough for a test and real in every part: it trains in seconds and its certificate passes."""
 
-The hosts share the machine's file system, as those of a cluster share the run directory's, and its processes.
-"""
-
-import contextlib
 import json
-import os
 import random
-import shutil
-import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +25,7 @@ def tiny_run(folder: Path, **train) -> Path:
         "name": "tiny",
         "run_dir": str(folder / "run"),
         "data": {
-            # Relative: a document's name, and with it the data order, must not hang on where pytest keeps its folders.
+            # Relative: a document's name, and with it the data order, must not depend on where pytest keeps its folders.
             "sources": [{"url": "corpus.jsonl"}],
             "val_fraction": 0.2,
             "test_fraction": 0.1,
@@ -63,116 +53,3 @@ def tiny_run(folder: Path, **train) -> Path:
 def make_run():
     """`make_run(folder, **train)`: the YAML of a tiny run."""
     return tiny_run
-
-
-ADDRESSES = ("10.99.0.1", "10.99.0.2")
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
-
-
-class Network:
-    """Two hosts, pldrPIDa and pldrPIDb. `enter(0)`: what goes before a command that runs on the first."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.addresses = folder, ADDRESSES
-        self.names = [f"pldr{os.getpid()}{side}" for side in "ab"]
-        self.servers: list[subprocess.Popen] = []
-
-    def enter(self, host: int) -> list[str]:
-        name = self.names[host]
-        set_name = ["unshare", "--uts", "sh", "-c", f'hostname {name} && exec "$@"', "sh"]
-        return ["ip", "netns", "exec", name, *set_name]
-
-    def cable(self, state: str) -> None:
-        """Cut it (down) or mend it (up), at the first host's end."""
-        ip("-n", self.names[0], "link", "set", "cable", state)
-
-    def hostfile(self, *hosts: int, slots: int = 1) -> str:
-        path = self.folder / f"hosts-{'-'.join(str(h) for h in hosts)}"
-        path.write_text("".join(f"{ADDRESSES[host]} slots={slots}\n" for host in hosts))
-        return str(path)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {"PDSH_SSH_ARGS_APPEND": f"-F {self.folder / 'ssh_config'}"}
-
-    def make(self) -> None:
-        for name in self.names:
-            ip("netns", "add", name)
-        ip(
-            "link",
-            "add",
-            "cable",
-            "netns",
-            self.names[0],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "cable",
-            "netns",
-            self.names[1],
-        )
-        for name, address in zip(self.names, ADDRESSES, strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-
-    def serve_ssh(self) -> None:
-        """sshd on both, with keys of their own; pytest's folders are too open for StrictModes."""
-        for key in ("host_key", "user_key"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / key)], check=True)
-        public = (self.folder / "host_key.pub").read_text()
-        known = "".join(f"{address} {public}" for address in ADDRESSES)
-        (self.folder / "known_hosts").write_text(known)
-        (self.folder / "ssh_config").write_text(
-            f"IdentityFile {self.folder}/user_key\nUserKnownHostsFile {self.folder}/known_hosts\nIdentitiesOnly yes\n"
-        )
-        (self.folder / "sshd_config").write_text(
-            f"HostKey {self.folder}/host_key\nAuthorizedKeysFile {self.folder}/user_key.pub\nStrictModes no\nUsePAM no\n"
-            "PidFile none\nPermitRootLogin yes\nPasswordAuthentication no\n"
-        )
-        Path("/run/sshd").mkdir(exist_ok=True)
-        sshd = shutil.which("sshd")
-        for host in (0, 1):
-            command = [*self.enter(host), sshd, "-D", "-e", "-f", str(self.folder / "sshd_config")]
-            with open(self.folder / f"sshd{host}.log", "wb") as log:
-                self.servers.append(subprocess.Popen(command, stderr=log))
-        end = time.monotonic() + 10
-        while not all(b"listening" in (self.folder / f"sshd{host}.log").read_bytes() for host in (0, 1)):
-            assert time.monotonic() < end, "sshd does not listen"
-            time.sleep(0.05)
-
-    def close(self) -> None:
-        for server in self.servers:
-            server.terminate()
-            server.wait()
-        for name in self.names:
-            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
-
-
-@contextlib.contextmanager
-def two_hosts(folder: Path, *, ssh: bool) -> Iterator[Network]:
-    """A Network; skips the test, with the reason, where this machine may not make it."""
-    for tool in ("ip", "unshare", *(("sshd", "ssh", "ssh-keygen", "pdsh") if ssh else ())):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed")
-    network = Network(folder)
-    try:
-        try:
-            network.make()
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"this machine may not make network namespaces ({error})")
-        if ssh:
-            network.serve_ssh()
-        yield network
-    finally:
-        network.close()
-
-
-@pytest.fixture(scope="session")
-def make_hosts():
-    """`make_hosts(folder, ssh=True)`: a context with two hosts."""
-    return two_hosts

@@ -1,9 +1,9 @@
-"""What one node has, for `pldr doctor`: a question on stdin, the facts as the last line of stdout, both JSON.
+"""The facts about one node, for `pldr doctor`: a question on stdin, the facts as the last line of stdout, both JSON.
 
     python -m launch.commands.doctor.probe < question
 
-It runs as a rank would: the same Python, in the same way over ssh (limits there differ from those of a login shell). It judges
-nothing; a check that fails is told by the text of its error.
+It runs as a rank would: the same Python, in the same way over ssh (limits there differ from those of a login shell). It decides
+nothing: a check that fails gives the text of its error.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def nearest(folder: Path) -> Path:
 
 
 def token_file(run_dir: Path, token: str) -> Path:
-    """What the asking process has left in the run directory."""
+    """A file that the asking process has written to the run directory."""
     return nearest(run_dir) / f".pldr-doctor-{token}"
 
 
@@ -80,19 +80,19 @@ def _attempt(work: Callable[[], None]) -> str | None:
     """None, or why it failed."""
     try:
         work()
-    except Exception as error:  # whatever it is, it is a finding
+    except Exception as error:  # every error is a finding
         return without_secrets(f"{type(error).__name__}: {first_line(error)}")
     return None
 
 
 def _write_run_dir(run_dir: Path, token: str) -> None:
     if not token_file(run_dir, token).exists():
-        raise FileNotFoundError(f"a file written by the asking host is not there: {run_dir} is another one here")
+        raise FileNotFoundError(f"a file written by the asking host is missing: {run_dir} is another directory here")
     _write_beside(run_dir)
 
 
 def _write_beside(folder: Path) -> None:
-    """A file where a folder is or will be, written and removed."""
+    """Write and remove a file where a folder is or will be."""
     own = nearest(folder) / f".pldr-doctor-{uuid.uuid4().hex}"
     own.write_bytes(b"pldr")
     own.unlink()
@@ -124,17 +124,17 @@ def _torch() -> dict[str, Any]:
 
 
 def _driver() -> dict[str, Any] | None:
-    """NVIDIA's driver and what it sees; None where there is none."""
+    """NVIDIA's driver and how many GPUs it sees; None without a driver."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except subprocess.TimeoutExpired:
-        return {"error": "nvidia-smi does not answer within 30 s"}
-    if asked.returncode:
-        return {"error": " ".join((asked.stderr or asked.stdout).split())[:200]}
-    rows = [line.split(", ", 1) for line in asked.stdout.strip().splitlines()]
+        return {"error": "nvidia-smi does not finish within 30 s"}
+    if done.returncode:
+        return {"error": " ".join((done.stderr or done.stdout).split())[:200]}
+    rows = [line.split(", ", 1) for line in done.stdout.strip().splitlines()]
     return {"version": rows[0][0] if rows else None, "gpus": len(rows)}
 
 
@@ -146,7 +146,7 @@ def _version(package: str) -> str | None:
 
 
 def _code() -> str:
-    """A hash over our source files: installed from a checkout, the version tells nothing."""
+    """A hash over our source files: installed from a checkout, the version does not identify it."""
     digest = hashlib.sha256()
     for part in PARTS:
         folder = Path(__file__).parents[3] / part
@@ -166,5 +166,5 @@ def _free(folder: str) -> int | None:
 if __name__ == "__main__":
     question = json.load(sys.stdin)
     os.environ.update(question.pop("environment", {}))
-    os.environ.setdefault("PLDR_RETRIES", "1")  # an answer is wanted soon
+    os.environ.setdefault("PLDR_RETRIES", "1")  # fail fast
     print(json.dumps(facts(question)))

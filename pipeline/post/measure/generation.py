@@ -16,7 +16,7 @@ from pipeline.distributed import merged, share
 from pipeline.post.measure.downstream import Totals
 from pipeline.post.measure.observe import batches, deduce, tensors_of
 from pipeline.post.measure.statistics import Pair
-from pldr_model.generate import generate
+from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
 
 RUNS = (("1", "2"), ("1", "C"), ("2", "C"))

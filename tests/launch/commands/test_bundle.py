@@ -56,9 +56,9 @@ def test_the_same_checkpoint_gives_the_same_bytes_elsewhere_and_later(capsys, mo
         names = sorted(p.name for p in first.iterdir())
         assert MANIFEST in names and names == sorted(p.name for p in second.iterdir())
         for name in names:
-            whole = (first / name).read_bytes()
-            assert whole == (second / name).read_bytes(), name
-            assert str(tmp_path).encode() not in whole, name
+            data = (first / name).read_bytes()
+            assert data == (second / name).read_bytes(), name
+            assert str(tmp_path).encode() not in data, name
         capsys.readouterr()
         assert main(["bundle", "verify", str(second), "--json"]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])

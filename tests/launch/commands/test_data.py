@@ -103,9 +103,6 @@ def test_show_prints_a_sequence_and_where_it_is(capsys, config: Path) -> None:
         (["data", "verify", "run/tokens", "seed=2"], 2, "goes with the YAML"),
         (["data", "report", "nowhere.yaml"], 2, "no such file"),
         (["data", "report", "tiny.yaml", "run_dir=other"], 1, "run `pldr shard` first"),
-        (["bench", "data", "--steps", "3"], 2, "takes no steps"),
-        (["bench", "data", "seed=3"], 2, "takes no overrides"),
-        (["bench", "tiny.yaml", "--text", "x.txt"], 2, "go with `pldr bench data`"),
         (["bench", "data", "--text", "nowhere.txt"], 1, "nowhere.txt"),
     ],
 )

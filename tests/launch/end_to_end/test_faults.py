@@ -1,4 +1,4 @@
-"""Faults that a training job meets, done to real jobs: signals, a stopped rank, a killed one, a full disk, restarts.
+"""Faults of real training jobs: signals, a suspended rank, a killed one, a full disk, restarts.
 
 `tokens` makes the data once; each test trains in a copy of that run directory.
 """
@@ -62,7 +62,7 @@ class Training:
         self.wait_for(lambda: not self.job())
 
     def job(self) -> dict[str, int]:
-        """The processes of the job by what they are: runner, launch, 0, 1."""
+        """The processes of the job by role: runner, launch, 0, 1."""
         found = {}
         for process in psutil.process_iter(["pid", "cmdline", "status"]):
             words = process.info["cmdline"] or []
@@ -75,7 +75,7 @@ class Training:
     def wait_for(self, condition, seconds=400):
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, "waited in vain: " + self.log()[-2000:]
+            assert time.monotonic() < end, "timeout: " + self.log()[-2000:]
             time.sleep(0.02)
 
     def wait_for_checkpoint(self, count=1):
@@ -120,7 +120,7 @@ def last_bytes(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def straight(tokens, tmp_path_factory):
-    """The last checkpoint of a run that nothing happened to."""
+    """The last checkpoint of an undisturbed run."""
     folder = tmp_path_factory.mktemp("straight") / "work"
     shutil.copytree(tokens, folder)
     with Training(folder) as training:
@@ -143,7 +143,7 @@ def test_sigterm_to_the_command_saves_and_ends_with_0(work):
 
 @pytest.mark.slow
 def test_a_run_that_signals_stopped_again_and_again_is_bit_equal(work, straight):
-    """SIGUSR1 to one rank alone stops both at the same step; so does SIGTERM to DeepSpeed's launcher."""
+    """SIGUSR1 to only one rank stops both at the same step; so does SIGTERM to DeepSpeed's launcher."""
     for victim, signum in {"1": signal.SIGUSR1, "launch": signal.SIGTERM}.items():
         before = len(committed(work / "run" / "checkpoints"))
         with Training(work) as training:
@@ -223,9 +223,9 @@ def test_a_rank_out_of_memory_says_so_and_what_was_in_it(work):
     command = ["prlimit", f"--as={4_500_000_000}", *PLDR, "train", "tiny.yaml", "--json", "train.global_batch=4096",
                "train.micro_batch=2048", f"run_dir={work / 'run'}"]  # fmt: skip
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=400)
-    said = json.loads(done.stdout.strip().splitlines()[-1])["error"]
-    assert done.returncode == 1 and "is out of memory in step" in said and "lower train.micro_batch" in said
-    written = [Path(word) for word in said.split() if word.endswith(".txt")]
+    error = json.loads(done.stdout.strip().splitlines()[-1])["error"]
+    assert done.returncode == 1 and "is out of memory in step" in error and "lower train.micro_batch" in error
+    written = [Path(word) for word in error.split() if word.endswith(".txt")]
     assert len(written) == 1 and "GB resident" in written[0].read_text()
     client, run = mlflow_run(work)
     assert run.info.status == "FAILED"
@@ -255,7 +255,7 @@ def outcome(folder: Path) -> tuple[dict[str, dict[str, bytes]], list[tuple[int, 
 def test_kill_minus_9_of_anything_at_any_time_loses_nothing(tokens, tmp_path):
     """32 kills of ranks, runner, launcher and command, at random moments: of the start, of the steps, and (every other one)
     of a save. No committed step is lost, and what comes out is, checkpoint for checkpoint and loss for loss, the run that
-    nothing happened to. `kills.json` in the test's folder tells what was hit."""
+    nothing happened to. `kills.json` in the test's folder lists what was killed."""
     rng, hits = random.Random(11), []
     for name in ("straight", "killed"):
         shutil.copytree(tokens, tmp_path / name)
@@ -288,7 +288,7 @@ def test_kill_minus_9_of_anything_at_any_time_loses_nothing(tokens, tmp_path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(jobs[victim], signal.SIGKILL)
             assert training.wait() != 0
-        after = steps_saved(work)  # each of them whole
+        after = steps_saved(work)  # each of them complete
         hits.append({"victim": victim, "committed": before[-1:], "staging": saving})
         (tmp_path / "kills.json").write_text(json.dumps(hits, indent=1))
         assert set(before) <= set(after), (number, victim)

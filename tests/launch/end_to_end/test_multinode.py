@@ -90,7 +90,7 @@ class Launch:
 def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.05)
 
 
@@ -122,7 +122,7 @@ def last_step(folder: Path) -> int:
 
 
 def losses(folder: Path) -> list[float]:
-    """What was shown of the training loss."""
+    """The training losses in the output."""
     text = (folder / "run" / "logs" / "train.log").read_text()
     return [float(value) for value in re.findall(r"pldr-status\| step .* loss ([\d.]+)", text)]
 
@@ -146,7 +146,7 @@ def test_a_cut_cable_ends_both_hosts_and_one_goes_on_alone(hosts, work):
             cut = time.monotonic()
             wait_for(lambda: not ranks(work), TIMEOUT_S + 15)  # on both sides of the cut
             assert launch.wait(60) == 1
-            assert time.monotonic() - cut < TIMEOUT_S + 45  # sshd of the host that is away is tried once more
+            assert time.monotonic() - cut < TIMEOUT_S + 45  # sshd of the unreachable host is tried once more
             assert "is cut" in launch.result["error"] or "no sign of life" in launch.result["error"]
         at = last_step(work)
         assert at < 400
@@ -200,7 +200,7 @@ def test_a_killed_remote_rank_is_restarted_from_the_last_commit(hosts, work):
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_one_process_on_each_node_with_a_restart_and_a_stop(hosts, work, launcher):
-    """What Slurm and Kubernetes start. A killed rank restarts the job on both; a signal to node 1 alone stops both."""
+    """What Slurm and Kubernetes start. A killed rank restarts the job on both; a signal to only node 1 stops both."""
 
     def words(node: int) -> list[str]:
         where = ["--node-rank", str(node), "--master-addr", hosts.addresses[0], "--stopped-code", "75"]
@@ -231,7 +231,7 @@ def test_a_node_that_does_not_come_is_named(hosts, work):
     words = ["--hostfile", hosts.hostfile(0, 1), "--no-ssh", "--node-rank", "0", "--wait", "3"]
     with Launch(hosts, 0, work, "launch", "deepspeed", "tiny.yaml", *words) as launch:
         assert launch.wait() == 1
-        assert "node 1 did not come within 3 s" in launch.result["error"]
+        assert "node 1 was not there within 3 s" in launch.result["error"]
 
 
 def test_doctor_passes_two_hosts_and_names_the_one_that_is_cut_off(hosts, work):
@@ -245,12 +245,12 @@ def test_doctor_passes_two_hosts_and_names_the_one_that_is_cut_off(hosts, work):
         with Launch(hosts, 0, work, *words) as launch:
             assert launch.wait() == 1
             failed = [f for f in launch.result["findings"] if f["status"] == "FAIL"]
-            assert [(f["check"], f["host"]) for f in failed] == [("ssh", hosts.addresses[1])] and failed[0]["mend"]
+            assert [(f["check"], f["host"]) for f in failed] == [("ssh", hosts.addresses[1])] and failed[0]["fix"]
     finally:
         hosts.cable("up")
 
 
-def test_a_run_directory_that_one_host_does_not_see_is_told(hosts, work):
+def test_a_run_directory_that_one_host_does_not_see_is_reported(hosts, work):
     """The other host has an empty tmpfs where the run directory is."""
     shutil.rmtree(work / "run" / "logs", ignore_errors=True)
     enter = hosts.enter(1)
@@ -270,7 +270,7 @@ def test_a_run_directory_that_one_host_does_not_see_is_told(hosts, work):
         "-m",
         "launch.commands.doctor.probe",
     ]
-    said = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, cwd="/", env={
+    done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, cwd="/", env={
         **os.environ, "PYTHONPATH": str(Path(__file__).parents[3])})  # fmt: skip
-    facts = json.loads(said.stdout.strip().splitlines()[-1])
+    facts = json.loads(done.stdout.strip().splitlines()[-1])
     assert "is another one here" in facts["run_dir"]

@@ -1,4 +1,4 @@
-"""A run that MLflow never sees while it trains: begun, killed, resumed and finished with the server away."""
+"""A run that is started, killed, resumed and finished while the MLflow server is unreachable."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The whole line as a user runs it: `pldr run`, killed in the middle of training, started again, used."""
+"""The whole pipeline as a user runs it: `pldr run`, killed in the middle of training, started again, used."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ PLDR = [sys.executable, "-m", "launch.cli"]
 
 
 def pldr(*arguments):
-    """The command line in this process, which saves the seconds of its imports; the killed run has a process of its own."""
+    """The command line in this process, which saves the seconds of its imports; the killed run has its own process."""
     cwd = next((Path(word).parent for word in arguments if str(word).endswith(".yaml")), Path.cwd())
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -39,7 +39,7 @@ def result_of(output):
 def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.05)
 
 
@@ -71,7 +71,7 @@ def finished(tmp_path_factory, make_run):
     assert first.poll() is None, first.stdout.read().decode()
     first.send_signal(signal.SIGKILL)
     first.wait()
-    # Nothing of the killed run goes on: its ranks end when their launcher is gone.
+    # No rank of the killed run keeps running: ranks end when their launcher is gone.
     wait_for(lambda: not workers_of(run_dir), seconds=30)
     data = {p.name: p.read_bytes() for p in (run_dir / "tokens").iterdir() if p.is_file()}
     code, output, errors = pldr("run", config, "--json")
@@ -214,7 +214,7 @@ def test_a_resume_from_mlflow_alone_is_bit_equal(finished, tmp_path):
     uri = tracking_uri(load_config(path))
     run_id = result_of(output)["run_id"]
     mlflow = client(uri)
-    # What the straight run saved last is taken away, so that the last hundred steps have to be trained again.
+    # The last checkpoint of the straight run is removed, so that the last hundred steps have to be trained again.
     get_artifact_repository(mlflow.get_run(run_id).info.artifact_uri).delete_artifacts("checkpoints/step-000500")
     other = [f"run_dir={tmp_path / 'other'}", f"tracking.uri={uri}"]
     for stage in ("shard", "tokenizer", "tokenize"):

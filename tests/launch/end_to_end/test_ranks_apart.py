@@ -1,4 +1,4 @@
-"""Two ranks on machines of their own, as far as one machine can play two: mount and network namespaces. Needs root."""
+"""Two ranks on separate machines, as far as one machine can stand in for two: mount and network namespaces. Needs root."""
 
 import contextlib
 import os
@@ -62,13 +62,13 @@ def failures(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("lacks", "mount", "said"),
+    ("lacks", "mount", "message"),
     [
         ("data", "mount -t tmpfs -o size=64k tmpfs run/tokens", "no finished tokens"),
         ("disk", "mount -t tmpfs -o size=64k tmpfs run/checkpoints", "this rank's part of a checkpoint needs about"),
     ],
 )
-def test_a_rank_without_data_or_disk_says_so_before_training(tokens, tmp_path, lacks, mount, said):
+def test_a_rank_without_data_or_disk_fails_before_training(tokens, tmp_path, lacks, mount, message):
     folder = prepared(tokens, tmp_path / "work")
     (folder / "run" / "checkpoints").mkdir(exist_ok=True)
     ranks = start(folder, [[], ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]])
@@ -77,8 +77,8 @@ def test_a_rank_without_data_or_disk_says_so_before_training(tokens, tmp_path, l
     finally:
         for rank in ranks:
             rank.kill()
-    for line in failures(folder):  # both know which
-        assert "rank 1 on" in line and said in line and "rank 0 on" not in line
+    for line in failures(folder):  # both name the same rank
+        assert "rank 1 on" in line and message in line and "rank 0 on" not in line
     assert "pldr-status" not in (folder / "rank0.log").read_text()
 
 
@@ -91,7 +91,7 @@ def two_networks(tmp_path, make_hosts):
 
 @pytest.mark.multinode
 def test_a_cut_cable_ends_both_ranks_within_the_timeout(tokens, tmp_path, two_networks):
-    """No packet says that the other end is gone: without timeouts in ZeRO's own groups this hangs for half an hour."""
+    """No packet shows that the other end is gone: without timeouts in ZeRO's own groups this hangs for half an hour."""
     folder = prepared(tokens, tmp_path / "work")
     prefixes = [two_networks.enter(host) for host in (0, 1)]
     ranks = start(folder, prefixes, address=two_networks.addresses[0], interface="cable")
@@ -103,7 +103,7 @@ def test_a_cut_cable_ends_both_ranks_within_the_timeout(tokens, tmp_path, two_ne
         two_networks.cable("down")
         cut = time.monotonic()
         assert [rank.wait(120) for rank in ranks] == [1, 1], failures(folder)
-        assert time.monotonic() - cut < 20 + 25  # train.timeout_s, and rank 0 takes leave of MLflow
+        assert time.monotonic() - cut < 20 + 25  # train.timeout_s, and rank 0 closes its MLflow run
     finally:
         for rank in ranks:
             rank.kill()

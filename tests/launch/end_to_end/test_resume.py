@@ -1,4 +1,4 @@
-"""`pldr train --resume` as a user gives it, on other ranks and another ZeRO stage: the same run, told in MLflow."""
+"""`pldr train --resume` as a user gives it, on other ranks and another ZeRO stage: the same run in MLflow."""
 
 import contextlib
 import io
@@ -45,7 +45,7 @@ def test_a_run_goes_on_elsewhere_and_back_at_other_settings(make_run, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000020"
     assert sorted(straight) == [10, 20, 30, 40] and first["resumed_from"] is None
 
-    # PATH: a run of its own, in another run directory, on one rank at stage 3.
+    # PATH: a new run, in another run directory, on one rank at stage 3.
     elsewhere = [f"run_dir={tmp_path / 'other'}", "train.ranks=1", "train.zero_stage=3", "train.micro_batch=2"]
     result, output, other, losses = trained(config, "--resume", str(checkpoint), *elsewhere)
     assert result["run_id"] != first["run_id"] and result["resumed_from"] == "step-000020"
@@ -53,7 +53,7 @@ def test_a_run_goes_on_elsewhere_and_back_at_other_settings(make_run, tmp_path):
     assert losses == pytest.approx({step: straight[step] for step in (30, 40)}, rel=1e-5)
     assert other.data.params["train.zero_stage"] == "3" and other.data.tags["resumed.20.train.ranks"] == "2 -> 1"
 
-    # The run itself, taken back: its parameters stay, what changed is a tag, no step is logged twice.
+    # The run itself, resumed from an earlier step: its parameters stay, changes become a tag, no step is logged twice.
     back = f"runs:/{first['run_id']}/checkpoints/step-000020"
     result, output, run, losses = trained(config, "--resume", back, "train.ranks=1", "train.zero_stage=2")
     assert result["run_id"] == first["run_id"] and result["resumed_from"] == "step-000020"
@@ -63,7 +63,7 @@ def test_a_run_goes_on_elsewhere_and_back_at_other_settings(make_run, tmp_path):
     log = (tmp_path / "run" / "logs" / "train.log").read_text()
     assert "step-000020 converted: 2 ranks, fp32, ZeRO 1 -> 1 ranks, fp32, ZeRO 2" in log
 
-    # Another model is named and refused; --force goes on all the same where the parameters are the same ones.
+    # Another model is named and refused; --force continues anyway where the parameters are the same ones.
     other_model = [SDPA, "model.rope_style=half", "train.ranks=1", "train.zero_stage=2"]
     code, _, errors = pldr(config, "train", *other_model)
     assert code == 2 and "model.rope_style" in errors and "--force" in errors and errors.count("\n") == 1

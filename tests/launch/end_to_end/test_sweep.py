@@ -58,7 +58,7 @@ def test_each_child_is_trained_on_the_hosts_of_a_hostfile(tmp_path, make_run):
         assert state["world_size"] == 2
 
 
-def test_ranks_that_do_not_divide_a_childs_batch_are_told_before_anything_starts(tmp_path, make_run, capsys):
+def test_ranks_that_do_not_divide_a_childs_batch_are_refused_before_anything_starts(tmp_path, make_run, capsys):
     make_run(tmp_path)
     tree = {"name": "two", "config": "tiny.yaml", "run_dir": str(tmp_path / "sweep"), "grid": {"seed": [1, 2]}}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree))
@@ -93,13 +93,15 @@ def test_a_killed_sweep_goes_on_where_it_was_and_ends_with_one_table(tmp_path, m
     first.send_signal(signal.SIGKILL)
     first.wait()
     table = json.loads((tmp_path / "sweep" / "report" / "sweep.json").read_bytes())
-    assert [row["child"] for row in table["rows"]] == ["metric_weight_decay-0.1"]  # one was finished, and told
+    assert [row["child"] for row in table["rows"]] == [
+        "metric_weight_decay-0.1"
+    ]  # one was finished, and is in the table
 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    said = done.stdout.split("child       2 of 2")
-    assert said[0].count("complete, skipped") == 7 and "train        ..." not in said[0]
-    assert "train        ..." in said[1]
+    parts = done.stdout.split("child       2 of 2")
+    assert parts[0].count("complete, skipped") == 7 and "train        ..." not in parts[0]
+    assert "train        ..." in parts[1]
     train = json.loads((second / "stages" / "train.json").read_bytes())["result"]
     assert train["resumed_from"] is not None and train["steps"] == 120
 

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.inference.runtime import Bundle
-from pldr_model.generate import generate
+from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
 
 PROMPTS = ["the quick", "a", "jumps over the lazy dog and "]

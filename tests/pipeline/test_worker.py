@@ -1,4 +1,4 @@
-"""What a rank finds in its environment before it starts its work (pipeline/worker.py, pipeline/distributed.py)."""
+"""pipeline/worker.py: the environment of a rank before it starts its work."""
 
 import json
 import os
@@ -6,9 +6,8 @@ import subprocess
 import sys
 
 import fsspec.config
-import pytest
 
-from pipeline import distributed, worker
+from pipeline import worker
 
 
 def test_fsspec_gets_what_came_by_the_file(tmp_path, monkeypatch):
@@ -48,25 +47,3 @@ def test_torch_counts_gpus_by_what_is_set_before_cuda_is_used():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "None"]
-
-
-@pytest.mark.parametrize(
-    ("nodes", "default", "chosen"),
-    [({}, "eth0", "lo"), ({"CROSS_SIZE": "2"}, "eth0", "eth0"), ({"GROUP_WORLD_SIZE": "2"}, "eth0", "eth0"),
-     ({"CROSS_SIZE": "1"}, "eth0", "lo"), ({"CROSS_SIZE": "2"}, None, "lo")],
-    ids=["one", "deepspeed", "torchrun", "deepspeed's one", "no default route"],
-)  # fmt: skip
-def test_several_nodes_do_not_talk_through_the_loopback(monkeypatch, nodes, default, chosen):
-    """On rank 0's host its own name may be a loopback address, 127.0.1.1."""
-    for name in ("CROSS_SIZE", "GROUP_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in nodes.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.1.1")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "taken back after the test")
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    monkeypatch.setattr(
-        distributed, "interface_towards", {"127.0.1.1": "lo", "127.0.0.1": "lo", distributed.OUTSIDE: default}.get
-    )
-    distributed.choose_interface()
-    assert os.environ["GLOO_SOCKET_IFNAME"] == chosen

@@ -1,4 +1,4 @@
-"""Reaching the hosts for `pldr doctor`: commands here or over ssh, whether a host answers, and what time it has."""
+"""Connections to the hosts for `pldr doctor`: commands here or over ssh, whether ssh works, and each host's clock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from launch.backends.hosts import Host, carried, is_private, on_each, ssh
-from launch.commands.doctor.findings import Finding, judge_clock
+from launch.commands.doctor.findings import Finding, check_clock
 
 LOCAL = "this host"
 Clock = tuple[float, float]  # how far it is ahead of ours, and how uncertain that is, in seconds
@@ -34,7 +34,7 @@ class Runner:
                     command, input=stdin, capture_output=True, text=True, errors="replace", timeout=timeout_s
                 )
             except subprocess.TimeoutExpired:
-                return subprocess.CompletedProcess(command, -1, "", f"no end within {timeout_s:g} s")
+                return subprocess.CompletedProcess(command, -1, "", f"did not finish within {timeout_s:g} s")
         public = {k: v for k, v in self.variables.items() if not is_private(k, v)}
         public["PYTHONPATH"] = ":".join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p)
         pairs = [f"{name}={value}" for name, value in public.items()]
@@ -42,17 +42,17 @@ class Runner:
         return ssh(host.name, there, port=self._port, stdin=stdin, timeout_s=timeout_s)
 
     def clock(self, host: Host) -> tuple[subprocess.CompletedProcess[str], Clock | None]:
-        """What `date` said there, and the clock when that is a time. What a shell's startup files print comes before it."""
+        """The output of `date` there, and the clock if that is a time. A shell's startup files may print before it."""
         started = time.time()
-        asked = ssh(host.name, ["date", "+%s.%N"], port=self._port, timeout_s=30)
+        done = ssh(host.name, ["date", "+%s.%N"], port=self._port, timeout_s=30)
         ended = time.time()
         with contextlib.suppress(ValueError, IndexError):
-            now = float(asked.stdout.strip().splitlines()[-1])
-            return asked, (now - (started + ended) / 2, (ended - started) / 2)
-        return asked, None
+            now = float(done.stdout.strip().splitlines()[-1])
+            return done, (now - (started + ended) / 2, (ended - started) / 2)
+        return done, None
 
 
-def reach(hosts: Sequence[Host], run: Runner) -> list[Finding]:
+def check_connections(hosts: Sequence[Host], run: Runner) -> list[Finding]:
     """ssh and the clock of every host. The second call is timed: the first one may wait for names and keys."""
 
     def ask(host: Host) -> tuple[subprocess.CompletedProcess[str], Clock | None]:
@@ -61,24 +61,24 @@ def reach(hosts: Sequence[Host], run: Runner) -> list[Finding]:
 
     found: list[Finding] = []
     clocks: dict[str, Clock] = {}
-    for host, (asked, clock) in on_each(hosts, ask).items():
-        if asked.returncode:
-            said = (asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"])[-1]
-            found.append(Finding("ssh", host, "FAIL", said, _ssh_mend(said, host)))
+    for host, (done, clock) in on_each(hosts, ask).items():
+        if done.returncode:
+            error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            found.append(Finding("ssh", host, "FAIL", error, _ssh_fix(error, host)))
             continue
-        found.append(Finding("ssh", host, "ok", "answers without a password"))
+        found.append(Finding("ssh", host, "ok", "works without a password"))
         if clock is not None:
             clocks[host] = clock
             continue
-        text = f"not known: `date +%s.%N` answered {' '.join(asked.stdout.split())[-60:]!r}"
-        mend = "let ~/.bashrc there print nothing when no terminal is there; install GNU date (coreutils)"
-        found.append(Finding("clock", host, "warn", text, mend))
-    return [*found, *judge_clock(clocks)]
+        text = f"not known: `date +%s.%N` printed {' '.join(done.stdout.split())[-60:]!r}"
+        fix = "let ~/.bashrc there print nothing without a terminal; install GNU date (coreutils)"
+        found.append(Finding("clock", host, "warn", text, fix))
+    return [*found, *check_clock(clocks)]
 
 
-def _ssh_mend(said: str, host: str) -> str:
-    if "Host key verification" in said or "host key" in said.lower():
-        return f"ssh-keyscan {host} >> ~/.ssh/known_hosts (after a look at the key)"
-    if "Permission denied" in said:
+def _ssh_fix(error: str, host: str) -> str:
+    if "Host key verification" in error or "host key" in error.lower():
+        return f"ssh-keyscan {host} >> ~/.ssh/known_hosts (after checking the key)"
+    if "Permission denied" in error:
         return f"ssh-copy-id {host}"
     return "is the host up, its name right, sshd running, the port open (--ssh-port)?"

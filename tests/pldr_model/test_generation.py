@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pldr_model.config import ModelConfig
-from pldr_model.generate import generate, token_probabilities
+from pldr_model.generation import generate, token_probabilities
 from pldr_model.model import PLDRModel
 
 CONFIG = ModelConfig(vocab_size=61, num_layers=2, num_heads=2, head_dim=8, context_length=40, A_dff=12, num_reslayerA=2)

@@ -1,0 +1,96 @@
+"""`pldr bench CONFIG | train CONFIG | data | startup`: how fast the model, training, the data path and the command line are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launch.commands.verbs import Report, Result, Verbs, add_overrides
+from pipeline.errors import ConfigError
+
+# Options that only some benchmarks have; the others refuse them.
+OPTIONS_OF = {
+    "model": ("overrides", "steps", "batch"),
+    "train": ("overrides", "steps", "batch"),
+    "data": ("text", "tokenizer"),
+    "startup": ("bundle", "repeats"),
+}
+
+
+def add_bench_verb(verbs: Verbs) -> None:
+    """The verb `bench`."""
+    sub = verbs.add(
+        "bench",
+        _bench,
+        "time the model against its SDPA twin; train: DeepSpeed and saving; data: tokenizing, loading; startup: pldr itself",
+    )
+    sub.add_argument(
+        "config",
+        metavar="CONFIG|train CONFIG|data|startup",
+        help="YAML of the run, after the word train or not; or the word data or startup",
+    )
+    add_overrides(sub, "override a key of the YAML")
+    sub.add_argument("--steps", type=int, help="with CONFIG: timed training steps of each model (10)")
+    sub.add_argument("--batch", type=int, help="with CONFIG: sequences in a training step (4)")
+    sub.add_argument(
+        "--text", metavar="FILE", help="with data: text to tokenize (what data.sources reads); else generated"
+    )
+    sub.add_argument("--tokenizer", metavar="MODEL", help="with data: a SentencePiece .model; else trained on the text")
+    sub.add_argument(
+        "--bundle", metavar="BUNDLE", help="with startup: a bundle folder, to time `pldr bundle verify` too"
+    )
+    sub.add_argument("--repeats", type=int, help="with startup: how often each command runs; the median counts (5)")
+
+
+def _bench(arguments: Any, report: Report) -> Result:
+    what = arguments.config if arguments.config in ("train", "data", "startup") else "model"
+    for option in ("overrides", "steps", "batch", "text", "tokenizer", "bundle", "repeats"):
+        if getattr(arguments, option) and option not in OPTIONS_OF[what]:
+            other = next(name for name, options in OPTIONS_OF.items() if option in options).replace("model", "CONFIG")
+            raise ConfigError(f"bench {what}: takes no {option}; that is for `pldr bench {other}`")
+    return {"model": _model, "train": _train, "data": _data, "startup": _startup}[what](arguments, report)
+
+
+def _model(arguments: Any, report: Report) -> Result:
+    from pipeline.config.load import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from pldr_model.bench import bench
+
+    try:
+        result = bench(config.model, batch_size=arguments.batch or 4, steps=arguments.steps or 10)
+    except ValueError as error:
+        raise ConfigError(f"{arguments.config}: bench: {error}") from None
+    for key, value in result.items():
+        report(f"{key:<32} {value}")
+    return result
+
+
+def _train(arguments: Any, report: Report) -> Result:
+    from pipeline.config.load import load_config
+
+    files = [word for word in arguments.overrides if "=" not in word]
+    if len(files) != 1:
+        raise ConfigError("bench train: name one YAML: pldr bench train CONFIG [key=value ...]")
+    config = load_config(files[0], [word for word in arguments.overrides if "=" in word])
+    from launch.backends.job import free_port
+    from pipeline.bench.train import bench
+
+    result = bench(config, port=free_port(), steps=arguments.steps or 20, batch=arguments.batch)
+    for key, value in result.items():
+        report(f"{key:<32} {value:.4g}" if isinstance(value, float) else f"{key:<32} {value}")
+    return result
+
+
+def _data(arguments: Any, report: Report) -> Result:
+    from pipeline.bench.data import bench
+
+    return bench(text=arguments.text, tokenizer=arguments.tokenizer, report=report)
+
+
+def _startup(arguments: Any, report: Report) -> Result:
+    from pipeline.bench.startup import bench
+
+    repeats = 5 if arguments.repeats is None else arguments.repeats
+    if repeats < 1:
+        raise ConfigError(f"--repeats {repeats}: at least 1")
+    return bench(bundle=arguments.bundle, repeats=repeats, report=report)

@@ -1,0 +1,71 @@
+"""What `pldr run` prints at its end: the verdict, a sample, the time of each stage, and what to do next."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from typing import Any
+
+from launch.commands.verbs import Report, Result
+from pipeline.inference.runtime import Bundle
+from pipeline.io.storage import read_json
+from pipeline.post.certificate.build import summary_lines
+from pipeline.stages.runner import NAMES, Line
+from pipeline.tracking.client import tracking_uri
+
+
+def summary(line: Line, records: dict[str, dict[str, Any]], report: Report) -> Result:
+    """Report the end of a run; returns the run's result for --json."""
+    config, paths = line.config, line.paths
+    certificate = read_json(paths.bundle / "certificate.json")
+    bundle = Bundle.load(paths.bundle)
+    sample = bundle.generate(
+        [config.post.sample_prompt], max_new_tokens=80, temperature=0.8, top_p=0.9, seed=config.seed
+    )
+    report("\n" + "\n".join(summary_lines(certificate)))
+    report(f"\nA sample from the bundle (temperature 0.8, top-p 0.9, seed {config.seed}):\n")
+    report("    " + (config.post.sample_prompt + sample[0]).replace("\n", "\n    "))
+    report(f"\n{'stage':<12} {'seconds':>8}  ")
+    for name in NAMES:
+        note = "skipped, was complete" if records[name]["skipped"] else ""
+        report(f"{name:<12} {records[name]['seconds']:>8.1f}  {note}")
+    report(f"{'total':<12} {sum(records[name]['seconds'] for name in NAMES):>8.1f}")
+    uri = tracking_uri(config)
+    tools = os.path.relpath(os.path.dirname(sys.executable))
+    tools = tools if not tools.startswith("..") else os.path.dirname(sys.executable)
+    view = (
+        f"{tools}/mlflow ui --backend-store-uri {shlex.quote(uri)} --port 5000"
+        if uri.startswith("sqlite")
+        else f"open {uri}"
+    )
+    model = f"models:/{config.post.register_as}@certified"
+    serve = f"mlflow models serve -m {model} --env-manager local --port 5001"
+    environment = f"PATH={tools}:$PATH MLFLOW_TRACKING_URI={shlex.quote(uri)}"  # mlflow starts uvicorn by name
+    report(f"\nbundle      {paths.bundle}")
+    report(f"look        {view}    (run {records['train']['result']['run_id']})")
+    report(
+        f"generate    {tools}/pldr generate {shlex.quote(str(paths.bundle))} --prompt 'To be, or not to be' --temperature 0.8"
+    )
+    if config.post.register_as is not None:
+        body = json.dumps({"dataframe_split": {"columns": ["prompt"], "data": [["To be"]]}})
+        report(f"serve       {environment} {serve}")
+        report(
+            f"  and ask   curl -s 127.0.0.1:5001/invocations -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+        )
+    return {
+        "bundle": str(paths.bundle),
+        "certified": bundle.certified,
+        "bundle_sha256": records["bundle"]["result"]["bundle_sha256"],
+        "run_id": records["train"]["result"]["run_id"],
+        "sample": sample[0],
+        "stages": {
+            name: {
+                "seconds": records[name]["seconds"],
+                "skipped": records[name]["skipped"],
+                "result": records[name]["result"],
+            }
+            for name in NAMES
+        },
+    }

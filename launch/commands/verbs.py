@@ -1,0 +1,43 @@
+"""What all verbs share: how one is added to the parser, and the arguments CONFIG and key=value."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+Result = dict[str, Any]
+Report = Callable[[str], None]
+Work = Callable[[Any, Report], Result]  # the parsed arguments, where lines for the user go -> the result
+
+
+class Verbs:
+    """The verbs of `pldr`, or those below one of them (`pldr data ...`)."""
+
+    def __init__(self, subparsers: Any, common: argparse.ArgumentParser) -> None:
+        self._subparsers, self._common = subparsers, common
+
+    def add(self, name: str, work: Work, help: str) -> argparse.ArgumentParser:
+        """A verb, with the options that every verb has."""
+        sub: argparse.ArgumentParser = self._subparsers.add_parser(
+            name, help=help, description=help, parents=[self._common]
+        )
+        sub.set_defaults(work=work)
+        return sub
+
+    def group(self, name: str, help: str, *, metavar: str) -> Verbs:
+        """A verb that has verbs of its own."""
+        sub = self._subparsers.add_parser(name, help=help, description=help)
+        inner = sub.add_subparsers(dest=f"{name}_verb", required=True, metavar=metavar)
+        return Verbs(inner, self._common)
+
+
+def add_config(sub: argparse.ArgumentParser, *, metavar: str = "CONFIG", help: str = "YAML of the run") -> None:
+    """CONFIG and its overrides."""
+    sub.add_argument("config", metavar=metavar, help=help)
+    add_overrides(sub)
+
+
+def add_overrides(sub: argparse.ArgumentParser, help: str = "override a key, for example train.steps=100") -> None:
+    """`key=value` after CONFIG."""
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help=help)

@@ -1,0 +1,35 @@
+"""pipeline/distributed.py: the network interface that gloo uses."""
+
+import os
+
+import pytest
+
+from pipeline import distributed
+from pipeline.distributed import interface_towards
+
+
+def test_interface_of_the_loopback():
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("no-such-host.invalid") is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "default", "chosen"),
+    [({}, "eth0", "lo"), ({"CROSS_SIZE": "2"}, "eth0", "eth0"), ({"GROUP_WORLD_SIZE": "2"}, "eth0", "eth0"),
+     ({"CROSS_SIZE": "1"}, "eth0", "lo"), ({"CROSS_SIZE": "2"}, None, "lo")],
+    ids=["one", "deepspeed", "torchrun", "deepspeed's one", "no default route"],
+)  # fmt: skip
+def test_several_nodes_do_not_talk_through_the_loopback(monkeypatch, nodes, default, chosen):
+    """On rank 0's host its own name may be a loopback address, 127.0.1.1."""
+    for name in ("CROSS_SIZE", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in nodes.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.1.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "taken back after the test")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(
+        distributed, "interface_towards", {"127.0.1.1": "lo", "127.0.0.1": "lo", distributed.OUTSIDE: default}.get
+    )
+    distributed.choose_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == chosen
