@@ -30,19 +30,10 @@ from pipeline.config.load import load_config
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io.storage import explain_os_error
-from pipeline.stages.runner import NAMES, Line, exclusive
+from pipeline.stages.runner import Pipeline, exclusive
+from pipeline.stages.table import STAGES
 
 Result = dict[str, Any]
-STAGE_HELP = {
-    "shard": "corpora -> document tars",
-    "tokenizer": "train or take the SentencePiece model",
-    "tokenize": "documents -> token tars and their index",
-    "train": "token tars -> committed checkpoints (deepspeed)",
-    "consolidate": "checkpoint -> safetensors weights",
-    "extract": "weights -> G_LM",
-    "validate": "weights, G_LM -> certificate",
-    "bundle": "package and register the cached inference bundle",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,12 +103,13 @@ def build_parser() -> argparse.ArgumentParser:
         )
         return sub
 
-    with_config(verb("run", _run, "the whole line, from corpora to a certified bundle"))
-    for name in NAMES:
-        sub = with_config(verb(name, _stage, STAGE_HELP[name]))
+    with_config(verb("run", _run, "the whole pipeline, from corpora to a certified bundle"))
+    for stage in STAGES:
+        name = stage.name
+        sub = with_config(verb(name, _stage, stage.help))
         also = "; go on with other data, model or tokenizer than the checkpoint's" if name == "train" else ""
         sub.add_argument("--force", action="store_true", help=f"do it again even if it is complete{also}")
-        if name in ("shard", "tokenize"):
+        if stage.has_dry_run:
             sub.add_argument(
                 "--dry-run",
                 action="store_true",
@@ -191,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _line(arguments: Any, show: Callable[[str], None]) -> Line:
+def _pipeline(arguments: Any, show: Callable[[str], None]) -> Pipeline:
     from launch.backends.deepspeed import launch
 
     config = load_config(arguments.config, arguments.overrides)
@@ -200,28 +192,28 @@ def _line(arguments: Any, show: Callable[[str], None]) -> Line:
     def start(config: RunConfig, job_file: Any, ranks: int) -> None:
         launch(config, job_file, ranks, show=lambda text: live(f"  {text}"))
 
-    return Line(config, launch=start, say=lambda text: _show(text))
+    return Pipeline(config, launch=start, report=lambda text: _show(text))
 
 
 def _run(arguments: Any, show: Callable[[str], None]) -> Result:
     from launch.commands.stage import summary
 
-    line = _line(arguments, show)
-    with exclusive(line.config, _show):
-        records = line.run()
-        return summary(line, records, _show)
+    pipeline = _pipeline(arguments, show)
+    with exclusive(pipeline.paths, _show):
+        records = pipeline.run()
+        return summary(pipeline, records, _show)
 
 
 def _stage(arguments: Any, show: Callable[[str], None]) -> Result:
-    line = _line(arguments, show)
-    with exclusive(line.config, _show):
+    pipeline = _pipeline(arguments, show)
+    with exclusive(pipeline.paths, _show):
         if getattr(arguments, "prepare", None) is not None:
-            return _prepare(line, arguments)
+            return _prepare(pipeline, arguments)
         if getattr(arguments, "dry_run", False):
-            script, tasks = line.dry_run(arguments.verb)
+            script, tasks = pipeline.dry_run(arguments.verb)
             _show(f"{script}: {tasks} tasks; checked, nothing was submitted")
             return {"script": str(script), "tasks": tasks}
-        return line.stage(
+        return pipeline.stage(
             arguments.verb,
             resume=getattr(arguments, "resume", "auto"),
             force=arguments.force,
@@ -229,19 +221,24 @@ def _stage(arguments: Any, show: Callable[[str], None]) -> Result:
         )
 
 
-def _prepare(line: Line, arguments: Any) -> Result:
+def _prepare(pipeline: Pipeline, arguments: Any) -> Result:
     """The job file of a training over several nodes, and the command that starts it."""
     from pipeline.stages.train import prepare
 
     if arguments.prepare < 1:
         raise ConfigError(f"--prepare {arguments.prepare}: give the number of ranks on all nodes, 1 or more")
     job = prepare(
-        line.config, line.paths, resume=arguments.resume, ranks=arguments.prepare, say=_show, force=arguments.force
+        pipeline.config,
+        pipeline.paths,
+        resume=arguments.resume,
+        ranks=arguments.prepare,
+        report=_show,
+        force=arguments.force,
     )
     command = f"deepspeed --hostfile HOSTFILE --module pipeline.worker {shlex.quote(str(job.file))}"
     _show(f"start       {command}\nthen        pldr run {arguments.config}")
     start = None if job.start is None else job.start.name
-    return {"job": str(job.file), "run_id": job.run_id, "resumed_from": start, "command": command}
+    return {"job": str(job.file), "run_id": job.run.id, "resumed_from": start, "command": command}
 
 
 def _plan(arguments: Any, show: Callable[[str], None]) -> Result:

@@ -27,7 +27,7 @@ from pipeline.config.load import load_config
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, Stopped, UserError
-from pipeline.stages.runner import Line, exclusive
+from pipeline.stages.runner import Pipeline, exclusive
 from pipeline.stages.train import check, ranks_on_this_node
 
 Result = dict[str, Any]
@@ -128,9 +128,9 @@ def _deepspeed(arguments: Any, show: Show) -> Result:
     def start(config: RunConfig, job_file: Path, ranks: int) -> None:
         launch_over_ssh(config, job_file, ranks, job, show=lambda text: live(f"  {text}"))
 
-    line = Line(config, launch=start, say=say, ranks=ranks)
-    with _stops_told(arguments), exclusive(config, say):
-        return _train(line, arguments)
+    pipeline = Pipeline(config, launch=start, report=say, ranks=ranks)
+    with _stops_told(arguments), exclusive(pipeline.paths, say):
+        return _train(pipeline, arguments)
 
 
 def _torchrun(arguments: Any, show: Show) -> Result:
@@ -220,11 +220,11 @@ def _lead(arguments: Any, config: RunConfig, run: Callable[[], None], *, nodes: 
         lead.start()
         run()
 
-    line = Line(config, launch=start, say=say, ranks=ranks)
+    pipeline = Pipeline(config, launch=start, report=say, ranks=ranks)
     code, message, stopped = 1, "node 0 ended early", False
     try:
-        with exclusive(config, say):
-            result = _train(line, arguments)
+        with exclusive(pipeline.paths, say):
+            result = _train(pipeline, arguments)
         code, message = 0, "training is complete"
         return result
     except Stopped as stop:
@@ -255,8 +255,8 @@ def _follow(arguments: Any, config: RunConfig, run: Callable[[], None], node: in
     return {"node": node}
 
 
-def _train(line: Line, arguments: Any) -> Result:
-    return line.stage("train", resume=arguments.resume, force=arguments.force)
+def _train(pipeline: Pipeline, arguments: Any) -> Result:
+    return pipeline.stage("train", resume=arguments.resume, force=arguments.force)
 
 
 def _check_node(node_rank: int, nodes: int) -> None:

@@ -11,15 +11,16 @@ from typing import Any
 
 from pipeline.io.storage import read_json
 from pipeline.post.certificate.build import summary_lines
-from pipeline.stages.runner import NAMES, Line
+from pipeline.stages.runner import Pipeline
+from pipeline.stages.table import NAMES
 from pipeline.tracking.client import tracking_uri
 
 
-def summary(line: Line, records: dict[str, dict[str, Any]], show: Callable[[str], None]) -> dict[str, Any]:
+def summary(pipeline: Pipeline, records: dict[str, dict[str, Any]], show: Callable[[str], None]) -> dict[str, Any]:
     """Show the end of a run; returns the run's result for --json."""
     from pipeline.inference.runtime import Bundle
 
-    config, paths = line.config, line.paths
+    config, paths = pipeline.config, pipeline.paths
     certificate = read_json(paths.bundle / "certificate.json")
     bundle = Bundle.load(paths.bundle)
     sample = bundle.generate(
