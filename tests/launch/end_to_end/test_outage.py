@@ -55,7 +55,7 @@ def test_a_run_that_mlflow_hears_of_afterwards(tmp_path, make_run, server, capsy
         time.sleep(0.05)
     os.kill(rank_of(run_dir, 1), signal.SIGKILL)
     output, _ = job.communicate(timeout=120)
-    assert job.returncode == 1 and "training goes on as local-" in output, output[-2000:]
+    assert job.returncode == 1 and "training continues as local-" in output, output[-2000:]
     server.start()
     code, out, errors = pldr("track", "replay", *words, "--json")
     assert code == 0, errors
