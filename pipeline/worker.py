@@ -221,9 +221,7 @@ def require_disk(config: RunConfig, paths: RunPaths, rank: int) -> None:
     probe = paths.checkpoints / f".probe-{rank}"
     storage.publish_bytes(probe, b"")
     probe.unlink()
-    share = (
-        17 * config.model.num_parameters()["total"] // int(os.environ["WORLD_SIZE"])
-    )  # 17: disk_needed, pipeline/stages/train.py
+    share = 17 * config.model.num_parameters()["total"] // int(os.environ["WORLD_SIZE"])  # 17: pipeline/stages/train.py
     storage.require_free_space(paths.checkpoints, share, "this rank's part of a checkpoint")
     staging = staging_folder(config)
     if staging is not None:
