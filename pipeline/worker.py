@@ -118,9 +118,10 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.data.loading.reader import TokenReader, open_split
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.distributed import has_gpu
-    from pipeline.stages.resume import require_newest
+    from pipeline.stages.compatible import require_newest
     from pipeline.tracking.outbox import open_tracker, set_tags
     from pipeline.tracking.publish import open_publisher
+    from pipeline.tracking.run import run_named
     from pipeline.train.engine import init_distributed
     from pipeline.train.state import Lineage
     from pipeline.train.telemetry import NODES_TAG, first_on_node, node_names
@@ -183,9 +184,10 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     hosts: list[Any] = [None] * world
     dist.all_gather_object(hosts, (socket.gethostname(), first_on_node()))
     if rank == 0:
-        set_tags(config, job["run_id"], {NODES_TAG: node_names(hosts)})
-        tracker = open_tracker(config, job["run_id"], running=True)
-        publisher = open_publisher(config, tracker)
+        tracked = run_named(config, paths, job["run_id"])
+        set_tags(tracked, {NODES_TAG: node_names(hosts)})
+        tracker = open_tracker(tracked, running=True)
+        publisher = open_publisher(tracked, tracker)
     status, wait_s = "FAILED", STOPPED_WAIT_S
     try:
         state = train(
@@ -219,7 +221,7 @@ def require_disk(config: RunConfig, paths: RunPaths, rank: int) -> None:
     probe = paths.checkpoints / f".probe-{rank}"
     storage.publish_bytes(probe, b"")
     probe.unlink()
-    share = 17 * config.model.num_parameters()["total"] // int(os.environ["WORLD_SIZE"])  # pretrain.py tells why 17
+    share = 17 * config.model.num_parameters()["total"] // int(os.environ["WORLD_SIZE"])  # 17: pipeline/stages/train.py
     storage.require_free_space(paths.checkpoints, share, "this rank's part of a checkpoint")
     staging = staging_folder(config)
     if staging is not None:

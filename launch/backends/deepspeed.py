@@ -26,7 +26,7 @@ from pipeline.config.run import RunConfig
 from pipeline.distributed import has_gpu
 from pipeline.errors import Stopped
 from pipeline.io import storage
-from pipeline.stages.runner import Line, exclusive
+from pipeline.stages.runner import Pipeline, exclusive
 from pipeline.train import signals
 from pipeline.worker import ENVIRONMENT_FILE, PARENT_PIPE
 
@@ -156,9 +156,9 @@ def train_over_ssh(
     def start(config: RunConfig, job_file: Path, ranks: int) -> None:
         launch_over_ssh(config, job_file, ranks, job, report=live)
 
-    line = Line(config, launch=start, say=report, ranks=job.ranks)
-    with stopped_exit_code(stopped_code), exclusive(config, report):
-        return line.stage("train", resume=resume, force=force)
+    pipeline = Pipeline(config, launch=start, report=report, ranks=job.ranks)
+    with stopped_exit_code(stopped_code), exclusive(pipeline.paths, report):
+        return pipeline.stage("train", resume=resume, force=force)
 
 
 def launch_over_ssh(config: RunConfig, job_file: Path, ranks: int, job: SshJob, *, report: Report) -> None:

@@ -29,7 +29,7 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import Stopped, UserError
 from pipeline.io import storage
-from pipeline.stages.runner import Line, exclusive
+from pipeline.stages.runner import Pipeline, exclusive
 
 BEAT_S = 1.0
 POLL_S = 0.25
@@ -84,11 +84,11 @@ def _lead(
         lead.start()
         run()
 
-    line = Line(config, launch=start, say=report, ranks=job.ranks)
+    pipeline = Pipeline(config, launch=start, report=report, ranks=job.ranks)
     code, message, stopped = 1, "node 0 ended early", False
     try:
-        with exclusive(config, report):
-            result = line.stage("train", resume=resume, force=force)
+        with exclusive(pipeline.paths, report):
+            result = pipeline.stage("train", resume=resume, force=force)
         code, message = 0, "training is complete"
         return result
     except Stopped as stop:

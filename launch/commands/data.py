@@ -37,16 +37,17 @@ def _report(arguments: Any, report: Report) -> Result:
     from pipeline.config.paths import RunPaths, documents_folder, tokens_folder
     from pipeline.data.inspect.report import write_report
     from pipeline.stages.runner import LOCK
-    from pipeline.tracking import run
+    from pipeline.tracking.run import log_report
 
     config = load_config(arguments.config, arguments.overrides)
-    root = RunPaths(config.run_dir).root
+    paths = RunPaths(config.run_dir)
+    root = paths.root
     if not root.exists() or not any(root.iterdir()):  # the documents lie elsewhere; a stage must find a run's folder
         root.mkdir(parents=True, exist_ok=True)
         (root / LOCK).touch()
     target = root / "report" / "data.html"
     result = write_report(config.name, documents_folder(config), tokens_folder(config), target)
-    run_id = run.log_report(config, target)
+    run_id = log_report(config, paths, target)
     report(str(target))
     numbers = f"{result['documents']:,} documents, {result['text_bytes']:,} bytes"
     if result["tokens"] is not None:

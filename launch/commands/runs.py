@@ -80,17 +80,18 @@ def _report(arguments: Any, report: Report) -> Result:
     from pipeline.config.paths import RunPaths
     from pipeline.io.urls import without_secrets
     from pipeline.report.training import write_run_report
-    from pipeline.tracking import run_record
     from pipeline.tracking.query import read_run
+    from pipeline.tracking.run import known_run
 
     given = Path(arguments.run)
     if given.suffix in (".yaml", ".yml") or given.is_dir():
         config = _config_of(arguments.run, arguments.overrides, verb="report")
-        record = run_record.remembered(config)
-        if record is None or record.run_id is None:
+        paths = RunPaths(config.run_dir)
+        run = known_run(config, paths)
+        if run is None or run.record.run_id is None:
             raise UserError(f"{config.run_dir}: MLflow has no run of it yet; train first, or `pldr track replay`")
-        uri, run_id = record.tracking_uri, record.run_id
-        target = RunPaths(config.run_dir).root / "report" / "training.html"
+        uri, run_id = run.uri, run.record.run_id
+        target = paths.root / "report" / "training.html"
     else:
         uri, run_id = arguments.uri or os.environ.get("MLFLOW_TRACKING_URI", ""), arguments.run
         if not uri or arguments.overrides:
@@ -139,14 +140,15 @@ def _replay(arguments: Any, report: Report) -> Result:
     from pipeline.tracking import outbox
 
     config = _config_of(arguments.config, arguments.overrides, verb="track replay")
-    logs = RunPaths(config.run_dir).logs
+    paths = RunPaths(config.run_dir)
+    logs = paths.logs
     if not logs.is_dir():
         raise UserError(f"{logs}: no such folder; nothing was trained here")
     with open(logs / TRAINING_LOCK, "a+", encoding="utf-8") as stream:
         if not storage.lock(stream):
             holder = storage.lock_holder(stream)
             raise UserError(f"{logs.parent}: process {holder} trains here, and sends by itself when MLflow is back")
-        result = outbox.replay(config)
+        result = outbox.replay(config, paths)
     report(f"MLflow run {result['run_id']}: {result['points_sent']} points sent, nothing is left over")
     return result
 

@@ -8,34 +8,25 @@ from typing import TYPE_CHECKING, Any
 from launch.commands.terminal import status_lines
 from launch.commands.verbs import Report, Result, Verbs, add_config
 from pipeline.errors import ConfigError
+from pipeline.stages.table import STAGES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from pipeline.config.run import RunConfig
-    from pipeline.stages.runner import Line
-
-STAGE_HELP = {
-    "shard": "corpora -> document tars",
-    "tokenizer": "train or take the SentencePiece model",
-    "tokenize": "documents -> token tars and their index",
-    "train": "token tars -> committed checkpoints (deepspeed)",
-    "consolidate": "checkpoint -> safetensors weights",
-    "extract": "weights -> G_LM",
-    "validate": "weights, G_LM -> certificate",
-    "bundle": "package and register the cached inference bundle",
-}
+    from pipeline.stages.runner import Pipeline
 
 
 def add_stage_verbs(verbs: Verbs) -> None:
     """The verb `run`, one for each stage, and `plan`."""
     add_config(verbs.add("run", _run, "the whole pipeline, from corpora to a certified bundle"))
-    for name, help in STAGE_HELP.items():
-        sub = verbs.add(name, _stage, help)
+    for stage in STAGES:
+        name = stage.name
+        sub = verbs.add(name, _stage, stage.help)
         add_config(sub)
         also = "; continue with other data, model or tokenizer than the checkpoint's" if name == "train" else ""
         sub.add_argument("--force", action="store_true", help=f"do it again even if it is complete{also}")
-        if name in ("shard", "tokenize"):
+        if stage.has_dry_run:
             sub.add_argument(
                 "--dry-run",
                 action="store_true",
@@ -65,45 +56,45 @@ def add_stage_verbs(verbs: Verbs) -> None:
     sub.add_argument("--devices", type=int, default=8)
 
 
-def _line(arguments: Any, report: Report) -> Line:
+def _pipeline(arguments: Any, report: Report) -> Pipeline:
     from pipeline.config.load import load_config
 
     config = load_config(
         arguments.config, arguments.overrides
     )  # first: a wrong key must not wait for the imports below
     from launch.backends.deepspeed import launch
-    from pipeline.stages.runner import Line
+    from pipeline.stages.runner import Pipeline
 
     live = status_lines(json=arguments.json)
 
     def start(config: RunConfig, job_file: Path, ranks: int) -> None:
         launch(config, job_file, ranks, report=live)
 
-    return Line(config, launch=start, say=report)
+    return Pipeline(config, launch=start, report=report)
 
 
 def _run(arguments: Any, report: Report) -> Result:
-    line = _line(arguments, report)
+    pipeline = _pipeline(arguments, report)
     from launch.commands.summary import summary
     from pipeline.stages.runner import exclusive
 
-    with exclusive(line.config, report):
-        records = line.run()
-        return summary(line, records, report)
+    with exclusive(pipeline.paths, report):
+        records = pipeline.run()
+        return summary(pipeline, records, report)
 
 
 def _stage(arguments: Any, report: Report) -> Result:
-    line = _line(arguments, report)
+    pipeline = _pipeline(arguments, report)
     from pipeline.stages.runner import exclusive
 
-    with exclusive(line.config, report):
+    with exclusive(pipeline.paths, report):
         if getattr(arguments, "prepare", None) is not None:
-            return _prepare(line, arguments, report)
+            return _prepare(pipeline, arguments, report)
         if getattr(arguments, "dry_run", False):
-            script, tasks = line.dry_run(arguments.verb)
+            script, tasks = pipeline.dry_run(arguments.verb)
             report(f"{script}: {tasks} tasks; checked, nothing was submitted")
             return {"script": str(script), "tasks": tasks}
-        return line.stage(
+        return pipeline.stage(
             arguments.verb,
             resume=getattr(arguments, "resume", "auto"),
             force=arguments.force,
@@ -111,19 +102,24 @@ def _stage(arguments: Any, report: Report) -> Result:
         )
 
 
-def _prepare(line: Line, arguments: Any, report: Report) -> Result:
+def _prepare(pipeline: Pipeline, arguments: Any, report: Report) -> Result:
     """The job file of a training over several nodes, and the command that starts it."""
     from pipeline.stages.train import prepare
 
     if arguments.prepare < 1:
         raise ConfigError(f"--prepare {arguments.prepare}: give the number of ranks on all nodes, 1 or more")
     job = prepare(
-        line.config, line.paths, resume=arguments.resume, ranks=arguments.prepare, say=report, force=arguments.force
+        pipeline.config,
+        pipeline.paths,
+        resume=arguments.resume,
+        ranks=arguments.prepare,
+        report=report,
+        force=arguments.force,
     )
     command = f"deepspeed --hostfile HOSTFILE --module pipeline.worker {shlex.quote(str(job.file))}"
     report(f"start       {command}\nthen        pldr run {arguments.config}")
     start = None if job.start is None else job.start.name
-    return {"job": str(job.file), "run_id": job.run_id, "resumed_from": start, "command": command}
+    return {"job": str(job.file), "run_id": job.run.id, "resumed_from": start, "command": command}
 
 
 def _plan(arguments: Any, report: Report) -> Result:

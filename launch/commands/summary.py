@@ -6,25 +6,26 @@ import json
 import os
 import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.commands.verbs import Report, Result
 from pipeline.inference.runtime import Bundle
-from pipeline.io.storage import read_json
 from pipeline.post.certificate.build import summary_lines
-from pipeline.stages.runner import NAMES, Line
+from pipeline.stages.table import NAMES
 from pipeline.tracking.client import tracking_uri
 
+if TYPE_CHECKING:
+    from pipeline.stages.runner import Pipeline
 
-def summary(line: Line, records: dict[str, dict[str, Any]], report: Report) -> Result:
+
+def summary(pipeline: Pipeline, records: dict[str, dict[str, Any]], report: Report) -> Result:
     """Report the end of a run; returns the run's result for --json."""
-    config, paths = line.config, line.paths
-    certificate = read_json(paths.bundle / "certificate.json")
+    config, paths = pipeline.config, pipeline.paths
     bundle = Bundle.load(paths.bundle)
     sample = bundle.generate(
         [config.post.sample_prompt], max_new_tokens=80, temperature=0.8, top_p=0.9, seed=config.seed
     )
-    report("\n" + "\n".join(summary_lines(certificate)))
+    report("\n" + "\n".join(summary_lines(bundle.certificate)))
     report(f"\nA sample from the bundle (temperature 0.8, top-p 0.9, seed {config.seed}):\n")
     report("    " + (config.post.sample_prompt + sample[0]).replace("\n", "\n    "))
     report(f"\n{'stage':<12} {'seconds':>8}  ")

@@ -1,4 +1,4 @@
-"""After training, joined: newest checkpoint -> weights -> G_LM -> certificate -> bundle -> registered model version.
+"""The stages after training but `validate`: newest checkpoint -> weights -> G_LM; certificate -> bundle -> registered version.
 
 The work is done in `pipeline.post`; here each step is given its inputs from the run directory and its held-out tokens.
 Decision: G_LM is extracted from one half of the held-out sequences and judged on the other, so that no prompt vouches for
@@ -12,12 +12,10 @@ from typing import Any
 from pipeline.checkpoint.format import committed
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
-from pipeline.distributed import has_gpu
 from pipeline.errors import UserError
 from pipeline.stages.trained import as_trained, held_out, lineage, notes
 from pipeline.stages.validate import CERTIFICATE
-from pipeline.tracking.client import tracking_uri
-from pipeline.tracking.run import mlflow_id
+from pipeline.tracking.run import run_named
 
 
 def consolidate_newest(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
@@ -33,6 +31,7 @@ def consolidate_newest(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
 
 def extract(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     """G_LM of the weights over held-out prompts -> `g_lm/`."""
+    from pipeline.distributed import has_gpu
     from pipeline.post.extract import extract_g, save_g
     from pipeline.post.weights import load_weights
 
@@ -79,10 +78,11 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
         packed=packed,
     )
     if config.post.register_as is not None:
+        run = run_named(config, paths, source["mlflow_run_id"])
         version = register(
             paths.bundle,
-            tracking_uri=tracking_uri(config),
-            run_id=mlflow_id(config, source["mlflow_run_id"]),
+            tracking_uri=run.uri,
+            run_id=run.id,
             name=config.post.register_as,
             certified=result["certified"],
         )

@@ -1,4 +1,4 @@
-"""What a stage left behind: size, time and sha256 of each file, and whether it is still so."""
+"""Output files of a stage: size, time and sha256 of each, and whether they are unchanged."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Facts = tuple[int, int, str]  # size, time of the last change (ns; 0 of remote f
 
 
 def facts_of(path: Path) -> Facts:
-    """Of a local file."""
+    """The facts of a local file."""
     return path.stat().st_size, path.stat().st_mtime_ns, storage.sha256_file(path)
 
 
 def remote_outputs(folder: str) -> dict[str, Facts]:
-    """What an index in an object store lists, and the index itself; nothing is read but the index."""
+    """The files that an index in an object store lists, and the index itself; only the index is read."""
     url = join(folder, "index.json")
     index = storage.read_json(url)
     listed = [*index["shards"], *index.get("removed", []), *([index["tokenizer"]] if "tokenizer" in index else [])]
@@ -26,8 +26,8 @@ def remote_outputs(folder: str) -> dict[str, Facts]:
 
 
 def first_changed(outputs: Mapping[str, Facts], root: Path, *, thorough: bool) -> str | None:
-    """The first output that is not as it was left. A file that looks untouched is hashed only when `thorough`; of remote ones
-    only the index is (`pldr data verify` reads them all). Names are relative to `root`, or URLs."""
+    """The first output that was changed since. A file with the same size and time is hashed only when `thorough`; of remote
+    files only the index is hashed (`pldr data verify` reads them all). Names are relative to `root`, or URLs."""
     for name, (size, mtime_ns, sha256) in outputs.items():
         if not is_local(name):
             if not _remote_is(name, size, sha256):
@@ -42,7 +42,7 @@ def first_changed(outputs: Mapping[str, Facts], root: Path, *, thorough: bool) -
 
 
 def _remote_is(url: str, size: int, sha256: str) -> bool:
-    """Whether a remote file is there with its size; of an index, also with its hash."""
+    """Whether a remote file exists with its size and, for an index, its hash."""
     try:
         return remote.size_of(url) == size and (not url.endswith("/index.json") or storage.sha256_file(url) == sha256)
     except FileNotFoundError:

@@ -1,10 +1,8 @@
-"""The line: the stages in order, each skipped when its output is complete for the same inputs.
-
-    shard -> tokenizer -> tokenize -> train -> consolidate -> extract -> validate -> bundle
+"""The pipeline: the stages of table.py in order, each skipped when its output is complete for the same inputs.
 
 A stage that finished leaves a record `stages/NAME.json`: a digest of its inputs (the configuration it reads and the
-record of the stage before), the names, sizes and hashes of its output files, its result and the seconds it took. It is skipped
-when the inputs are today's and the outputs are still there. No record, no belief: whatever a killed stage left is made again
+results of the stages before), the names, sizes and hashes of its output files, its result and the seconds it took. It is
+skipped when the inputs are today's and the outputs are still there. Without a record, what a killed stage left is made again
 (the stages themselves keep what is safe to keep).
 """
 
@@ -18,32 +16,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.format import COMMITTED, committed
-from pipeline.config.paths import RunPaths, documents_folder, tokens_folder
+from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
-from pipeline.io.urls import is_local, local_path
-from pipeline.stages.records import Facts, facts_of, first_changed, remote_outputs
-from pipeline.stages.resume import Say, names_run
-from pipeline.stages.train import Launch, pretrain
+from pipeline.stages.compatible import Report
+from pipeline.stages.records import first_changed
+from pipeline.stages.resume import names_run
+from pipeline.stages.table import NAMES, Stage, Work, stage_named, stages_before
+from pipeline.stages.train import Launch
 
 SCHEMA_VERSION = 2
 LOCK = ".lock"  # its presence marks a run directory
-NAMES = ("shard", "tokenizer", "tokenize", "train", "consolidate", "extract", "validate", "bundle")
-OF_BUNDLE = ("weight_format", "max_format_loss", "register_as")  # of `post`: what only the last stage reads
-# Of what a stage writes: raised when a later stage needs something new in it, so that older outputs are made again.
-FORMS = {"consolidate": 2, "extract": 2, "validate": 3}
-UPSTREAM = {name: NAMES[i - 1] for i, name in enumerate(NAMES) if i}
+# What of a result identifies a stage's output to the stages after it.
+IDENTITY = ("fingerprint", "sha256", "checkpoint", "run_id", "weights_sha256", "g_lm_sha256", "certificate_sha256")
 
 
-class Line:
-    """One run's stages. `launch` starts a training job's ranks; `say` gets a line for the user now and then.
+class Pipeline:
+    """One run's stages. `launch` starts a training job's ranks; `report` gets a line for the user now and then.
     `ranks`: how many train, on all nodes (None: what this node has)."""
 
-    def __init__(self, config: RunConfig, *, launch: Launch, say: Say, ranks: int | None = None) -> None:
+    def __init__(self, config: RunConfig, *, launch: Launch, report: Report, ranks: int | None = None) -> None:
         self.config, self.paths = config, RunPaths(config.run_dir)
-        self._launch, self._say, self._ranks = launch, say, ranks
+        self._launch, self._report, self._ranks = launch, report, ranks
 
     def run(self) -> dict[str, dict[str, Any]]:
         """Every stage; returns their records by name. Raises UserError (exit code 3 when the certificate failed)."""
@@ -54,7 +49,8 @@ class Line:
         self, name: str, *, resume: str = "auto", force: bool = False, uncertified: bool = False, thorough: bool = True
     ) -> dict[str, Any]:
         """Run one stage, or skip it; returns its record. Raises UserError when the stage before it is not complete."""
-        inputs = self._inputs(name)
+        stage = stage_named(name)
+        inputs = self.inputs(name)
         if uncertified:
             inputs["uncertified"] = True
         digest = storage.sha256_json(inputs)
@@ -62,62 +58,80 @@ class Line:
         if known and not names_run(resume, known["result"].get("run_id")):
             known = None  # another run or checkpoint is asked for than the finished one
         if known and known["inputs"] == digest and not force and not self._changed(known, thorough=thorough):
-            self._say(f"{name:<12} complete, skipped")
-            self._after(name, known["result"])
+            self._report(f"{name:<12} complete, skipped")
+            stage.check(self.paths, known["result"])
             return {**known, "skipped": True}
-        if name == "bundle":
-            self._require_untouched("consolidate", "extract", "validate")
-        record = self.paths.stages / f"{name}.json"
-        self._say(f"{name:<12} ...")
-        started = time.perf_counter()
-        old = self.record(name)
-        record.unlink(missing_ok=True)
-        try:
-            result = self._work(name, resume=resume, force=force, uncertified=uncertified)
-        except ConfigError:  # refused: what was there is as complete as it was, for its own inputs
-            if old:
-                storage.publish_json(record, old)
-            raise
-        outputs = self._outputs(name)
-        new = {
-            "schema_version": SCHEMA_VERSION,
-            "stage": name,
-            "inputs": digest,
-            "outputs": outputs,
-            "result": result,
-            "seconds": round(time.perf_counter() - started, 2),
-        }
-        storage.publish_json(record, new)
-        self._say(f"{name:<12} done in {new['seconds']:.1f} s  {_brief(result)}")
-        self._after(name, result)
+        self._require_untouched(stage)
+        self._report(f"{name:<12} ...")
+        new = self._run(stage, digest, resume=resume, force=force, uncertified=uncertified)
+        self._report(f"{name:<12} done in {new['seconds']:.1f} s  {_brief(new['result'])}")
+        stage.check(self.paths, new["result"])
         return {**new, "skipped": False}
 
     def dry_run(self, name: str) -> tuple[Path, int]:
-        """The script that stage shard or tokenize would submit to Slurm first, written and checked, and its number of tasks."""
-        from pipeline.data.documents.shard import shard_documents
+        """The script that a stage with `has_dry_run` would submit to Slurm first, written and checked, and its number of
+        tasks."""
         from pipeline.data.executor.jobs import DryRun
-        from pipeline.data.tokens.tokenize import tokenize_documents
 
-        work = {"shard": shard_documents, "tokenize": tokenize_documents}[name]
         try:
-            work(self.config, self.paths, dry_run=True)
+            stage_named(name).run(self._work(dry_run=True))
         except DryRun as dry_run:
             return dry_run.script, dry_run.tasks
         raise AssertionError("a dry run ends at the first script")
 
     def record(self, name: str) -> dict[str, Any] | None:
         """What a finished stage left, None when it has not finished."""
-        path = self.paths.stages / f"{name}.json"
+        path = self._record_file(name)
         if not path.exists():
             return None
         try:
             record: dict[str, Any] = storage.read_json(path, schema_version=SCHEMA_VERSION)
         except (UserError, OSError):  # damaged, or of another version: the stage is done again
             return None
-        whole = isinstance(record.get("inputs"), str) and all(
-            isinstance(record.get(k), dict) for k in ("outputs", "result")
+        complete = isinstance(record.get("inputs"), str) and all(
+            isinstance(record.get(key), dict) for key in ("outputs", "result")
         )
-        return record if whole and (name != "validate" or "verdict" in record["result"]) else None
+        return record if complete and all(key in record["result"] for key in stage_named(name).needs) else None
+
+    def inputs(self, name: str) -> dict[str, Any]:
+        """Everything that decides a stage's output. Raises ConfigError when the stage before it has not finished."""
+        before = stages_before(name)
+        if not before:
+            return stage_named(name).inputs(self.config)
+        if self.record(before[-1].name) is None:
+            last = before[-1].name
+            raise ConfigError(f"stage {name}: {last} has not finished; run `pldr {last}` first")
+        records = [self.record(stage.name) for stage in before]
+        identities = [_identity(record["result"]) for record in records if record is not None]
+        return {**stage_named(name).inputs(self.config), "before": identities}
+
+    def _run(self, stage: Stage, digest: str, *, resume: str, force: bool, uncertified: bool) -> dict[str, Any]:
+        """Do a stage's work; returns its new record, which is also written."""
+        started = time.perf_counter()
+        old, file = self.record(stage.name), self._record_file(stage.name)
+        file.unlink(missing_ok=True)
+        try:
+            result = stage.run(self._work(resume=resume, force=force, uncertified=uncertified))
+        except ConfigError:  # refused: what was there is as complete as it was, for its own inputs
+            if old:
+                storage.publish_json(file, old)
+            raise
+        new = {
+            "schema_version": SCHEMA_VERSION,
+            "stage": stage.name,
+            "inputs": digest,
+            "outputs": stage.outputs(self.config, self.paths),
+            "result": result,
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+        storage.publish_json(file, new)
+        return new
+
+    def _work(self, **options: Any) -> Work:
+        return Work(self.config, self.paths, self._launch, self._report, self._ranks, **options)
+
+    def _record_file(self, name: str) -> Path:
+        return self.paths.stages / f"{name}.json"
 
     def _clean(self) -> None:
         """Remove what killed stages left half-written beside their outputs."""
@@ -125,132 +139,24 @@ class Line:
             for path in [*self.paths.root.glob(f".{output}.*.tmp"), *self.paths.root.glob(f".{output}.*.old")]:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _inputs(self, name: str) -> dict[str, Any]:
-        """Everything that decides a stage's output."""
-        config = self.config.as_dict()
-        of_stage: dict[str, Any] = {
-            "shard": {},
-            "tokenizer": {**config["tokenizer"], "vocab_size": config["model"]["vocab_size"]},
-            "tokenize": {
-                **{k: v for k, v in config["tokens"].items() if k != "workers"},
-                "context_length": config["model"]["context_length"],
-            },
-            "train": {k: config[k] for k in ("model", "train", "seed")},
-            "consolidate": {},
-            "extract": {k: config["post"][k] for k in ("g_from", "prompts")},
-            "validate": {k: v for k, v in config["post"].items() if k not in (*OF_BUNDLE, "sample_prompt", "ranks")}
-            | {"model": config["model"]},  # which the checkpoint has to be of
-            "bundle": {k: config["post"][k] for k in OF_BUNDLE} | {"tracking": config["tracking"]},
-        }[name]
-        inputs: dict[str, Any] = {"config": of_stage, **({"form": FORMS[name]} if name in FORMS else {})}
-        if name == "shard":
-            from pipeline.data.documents.shard import stage_inputs
-
-            inputs = stage_inputs(self.config)
-        else:
-            before = self.record(UPSTREAM[name])
-            if before is None:
-                raise ConfigError(f"stage {name}: {UPSTREAM[name]} has not finished; run `pldr {UPSTREAM[name]}` first")
-            earlier = [self.record(stage) for stage in NAMES[: NAMES.index(name)]]
-            inputs["before"] = [_identity(record["result"]) for record in earlier if record is not None]
-        if name == "train" and config["train"]["deepspeed"] is not None:
-            config["train"]["deepspeed"] = _json_in(config["train"]["deepspeed"])  # on Kubernetes it has another path
-        if name == "tokenizer" and self.config.tokenizer.model is not None:
-            given = Path(self.config.tokenizer.model)
-            if not given.is_file():
-                raise ConfigError(
-                    f"tokenizer.model: {given}: no such file; name a SentencePiece .model, or null to train one"
-                )
-            inputs["given"] = storage.sha256_file(given)
-        return inputs
-
-    def _outputs(self, name: str) -> dict[str, Facts]:
-        """Each output file's size, time and hash, by its path (below run_dir: relative to it) or URL."""
-        paths = self.paths
-        folder = {"shard": documents_folder(self.config), "tokenize": tokens_folder(self.config)}.get(name)
-        if folder is not None and not is_local(folder):
-            return remote_outputs(folder)
-        if name == "train":
-            newest = committed(paths.checkpoints)[-1]
-            files = [newest / COMMITTED, newest / storage.MANIFEST]
-        else:
-            where = {
-                "tokenizer": paths.tokenizer.parent,
-                "consolidate": paths.weights,
-                "extract": paths.g_lm,
-                "validate": paths.certificate,
-                "bundle": paths.bundle,
-            }
-            root = where[name] if folder is None else local_path(folder).absolute()
-            files = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
-        inside = {p: str(p.relative_to(paths.root)) if p.is_relative_to(paths.root) else str(p) for p in files}
-        return {label: facts_of(path) for path, label in inside.items()}
-
     def _changed(self, record: dict[str, Any], *, thorough: bool) -> str | None:
         return first_changed(record["outputs"], self.paths.root, thorough=thorough)
 
-    def _require_untouched(self, *names: str) -> None:
-        """Raise UserError naming the first output of these stages that somebody has changed since: what is packaged is what
-        the stages wrote."""
-        for name in names:
+    def _require_untouched(self, stage: Stage) -> None:
+        """Raise UserError naming the first output of an earlier stage that was changed since: what is packaged is what the
+        stages wrote."""
+        for name in stage.untouched:
             record = self.record(name)
             if record and (changed := self._changed(record, thorough=True)):
                 raise UserError(
                     f"{self.paths.root / changed}: changed since `pldr {name}` wrote it; run `pldr {name} CONFIG` again"
                 )
 
-    def _work(self, name: str, *, resume: str, force: bool, uncertified: bool) -> dict[str, Any]:
-        config, paths = self.config, self.paths
-        if name == "shard":
-            from pipeline.data.documents.shard import shard_documents
-
-            return shard_documents(config, paths)
-        if name == "tokenizer":
-            from pipeline.data.tokens.train_tokenizer import make_tokenizer
-
-            return make_tokenizer(config, paths)
-        if name == "tokenize":
-            from pipeline.data.tokens.tokenize import tokenize_documents
-
-            return tokenize_documents(config, paths)
-        if name == "train":
-            return pretrain(
-                config, paths, resume=resume, launch=self._launch, say=self._say, force=force, ranks=self._ranks
-            )
-        from pipeline.stages import post, validate
-
-        if name == "consolidate":
-            return post.consolidate_newest(config, paths)
-        if name == "extract":
-            return post.extract(config, paths)
-        if name == "validate":
-            return validate.certify(config, paths)
-        assert name == "bundle", name
-        return post.package(config, paths, uncertified=uncertified)
-
-    def _after(self, name: str, result: dict[str, Any]) -> None:
-        if name == "validate" and result["verdict"] != "certified":
-            failed = "; ".join(f"{f['measure']}: {f['mend']}" for f in result["failed"])
-            raise UserError(
-                f"the certificate did not pass ({failed}); see {self.paths.certificate / 'certificate.json'}; "
-                "`pldr bundle CONFIG --uncertified` packages it all the same",
-                exit_code=3,
-                details={"failed": result["failed"]},
-            )
-
-
-def _json_in(path: str) -> Any:
-    """What a file holds; of one that cannot be read, its name (training tells what is wrong with it)."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return path
-
 
 @contextmanager
-def exclusive(config: RunConfig, say: Say) -> Iterator[None]:
+def exclusive(paths: RunPaths, report: Report) -> Iterator[None]:
     """One process at a time works in a run directory; a second one waits (and then finds everything done)."""
-    root = RunPaths(config.run_dir).root
+    root = paths.root
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not (root / LOCK).exists() and any(root.iterdir()):
@@ -260,15 +166,13 @@ def exclusive(config: RunConfig, say: Say) -> Iterator[None]:
         raise ConfigError(f"run_dir {root}: {error.strerror}; set run_dir to a folder that can be written") from error
     with stream:
         if not storage.lock(stream):
-            say(f"{root}: process {storage.lock_holder(stream)} works here; waiting for it to end")
+            report(f"{root}: process {storage.lock_holder(stream)} works here; waiting for it to end")
             storage.lock(stream, wait=True)
         yield
 
 
-def _identity(result: dict[str, Any]) -> Any:
-    """What of a stage's result identifies its output to the next stage."""
-    keys = ("fingerprint", "sha256", "checkpoint", "run_id", "weights_sha256", "g_lm_sha256", "certificate_sha256")
-    return {key: result[key] for key in keys if key in result}
+def _identity(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: result[key] for key in IDENTITY if key in result}
 
 
 def _brief(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Training, joined: checks before anything is spent, the MLflow run, the point to resume from, the ranks, the verdict.
+"""Stage `train`: checks before anything is spent, the MLflow run, where to resume, the ranks, and whether they finished.
 
 The work is done by `pipeline.worker` on every rank; starting those is the launcher's (`launch`), handed in from above.
 """
@@ -15,11 +15,12 @@ from pipeline.checkpoint.format import TRAINING_LOCK, committed, step_of, verify
 from pipeline.checkpoint.retention import policy_of
 from pipeline.config.paths import RunPaths, tokens_folder
 from pipeline.config.run import RunConfig
-from pipeline.distributed import has_gpu, num_devices
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io import storage
-from pipeline.stages.resume import Say, changes, find_start
+from pipeline.stages.compatible import Report, changes
+from pipeline.stages.resume import find_start
 from pipeline.tracking import outbox
+from pipeline.tracking.run import TrackedRun
 
 if TYPE_CHECKING:
     from pipeline.data.tokens.index import TokenIndex
@@ -30,10 +31,10 @@ JOB_SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Job:
-    """A training job ready to be started: the file every rank reads, its MLflow run, and where it begins."""
+    """A training job ready to be started: the file every rank reads, its MLflow run, and the checkpoint it begins with."""
 
     file: Path
-    run_id: str
+    run: TrackedRun
     start: Path | None
 
 
@@ -43,23 +44,23 @@ def pretrain(
     *,
     resume: str,
     launch: Launch,
-    say: Say,
+    report: Report,
     force: bool = False,
     ranks: int | None = None,
 ) -> dict[str, Any]:
-    """Train to the last step. `resume`: where it goes on (resume.py); `force`: also with other data, model or tokenizer;
+    """Train to the last step. `resume`: where it continues (resume.py); `force`: also with other data, model or tokenizer;
     `ranks`: how many on all nodes (None: what this node has).
 
     Returns {"checkpoint", "run_id", "steps", "tokens", "resumed_from"}. Raises UserError or ConfigError, one line.
     """
     ranks = ranks_on_this_node(config) if ranks is None else ranks
-    job = prepare(config, paths, resume=resume, ranks=ranks, say=say, force=force)
+    job = prepare(config, paths, resume=resume, ranks=ranks, report=report, force=force)
     if job.start is None or step_of(job.start) < config.train.steps:
-        job = _train(config, paths, job, ranks=ranks, launch=launch, say=say, force=force)
+        job = _train(config, paths, job, ranks=ranks, launch=launch, report=report, force=force)
     done = committed(paths.checkpoints)
     if job.start == done[-1]:
-        say(f"{done[-1].name} is the last step: nothing was left to train")
-    run_id = outbox.finish(config, job.run_id)
+        report(f"{done[-1].name} is the last step: nothing was left to train")
+    run_id = outbox.finish(job.run)
     state = verify(done[-1])
     return {
         "checkpoint": done[-1].name,
@@ -70,7 +71,9 @@ def pretrain(
     }
 
 
-def _train(config: RunConfig, paths: RunPaths, job: Job, *, ranks: int, launch: Launch, say: Say, force: bool) -> Job:
+def _train(
+    config: RunConfig, paths: RunPaths, job: Job, *, ranks: int, launch: Launch, report: Report, force: bool
+) -> Job:
     """Start the ranks; after a crash again, `train.max_restarts` times. Returns the job of the last start."""
     log = paths.logs / "train.log"
     for restarts_left in range(config.train.max_restarts, -1, -1):
@@ -79,41 +82,42 @@ def _train(config: RunConfig, paths: RunPaths, job: Job, *, ranks: int, launch: 
             try:
                 launch(config, job.file, ranks)
             finally:
-                outbox.keep_evidence(config, since=since)
+                job.run.reload()  # rank 0 may have made it in MLflow
+                outbox.keep_evidence(paths, since=since)
             done = committed(paths.checkpoints)
             if not done or step_of(done[-1]) != config.train.steps:
                 raise UserError(f"training ended before step {config.train.steps}; see {log} and start again")
             return job
         except Stopped as stop:
-            outbox.mark(config, job.run_id, "KILLED")
+            outbox.mark(job.run, "KILLED")
             done = committed(paths.checkpoints)
             where = done[-1].name if done else "step 0"
             raise Stopped(
-                f"{stop}; start again to go on from {where}",
-                details={**stop.details, "run_id": job.run_id, "checkpoint": done[-1].name if done else None},
+                f"{stop}; start again to resume from {where}",
+                details={**stop.details, "run_id": job.run.id, "checkpoint": done[-1].name if done else None},
             ) from None
         except UserError as error:
             if not error.again or not restarts_left:
-                outbox.fail(config, job.run_id, error, log_from=log_from)
+                outbox.fail(job.run, error, log_from=log_from)
                 raise
             crash = error
         except BaseException as error:
-            outbox.fail(config, job.run_id, error, log_from=log_from)
+            outbox.fail(job.run, error, log_from=log_from)
             raise
         try:
-            job = prepare(config, paths, resume="auto", ranks=ranks, say=say, force=force)
+            job = prepare(config, paths, resume="auto", ranks=ranks, report=report, force=force)
         except BaseException as error:
-            say(f"{crash}; it could not be restarted")
-            outbox.fail(config, job.run_id, error, log_from=log_from)
+            report(f"{crash}; it could not be restarted")
+            outbox.fail(job.run, error, log_from=log_from)
             raise
         if job.start is not None and step_of(job.start) == config.train.steps:  # it crashed after its last save
             return job
         where = "the beginning" if job.start is None else job.start.name
-        say(f"{crash}; restarted from {where}, {restarts_left - 1} of {config.train.max_restarts} restarts are left")
+        report(f"{crash}; restarted from {where}, {restarts_left - 1} of {config.train.max_restarts} restarts are left")
     raise AssertionError("the last start returns or raises")
 
 
-def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say: Say, force: bool = False) -> Job:
+def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, report: Report, force: bool = False) -> Job:
     """Check everything that can be checked before ranks start, open the MLflow run, write `logs/job.json`.
 
     ranks: how many there will be, on all nodes. Raises UserError or ConfigError, one line.
@@ -122,32 +126,30 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, say:
     _wait_for_old_ranks(paths)
     storage.require_free_space(paths.root, disk_needed(config, paths), "training (its checkpoints)")
     today = {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256}
-    start = find_start(config, paths, resume, today=today, force=force, say=say)
-    outbox.begin(config)
+    start = find_start(config, paths, resume, today=today, force=force, report=report)
+    outbox.begin(start.run)
     if start.checkpoint is not None:
-        changed = changes(start, config, ranks)
+        changed = changes(start.state, config, ranks)
         for key, change in changed.items():
-            say(f"changed     {key} {change}")
-        outbox.set_tags(
-            config, start.run_id, {f"resumed.{step_of(start.checkpoint)}.{k}": v for k, v in changed.items()}
-        )
+            report(f"changed     {key} {change}")
+        outbox.set_tags(start.run, {f"resumed.{step_of(start.checkpoint)}.{k}": v for k, v in changed.items()})
     job_file = paths.logs / "job.json"
     storage.publish_json(
         job_file,
         {
             "schema_version": JOB_SCHEMA_VERSION,
             "config": config.model_copy(update={"run_dir": str(paths.root)}).as_dict(),
-            "run_id": start.run_id,
+            "run_id": start.run.id,
             "resume_from": None if start.checkpoint is None else str(start.checkpoint),
         },
     )
-    return Job(job_file, start.run_id, start.checkpoint)
+    return Job(job_file, start.run, start.checkpoint)
 
 
 def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
-    """The tokens to train on, when they, the tokenizer, the model and the batch sizes fit together. Writes nothing.
+    """Check that tokens, tokenizer, model and batch sizes fit together; returns the tokens to train on. Writes nothing.
 
-    Raises UserError or ConfigError, one line: its errors belong here, not in a rank's log or after a wait in a queue.
+    Raises UserError or ConfigError, one line: a mistake must show here, not in a rank's log or after a wait in a queue.
     """
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.tokenizer import Tokenizer
@@ -168,6 +170,8 @@ def ranks_on_this_node(config: RunConfig, *, nodes: int = 1) -> int:
 
     Raises ConfigError.
     """
+    from pipeline.distributed import has_gpu, num_devices
+
     devices, train = num_devices(), config.train
     if train.ranks is not None:
         if has_gpu() and train.ranks > devices:
@@ -197,7 +201,9 @@ def disk_needed(config: RunConfig, paths: RunPaths) -> int:
 
 
 def _wait_for_old_ranks(paths: RunPaths) -> None:
-    """Ranks of a killed start end within moments; ranks that go on are a job that must not be disturbed."""
+    """Wait until no ranks hold the training lock: those of a killed start end within moments.
+
+    Raises UserError after 30 s: ranks that still run are a job that must not be disturbed."""
     paths.logs.mkdir(parents=True, exist_ok=True)
     with open(paths.logs / TRAINING_LOCK, "a+", encoding="utf-8") as stream:
         for _ in range(100):

@@ -23,12 +23,12 @@ from pldr_model.config import ModelConfig
 
 
 def as_trained(config: RunConfig, paths: RunPaths, source: dict[str, Any]) -> RunConfig:
-    """The configuration with the seed and the recipe that the weights were trained with, as their checkpoint told them: today's
+    """The configuration with the seed and the recipe that the weights were trained with, as recorded with them: today's
     file or an override must not rewrite history. Raises ConfigError for weights that started from another kind of G."""
     recipe, seed = source.get("recipe"), source.get("seed")
     if not isinstance(recipe, dict) or not isinstance(seed, int):
         raise ConfigError(
-            f"{paths.weights}: tells no recipe or seed of its training; run `pldr consolidate CONFIG` again"
+            f"{paths.weights}: has no record of its training's recipe and seed; run `pldr consolidate CONFIG` again"
         )
     train = {key: value for key, value in recipe.items() if key in TrainConfig.model_fields}
     for key in recipe.keys() - train.keys():
@@ -64,7 +64,7 @@ def require_same(config: RunConfig, paths: RunPaths, model: ModelConfig, source:
 def held_out(config: RunConfig, paths: RunPaths, *, half: int, limit: int | None = None) -> torch.Tensor:
     """Held-out sequences [n, S+1] of one half of the val split (0: even, 1: odd sequences), evenly spread.
 
-    The first `limit` (None: post.prompts) hold no padding, as far as the half has such; behind them those that do.
+    The first `limit` (None: post.prompts) hold no padding, as far as the half has such; those with padding come after them.
     """
     from pipeline.data.loading.loader import evenly_spread
     from pipeline.data.loading.reader import open_split
@@ -75,19 +75,19 @@ def held_out(config: RunConfig, paths: RunPaths, *, half: int, limit: int | None
     mine = np.arange(half, reader.num_sequences, 2)
     if len(mine) < 2:
         raise UserError(
-            f"{index.folder}: {reader.num_sequences} held-out sequences are too few to judge by; raise data.val_fraction"
+            f"{index.folder}: {reader.num_sequences} held-out sequences are too few to judge with; raise data.val_fraction"
         )
     wanted = config.post.prompts if limit is None else limit
     count = wanted
     while True:  # twice as many each time, so that padded ones are replaced without reading the whole split
         read = reader.read(evenly_spread(reader, mine, count, skip=config.data.on_bad_shard == "skip"))
-        whole = (read != config.model.pad_id).all(axis=1)
-        if whole.sum() >= wanted or count >= len(mine):
+        unpadded = (read != config.model.pad_id).all(axis=1)
+        if unpadded.sum() >= wanted or count >= len(mine):
             break
         count *= 2
-    chosen = np.flatnonzero(whole)
+    chosen = np.flatnonzero(unpadded)
     chosen = chosen[np.linspace(0, len(chosen) - 1, min(wanted, len(chosen))).astype(int)]
-    return torch.from_numpy(np.concatenate((read[chosen], read[~whole])))
+    return torch.from_numpy(np.concatenate((read[chosen], read[~unpadded])))
 
 
 def lineage(source: dict[str, Any]) -> dict[str, Any]:
@@ -96,12 +96,12 @@ def lineage(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def spent_budget(config: RunConfig, source: dict[str, Any]) -> float | None:
-    """The invariance budget behind the weights, as their checkpoint told it (older ones did not: the planned one); None
+    """The invariance budget behind the weights, as recorded in their checkpoint (older ones lack it: the planned one); None
     without a metric learner to spend it on."""
     if config.model.g_source != "learned":
         return None
-    told = source.get("invariance_budget")
-    return planned_budget(config.train) if told is None else float(told)
+    recorded = source.get("invariance_budget")
+    return planned_budget(config.train) if recorded is None else float(recorded)
 
 
 def notes(config: RunConfig, source: dict[str, Any]) -> list[str]:

@@ -1,8 +1,8 @@
-"""Stage `validate`, joined: weights, G_LM and held-out tokens -> certificate.json and certificate.html.
+"""Stage `validate`: weights, G_LM and held-out tokens -> certificate.json and certificate.html.
 
-`judge` is one process's work, or one rank's where several validate together (`post.ranks`): this file is also their program,
+`judge` runs in one process, or in each rank where several validate together (`post.ranks`): this file is also their program,
 `python -m pipeline.stages.validate JOB`, one process a rank, with the rendezvous in the environment as torchrun sets it. Rank 0
-writes. The page is made by the caller, of the certificate that was written.
+writes. The caller then makes the page from the certificate on disk.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.distributed import has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
-from pipeline.tracking.client import tracking_uri
 from pipeline.tracking.outbox import log_files
-from pipeline.tracking.run import mlflow_id
+from pipeline.tracking.run import TrackedRun, run_named
 from pipeline.tracking.run_record import VERDICT_TAG
 
 log = logging.getLogger(__name__)
@@ -35,6 +32,27 @@ log = logging.getLogger(__name__)
 CERTIFICATE, PAGE = "certificate.json", "certificate.html"
 SHOWN_PROMPTS = 2  # held-out ones among the samples, beside post.sample_prompt
 SHOWN_TOKENS = 96
+
+
+def certify(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
+    """Measure and judge -> `certificate/certificate.{json,html}`, also artifacts of the MLflow run."""
+    certificate = certificate_of(config, paths)
+    run = run_named(config, paths, certificate["lineage"]["mlflow_run_id"])
+    target = paths.certificate / CERTIFICATE
+    page = write_page(config, paths, certificate, run)
+    log_files(
+        run,
+        {str(target): "certificate", str(page): "certificate"},
+        tags={VERDICT_TAG: certificate["verdict"]},
+    )
+    return {
+        "verdict": certificate["verdict"],
+        "tier": certificate["tier"],
+        "relative_deviation_g": certificate["measures"]["relative_deviation_g"],
+        "page": str(page),
+        "failed": certificate["failed"],
+        "certificate_sha256": storage.sha256_file(target),
+    }
 
 
 def certificate_of(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
@@ -49,6 +67,8 @@ def certificate_of(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
 
 def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     """The certificate of the run's weights. Collective where torch.distributed has several ranks."""
+    import torch
+
     from pipeline.post.extract import load_g
     from pipeline.post.validate import validate
     from pipeline.post.weights import load_weights
@@ -71,8 +91,8 @@ def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     )
 
 
-def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any]) -> Path:
-    """The page beside the certificate."""
+def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any], run: TrackedRun) -> Path:
+    """The page beside the certificate, with the curves of the training."""
     from pipeline.post.certificate.page import Evidence, certificate_page, show_sample
     from pipeline.post.extract import load_g
     from pipeline.post.measure.generation import samples
@@ -98,7 +118,7 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any]) 
         name=config.name,
         g_lm=extracted.g_lm,
         spread=extracted.spread,
-        histories=_histories(config, source["mlflow_run_id"]),
+        histories=_histories(run),
         samples=shown,
         twin=_twin(config, certificate),
         notes=notes(config, source),
@@ -108,19 +128,19 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any]) 
     return target
 
 
-def _histories(config: RunConfig, run_id: str) -> dict[str, list[tuple[int, float]]]:
-    """The training's metrics; none, with a warning, where MLflow does not answer."""
+def _histories(run: TrackedRun) -> dict[str, list[tuple[int, float]]]:
+    """The training's metrics; none, with a warning, where MLflow is unreachable."""
     from pipeline.tracking.query import read_run
 
     try:
-        return read_run(tracking_uri(config), mlflow_id(config, run_id))[2]
+        return read_run(run.uri, run.id)[2]
     except UserError as error:
         log.warning("the certificate's page has no curves: %s", error)
         return {}
 
 
 def _twin(config: RunConfig, certificate: dict[str, Any]) -> dict[str, Any]:
-    """The held-out loss of the SDPA twin named by `post.twin`, and a word on whether it can be compared."""
+    """The held-out loss of the SDPA twin named by `post.twin`, and a note on whether it can be compared."""
     from pipeline.bundle.certificate.schema import read_certificate
 
     if config.post.twin is None:
@@ -138,8 +158,8 @@ def _twin(config: RunConfig, certificate: dict[str, Any]) -> dict[str, Any]:
 
 
 def _judge_on(ranks: int, config: RunConfig, paths: RunPaths) -> None:
-    """Start the ranks, and end them all when one fails. Raises UserError, or ConfigError where it was one, with what the
-    failed one said."""
+    """Start the ranks, and end them all when one fails. Raises the failed rank's message as UserError, or as ConfigError
+    where it was one."""
     job = paths.logs / "validate.json"
     storage.publish_json(job, {"schema_version": 1, "config": config.as_dict()})
     with socket.socket() as probe:
@@ -162,9 +182,9 @@ def _judge_on(ranks: int, config: RunConfig, paths: RunPaths) -> None:
                 process.wait()
     if any(process.returncode for process in processes):
         lines = (paths.logs / "validate.log").read_text(errors="replace").strip().splitlines()
-        said = next((line for line in lines if line.startswith("pldr: error: ")), lines[-1] if lines else "nothing")
-        message = f"validate: {said.removeprefix('pldr: error: ')} (all of it: {paths.logs / 'validate.log'})"
-        # A mistake in the configuration stays one: exit code 2, and what was there before is kept (stages.py).
+        error = next((line for line in lines if line.startswith("pldr: error: ")), lines[-1] if lines else "no message")
+        message = f"validate: {error.removeprefix('pldr: error: ')} (full log: {paths.logs / 'validate.log'})"
+        # A mistake in the configuration stays one: exit code 2, and the earlier output is kept (runner.py).
         raise ConfigError(message) if any(process.returncode == 2 for process in processes) else UserError(message)
 
 
@@ -184,7 +204,7 @@ def main(argv: list[str], err: IO[str] = sys.stderr) -> int:
     job = storage.read_json(argv[0], schema_version=1)
     config = parse_config(job["config"], where=argv[0])
     paths = RunPaths(config.run_dir)
-    # gloo on GPUs too: what is exchanged are accumulators on the CPU. A rank may measure for long before it meets the others.
+    # gloo on GPUs too: accumulators on the CPU are exchanged. A rank may measure for long before it waits for the others.
     dist.init_process_group("gloo", timeout=timedelta(hours=12))
     try:
         certificate = judge(config, paths)
@@ -201,24 +221,3 @@ def main(argv: list[str], err: IO[str] = sys.stderr) -> int:
 
 if __name__ == "__main__":
     raise SystemExit(main(sys.argv[1:]))
-
-
-def certify(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
-    """Measure and judge -> `certificate/certificate.{json,html}`, also artifacts of the MLflow run."""
-    certificate = certificate_of(config, paths)
-    target = paths.certificate / CERTIFICATE
-    page = write_page(config, paths, certificate)
-    log_files(
-        config,
-        certificate["lineage"]["mlflow_run_id"],
-        {str(target): "certificate", str(page): "certificate"},
-        tags={VERDICT_TAG: certificate["verdict"]},
-    )
-    return {
-        "verdict": certificate["verdict"],
-        "tier": certificate["tier"],
-        "relative_deviation_g": certificate["measures"]["relative_deviation_g"],
-        "page": str(page),
-        "failed": certificate["failed"],
-        "certificate_sha256": storage.sha256_file(target),
-    }

@@ -21,7 +21,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,16 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig, flatten
 from pipeline.errors import Stopped, UserError, first_line
 from pipeline.io import storage
-from pipeline.stages.resume import Say
-from pipeline.stages.runner import NAMES, Line, exclusive
+from pipeline.stages.compatible import Report
+from pipeline.stages.runner import Pipeline, exclusive
+from pipeline.stages.table import NAMES
 from pipeline.stages.train import Launch
 from pipeline.sweep.config import COLUMNS, Child, read
 from pipeline.sweep.report import write_sweep_report
-from pipeline.tracking.client import client, mend_for, tracking_uri
+from pipeline.tracking.client import client, fix_for, tracking_uri
 from pipeline.tracking.query import read_run
-from pipeline.tracking.run_record import create, new_record, remember, remembered
+from pipeline.tracking.run import TrackedRun, known_run
+from pipeline.tracking.run_record import new_record
 
 DATA_STAGES = ("shard", "tokenizer", "tokenize")
 Result = dict[str, Any]
@@ -52,14 +53,14 @@ class Sweep:
         """Raises ConfigError, one line, for a mistake in the sweep's YAML or in any child's configuration."""
         self.settings, self.config, self.children = read(Path(path), overrides)
 
-    def run(self, *, launch: Launch, say: Say, ranks: int | None = None) -> Result:
+    def run(self, *, launch: Launch, say: Report, ranks: int | None = None) -> Result:
         """Every child in turn; returns the table, as `report/sweep.json` has it. `ranks`: how many train, on all nodes (None:
         what this node has).
 
         Raises UserError when a child failed for another reason than its certificate, after all others have run; and
         Stopped, at once, when a child's training was stopped by a signal.
         """
-        with exclusive(self.config, say):
+        with exclusive(RunPaths(self.config.run_dir), say):
             parent = self._open_parent()
             status, rows = "KILLED", []
             try:
@@ -82,18 +83,18 @@ class Sweep:
             raise UserError(f"{self._folder()}: the table could not be written; make room and start again")
         return {"run_id": parent, "children": len(rows), **report}
 
-    def _child(self, child: Child, parent: str, *, launch: Launch, say: Say, ranks: int | None) -> Result:
+    def _child(self, child: Child, parent: str, *, launch: Launch, say: Report, ranks: int | None) -> Result:
         """Run or skip one child's stages; its row of the table."""
         tracking = child.config.tracking.model_copy(update={"parent_run": parent})
         config = child.config.model_copy(update={"tracking": tracking})
         row: Result = {"child": child.name, **child.values, "status": "finished", "error": None}
         done: list[str] = []
         try:
-            with exclusive(config, say):
+            pipeline = Pipeline(config, launch=launch, report=say, ranks=ranks)
+            with exclusive(pipeline.paths, say):
                 self._share_data(config)
-                line = Line(config, launch=launch, say=say, ranks=ranks)
                 for name in NAMES[: NAMES.index(self.settings.until) + 1]:
-                    line.stage(name, thorough=False)
+                    pipeline.stage(name, thorough=False)
                     done.append(name)
         except Stopped:
             raise
@@ -144,17 +145,17 @@ class Sweep:
 
     def _open_parent(self) -> str:
         """The id of the MLflow run whose children these are: made once, also when a start was killed."""
-        record = remembered(self.config)
-        if record is None:
+        paths = RunPaths(self.config.run_dir)
+        run = known_run(self.config, paths)
+        if run is None:
             settings = flatten({"sweep": self.settings.model_dump(mode="json")})
-            record = replace(new_record(self.config), params={key: value[:6000] for key, value in settings.items()})
-            remember(self.config, record)
+            run = TrackedRun(self.config, paths, new_record(self.config, paths, params=settings))
+            run.write()
         try:
-            run_id = create(self.config, record).id
-            client(record.tracking_uri).update_run(run_id, status="RUNNING")
+            run_id = run.create()
+            client(run.uri).update_run(run_id, status="RUNNING")
         except Exception as error:
-            uri = tracking_uri(self.config)
-            raise UserError(f"MLflow at {uri}: {first_line(error)}; {mend_for(uri)}") from error
+            raise UserError(f"MLflow at {run.uri}: {first_line(error)}; {fix_for(run.uri)}") from error
         return run_id
 
     def _log(self, parent: str, files: dict[str, str], *, status: str | None = None) -> None:
@@ -194,11 +195,11 @@ def measured(config: RunConfig, done: Sequence[str]) -> Result:
     row: Result = dict.fromkeys(COLUMNS)
     paths = RunPaths(config.run_dir)
     with contextlib.suppress(UserError):  # MLflow away: the certificate is on disk all the same
-        record = remembered(config)
-        if record is not None and record.run_id is not None:
-            known = read_run(record.tracking_uri, record.run_id)[0]
+        run = known_run(config, paths)
+        if run is not None and run.record.run_id is not None:
+            known = read_run(run.uri, run.record.run_id)[0]
             row |= {key: known[key] for key in ("step", "loss", "val_loss_cached", "order_parameter", "budget")}
-            row["run_id"] = record.run_id
+            row["run_id"] = run.record.run_id
     if "validate" in done:
         certificate = storage.read_json(paths.certificate / "certificate.json")
         losses = certificate["measures"]["losses"]

@@ -1,1 +1,4 @@
-"""tracking."""
+"""A training run in MLflow: its record, metrics, published checkpoints, and what waits here while MLflow is unreachable.
+
+Comes in: the configuration, committed checkpoints, metrics and files; imports `checkpoint`, `config` and `io` only.
+Hands on: a `TrackedRun` to the worker, the stages and the command line, and what MLflow knows of runs (query.py)."""

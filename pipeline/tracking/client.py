@@ -20,7 +20,7 @@ from pipeline.config.run import RunConfig
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 SHORT_S, PATIENT_S = "3", "600"
-PASSING = (
+TRANSIENT = (
     "INTERNAL_ERROR",
     "TEMPORARILY_UNAVAILABLE",
     "DEADLINE_EXCEEDED",
@@ -58,8 +58,8 @@ def client(uri: str) -> Any:
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def is_away(uri: str, error: Exception) -> bool:
-    """Whether a call failed because MLflow cannot be reached or has a bad moment, so that it may work later.
+def is_unreachable(uri: str, error: Exception) -> bool:
+    """Whether a call failed because MLflow is unreachable or overloaded, so that it may work later.
 
     What the server refuses (a run that is not there, credentials) is a mistake, and so is every failure of a SQLite file.
     """
@@ -68,11 +68,13 @@ def is_away(uri: str, error: Exception) -> bool:
     code = getattr(error, "error_code", None)
     if type(error).__name__ == "InvalidUrlException":
         return False
-    return code in PASSING if code is not None else isinstance(error, OSError) or "sqlalchemy" in type(error).__module__
+    return (
+        code in TRANSIENT if code is not None else isinstance(error, OSError) or "sqlalchemy" in type(error).__module__
+    )
 
 
-def mend_for(uri: str) -> str:
-    """What to do about a store that does not answer."""
+def fix_for(uri: str) -> str:
+    """What to do about a store that is unreachable."""
     if uri.startswith("sqlite:///"):
         return (
             f"restore {uri.removeprefix('sqlite:///')}, or remove it and run.json beside it to begin a new MLflow run"

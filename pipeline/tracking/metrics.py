@@ -1,15 +1,15 @@
 """Rank 0's metrics on their way to MLflow: a spool on local disk and a thread that sends it; training never waits.
 
-Asynchronous logging of MLflow drops metrics when the server is away, with only a line in its log. So the loop appends
+Asynchronous logging of MLflow drops metrics when the server is unreachable, with only a line in its log. So the loop appends
 points to a JSONL spool and a daemon thread sends them in batches, without retries and with a short timeout; what could not
-be sent stays in the spool and is sent later, in order. Each point once:
+be sent stays in the spool and is sent later, in order. Each point is sent once:
 
-- `.sent` says how many bytes of the spool MLflow has. A batch whose answer was lost is sent again; an equal point (same
+- `.sent` holds how many bytes of the spool MLflow has. A batch whose answer was lost is sent again; an equal point (same
   time, step and value) is stored only once.
 - A resumed run leaves out points that its spool already holds for that step.
-- Another machine may have gone on with the run, before this one or since: at the first contact MLflow is asked how far the
-  run came (`floor`), and later points up to there are not sent. What the spool owes since an earlier start may be older than
-  that and still be missing: there MLflow is asked which steps it has.
+- Another machine may have continued the run, before this one or since: at the first contact MLflow is asked how far the
+  run came (`floor`), and points up to that step are not sent. What is still pending in the spool from an earlier start may be
+  older than that and still be missing: for those metrics MLflow is asked which steps it has.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ CLOSE_S = 10.0
 
 
 class Tracker:
-    """Rank 0's line to MLflow. `log` costs an append to a file; everything else happens in a thread.
+    """Sends rank 0's metrics to MLflow. `log` costs an append to a file; everything else happens in a thread.
 
-    identify: gives MLflow's id of the run, making the run where it does not exist yet; called in the thread, and again
-    after it raised. running: mark the run RUNNING at the first contact.
+    identify: returns MLflow's id of the run, making the run where it does not exist yet; called in the thread, and again
+    if it raised. running: mark the run RUNNING at the first contact.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Tracker:
         _cut_torn_line(spool)
         self._last = last_steps(spool)
         self._stream = open(spool, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        self._unwritten: list[bytes] = []  # as long as the disk is full
+        self._unwritten: list[bytes] = []  # lines not in the spool yet: the disk is full
         self._sent, self._floor = 0, dict[str, int]()
-        self._held: dict[str, set[int]] = {}  # metric -> the steps that MLflow has, where the floor does not tell
+        self._held: dict[str, set[int]] = {}  # metric -> the steps that MLflow has, where the floor is not enough
         self._client: Any = None
         self.mlflow_id: str | None = None  # None until MLflow has answered
-        self.tried = threading.Event()  # MLflow has answered once, or has not
+        self.tried = threading.Event()  # set after the first attempt to reach MLflow
         self.points_sent = 0
         self._stop = threading.Event()
         self._warned = False
@@ -83,7 +83,7 @@ class Tracker:
         self._write()
 
     def _write(self) -> None:
-        """Append what is not in the spool yet, whole lines or nothing: a full disk must not end a run."""
+        """Append what is not in the spool yet, complete lines or nothing: a full disk must not end a run."""
         data, size = b"".join(self._unwritten), os.fstat(self._stream.fileno()).st_size
         try:
             if self._stream.write(data) != len(data):
@@ -128,21 +128,19 @@ class Tracker:
                 stopped = self._stop.is_set()
                 try:
                     if self.mlflow_id is None:
-                        self._meet()
+                        self._first_contact()
                     self._send_pending()
                     self._warned = False
                 except Exception as error:
                     if not self._warned:
                         why = first_line(error)
-                        log.warning(
-                            "MLflow at %s does not answer (%s); metrics wait in %s", self._uri, why, self._spool
-                        )
+                        log.warning("MLflow at %s is unreachable (%s); metrics wait in %s", self._uri, why, self._spool)
                     self._warned = True
                 self.tried.set()
                 self._stop.wait(SEND_EVERY_S)
 
-    def _meet(self) -> None:
-        """The first contact: which run it is, and how far MLflow has it."""
+    def _first_contact(self) -> None:
+        """Find out which run it is, and how far MLflow has it."""
         run_id = self._identify()
         self._client = client(self._uri)
         if self._running:
@@ -152,9 +150,12 @@ class Tracker:
         self._sent = read_sent(self._spool)
         with open(self._spool, "rb") as stream:
             stream.seek(self._sent)
-            whole = (line for line in stream if line.endswith(b"\n"))  # the loop may be writing one
+            complete = (line for line in stream if line.endswith(b"\n"))  # the loop may be writing one
             doubtful = {
-                key for point in _points(whole) for key in point["values"] if point["step"] <= self._floor.get(key, -1)
+                key
+                for point in _points(complete)
+                for key in point["values"]
+                if point["step"] <= self._floor.get(key, -1)
             }
         self._held = {key: {p.step for p in self._client.get_metric_history(run_id, key)} for key in sorted(doubtful)}
         self._write_sent()
@@ -192,7 +193,7 @@ class Tracker:
 
 
 def read_sent(spool: Path) -> int:
-    """Bytes of a spool that MLflow has; 0 where that is not known: what it has is then left out by step."""
+    """Bytes of a spool that MLflow has; 0 where that is not known (points are then left out by step)."""
     try:
         known = json.loads(spool.with_suffix(".sent").read_text())
         sent = int(known["sent"] if isinstance(known, dict) else known)
@@ -202,9 +203,9 @@ def read_sent(spool: Path) -> int:
 
 
 def take_over(old: Path, spool: Path) -> None:
-    """What a spool still owes that was begun under another name of the run goes to the end of this one; it is then gone.
+    """Append the unsent points of a spool that was begun under another name of the run to this one, and remove the old spool.
 
-    A point whose step this spool has reached is left out. Killed in between, the same again does the rest.
+    A point whose step this spool has reached is left out. If it is killed halfway, calling it again completes it.
     """
     if old == spool or not old.exists():
         return
@@ -225,12 +226,12 @@ def take_over(old: Path, spool: Path) -> None:
 
 
 def _cut_torn_line(spool: Path) -> None:
-    """A process killed inside a write leaves half a line: it was never logged."""
+    """Remove the half line that a process killed inside a write leaves: it was never logged."""
     if spool.exists():
         data = spool.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole != len(data):
-            os.truncate(spool, whole)
+        end = data.rfind(b"\n") + 1
+        if end != len(data):
+            os.truncate(spool, end)
 
 
 def last_steps(spool: Path) -> dict[str, int]:
@@ -245,14 +246,14 @@ def last_steps(spool: Path) -> dict[str, int]:
 
 
 def _points(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The points of spool lines; a damaged line is told and left out: the log book must not end a run."""
+    """The points of spool lines; a damaged line is left out with a warning: a log must not end a run."""
     for line in lines:
         try:
             point = json.loads(line)
-            whole = isinstance(point["step"], int) and isinstance(point["values"], dict) and point["time"] > 0
+            intact = isinstance(point["step"], int) and isinstance(point["values"], dict) and point["time"] > 0
         except (ValueError, TypeError, KeyError):
-            whole = False
-        if whole:
+            intact = False
+        if intact:
             yield point
         else:
             log.warning("a damaged line of the metrics spool is left out: %.60r", line)

@@ -1,12 +1,12 @@
 """Publishing committed checkpoints beside training, and getting them back.
 
-Rank 0 hands over after each save and goes on at once; one thread uploads. So there is never more than one publication under
-way: that of a second save waits for the first in this thread, not in the training loop, and when several are waiting only
-what is still kept is uploaded. Retention is done here too, because the checkpoint that is being uploaded must stay until
-it is: in a second thread, because an upload may take long and the disk must not fill meanwhile.
+Rank 0 hands over after each save and trains on at once; one thread uploads. So at most one publication is in progress: that
+of a second save waits for the first in this thread, not in the training loop, and when several are waiting only what is
+still kept is uploaded. Retention is done here too, because a checkpoint must stay until its upload is complete: in a second
+thread, because an upload may take long and the disk must not fill meanwhile.
 
-What is published follows the run's retention policy over everything that is there and here: a machine that has only the
-newest checkpoints does not remove what other machines published and what stays for ever.
+What is published follows the run's retention policy over all published and local checkpoints: a machine that has only the
+newest ones does not remove what other machines published and what is kept forever.
 """
 
 from __future__ import annotations
@@ -21,43 +21,47 @@ from pathlib import Path
 
 from pipeline.checkpoint.format import COMMITTED, STATE, checkpoint_name, committed, step_of, verify
 from pipeline.checkpoint.retention import Policy, local_losses, loss_in, policy_of, retain
-from pipeline.config.paths import RunPaths
-from pipeline.config.run import RunConfig
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
-from pipeline.tracking.client import client, is_away, mend_for, tracking_uri
+from pipeline.tracking.client import client, fix_for, is_unreachable
 from pipeline.tracking.metrics import Tracker
-from pipeline.tracking.run_record import LOCAL_PREFIX, PLACE_TAG, RunRecord, place_url, record_of
-from pipeline.tracking.stores import MlflowPlace, Place, UrlPlace, names_in, place_at
+from pipeline.tracking.run import TrackedRun
+from pipeline.tracking.run_record import LOCAL_PREFIX, PUBLISH_TAG
+from pipeline.tracking.stores import CheckpointStore, MlflowStore, UrlStore, names_in, store_at
 
 log = logging.getLogger(__name__)
 CHECKPOINTS_TAG = "pldr.checkpoints"
 LONGEST_WAIT_S = 30.0  # between attempts
-MEET_S = 5.0  # how long the first attempt waits until MLflow was asked for the run
+FIRST_CONTACT_S = 5.0  # how long the first attempt waits for the tracker's first contact with MLflow
 CLOSING_ATTEMPTS = 3  # once training has ended
-LOOK_S, STOPPING_S = 0.2, 5.0  # how often the end looks for a wish to stop, and what it still waits then
+POLL_S, STOPPING_S = 0.2, 5.0  # while closing: how often `stop` is asked, and how long it still waits after a yes
 
 
 class Publisher:
     """The thread of rank 0 that publishes.
 
-    folder: the run's `checkpoints/`. place: where to, None as long as MLflow has not made the run; called at each attempt.
-    told: gets the names of all published checkpoints after each publication; what it raises is tried again too.
+    folder: the run's `checkpoints/`. find_store: where to, None as long as MLflow has not made the run; called at each
+    attempt. announce: gets the names of all published checkpoints after each publication; when it raises, the publication is
+    retried.
     """
 
     def __init__(
-        self, folder: Path, policy: Policy, place: Callable[[], Place | None], told: Callable[[list[str]], None]
+        self,
+        folder: Path,
+        policy: Policy,
+        find_store: Callable[[], CheckpointStore | None],
+        announce: Callable[[list[str]], None],
     ) -> None:
-        self._folder, self._policy, self._find_place, self._told = folder, policy, place, told
+        self._folder, self._policy, self._find_store, self._announce = folder, policy, find_store, announce
         self._change = threading.Condition()
-        there = committed(folder)
-        self._step = step_of(there[-1]) if there else 0  # how far the run is
-        self._asked = 1 if there else 0  # what an earlier start left unpublished
+        local = committed(folder)
+        self._step = step_of(local[-1]) if local else 0  # how far the run is
+        self._asked = 1 if local else 0  # publications asked for; one for what an earlier start left unpublished
         self._done = 0
         self._pruned = self._asked
         self._closing = False
-        self._files = threading.Lock()  # nothing is removed while it is being decided that it is uploaded
-        self._busy: str | None = None
+        self._files = threading.Lock()  # nothing is removed between the decision to upload it and `_busy`
+        self._busy: str | None = None  # the checkpoint that is being uploaded
         self._known: dict[str, tuple[str, float | None]] = {}  # published: its COMMITTED and loss
         self._thread = threading.Thread(target=self._publish_forever, name="publisher", daemon=True)
         self._thread.start()
@@ -65,7 +69,7 @@ class Publisher:
         self._pruner.start()
 
     def saved(self, step: int) -> None:
-        """A checkpoint of this step was committed: what is no longer kept is removed, and what is gets published, beside."""
+        """A checkpoint of this step was committed: the threads remove what is no longer kept and publish what is."""
         with self._change:
             self._step = step
             self._asked += 1
@@ -74,14 +78,14 @@ class Publisher:
     def close(self, wait_s: float, *, stop: Callable[[], bool] | None = None) -> list[str]:
         """Wait for the last publication, `wait_s` at most and a few attempts; the names that are still not published.
 
-        stop: asked all the while whether somebody wants the process to end; then STOPPING_S is what is left to wait.
+        stop: polled meanwhile, whether the process is asked to end; after that it waits STOPPING_S at most.
         """
         with self._change:
             self._closing = True
             self._change.notify_all()
         end = time.monotonic() + wait_s
         while self._thread.is_alive() and (left := end - time.monotonic()) > 0:
-            self._thread.join(min(left, LOOK_S))
+            self._thread.join(min(left, POLL_S))
             if stop is not None and stop():
                 end, stop = min(end, time.monotonic() + STOPPING_S), None
         missing = [] if self._done == self._asked else self._missing()
@@ -91,7 +95,7 @@ class Publisher:
                 ", ".join(missing),
                 self._folder,
             )
-        self._prune()  # what was being uploaded too, when it is not any more
+        self._prune()  # also what could not be removed while it was being uploaded
         return missing
 
     def _prune(self) -> None:
@@ -126,7 +130,7 @@ class Publisher:
             except Exception as error:  # an outage must not end a run: the local checkpoints are committed
                 failures += 1
                 if not warned:
-                    log.warning("publishing checkpoints is tried again: %s", first_line(error))
+                    log.warning("publishing checkpoints failed and is retried: %s", first_line(error))
                 warned = True
                 with self._change:
                     if self._closing and failures >= CLOSING_ATTEMPTS:
@@ -136,30 +140,30 @@ class Publisher:
             failures, warned, self._done = 0, False, asked
 
     def publish(self) -> None:
-        """Make the place hold what the policy keeps. Safe to repeat; raises what the store raises."""
-        place = self._find_place()
-        if place is None:
+        """Make the store hold what the policy keeps. Safe to repeat; raises what the store raises."""
+        store = self._find_store()
+        if store is None:
             raise UserError("MLflow has not made the run yet")
-        listing = place.listing()
-        losses, local = self._look(place, listing), local_losses(self._folder)
+        listing = store.listing()
+        losses, local = self._read_losses(store, listing), local_losses(self._folder)
         keep = self._policy.keep({**losses, **local}, self._step)
         for step in sorted(keep & local.keys(), reverse=True):  # the newest is needed first
             if step <= self._step:
-                self._upload(place, self._folder / checkpoint_name(step))
+                self._upload(store, self._folder / checkpoint_name(step))
         outdated = {checkpoint_name(step) for step in losses.keys() - keep}
         unfinished = {name for name, is_committed in listing.items() if not is_committed and name not in self._known}
         for name in sorted(outdated | unfinished):
-            place.remove(name)
+            store.remove(name)
             self._known.pop(name, None)
-        self._told(sorted(self._known))
+        self._announce(sorted(self._known))
 
-    def _look(self, place: Place, listing: dict[str, bool]) -> dict[int, float | None]:
-        """Step -> loss of what is published. What was seen before is not read again."""
+    def _read_losses(self, store: CheckpointStore, listing: dict[str, bool]) -> dict[int, float | None]:
+        """Step -> loss of what is published. What was read before is not read again."""
         names = [name for name, is_committed in listing.items() if is_committed]
-        self._known = {name: self._known[name] if name in self._known else _facts(place, name) for name in names}
+        self._known = {name: self._known[name] if name in self._known else _facts(store, name) for name in names}
         return {step_of(Path(name)): loss for name, (_, loss) in self._known.items()}
 
-    def _upload(self, place: Place, checkpoint: Path) -> None:
+    def _upload(self, store: CheckpointStore, checkpoint: Path) -> None:
         with self._files:  # from here on retention leaves it alone
             if not (checkpoint / COMMITTED).is_file():
                 return
@@ -174,105 +178,105 @@ class Publisher:
             except UserError as error:
                 log.warning("%s is damaged and not published: %s", checkpoint.name, error)
                 return
-            # A cut upload, or the run went back and came here another way: nothing of that may stay among our files.
-            place.remove(checkpoint.name)
-            place.upload(checkpoint)
+            # An interrupted upload, or the run was rolled back and reached this step again: no file of that may stay.
+            store.remove(checkpoint.name)
+            store.upload(checkpoint)
             self._known[checkpoint.name] = (seal, loss_in(state))
         finally:
             self._busy = None
 
 
-def _facts(place: Place, name: str) -> tuple[str, float | None]:
-    seal = place.read(name, COMMITTED).decode("utf-8", "replace")
+def _facts(store: CheckpointStore, name: str) -> tuple[str, float | None]:
+    """The content of a published checkpoint's COMMITTED, and its held-out loss."""
+    seal = store.read(name, COMMITTED).decode("utf-8", "replace")
     try:
-        return seal, loss_in(json.loads(place.read(name, STATE)))
+        return seal, loss_in(json.loads(store.read(name, STATE)))
     except (ValueError, FileNotFoundError):
         return seal, None
 
 
-def open_publisher(config: RunConfig, tracker: Tracker) -> Publisher:
+def open_publisher(run: TrackedRun, tracker: Tracker) -> Publisher:
     """The publisher of a run that logs through `tracker`."""
-    url = place_url(config, record_of(config, tracker.run_id))
-    uri = tracking_uri(config)
+    url = run.publish_url
 
-    def place() -> Place | None:
-        tracker.tried.wait(MEET_S)
+    def find_store() -> CheckpointStore | None:
+        tracker.tried.wait(FIRST_CONTACT_S)
         if url is None and tracker.mlflow_id is None:
             return None
-        return place_at(uri, tracker.mlflow_id or "", url)
+        return store_at(run.uri, tracker.mlflow_id or "", url)
 
-    def told(names: list[str]) -> None:
+    def announce(names: list[str]) -> None:
         if tracker.mlflow_id is None:
-            raise UserError("MLflow has not made the run yet; it is told later what is published")
-        mlflow = client(uri)
+            raise UserError("MLflow has not made the run yet; its checkpoints are listed there later")
+        mlflow = client(run.uri)
         mlflow.set_tag(tracker.mlflow_id, CHECKPOINTS_TAG, ",".join(names))
-        mlflow.set_tag(tracker.mlflow_id, PLACE_TAG, url or "")
+        mlflow.set_tag(tracker.mlflow_id, PUBLISH_TAG, url or "")
 
-    return Publisher(RunPaths(config.run_dir).checkpoints, policy_of(config.train), place, told)
+    return Publisher(run.paths.checkpoints, policy_of(run.config.train), find_store, announce)
 
 
-def place_of(uri: str, run_id: str) -> Place:
-    """Where the checkpoints of a run are, as the run itself says."""
-    return place_at(uri, run_id, client(uri).get_run(run_id).data.tags.get(PLACE_TAG) or None)
+def _store_by_tag(uri: str, run_id: str) -> CheckpointStore:
+    """Where the checkpoints of a run are, by the run's own tag."""
+    return store_at(uri, run_id, client(uri).get_run(run_id).data.tags.get(PUBLISH_TAG) or None)
 
 
 def published_checkpoints(uri: str, run_id: str) -> list[str]:
-    """Names of the committed checkpoints that a run has published, newest first. UserError when MLflow does not answer."""
+    """Names of the committed checkpoints that a run has published, newest first. UserError when MLflow is unreachable."""
     if run_id.startswith(LOCAL_PREFIX):  # MLflow has not made it yet
         return []
     try:
-        return names_in(place_of(uri, run_id))
+        return names_in(_store_by_tag(uri, run_id))
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"checkpoints of MLflow run {run_id}: {first_line(error)}; {mend_for(uri)}") from error
+        raise _explain(uri, run_id, error) from error
 
 
 def fetch_checkpoint(uri: str, run_id: str, name: str, folder: Path) -> Path:
-    """Bring a published checkpoint into `folder`. Its bytes are checked against its manifest by who loads it."""
-    return fetch(place_of(uri, run_id), name, folder)
+    """Bring a published checkpoint into `folder`. Whoever loads it checks its bytes against its manifest."""
+    return fetch(_store_by_tag(uri, run_id), name, folder)
 
 
-def available(config: RunConfig, run_id: str) -> tuple[Place | None, list[str]]:
+def available(run: TrackedRun) -> tuple[CheckpointStore | None, list[str]]:
     """Where a run's checkpoints are published, and their names, newest first.
 
-    With MLflow away the configuration is believed, where the folder's name is known; a run that MLflow has not made yet has
-    nothing among its artifacts. Raises UserError when MLflow would have to be asked and does not answer.
+    With MLflow unreachable the configuration decides, where the folder's name is known; a run that MLflow has not made yet
+    has nothing among its artifacts. Raises UserError when MLflow would have to be asked and is unreachable.
     """
-    uri, record = tracking_uri(config), record_of(config, run_id)
-    url = place_url(config, record)
+    record, url = run.record, run.publish_url
     try:
-        place = place_of(uri, record.run_id) if record.run_id is not None else None
+        store = _store_by_tag(run.uri, record.run_id) if record.run_id is not None else None
     except Exception as error:
-        if not is_away(uri, error):
-            raise UserError(f"checkpoints of MLflow run {record.id}: {first_line(error)}; {mend_for(uri)}") from error
-        place = None
-    if place is None and url is not None and record.local_id is not None:
-        place = UrlPlace(url)
-    if place is None and (record.run_id is None or _never_saved(config, record)):
+        if not is_unreachable(run.uri, error):
+            raise _explain(run.uri, run.id, error) from error
+        store = None
+    if store is None and url is not None and record.local_id is not None:
+        store = UrlStore(url)
+    # Begun in this directory, and it has not come to its first checkpoint.
+    never_saved = bool(record.params) and not run.paths.checkpoints.exists()
+    if store is None and (record.run_id is None or never_saved):
         return None, []
     try:
-        place = place or MlflowPlace(uri, record.id)
-        return place, names_in(place)
+        store = store or MlflowStore(run.uri, run.id)
+        return store, names_in(store)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"checkpoints of MLflow run {record.id}: {first_line(error)}; {mend_for(uri)}") from error
+        raise _explain(run.uri, run.id, error) from error
 
 
-def _never_saved(config: RunConfig, record: RunRecord) -> bool:
-    """Whether the run was begun in this directory and has not come to its first checkpoint."""
-    return bool(record.params) and not RunPaths(config.run_dir).checkpoints.exists()
+def _explain(uri: str, run_id: str, error: Exception) -> UserError:
+    return UserError(f"checkpoints of MLflow run {run_id}: {first_line(error)}; {fix_for(uri)}")
 
 
-def fetch(place: Place, name: str, folder: Path) -> Path:
-    """Bring a checkpoint from a place into `folder`, whole or not at all."""
+def fetch(store: CheckpointStore, name: str, folder: Path) -> Path:
+    """Bring a checkpoint from a store into `folder`, completely or not at all."""
     target = folder / storage.safe_member(name)
     staging = folder / f".{name}.download"
     shutil.rmtree(staging, ignore_errors=True)
     (staging / name).mkdir(parents=True)
     try:
-        place.download(name, staging / name)
+        store.download(name, staging / name)
         storage.replace_dir(staging / name, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.errors import ConfigError, UserError, first_line
-from pipeline.tracking.client import client, is_away, latest_points, mend_for
+from pipeline.tracking.client import client, fix_for, is_unreachable, latest_points
 from pipeline.tracking.publish import CHECKPOINTS_TAG
-from pipeline.tracking.run_record import LOCAL_TAG, PLACE_TAG, VERDICT_TAG
-from pipeline.tracking.stores import MlflowPlace, names_in
+from pipeline.tracking.run_record import LOCAL_TAG, PUBLISH_TAG, VERDICT_TAG
+from pipeline.tracking.stores import MlflowStore, names_in
 
 COLUMNS = {  # metric -> key of a row
     "train/loss": "loss",
@@ -23,8 +23,8 @@ def list_runs(uri: str, experiment: str | None) -> list[dict[str, Any]]:
     """One row per training run of an experiment (None: of all), newest first.
 
     Keys: id, name, experiment, status, started, step, loss, val_loss_cached, order_parameter, budget, checkpoints (names),
-    published_to, verdict; None where a run has none. Raises ConfigError for an experiment that is not there, UserError
-    when MLflow does not answer.
+    published_to, verdict; None where a run has none. Raises ConfigError for an experiment that does not exist, UserError
+    when MLflow is unreachable.
     """
     try:
         mlflow = client(uri)
@@ -40,14 +40,14 @@ def list_runs(uri: str, experiment: str | None) -> list[dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:
-        mend = mend_for(uri) if is_away(uri, error) else "look at the URI"
-        raise UserError(f"MLflow at {uri}: {first_line(error)}; {mend}") from error
+        fix = fix_for(uri) if is_unreachable(uri, error) else "look at the URI"
+        raise UserError(f"MLflow at {uri}: {first_line(error)}; {fix}") from error
 
 
 def read_run(uri: str, run_id: str) -> tuple[dict[str, Any], Any, dict[str, list[tuple[int, float]]]]:
     """A run's row, as `list_runs` has it, MLflow's own data of it (params, tags), and every metric's (step, value) points.
 
-    Raises UserError when MLflow does not answer or has no such run.
+    Raises UserError when MLflow is unreachable or has no such run.
     """
     try:
         mlflow = client(uri)
@@ -62,8 +62,8 @@ def read_run(uri: str, run_id: str) -> tuple[dict[str, Any], Any, dict[str, list
     except UserError:
         raise
     except Exception as error:
-        mend = mend_for(uri) if is_away(uri, error) else "look at the id (`pldr runs` lists them)"
-        raise UserError(f"MLflow at {uri}: {first_line(error)}; {mend}") from error
+        fix = fix_for(uri) if is_unreachable(uri, error) else "look at the id (`pldr runs` lists them)"
+        raise UserError(f"MLflow at {uri}: {first_line(error)}; {fix}") from error
 
 
 def _runs(mlflow: Any, experiments: list[str]) -> list[Any]:
@@ -87,8 +87,8 @@ def _verdicts(mlflow: Any) -> dict[str, str]:
 def _row(uri: str, run: Any, experiments: dict[str, str], verdicts: dict[str, str]) -> dict[str, Any]:
     info, tags, points = run.info, run.data.tags, latest_points(run)
     checkpoints = tags.get(CHECKPOINTS_TAG)
-    if checkpoints is None and LOCAL_TAG not in tags:  # begun before runs said it themselves
-        checkpoints = ",".join(reversed(names_in(MlflowPlace(uri, info.run_id))))
+    if checkpoints is None and LOCAL_TAG not in tags:  # begun before runs had this tag
+        checkpoints = ",".join(reversed(names_in(MlflowStore(uri, info.run_id))))
     return {
         "id": info.run_id,
         "name": info.run_name,
@@ -98,6 +98,6 @@ def _row(uri: str, run: Any, experiments: dict[str, str], verdicts: dict[str, st
         "step": max((step for step, _ in points.values()), default=None),
         **{key: points[metric][1] if metric in points else None for metric, key in COLUMNS.items()},
         "checkpoints": [name for name in (checkpoints or "").split(",") if name],
-        "published_to": tags.get(PLACE_TAG) or None,
+        "published_to": tags.get(PUBLISH_TAG) or None,
         "verdict": tags.get(VERDICT_TAG) or verdicts.get(info.run_id),
     }

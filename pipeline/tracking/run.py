@@ -1,8 +1,8 @@
-"""A training run in MLflow: begun, marked, ended, and caught up with after an outage. One run per job.
+"""A training run in MLflow: `TrackedRun`, made once by a process and handed down, and how it is opened. One run per job.
 
-MLflow may be away at any time. A new run then gets a local name and is made in MLflow later (run_record.py); metrics wait
-in a spool (metrics_spool.py), checkpoints in the run directory (publish.py), and what a run should be told at its end
-waits in `logs/owed.json`. `settle` pays all of it: at the end of every training, and as `pldr track replay`.
+MLflow may be unreachable at any time. A new run then gets a local name and is made in MLflow later (run_record.py); metrics
+wait in a spool (metrics.py), checkpoints in the run directory (publish.py), and the run's files, tags and end wait in
+`logs/pending.json` (outbox.py).
 """
 
 from __future__ import annotations
@@ -18,73 +18,140 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io.urls import without_secrets
-from pipeline.tracking.client import client, is_away, mend_for, patience, tracking_uri
+from pipeline.tracking.client import client, fix_for, is_unreachable, patience, tracking_uri
 from pipeline.tracking.run_record import (
     LOCAL_PREFIX,
     LOCAL_TAG,
     RUN_DIR_TAG,
     RUN_FILE,
     RunRecord,
-    create,
-    experiment,
     new_record,
-    record_of,
-    remember,
-    remembered,
+    publish_url,
+    read_any_record,
+    read_record,
     run_of_checkpoints,
-    written,
+    write_record,
 )
 
 log = logging.getLogger(__name__)
 
 
-def open_run(config: RunConfig, *, run_id: str | None = None, force: bool = False) -> str:
-    """The id of the run to log to: `run_id` when given, the run directory's own, or a new one. Nothing of a run that exists is
-    changed: `begin` does that.
+class TrackedRun:
+    """A run as this process knows it: its configuration, its directory, its record.
 
-    With the server away a run that the directory knows goes on, and a new one gets a local id until the server is back. Raises
-    ConfigError when that run was made by another configuration (naming the first differing key; one that `needs force`
-    passes with `force`) or at another server, UserError when MLflow refuses or would have to be asked.
+    Another process may make the run in MLflow meanwhile (rank 0 of a training does): `reload` picks that up.
     """
-    uri = tracking_uri(config)
-    record = remembered(config)
+
+    def __init__(self, config: RunConfig, paths: RunPaths, record: RunRecord) -> None:
+        self.config, self.paths, self.record = config, paths, record
+        self.uri = tracking_uri(config)
+
+    @property
+    def id(self) -> str:
+        """MLflow's id, or the local one while MLflow has not made the run."""
+        return self.record.id
+
+    @property
+    def publish_url(self) -> str | None:
+        """Where the run's checkpoints are published; None: among its MLflow artifacts."""
+        return publish_url(self.config, self.record)
+
+    def write(self) -> None:
+        """Write run.json."""
+        write_record(self.paths, self.record)
+
+    def reload(self) -> None:
+        """Read run.json again, as far as it is about this run."""
+        record = read_record(self.config, self.paths)
+        if record is not None and record.answers_to(self.id):
+            self.record = record
+
+    def create(self) -> str:
+        """MLflow's id of the run, which is made unless it was made before; run.json then has the id.
+
+        Raises what MLflow raises, and may then be called again.
+        """
+        record = self.record
+        if record.run_id is not None:
+            return record.run_id
+        from mlflow.entities import Param
+
+        mlflow = client(self.uri)
+        experiment_id = _experiment(mlflow, record.experiment, record.artifact_location)
+        found = mlflow.search_runs([experiment_id], f"tags.`{LOCAL_TAG}` = '{record.local_id}'")
+        run = (
+            found[0]
+            if found
+            else mlflow.create_run(experiment_id, start_time=record.started_ms, run_name=record.name, tags=record.tags)
+        )
+        params = [Param(key, value) for key, value in record.params.items() if key not in run.data.params]
+        for start in range(0, len(params), 100):
+            mlflow.log_batch(run.info.run_id, params=params[start : start + 100])
+        self.record = replace(record, run_id=str(run.info.run_id))
+        self.write()
+        return str(run.info.run_id)
+
+
+def known_run(config: RunConfig, paths: RunPaths) -> TrackedRun | None:
+    """The run of a run directory, by its run.json. None: no run, or one of another server."""
+    record = read_record(config, paths)
+    return None if record is None else TrackedRun(config, paths, record)
+
+
+def run_named(config: RunConfig, paths: RunPaths, run_id: str) -> TrackedRun:
+    """The run directory's run when that is its name (a checkpoint may hold the local one), else one known by name only."""
+    record = read_record(config, paths)
+    if record is None or not record.answers_to(run_id):
+        record = RunRecord(tracking_uri(config), run_id)
+    return TrackedRun(config, paths, record)
+
+
+def open_run(config: RunConfig, paths: RunPaths, *, run_id: str | None = None, force: bool = False) -> TrackedRun:
+    """The run to log to: `run_id` when given, the run directory's own, or a new one. Nothing of a run that exists is changed:
+    `outbox.begin` does that.
+
+    With the server unreachable a run that the directory knows is resumed, and a new one gets a local id until the server is
+    back. Raises ConfigError when that run was made by another configuration (naming the first differing key; one that needs
+    force passes with `force`) or at another server, UserError when MLflow refuses or would have to be asked.
+    """
+    uri, record = tracking_uri(config), read_record(config, paths)
     unknown = run_id is not None and (record is None or not record.answers_to(run_id))
     if run_id is not None and unknown:
-        record = _named(config, run_id)
+        record = _record_named(config, paths, run_id)
     if record is None:
-        _require_no_other(config)
-        record = new_record(config)
+        _require_no_other(config, paths)
+        record = new_record(config, paths)
+    run = TrackedRun(config, paths, record)
     if record.run_id is None:
-        remember(config, record)  # first: whatever is killed from here on, the run is made only once
-    _compare(record.params, record.id, config, force)
+        run.write()  # first: whatever is killed from here on, the run is made only once
+    _compare(record.params, run.id, config, force)
     try:
-        mlflow = client(uri)
-        record = create(config, record)
-        assert record.run_id is not None
-        tags = _check_same(mlflow, record.run_id, config, force)
-        record = replace(record, local_id=tags.get(LOCAL_TAG, record.local_id))
+        run.create()
+        tags = _check_same(run, force)
+        run.record = replace(run.record, local_id=tags.get(LOCAL_TAG, run.record.local_id))
     except UserError:
         raise
     except Exception as error:
-        if not is_away(uri, error):
-            raise UserError(f"MLflow at {uri}: {first_line(error)}; {mend_for(uri)}") from error
+        why = first_line(error)
+        if not is_unreachable(uri, error):
+            raise UserError(f"MLflow at {uri}: {why}; {fix_for(uri)}") from error
         if unknown:
             raise UserError(
-                f"MLflow at {uri} does not answer ({first_line(error)}), and only it knows run {run_id}: {mend_for(uri)}"
+                f"MLflow at {uri} is unreachable ({why}), and only it knows run {run_id}; {fix_for(uri)}"
             ) from error
         log.warning(
-            "MLflow at %s does not answer (%s); training goes on as %s, and what it logs is sent when the server is back",
+            "MLflow at %s is unreachable (%s); training continues as %s, and what it logs is sent when the server is back",
             uri,
-            first_line(error),
-            record.id,
+            why,
+            run.id,
         )
-    remember(config, record)
-    return record.id
+    run.write()
+    return run
 
 
-def _named(config: RunConfig, run_id: str) -> RunRecord:
+def _record_named(config: RunConfig, paths: RunPaths, run_id: str) -> RunRecord:
     """The record of a run that is named and is not this directory's at this server."""
-    known = written(config)
+    known = read_any_record(config, paths)
     if known is not None and known.answers_to(run_id):  # the server has moved, or the run to another one
         return replace(known, tracking_uri=tracking_uri(config))
     if run_id.startswith(LOCAL_PREFIX):
@@ -95,40 +162,40 @@ def _named(config: RunConfig, run_id: str) -> RunRecord:
     return RunRecord(tracking_uri(config), run_id)
 
 
-def _require_no_other(config: RunConfig) -> None:
-    """A new run must not take the place of one that the directory belongs to."""
-    paths, uri, known = RunPaths(config.run_dir), tracking_uri(config), written(config)
+def _require_no_other(config: RunConfig, paths: RunPaths) -> None:
+    """Raise ConfigError when the directory belongs to a run already: a new one must not replace it."""
+    uri, known = tracking_uri(config), read_any_record(config, paths)
     if known is not None:
         raise ConfigError(
             f"tracking.uri={without_secrets(uri)}: {paths.root / RUN_FILE} names MLflow run {known.id} at "
             f"{without_secrets(known.tracking_uri)}; set that URI, or, if the run is now at the new one, --resume {known.id}, "
             "or use another run_dir"
         )
-    owner = run_of_checkpoints(config)
+    owner = run_of_checkpoints(paths)
     if owner is not None:
         raise ConfigError(
             f"{committed(paths.checkpoints)[-1]}: belongs to MLflow run {owner}, and {RUN_FILE} is missing; use another "
-            f"run_dir, or go on with --resume {owner}"
+            f"run_dir, or continue with --resume {owner}"
         )
 
 
-def _check_same(mlflow: Any, run_id: str, config: RunConfig, force: bool) -> dict[str, str]:
-    """The run's tags, when it was made by this configuration."""
+def _check_same(run: TrackedRun, force: bool) -> dict[str, str]:
+    """The tags of a run that MLflow has, when it was made by this configuration."""
     try:
-        data = mlflow.get_run(run_id).data
+        data = client(run.uri).get_run(run.id).data
     except Exception as error:
-        if is_away(tracking_uri(config), error):
+        if is_unreachable(run.uri, error):
             raise
-        record = RunPaths(config.run_dir).root / RUN_FILE
         raise ConfigError(
-            f"MLflow run {run_id}: not found at {tracking_uri(config)}; give the id of a run there, or, if {record} names it, "
-            "restore the store or remove that file to begin a new run"
+            f"MLflow run {run.id}: not found at {run.uri}; give the id of a run there, or, if {run.paths.root / RUN_FILE} "
+            "names it, restore the store or remove that file to begin a new run"
         ) from error
-    _compare(data.params, run_id, config, force)
+    _compare(data.params, run.id, run.config, force)
     return dict(data.tags)
 
 
 def _compare(params: dict[str, str], run_id: str, config: RunConfig, force: bool) -> None:
+    """Raise ConfigError at the first key that makes today's configuration another run than the one logged with `params`."""
     for key, value in config.flat().items():
         rule = on_resume(key)
         if rule != "may change" and key in params and params[key] != value[:6000]:
@@ -141,27 +208,16 @@ def _compare(params: dict[str, str], run_id: str, config: RunConfig, force: bool
             )
 
 
-def same_run(config: RunConfig, one: str, other: str) -> bool:
-    """Whether two ids name the same run: a checkpoint may hold the local one."""
-    return record_of(config, other).answers_to(one)
-
-
-def mlflow_id(config: RunConfig, run_id: str) -> str:
-    """MLflow's id for an id that a checkpoint holds; the id itself while MLflow has not made the run."""
-    return record_of(config, run_id).id
-
-
-def log_report(config: RunConfig, report: Path) -> str | None:
+def log_report(config: RunConfig, paths: RunPaths, report: Path) -> str | None:
     """Attach a data report to the run directory's run, or, before there is one, to a run of its own named `data-report`.
 
-    The id of that run; None, with a warning, when MLflow does not answer: the report stays where it is.
+    The id of that run; None, with a warning, when MLflow is unreachable: the report stays where it is.
     """
-    uri = tracking_uri(config)
     try:
-        mlflow = client(uri)
-        record = remembered(config)
-        # Not `create`: a training that goes on may be making its run at this moment.
-        run_id = record.run_id if record is not None and record.run_id else _report_run(mlflow, config)
+        mlflow = client(tracking_uri(config))
+        run = known_run(config, paths)
+        # Not `create`: a training in progress may be making its run at this moment.
+        run_id = run.record.run_id if run is not None and run.record.run_id else _report_run(mlflow, config, paths)
         with patience():
             mlflow.log_artifact(run_id, str(report), "data")
         return run_id
@@ -170,13 +226,21 @@ def log_report(config: RunConfig, report: Path) -> str | None:
         return None
 
 
-def _report_run(mlflow: Any, config: RunConfig) -> str:
+def _report_run(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
     """The run that this run directory's earlier reports went to, or a new one."""
-    here = new_record(config)
-    experiment_id, root = experiment(mlflow, here.experiment, here.artifact_location), here.tags[RUN_DIR_TAG]
+    here = new_record(config, paths)
+    experiment_id, root = _experiment(mlflow, here.experiment, here.artifact_location), here.tags[RUN_DIR_TAG]
     for run in mlflow.search_runs([experiment_id], "tags.`mlflow.runName` = 'data-report'"):
         if run.data.tags.get(RUN_DIR_TAG) == root:
             return str(run.info.run_id)
     run = mlflow.create_run(experiment_id, run_name="data-report", tags={RUN_DIR_TAG: root})
     mlflow.set_terminated(run.info.run_id)
     return str(run.info.run_id)
+
+
+def _experiment(mlflow: Any, name: str, artifact_location: str | None) -> str:
+    """The experiment's id; it is made when it does not exist."""
+    found = mlflow.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    return str(mlflow.create_experiment(name, artifact_location=artifact_location))

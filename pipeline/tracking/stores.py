@@ -1,7 +1,7 @@
 """Where a run's checkpoints are published: the artifacts of its MLflow run, or a folder under any fsspec URL.
 
-Both keep the commit protocol: COMMITTED goes up last and comes down first, so what is there half does not exist. Bytes are
-checked against the manifest by who fetches them (`checkpoints.verify`).
+Both keep the commit protocol: COMMITTED is uploaded last and removed first, so an incomplete checkpoint is never taken for one.
+Whoever fetches a checkpoint checks its bytes against the manifest (`verify` of pipeline/checkpoint/format.py).
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from pipeline.checkpoint.format import COMMITTED, is_checkpoint_name
 from pipeline.io.remote import filesystem_of, open_retrying, retrying
 from pipeline.io.storage import safe_member
 from pipeline.io.urls import is_local, join, public_url
-from pipeline.tracking.client import client, is_away, patience
+from pipeline.tracking.client import client, is_unreachable, patience
 
 FOLDER = "checkpoints"  # among the artifacts
-ATTEMPTS, WAIT_S = 3, 0.5  # of one file to MLflow; a whole publication is tried again by publish.py
+ATTEMPTS, WAIT_S = 3, 0.5  # of one file to MLflow; publish.py retries a whole publication
 
 
-class Place(Protocol):
+class CheckpointStore(Protocol):
     """Published checkpoints of one run, by name (`step-000500`)."""
 
     def listing(self) -> dict[str, bool]:
-        """What is there, newest first -> whether it is committed. What is not is left of a cut upload or removal."""
+        """Name -> whether it is committed, newest first. What is not committed is left of an interrupted upload or removal."""
         ...
 
     def read(self, name: str, member: str) -> bytes:
-        """A small file of one: `COMMITTED`, `state.json`."""
+        """A small file of a checkpoint: `COMMITTED`, `state.json`."""
         ...
 
     def upload(self, checkpoint: Path) -> None:
-        """Publish a local checkpoint under a name that is free, COMMITTED last. Raises what the store raises."""
+        """Publish a local checkpoint under an unused name, COMMITTED last. Raises what the store raises."""
         ...
 
     def remove(self, name: str) -> None:
-        """Take away what is under a name, if anything, COMMITTED first."""
+        """Remove everything under a name, COMMITTED first."""
         ...
 
     def download(self, name: str, folder: Path) -> None:
-        """Its files into a local folder."""
+        """Copy a checkpoint's files into a local folder."""
         ...
 
 
-class MlflowPlace:
+class MlflowStore:
     """The artifacts of an MLflow run."""
 
     def __init__(self, uri: str, run_id: str) -> None:
@@ -74,14 +74,14 @@ class MlflowPlace:
         with patience():
             for path in _committed_last(checkpoint):
                 folder = Path(FOLDER) / checkpoint.name / path.parent.relative_to(checkpoint)
-                self._patiently(partial(self._client.log_artifact, self._run_id, str(path), folder.as_posix()))
+                self._with_retries(partial(self._client.log_artifact, self._run_id, str(path), folder.as_posix()))
 
-    def _patiently(self, action: Callable[[], None]) -> None:
+    def _with_retries(self, action: Callable[[], None]) -> None:
         for attempt in range(ATTEMPTS):
             try:
                 return action()
             except Exception as error:
-                if attempt + 1 == ATTEMPTS or not is_away(self._uri, error):
+                if attempt + 1 == ATTEMPTS or not is_unreachable(self._uri, error):
                     raise
                 time.sleep(WAIT_S * 2**attempt)
 
@@ -104,7 +104,7 @@ class MlflowPlace:
                 path.rename(folder / path.name)
 
 
-class UrlPlace:
+class UrlStore:
     """A folder under an fsspec URL: s3://…, gs://…, or a path that other machines see."""
 
     def __init__(self, url: str) -> None:
@@ -169,14 +169,14 @@ class UrlPlace:
                 shutil.copyfileobj(source, stream, 1 << 20)
 
 
-def names_in(place: Place) -> list[str]:
-    """The committed checkpoints of a place, newest first."""
-    return [name for name, is_committed in place.listing().items() if is_committed]
+def names_in(store: CheckpointStore) -> list[str]:
+    """The committed checkpoints of a store, newest first."""
+    return [name for name, is_committed in store.listing().items() if is_committed]
 
 
-def place_at(uri: str, run_id: str, url: str | None) -> Place:
+def store_at(uri: str, run_id: str, url: str | None) -> CheckpointStore:
     """The folder `url`, or without one the artifacts of the run."""
-    return UrlPlace(url) if url is not None else MlflowPlace(uri, run_id)
+    return UrlStore(url) if url is not None else MlflowStore(uri, run_id)
 
 
 def _committed_last(checkpoint: Path) -> list[Path]:

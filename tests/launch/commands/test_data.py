@@ -10,6 +10,7 @@ import pytest
 
 from launch.cli import main
 from pipeline.config.load import load_config
+from pipeline.config.paths import RunPaths
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.run import open_run
 
@@ -49,7 +50,7 @@ def test_a_report_is_written_and_logged_to_a_run_of_its_own_then_to_the_training
     assert [file.path for file in mlflow.list_artifacts(result["run_id"], "data")] == ["data/data.html"]
     again = json.loads(run(capsys, "data", "report", config, "--json")[1].splitlines()[-1])
     assert again == result, "the same page, the same run"
-    training = open_run(settings)
+    training = open_run(settings, RunPaths(settings.run_dir)).id
     assert training != result["run_id"]
     later = json.loads(run(capsys, "data", "report", config, "--json")[1].splitlines()[-1])
     assert later["run_id"] == training and mlflow.list_artifacts(training, "data")

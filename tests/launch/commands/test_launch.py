@@ -13,7 +13,7 @@ import pytest
 
 from launch.backends import hosts
 from launch.cli import main
-from pipeline.stages.runner import Line
+from pipeline.stages.runner import Pipeline
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_sigusr1_while_no_rank_runs_is_a_stop(tokens, monkeypatch, way):
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(5)  # until the handler runs
 
-    monkeypatch.setattr(Line, "stage", signaled)
+    monkeypatch.setattr(Pipeline, "stage", signaled)
     before = signal.signal(signal.SIGUSR1, lambda *_: None)  # without ours it would end the tests
     try:
         assert main(["launch", way[0], "tiny.yaml", *way[1:], "--stopped-code", "75"]) == 75

@@ -7,6 +7,7 @@ import pytest
 
 from launch.cli import main
 from pipeline.config.load import load_config
+from pipeline.config.paths import RunPaths
 from pipeline.tracking import outbox
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.run import open_run
@@ -28,8 +29,9 @@ def runs(tmp_path_factory, make_run):
     second = load_config(path, [f"run_dir={folder / 'second'}", f"tracking.uri={uri}", "name=second"])
     ids = []
     for config, loss in ((first, 2.0), (second, 3.0)):
-        ids.append(open_run(config))
-        tracker = outbox.open_tracker(config, ids[-1])
+        run = open_run(config, RunPaths(config.run_dir))
+        ids.append(run.id)
+        tracker = outbox.open_tracker(run)
         tracker.log(10, {"train/loss": loss + 1, "invariance/budget": 0.5})
         tracker.log(20, {"train/loss": loss, "val/loss_cached": loss + 0.5, "invariance/order_parameter_G": 1e-7})
         assert tracker.close("FINISHED" if config is first else None)

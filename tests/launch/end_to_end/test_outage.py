@@ -14,8 +14,10 @@ import pytest
 from launch.cli import main
 from pipeline.checkpoint import format
 from pipeline.config.load import load_config
+from pipeline.config.paths import RunPaths
 from pipeline.tracking import publish
 from pipeline.tracking.client import client
+from pipeline.tracking.run import run_named
 
 PLDR = [sys.executable, "-m", "launch.cli"]
 
@@ -55,7 +57,7 @@ def test_a_run_that_mlflow_hears_of_afterwards(tmp_path, make_run, server, capsy
         time.sleep(0.05)
     os.kill(rank_of(run_dir, 1), signal.SIGKILL)
     output, _ = job.communicate(timeout=120)
-    assert job.returncode == 1 and "training goes on as local-" in output, output[-2000:]
+    assert job.returncode == 1 and "training continues as local-" in output, output[-2000:]
     server.start()
     code, out, errors = pldr("track", "replay", *words, "--json")
     assert code == 0, errors
@@ -81,6 +83,6 @@ def test_a_run_that_mlflow_hears_of_afterwards(tmp_path, make_run, server, capsy
     assert {"step-000100", "step-000150", "step-000200"} <= set(kept) and row["checkpoints"] == kept
     state = format.verify(run_dir / "checkpoints" / "step-000200")
     assert state["val_step"] == 200 and state["val_loss_cached"] == row["val_loss_cached"]
-    place, names = publish.available(config, run_id)
-    assert names == kept[::-1] and str(place).startswith(str(tmp_path / "published"))
-    assert format.verify(publish.fetch(place, names[0], tmp_path / "elsewhere"))["step"] == 200
+    store, names = publish.available(run_named(config, RunPaths(config.run_dir), run_id))
+    assert names == kept[::-1] and str(store).startswith(str(tmp_path / "published"))
+    assert format.verify(publish.fetch(store, names[0], tmp_path / "elsewhere"))["step"] == 200

@@ -15,7 +15,7 @@ from pipeline.config.plan import plan
 from pipeline.data.loading.loader import TrainLoader
 from pipeline.data.loading.reader import open_split
 from pipeline.data.tokens.index import TokenIndex
-from pipeline.stages.runner import Line
+from pipeline.stages.runner import Pipeline
 from pldr_model.model import PLDRModel
 
 FOLDER = Path(__file__).resolve().parents[3] / "configs" / "ablations"
@@ -98,9 +98,9 @@ def test_the_twin_trains_on_the_same_sequences_in_the_same_order(load, tmp_path)
             "model.vocab_size=320",
             "model.context_length=32",
         )
-        line = Line(config, launch=lambda *_: None, say=lambda text: None)
+        pipeline = Pipeline(config, launch=lambda *_: None, report=lambda text: None)
         for stage in ("shard", "tokenizer", "tokenize"):
-            line.stage(stage)
+            pipeline.stage(stage)
         index = TokenIndex.load(RunPaths(config.run_dir).tokens)
         train = config.train
         reader = open_split(index, "train", cache_gigabytes=config.data.cache_gigabytes)

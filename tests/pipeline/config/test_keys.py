@@ -68,7 +68,7 @@ def configurations(repository):
 
 
 def of_stage_160ea30(config, name):
-    """As `Line._inputs` and, for shard, `stage_inputs` built it."""
+    """As `Line._inputs` of 160ea30 and, for shard, `stage_inputs` built it."""
     tree = config.as_dict()
     return {
         "shard": {key: value for key, value in tree["data"].items() if key not in NOT_IN_RESULT},

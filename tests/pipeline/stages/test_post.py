@@ -1,4 +1,4 @@
-"""What joins the stages after training: nothing edited is packaged, no override rewrites the recipe, padding is replaced."""
+"""The stages after training: nothing edited is packaged, no override rewrites the recipe, padding is replaced."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.bundle.certificate.schema import SCHEMA_VERSION as CERTIFICATE_VERSION
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.storage import publish_json
 from pipeline.post.consolidate import recipe_of
-from pipeline.post.extract import SCHEMA_VERSION as EXTRACT_VERSION
 from pipeline.stages import validate
 from pipeline.stages.records import facts_of
-from pipeline.stages.runner import FORMS, NAMES, Line
 from pipeline.stages.runner import SCHEMA_VERSION as STAGE_VERSION
+from pipeline.stages.runner import Pipeline
+from pipeline.stages.table import NAMES
 from pipeline.stages.trained import as_trained, held_out, notes
 
 
@@ -43,16 +42,12 @@ def test_what_was_edited_after_its_stage_is_not_packaged(tiny: SimpleNamespace, 
             outputs = {files[stage]: facts_of(tmp_path / files[stage])}
         record = {"stage": stage, "inputs": "", "outputs": outputs, "result": {"verdict": "certified"}}
         publish_json(tmp_path / "stages" / f"{stage}.json", {"schema_version": STAGE_VERSION, **record})
-    line = Line(config_of(tiny, tmp_path), launch=lambda *_: 0, say=lambda _: None)
+    pipeline = Pipeline(config_of(tiny, tmp_path), launch=lambda *_: None, report=lambda _: None)
     with pytest.raises(UserError, match="schema_version None"):
-        line.stage("bundle")  # untouched: it goes on to read what holds nothing
+        pipeline.stage("bundle")  # untouched: it reads the empty files
     publish_json(tmp_path / name, {"verdict": "passed"})
     with pytest.raises(UserError, match=rf"{name}: changed since `pldr (consolidate|extract|validate)` wrote it; run"):
-        line.stage("bundle")
-
-
-def test_outputs_of_older_forms_are_made_again() -> None:
-    assert (FORMS["validate"], FORMS["extract"]) == (CERTIFICATE_VERSION, EXTRACT_VERSION)
+        pipeline.stage("bundle")
 
 
 def test_the_recipe_is_the_checkpoints_whatever_the_configuration_says_today(
@@ -132,7 +127,7 @@ def test_padded_sequences_are_replaced_as_long_as_there_are_others(
     monkeypatch.setattr("pipeline.data.tokens.index.TokenIndex.load", lambda folder: SimpleNamespace(folder=folder))
     monkeypatch.setattr("pipeline.data.loading.reader.open_split", lambda *_, **__: reader)
     found = held_out(config_of(tiny, tmp_path, post={"prompts": 6, "min_prompts": 6}), RunPaths(tmp_path), half=0)
-    whole = [int(row[0]) - 1 for row in found if (row != 0).all()]
-    assert whole == [int(row[0]) - 1 for row in found[: len(whole)]]  # before the padded ones
-    assert (whole, reader.most) == (first, read)
-    assert all(i % 2 == 0 for i in whole) and not set(whole) & padded
+    unpadded = [int(row[0]) - 1 for row in found if (row != 0).all()]
+    assert unpadded == [int(row[0]) - 1 for row in found[: len(unpadded)]]  # before the padded ones
+    assert (unpadded, reader.most) == (first, read)
+    assert all(i % 2 == 0 for i in unpadded) and not set(unpadded) & padded

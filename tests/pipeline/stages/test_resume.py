@@ -12,12 +12,15 @@ from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
-from pipeline.stages.resume import Resume, changes, check_inputs, find_start, names_run, parse_resume, require_newest
-from pipeline.tracking import outbox, run_record
+from pipeline.stages.compatible import changes, check_inputs, require_newest
+from pipeline.stages.resume import Resume, find_start, names_run, parse_resume
+from pipeline.tracking import outbox
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.publish import open_publisher, published_checkpoints
+from pipeline.tracking.run import run_named
+from pipeline.tracking.run_record import new_record, write_record
 
-AWAY = "http://127.0.0.1:9"  # nobody listens there
+UNREACHABLE = "http://127.0.0.1:9"  # nobody listens there
 TODAY = {"data_fingerprint": "d" * 64, "tokenizer_sha256": "t" * 64}
 TREE = {
     "name": "t",
@@ -27,11 +30,11 @@ TREE = {
 }
 
 
-class Run:
+class RunDir:
     """A run directory with its MLflow run."""
 
     def __init__(self, folder, uri):
-        self.uri, self.paths, self.said = uri, RunPaths(folder), []
+        self.uri, self.paths, self.reported = uri, RunPaths(folder), []
 
     def config(self, **sections):
         tree = {**TREE, "run_dir": str(self.paths.root), "tracking": {"uri": self.uri}}
@@ -52,13 +55,16 @@ class Run:
         return folder
 
     def start(self, text="auto", *, force=False, today=TODAY, **sections):
-        return find_start(
-            self.config(**sections), self.paths, text, today=today, force=force, say=lambda line: self.said.append(line)
-        )
+        config, report = self.config(**sections), self.reported.append
+        return find_start(config, self.paths, text, today=today, force=force, report=report)
+
+    def tracked(self, run_id):
+        return run_named(self.config(), self.paths, run_id)
 
     def publish(self, run_id):
-        tracker = outbox.open_tracker(self.config(), run_id)
-        publisher = open_publisher(self.config(), tracker)
+        tracked = self.tracked(run_id)
+        tracker = outbox.open_tracker(tracked)
+        publisher = open_publisher(tracked, tracker)
         publisher.saved(step_of(committed(self.paths.checkpoints)[-1]))
         assert publisher.close(60) == [] and tracker.close()
 
@@ -75,8 +81,8 @@ def uri(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path, uri):
     """Steps 3 and 6 of a run, committed and published."""
-    run = Run(tmp_path / "run", uri)
-    run.id = run.start().run_id
+    run = RunDir(tmp_path / "run", uri)
+    run.id = run.start().run.id
     for step in (3, 6):
         run.commit(step, run.id)
     run.publish(run.id)
@@ -117,44 +123,44 @@ def test_only_the_run_itself_is_complete_when_its_record_says_so():
 
 
 def test_a_new_run_starts_at_step_0(tmp_path, uri):
-    start = Run(tmp_path / "run", uri).start()
-    assert start.checkpoint is None and start.run_id
+    start = RunDir(tmp_path / "run", uri).start()
+    assert start.checkpoint is None and start.run.id
 
 
 def test_auto_the_run_and_its_folder_mean_the_newest(run):
     for text in ("auto", run.id, f"runs:/{run.id}", str(run.paths.root), str(run.paths.checkpoints)):
         start = run.start(text)
-        assert (start.run_id, start.checkpoint.name, start.state["step"]) == (run.id, "step-000006", 6)
-    assert names(run) == ["step-000003", "step-000006"] and run.said == []
+        assert (start.run.id, start.checkpoint.name, start.state["step"]) == (run.id, "step-000006", 6)
+    assert names(run) == ["step-000003", "step-000006"] and run.reported == []
 
 
-def test_what_is_gone_here_comes_from_mlflow(run):
+def test_a_checkpoint_that_is_missing_here_is_fetched_from_mlflow(run):
     shutil.rmtree(run.paths.checkpoints)
     assert run.start().checkpoint.name == "step-000006"
-    assert run.said == [f"step-000006 fetched from MLflow run {run.id}"]
+    assert run.reported == [f"step-000006 fetched from MLflow run {run.id}"]
 
 
-def test_where_another_machine_went_on_its_later_checkpoint_is_fetched(run):
+def test_a_later_checkpoint_of_another_machine_is_fetched(run):
     """A to step 3, B to step 6, A again."""
     shutil.rmtree(run.paths.checkpoints / "step-000006")
     assert run.start().checkpoint.name == "step-000006"
-    assert run.said == [f"step-000006 fetched from MLflow run {run.id}: the run is further than step-000003 here"]
+    assert run.reported == [f"step-000006 fetched from MLflow run {run.id}: the run is further than step-000003 here"]
     assert verify(run.paths.checkpoints / "step-000006")["step"] == 6
 
 
-def test_with_mlflow_away_what_is_here_is_taken_and_said(tmp_path):
-    run = Run(tmp_path / "run", AWAY)
-    run_record.remember(run.config(), dataclasses.replace(run_record.new_record(run.config()), run_id="a" * 32))
+def test_with_mlflow_unreachable_the_newest_local_checkpoint_is_taken_and_reported(tmp_path):
+    run = RunDir(tmp_path / "run", UNREACHABLE)
+    write_record(run.paths, dataclasses.replace(new_record(run.config(), run.paths), run_id="a" * 32))
     run.commit(3, "a" * 32)
     assert run.start().checkpoint.name == "step-000003"
-    assert "not known whether another machine went on from step-000003" in run.said[0] and len(run.said) == 1
+    assert "not known whether another machine continued from step-000003" in run.reported[0] and len(run.reported) == 1
 
 
 def test_a_damaged_checkpoint_comes_from_its_published_copy_before_an_older_one_is_taken(run):
     (run.paths.checkpoints / "step-000006" / "step-000006" / "weights.pt").write_bytes(b"x" * 100)
     assert run.start().checkpoint.name == "step-000006"
-    assert "step-000006 is damaged and left out" in run.said[0] and "sha256" in run.said[0]
-    assert run.said[1:] == [f"step-000006 fetched from MLflow run {run.id}"]
+    assert "step-000006 is damaged and left out" in run.reported[0] and "sha256" in run.reported[0]
+    assert run.reported[1:] == [f"step-000006 fetched from MLflow run {run.id}"]
     assert (run.paths.checkpoints / ".damaged-step-000006").is_dir()
 
 
@@ -163,8 +169,8 @@ def test_a_checkpoint_damaged_here_and_there_falls_back_loudly(run):
     for folder in (run.paths.checkpoints, published):
         (folder / "step-000006" / "step-000006" / "weights.pt").write_bytes(b"x" * 100)
     assert run.start().checkpoint.name == "step-000003"
-    assert "step-000006 is damaged and left out" in run.said[0]
-    assert f"step-000006 in MLflow run {run.id} is damaged and left out" in run.said[1]
+    assert "step-000006 is damaged and left out" in run.reported[0]
+    assert f"step-000006 in MLflow run {run.id} is damaged and left out" in run.reported[1]
     assert sorted(p.name for p in run.paths.checkpoints.iterdir()) == [".damaged-step-000006", "step-000003"]
 
 
@@ -179,7 +185,7 @@ def test_a_kill_between_the_renames_of_a_save_loses_no_committed_step(run, left,
     if left == "old and half":
         (folder / ".step-000006.staging" / "step-000006" / "weights.pt").write_bytes(b"x")
     start = run.start()
-    assert start.checkpoint == folder / "step-000006" and run.said == []  # it was not fetched
+    assert start.checkpoint == folder / "step-000006" and run.reported == []  # it was not fetched
     assert start.state["config"]["train"]["log_every"] == (7 if left == "old and new" else 10)
     assert sorted(p.name for p in folder.iterdir()) == ["step-000003", "step-000006"]
     assert "has its name back" in caplog.text
@@ -204,50 +210,50 @@ def test_another_tracking_uri_is_refused_and_changes_nothing(run):
     """A typing error must not cost the directory its run."""
     file, right = run.paths.root / "run.json", run.uri
     before = file.read_bytes()
-    run.uri = AWAY
+    run.uri = UNREACHABLE
     for text in ("auto", run.id):
         with pytest.raises(UserError) as error:
             run.start(text)
-        assert AWAY in str(error.value) and run.id in str(error.value) and "\n" not in str(error.value)
+        assert UNREACHABLE in str(error.value) and run.id in str(error.value) and "\n" not in str(error.value)
         assert (right in str(error.value)) == (text == "auto")
         assert file.read_bytes() == before
     run.uri = right
     assert run.start().checkpoint.name == "step-000006"
 
 
-def test_a_run_whose_server_has_moved_goes_on_when_it_is_named(run, tmp_path):
+def test_a_run_whose_server_has_moved_is_resumed_when_it_is_named(run, tmp_path):
     shutil.copy(run.uri.removeprefix("sqlite:///"), tmp_path / "moved.db")
     run.uri = f"sqlite:///{tmp_path / 'moved.db'}"
-    spool = outbox.spool_of(run.config(), run.id)
+    spool = outbox.spool_of(run.tracked(run.id))
     for text in (run.id, "auto"):
         start = run.start(text)
-        assert (start.run_id, start.checkpoint.name) == (run.id, "step-000006")
-    assert outbox.spool_of(run.config(), run.id).name.startswith("metrics-local-") and spool.parent.exists()
+        assert (start.run.id, start.checkpoint.name) == (run.id, "step-000006")
+    assert outbox.spool_of(run.tracked(run.id)).name.startswith("metrics-local-") and spool.parent.exists()
 
 
 def test_a_run_that_a_mistyped_server_never_made_is_made_at_the_right_one(tmp_path, uri):
-    run = Run(tmp_path / "run", AWAY)
-    local = run.start().run_id
+    run = RunDir(tmp_path / "run", UNREACHABLE)
+    local = run.start().run.id
     run.commit(3, local)
     run.uri = uri
     start = run.start()
-    assert start.checkpoint.name == "step-000003" and start.run_id in runs_in(uri)
-    assert client(uri).get_run(start.run_id).data.tags["pldr.local_id"] == local
+    assert start.checkpoint.name == "step-000003" and start.run.id in runs_in(uri)
+    assert client(uri).get_run(start.run.id).data.tags["pldr.local_id"] == local
 
 
 def test_a_lost_run_file_makes_no_second_run(run):
     (run.paths.root / "run.json").unlink()
     before = runs_in(run.uri)
-    with pytest.raises(ConfigError, match=f"belongs to MLflow run {run.id}.*go on with --resume {run.id}"):
+    with pytest.raises(ConfigError, match=f"belongs to MLflow run {run.id}.*continue with --resume {run.id}"):
         run.start()
     assert runs_in(run.uri) == before and not (run.paths.root / "run.json").exists()
     assert run.start(run.id).checkpoint.name == "step-000006"
 
 
-def test_another_machine_needs_the_server_to_go_on_with_a_run(tmp_path):
+def test_another_machine_needs_the_server_to_resume_a_run(tmp_path):
     """The folder below publish_to has the run's local name, which only MLflow could tell."""
-    other = Run(tmp_path / "other", AWAY)
-    with pytest.raises(UserError, match=f"does not answer.*only it knows run {'a' * 32}: start the server"):
+    other = RunDir(tmp_path / "other", UNREACHABLE)
+    with pytest.raises(UserError, match=f"unreachable.*only it knows run {'a' * 32}; start the server"):
         other.start("a" * 32, train={"publish_to": str(tmp_path / "store")})
     with pytest.raises(ConfigError, match="only the run directory where it began knows this name"):
         other.start("local-0123")
@@ -255,7 +261,7 @@ def test_another_machine_needs_the_server_to_go_on_with_a_run(tmp_path):
 
 
 def test_a_refused_start_leaves_no_trace_on_another_machine(run, tmp_path):
-    other = Run(tmp_path / "other", run.uri)
+    other = RunDir(tmp_path / "other", run.uri)
     for today, sections in (({**TODAY, "data_fingerprint": "e" * 64}, {}), (TODAY, {"train": {"max_lr": 1e-4}})):
         for text in (run.id, f"runs:/{run.id}/checkpoints/step-000003"):
             with pytest.raises(ConfigError):
@@ -264,17 +270,17 @@ def test_a_refused_start_leaves_no_trace_on_another_machine(run, tmp_path):
 
 
 def test_nothing_is_fetched_beside_another_runs_checkpoints(run, tmp_path):
-    other = Run(tmp_path / "other", run.uri)
-    other.commit(3, other.start().run_id)
+    other = RunDir(tmp_path / "other", run.uri)
+    other.commit(3, other.start().run.id)
     for text in (run.id, f"runs:/{run.id}/checkpoints/step-000006"):
         with pytest.raises(ConfigError, match=f"step-000003: belongs to MLflow run .*, not to {run.id}"):
             other.start(text)
-    assert names(other) == ["step-000003"] and other.start().run_id != run.id
+    assert names(other) == ["step-000003"] and other.start().run.id != run.id
 
 
 def test_a_refused_start_leaves_a_finished_run_finished(run):
     mlflow = client(run.uri)
-    outbox.finish(run.config(), run.id)
+    outbox.finish(run.tracked(run.id))
     with pytest.raises(ConfigError):
         run.start(today={**TODAY, "data_fingerprint": "e" * 64})
     assert mlflow.get_run(run.id).info.status == "FINISHED"
@@ -284,18 +290,18 @@ def test_a_refused_start_leaves_a_finished_run_finished(run):
 def test_a_named_checkpoint_takes_the_run_back(run, by_path):
     target = run.paths.checkpoints / "step-000003"
     start = run.start(str(target) if by_path else f"runs:/{run.id}/checkpoints/step-000003")
-    assert (start.run_id, start.checkpoint) == (run.id, target)
+    assert (start.run.id, start.checkpoint) == (run.id, target)
     uri = tracking_uri(run.config())
     assert names(run) == ["step-000003"] == published_checkpoints(uri, run.id)
     assert (run.paths.checkpoints / ".later-step-000006" / "step-000006" / "weights.pt").exists()  # nothing is deleted
-    assert "back at step-000003: step-000006 set aside" in run.said[0]
+    assert "back at step-000003: step-000006 set aside" in run.reported[0]
     assert run.start().checkpoint == target  # the next start does not jump ahead again
     run.commit(6, run.id)
     run.publish(run.id)
     assert published_checkpoints(uri, run.id) == ["step-000006", "step-000003"]
 
 
-def test_a_named_checkpoint_comes_from_mlflow_or_is_told_missing(run):
+def test_a_named_checkpoint_is_fetched_from_mlflow_or_reported_missing(run):
     shutil.rmtree(run.paths.checkpoints)
     assert run.start(f"runs:/{run.id}/checkpoints/step-000003").state["step"] == 3
     with pytest.raises(UserError, match=r"no committed checkpoint step-000004; it has \['step-000003'\]"):
@@ -304,23 +310,23 @@ def test_a_named_checkpoint_comes_from_mlflow_or_is_told_missing(run):
 
 def test_a_path_begins_a_run_of_its_own(run, tmp_path):
     source = run.paths.checkpoints / "step-000003"
-    other = Run(tmp_path / "other", run.uri)
+    other = RunDir(tmp_path / "other", run.uri)
     start = other.start(str(source), train={"max_lr": 1e-4})
-    assert start.run_id != run.id and start.state["mlflow_run_id"] == start.run_id
+    assert start.run.id != run.id and start.state["mlflow_run_id"] == start.run.id
     assert start.checkpoint == other.paths.checkpoints / "step-000003" and verify(start.checkpoint) == start.state
     assert verify(source)["mlflow_run_id"] == run.id and names(run) == ["step-000003", "step-000006"]  # untouched
-    stored = client(tracking_uri(other.config())).get_run(start.run_id)
+    stored = client(tracking_uri(other.config())).get_run(start.run.id)
     assert stored.data.tags["pldr.continued_from"] == str(source) and stored.data.params["train.max_lr"] == "0.0001"
-    # The same command again goes on with what this run has saved since; so does auto.
-    other.commit(5, start.run_id, train={"max_lr": 1e-4})
+    # The same command again resumes from what this run has saved since; so does auto.
+    other.commit(5, start.run.id, train={"max_lr": 1e-4})
     for text in (str(source), "auto"):
         assert other.start(text, train={"max_lr": 1e-4}).checkpoint.name == "step-000005"
     with pytest.raises(ConfigError, match="holds step-000005 of a run that did not begin with"):
         other.start(str(run.paths.checkpoints / "step-000006"), train={"max_lr": 1e-4})
 
 
-def test_a_path_without_a_whole_checkpoint_is_refused(run, tmp_path):
-    other = Run(tmp_path / "other", run.uri)
+def test_a_path_without_an_intact_checkpoint_is_refused(run, tmp_path):
+    other = RunDir(tmp_path / "other", run.uri)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no committed checkpoint in it"):
         other.start(str(tmp_path / "empty"))
@@ -341,26 +347,26 @@ def test_a_path_without_a_whole_checkpoint_is_refused(run, tmp_path):
 def test_other_data_tokenizer_or_model_is_refused_unless_forced(run, tmp_path, today, sections, difference):
     """In the same run and in one that begins with its checkpoint; a refusal changes nothing."""
     back = f"runs:/{run.id}/checkpoints/step-000003"
-    other = Run(tmp_path / "other", run.uri)
-    for place, text in ((run, "auto"), (run, back), (other, str(run.paths.checkpoints / "step-000003"))):
+    other = RunDir(tmp_path / "other", run.uri)
+    for where, text in ((run, "auto"), (run, back), (other, str(run.paths.checkpoints / "step-000003"))):
         with pytest.raises(ConfigError) as error:
-            place.start(text, today=today, **sections)
+            where.start(text, today=today, **sections)
         assert difference in str(error.value) and "--force" in str(error.value) and "\n" not in str(error.value)
     assert names(run) == ["step-000003", "step-000006"] and not (other.paths.root / "run.json").exists()
-    for place, text in ((run, "auto"), (other, str(run.paths.checkpoints / "step-000003"))):
-        start = place.start(text, today=today, force=True, **sections)
+    for where, text in ((run, "auto"), (other, str(run.paths.checkpoints / "step-000003"))):
+        start = where.start(text, today=today, force=True, **sections)
         assert start.checkpoint is not None
-        assert [line for line in place.said if line.startswith("FORCED") and difference in line]
+        assert [line for line in where.reported if line.startswith("FORCED") and difference in line]
 
 
 @pytest.mark.parametrize("today", [None, {"at_step": 4, "become": "parameter"}])
 def test_a_frozen_checkpoint_needs_the_rule_that_froze_it(tmp_path, today):
-    frozen = Run(tmp_path, f"sqlite:///{tmp_path}/m.db").config(train={"freeze_g": {"at_step": 4}})
+    frozen = RunDir(tmp_path, f"sqlite:///{tmp_path}/m.db").config(train={"freeze_g": {"at_step": 4}})
     state = {**TODAY, "frozen": 4, "config": frozen.as_dict()}
-    now = Run(tmp_path, f"sqlite:///{tmp_path}/m.db").config(train={"freeze_g": today})
+    now = RunDir(tmp_path, f"sqlite:///{tmp_path}/m.db").config(train={"freeze_g": today})
     with pytest.raises(ConfigError, match="its G is frozen; set train.freeze_g.become to constant as it was"):
-        check_inputs(tmp_path, state, now, TODAY, force=True, say=print)
-    check_inputs(tmp_path, state, frozen, TODAY, force=False, say=print)
+        check_inputs(tmp_path, state, now, TODAY, force=True, report=print)
+    check_inputs(tmp_path, state, frozen, TODAY, force=False, report=print)
 
 
 def test_force_does_not_make_another_recipe_the_same_run(run):
@@ -368,24 +374,24 @@ def test_force_does_not_make_another_recipe_the_same_run(run):
         run.start(force=True, train={"max_lr": 1e-4})
 
 
-def test_what_changed_is_told_and_becomes_tags(run):
+def test_what_changed_is_reported_and_becomes_tags(run):
     sections = {"train": {"zero_stage": 3, "micro_batch": 4, "precision": "bf16"}}
     start = run.start(**sections)
-    changed = changes(start, run.config(**sections), ranks=1)
+    changed = changes(start.state, run.config(**sections), ranks=1)
     assert changed == {
         "train.zero_stage": "1 -> 3",
         "train.micro_batch": "2 -> 4",
         "train.precision": "fp32 -> bf16",
         "train.ranks": "2 -> 1",
     }
-    assert changes(start, run.config(), ranks=2) == {}
-    outbox.set_tags(run.config(), run.id, {f"resumed.6.{key}": value for key, value in changed.items()})
+    assert changes(start.state, run.config(), ranks=2) == {}
+    outbox.set_tags(run.tracked(run.id), {f"resumed.6.{key}": value for key, value in changed.items()})
     stored = client(tracking_uri(run.config())).get_run(run.id)
     assert stored.data.tags["resumed.6.train.zero_stage"] == "1 -> 3"
     assert stored.data.params["train.zero_stage"] == "1" and json.loads(stored.data.params["train.micro_batch"]) == 2
 
 
-def test_a_checkpoint_of_before_a_model_key_existed_goes_on_with_its_default(run):
+def test_a_checkpoint_from_before_a_model_key_existed_is_resumed_with_its_default(run):
     folder = run.paths.checkpoints / "step-000006"
     state = storage.read_json(folder / "state.json")
     del state["config"]["model"]["g_start"]

@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.config.load import load_config
 from pipeline.errors import ConfigError, UserError
-from pipeline.stages.runner import Line, exclusive
+from pipeline.stages.runner import Pipeline, exclusive
 from pipeline.stages.train import ranks_on_this_node
 from pipeline.tracking.client import client, tracking_uri
 
@@ -28,7 +28,7 @@ def no_launch(config, job_file, ranks):
 
 
 @pytest.fixture
-def line(tmp_path):
+def make(tmp_path):
     corpus(tmp_path / "corpus.jsonl", "alpha")
     tree = {
         "name": "t",
@@ -40,78 +40,78 @@ def line(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
 
-    def make(*overrides, launch=no_launch):
-        said = []
-        return Line(load_config(path, list(overrides)), launch=launch, say=said.append), said
+    def make_pipeline(*overrides, launch=no_launch):
+        reported = []
+        return Pipeline(load_config(path, list(overrides)), launch=launch, report=reported.append), reported
 
-    return make
-
-
-def data_stages(line):
-    return {name: line.stage(name)["skipped"] for name in ("shard", "tokenizer", "tokenize")}
+    return make_pipeline
 
 
-def test_same_inputs_skip_and_changed_inputs_do_not(line, tmp_path):
-    assert not any(data_stages(line()[0]).values())
-    assert all(data_stages(line()[0]).values())
-    assert all(data_stages(line("data.workers=1", "train.max_lr=1e-4")[0]).values())  # nothing of the data changes
-    assert data_stages(line("tokens.remainder=pad")[0]) == {"shard": True, "tokenizer": True, "tokenize": False}
+def data_stages(pipeline):
+    return {name: pipeline.stage(name)["skipped"] for name in ("shard", "tokenizer", "tokenize")}
+
+
+def test_same_inputs_skip_and_changed_inputs_do_not(make, tmp_path):
+    assert not any(data_stages(make()[0]).values())
+    assert all(data_stages(make()[0]).values())
+    assert all(data_stages(make("data.workers=1", "train.max_lr=1e-4")[0]).values())  # keys that change no data
+    assert data_stages(make("tokens.remainder=pad")[0]) == {"shard": True, "tokenizer": True, "tokenize": False}
     corpus(tmp_path / "corpus.jsonl", "beta")
-    assert not any(data_stages(line("tokens.remainder=pad")[0]).values())
+    assert not any(data_stages(make("tokens.remainder=pad")[0]).values())
 
 
-def test_a_given_tokenizer_does_not_hide_a_changed_corpus(line, tmp_path):
-    data_stages(line()[0])
+def test_a_given_tokenizer_does_not_hide_a_changed_corpus(make, tmp_path):
+    data_stages(make()[0])
     given = tmp_path / "given.model"
     given.write_bytes((tmp_path / "run" / "tokenizer" / "tokenizer.model").read_bytes())
     override = f"tokenizer.model={given}"
-    data_stages(line(override)[0])
+    data_stages(make(override)[0])
     corpus(tmp_path / "corpus.jsonl", "beta")
-    assert data_stages(line(override)[0])["tokenize"] is False
+    assert data_stages(make(override)[0])["tokenize"] is False
 
 
-def test_a_deleted_output_is_made_again(line, tmp_path):
-    data_stages(line()[0])
+def test_a_deleted_output_is_made_again(make, tmp_path):
+    data_stages(make()[0])
     first = {p.name: p.read_bytes() for p in (tmp_path / "run" / "tokens").iterdir()}
     next((tmp_path / "run" / "tokens").glob("train-*.tar")).unlink()
-    assert data_stages(line()[0]) == {"shard": True, "tokenizer": True, "tokenize": False}
+    assert data_stages(make()[0]) == {"shard": True, "tokenizer": True, "tokenize": False}
     assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "tokens").iterdir()} == first
 
 
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"schema_version": 2}', '{"schema_version": 2, "inputs": "x", "result": 3}']
 )
-def test_a_stage_record_that_is_damaged_is_not_believed(line, tmp_path, content):
-    data_stages(line()[0])
+def test_a_damaged_stage_record_does_not_count(make, tmp_path, content):
+    data_stages(make()[0])
     (tmp_path / "run" / "stages" / "tokenize.json").write_text(content)
-    assert data_stages(line()[0])["tokenize"] is False
+    assert data_stages(make()[0])["tokenize"] is False
 
 
-def test_a_stage_called_by_name_mends_a_bit_that_flipped_unseen(line, tmp_path):
-    """Same size, same time: only the hash tells. The errors that such a file causes say «run `pldr tokenize` again»."""
-    data_stages(line()[0])
+def test_a_stage_called_by_name_replaces_a_file_with_a_flipped_bit(make, tmp_path):
+    """Same size, same time: only the hash differs. The errors that such a file causes advise: run `pldr tokenize` again."""
+    data_stages(make()[0])
     tar = next((tmp_path / "run" / "tokens").glob("train-*.tar"))
-    whole, facts = tar.read_bytes(), tar.stat()
-    tar.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    intact, facts = tar.read_bytes(), tar.stat()
+    tar.write_bytes(intact[:2000] + bytes([intact[2000] ^ 1]) + intact[2001:])
     os.utime(tar, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    assert line()[0].stage("tokenize")["skipped"] is False
-    assert tar.read_bytes() == whole
+    assert make()[0].stage("tokenize")["skipped"] is False
+    assert tar.read_bytes() == intact
 
 
-def test_a_folder_with_other_files_is_no_run_directory(line, tmp_path):
+def test_a_folder_with_other_files_is_no_run_directory(make, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("mine")
     with (
         pytest.raises(ConfigError, match="holds files that are no run's"),
-        exclusive(line(f"run_dir={tmp_path / 'home'}")[0].config, print),
+        exclusive(make(f"run_dir={tmp_path / 'home'}")[0].paths, print),
     ):
         raise AssertionError("not reached")
     assert [p.name for p in (tmp_path / "home").iterdir()] == ["thesis.txt"]
 
 
-def test_a_stage_needs_the_one_before(line):
+def test_a_stage_needs_the_one_before(make):
     with pytest.raises(ConfigError, match="stage train: tokenize has not finished; run `pldr tokenize` first"):
-        line()[0].stage("train")
+        make()[0].stage("train")
 
 
 @pytest.mark.parametrize(
@@ -121,22 +121,22 @@ def test_a_stage_needs_the_one_before(line):
         ("train.deepspeed=/nowhere.json", "no such file"),
     ],
 )
-def test_what_cannot_train_is_said_before_anything_starts(line, override, message):
-    data_stages(line()[0])
+def test_a_mistake_in_the_training_is_reported_before_anything_starts(make, override, message):
+    data_stages(make()[0])
     with pytest.raises(ConfigError, match=message):
-        line(override)[0].stage("train")
+        make(override)[0].stage("train")
 
 
-def test_tokens_for_another_model_are_refused(line):
-    data_stages(line()[0])
-    one = line("model.context_length=32")[0]
+def test_tokens_for_another_model_are_refused(make):
+    data_stages(make()[0])
+    one = make("model.context_length=32")[0]
     with pytest.raises(UserError, match=r"context.length"):
         from pipeline.stages.train import prepare
 
-        prepare(one.config, one.paths, resume="auto", ranks=2, say=print)
+        prepare(one.config, one.paths, resume="auto", ranks=2, report=print)
 
 
-def test_a_launch_that_trained_nothing_is_a_failure_and_marks_the_run(line):
+def test_a_launch_that_trained_nothing_is_a_failure_and_marks_the_run(make):
 
     def status():
         """And RUNNING again, as ranks would mark it."""
@@ -146,8 +146,8 @@ def test_a_launch_that_trained_nothing_is_a_failure_and_marks_the_run(line):
         mlflow.update_run(run_id, status="RUNNING")
         return before
 
-    data_stages(line()[0])
-    one, _ = line(launch=lambda config, job, ranks: None)
+    data_stages(make()[0])
+    one, _ = make(launch=lambda config, job, ranks: None)
     with pytest.raises(UserError, match="training ended before step 4"):
         one.stage("train")
     assert status() == "FAILED"
@@ -156,11 +156,11 @@ def test_a_launch_that_trained_nothing_is_a_failure_and_marks_the_run(line):
         raise UserError("rank 1: something broke")
 
     with pytest.raises(UserError, match="something broke"):
-        line(launch=fail)[0].stage("train")
+        make(launch=fail)[0].stage("train")
     assert status() == "FAILED"
 
 
-def test_a_restart_that_cannot_be_prepared_marks_the_run_failed(line, monkeypatch):
+def test_a_restart_that_cannot_be_prepared_marks_the_run_failed(make, monkeypatch):
     """With the traceback of the crash as an artifact; the disk has filled up in between."""
     from pipeline.stages import train
 
@@ -172,11 +172,11 @@ def test_a_restart_that_cannot_be_prepared_marks_the_run_failed(line, monkeypatc
     def full(config, paths):
         raise UserError("the disk is full")
 
-    data_stages(line()[0])
-    one, said = line("train.max_restarts=1", launch=crash)
+    data_stages(make()[0])
+    one, reported = make("train.max_restarts=1", launch=crash)
     with pytest.raises(UserError, match="the disk is full"):
         one.stage("train")
-    assert "rank 1: something broke; it could not be restarted" in said
+    assert "rank 1: something broke; it could not be restarted" in reported
     mlflow = client(tracking_uri(one.config))
     run_id = json.loads((one.paths.root / "run.json").read_text())["run_id"]
     assert mlflow.get_run(run_id).info.status == "FAILED"
@@ -186,17 +186,17 @@ def test_a_restart_that_cannot_be_prepared_marks_the_run_failed(line, monkeypatc
     assert "the disk is full" in text and "rank 1 broke" in text
 
 
-def test_ranks_divide_the_global_batch(line):
-    assert ranks_on_this_node(line()[0].config) == 2
-    assert ranks_on_this_node(line("train.ranks=null")[0].config) == 2
-    assert ranks_on_this_node(line("train.ranks=null", "train.micro_batch=4")[0].config) == 1
+def test_ranks_divide_the_global_batch(make):
+    assert ranks_on_this_node(make()[0].config) == 2
+    assert ranks_on_this_node(make("train.ranks=null")[0].config) == 2
+    assert ranks_on_this_node(make("train.ranks=null", "train.micro_batch=4")[0].config) == 1
 
 
-def test_deepspeeds_json_counts_by_what_it_holds_and_not_by_its_path(line, tmp_path):
-    data_stages(line()[0])
+def test_deepspeeds_json_counts_by_what_it_holds_and_not_by_its_path(make, tmp_path):
+    data_stages(make()[0])
 
     def inputs(name, text):
         (tmp_path / name).write_text(text)
-        return line(f"train.deepspeed={tmp_path / name}")[0]._inputs("train")
+        return make(f"train.deepspeed={tmp_path / name}")[0].inputs("train")
 
     assert inputs("a.json", '{"a": 1}') == inputs("b.json", '{ "a": 1 }\n') != inputs("b.json", '{"a": 2}')

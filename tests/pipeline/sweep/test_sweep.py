@@ -12,7 +12,7 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.schedule import invariance_budget
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io.storage import publish_json
-from pipeline.stages.runner import Line
+from pipeline.stages.runner import Pipeline
 from pipeline.sweep.report import scatter, table_lines, write_sweep_report
 from pipeline.sweep.sweep import Sweep, data_of
 
@@ -181,7 +181,7 @@ def stages(monkeypatch):
         if name in ("shard", "tokenizer", "tokenize"):
             publish_json(self.paths.stages / f"{name}.json", {"result": {"fingerprint": "f"}})
 
-    monkeypatch.setattr(Line, "stage", stage)
+    monkeypatch.setattr(Pipeline, "stage", stage)
     monkeypatch.setattr(Sweep, "_open_parent", lambda self: "parent")
     monkeypatch.setattr(Sweep, "_log", lambda self, parent, files, status=None: None)
     return fates
@@ -334,9 +334,9 @@ def test_links_are_copies_where_the_disk_has_none(make_sweep, monkeypatch):
     sweep = make_sweep(grid={"seed": [1, 2]})
     monkeypatch.setattr(os, "link", refuse)
     first, second = (c.config for c in sweep.children)
-    line = Line(first, launch=lambda *_: None, say=lambda text: None)
+    pipeline = Pipeline(first, launch=lambda *_: None, report=lambda text: None)
     for name in ("shard", "tokenizer", "tokenize"):
-        line.stage(name)
+        pipeline.stage(name)
     RunPaths(second.run_dir).root.mkdir(parents=True)
     sweep._share_data(second)
-    assert Line(second, launch=lambda *_: None, say=lambda text: None).stage("tokenize")["skipped"] is True
+    assert Pipeline(second, launch=lambda *_: None, report=lambda text: None).stage("tokenize")["skipped"] is True

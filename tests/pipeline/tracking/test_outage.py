@@ -1,4 +1,4 @@
-"""MLflow away at the start, during and at the end of a run: real servers that are killed, started again, or hang."""
+"""MLflow unreachable at the start, during and at the end of a run: real servers that are killed, restarted, or hang."""
 
 import json
 import socket
@@ -13,10 +13,9 @@ from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pipeline.tracking import outbox, publish
-from pipeline.tracking import run as tracking
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.publish import fetch_checkpoint, published_checkpoints
-from pipeline.tracking.run_record import remembered
+from pipeline.tracking.run import open_run
 
 TREE = {
     "name": "t",
@@ -30,20 +29,23 @@ def configuration(folder, **sections):
     return parse_config({**TREE, "run_dir": str(folder), **sections}, where="test")
 
 
+def opened(config, **options):
+    return open_run(config, RunPaths(config.run_dir), **options)
+
+
 def history(config, run_id, key):
     points = client(tracking_uri(config)).get_metric_history(run_id, key)
     return [(p.step, p.value) for p in sorted(points, key=lambda p: (p.step, p.timestamp))]
 
 
-def save(config, step):
+def save(run, step):
     """A committed checkpoint as the run's own."""
     name = format.checkpoint_name(step)
-    target = RunPaths(config.run_dir).checkpoints / name
+    target = run.paths.checkpoints / name
     (target / name).mkdir(parents=True)
     (target / name / "rank_0.pt").write_bytes(bytes([step]) * 1000)
-    run_id = remembered(config).id
     storage.publish_json(
-        target / "state.json", {"schema_version": 1, "step": step, "config": {}, "mlflow_run_id": run_id}
+        target / "state.json", {"schema_version": 1, "step": step, "config": {}, "mlflow_run_id": run.id}
     )
     manifest = {"schema_version": 1, "files": storage.manifest_of(target)}
     storage.publish_json(target / storage.MANIFEST, manifest)
@@ -62,26 +64,27 @@ def log_steps(tracker, steps, every=0.0):
 
 @pytest.mark.slow
 def test_a_new_run_begins_without_the_server_and_is_replayed_once(tmp_path, server, capsys):
-    """Away from start to end, over a kill and a resume; then `pldr track replay` on the run directory, twice."""
+    """Unreachable from start to end, over a kill and a resume; then `pldr track replay` on the run directory, twice."""
     config = configuration(tmp_path / "run", tracking={"uri": server.uri})
     started = time.monotonic()
-    run_id = tracking.open_run(config)
+    run = opened(config)
+    run_id = run.id
     assert run_id.startswith("local-") and time.monotonic() - started < 20
-    assert publish.available(config, run_id) == (None, [])
+    assert publish.available(run) == (None, [])
     with pytest.raises(ConfigError, match="was made with seed=1"):  # checked without the server
-        tracking.open_run(configuration(tmp_path / "run", tracking={"uri": server.uri}, seed=2))
-    first = outbox.open_tracker(config, run_id, running=True)
-    publisher = publish.open_publisher(config, first)
+        opened(configuration(tmp_path / "run", tracking={"uri": server.uri}, seed=2))
+    first = outbox.open_tracker(run, running=True)
+    publisher = publish.open_publisher(run, first)
     assert log_steps(first, range(10, 31, 10)) < 0.5
-    save(config, 20)
+    save(run, 20)
     publisher.saved(20)
     assert publisher.close(0) == ["step-000020"] and not first.close()
-    assert tracking.open_run(config) == run_id  # a second start, resumed from step 20
-    second = outbox.open_tracker(config, run_id, running=True)
+    assert opened(config).id == run_id  # a second start, resumed from step 20
+    second = outbox.open_tracker(run, running=True)
     log_steps(second, range(30, 41, 10))
-    save(config, 40)
+    save(run, 40)
     assert not second.close("FINISHED")
-    assert outbox.finish(config, run_id) == run_id
+    assert outbox.finish(run) == run_id
     storage.publish_json(
         tmp_path / "run" / "logs" / "job.json", {"schema_version": 1, "config": config.as_dict(), "run_id": run_id}
     )
@@ -95,7 +98,8 @@ def test_a_new_run_begins_without_the_server_and_is_replayed_once(tmp_path, serv
         result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
         assert result["complete"] and result["points_sent"] == points and result["run_id"] != run_id
     real = result["run_id"]
-    assert tracking.open_run(config) == real and tracking.same_run(config, run_id, real)
+    again = opened(config)
+    assert again.id == real and again.record.answers_to(run_id)
     assert history(config, real, "train/loss") == [(10, 10.0), (20, 20.0), (30, 30.0), (40, 40.0)]
     assert published_checkpoints(server.uri, real) == ["step-000040", "step-000020"]
     fetched = fetch_checkpoint(server.uri, real, "step-000040", tmp_path / "elsewhere")
@@ -106,21 +110,23 @@ def test_a_new_run_begins_without_the_server_and_is_replayed_once(tmp_path, serv
     assert runs[0].data.params["model.head_dim"] == "4" and runs[0].data.tags["pldr.local_id"] == run_id
     # Another machine that is told MLflow's id takes the checkpoints that hold the local one for its own.
     other = configuration(tmp_path / "other", tracking={"uri": server.uri})
-    assert tracking.open_run(other, run_id=real) == real and tracking.same_run(other, run_id, real)
+    elsewhere = opened(other, run_id=real)
+    assert elsewhere.id == real and elsewhere.record.answers_to(run_id)
 
 
 @pytest.mark.slow
 def test_an_outage_in_the_middle_loses_nothing_and_never_blocks(tmp_path, server):
     server.start()
     config = configuration(tmp_path / "run", tracking={"uri": server.uri})
-    run_id = tracking.open_run(config)
+    run = opened(config)
+    run_id = run.id
     assert not run_id.startswith("local-")
-    tracker = outbox.open_tracker(config, run_id, running=True)
-    publisher = publish.open_publisher(config, tracker)
+    tracker = outbox.open_tracker(run, running=True)
+    publisher = publish.open_publisher(run, tracker)
     slowest = log_steps(tracker, range(1, 11), every=0.1)
     server.kill()
     slowest = max(slowest, log_steps(tracker, range(11, 21), every=0.1))
-    save(config, 20)
+    save(run, 20)
     started = time.monotonic()
     publisher.saved(20)
     assert time.monotonic() - started < 1
@@ -135,39 +141,40 @@ def test_an_outage_in_the_middle_loses_nothing_and_never_blocks(tmp_path, server
 
 
 @pytest.mark.slow
-def test_a_known_run_goes_on_while_the_server_is_away_and_its_end_is_told_later(tmp_path, server):
+def test_a_known_run_continues_while_the_server_is_unreachable_and_its_end_is_sent_later(tmp_path, server):
     server.start()
     config = configuration(tmp_path / "run", tracking={"uri": server.uri})
-    run_id = tracking.open_run(config)
-    first = outbox.open_tracker(config, run_id, running=True)
+    run = opened(config)
+    run_id = run.id
+    first = outbox.open_tracker(run, running=True)
     log_steps(first, (10, 20, 30))
     for step in (5, 10):
-        save(config, step)
-    assert publish.open_publisher(config, first).close(60) == []
-    publisher = publish.open_publisher(config, first)
-    save(config, 20)
+        save(run, step)
+    assert publish.open_publisher(run, first).close(60) == []
+    publisher = publish.open_publisher(run, first)
+    save(run, 20)
     publisher.saved(20)
     assert publisher.close(60) == [] and first.close("FAILED")
     assert published_checkpoints(server.uri, run_id) == ["step-000020", "step-000010"]  # 5 is gone there too
     young = configuration(tmp_path / "young", tracking={"uri": server.uri})
-    begun = tracking.open_run(young)
+    begun = opened(young)
     server.kill()
-    assert tracking.open_run(young) == begun and publish.available(young, begun) == (None, [])  # step 0 is all there is
-    assert tracking.open_run(config) == run_id
+    assert opened(young).id == begun.id and publish.available(begun) == (None, [])  # step 0 is all there is
+    assert opened(config).id == run_id
     with pytest.raises(UserError, match="start the server"):  # it has published, and cannot be asked what
-        publish.available(config, run_id)
-    second = outbox.open_tracker(config, run_id, running=True)  # resumed from step 20
+        publish.available(run)
+    second = outbox.open_tracker(run, running=True)  # resumed from step 20
     log_steps(second, (30, 40))
     assert not second.close("FINISHED")
     (tmp_path / "certificate.json").write_text("{}")
-    outbox.log_files(config, run_id, {str(tmp_path / "certificate.json"): "certificate"}, tags={"pldr.verdict": "x"})
-    assert outbox.finish(config, run_id) == run_id
+    outbox.log_files(run, {str(tmp_path / "certificate.json"): "certificate"}, tags={"pldr.verdict": "x"})
+    assert outbox.finish(run) == run_id
     server.start()
     assert client(server.uri).get_run(run_id).info.status == "FAILED"
-    assert outbox.settle(config, run_id)["complete"]
+    assert outbox.settle(run)["complete"]
     assert [step for step, _ in history(config, run_id, "train/loss")] == [10, 20, 30, 40]
-    run = client(server.uri).get_run(run_id)
-    assert run.info.status == "FINISHED" and run.data.tags["pldr.verdict"] == "x"
+    stored = client(server.uri).get_run(run_id)
+    assert stored.info.status == "FINISHED" and stored.data.tags["pldr.verdict"] == "x"
     names = [item.path for item in client(server.uri).list_artifacts(run_id, "certificate")]
     assert names == ["certificate/certificate.json"]
 
@@ -176,19 +183,21 @@ def test_a_known_run_goes_on_while_the_server_is_away_and_its_end_is_told_later(
 def test_on_another_machine_nothing_is_logged_twice_when_the_server_goes_right_after_the_fetch(tmp_path, server):
     server.start()
     here = configuration(tmp_path / "here", tracking={"uri": server.uri})
-    run_id = tracking.open_run(here)
-    tracker = outbox.open_tracker(here, run_id)
+    run = opened(here)
+    run_id = run.id
+    tracker = outbox.open_tracker(run)
     log_steps(tracker, (10, 20, 30))
     assert tracker.close()
     there = configuration(tmp_path / "there", tracking={"uri": server.uri})
-    assert tracking.open_run(there, run_id=run_id) == run_id
+    other = opened(there, run_id=run_id)
+    assert other.id == run_id
     server.kill()
-    for steps in ((20, 30), (30, 40)):  # no spool here, and nobody to ask how far the run came; and killed once more
-        tracker = outbox.open_tracker(there, run_id, running=True)
+    for steps in ((20, 30), (30, 40)):  # no spool here, and no server to ask how far the run came; and killed once more
+        tracker = outbox.open_tracker(other, running=True)
         log_steps(tracker, steps)
         assert not tracker.close()
     server.start()
-    assert outbox.settle(there, run_id)["complete"]
+    assert outbox.settle(other)["complete"]
     assert [step for step, _ in history(there, run_id, "train/loss")] == [10, 20, 30, 40]
 
 
@@ -196,13 +205,14 @@ def test_on_another_machine_nothing_is_logged_twice_when_the_server_goes_right_a
 def test_a_batch_whose_answer_was_lost_is_stored_once(tmp_path, server):
     server.start()
     config = configuration(tmp_path / "run", tracking={"uri": server.uri})
-    run_id = tracking.open_run(config)
-    tracker = outbox.open_tracker(config, run_id)
+    run = opened(config)
+    run_id = run.id
+    tracker = outbox.open_tracker(run)
     log_steps(tracker, (10, 20, 30))
     assert tracker.close()
-    sent = outbox.spool_of(config, run_id).with_suffix(".sent")
+    sent = outbox.spool_of(run).with_suffix(".sent")
     sent.write_text(json.dumps({**json.loads(sent.read_text()), "sent": 0}))  # as if killed before it was noted
-    assert outbox.settle(config, run_id)["points_sent"] == 0  # MLflow says that it has them
+    assert outbox.settle(run)["points_sent"] == 0  # MLflow says that it has them
     assert [step for step, _ in history(config, run_id, "train/loss")] == [10, 20, 30]
 
 
@@ -213,11 +223,11 @@ def test_a_server_that_hangs_holds_neither_the_start_nor_a_step_nor_the_end(tmp_
         deaf.listen(50)
         config = configuration(tmp_path, tracking={"uri": f"http://127.0.0.1:{deaf.getsockname()[1]}"})
         started = time.monotonic()
-        run_id = tracking.open_run(config)
-        tracker = outbox.open_tracker(config, run_id, running=True)
-        publisher = publish.open_publisher(config, tracker)
+        run = opened(config)
+        tracker = outbox.open_tracker(run, running=True)
+        publisher = publish.open_publisher(run, tracker)
         assert time.monotonic() - started < 20
-        save(config, 20)
+        save(run, 20)
         started = time.monotonic()
         publisher.saved(20)
         assert log_steps(tracker, range(1, 200)) < 0.5 and time.monotonic() - started < 1

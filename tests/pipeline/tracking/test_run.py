@@ -1,5 +1,6 @@
-"""The MLflow seam against a real store, a SQLite file. Servers that are away: test_outage.py."""
+"""A run in a real MLflow store, a SQLite file. Unreachable servers: test_outage.py."""
 
+import dataclasses
 import json
 import resource
 import shutil
@@ -9,11 +10,13 @@ import sys
 import pytest
 
 from pipeline.config.load import parse_config
+from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError, UserError
+from pipeline.io import storage
 from pipeline.tracking import outbox
-from pipeline.tracking import run as tracking
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.metrics import Tracker
+from pipeline.tracking.run import open_run, run_named
 
 TREE = {
     "name": "t",
@@ -37,6 +40,10 @@ def configuration(folder, **sections):
     return parse_config({**TREE, "run_dir": str(folder), **sections}, where="test")
 
 
+def opened(config, **options):
+    return open_run(config, RunPaths(config.run_dir), **options)
+
+
 def history(config, run_id, key):
     points = client(tracking_uri(config)).get_metric_history(run_id, key)
     return [(p.step, p.value) for p in sorted(points, key=lambda p: p.step)]
@@ -44,8 +51,9 @@ def history(config, run_id, key):
 
 def test_one_run_without_gap_or_double_over_a_resume(tmp_path):
     config = configuration(tmp_path)
-    run_id = tracking.open_run(config)
-    assert tracking.open_run(config) == run_id  # the run directory remembers
+    run = opened(config)
+    run_id = run.id
+    assert opened(config).id == run_id  # the run directory remembers
     spool = tmp_path / "logs" / "m.jsonl"
     first = Tracker(tracking_uri(config), run_id, spool)
     for step in (10, 20, 30):
@@ -71,15 +79,16 @@ def test_one_run_without_gap_or_double_over_a_resume(tmp_path):
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"tracking_uri": 3}'])
 def test_a_damaged_run_file_begins_a_new_run_where_nothing_was_trained(tmp_path, content):
-    first = tracking.open_run(configuration(tmp_path))
+    first = opened(configuration(tmp_path)).id
     (tmp_path / "run.json").write_text(content)
-    second = tracking.open_run(configuration(tmp_path))
-    assert second != first and tracking.open_run(configuration(tmp_path)) == second
+    second = opened(configuration(tmp_path)).id
+    assert second != first and opened(configuration(tmp_path)).id == second
 
 
 def test_a_damaged_spool_does_not_end_a_run(tmp_path):
     config = configuration(tmp_path)
-    run_id = tracking.open_run(config)
+    run = opened(config)
+    run_id = run.id
     spool = tmp_path / "m.jsonl"
     first = Tracker(tracking_uri(config), run_id, spool)
     first.log(1, {"train/loss": 1.0})
@@ -93,12 +102,13 @@ def test_a_damaged_spool_does_not_end_a_run(tmp_path):
 
 
 def test_a_run_of_another_configuration_is_refused(tmp_path):
-    run_id = tracking.open_run(configuration(tmp_path))
+    run = opened(configuration(tmp_path))
+    run_id = run.id
     with pytest.raises(ConfigError, match=rf"run {run_id} was made with seed=1, this configuration has 2"):
-        tracking.open_run(configuration(tmp_path, seed=2))
+        opened(configuration(tmp_path, seed=2))
     with pytest.raises(ConfigError, match="not found"):
-        tracking.open_run(configuration(tmp_path), run_id="0" * 32)
-    tracking.open_run(configuration(tmp_path, train={"log_every": 7}))  # changes nothing of the run
+        opened(configuration(tmp_path), run_id="0" * 32)
+    opened(configuration(tmp_path, train={"log_every": 7}))  # changes nothing of the run
 
 
 CRASH = """
@@ -116,7 +126,8 @@ main()
 def test_a_failure_is_marked_with_the_tracebacks_of_this_start(tmp_path):
     """The log of two starts, with tracebacks as Python writes them; only the second start's are the failure's."""
     config = configuration(tmp_path)
-    run_id = tracking.open_run(config)
+    run = opened(config)
+    run_id = run.id
     log = tmp_path / "logs" / "train.log"
     log.parent.mkdir(exist_ok=True)
     log.write_text('Traceback (most recent call last):\n  File "old.py", line 1\nOldError: of an earlier start\n')
@@ -124,7 +135,7 @@ def test_a_failure_is_marked_with_the_tracebacks_of_this_start(tmp_path):
     crash = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True)
     with open(log, "a") as stream:
         stream.write("pldr-status| step 10/40\n" + crash.stderr + "[launch] exits with return code = 1\n" * 300)
-    outbox.fail(config, run_id, UserError("training failed: rank 1"), log_from=start)
+    outbox.fail(run, UserError("training failed: rank 1"), log_from=start)
     mlflow = client(tracking_uri(config))
     assert mlflow.get_run(run_id).info.status == "FAILED"
     (artifact,) = mlflow.list_artifacts(run_id, "failure")
@@ -145,12 +156,13 @@ def test_a_failure_without_a_traceback_keeps_the_end_of_the_log():
 def test_what_only_one_metric_lacks_is_logged_after_an_earlier_resume(tmp_path):
     """Resumed from step 10 of 30: what was logged stays once, a metric that is new there begins there."""
     config = configuration(tmp_path)
-    run_id = tracking.open_run(config)
-    first = outbox.open_tracker(config, run_id)
+    run = opened(config)
+    run_id = run.id
+    first = outbox.open_tracker(run)
     for step in (10, 20, 30):
         first.log(step, {"train/loss": float(step)})
     assert first.close()
-    second = outbox.open_tracker(config, run_id)
+    second = outbox.open_tracker(run)
     for step in (20, 30, 40):
         second.log(step, {"train/loss": float(step), "train/new": 1.0})
     assert second.close("FINISHED")
@@ -158,9 +170,9 @@ def test_what_only_one_metric_lacks_is_logged_after_an_earlier_resume(tmp_path):
     assert [step for step, _ in history(config, run_id, "train/new")] == [20, 30, 40]
 
 
-def log_losses(config, run_id, steps):
-    """Closed with MLflow's answer waited for; False when it does not answer."""
-    tracker = outbox.open_tracker(config, run_id)
+def log_losses(run, steps):
+    """Waits for MLflow when it closes; False when MLflow is unreachable."""
+    tracker = outbox.open_tracker(run)
     for step in steps:
         tracker.log(step, {"train/loss": float(step)})
     return tracker.close()
@@ -168,47 +180,50 @@ def log_losses(config, run_id, steps):
 
 @pytest.fixture
 def machines(tmp_path):
-    """Two run directories of one run."""
+    """One run, opened in two run directories."""
     here = configuration(tmp_path / "a")
     uri = tracking_uri(here)
     here = configuration(tmp_path / "a", tracking={"uri": uri})
     there = configuration(tmp_path / "b", tracking={"uri": uri})
-    run_id = tracking.open_run(here)
-    assert tracking.open_run(there, run_id=run_id) == run_id
-    return here, there, run_id
+    one = opened(here)
+    other = opened(there, run_id=one.id)
+    assert other.id == one.id
+    return one, other
 
 
 def test_a_machine_that_the_run_comes_back_to_logs_no_step_twice(machines):
     """A to step 50, B to step 100, then A again from its own step 50."""
-    here, there, run_id = machines
-    assert log_losses(here, run_id, range(10, 51, 10)) and log_losses(there, run_id, range(60, 101, 10))
-    assert log_losses(here, run_id, range(60, 121, 10))
-    assert history(here, run_id, "train/loss") == [(step, float(step)) for step in range(10, 121, 10)]
+    here, there = machines
+    assert log_losses(here, range(10, 51, 10)) and log_losses(there, range(60, 101, 10))
+    assert log_losses(here, range(60, 121, 10))
+    assert history(here.config, here.id, "train/loss") == [(step, float(step)) for step in range(10, 121, 10)]
 
 
-def test_what_a_machine_still_owes_is_sent_although_the_run_is_further(machines):
+def test_what_is_pending_on_a_machine_is_sent_although_the_run_is_further(machines):
     """A was killed before its last points were sent; B began at an earlier checkpoint and went past it."""
-    here, there, run_id = machines
-    spool = outbox.spool_of(here, run_id)
-    assert log_losses(here, run_id, (10, 20, 30, 40, 50))
-    owed = spool.read_bytes()
-    mlflow = client(tracking_uri(here))
-    experiment = mlflow.get_run(run_id).info.experiment_id
-    fresh = mlflow.create_run(experiment).info.run_id  # a run that MLflow has nothing of yet
+    here, there = machines
+    spool = outbox.spool_of(here)
+    assert log_losses(here, (10, 20, 30, 40, 50))
+    pending = spool.read_bytes()
+    mlflow = client(here.uri)
+    experiment = mlflow.get_run(here.id).info.experiment_id
+    fresh_id = mlflow.create_run(experiment).info.run_id  # a run that MLflow has nothing of yet
     spool.with_suffix(".sent").unlink()
-    spool.rename(spool.with_name(f"metrics-{fresh}.jsonl"))
-    assert log_losses(there, fresh, (40, 50, 60))
-    assert outbox.spool_of(here, fresh).read_bytes() == owed
-    assert outbox.settle(here, fresh)["points_sent"] == 3
-    assert history(here, fresh, "train/loss") == [(step, float(step)) for step in (10, 20, 30, 40, 50, 60)]
-    assert outbox.settle(here, fresh)["points_sent"] == 0
+    spool.rename(spool.with_name(f"metrics-{fresh_id}.jsonl"))
+    fresh_here, fresh_there = (run_named(run.config, run.paths, fresh_id) for run in (here, there))
+    assert log_losses(fresh_there, (40, 50, 60))
+    assert outbox.spool_of(fresh_here).read_bytes() == pending
+    assert outbox.settle(fresh_here)["points_sent"] == 3
+    assert history(here.config, fresh_id, "train/loss") == [(step, float(step)) for step in (10, 20, 30, 40, 50, 60)]
+    assert outbox.settle(fresh_here)["points_sent"] == 0
 
 
 def test_a_spool_that_gets_another_name_loses_nothing(tmp_path):
     """Begun under MLflow's id, as long as the local one was not known; twice, and with half a line."""
     config = configuration(tmp_path)
-    run_id = tracking.open_run(config)
-    spool = outbox.spool_of(config, run_id)
+    run = opened(config)
+    run_id = run.id
+    spool = outbox.spool_of(run)
     old = spool.with_name(f"metrics-{run_id}.jsonl")
     for steps in ((10, 20), (30, 40)):
         old.parent.mkdir(exist_ok=True)
@@ -217,28 +232,70 @@ def test_a_spool_that_gets_another_name_loses_nothing(tmp_path):
         if 10 in steps:  # MLflow has the first of them
             client(tracking_uri(config)).log_metric(run_id, "train/loss", 10.0, 1010, 10)
             old.with_suffix(".sent").write_text(json.dumps({"sent": len(lines[0])}))
-        assert log_losses(config, run_id, ())
+        assert log_losses(run, ())
         assert not old.exists() and not old.with_suffix(".sent").exists()
         spool.write_bytes(spool.read_bytes() + b'{"step": 50, "val')
-    assert log_losses(config, run_id, (50,))
+    assert log_losses(run, (50,))
     assert history(config, run_id, "train/loss") == [(step, float(step)) for step in (10, 20, 30, 40, 50)]
 
 
 def test_a_full_disk_costs_no_metric_and_no_run(tmp_path, caplog):
     """The kernel cuts a write in the middle of a line and refuses the next ones (a limit on file sizes, for a disk)."""
     config = configuration(tmp_path, tracking={"uri": "http://127.0.0.1:9"})
-    tracker = outbox.open_tracker(config, tracking.open_run(config))
+    run = opened(config)
+    tracker = outbox.open_tracker(run)
     tracker.log(1, {"train/loss": 1.0})
-    spool = outbox.spool_of(config, tracker.run_id)
-    whole = spool.read_bytes()
+    spool = outbox.spool_of(run)
+    before = spool.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
     try:
         tracker.log(2, {"train/loss": 2.0})
         tracker.log(3, {"train/loss": 3.0})
-        assert spool.read_bytes() == whole and caplog.text.count("metrics stay in memory") == 1
+        assert spool.read_bytes() == before and caplog.text.count("metrics stay in memory") == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     tracker.log(4, {"train/loss": 4.0})
     tracker.close(wait_s=0)
     assert [json.loads(line)["step"] for line in spool.read_bytes().splitlines()] == [1, 2, 3, 4]
+
+
+def test_what_another_process_did_with_the_run_is_seen_after_a_reload(tmp_path):
+    """Opened while the server was unreachable; then another process has made it in MLflow."""
+    here = opened(configuration(tmp_path, tracking={"uri": "http://127.0.0.1:9"}))
+    assert here.id.startswith("local-")
+    other = run_named(here.config, here.paths, here.id)
+    other.record = dataclasses.replace(other.record, run_id="a" * 32)
+    other.write()
+    assert here.id != other.id
+    here.reload()
+    assert here.id == other.id == "a" * 32 and here.record.local_id == other.record.local_id
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_what_is_pending_is_sent_with_the_next_contact(tmp_path, old):
+    """Also what an older version left in logs/owed.json."""
+    run = opened(configuration(tmp_path))
+    artifact = tmp_path / "certificate.json"
+    artifact.write_text("{}")
+    pending = {"files": {str(artifact): "certificate"}, "tags": {"pldr.verdict": "certified"}, "status": "FINISHED"}
+    file = tmp_path / "logs" / ("owed.json" if old else "pending.json")
+    storage.publish_json(file, pending if old else {"schema_version": 1, **pending})
+    assert outbox.settle(run)["complete"]
+    stored = client(run.uri).get_run(run.id)
+    assert stored.data.tags["pldr.verdict"] == "certified" and stored.info.status == "FINISHED"
+    assert [file.path for file in client(run.uri).list_artifacts(run.id, "certificate")]
+    assert not list((tmp_path / "logs").glob("*.json"))
+
+
+def test_an_old_pending_file_is_kept_under_the_new_name_while_mlflow_is_unreachable(tmp_path):
+    run = opened(configuration(tmp_path, tracking={"uri": "http://127.0.0.1:9"}))
+    storage.publish_json(
+        tmp_path / "logs" / "owed.json", {"files": {"/a": "x"}, "tags": {"one": "1"}, "status": "KILLED"}
+    )
+    outbox.set_tags(run, {"two": "2"})
+    assert not (tmp_path / "logs" / "owed.json").exists()
+    kept = {"schema_version": 1, "files": {"/a": "x"}, "tags": {"one": "1", "two": "2"}}
+    assert storage.read_json(tmp_path / "logs" / "pending.json") == {**kept, "status": "KILLED"}
+    outbox.begin(run)  # the run is resumed: its end is no longer pending
+    assert storage.read_json(tmp_path / "logs" / "pending.json") == {**kept, "status": None}
