@@ -7,6 +7,8 @@ configuration, 3 the certificate did not pass. A user's mistake is one line on s
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import json
 import logging
 import math
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     signal.signal(signal.SIGTERM, _interrupted)
+    atexit.register(gc.freeze)  # else the last collection at exit walks all of torch or MLflow: a second (2026-11-28)
     exit_code = 0
     try:
         result = arguments.work(arguments, report)
