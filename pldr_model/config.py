@@ -193,11 +193,11 @@ class ModelConfig:
 
     def with_constant_g(self) -> ModelConfig:
         """The same sizes with a constant G that is handed to the model (v510Gi: what a bundle is)."""
-        return replace(self, g_source="file", g_start="paper", g_file=None, dag_coefficients=(0.0, 0.0, 0.0))
+        return self.with_frozen_g("constant")
 
-    def with_trained_constant_g(self) -> ModelConfig:
-        """The same sizes with a G that is a parameter of each layer."""
-        return replace(self.with_constant_g(), g_source="constant")
+    def with_frozen_g(self, become: str) -> ModelConfig:
+        """The same sizes after a learned G was frozen: to a `constant`, or to a `parameter` of each layer."""
+        return replace(self, **frozen_g_changes(become))
 
     def num_parameters(self) -> dict[str, int]:
         """Trainable parameters by part; `total` is their sum. A fixed G is a buffer and not counted."""
@@ -235,6 +235,12 @@ class ModelConfig:
             per_layer += 2.0 * K * D + 2.0 * D * (metric_learner + 2 * K * K) / S
         forward = self.num_layers * per_layer + 2.0 * D * self.vocab_size
         return 3.0 * forward if training else forward
+
+
+def frozen_g_changes(become: str) -> dict[str, Any]:
+    """The fields of a ModelConfig that change when a learned G is frozen, to a `constant` or to a `parameter`."""
+    source: GSource = "constant" if become == "parameter" else "file"
+    return {"g_source": source, "g_start": "paper", "g_file": None, "dag_coefficients": (0.0, 0.0, 0.0)}
 
 
 def _require_int(key: str, value: object, *, at_least: int) -> None:
