@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 STOPPED_WAIT_S = 5.0  # for uploads, when training ends before its last step
-ENVIRONMENT_FILE = "PLDR_ENVIRONMENT_FILE"  # names a JSON file of variables that must not stand in a command line
+ENVIRONMENT_FILE = "PLDR_ENVIRONMENT_FILE"  # names a JSON file of variables that must not appear in a command line
 VISIBLE_DEVICES = "PLDR_VISIBLE_DEVICES"  # the CUDA_VISIBLE_DEVICES that the launching process has
 PARENT_PIPE = "PLDR_PARENT_PIPE"  # set when stdin is a pipe whose other end the launching process holds open
 
@@ -108,7 +108,7 @@ def _failed(message: str, exit_code: int) -> int:
 
 
 def _give_up(message: str) -> None:
-    """End this process at once, from any thread: the main one hangs."""
+    """End this process immediately, from any thread: the main one hangs."""
     faulthandler.dump_traceback()
     os._exit(_failed(f"rank {rank_and_world()[0]}: {message}", 1))
 

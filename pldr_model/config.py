@@ -84,14 +84,14 @@ class ModelConfig:
     g_seed: int = 0
     """Seed of a random G_LM."""
     dag_coefficients: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Weights of the DAG regulariser on A_LM, A_P, G_LM; 0: that term is not computed."""
+    """Weights of the DAG regularizer on A_LM, A_P, G_LM; 0: that term is not computed."""
     pad_id: int = 0
     unk_id: int = 1
     bos_id: int = 2
     eos_id: int = 3
 
     def __post_init__(self) -> None:
-        if isinstance(self.dag_coefficients, list):  # as JSON and YAML bring it
+        if isinstance(self.dag_coefficients, list):  # as JSON and YAML have it
             object.__setattr__(self, "dag_coefficients", tuple(self.dag_coefficients))
         sizes = ["vocab_size", "num_layers", "num_heads", "head_dim", "context_length", "A_dff"]
         sizes += ["num_reslayerA", "num_denseA"] + (["d_ff"] if self.d_ff is not None else [])
@@ -128,7 +128,7 @@ class ModelConfig:
         if not numbers or len(numbers) != 3 or len(values) != 3:
             raise ValueError(f"dag_coefficients: {values!r} must be three numbers >= 0 (for A_LM, A_P, G_LM)")
         if any(values) and self.g_source != "learned":
-            raise ValueError(f"dag_coefficients: a model with g_source {self.g_source!r} has no A_LM to regularise")
+            raise ValueError(f"dag_coefficients: a model with g_source {self.g_source!r} has no A_LM to regularize")
 
     @property
     def d_model(self) -> int:

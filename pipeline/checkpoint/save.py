@@ -2,7 +2,7 @@
 
 All ranks write into a hidden folder; each hashes and fsyncs what it writes (load.py), rank 0 checks that every file is there
 in its full length, commits, and renames the folder. DeepSpeed's `latest` is neither written nor read: it is written before
-the other ranks' data. The bytes themselves are read and hashed again by the publisher, beside training, and by every load.
+the other ranks' data. The bytes themselves are read and hashed again by the publisher, during training, and by every load.
 
 Decision: without `train.staging` the hidden folder is in the run directory, which all nodes see, and training stops for the
 write. With it, training stops only for a write to the node's own disk: a thread of each rank then copies its files to the run

@@ -43,7 +43,7 @@ class Progress:
             _print(f"{stop} at step {step} of {self._steps}: saved", STOPPED)
 
     def event(self, text: str) -> None:
-        """Print something that a user should know at once."""
+        """Print something that a user should know immediately."""
         _print(text)
 
     def _line(self, step: int) -> str:

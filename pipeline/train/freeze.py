@@ -3,7 +3,7 @@
 When the order parameter of G stayed below a threshold for some validations in a row (or at a given step), the run
 
 1. commits a checkpoint of the model with its metric learner,
-2. takes the mean of G_LM over the training sequences that come next (they are still trained on),
+2. takes the mean of G_LM over the next training sequences (they are still trained on),
 3. makes a new engine of the same model with that G as a constant (v510G) or as a parameter that is trained further: the
    metric learner, W, b, P, a and b_a are neither in the graph nor in the optimizer; the other weights and Adam's moments
    are read from that checkpoint (pipeline/checkpoint/reshard.py),
@@ -58,7 +58,7 @@ class FreezeRule:
         return reached or (rule.below is not None and state.evaluations_below >= rule.evaluations)
 
     def needs_checkpoint(self, state: TrainState) -> bool:
-        """Whether a checkpoint is saved after this step: right before the freeze, and after the first step behind it."""
+        """Whether a checkpoint is saved after this step: right before the freeze, and after the first step after it."""
         return self.is_due(state) or state.step - 1 == state.frozen
 
     def source(self, checkpoints: Path, state: TrainState) -> ZeroState | None:

@@ -57,7 +57,7 @@ class StepProfiler:
             self._span.__enter__()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        """Write the trace, if there is one, and trace no more."""
+        """Write the trace, if there is one, and stop tracing."""
         self._end_span()
         traced, self._profile, self._last = self._profile, None, -1
         if traced is None or not self._tracing:

@@ -61,7 +61,7 @@ def global_step(
         try:
             losses = loss(logits, ids[:, 1:], model, outputs=outputs)
             total, plain = losses.total, losses.cross_entropy
-        except FloatingPointError:  # the DAG regulariser's tensors are not finite
+        except FloatingPointError:  # the DAG regularizer's tensors are not finite
             plain = cross_entropy(logits, ids[:, 1:], pad_id=model.pad_id)
             total = plain * torch.nan
         engine.backward(_poisoned(total))
@@ -81,7 +81,7 @@ def _poisoned(loss: torch.Tensor) -> torch.Tensor:
 
 
 class _AllReduce:
-    """Over all ranks: the mean of a loss and the sums of flags. Starts at once; `read` waits for it."""
+    """Over all ranks: the mean of a loss and the sums of flags. Starts immediately; `read` waits for it."""
 
     def __init__(self, loss: torch.Tensor, flags: list[float]) -> None:
         numbers = torch.cat(

@@ -141,8 +141,8 @@ class Trainer:
         )
 
     def _freeze(self) -> None:
-        """Put the mean of G over the coming batches in place of the metric learner; nothing when the checkpoint of this step,
-        which the frozen model's weights come from, was not saved."""
+        """Replace the metric learner by the mean of G over the coming batches. Does nothing when the checkpoint of this
+        step, which the frozen model's weights are read from, was not saved."""
         source = self.freeze_rule.source(self.checkpoints, self.state)
         if source is None:
             return
@@ -262,7 +262,7 @@ class Trainer:
             self.progress.update(self.state.step, values)
 
     def _roll_back(self) -> bool:
-        """Load the newest intact checkpoint, and continue behind the batches seen until now; False when there is none."""
+        """Load the newest intact checkpoint, and continue after the batches seen so far; False when there is none."""
         self._warn(self.saver.finish())
         target = rollback_target(self.checkpoints, self.state.guard, self.state.step)
         if target is None:

@@ -35,27 +35,27 @@ def test_a_minority_of_huge_losses_moves_it_only_within_the_others_range(losses,
 
 
 @given(st.lists(st.floats(-1, 1), min_size=MIN_LOSSES, max_size=60), st.integers(0, 60))
-def test_a_loss_spike_is_found_once_wherever_it_is(noise, place):
+def test_a_loss_spike_is_found_once_wherever_it_is(noise, position):
     guard = Guard()
     for number in range(MIN_LOSSES):
         assert guard.loss(4 + 0.1 * (-1) ** number, window=50, threshold=8) is None
-    place = min(place, len(noise) - 1)
+    position = min(position, len(noise) - 1)
     found = []
     for number, wobble in enumerate(noise):
-        height = 40.0 if number in (place, place + 1) else 4 + 0.1 * wobble
+        height = 40.0 if number in (position, position + 1) else 4 + 0.1 * wobble
         if guard.loss(height, window=50, threshold=8) is not None:
             found.append(number)
-    assert found == [place] and guard.spikes == 1  # the second high loss belongs to the same spike
+    assert found == [position] and guard.spikes == 1  # the second high loss belongs to the same spike
 
 
 @given(st.lists(st.one_of(values, st.sampled_from([math.nan, math.inf])), max_size=120), st.integers(0, 120))
 def test_a_guard_that_went_through_json_decides_the_same(losses, cut):
     straight = Guard()
-    whole = [straight.loss(value, window=30, threshold=2) for value in losses]
+    expected = [straight.loss(value, window=30, threshold=2) for value in losses]
     first = Guard()
     before = [first.loss(value, window=30, threshold=2) for value in losses[:cut]]
     second = Guard(**json.loads(json.dumps(asdict(first), allow_nan=False)))
-    assert before + [second.loss(value, window=30, threshold=2) for value in losses[cut:]] == whole
+    assert before + [second.loss(value, window=30, threshold=2) for value in losses[cut:]] == expected
     assert second == straight and len(straight.losses) <= 30
 
 
