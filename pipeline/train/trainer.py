@@ -50,7 +50,8 @@ class Trainer:
 
     `data`: this rank's batches; `held_out`: validation sequences [n, S+1]; `tracker`, `publisher`: rank 0's, else None;
     `resume_from`: a committed checkpoint, or None; `loss`: what is minimized (total_loss of pldr_model/loss.py).
-    `engine` and `state` are the current ones: a freeze or a rollback replaces them.
+    `engine` and `state` are the current ones: a freeze or a rollback replaces them. Raises UserError when a checkpoint does not
+    fit this run.
     """
 
     def __init__(
@@ -95,8 +96,8 @@ class Trainer:
     def train(self) -> TrainState:
         """Train to `train.steps`, or to the step in which a rank was asked to stop.
 
-        Raises UserError when too many losses in a row are not finite, a spike is to stop the run, a checkpoint does not fit,
-        or the last one cannot be written.
+        Raises UserError when too many losses in a row are not finite, a spike is to stop the run, or the last checkpoint cannot
+        be written.
         """
         gc.disable()  # ranks must not pause one after another; collected at the logging interval
         while self.state.step < self.settings.steps:
