@@ -1,16 +1,18 @@
-"""One rank of a training job: what the `deepspeed` launcher starts. Joins the data floor to the training floor.
+"""One rank of a training job: what a launcher starts. Joins the data floor to the training floor.
 
     deepspeed --num_gpus 2 --module pipeline.worker JOB.json
 
 JOB.json (written by `pipeline.stages.train`): the whole configuration, the MLflow run to log to and the checkpoint to
 resume from.
 
-How a rank ends: 0 when training is done, or when a signal (stop.py) ended it after a save; otherwise with its first failure in
-one marked line, which the launching process shows. A collective that failed is told as the rank that was waited for.
+How a rank ends: with 0 when training is done, or when a signal (pipeline/train/signals.py) ended it after a save; otherwise
+with its first failure in one marked line, which the launching process shows. For a collective that failed, that line names
+the rank that was waited for.
 """
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import logging
 import os
@@ -18,12 +20,13 @@ import socket
 import sys
 import threading
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec.config
 
-from pipeline.checkpoint.format import TRAINING_LOCK
+from pipeline.checkpoint.format import TRAINING_LOCK, checkpoint_bytes
 from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths, staging_folder, tokens_folder
 from pipeline.config.run import RunConfig
@@ -31,13 +34,21 @@ from pipeline.distributed import agreement, choose_interface, on_every_rank
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
 from pipeline.train import signals
-from pipeline.train.console import FAILURE, LISTENING, say_line
+from pipeline.train.console import FAILURE, LISTENING, print_line
 from pipeline.train.heartbeat import Heartbeat, blame
 from pipeline.train.signals import StopRequest
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pipeline.data.loading.loader import TrainLoader
+    from pipeline.data.tokens.index import TokenIndex
+    from pipeline.tracking.metrics import Tracker
+    from pipeline.tracking.publish import Publisher
+
 log = logging.getLogger(__name__)
 STOPPED_WAIT_S = 5.0  # for uploads, when training ends before its last step
-ENVIRONMENT_FILE = "PLDR_ENVIRONMENT_FILE"  # names a JSON file of variables that must not stand in a command line
+ENVIRONMENT_FILE = "PLDR_ENVIRONMENT_FILE"  # names a JSON file of variables that must not appear in a command line
 VISIBLE_DEVICES = "PLDR_VISIBLE_DEVICES"  # the CUDA_VISIBLE_DEVICES that the launching process has
 PARENT_PIPE = "PLDR_PARENT_PIPE"  # set when stdin is a pipe whose other end the launching process holds open
 
@@ -47,7 +58,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
     stop = StopRequest()
     stop.listen()
-    say_line(LISTENING)
+    print_line(LISTENING)
     if os.environ.get(PARENT_PIPE) == "1":
         threading.Thread(target=_die_with_parent, daemon=True).start()
     job_file = Path(next(a for a in argv if not a.startswith("--local_rank")))
@@ -63,152 +74,86 @@ def main(argv: list[str]) -> int:
 
         traceback.print_exc()
         rank, world = rank_and_world()
-        said = f"rank {rank}: {type(error).__name__}: {first_line(error)}"
+        message = f"rank {rank}: {type(error).__name__}: {first_line(error)}"
         if is_out_of_memory(error):
-            said = out_of_memory(error, job_file.parent / "memory", rank, heart.where)
+            message = out_of_memory(error, job_file.parent / "memory", rank, heart.where)
         elif is_peer_failure(error):
             closed = "by peer" in str(error)  # gloo: "Connection closed by peer", "Connection reset by peer"
-            named = blame(RunPaths.ranks_of(job_file), _stamp(job_file), me=rank, world=world, closed=closed)
-            said = f"{named} ({said})"
-        return _failed(said, 1)
+            at_fault = blame(RunPaths.ranks_of(job_file), _stamp(job_file), me=rank, world=world, closed=closed)
+            message = f"{at_fault} ({message})"
+        return _failed(message, 1)
     return 0
 
 
 def take_environment() -> None:
-    """Set the variables that do not come with the process, or not as they were given to the launcher. Before CUDA is used.
+    """Set the variables that the launcher does not pass to its processes unchanged. Call it before CUDA is used.
 
     Raises UserError when their file cannot be read.
     """
-    if VISIBLE_DEVICES in os.environ:  # DeepSpeed's launcher has counted the devices of a hostfile from 0
+    if VISIBLE_DEVICES in os.environ:  # DeepSpeed's launcher numbers the devices of a hostfile from 0
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[VISIBLE_DEVICES]
     if ENVIRONMENT_FILE in os.environ:
         os.environ.update(storage.read_json(os.environ[ENVIRONMENT_FILE]))
-        fsspec.config.set_conf_env(fsspec.config.conf)  # it read FSSPEC_… when it was imported, before these were there
+        fsspec.config.set_conf_env(fsspec.config.conf)  # at its import these were not set yet
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This rank and how many there are, as the launcher has set them."""
+    """This rank and the number of ranks, as set by the launcher."""
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def _failed(message: str, exit_code: int) -> int:
-    say_line(f"{FAILURE}{exit_code} {message}")
+    print_line(f"{FAILURE}{exit_code} {message}")
     return exit_code
 
 
 def _give_up(message: str) -> None:
-    """End this process at once, from any thread: the main one hangs."""
+    """End this process immediately, from any thread: the main one hangs."""
     faulthandler.dump_traceback()
     os._exit(_failed(f"rank {rank_and_world()[0]}: {message}", 1))
 
 
 def _stamp(job_file: Path) -> str:
-    """Tells this start from others: every start writes a new job file."""
+    """Identifies this start: every start writes a new job file."""
     return f"{job_file.absolute()}|{job_file.stat().st_mtime_ns}"
 
 
+@dataclass(frozen=True)
+class Job:
+    """What this rank has to do. stamp: identifies the start of the job; run_id: the MLflow run's, which rank 0 logs to."""
+
+    file: Path
+    stamp: str
+    config: RunConfig
+    paths: RunPaths
+    run_id: str
+    start: Path | None
+    rank: int
+    world: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """What this rank trains on. held_out: validation sequences [n, S+1], the same on every rank."""
+
+    index: TokenIndex
+    loader: TrainLoader
+    held_out: np.ndarray
+
+
 def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
-    """Read the job, open the data, train."""
-    import numpy as np
-    import torch
-    import torch.distributed as dist
-
-    from pipeline.data.loading.cache import Stamps
-    from pipeline.data.loading.loader import TrainLoader, evenly_spread
-    from pipeline.data.loading.reader import TokenReader, open_split
-    from pipeline.data.tokens.index import TokenIndex
-    from pipeline.distributed import has_gpu
-    from pipeline.stages.compatible import require_newest
-    from pipeline.tracking.outbox import open_tracker, set_tags
-    from pipeline.tracking.publish import open_publisher
-    from pipeline.tracking.run import run_named
-    from pipeline.train.engine import init_distributed
-    from pipeline.train.state import Lineage
-    from pipeline.train.telemetry import NODES_TAG, first_on_node, node_names
-    from pipeline.train.trainer import train
-
-    if not job_file.exists():
-        raise UserError(
-            f"{job_file}: not on host {socket.gethostname()}; run_dir has to be on a file system that every node sees"
-        )
-    job = storage.read_json(job_file, schema_version=1)
-    config = parse_config(job["config"], where=str(job_file))
-    paths = RunPaths(config.run_dir)
-    if not has_gpu():
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    rank, world = rank_and_world()
-    if signals.HEAD_FILE in os.environ:
-        head = Path(os.environ[signals.HEAD_FILE])
-        signals.follow(head, patience_s=config.train.timeout_s, note=stop.note, fail=_give_up)
-    heart.start(RunPaths.ranks_of(job_file), _stamp(job_file), rank, timeout_s=config.train.timeout_s, fail=_give_up)
-    choose_interface()
-    init_distributed(config.train.timeout_s)
-    lock = open(paths.logs / TRAINING_LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held to the end of the process
-    if rank == 0 and not storage.lock(lock):
-        raise UserError(f"{paths.root}: process {storage.lock_holder(lock)} trains here; wait for it or stop it")
-    stamps = Stamps(_stamp(job_file))  # what its ranks check together is checked once a start on each node
-
-    start = None if job["resume_from"] is None else Path(job["resume_from"])
-
-    def have_data_and_disk() -> tuple[TokenIndex, TokenReader, TokenReader]:
-        require_newest(start, paths)
-        require_disk(config, paths, rank)
-        index = TokenIndex.load(tokens_folder(config))
-        index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
-        reader = open_split(index, "train", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
-        val = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
-        if config.data.on_bad_shard == "error":  # else what cannot be read is left out
-            val.read(np.arange(min(1, val.num_sequences)))
-        return index, reader, val
-
-    index, reader, val = on_every_rank(have_data_and_disk)
-    skip = config.data.on_bad_shard == "skip"
-    agree = agreement(config.train.timeout_s) if skip else None
-    # One sequence more than are scored: it lends its G to the others.
-    wanted = config.train.val_sequences + 1
-    chosen = evenly_spread(val, np.arange(val.num_sequences), wanted, skip=skip, agree=agree)
-    if len(chosen) <= world:
-        raise UserError(f"{index.folder}: {len(chosen)} held-out sequences for {world} ranks; raise data.val_fraction")
-    held_out = val.read(chosen)
-    loader = TrainLoader(
-        reader,
-        seed=config.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        rank=rank,
-        world_size=world,
-        on_bad_shard=config.data.on_bad_shard,
-        agree=agree,
-    )
-    tracker = publisher = None
-    hosts: list[Any] = [None] * world
-    dist.all_gather_object(hosts, (socket.gethostname(), first_on_node()))
-    if rank == 0:
-        tracked = run_named(config, paths, job["run_id"])
-        set_tags(tracked, {NODES_TAG: node_names(hosts)})
-        tracker = open_tracker(tracked, running=True)
-        publisher = open_publisher(tracked, tracker)
+    """Train as the job file says: read it, join the other ranks, open the data and the tracking, train, close."""
+    job = read_job(job_file)
+    join(job, heart, stop)
+    data = open_data(job)
+    tracker, publisher = open_tracking(job)
     status, wait_s = "FAILED", STOPPED_WAIT_S
     try:
-        state = train(
-            config,
-            loader,
-            held_out,
-            bytes_per_token=index.splits["val"]["text_bytes"] / index.splits["val"]["tokens_in"],
-            lineage=Lineage(index.fingerprint, index.tokenizer_sha256, job["run_id"]),
-            tracker=tracker,
-            publisher=publisher,
-            resume_from=start,
-            heart=heart,
-            stop=stop,
-        )
-        if state.step == config.train.steps:
-            status, wait_s = "FINISHED", config.train.publish_wait_s
+        if train(job, data, tracker, publisher, heart, stop) == job.config.train.steps:
+            status, wait_s = "FINISHED", job.config.train.publish_wait_s
         else:
             status = "KILLED"
-        dist.barrier()
-        heart.close()
-        dist.destroy_process_group()  # the others end here, and do not wait for rank 0's uploads
+        leave(heart)
     finally:
         if publisher is not None:
             publisher.close(wait_s, stop=lambda: any(stop.flags()))
@@ -216,12 +161,155 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
             tracker.close(status)
 
 
+def read_job(file: Path) -> Job:
+    """Raises UserError when this host does not have the file, or it is of another version."""
+    from pipeline.stages.train import JOB_SCHEMA_VERSION
+
+    if not file.exists():
+        raise UserError(
+            f"{file}: not on host {socket.gethostname()}; run_dir has to be on a file system that every node sees"
+        )
+    job = storage.read_json(file, schema_version=JOB_SCHEMA_VERSION)
+    config = parse_config(job["config"], where=str(file))
+    start = None if job["resume_from"] is None else Path(job["resume_from"])
+    rank, world = rank_and_world()
+    return Job(file, _stamp(file), config, RunPaths(config.run_dir), job["run_id"], start, rank, world)
+
+
+def join(job: Job, heart: Heartbeat, stop: StopRequest) -> None:
+    """Join the process group, with a heartbeat from now on; rank 0 locks the run directory. Collective.
+
+    Raises UserError on rank 0 when another process trains there.
+    """
+    import torch
+
+    from pipeline.distributed import has_gpu
+    from pipeline.train.engine import init_distributed
+
+    if not has_gpu():
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    timeout_s = job.config.train.timeout_s
+    if signals.HEAD_FILE in os.environ:
+        signals.follow(Path(os.environ[signals.HEAD_FILE]), patience_s=timeout_s, note=stop.note, fail=_give_up)
+    heart.start(RunPaths.ranks_of(job.file), job.stamp, job.rank, timeout_s=timeout_s, fail=_give_up)
+    choose_interface()
+    init_distributed(timeout_s)
+    lock = open(job.paths.logs / TRAINING_LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+    atexit.register(lock.close)  # it is held to the end of the process
+    if job.rank == 0 and not storage.lock(lock):
+        raise UserError(f"{job.paths.root}: process {storage.lock_holder(lock)} trains here; wait for it or stop it")
+
+
+def open_data(job: Job) -> Data:
+    """Open the token shards and read the held-out sequences; before that, check on every rank that this start can work.
+    Collective.
+
+    Raises UserError on every rank when one of them cannot read its data or write a checkpoint.
+    """
+    import numpy as np
+
+    from pipeline.data.loading.cache import Stamps
+    from pipeline.data.loading.loader import TrainLoader, evenly_spread
+    from pipeline.data.loading.reader import TokenReader, open_split
+    from pipeline.data.tokens.index import TokenIndex
+    from pipeline.stages.compatible import require_newest
+
+    config = job.config
+    stamps = Stamps(job.stamp)  # what the ranks check together is checked once a start on each node
+
+    def check_and_open() -> tuple[TokenIndex, TokenReader, TokenReader]:
+        require_newest(job.start, job.paths)
+        require_disk(config, job.paths, job.rank)
+        index = TokenIndex.load(tokens_folder(config))
+        index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
+        reader = open_split(index, "train", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
+        val = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
+        if config.data.on_bad_shard == "error":  # else what cannot be read is skipped
+            val.read(np.arange(min(1, val.num_sequences)))
+        return index, reader, val
+
+    index, reader, val = on_every_rank(check_and_open)
+    skip = config.data.on_bad_shard == "skip"
+    agree = agreement(config.train.timeout_s) if skip else None
+    # One more than are scored: it lends its G to the others.
+    wanted = config.train.val_sequences + 1
+    chosen = evenly_spread(val, np.arange(val.num_sequences), wanted, skip=skip, agree=agree)
+    if len(chosen) <= job.world:
+        raise UserError(
+            f"{index.folder}: {len(chosen)} held-out sequences for {job.world} ranks; raise data.val_fraction"
+        )
+    held_out = val.read(chosen)
+    loader = TrainLoader(
+        reader,
+        seed=config.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=job.rank,
+        world_size=job.world,
+        on_bad_shard=config.data.on_bad_shard,
+        agree=agree,
+    )
+    return Data(index, loader, held_out)
+
+
+def open_tracking(job: Job) -> tuple[Tracker | None, Publisher | None]:
+    """Rank 0's tracker and publisher of the run; None, None on the others. Collective."""
+    import torch.distributed as dist
+
+    from pipeline.tracking.outbox import open_tracker, set_tags
+    from pipeline.tracking.publish import open_publisher
+    from pipeline.tracking.run import run_named
+    from pipeline.train.telemetry import NODES_TAG, first_on_node, node_names
+
+    hosts: list[Any] = [None] * job.world
+    dist.all_gather_object(hosts, (socket.gethostname(), first_on_node()))
+    if job.rank != 0:
+        return None, None
+    run = run_named(job.config, job.paths, job.run_id)
+    set_tags(run, {NODES_TAG: node_names(hosts)})
+    tracker = open_tracker(run, running=True)
+    return tracker, open_publisher(run, tracker)
+
+
+def train(
+    job: Job, data: Data, tracker: Tracker | None, publisher: Publisher | None, heart: Heartbeat, stop: StopRequest
+) -> int:
+    """Train to the last step or until stopped; returns the step. Collective."""
+    from pipeline.train.state import Lineage
+    from pipeline.train.trainer import Trainer
+
+    val = data.index.splits["val"]
+    trainer = Trainer(
+        job.config,
+        job.paths,
+        data.loader,
+        data.held_out,
+        bytes_per_token=val["text_bytes"] / val["tokens_in"],
+        lineage=Lineage(data.index.fingerprint, data.index.tokenizer_sha256, job.run_id),
+        tracker=tracker,
+        publisher=publisher,
+        resume_from=job.start,
+        heart=heart,
+        stop=stop,
+    )
+    return trainer.train().step
+
+
+def leave(heart: Heartbeat) -> None:
+    """Leave the process group. The other ranks end here and do not wait for rank 0's uploads. Collective."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    heart.close()
+    dist.destroy_process_group()
+
+
 def require_disk(config: RunConfig, paths: RunPaths, rank: int) -> None:
-    """This rank can write its part of a checkpoint. Raises UserError or OSError."""
+    """Check that this rank can write its part of a checkpoint. Raises UserError or OSError."""
     probe = paths.checkpoints / f".probe-{rank}"
     storage.publish_bytes(probe, b"")
     probe.unlink()
-    share = 17 * config.model.num_parameters()["total"] // int(os.environ["WORLD_SIZE"])  # 17: pipeline/stages/train.py
+    share = checkpoint_bytes(config.model) // int(os.environ["WORLD_SIZE"])
     storage.require_free_space(paths.checkpoints, share, "this rank's part of a checkpoint")
     staging = staging_folder(config)
     if staging is not None:

@@ -1,7 +1,7 @@
 """How much PLGA costs: training steps and cached decoding against the model's own SDPA twin.
 
 The twin has the same sizes with G = identity and no metric learner. Both run in one process, step by step in
-turn, so that a busy machine slows both alike; a ratio is the median of each round's. What a ratio of 1 means: PLGA for
+turn, so that a busy machine slows both alike; a ratio is the median of each round's. At a ratio of 1 PLGA costs
 nothing. Known at 110M sizes, S 1024, one CPU thread: 0.90 to 0.92 for training, 0.97 to 1 for decoding (G
 cached).
 """
@@ -36,9 +36,9 @@ def bench(
     the CPU.
 
     Returns tokens per second of model and twin (medians), the ratios of their speed (model / twin), and memory;
-    `train_ratio_to_sdpa_frozen` is of the model with a constant G, as training goes on after `train.freeze_g`.
+    `train_ratio_to_sdpa_frozen` is of the model with a constant G, as training continues after `train.freeze_g`.
     `peak_rss_mb` is the process's peak resident memory (Python and libraries included) after the model's
-    first whole training step, before the twin exists; `peak_rss_with_twin_mb` at the end. `peak_cuda_mb`
+    first complete training step, before the twin exists; `peak_rss_with_twin_mb` at the end. `peak_cuda_mb`
     (only on a GPU) is allocator memory.
     Errors: ValueError where prompt and decoded tokens do not fit the context.
     """
@@ -97,12 +97,12 @@ def bench(
 
 def _training_step(model: PLDRModel, ids_BS: torch.Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
-    regularised = any(model.config.dag_coefficients)
+    regularized = any(model.config.dag_coefficients)
 
     def step() -> None:
         outputs = None
-        logits_BSV = model(ids_BS[:, :-1], padded=False, return_outputs=regularised)
-        if regularised:
+        logits_BSV = model(ids_BS[:, :-1], padded=False, return_outputs=regularized)
+        if regularized:
             logits_BSV, outputs = logits_BSV
         losses = total_loss(logits_BSV, ids_BS[:, 1:], model.config, outputs=outputs)
         optimizer.zero_grad()
@@ -129,8 +129,8 @@ def _decoding_step(model: PLDRModel, prompt_1S: torch.Tensor, num_tokens: int) -
 def in_turn(
     one: Callable[[], None], other: Callable[[], None], rounds: int, device: torch.device
 ) -> tuple[float, float, float]:
-    """Median seconds of each, run alternately (who goes first alternates too), and the median over rounds of one / other, which
-    what slows a round as a whole leaves as it is."""
+    """Median seconds of each, run alternately (the first of a round alternates too), and the median over rounds of one / other,
+    which is not affected by what slows both in a round."""
     seconds: dict[Callable[[], None], list[float]] = {one: [], other: []}
     for index in range(rounds):
         for run in (one, other) if index % 2 == 0 else (other, one):

@@ -1,4 +1,4 @@
-"""KV-cache and G-cache: what decoding keeps of the tokens it has read.
+"""KV-cache and G-cache: what decoding stores of the tokens it has read.
 
 Background (2502.13502): with G_LM held constant a PLDR-LLM decodes like any SDPA decoder; the K/V of past
 tokens are kept (KV-cache) and the metric learner never runs again (G-cache). Decision: the K/V memory is
@@ -57,7 +57,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens a row can hold."""
+        """Capacity of a row, in tokens."""
         return self.k_LBHTK.shape[3]
 
     def begin(self, num_new: int) -> CacheStep:
@@ -73,7 +73,7 @@ class KVCache:
         return CacheStep(start_B, end, rope, attention_mask(start_B.unsqueeze(1), end))
 
     def append(self, layer: int, step: CacheStep, k_BHSK: Tensor, v_BHSK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values; returns all there are to attend over, [B,H,T_end,K]."""
+        """Store a layer's new keys and values; returns all that are attended over, [B,H,T_end,K]."""
         for memory, new in ((self.k_LBHTK[layer], k_BHSK), (self.v_LBHTK[layer], v_BHSK)):
             if isinstance(step.start, int):
                 memory[:, :, step.start : step.end] = new
@@ -98,7 +98,7 @@ class KVCache:
             self.g_lm[:, row] = other.g_lm[:, 0]
 
     def keep(self, rows: list[int]) -> None:
-        """Drop the rows that have ended; `rows` are the ones that go on."""
+        """Drop the rows that have ended; `rows` are the ones that continue."""
         index = torch.tensor(rows, device=self.k_LBHTK.device)
         self.k_LBHTK, self.v_LBHTK = self.k_LBHTK[:, index], self.v_LBHTK[:, index]
         self.lengths = [self.lengths[row] for row in rows]
@@ -107,7 +107,7 @@ class KVCache:
 
 
 def attention_mask(position_BS: Tensor, num_keys: int, *, padding_BT: Tensor | None = None) -> Tensor:
-    """Who attends to whom, True = yes: [B,1,S,T]. Keys up to the query's own position that are not padding.
+    """Which query attends to which key, True = yes: [B,1,S,T]. Keys up to the query's own position that are not padding.
 
     A query with nothing but padding before it attends to itself, so that its softmax is finite (the reference
     averages over the whole sequence there, future included; such a query is padding itself and reaches no

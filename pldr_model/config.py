@@ -85,14 +85,14 @@ class ModelConfig:
     g_seed: int = 0
     """Seed of a random G_LM."""
     dag_coefficients: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Weights of the DAG regulariser on A_LM, A_P, G_LM; 0: that term is not computed."""
+    """Weights of the DAG regularizer on A_LM, A_P, G_LM; 0: that term is not computed."""
     pad_id: int = 0
     unk_id: int = 1
     bos_id: int = 2
     eos_id: int = 3
 
     def __post_init__(self) -> None:
-        if isinstance(self.dag_coefficients, list):  # as JSON and YAML bring it
+        if isinstance(self.dag_coefficients, list):  # as JSON and YAML have it
             object.__setattr__(self, "dag_coefficients", tuple(self.dag_coefficients))
         sizes = ["vocab_size", "num_layers", "num_heads", "head_dim", "context_length", "A_dff"]
         sizes += ["num_reslayerA", "num_denseA"] + (["d_ff"] if self.d_ff is not None else [])
@@ -129,7 +129,7 @@ class ModelConfig:
         if not numbers or len(numbers) != 3 or len(values) != 3:
             raise ValueError(f"dag_coefficients: {values!r} must be three numbers >= 0 (for A_LM, A_P, G_LM)")
         if any(values) and self.g_source != "learned":
-            raise ValueError(f"dag_coefficients: a model with g_source {self.g_source!r} has no A_LM to regularise")
+            raise ValueError(f"dag_coefficients: a model with g_source {self.g_source!r} has no A_LM to regularize")
 
     @property
     def d_model(self) -> int:
@@ -194,11 +194,11 @@ class ModelConfig:
 
     def with_constant_g(self) -> ModelConfig:
         """The same sizes with a constant G that is handed to the model (v510Gi: what a bundle is)."""
-        return replace(self, g_source="file", g_start="paper", g_file=None, dag_coefficients=(0.0, 0.0, 0.0))
+        return self.with_frozen_g("constant")
 
-    def with_trained_constant_g(self) -> ModelConfig:
-        """The same sizes with a G that is a parameter of each layer."""
-        return replace(self.with_constant_g(), g_source="constant")
+    def with_frozen_g(self, become: str) -> ModelConfig:
+        """The same sizes after a learned G was frozen: to a `constant`, or to a `parameter` of each layer."""
+        return replace(self, **frozen_g_changes(become))
 
     def num_parameters(self) -> dict[str, int]:
         """Trainable parameters by part; `total` is their sum. A fixed G is a buffer and not counted."""
@@ -236,6 +236,12 @@ class ModelConfig:
             per_layer += 2.0 * K * D + 2.0 * D * (metric_learner + 2 * K * K) / S
         forward = self.num_layers * per_layer + 2.0 * D * self.vocab_size
         return 3.0 * forward if training else forward
+
+
+def frozen_g_changes(become: str) -> dict[str, Any]:
+    """The fields of a ModelConfig that change when a learned G is frozen, to a `constant` or to a `parameter`."""
+    source: GSource = "constant" if become == "parameter" else "file"
+    return {"g_source": source, "g_start": "paper", "g_file": None, "dag_coefficients": (0.0, 0.0, 0.0)}
 
 
 def _require_int(key: str, value: object, *, at_least: int) -> None:

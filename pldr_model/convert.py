@@ -6,8 +6,8 @@ input.
 Decision: one table from our keys to theirs serves both directions; fusing is concatenation along the outputs,
 so a round trip is bit-equal. `.pth` files are read with `weights_only=True`: nothing in them is executed.
 
-A v52 checkpoint has the same keys; only `rope_style='half'` differs, which no file says: the configuration
-must.
+A v52 checkpoint has the same keys; only `rope_style='half'` differs, which no file records: it has to be
+in the configuration.
 """
 
 from __future__ import annotations

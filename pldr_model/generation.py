@@ -1,8 +1,8 @@
 """Generation: prefill and cached decoding of a batch of prompts, or the control without any cache.
 
 Background (2502.13502): with KV-cache and G-cache each new token costs what it costs an SDPA decoder. Without
-caches the whole sequence is read again for each token and G is deduced anew from it; that is the control a
-cached model is judged against, and the only one (keeping just K/V would freeze G as well).
+caches the whole sequence is read again for each token and G is computed from it again; that is the control a
+cached model is compared with, and the only one (keeping just K/V would freeze G as well).
 
 Decision: every prompt is prefilled alone and unpadded, so that its G and K/V are exactly those of the prompt
 alone; then all rows decode together, each at its own length. Sampling draws from one CPU generator per
@@ -42,7 +42,7 @@ def generate(
     """Continue each prompt; returns the new tokens only, in the order of the prompts.
 
     A row ends with `max_new_tokens`, with a full context, with `eos_id` (kept as its last token), or when
-    `stop` says so: a predicate on the row's new tokens, or token sequences one of which they end with (kept
+    `stop` matches: a predicate on the row's new tokens, or token sequences one of which they end with (kept
     as well). temperature 0 is greedy. Otherwise logits / temperature, then the `top_k` best (0: all), then
     the smallest set of best tokens whose probability reaches `top_p` (the token that crosses it is kept).
     g_lm: [L,H,K,K] for every prompt. None: the model's constant G, or, for a model that learns G, that of
@@ -64,7 +64,7 @@ def generate(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: {top_p} must be in (0, 1]")
     if stop is not None and not callable(stop) and not all(stop):
-        raise ValueError("stop: holds an empty sequence, which would end every row at once; drop it")
+        raise ValueError("stop: holds an empty sequence, which would end every row immediately; remove it")
     if g_lm is not None and tuple(g_lm.shape) != g_shape(model.config):
         raise ValueError(f"g_lm: shape {tuple(g_lm.shape)}, generation needs [L,H,K,K] = {g_shape(model.config)}")
     rows = [_Row(list(prompt)) for prompt in prompts]
@@ -77,7 +77,7 @@ def generate(
         return full or row.new[-1] == eos_id or (stop is not None and _stopped(row.new, stop))
 
     def choose(live: list[_Row], logits_BV: Tensor) -> list[int]:
-        """Give every live row its next token; returns the indices of those that go on."""
+        """Give every live row its next token; returns the indices of those that continue."""
         if temperature == 0:
             chosen = logits_BV.argmax(dim=-1).tolist()
         else:
@@ -113,7 +113,7 @@ def token_probabilities(logits_BV: Tensor, *, temperature: float, top_k: int = 0
 
 
 class _Row:
-    """One prompt on its way."""
+    """A prompt that is being continued."""
 
     def __init__(self, prompt: list[int]) -> None:
         self.prompt = prompt

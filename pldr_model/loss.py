@@ -1,10 +1,10 @@
-"""Training loss: cross-entropy, and the DAG regulariser on the deductive outputs.
+"""Training loss: cross-entropy, and the DAG regularizer on the deductive outputs.
 
 Source: arXiv 2410.16703: `mean |log(tr(expm(X∘X)) / K)|` for X = A_LM, A_P, G_LM, one coefficient each; it
 vanishes where X is the adjacency matrix of a directed acyclic graph.
 
 Decision: `log tr expm` is computed without ever forming expm. A power `A_LM ** P` reaches 1e4 at
-initialisation, its square 1e8, and e^(1e8) overflows fp64 as well as fp32 (the reference returns inf there).
+initialization, its square 1e8, and e^(1e8) overflows fp64 as well as fp32 (the reference returns inf there).
 X∘X has no negative entries, so scaling and squaring with the magnitude kept apart as a logarithm loses
 nothing to cancellation. The gradient is known in closed form, `d log tr expm(M) = tr(expm(M) dM) / tr
 expm(M)`, so nothing of the squarings is kept.
@@ -27,7 +27,7 @@ from pldr_model.plga import DeductiveOutputs
 
 
 class Losses(NamedTuple):
-    """`total` = cross-entropy + sum of coefficient * dag term is what training minimises; 0-dim tensors."""
+    """`total` = cross-entropy + sum of coefficient * dag term is what training minimizes; 0-dim tensors."""
 
     total: Tensor
     cross_entropy: Tensor
@@ -53,12 +53,12 @@ def total_loss(
     for name, coefficient in zip(("A_LM", "A_P", "G_LM"), config.dag_coefficients, strict=True):
         if coefficient:
             assert outputs, "a DAG term needs the deductive outputs: call the model with return_outputs=True"
-            terms[name] = dag_regulariser([getattr(layer, name) for layer in outputs], name=name)
+            terms[name] = dag_regularizer([getattr(layer, name) for layer in outputs], name=name)
             total = total + coefficient * terms[name].to(total.dtype)
     return Losses(total, loss, terms)
 
 
-def dag_regulariser(tensors: list[Tensor], *, name: str = "X") -> Tensor:
+def dag_regularizer(tensors: list[Tensor], *, name: str = "X") -> Tensor:
     """`mean |log(tr(expm(X∘X)) / K)|` over layers, batch and heads, in fp64; finite for |X| < 1e150.
 
     Errors: FloatingPointError, naming the tensor, where X itself holds inf or NaN: no NaN leaves silently.
@@ -66,7 +66,7 @@ def dag_regulariser(tensors: list[Tensor], *, name: str = "X") -> Tensor:
     x_NKK = torch.stack([tensor.to(torch.float64) for tensor in tensors])
     squared_NKK = x_NKK * x_NKK
     if not squared_NKK.isfinite().all():
-        raise FloatingPointError(f"DAG regulariser: {name} holds inf or NaN (or exceeds 1e150); training has diverged")
+        raise FloatingPointError(f"DAG regularizer: {name} holds inf or NaN (or exceeds 1e150); training has diverged")
     log_trace_N: Tensor = _LogTraceExp.apply(squared_NKK)  # type: ignore[no-untyped-call]
     return (log_trace_N - math.log(x_NKK.shape[-1])).abs().mean()
 

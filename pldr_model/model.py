@@ -4,7 +4,7 @@ Background: arXiv 2410.16703 (architecture, post-norm), 2502.13502 (G_LM as a co
 decoder layer whose scores are `(q G_LM) k^T / sqrt(K)`; with G_LM = identity it is scaled dot-product
 attention.
 Decision: G is folded into the query (`q' = q G`), so that the fused attention kernel does the rest and no
-S x S tensor exists unless there is padding to hide. G cannot be folded into W_q or W_k: RoPE stands between.
+S x S tensor exists unless there is padding to hide. G cannot be folded into W_q or W_k: RoPE is applied between them.
 
 Shapes: B batch, S sequence, D = H*K model width, H heads, K head dim, V vocabulary, L layers.
 """
@@ -146,7 +146,7 @@ class PLDRModel(nn.Module):
             while they still enter the density matrix (so does the reference).
         g_lm: [L,H,K,K] or [L,B,H,K,K]; replaces the model's own G. The metric learner is then not run.
         padded: None: look for padding (on a GPU that waits for the device). False: the caller knows that
-            there is none: causal kernel, no mask, no look; training says this. True: build the mask without a
+            there is none: causal kernel, no mask, no check; training passes this. True: build the mask without a
             look.
         Errors: ValueError for a sequence over the context, a g_lm of another shape, deductive outputs that do
         not exist.
@@ -261,7 +261,7 @@ class PLDRModel(nn.Module):
 
 
 def set_activation_checkpointing(model: PLDRModel, what: ActivationCheckpointing) -> None:
-    """What the backward pass computes again instead of keeping it: whole decoder layers (of each only its input is kept), or
+    """What the backward pass recomputes instead of storing it: complete decoder layers (only the input of each is kept), or
     the metric learners alone, whose units keep 2 * num_denseA tensors of H*K x A_dff a sequence. The numbers are the same."""
     model.recompute_layers = what == "layer"
     for module in model.modules():

@@ -20,7 +20,7 @@ from torch import Tensor
 from pldr_model.config import ModelConfig
 from pldr_model.convert import from_reference, load_checkpoint_file, to_reference
 from pldr_model.generation import generate
-from pldr_model.loss import dag_regulariser, total_loss
+from pldr_model.loss import dag_regularizer, total_loss
 from pldr_model.model import PLDRModel
 from pldr_model.plga import DeductiveOutputs
 
@@ -98,7 +98,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 def _dag_difference(outputs: list[DeductiveOutputs], expected: dict[str, Tensor]) -> tuple[float, list[str]]:
     differences, overflowed = [0.0], []
     for name in ("A_LM", "A_P", "G_LM"):
-        ours, theirs = dag_regulariser([getattr(layer, name) for layer in outputs]), expected[f"dag_{name}"]
+        ours, theirs = dag_regularizer([getattr(layer, name) for layer in outputs]), expected[f"dag_{name}"]
         assert ours.isfinite(), f"DAG term of {name} is not finite"
         if theirs.isinf():
             overflowed.append(name)

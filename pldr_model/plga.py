@@ -9,7 +9,7 @@ and with padding queries: that is the model, and the leak that invariance remove
 Decision (speed): W, P, a belong to heads and not to batch rows, so the products run batched over heads with
 the batch in the columns, [H,K,K] x [H,K,B*K]; nothing is tiled over the batch. Decision (precision): the
 density matrix and everything from W on run in fp32 at least, also under bf16 weights or autocast: A_LM spans
-1e-9…1e2 and is a base of powers.
+1e-9…1e2 and is raised to powers.
 
 Shapes: B batch, H heads, S sequence, K head dim (rows and columns of every deductive tensor).
 """
@@ -26,7 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from pldr_model.config import ModelConfig
 from pldr_model.layers import GLU, at_least_float32
 
-IDENTITY_START_SCALE = 0.1  # of `a` when g_start is `identity`; what science.md's comparison was measured with
+IDENTITY_START_SCALE = (
+    0.1  # of `a` when g_start is `identity`; the scale that the comparison of starts was measured with
+)
 METRIC_FLOOR = 1e-9  # keeps A_LM positive, so that any real power of it exists
 
 
@@ -67,7 +69,7 @@ class ConstantG(nn.Module):
     """A G_LM [H,K,K] that is a parameter, invariant by construction; starts at the identity. Queries [B,H,S,K] -> q G_LM.
 
     The missing control of the papers: what of PLGA's effect is the bilinear form, and what its dependence on the input?
-    A module of its own in PLGA's place that takes queries and gives queries, so that ZeRO-3's hooks see it in both passes.
+    A separate module in place of PLGA that maps queries to queries, so that ZeRO-3's hooks see it in both passes.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -116,7 +118,7 @@ class PLGA(nn.Module):
     def _power_law(self, A_BHKK: Tensor) -> DeductiveOutputs:
         B, H, K, _ = A_BHKK.shape
         W, b, P, a, b_a = (p.to(at_least_float32(p.dtype)) for p in (self.W, self.b, self.P, self.a, self.b_a))
-        A_HKC = A_BHKK.to(W.dtype).permute(1, 2, 0, 3).reshape(H, K, B * K)  # C = B*K: the batch lies in the columns
+        A_HKC = A_BHKK.to(W.dtype).permute(1, 2, 0, 3).reshape(H, K, B * K)  # C = B*K: the batch is in the columns
         u_HKBK = torch.bmm(W, A_HKC).view(H, K, B, K) + b.unsqueeze(2)
         A_LM_HKBK = u_HKBK * F.silu(u_HKBK) + METRIC_FLOOR
         A_P_HKBK = A_LM_HKBK ** P.unsqueeze(2)

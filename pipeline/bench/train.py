@@ -2,8 +2,8 @@
 
 On one rank, in this process: our training step (engine, all-reduce of the loss, clip, update) against plain PyTorch with the
 same model, optimizer, clipping, compilation and accumulation, step by step in turn, so that a busy machine slows both alike.
-The overhead is the median of the ratios of each round: what slows a round as a whole leaves its ratio. Then whole checkpoints
-are saved, and their median is set against 200 of our steps.
+The overhead is the median of each round's ratio, which is not affected by what slows both in a round. Then complete
+checkpoints are saved, and their median is compared with 200 of our steps.
 
 The bounds that are printed: overhead at most 10 % for a small model, 3 % at 110M sizes; stall under 1 %.
 """
@@ -38,15 +38,15 @@ from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel, set_activation_checkpointing
 
 SAVE_EVERY = 200  # steps
-LARGE = 50_000_000  # parameters: from here on the bound of 110M sizes holds
-RATE_STEP = 1000  # of the schedule, so that weights move
+LARGE = 50_000_000  # parameters; from here the bound for 110M sizes applies
+RATE_STEP = 1000  # a step of the schedule whose rate moves the weights
 
 
 def bench(config: RunConfig, *, port: int, steps: int, batch: int | None, saves: int = 5) -> dict[str, Any]:
     """Time `steps` steps of each. batch: sequences of a step, in one micro batch; None: the configuration's.
 
     Returns medians in seconds, `overhead` = median over the rounds of ours / plain, - 1, `stall` = a save / 200 steps, with
-    their bounds. Saves go to a folder in run_dir, which is made, and removed again. Raises ConfigError where it cannot be made.
+    their bounds. Checkpoints go to a temporary folder in run_dir. Raises ConfigError when run_dir cannot be made.
     """
     os.environ |= {
         "RANK": "0",
@@ -105,7 +105,7 @@ def bench(config: RunConfig, *, port: int, steps: int, batch: int | None, saves:
 
 
 def _plain_step(config: RunConfig, micro_batches: list[np.ndarray]) -> Callable[[], None]:
-    """A step as one would write it without DeepSpeed. bf16: bf16 weights, which is less than DeepSpeed's fp32 masters do."""
+    """A step as one would write it without DeepSpeed. bf16: bf16 weights, which is less work than DeepSpeed's fp32 masters."""
     train, device = config.train, device_of_rank()
     torch.manual_seed(config.seed)
     model = PLDRModel(config.model).to(device, torch.bfloat16 if train.precision == "bf16" else torch.float32)
@@ -136,7 +136,7 @@ def _plain_step(config: RunConfig, micro_batches: list[np.ndarray]) -> Callable[
 
 
 def _our_step(config: RunConfig, micro_batches: list[np.ndarray]) -> tuple[Callable[[], None], Callable[[Path], Saver]]:
-    """The loop's step, and how its engine is saved."""
+    """The trainer's step, and what makes a Saver of its engine."""
     torch.manual_seed(config.seed)
     engine = build_engine(PLDRModel(config.model), config.train, 1)
     load.make_safe(engine)

@@ -1,17 +1,17 @@
-"""What a DeepSpeed checkpoint holds, by parameter name: fp32 weights and Adam moments, whole, for every ZeRO stage.
+"""Read a DeepSpeed checkpoint by parameter name: full fp32 weights and Adam moments, for every ZeRO stage.
 
-Consolidation wants the weights; a resume at another world size or ZeRO stage wants the moments too (train/reshard.py).
-Where DeepSpeed 0.19 keeps them, in its tag folder:
+Consolidation needs the weights; a resume at another world size or ZeRO stage needs the moments too (reshard.py).
+Where DeepSpeed 0.19 stores them, in its tag folder:
 
     stage 0, fp32   mp_rank_00_model_states.pt: `module`, and `optimizer` with the moments of parameter 0, 1, 2 ...
     stage 0, bf16   the same file; fp32 masters and moments both in `optimizer`, parameters without names
     stages 1, 2     *zero_pp_rank_R_*_optim_states.pt, one a rank: a flat partition for each parameter group, and
-                    `param_slice_mappings`, which parameter's elements lie where in it
+                    `param_slice_mappings`: where each parameter's elements are in it
     stage 3         the same files: each parameter cut into equal pieces, one a rank, the last one padded; a rank's pieces
-                    lie one behind the other in its flat sub-groups
+                    follow one another in its flat sub-groups
 
-Decision: DeepSpeed's own merging (`zero_to_fp32`) leaves the moments out and asks torch for pickles that may run code, so
-the files are read here, with `safe_load`. They are memory-mapped: only the parameter that is asked for is in memory.
+Decision: DeepSpeed's own merging (`zero_to_fp32`) omits the moments and lets torch unpickle code, so the files are read here,
+with `safe_load`. They are memory-mapped: only the parameter that is read is in memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipeline.distributed import has_gpu
 from pipeline.errors import UserError, first_line
 from pldr_model.model import is_metric_parameter
 
-WEIGHT = "weight"  # beside the moments' own names
+WEIGHT = "weight"  # in addition to the names of the moments
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -73,15 +73,15 @@ class ZeroState:
                 self.shapes = {name: shape for group in groups for name, shape in group.items()}
                 stage = int(
                     partitions[0].get("zero_stage", 1)
-                )  # of bf16 with fp32 accumulation no stage is told: it is 1
+                )  # absent for bf16 with fp32 accumulation, which is stage 1
                 read = self._read_stage_3 if stage == 3 else self._read_stages_1_2
                 for partition in partitions:
                     read(partition, len(partitions), steps)
         except UserError:
             raise
-        except Exception as error:  # what the files hold is not what we know
+        except Exception as error:  # an unknown layout
             raise UserError(
-                f"{folder}: DeepSpeed's files cannot be merged: {first_line(error)}; nothing of them was executed: "
+                f"{folder}: DeepSpeed's files cannot be merged: {first_line(error)}; nothing in them was executed: "
                 "name another checkpoint"
             ) from error
         for name, shape in self.shapes.items():
@@ -93,14 +93,14 @@ class ZeroState:
         self.adam_step = steps.pop()
 
     def tensor(self, name: str, what: str = WEIGHT) -> Tensor:
-        """A whole parameter (what: WEIGHT) or moment (exp_avg, exp_avg_sq), fp32, in the parameter's shape."""
+        """A full parameter (what: WEIGHT) or moment (exp_avg, exp_avg_sq), fp32, in the parameter's shape."""
         shape = self.shapes[name]
         pieces = [p.flat[what].view(-1).narrow(0, p.start, p.numel) for p in self._pieces[name]]
         return torch.cat(pieces)[: math.prod(shape)].view(shape).detach().float()
 
     def _read_unpartitioned(self, model: dict[str, Any], steps: set[float]) -> None:
-        """Stage 0. The moments have numbers for names: the order of the optimizer, whose first group is all other
-        parameters, whose second the metric learner's. fp32 masters must round to the bf16 weight they are taken for."""
+        """Stage 0. The moments are numbered in the order of the optimizer, whose second group is the metric learner's
+        parameters and whose first group is all others. fp32 masters must round to the bf16 weight they are matched with."""
         names = [name for name in model["module"] if name not in self.buffers]
         names.sort(key=is_metric_parameter)  # stable: within a group the module's order
         weights = {name: model["module"][name] for name in names}
@@ -110,7 +110,7 @@ class ZeroState:
             for (name, weight), master in zip(weights.items(), masters, strict=True):
                 if not torch.equal(weight, master.detach().to(weight.dtype)):
                     raise UserError(
-                        f"{self.folder}: the fp32 weights of ZeRO stage 0 in bf16 are in no known order ({name}); "
+                        f"{self.folder}: the fp32 weights of ZeRO stage 0 in bf16 are in an unknown order ({name}); "
                         "use train.zero_stage=1"
                     )
             weights = dict(zip(names, masters, strict=True))
@@ -118,14 +118,14 @@ class ZeroState:
         for number, (name, weight) in enumerate(weights.items()):
             moments = optimizer["state"][number]
             if any(moments[key].shape != weight.shape for key in MOMENTS):
-                raise ValueError(f"the moments of parameter {number} have not the shape of {name}")
+                raise ValueError(f"the moments of parameter {number} do not have the shape of {name}")
             steps.add(float(moments["step"]))
             self.shapes[name] = tuple(weight.shape)
             flat = {WEIGHT: weight, **{key: moments[key] for key in MOMENTS}}
             self._pieces[name] = [_Piece(flat, 0, weight.numel())]
 
     def _read_stages_1_2(self, partition: dict[str, Any], ranks: int, steps: set[float]) -> None:
-        """One rank's file: append its pieces (ranks come in order, so pieces do)."""
+        """One rank's file: append its pieces (ranks are read in order, so pieces are in order)."""
         weights = partition["single_partition_of_fp32_groups"]
         moments = partition["base_optimizer_state"]
         moments = moments if isinstance(moments, list) else moments["state"]  # a list: "elastic_checkpoint"
@@ -135,7 +135,7 @@ class ZeroState:
                 self._pieces.setdefault(name, []).append(_Piece(flat, address.start, address.numel))
 
     def _read_stage_3(self, partition: dict[str, Any], ranks: int, steps: set[float]) -> None:
-        """One rank's file: walk its sub-groups in step with the parameters."""
+        """One rank's file: walk its sub-groups and the parameters together."""
         moments = partition["optimizer_state_dict"]["state"]
         flats = [_flat(weight, moments[i], steps) for i, weight in enumerate(partition["fp32_flat_groups"])]
         number = start = 0
@@ -175,16 +175,16 @@ def _partitions(folder: Path) -> list[dict[str, Any]]:
     for path in folder.glob("*_optim_states.pt"):
         match = re.search(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$", path.name)
         if match is None:
-            raise UserError(f"{path}: not a file of ours; name another checkpoint")
+            raise UserError(f"{path}: unexpected file; name another checkpoint")
         by_rank[int(match[1])] = path
     if sorted(by_rank) != list(range(len(by_rank))):
-        raise UserError(f"{folder}: optimizer files of ranks {sorted(by_rank)}; name a checkpoint that has all")
+        raise UserError(f"{folder}: optimizer files of ranks {sorted(by_rank)}; name a complete checkpoint")
     return [safe_load(path, "cpu", mmap=True)["optimizer_state_dict"] for _, path in sorted(by_rank.items())]
 
 
 @contextlib.contextmanager
 def safe_unpickling() -> Iterator[None]:
-    """Every torch.load inside loads weights only, whatever its caller asks for."""
+    """Inside, every torch.load is weights_only, whatever its caller asks for."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu() else "cpu")
     before, level = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"), logging.root.manager.disable
     logging.disable(logging.WARNING)  # DeepSpeed reports its version, its accelerator and its ops on import
@@ -218,6 +218,6 @@ def safe_load(path: str | Path, map_location: Any = None, *, mmap: bool = False)
         raise UserError(f"{path}: missing; the checkpoint is incomplete, resume from an earlier one") from None
     except Exception as error:  # a damaged pickle fails in any way
         raise UserError(
-            f"{path}: not a checkpoint file of ours: damaged, or it holds more than tensors and numbers; nothing of it was "
+            f"{path}: not a checkpoint file: damaged, or it holds more than tensors and numbers; nothing in it was "
             "executed, resume from an earlier one"
         ) from error

@@ -1,14 +1,14 @@
-"""Committed checkpoints, for those who read them: training on resume, the stages, consolidation.
+"""The format of a checkpoint, for everything that reads one: training on resume, the stages, consolidation.
 
-What has no COMMITTED does not exist. A checkpoint is a folder `checkpoints/step-000500/`:
+A checkpoint without COMMITTED is ignored. A checkpoint is a folder `checkpoints/step-000500/`:
 
     step-000500/    DeepSpeed's own files (its "tag"), written by every rank
     state.json      step, sequences and tokens consumed, RNG of each rank, config, data fingerprint, MLflow run
     MANIFEST.json   sha256 and size of every file above
     COMMITTED       the sha256 of MANIFEST.json, written last
 
-DeepSpeed's files are pickles by format. They are unpickled here only inside `safe_unpickling`, so that a checkpoint which
-somebody hands us can hold tensors, numbers and DeepSpeed's plain record types, but no code.
+DeepSpeed's files are pickles. They are read only by `safe_load` (deepspeed_files.py), so that a checkpoint from somebody else
+can hold tensors, numbers and DeepSpeed's plain record types, but cannot execute code.
 """
 
 from __future__ import annotations
@@ -23,19 +23,31 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.io import storage
+from pldr_model.config import ModelConfig, frozen_g_changes
 
-SCHEMA_VERSION = 1
+MANIFEST_SCHEMA_VERSION = 1
+STATE_SCHEMA_VERSION = 2
 COMMITTED = "COMMITTED"
 STATE = "state.json"
+# What a checkpoint has on disk: fp32 weights (masters) and two Adam moments are 12 bytes, the model's own weights up to 4;
+# 1 is for DeepSpeed's records and the padding of partitions.
+BYTES_PER_PARAMETER = 17
 TRAINING_LOCK = "training.lock"  # in logs/; rank 0 of a training job holds it
 _NAME = re.compile(r"step-(\d{6,})")
-_RENAMED = re.compile(r"\.(step-\d{6,})\.(?:staging|[0-9a-f]{8}\.old)")  # a whole one, before or after it had its name
+_RENAMED = re.compile(
+    r"\.(step-\d{6,})\.(?:staging|[0-9a-f]{8}\.old)"
+)  # a committed one, before or after it had its name
 log = logging.getLogger(__name__)
 
 
 def checkpoint_name(step: int) -> str:
     """`step-000500`: the folder's name and DeepSpeed's tag."""
     return f"step-{step:06d}"
+
+
+def checkpoint_bytes(model: ModelConfig) -> int:
+    """How large a checkpoint of this model is, an upper estimate for checks of free space."""
+    return BYTES_PER_PARAMETER * model.num_parameters()["total"]
 
 
 def committed(folder: Path) -> list[Path]:
@@ -59,10 +71,11 @@ def is_checkpoint_name(name: str) -> bool:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed save, download or removal left behind. What was set aside stays.
+    """Remove what a killed save, download or removal left behind. Checkpoints that were set aside stay.
 
-    A checkpoint replaced by one of its step is renamed, then the new one (`storage.replace_dir`). A kill between the two
-    leaves no committed folder of that name: the new one, or else the old one, gets it back when it is whole.
+    To replace a checkpoint by a new one of the same step, the old one is renamed, then the new one (`storage.replace_dir`).
+    A kill between the two leaves no committed folder of that name: it is given to the new one, or else to the old one, if
+    that is intact.
     """
     if not folder.is_dir():
         return
@@ -75,67 +88,81 @@ def clean(folder: Path) -> None:
                 verify(path)
                 path.rename(folder / match[1])
                 storage.fsync_dir(folder)
-                log.warning("%s: a killed start had finished it; it has its name back", folder / match[1])
+                log.warning(
+                    "%s: recovered; the process that saved it was killed before its last rename", folder / match[1]
+                )
                 continue
         shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove checkpoints without COMMITTED: halves of a removal. A save that goes on is in a hidden folder and stays."""
+    """Remove checkpoints without COMMITTED, which a killed removal left. A save in progress is in a hidden folder and stays."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_dir() and _NAME.fullmatch(path.name) and not (path / COMMITTED).is_file():
             shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(checkpoint: Path, why: str = "damaged") -> None:
-    """Rename a checkpoint that is not to be used to `.WHY-step-…`: nothing takes it for one, nothing is deleted."""
+    """Rename a checkpoint that must not be used to `.WHY-step-…`: it is ignored from then on, and not deleted."""
     target = checkpoint.with_name(f".{why}-{checkpoint.name}")
     shutil.rmtree(target, ignore_errors=True)
     checkpoint.rename(target)
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint that is whole. Raises UserError naming the first file that is not as it was written."""
+    """Check a checkpoint; returns its `state.json`. Raises UserError naming the first file that is damaged or missing."""
     if not (checkpoint / COMMITTED).is_file():
         raise UserError(
-            f"{checkpoint}: no COMMITTED file, so this checkpoint was never finished; name an older one or train on"
+            f"{checkpoint}: no COMMITTED file, so this checkpoint was never finished; name an older one or resume without it"
         )
     sealed = (checkpoint / COMMITTED).read_bytes().decode(errors="replace").strip()
     if not (checkpoint / storage.MANIFEST).is_file() or storage.sha256_file(checkpoint / storage.MANIFEST) != sealed:
         raise UserError(
             f"{checkpoint / storage.MANIFEST}: sha256 differs from COMMITTED: damaged; name another checkpoint"
         )
-    manifest = storage.read_json(checkpoint / storage.MANIFEST, schema_version=SCHEMA_VERSION)
+    manifest = storage.read_json(checkpoint / storage.MANIFEST, schema_version=MANIFEST_SCHEMA_VERSION)
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(
         isinstance(entry, dict) and {"sha256", "size"} <= entry.keys() for entry in files.values()
     ):
         raise UserError(f"{checkpoint / storage.MANIFEST}: lists no files; it was damaged: name another checkpoint")
     storage.verify_manifest(checkpoint, files)
-    for path in sorted(checkpoint.rglob("*.pt")):  # DeepSpeed globs for them: an unlisted one would be merged
+    for path in sorted(checkpoint.rglob("*.pt")):  # DeepSpeed globs for them and would merge an unlisted one
         if str(path.relative_to(checkpoint)) not in files:
             raise UserError(f"{path}: not listed in {storage.MANIFEST}; remove it or name another checkpoint")
-    state = storage.read_json(checkpoint / STATE, schema_version=SCHEMA_VERSION)
+    state = read_state(checkpoint)
     if not isinstance(state.get("config"), dict) or not isinstance(state.get("step"), int):
         raise UserError(f"{checkpoint / STATE}: holds no run config or no step; name another checkpoint")
-    assert isinstance(state, dict)
     return state
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """`state.json` with today's keys, unchecked otherwise. Raises UserError when its schema is unknown."""
+    state = storage.read_json(checkpoint / STATE)
+    version = state.get("schema_version") if isinstance(state, dict) else None
+    if version not in (1, STATE_SCHEMA_VERSION):
+        raise UserError(
+            f"{checkpoint / STATE}: schema_version {version!r}, this program reads 1 and {STATE_SCHEMA_VERSION}; "
+            "name another checkpoint"
+        )
+    if "calm_evaluations" in state:  # its name in schema 1; the first checkpoints do not have it
+        state["evaluations_below"] = state.pop("calm_evaluations")
+    return {**state, "schema_version": STATE_SCHEMA_VERSION}
+
+
 def model_of(state: dict[str, Any]) -> Any:
-    """The configuration of the model whose weights a checkpoint holds, as plain values: of a run that has frozen its G
-    (train/freeze.py) the one with a constant or trained G."""
+    """The configuration of the model whose weights a checkpoint holds, as plain values: the frozen one after a freeze of G
+    (pipeline/train/freeze.py)."""
     model = state["config"].get("model")
     if state.get("frozen") is None or not isinstance(model, dict):
         return model
-    trained = state["config"]["train"]["freeze_g"]["become"] == "parameter"
-    source = "constant" if trained else "file"
-    return {**model, "g_source": source, "g_start": "paper", "g_file": None, "dag_coefficients": [0.0, 0.0, 0.0]}
+    changes = frozen_g_changes(state["config"]["train"]["freeze_g"]["become"])
+    return {**model, **changes, "dag_coefficients": list(changes["dag_coefficients"])}
 
 
 def adopt(checkpoint: Path, folder: Path, *, mlflow_run_id: str) -> Path:
-    """Take a verified checkpoint of another run into `folder` as one of this run, committed. Large files are linked, or
-    copied where the disk is another: a checkpoint's files are never written again."""
+    """Make a verified checkpoint of another run a committed one of this run, in `folder`. Files are linked, or copied to
+    another disk: a checkpoint's files are never written again."""
 
     def link_or_copy(source: str, target: str) -> None:
         try:
@@ -150,7 +177,7 @@ def adopt(checkpoint: Path, folder: Path, *, mlflow_run_id: str) -> Path:
     except (OSError, shutil.Error) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise UserError(
-            f"{folder}: {checkpoint} could not be copied: {error}; free some space or mend the disk"
+            f"{folder}: {checkpoint} could not be copied: {error}; free some space or fix the disk"
         ) from error
     (staging / COMMITTED).unlink()
     state, manifest = storage.read_json(staging / STATE), storage.read_json(staging / storage.MANIFEST)

@@ -1,6 +1,6 @@
-"""How DeepSpeed's files are written and read: hashed and fsynced, and with `weights_only=True`; restoring a checkpoint.
+"""Restore a checkpoint; and how an engine writes and reads DeepSpeed's files: hashed and fsynced, with `weights_only=True`.
 
-Saving one is save.py's.
+Saving a checkpoint is in save.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class _HashingFile:
-    """A binary file that hashes what passes through."""
+    """A binary file that hashes what is written."""
 
     def __init__(self, path: Path) -> None:
         self._stream = open(path, "wb")  # noqa: SIM115 - closed by close()
@@ -39,7 +39,7 @@ class _HashingFile:
         self._stream.flush()
 
     def close(self) -> dict[str, Any]:
-        """Make it durable; returns the {sha256, size} of all that was written."""
+        """Fsync and close; returns the {sha256, size} of all that was written."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
         size = self._stream.tell()
@@ -48,9 +48,9 @@ class _HashingFile:
 
 
 def make_safe(engine: Any) -> None:
-    """Let a DeepSpeed engine write its checkpoints hashed and fsynced, and read them without executing anything.
+    """Make a DeepSpeed engine write its checkpoints hashed and fsynced, and read them without executing anything.
 
-    Nor does it put its conversion script beside them: a copy that a full disk ends in an exception on rank 0 alone.
+    It no longer copies its conversion script beside them: on a full disk that would raise on rank 0 alone.
     """
     engine.checkpoint_engine = _make_checkpoint_engine()
     engine._copy_recovery_script = lambda path: None
@@ -66,7 +66,7 @@ def _make_checkpoint_engine() -> Any:
             self.failure: str | None = None
 
         def save(self, state_dict: Any, path: str) -> None:
-            # A failure is told in save.py: a rank that raised here would leave the others in DeepSpeed's barrier.
+            # save.py reports a failure: a rank that raised here would leave the others in DeepSpeed's barrier.
             try:
                 stream = _HashingFile(Path(path))
                 torch.save(state_dict, cast(IO[bytes], stream))
@@ -87,13 +87,13 @@ def _make_checkpoint_engine() -> Any:
 def load(engine: Any, checkpoint: Path, state: dict[str, Any], *, precision: str) -> None:
     """Restore weights, optimizer and this rank's RNG from a verified checkpoint; collective.
 
-    By DeepSpeed itself, bit for bit, when the checkpoint is of the same world size, ZeRO settings and `precision`; else
-    carried over by us (reshard.py). Raises UserError when it is of another model.
+    DeepSpeed loads it, bit for bit, when the checkpoint has the same world size, ZeRO settings and `precision`; otherwise
+    it is converted (reshard.py). Raises UserError when it is of another model.
     """
     old = ZeroState(checkpoint / checkpoint_name(state["step"]))
     check_shapes(engine, old)
     before = {"world_size": state["world_size"], "precision": state["config"]["train"]["precision"]}
-    if fits(engine, old, **before, today=precision):
+    if fits(engine, old, **before, current=precision):
         path, _ = engine.load_checkpoint(str(checkpoint), tag=checkpoint_name(state["step"]))
         if path is None:
             raise UserError(f"{checkpoint}: DeepSpeed found no checkpoint in it")
@@ -105,14 +105,14 @@ def load(engine: Any, checkpoint: Path, state: dict[str, Any], *, precision: str
                 *(checkpoint.name, f"{before['world_size']} ranks, {before['precision']}", old.zero.get("stage")),
                 *(f"{dist.get_world_size()} ranks, {precision}", engine.zero_optimization_stage()),
             )
-    # Training draws no random numbers (no dropout; the data order has a seed of its own), so at another world size a rank
-    # without a predecessor keeps the generator that the run's seed gave it.
+    # Training draws no random numbers (no dropout; the data order has its own seed), so at a larger world size an added rank
+    # keeps the generator that the run's seed gave it.
     if dist.get_rank() < len(state["rng"]):
         _restore_rng(state["rng"][dist.get_rank()])
 
 
 def rng_state() -> dict[str, str]:
-    """This rank's random number generators, as state.json holds them."""
+    """This rank's random number generators, as they are stored in state.json."""
     state = {"cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()}
     if has_gpu():
         state["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()

@@ -1,11 +1,11 @@
-"""A checkpoint of another world size, ZeRO stage or precision, put into this job's engine.
+"""Convert a checkpoint of another world size, ZeRO stage or precision into this job's engine.
 
 DeepSpeed's plain load refuses another world size, and its universal checkpoint changes the stage only between 1 and 2.
-So the old files are read by parameter name (pipeline/checkpoint/deepspeed_files.py) and every rank takes its own share of
-the weights and of Adam's moments. Nothing is computed with them: in fp32 what goes on is, bit for bit, what was saved; only
-sums over ranks then run in another order. One parameter at a time is whole in memory.
+So the old files are read by parameter name (deepspeed_files.py) and every rank takes its own share of the weights and of
+Adam's moments. Nothing is computed with them: in fp32 training continues, bit for bit, from what was saved; only sums over
+ranks then run in another order. Only one complete parameter at a time is in memory.
 
-Every rank reads all files: what goes over the network or disk is (new ranks) x (checkpoint), once, at the start.
+Every rank reads all files: (new ranks) x (checkpoint) bytes go over the network or disk, once, at the start.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from pipeline.errors import UserError
 Put = Callable[[nn.Parameter, Tensor, dict[str, Tensor]], None]
 
 
-def fits(engine: Any, old: ZeroState, *, world_size: int, precision: str, today: str) -> bool:
+def fits(engine: Any, old: ZeroState, *, world_size: int, precision: str, current: str) -> bool:
     """Whether DeepSpeed can load these files itself, bit for bit: the same ranks, precision and `zero_optimization`.
 
-    world_size, precision: of the job that saved; today: this job's precision.
+    world_size, precision: of the job that saved it; current: this job's precision.
     """
     same_ranks = world_size == dist.get_world_size()
-    return bool(same_ranks and precision == today and old.zero == engine.config["zero_optimization"])
+    return bool(same_ranks and precision == current and old.zero == engine.config["zero_optimization"])
 
 
 @torch.no_grad()
 def carry_over(engine: Any, old: ZeroState, *, new: Mapping[str, Tensor] | None = None) -> None:
-    """Put a checkpoint's weights, moments and step counts into the engine; collective. Shapes have been checked.
+    """Copy a checkpoint's weights, moments and step counts into the engine; collective. Shapes have been checked.
 
     new: weights of parameters that the checkpoint does not have; their moments are zero.
-    Raises UserError when DeepSpeed's settings bring an optimizer that is not known here.
+    Raises UserError when DeepSpeed's settings select an optimizer that is unknown here.
     """
     parameters = dict(engine.module.named_parameters())
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
-        optimizer.checkpoint_event_prologue()  # every parameter back into its partition, as DeepSpeed's load does
+        optimizer.checkpoint_event_prologue()  # every parameter into its partition, as DeepSpeed's load does
     put = _put_by_stage(engine, old.adam_step)
     for name, parameter in parameters.items():
         if name in old.shapes:
@@ -51,7 +51,7 @@ def carry_over(engine: Any, old: ZeroState, *, new: Mapping[str, Tensor] | None 
             weight = (new or {})[name]
             put(parameter, weight, {key: torch.zeros_like(weight) for key in MOMENTS})
     if stage == 3:
-        optimizer.checkpoint_event_epilogue()  # the small parameters that stay whole on every rank
+        optimizer.checkpoint_event_epilogue()  # the small parameters that stay unpartitioned on every rank
     for name, buffer in engine.module.named_buffers():
         if name in old.buffers:
             buffer.copy_(old.buffers[name])
@@ -68,12 +68,12 @@ def check_shapes(engine: Any, old: ZeroState) -> None:
         if there != here:
             raise UserError(
                 f"{old.folder}: {name} is {list(there) if there else 'missing'} in the checkpoint, "
-                f"{list(here) if here else 'missing'} in this model; set model.* as it was trained, or begin a new run_dir"
+                f"{list(here) if here else 'missing'} in this model; set model.* as it was trained, or use a new run_dir"
             )
 
 
 def _put_by_stage(engine: Any, step: float) -> Put:
-    """How one parameter gets into the engine's optimizer. Its state is laid out here: Adam makes it at its first step."""
+    """What copies one parameter into the engine's optimizer. The state is made here: Adam itself makes it at its first step."""
     states = engine.basic_optimizer.state
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
 
@@ -86,7 +86,7 @@ def _put_by_stage(engine: Any, step: float) -> Put:
         held = zip(getattr(optimizer, "fp16_groups", groups), getattr(optimizer, "fp32_groups", groups), strict=True)
         masters = {p: master for ours, theirs in held for p, master in zip(ours, theirs, strict=True)}
 
-        def put_whole(parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
+        def put_full(parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
             master = masters[parameter]
             master.copy_(weight)
             parameter.copy_(weight)
@@ -94,11 +94,11 @@ def _put_by_stage(engine: Any, step: float) -> Put:
             for key, value in moments.items():
                 states[master][key].copy_(value)
 
-        return put_whole
+        return put_full
     flats = getattr(
         optimizer, "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups", None
     )
-    if flats is None:  # data_types.grad_accum_dtype brings in another one
+    if flats is None:  # data_types.grad_accum_dtype selects another optimizer
         raise UserError(
             f"train.deepspeed: a checkpoint cannot be converted for DeepSpeed's {type(optimizer).__name__}; resume with the "
             "ranks, train.zero_stage and train.precision that it was saved with"
@@ -107,13 +107,13 @@ def _put_by_stage(engine: Any, step: float) -> Put:
         states[flat] = fresh(flat.detach())
     if stage == 3:
         return _put_piece
-    optimizer._hp_optimizer_states_linked = False  # in a rollback: they are linked to the moments thrown away above
+    optimizer._hp_optimizer_states_linked = False  # in a rollback: they are linked to the moments replaced above
     optimizer._lazy_init_hp_params_optimizer_state()  # links parameters to their share of the moments
     return _put_share
 
 
 def _put_share(parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
-    """Stages 1 and 2: the parameter is whole on every rank, of the rest a rank keeps its share (which can be nothing)."""
+    """Stages 1 and 2: every rank has the complete parameter, and its share of the optimizer's state (which can be empty)."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     parameter.copy_(weight)
@@ -123,14 +123,14 @@ def _put_share(parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tenso
 
 
 def _put_piece(parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
-    """Stage 3: of everything a rank keeps its piece; pieces are equal, so the last is padded with zeros."""
+    """Stage 3: a rank has a piece of everything; pieces are of equal size, so the last is padded with zeros."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     held: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
 
-    def piece(whole: Tensor) -> Tensor:
+    def piece(full: Tensor) -> Tensor:
         size, rank = held.numel(), dist.get_rank()
-        mine = whole.reshape(-1)[size * rank : size * (rank + 1)]
+        mine = full.reshape(-1)[size * rank : size * (rank + 1)]
         return torch.nn.functional.pad(mine, (0, size - mine.numel()))
 
     held.copy_(piece(weight))

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay: the last k, every n-th step for ever, the best by `val/loss_cached`, and the last
+"""Which checkpoints of a run are kept: the last k, every n-th step for good, the best by `val/loss_cached`, and the last
 one before G was frozen, the only one with a metric learner.
 
 The loss of a checkpoint counts only when the validation was at its own step (`val_step` in state.json).
@@ -21,13 +21,13 @@ from pipeline.io import storage
 
 log = logging.getLogger(__name__)
 
-PINNED = -math.inf  # stands where a checkpoint's loss does: it stays for ever
+PINNED = -math.inf  # in place of a checkpoint's loss: it is kept for good
 
 
 @dataclass(frozen=True)
 class Policy:
-    """last: how many of the newest stay. every: steps that are multiples of it stay for ever. best: so does the best.
-    freezes: whether a checkpoint may come to be pinned, for the disk."""
+    """last: how many of the newest are kept. every: multiples of this step are kept for good. best: so is the best.
+    freezes: whether a checkpoint may be pinned later, for the estimate of disk space."""
 
     last: int
     every: int | None = None
@@ -35,10 +35,10 @@ class Policy:
     freezes: bool = False
 
     def keep(self, losses: Mapping[int, float | None], now: int) -> set[int]:
-        """The steps that stay. `losses`: step -> val/loss_cached at that step, None where it is not known, or PINNED.
+        """The steps to keep. `losses`: step -> val/loss_cached at that step, None where it is unknown, or PINNED.
 
-        Steps after `now`, the step just saved, are not judged: they belong to a future that the run went back from, and
-        will be replaced when it gets there again. Of equally good ones the newest is the best.
+        Steps after `now`, the step just saved, are always kept: the run was rolled back from there, and will replace them
+        when it gets there again. Among equal losses the newest is the best.
         """
         steps = sorted(step for step in losses if step <= now)
         stay = set(steps[-self.last :]) | {step for step in losses if step > now}
@@ -51,14 +51,14 @@ class Policy:
         return stay
 
     def at_most(self, steps: int, interval: int) -> int:
-        """How many checkpoints a run holds at its end that saves every `interval` steps and at the last, for the disk."""
-        for_ever = 0 if self.every is None else steps // math.lcm(self.every, interval) + 1
-        # Around a freeze two are saved whatever the interval is.
-        return min(self.last + self.best + for_ever + self.freezes, steps // interval + 1 + 2 * self.freezes)
+        """How many checkpoints a run has at its end when it saves every `interval` steps and at the last."""
+        permanent = 0 if self.every is None else steps // math.lcm(self.every, interval) + 1
+        # Two are saved around a freeze whatever the interval is.
+        return min(self.last + self.best + permanent + self.freezes, steps // interval + 1 + 2 * self.freezes)
 
 
 def policy_of(train: TrainConfig) -> Policy:
-    """The policy that a configuration asks for."""
+    """The policy of a configuration."""
     return Policy(train.keep_checkpoints, train.keep_every, train.keep_best, train.freeze_g is not None)
 
 
@@ -80,23 +80,23 @@ def local_losses(folder: Path) -> dict[int, float | None]:
     for checkpoint in committed(folder):
         try:
             losses[step_of(checkpoint)] = loss_in(storage.read_json(checkpoint / STATE))
-        except UserError:  # damaged: whoever wants to resume from it will say so
+        except UserError:  # damaged: a resume from it reports that
             losses[step_of(checkpoint)] = None
     return losses
 
 
 def retain(folder: Path, policy: Policy, *, now: int | None = None, busy: Collection[str] = ()) -> list[Path]:
-    """Remove the committed checkpoints that the policy does not keep, and halves of earlier removals. Returns the removed.
+    """Remove the committed checkpoints that the policy does not keep, and what earlier removals left. Returns the removed.
 
-    now: the step just saved (the newest there is). busy: names that somebody is reading; they go the next time. May run beside
-    a save. What cannot be removed is told in the log and tried again the next time: that must not end a training.
+    now: the step just saved (None: the newest there is). busy: names that are being read; they are removed the next time. May
+    run during a save. What cannot be removed is logged and tried again the next time: it must not end a training run.
     """
     removed: list[Path] = []
     try:
         losses = local_losses(folder)
         stay = policy.keep(losses, max(losses, default=0) if now is None else now)
         for checkpoint in committed(folder):
-            if step_of(checkpoint) not in losses:  # committed since: not judged, so not removed
+            if step_of(checkpoint) not in losses:  # committed since
                 continue
             if step_of(checkpoint) not in stay and checkpoint.name not in busy:
                 (checkpoint / COMMITTED).unlink()  # first: a half-removed folder must not look like a checkpoint

@@ -1,14 +1,13 @@
-"""Save committed checkpoints (the format: pipeline/checkpoint/format.py; which stay: pipeline/checkpoint/retention.py).
-Every rank has a Saver.
+"""Save committed checkpoints (the format: format.py; which are kept: retention.py). Every rank has a Saver.
 
-All ranks write into a hidden folder; each hashes and fsyncs what it writes (checkpoint.py), rank 0 checks that every file has
-arrived in its whole length, commits, and renames the folder. DeepSpeed's `latest` is not written and never read: it precedes
-the other ranks' data. The bytes themselves are read and hashed once more by the publisher, beside training, and by who loads.
+All ranks write into a hidden folder; each hashes and fsyncs what it writes (load.py), rank 0 checks that every file is there
+in its full length, commits, and renames the folder. DeepSpeed's `latest` is neither written nor read: it is written before
+the other ranks' data. The bytes themselves are read and hashed again by the publisher, during training, and by every load.
 
 Decision: without `train.staging` the hidden folder is in the run directory, which all nodes see, and training stops for the
-write. With it, training stops for a write to the node's own disk only: a thread of each rank then brings its files to the run
+write. With it, training stops only for a write to the node's own disk: a thread of each rank then copies its files to the run
 directory, and rank 0's commits once all are there. The next save waits for that, as does the end of training. Threads use no
-collectives; whether all went well the ranks tell one another in `settle`.
+collectives; the ranks exchange the outcome in `finish`.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.checkpoint.format import COMMITTED, SCHEMA_VERSION, STATE, checkpoint_name
+from pipeline.checkpoint.format import COMMITTED, MANIFEST_SCHEMA_VERSION, STATE, STATE_SCHEMA_VERSION, checkpoint_name
 from pipeline.checkpoint.load import rng_state
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
 
 POLL_S = 0.1  # for the other ranks' files
-LOOK_S = 1.0
+CHECK_S = 1.0
 Files = dict[str, dict[str, Any]]  # name in the checkpoint -> {sha256, size}, as a manifest has it
 
 
@@ -36,7 +35,7 @@ class Saver:
     """Saves an engine's checkpoints into `folder`, which all ranks see; collective throughout.
 
     staging: a folder on each node's own disk, or None. first_on_node: whether this rank clears it. committed: called on rank
-    0 with the step of each committed checkpoint, with `staging` from another thread.
+    0 with the step of each committed checkpoint; with `staging` in another thread.
     """
 
     def __init__(
@@ -51,16 +50,16 @@ class Saver:
         self.engine = engine  # of the next save
         self._folder, self._staging = folder, staging
         self._first_on_node, self._committed = first_on_node, committed
-        self._under_way: _Bringing | None = None
+        self._pending: _Transfer | None = None
 
     def save(self, state: dict[str, Any], *, wait: bool = True) -> str | None:
         """Write a checkpoint. `state`: what state.json holds besides the RNGs; needs `step`.
 
-        Waits for the one before it first, and with `wait` until this one is committed. Returns what became of an earlier one
-        that failed after all, in one line. Raises UserError on every rank when one rank failed (a full disk, say); the hidden
-        folders are then gone and earlier checkpoints are untouched.
+        Waits for the previous one first, and with `wait` until this one is committed. Returns one line when the previous
+        one failed in the meantime. Raises UserError on every rank when one rank failed (a full disk, say); the hidden
+        folders are then removed and earlier checkpoints are untouched.
         """
-        earlier = self.settle()
+        earlier = self.finish()
         name = checkpoint_name(state["step"])
         hidden = self._folder / f".{name}.staging"
         here = hidden if self._staging is None else self._staging / hidden.name
@@ -82,34 +81,34 @@ class Saver:
         failures = [report["failure"] for report in reports if report["failure"]]
         if not failures:
             files = {key: entry for report in reports for key, entry in report["files"].items()}
-            record = {"schema_version": SCHEMA_VERSION, **state, "rng": [report["rng"] for report in reports]}
-            work = _Bringing(here, hidden, list(mine), lambda: self._commit(hidden, name, files, record))
+            record = {"schema_version": STATE_SCHEMA_VERSION, **state, "rng": [report["rng"] for report in reports]}
+            work = _Transfer(here, hidden, list(mine), lambda: self._commit(hidden, name, files, record))
             if self._staging is None:
                 work.run(files)
             else:
                 work.start(files)
-            self._under_way = work
+            self._pending = work
             if not wait and self._staging is not None:
                 return earlier
-            said = self.settle()
-            if said:
-                raise UserError(said)
+            problem = self.finish() or ""
+            if problem:
+                raise UserError(problem)
         if failures and dist.get_rank() == 0:
             shutil.rmtree(hidden, ignore_errors=True)
         self._agree(name, failures)
         return earlier
 
-    def settle(self) -> str | None:
-        """Wait for what is under way; one line when it failed, the same on every rank."""
-        work, self._under_way = self._under_way, None
+    def finish(self) -> str | None:
+        """Wait for a pending checkpoint; one line when it failed, the same on every rank."""
+        work, self._pending = self._pending, None
         if work is None:
             return None
-        while not all(_gather(work.copied.wait(LOOK_S))):  # no collective waits as long as a copy may take
+        while not all(_gather(work.copied.wait(CHECK_S))):  # no collective waits as long as a copy may take
             pass
-        problems = [said for said in _gather(work.problem) if said]
+        problems = [problem for problem in _gather(work.problem) if problem]
         if problems:
-            work.cancel()  # rank 0's waits for files that will not come
-        work.finish()
+            work.cancel()  # rank 0 waits for files that will not come
+        work.join()
         outcome = [problems[0] if problems else work.problem]
         dist.broadcast_object_list(outcome, src=0)
         if outcome[0] and dist.get_rank() == 0:
@@ -117,30 +116,31 @@ class Saver:
         return f"{work.name}: the checkpoint was not saved: {outcome[0]}" if outcome[0] else None
 
     def _agree(self, name: str, problems: list[str]) -> None:
-        told = [said for rank in _gather(problems) for said in rank if said]
-        if told:
-            raise UserError(f"{self._folder / name}: the checkpoint was not saved: {told[0]}")
+        """Raise UserError on every rank when any of them has a problem."""
+        found = [problem for of_rank in _gather(problems) for problem in of_rank if problem]
+        if found:
+            raise UserError(f"{self._folder / name}: the checkpoint was not saved: {found[0]}")
 
     def _commit(self, hidden: Path, name: str, files: Files, record: dict[str, Any]) -> None:
         data = storage.render_json(record)
         storage.publish_bytes(hidden / STATE, data)
         files = {**files, STATE: {"sha256": storage.sha256_file(hidden / STATE), "size": len(data)}}
-        for path in hidden.rglob("*"):  # what DeepSpeed copies besides, with NVMe offload
+        for path in hidden.rglob("*"):  # what DeepSpeed copies in addition, with NVMe offload
             key = str(path.relative_to(hidden))
             if path.is_file() and key not in files:
                 files[key] = {"sha256": storage.sha256_file(path), "size": path.stat().st_size}
         storage.publish_json(
-            hidden / storage.MANIFEST, {"schema_version": SCHEMA_VERSION, "files": dict(sorted(files.items()))}
+            hidden / storage.MANIFEST, {"schema_version": MANIFEST_SCHEMA_VERSION, "files": dict(sorted(files.items()))}
         )
         storage.publish_bytes(hidden / COMMITTED, storage.sha256_file(hidden / storage.MANIFEST).encode())
         storage.replace_dir(hidden, self._folder / name)
         self._committed(record["step"])
 
 
-class _Bringing:
-    """One checkpoint on its way from `here` to `hidden` (the same folder without staging), and on rank 0 its commit.
+class _Transfer:
+    """The copy of one checkpoint from `here` to `hidden` (the same folder without staging), and on rank 0 its commit.
 
-    copied: this rank's files are there, or have failed. problem: what failed, or "".
+    copied: this rank's files are there, or the copy has failed. problem: what failed, or "".
     """
 
     def __init__(self, here: Path, hidden: Path, names: list[str], commit: Callable[[], None]) -> None:
@@ -171,27 +171,27 @@ class _Bringing:
             self.copied.set()
 
     def _all_there(self, files: Files) -> bool:
-        """Wait for the other ranks' files; False when one will not come. On one disk they are there, or cut short."""
+        """Wait for the other ranks' files; False when cancelled. Without staging they are there already, or incomplete."""
         missing = dict(files)
         while not self._cancelled.is_set():
             missing = {name: entry for name, entry in missing.items() if not _has(self.hidden / name, entry["size"])}
             if not missing:
                 return True
             if self._here == self.hidden:
-                raise UserError(f"{self.hidden / next(iter(missing))}: what a rank wrote did not arrive whole")
+                raise UserError(f"{self.hidden / next(iter(missing))}: what a rank wrote is incomplete")
             self._cancelled.wait(POLL_S)
         return False
 
     def cancel(self) -> None:
         self._cancelled.set()
 
-    def finish(self) -> None:
+    def join(self) -> None:
         if self._thread is not None:
             self._thread.join()
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Whole and durable under its name, or not there."""
+    """Copy and fsync; the target has its name only when it is complete."""
     temporary = target.with_name(f".{target.name}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(source, "rb") as reader, open(temporary, "wb") as writer:

@@ -93,9 +93,7 @@ class RunConfig(Section):
         if not frozen:
             return self.model
         assert self.train.freeze_g is not None
-        if self.train.freeze_g.become == "parameter":
-            return self.model.with_trained_constant_g()
-        return self.model.with_constant_g()
+        return self.model.with_frozen_g(self.train.freeze_g.become)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values only: what is written to JSON, hashed, and logged."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoint.format import TRAINING_LOCK, committed, step_of, verify
+from pipeline.checkpoint.format import TRAINING_LOCK, checkpoint_bytes, committed, step_of, verify
 from pipeline.checkpoint.retention import policy_of
 from pipeline.config.paths import RunPaths, tokens_folder
 from pipeline.config.run import RunConfig
@@ -191,8 +191,7 @@ def ranks_on_this_node(config: RunConfig, *, nodes: int = 1) -> int:
 def disk_needed(config: RunConfig, paths: RunPaths) -> int:
     """Bytes that training still needs in the run directory: the checkpoints kept, one being staged, and MLflow's copies where
     its store is there too; less what is there already."""
-    # fp32 masters and two Adam moments, the weights themselves, DeepSpeed's records.
-    size = 17 * config.model.num_parameters()["total"]
+    size = checkpoint_bytes(config.model)
     keep = policy_of(config.train).at_most(config.train.steps, config.train.checkpoint_every)
     # One being staged, one being uploaded while a newer one is already there.
     copies = keep + 2 + (keep if config.tracking.uri is None and config.train.publish_to is None else 0)

@@ -1,7 +1,7 @@
-"""What a training run says while it runs: one status line, marked so that the launching process can find it.
+"""The lines that ranks print for the user, marked so that the launching process can find them.
 
-Workers run under DeepSpeed's launcher, whose own output and that of every rank goes to the log file. Lines that begin with
-`STATUS` are shown to the user: rewritten in place on a terminal, plain lines otherwise.
+Ranks run under a launcher, whose output and that of every rank goes to the log file. Lines that begin with `STATUS` are
+shown to the user: rewritten in place on a terminal, plain lines otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pipeline.config.run import RunConfig
 STATUS = "pldr-status| "
 FAILURE = "pldr-failure| "  # followed by an exit code, a space, and one line
 STOPPED = "pldr-stopped| "
-LISTENING = "pldr-listening| "  # a rank will save and stop when it gets a signal
+LISTENING = "pldr-listening| "  # this rank now saves and stops when it gets a signal
 
 
 class Progress:
@@ -26,25 +26,25 @@ class Progress:
         self._latest: dict[str, float] = {}
         self._validated = 0
         if start_step:
-            _say(f"resumed at step {start_step} of {self._steps}")
+            _print(f"resumed at step {start_step} of {self._steps}")
 
     def update(self, step: int, values: dict[str, float]) -> None:
-        """Show the newest values of this step."""
+        """Print the newest values, as of this step."""
         self._latest.update(values)
         if "val/loss_block" in values:
             self._validated = step
-        _say(self._line(step))
+        _print(self._line(step))
 
     def end(self, step: int, *, stop: str | None) -> None:
         """The last line. `stop`: the signal that ended training before its last step."""
         if step == self._steps:
-            _say(f"trained {self._steps} steps")
+            _print(f"trained {self._steps} steps")
         else:
-            _say(f"{stop} at step {step} of {self._steps}: saved", STOPPED)
+            _print(f"{stop} at step {step} of {self._steps}: saved", STOPPED)
 
     def event(self, text: str) -> None:
-        """Something that a user should know at once."""
-        _say(text)
+        """Print something that a user should know immediately."""
+        _print(text)
 
     def _line(self, step: int) -> str:
         v = self._latest
@@ -65,12 +65,12 @@ class Progress:
         return "  ".join(parts)
 
 
-def _say(text: str, mark: str = STATUS) -> None:
-    say_line(mark + text)
+def _print(text: str, mark: str = STATUS) -> None:
+    print_line(mark + text)
 
 
-def say_line(line: str) -> None:
-    """To stdout in one write: with `python -u`, as DeepSpeed starts ranks, print writes the line's end apart, and what another
-    rank says comes in between."""
+def print_line(line: str) -> None:
+    """Print a line in one write: with `python -u`, as DeepSpeed starts ranks, `print` writes the newline separately, and
+    another rank's output can come between."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()

@@ -1,14 +1,17 @@
-"""The one seam to DeepSpeed: process group, configuration, engine.
+"""DeepSpeed: how the process group, its configuration and the engine are made.
 
-Oddities explained once (measured on DeepSpeed 0.19.8):
+What else knows DeepSpeed: zero_patches.py (redundant work in its optimizers), pipeline/checkpoint/ (its files, and how it
+saves and loads), and launch/ (its launcher). Training code sees an engine with DeepSpeed's methods.
+
+Its oddities, explained once (measured on DeepSpeed 0.19.8):
 - On a CPU `init_distributed` compiles an optional C++ op for collectives (a minute, needs a compiler; a kill during the
   build leaves a lock on which every later start hangs). It is switched off unless PLDR_BUILD_SHM_OP=1.
 - `"type": "AdamW"` in DeepSpeed's configuration compiles an optimizer on a CPU: the engine is handed a torch optimizer.
 - ZeRO makes process groups itself, with torch's 30 minutes: `torch.distributed.new_group` gets our timeout as its default.
-- A process group's timeout is also the time in which all ranks must have come. A node that starts late is no fault yet, so
-  ranks meet first, with START_TIMEOUT_S, and the group is made then.
+- A process group's timeout is also the time in which all ranks must join. A node that starts late is no fault yet, so ranks
+  meet first, with START_TIMEOUT_S, and the group is made after that.
 - With contiguous gradients ZeRO 1 runs a Python hook for each gradient of each micro batch, though it reduces none before the
-  last: at a small model on a CPU a tenth of the step. On a GPU the copies spare memory and are left as they are.
+  last: a tenth of the step of a small model on a CPU. On a GPU the copies save memory and are left as they are.
 - bf16 at stage 0 runs through a wrapper whose Adam step count is off by one after a resume: use stage 1.
 """
 
@@ -30,13 +33,13 @@ from pipeline.config.train import TrainConfig
 from pipeline.distributed import has_gpu
 from pipeline.errors import ConfigError
 from pipeline.train.optim import build_optimizer, optimizer_clips_norm
-from pipeline.train.zero_patches import leave_out_the_needless
+from pipeline.train.zero_patches import skip_redundant_work
 from pldr_model.model import PLDRModel, set_activation_checkpointing
 
 log = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 300.0  # for all ranks to come: images are pulled, and libraries read from a shared disk
-OURS = {  # DeepSpeed keys that our configuration sets: the mend names where
+START_TIMEOUT_S = 300.0  # for all ranks to join: images are pulled, and libraries read from a shared disk
+OURS = {  # DeepSpeed keys that our configuration sets, and where
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
@@ -91,13 +94,13 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
 def _offload(train: TrainConfig) -> dict[str, Any]:
     """What ZeRO keeps in CPU memory. The step is then torch's fused AdamW on the CPU: DeepSpeed's own would have to be
     compiled, and cannot clip by value (optim.py)."""
-    place = {"device": "cpu", "pin_memory": has_gpu()}
+    target = {"device": "cpu", "pin_memory": has_gpu()}
     kept = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
-    return dict.fromkeys(kept[train.offload], place)
+    return dict.fromkeys(kept[train.offload], target)
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
-    """Micro batches a rank runs for one global batch. Raises ConfigError when they do not divide."""
+    """Micro batches that a rank runs for one global batch. Raises ConfigError when they do not divide."""
     per_pass = train.micro_batch * world_size
     if train.global_batch % per_pass:
         raise ConfigError(
@@ -127,7 +130,7 @@ def init_distributed(timeout_s: float) -> None:
 
 
 def _default_timeout_of_new_groups(default: timedelta) -> None:
-    """ZeRO trains in a group that it makes itself, which knows nothing of `init_distributed`'s timeout (30 minutes)."""
+    """ZeRO trains in a group that it makes itself, without `init_distributed`'s timeout (torch's default: 30 minutes)."""
     make = torch.distributed.new_group
 
     @functools.wraps(make)
@@ -138,14 +141,14 @@ def _default_timeout_of_new_groups(default: timedelta) -> None:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether a collective failed because another rank did not come or left."""
+    """Whether a collective failed because another rank was missing or ended."""
     text = str(error).lower()
     signs = ("timed out", "timeout", "gloo", "nccl", "connection closed", "connection reset", "broken pipe")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 def device_of_rank() -> torch.device:
-    """Where this rank computes."""
+    """The device of this rank."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
@@ -156,19 +159,19 @@ def build_engine(model: PLDRModel, train: TrainConfig, world_size: int) -> Any:
     if train.precision == "bf16" and train.zero_stage == 0:
         log.warning("bf16 at ZeRO stage 0: a resumed run is not bit-equal; use train.zero_stage=1")
     set_activation_checkpointing(model, train.activation_checkpointing)
-    if train.compile:  # by layer: the same graph for all, and ZeRO-3's hooks of the layers stay outside
+    if train.compile:  # by layer: one graph for all of them, and ZeRO-3's hooks stay outside
         for layer in model.layers:
             layer.compile()
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, train), config=deepspeed_config(train, world_size)
     )
-    leave_out_the_needless(engine, train.zero_stage, world_size)
+    skip_redundant_work(engine, train.zero_stage, world_size)
     return engine
 
 
 def release(engine: Any) -> None:
-    """Let go of what an engine holds, before the caller drops it. ZeRO's hooks keep it; at stage 3 so do a list of modules and
-    a cache that DeepSpeed never clears (test_freeze.py looks whether that was all)."""
+    """Free what an engine holds, before the caller drops it. ZeRO's hooks keep it alive; at stage 3 so do a list of modules and
+    a cache that DeepSpeed never clears (tests/pipeline/train/test_freeze.py checks that this is all)."""
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
@@ -179,12 +182,12 @@ def release(engine: Any) -> None:
 
 
 def set_recipe(engine: Any, train: TrainConfig) -> None:
-    """This run's weight decay, betas and eps: with a checkpoint of another run DeepSpeed has loaded that one's."""
+    """Set this run's weight decay, betas and eps: DeepSpeed loads those of the checkpoint, which may be another run's."""
     for group, decay in zip(engine.optimizer.param_groups, (train.weight_decay, train.metric_decay), strict=False):
         group["weight_decay"], group["betas"], group["eps"] = decay, train.betas, train.eps
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
-    """The rate of the coming step, on whatever optimizer wrapper ZeRO uses."""
+    """Set the rate of the next step, on whatever optimizer wrapper ZeRO uses."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate

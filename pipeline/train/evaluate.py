@@ -1,4 +1,4 @@
-"""What is measured while training: validation without a leak, the order parameters, throughput.
+"""Validation while training: losses without a leak, and the order parameters.
 
 Until G_LM is invariant, logits at position t see the future through it (docs/certificate.md), so a loss in block mode
 cannot be trusted alone. Every validation also runs with G cached from *another* held-out prompt, which cannot leak; the
@@ -31,11 +31,11 @@ def validate(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     device = next(engine.module.parameters()).device
-    everything = torch.from_numpy(sequences.astype(np.int64))
-    # Every rank runs the same number of passes (ZeRO-3 gathers in each), so a remainder is left out.
+    ids = torch.from_numpy(sequences.astype(np.int64))
+    # Every rank runs the same number of passes (ZeRO-3 gathers in each), so the remainder is dropped.
     count = (len(sequences) - 1) // world
     assert count > 0, "fewer held-out sequences than ranks"
-    mine = everything[1 + rank * count : 1 + (rank + 1) * count].to(device)
+    mine = ids[1 + rank * count : 1 + (rank + 1) * count].to(device)
     training = engine.training
     engine.eval()
     learned = config.g_source == "learned"
@@ -43,7 +43,7 @@ def validate(
     constant: dict[str, torch.Tensor] = {}
     first: list[Any] = []
     if learned:
-        _, first = engine(everything[:1, :-1].to(device), padded=False, return_outputs=True)
+        _, first = engine(ids[:1, :-1].to(device), padded=False, return_outputs=True)
         constant["cached"] = torch.stack([layer.G_LM[0] for layer in first])
         eye = torch.eye(config.head_dim, device=device, dtype=dtype).expand(g_shape(config))
         constant |= {"zero": torch.zeros_like(eye), "identity": eye}

@@ -1,22 +1,23 @@
-"""`train.freeze_g`: once G_LM has stopped depending on the input, its mean takes its place and the metric learner goes.
+"""`train.freeze_g`: once G_LM no longer depends on the input, its mean replaces it and the metric learner is removed.
 
-When the order parameter of G stayed under a threshold for some evaluations (or at a step), the run
+When the order parameter of G stayed below a threshold for some validations in a row (or at a given step), the run
 
-1. commits a checkpoint of the whole model,
-2. takes the mean of G_LM over the training sequences that come next (they are trained on afterwards all the same),
-3. makes a new engine of the same model with that G as a constant (v510G) or as a parameter that trains on: the metric
-   learner, W, b, P, a and b_a are neither in the graph nor in the optimizer; the other weights and Adam's moments are read from
-   that checkpoint (reshard.py),
-4. goes on, and commits a checkpoint of the frozen model after the next step.
+1. commits a checkpoint of the model with its metric learner,
+2. takes the mean of G_LM over the next training sequences (they are still trained on),
+3. makes a new engine of the same model with that G as a constant (v510G) or as a parameter that is trained further: the
+   metric learner, W, b, P, a and b_a are neither in the graph nor in the optimizer; the other weights and Adam's moments
+   are read from that checkpoint (pipeline/checkpoint/reshard.py),
+4. continues, and commits a checkpoint of the frozen model after the next step.
 
-What was decided is in state.json: `calm_evaluations` before, `frozen` after. A run that is killed in between freezes again,
-to the same G; a resumed frozen run builds the frozen model at once. A rollback behind the freeze thaws.
+The decision is in state.json: `evaluations_below` before, `frozen` after. A run that is killed in between freezes again, to
+the same G; a resumed frozen run builds the frozen model at once. A rollback to before the freeze undoes it.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,68 +25,70 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.checkpoint import load
 from pipeline.checkpoint.deepspeed_files import ZeroState
+from pipeline.checkpoint.format import COMMITTED, checkpoint_name
 from pipeline.checkpoint.reshard import carry_over
 from pipeline.config.run import RunConfig
 from pipeline.config.train import TrainConfig
-from pipeline.train.engine import build_engine, device_of_rank, set_recipe
+from pipeline.train.engine import device_of_rank, set_recipe
+from pipeline.train.state import G_PARAMETER, TrainState, engine_of
 from pldr_model.config import ModelConfig
-from pldr_model.model import PLDRModel, g_shape
-
-PARAMETER = ".attention.plga.G_LM"
+from pldr_model.model import g_shape
 
 
-def calm(settings: TrainConfig, evaluations: int, order_parameter: float | None) -> int:
-    """How many evaluations in a row the order parameter of G is under the threshold, after one more."""
-    rule = settings.freeze_g
-    if rule is None or rule.below is None or order_parameter is None:
-        return evaluations
-    return evaluations + 1 if order_parameter < rule.below else 0
+class FreezeRule:
+    """When a run freezes its G, and which checkpoints it needs for that."""
 
+    def __init__(self, settings: TrainConfig) -> None:
+        self._settings = settings
+        self._not_before = 0  # a step; later when a save has failed
 
-def is_due(settings: TrainConfig, step: int, calm_evaluations: int) -> bool:
-    """Whether G is to be frozen now, before the step after `step`."""
-    rule = settings.freeze_g
-    if rule is None:
-        return False
-    reached = rule.at_step is not None and step >= rule.at_step
-    return reached or (rule.below is not None and calm_evaluations >= rule.evaluations)
+    def count(self, state: TrainState, order_parameter: float | None) -> None:
+        """Count one more validation with this order parameter of G (None: not measured)."""
+        rule = self._settings.freeze_g
+        if rule is not None and rule.below is not None and order_parameter is not None:
+            state.evaluations_below = state.evaluations_below + 1 if order_parameter < rule.below else 0
+
+    def is_due(self, state: TrainState) -> bool:
+        """Whether G is to be frozen before the next step."""
+        rule = self._settings.freeze_g
+        if rule is None or state.frozen is not None or state.step < self._not_before:
+            return False
+        reached = rule.at_step is not None and state.step >= rule.at_step
+        return reached or (rule.below is not None and state.evaluations_below >= rule.evaluations)
+
+    def needs_checkpoint(self, state: TrainState) -> bool:
+        """Whether a checkpoint is saved after this step: right before the freeze, and after the first step after it."""
+        return self.is_due(state) or state.step - 1 == state.frozen
+
+    def source(self, checkpoints: Path, state: TrainState) -> ZeroState | None:
+        """The checkpoint of this step, which the frozen model is made from; None when it was not saved. Collective."""
+        folder = checkpoints / checkpoint_name(state.step)
+        saved = [(folder / COMMITTED).is_file()]
+        dist.broadcast_object_list(saved)  # as rank 0 sees it
+        return ZeroState(folder / folder.name) if saved[0] else None
+
+    def postpone(self, state: TrainState) -> None:
+        """The checkpoint was not saved: do not freeze before the next one."""
+        self._not_before = state.step + self._settings.checkpoint_every
 
 
 def num_batches(settings: TrainConfig) -> int:
-    """Global batches that the mean is over."""
+    """How many global batches the mean is taken over."""
     assert settings.freeze_g is not None
     return -(-settings.freeze_g.sequences // settings.global_batch)
 
 
-def engine_of(config: RunConfig, g_lm_LHKK: Tensor | None) -> Any:
-    """A DeepSpeed engine with its safe checkpoints, of the whole model, or of the frozen one with this G."""
-    torch.manual_seed(config.seed)  # the same weights on every rank and at every world size
-    chosen = config.trained_model(frozen=g_lm_LHKK is not None)
-    model = PLDRModel(chosen, g_lm_LHKK=g_lm_LHKK if chosen.g_source == "file" else None)
-    engine = build_engine(model, config.train, dist.get_world_size())
-    load.make_safe(engine)
-    return engine
-
-
-def frozen_g(source: ZeroState) -> Tensor:
-    """The G [L,H,K,K] of a frozen run's checkpoint."""
-    if "g_lm" in source.buffers:
-        return source.buffers["g_lm"].detach().float()
-    return torch.stack([source.tensor(name) for name in source.shapes if name.endswith(PARAMETER)])
-
-
 def freeze(config: RunConfig, source: ZeroState, g_lm_LHKK: Tensor) -> Any:
-    """The engine of the frozen model, with the weights and moments of a checkpoint of the whole one; collective.
+    """The engine of the frozen model, with the weights and moments of the checkpoint before the freeze; collective.
 
-    The old engine has been released and dropped: what it held is freed first.
+    The caller has released and dropped the old engine: its memory is freed first.
     """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     engine = engine_of(config, g_lm_LHKK)
-    new = {f"layers.{layer}{PARAMETER}": g for layer, g in enumerate(g_lm_LHKK)}
+    new = {f"layers.{layer}{G_PARAMETER}": g for layer, g in enumerate(g_lm_LHKK)}
     carry_over(engine, source, new=new)
     set_recipe(engine, config.train)
     return engine

@@ -1,11 +1,11 @@
-"""Signs of life: each rank keeps a small file up to date, so that when a collective fails the others can say whose fault it is.
+"""Heartbeats: each rank keeps a small file up to date, to tell which rank is at fault when a collective fails.
 
-A collective that times out says "timed out" and nothing else: not which rank did not come. So a thread of every rank writes
-`logs/ranks/rank-N.json` once a second: where the rank is (step and phase) and when it wrote. A rank whose collective failed
-reads them and names the rank that is gone, stopped, silent, or behind the others.
+A collective that times out says "timed out" and nothing else: not which rank was missing. So a thread of every rank writes
+`logs/ranks/rank-N.json` once a second: what the rank does (step and phase) and the time. A rank whose collective failed
+reads these files and names the rank that is gone, stopped, silent, or behind the others.
 
 Decision: files, not keys of the rendezvous store. The store lives in rank 0, which may be the rank that hangs, and the run
-directory is on a file system that all nodes see anyway (docs/cluster.md). The loop itself pays for an assignment.
+directory is on a file system that all nodes see anyway (docs/cluster.md). It costs the training loop one assignment.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any, Literal
 Phase = Literal["start", "data", "compute", "validate", "save", "freeze", "end"]
 PHASES: tuple[Phase, ...] = ("start", "data", "compute", "validate", "save", "freeze", "end")  # in the order of a step
 BEAT_S = 1.0
-SILENT_S = 5.0  # a file this old is of a process that does not run: it is renewed every second
+SILENT_S = 5.0  # a file this old belongs to a process that does not run: it is rewritten every second
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank is: what it does (phase) for which step, since when (monotonic seconds)."""
+class Activity:
+    """What a rank does (phase) for which step, and since when (monotonic seconds)."""
 
     step: int
     phase: Phase
@@ -37,40 +37,42 @@ class Place:
 
 
 class Heartbeat:
-    """This rank's sign of life. `at` says where the rank is; `start` lets a thread write it down."""
+    """This rank's heartbeat. `at` sets what the rank does; `start` starts the thread that writes it to the file."""
 
     def __init__(self) -> None:
-        self._place = Place(0, "start", time.monotonic())
+        self._activity = Activity(0, "start", time.monotonic())
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def at(self, step: int, phase: Phase) -> None:
         """The rank begins this phase of this step."""
-        self._place = Place(step, phase, time.monotonic())
+        self._activity = Activity(step, phase, time.monotonic())
 
     @property
     def where(self) -> str:
-        """Where the rank is, in words."""
-        return f"step {self._place.step} ({self._place.phase})"
+        """What the rank does, in words."""
+        return f"step {self._activity.step} ({self._activity.phase})"
 
     def start(self, folder: Path, job: str, rank: int, *, timeout_s: float, fail: Callable[[str], None]) -> None:
-        """Write to `folder` from now on. `job`: what tells this start's files from an earlier one's.
+        """Write to `folder` from now on. `job`: identifies this start, so that an earlier one's files are ignored.
 
-        fail: called once, with one line, when this rank has waited for its own data longer than timeout_s: no collective
-        of its own can time out then. (Any other wait ends with a collective's error, here or on another rank.)
+        fail: called once, with one line, when this rank has waited for its own data longer than timeout_s: it is not in a
+        collective that could time out. (Any other wait ends with a collective's error, here or on another rank.)
         """
         folder.mkdir(parents=True, exist_ok=True)
         fixed = {"job": job, "rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
 
         def beat() -> None:
             while True:
-                place = self._place
-                waited = time.monotonic() - place.since
-                record = {**fixed, "step": place.step, "phase": place.phase, "for_s": waited, "time": time.time()}
-                with contextlib.suppress(OSError):  # a full disk must not end a run, and least of all here
+                activity = self._activity
+                waited = time.monotonic() - activity.since
+                record = {**fixed, "step": activity.step, "phase": activity.phase, "for_s": waited, "time": time.time()}
+                with contextlib.suppress(OSError):  # a full disk must not end a run here
                     _write(folder, rank, record)
-                if place.phase == "data" and waited > timeout_s:
-                    fail(f"no batch for step {place.step} within train.timeout_s={timeout_s:g} s: its data do not come")
+                if activity.phase == "data" and waited > timeout_s:
+                    fail(
+                        f"no batch for step {activity.step} within train.timeout_s={timeout_s:g} s: its data did not arrive"
+                    )
                     return
                 if self._stop.wait(BEAT_S):
                     return
@@ -86,27 +88,27 @@ class Heartbeat:
 
 
 def blame(folder: Path, job: str, *, me: int, world: int, closed: bool = False) -> str:
-    """Which rank a failed collective of rank `me` waited for, as far as the files tell. One line.
+    """The rank that a failed collective of rank `me` waited for, as far as the files show. One line.
 
-    closed: it failed because a connection was closed, so whoever is behind did not hang but end (on another host, whose
-    processes cannot be looked at).
+    closed: it failed because a connection was closed, so a rank that is behind did not hang but end (on another host, whose
+    processes cannot be inspected).
     """
     others = {rank: _read(folder, rank, job) for rank in range(world) if rank != me}
-    for judge in (_absent, _gone, _silent):
-        named = [said for rank, record in others.items() if (said := judge(rank, record)) is not None]
-        if named:
-            return "; ".join(named)
-    everyone = {rank: record for rank, record in others.items() if record is not None}
+    for check in (_absent, _gone, _silent):
+        found = [text for rank, record in others.items() if (text := check(rank, record)) is not None]
+        if found:
+            return "; ".join(found)
+    seen = {rank: record for rank, record in others.items() if record is not None}
     mine = _read(folder, me, job)
     if mine is not None:
-        everyone[me] = mine
-    places = {rank: (r["step"], PHASES.index(r["phase"])) for rank, r in everyone.items()}
-    behind = [r for r, place in places.items() if place < max(places.values())]
+        seen[me] = mine
+    progress = {rank: (r["step"], PHASES.index(r["phase"])) for rank, r in seen.items()}
+    behind = [rank for rank, at in progress.items() if at < max(progress.values())]
     if behind:
         did = "ended" if closed else "hangs"
-        return "; ".join(f"rank {r} {did} at step {everyone[r]['step']} ({everyone[r]['phase']})" for r in behind)
-    names = ", ".join(f"rank {rank} on {record['host']}" for rank, record in sorted(everyone.items()))
-    return f"every rank lives and is at step {max(places.values())[0]}: the network between {names} is cut"
+        return "; ".join(f"rank {r} {did} at step {seen[r]['step']} ({seen[r]['phase']})" for r in behind)
+    names = ", ".join(f"rank {rank} on {record['host']}" for rank, record in sorted(seen.items()))
+    return f"every rank is alive and at step {max(progress.values())[0]}: the network between {names} is cut"
 
 
 def _absent(rank: int, record: dict[str, Any] | None) -> str | None:
@@ -114,7 +116,7 @@ def _absent(rank: int, record: dict[str, Any] | None) -> str | None:
 
 
 def _gone(rank: int, record: dict[str, Any] | None) -> str | None:
-    """Only for a rank of this host: gone, or stopped by a signal."""
+    """Gone, or stopped by a signal; only for a rank of this host."""
     if record is None or record["host"] != socket.gethostname():
         return None
     who = f"rank {rank} (process {record['pid']})"
@@ -138,7 +140,7 @@ def _file(folder: Path, rank: int) -> Path:
 
 
 def _write(folder: Path, rank: int, record: dict[str, Any]) -> None:
-    """Whole or not at all for a reader; not fsynced: a machine that lost its power has no collective left to explain."""
+    """Atomic for readers, but not fsynced: after a power loss there is no collective left to explain."""
     target = _file(folder, rank)
     temporary = target.with_suffix(".tmp")
     temporary.write_text(json.dumps(record))

@@ -1,9 +1,9 @@
 """AdamW with a weight decay of its own for the metric learner, and clipping inside its step.
 
 Decision: clipping by value sits in the optimizer's step. DeepSpeed cannot clip by value, but at every ZeRO stage it hands
-its base optimizer the reduced, unscaled gradients (whole or this rank's partition) right before `step`; clamping is
-elementwise, so clamping a partition is clamping the whole. Clipping by norm is DeepSpeed's own, except at stage 0 in
-fp32, where DeepSpeed does not tell the norm: there every rank holds all gradients, and the optimizer clips and tells it.
+its base optimizer the reduced, unscaled gradients (all of them, or this rank's partition) right before `step`; clamping is
+elementwise, so it can be done by partition. Clipping by norm is DeepSpeed's own, except at stage 0 in fp32, where DeepSpeed
+does not return the norm: there every rank holds all gradients, and the optimizer clips and returns it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pldr_model.model import is_metric_parameter
 
 class ClippedAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` that first scales its gradients to a 2-norm of at most `clip_norm`, or clamps every entry to
-    [-clip_value, clip_value]; None: not.
+    [-clip_value, clip_value]; None: no clipping.
 
-    checks_finite: leave out a step whose gradients hold NaN or infinity, and say so in `overflow`, which is where DeepSpeed
-    looks when it counts skipped steps. Waits for the device.
+    checks_finite: skip a step whose gradients hold NaN or infinity, and set `overflow`, which DeepSpeed reads to count
+    skipped steps. Waits for the device.
 
-    `sum_of_squares` is the squared 2-norm of the last step's gradients before all that, of what this rank holds. It is taken
-    where it is needed, for `clip_norm` and `checks_finite`: DeepSpeed takes its own at the ZeRO stages.
+    `sum_of_squares` is the squared 2-norm of the last step's gradients before clipping, of what this rank holds. It is computed
+    only where it is needed, for `clip_norm` and `checks_finite`: at the ZeRO stages DeepSpeed computes its own.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ClippedAdamW(torch.optim.AdamW):
 def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
     """Two groups: the metric learner's residual units with `metric_decay`, everything else with `weight_decay`.
 
-    Biases and norms decay too: the papers' recipe (model.md) and what makes the metric learner forget its input.
+    Biases and norms decay too: that is the papers' recipe, and it is what makes the metric learner forget its input.
     """
     metric = [p for name, p in model.named_parameters() if is_metric_parameter(name)]
     other = [p for name, p in model.named_parameters() if not is_metric_parameter(name)]
@@ -91,11 +91,11 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> ClippedAdamW:
 
 
 def optimizer_clips_norm(train: TrainConfig) -> bool:
-    """Whether clipping by norm is the optimizer's (else DeepSpeed's)."""
+    """Whether the optimizer clips by norm (else DeepSpeed does)."""
     return train.clip_by == "norm" and train.zero_stage == 0 and train.precision == "fp32"
 
 
 def gradient_norm(optimizer: ClippedAdamW) -> float:
-    """2-norm of the last step's gradients where every rank holds all of them (no ZeRO) and it was taken, else NaN. Waits for
-    the device."""
+    """2-norm of the last step's gradients where every rank holds all of them (no ZeRO) and it was computed, else NaN. Waits
+    for the device."""
     return math.nan if optimizer.sum_of_squares is None else math.sqrt(float(optimizer.sum_of_squares))

@@ -1,7 +1,8 @@
-"""`train.profile_steps: [first, last]`: what the CPU and the GPU did in these steps, traced on every rank.
+"""Traces of single steps, and a report of what was in memory when a rank ran out of it.
 
-`logs/profile/steps-000010-000012/rank-N.json.gz` opens in https://ui.perfetto.dev or chrome://tracing; `rank-N.txt` is a table
-of the operators that cost most. Tracing makes these steps slower and changes no number of the training.
+`train.profile_steps: [first, last]` traces the CPU and the GPU on every rank: `logs/profile/steps-000010-000012/
+rank-N.json.gz` opens in https://ui.perfetto.dev or chrome://tracing; `rank-N.txt` is a table of the most expensive operators.
+Tracing makes these steps slower and changes no number of the training.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Traces the steps from `first` to `last`; nothing when `steps` is None or they are over already."""
+    """Traces the steps from `first` to `last`; nothing when `steps` is None or they are already over."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, rank: int) -> None:
         self._first, self._last = steps or (0, -1)
@@ -39,7 +40,7 @@ class StepProfiler:
         self._span: record_function | None = None
 
     def begin(self, step: int) -> None:
-        """A step begins. The one before the first traced one warms the tracer up."""
+        """A step begins. The step before the first traced one warms up the tracer."""
         self._end_span()
         if step > self._last:
             self.close()
@@ -56,7 +57,7 @@ class StepProfiler:
             self._span.__enter__()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        """Write what was traced, if anything; no more is traced."""
+        """Write the trace, if there is one, and stop tracing."""
         self._end_span()
         traced, self._profile, self._last = self._profile, None, -1
         if traced is None or not self._tracing:
@@ -80,7 +81,7 @@ class StepProfiler:
 
 
 def record_history() -> None:
-    """Remember from now on which code allocates GPU memory; nothing on a CPU."""
+    """From now on, record which code allocates GPU memory; nothing on a CPU."""
     if has_gpu():
         torch.cuda.memory._record_memory_history(max_entries=HISTORY_EVENTS)
 
@@ -93,23 +94,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException, folder: Path, rank: int, where: str) -> str:
-    """Write down what memory holds; one line for the user. `error` still holds the frames, so their tensors are alive."""
-    said = f"rank {rank} is out of memory in {where}: {first_line(error)}"
-    mend = "lower train.micro_batch, or share the state with train.zero_stage 2 or 3"
+    """Write what is in memory to a file. Returns one line for the user. `error` holds the frames, which keep tensors alive."""
+    problem = f"rank {rank} is out of memory in {where}: {first_line(error)}"
+    fix = "lower train.micro_batch, or share the state with train.zero_stage 2 or 3"
     target = folder / f"rank-{rank}.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        target.write_text(f"{said}\n\n{_totals()}\n\n" + "\n".join(held(_live())) + "\n")
+        target.write_text(f"{problem}\n\n{_totals()}\n\n" + "\n".join(tensor_lines(_live())) + "\n")
         if has_gpu():
             torch.cuda.memory._dump_snapshot(str(target.with_suffix(".pickle")))  # type: ignore[no-untyped-call]
-    except (OSError, RuntimeError, MemoryError) as problem:
-        log.warning("what was in memory was not written down: %s", first_line(problem))
-        return f"{said}; {mend}"
-    return f"{said}; {mend}. What was in memory: {target}"
+    except (OSError, RuntimeError, MemoryError) as failure:
+        log.warning("the report of what was in memory was not written: %s", first_line(failure))
+        return f"{problem}; {fix}"
+    return f"{problem}; {fix}. What was in memory: {target}"
 
 
-def held(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """Lines `GB  count  what` of named tensors, those alike together, largest first; a storage counts once."""
+def tensor_lines(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Lines `GB  count  what` of named tensors, equal kinds together, largest first; a storage counts once."""
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     seen: set[int] = set()
@@ -129,11 +130,11 @@ def held(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
 
 
 def _live() -> list[tuple[str, torch.Tensor]]:
-    """Every tensor that Python sees, a model's parameters with their names first."""
+    """Every tensor that Python knows, named parameters first."""
     named: list[tuple[str, torch.Tensor]] = []
     others: list[tuple[str, torch.Tensor]] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated attributes of objects that are only looked at
+        warnings.simplefilter("ignore")  # deprecated attributes of objects that are only inspected
         for thing in gc.get_objects():
             kind = type(thing)
             if issubclass(kind, nn.Module):

@@ -1,9 +1,9 @@
-"""A launching process and ranks on other hosts: its signals, and word that it lives, through a file of the run directory.
+"""Requests to stop: signals of this process, and those of the launching process on another host.
 
 On one host a pipe ties the ranks to the process that started them, and signals reach them directly. Through ssh neither works:
-the ranks are children of another host's sshd. So the launching process renews `logs/head.json` once a second, with the signal
-it was sent, if any; a thread of every rank reads it (the run directory is on a file system that all hosts see). A rank ends
-when the file says that it is over, or has not changed for as long as a collective may take.
+the ranks are children of another host's sshd. So the launching process rewrites `logs/head.json` once a second, with the
+signals it was sent; a thread of every rank reads it (the run directory is on a file system that all hosts see). A rank ends
+when the file says that the job is over, or has not changed for as long as a collective may take.
 """
 
 from __future__ import annotations
@@ -20,21 +20,19 @@ from pathlib import Path
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-HEAD_FILE = "PLDR_HEAD_FILE"  # names the file, to the ranks
+HEAD_FILE = "PLDR_HEAD_FILE"  # names the file to the ranks
 BEAT_S = 1.0
 
 
 class Head:
-    """The launching process's end. Use as a context: at its end what still runs is told to end."""
+    """The launching process's side, a context manager: on exit, ranks that still run are made to end."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self._state: dict[str, Any] = {"token": uuid.uuid4().hex, "beat": 0, "signals": [], "over": False}
         self._stop = threading.Event()
         self._lock = threading.RLock()  # a signal's handler runs in the main thread, which may hold it
-        self._thread = threading.Thread(target=self._beat, name="lifeline", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="signals", daemon=True)
 
     def __enter__(self) -> Head:
         self._write()
@@ -47,11 +45,11 @@ class Head:
         self.over()
 
     def pass_on(self, number: int) -> None:
-        """Let every rank note this signal."""
+        """Pass a signal on to every rank."""
         self._write(signals=[*self._state["signals"], int(number)])
 
     def over(self) -> None:
-        """Ranks that still run end at once."""
+        """Make ranks that still run end at once."""
         self._write(over=True)
 
     def _beat(self) -> None:
@@ -67,8 +65,8 @@ class Head:
 
 
 def follow(file: Path, *, patience_s: float, note: Callable[[int], None], fail: Callable[[str], None]) -> None:
-    """A rank's end: start the thread that reads. note: gets each signal once. fail: called once, with the reason to end."""
-    threading.Thread(target=_follow, args=(file, patience_s, note, fail), name="lifeline", daemon=True).start()
+    """A rank's side: start the thread that reads. note: called with each signal. fail: called once, with the reason to end."""
+    threading.Thread(target=_follow, args=(file, patience_s, note, fail), name="signals", daemon=True).start()
 
 
 def _follow(file: Path, patience_s: float, note: Callable[[int], None], fail: Callable[[str], None]) -> None:
@@ -77,7 +75,7 @@ def _follow(file: Path, patience_s: float, note: Callable[[int], None], fail: Ca
         with contextlib.suppress(OSError, ValueError, KeyError):
             state = json.loads(file.read_text())
             token = token or state["token"]
-            if state["over"] or state["token"] != token:  # another start's
+            if state["over"] or state["token"] != token:  # of a later start
                 return fail("the job was ended by the process that started it")
             for number in state["signals"][noted:]:
                 note(signal.Signals(number))
@@ -90,28 +88,28 @@ def _follow(file: Path, patience_s: float, note: Callable[[int], None], fail: Ca
 
 
 class StopRequest:
-    """Which signals this process has been sent; none before `listen`."""
+    """The signals that this process got since `listen`."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
 
     def listen(self) -> None:
-        """Note SIGTERM and SIGUSR1 from now on instead of dying of them. In the main thread."""
+        """From now on, note SIGTERM and SIGUSR1 instead of being killed by them. Call it in the main thread."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 
     def flags(self) -> list[float]:
-        """1 for each of SIGNALS that came, else 0: what the ranks add up."""
+        """For each of SIGNALS 1 if it came, else 0; the ranks sum these."""
         return [float(number in self._seen) for number in SIGNALS]
 
     def note(self, number: int) -> None:
-        """Take a signal for seen that reached this process in another way (pipeline.train.signals)."""
+        """Note a signal that reached this process in another way (`follow`)."""
         self._seen.add(number)
 
     def _note(self, number: int, frame: Any) -> None:
         self.note(number)
 
 
-def named(flags: list[float]) -> str | None:
-    """The name of the first signal that any rank got, from the ranks' added flags; None when there was none."""
+def signal_name(flags: list[float]) -> str | None:
+    """The name of the first signal that any rank got, from the sum of all ranks' flags; None when there was none."""
     return next((number.name for number, flag in zip(SIGNALS, flags, strict=True) if flag), None)

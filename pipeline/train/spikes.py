@@ -1,9 +1,9 @@
-"""What the loop does about a step that was skipped and about a loss spike, the same on every rank.
+"""Skipped steps and loss spikes: how they are detected, and what is done, the same on every rank.
 
-Policy `train.on_spike`: `warn` tells it and goes on; `stop` ends the run; `rollback` loads the newest whole checkpoint into the
-running job and goes on *behind* the offending batch: the position in the data order stays where it is, so that what was seen
-since that checkpoint is left out (the way the PaLM runs went on, arXiv 2204.02311, section 5.1). Steps count again from the
-checkpoint's; MLflow keeps the first value of a step that is trained twice.
+Policy `train.on_spike`: `warn` reports the spike and continues; `stop` ends the run; `rollback` loads the newest intact
+checkpoint into the running job and continues *after* the offending batch: the position in the data order stays where it is, so
+the batches seen since that checkpoint are skipped (as in the PaLM runs, arXiv 2204.02311, section 5.1). Steps count again from
+the checkpoint's; MLflow keeps the first value of a step that is trained twice.
 """
 
 from __future__ import annotations
@@ -26,24 +26,16 @@ from pipeline.errors import ConfigError, UserError
 from pipeline.train.step import Outcome
 
 MIN_LOSSES = 20  # before that there is no bound
-
 ORDER_WINDOW = 9  # validations
-
 MIN_ORDERS = 3
-
 ORDER_FACTOR = 10.0
-
-LEAST_SIGMA = 0.01  # of the median: MAD is 0 when half of the window is equal, and a few percent are no king
-
+LEAST_SIGMA = 0.01  # of the median: MAD is 0 when half of the window is equal, and a few percent are not a spike
 MAX_ROLLBACKS = 3  # to one checkpoint: what spikes again on other data does not spike because of its data
-
 KEPT_EVENTS = 100
-
-
-log = logging.getLogger(__name__)
 SHOWN_IDS = 64
+log = logging.getLogger(__name__)
 Event = dict[str, Any]
-Sequences = Callable[[], npt.NDArray[np.int64]]  # the sequence numbers of a batch; computing them costs
+Sequences = Callable[[], npt.NDArray[np.int64]]  # gives the sequence numbers of a batch; computing them takes time
 
 
 def judge(
@@ -54,10 +46,10 @@ def judge(
     validated: dict[str, float],
     ids: Sequences,
 ) -> Event | None:
-    """The event of this step, if there is one: skipped, or a spike; `ids`: gives the batch's sequence numbers.
+    """The event of this step, if any: a skipped step or a spike. `ids`: gives the batch's sequence numbers.
 
-    Raises ConfigError when too many steps in a row were skipped, or when a spike is to stop the run: starting again would
-    come to the same.
+    Raises ConfigError when too many steps in a row were skipped, or when a spike is to stop the run: a restart would end
+    the same way.
     """
     event: Event | None = None
     guard.skipped_in_a_row = guard.skipped_in_a_row + 1 if outcome.skipped else 0
@@ -89,13 +81,13 @@ def judge(
     guard.record(event)
     if event["action"] == "stop":
         raise ConfigError(
-            f"{told(event)}. train.on_spike=stop ended the run; go on from its last checkpoint with train.on_spike=warn or "
-            "rollback"
+            f"{describe(event)}. train.on_spike=stop ended the run; resume from its last checkpoint with train.on_spike=warn "
+            "or rollback"
         )
     return event
 
 
-def told(event: Event) -> str:
+def describe(event: Event) -> str:
     """An event in one line."""
     value = "not finite" if event["value"] is None else f"{event['value']:.4g}"
     above = "" if event["bound"] is None else f" above {event['bound']:.4g}"
@@ -103,10 +95,10 @@ def told(event: Event) -> str:
     return f"step {event['step']}: {event['what']}, {value}{above}{batch}"
 
 
-def checkpoint_to_go_back_to(folder: Path, guard: Guard, step: int) -> Path | None:
-    """The newest whole checkpoint from before `step`, the same on all ranks; None when there is none. Collective.
+def rollback_target(folder: Path, guard: Guard, step: int) -> Path | None:
+    """The newest intact checkpoint from before `step`, the same on all ranks; None when there is none. Collective.
 
-    Raises ConfigError when the run has gone back to it MAX_ROLLBACKS times already.
+    Raises ConfigError when the run was already rolled back to it MAX_ROLLBACKS times.
     """
     chosen: list[Path | None] = [None]
     if dist.get_rank() == 0:
@@ -120,8 +112,8 @@ def checkpoint_to_go_back_to(folder: Path, guard: Guard, step: int) -> Path | No
     dist.broadcast_object_list(chosen, src=0)
     if chosen[0] is not None and guard.rollbacks.get(chosen[0].name, 0) >= MAX_ROLLBACKS:
         raise ConfigError(
-            f"{chosen[0].name}: rolled back to {MAX_ROLLBACKS} times, and it spikes again on other data; lower train.max_lr "
-            "in a new run_dir, or set train.on_spike=warn"
+            f"{chosen[0].name}: rolled back to it {MAX_ROLLBACKS} times, and the loss spikes again on other data; lower "
+            "train.max_lr in a new run_dir, or set train.on_spike=warn"
         )
     return chosen[0]
 
@@ -147,8 +139,8 @@ def robust_bound(values: Sequence[float], threshold: float) -> float:
 class Guard:
     """What has been seen and done so far; kept in state.json.
 
-    skipped_in_a_row: steps that were skipped, up to now without one that was not. spikes: how many began. events: the
-    newest, each with step, what, value, bound and what was done. rollbacks: how often, by the checkpoint's name.
+    skipped_in_a_row: the skipped steps since the last one that was not. spikes: how many began. events: the newest, each
+    with its step, what, value, bound and action. rollbacks: how many, by the checkpoint's name.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -160,9 +152,9 @@ class Guard:
     rollbacks: dict[str, int] = field(default_factory=dict)
 
     def loss(self, value: float, *, window: int, threshold: float) -> float | None:
-        """Take note of a step's loss; the bound it is above, when a spike begins with it, else None.
+        """Record a step's loss. Returns the bound that it exceeds when a spike begins with it, else None.
 
-        A spike that lasts is one: it ends with the first loss under the bound. Losses that are not finite do not count.
+        A spike that lasts counts once: it ends with the first loss under the bound. Losses that are not finite do not count.
         """
         if not math.isfinite(value):
             return None
@@ -174,7 +166,7 @@ class Guard:
         return bound if begins else None
 
     def order(self, value: float) -> float | None:
-        """Take note of a validation's order parameter of G; the bound it is above, else None."""
+        """Record a validation's order parameter of G. Returns the bound that it exceeds, else None."""
         if not math.isfinite(value):
             return None
         bound = ORDER_FACTOR * statistics.median(self.orders) if len(self.orders) >= MIN_ORDERS else math.inf
@@ -183,10 +175,10 @@ class Guard:
         return bound if value > bound else None
 
     def record(self, event: dict[str, Any]) -> None:
-        """Keep an event for those who read state.json."""
+        """Keep an event, for readers of state.json."""
         self.events = [*self.events, event][-KEPT_EVENTS:]
 
     def roll_back(self, later: Guard, checkpoint: str) -> None:
-        """Take over, as the guard of a checkpoint that `later`'s run has gone back to, what must not be forgotten."""
+        """After a rollback to this guard's checkpoint: keep the counts and events of `later`, the guard before the rollback."""
         self.spikes, self.events = later.spikes, later.events
         self.rollbacks = {**later.rollbacks, checkpoint: later.rollbacks.get(checkpoint, 0) + 1}

@@ -1,4 +1,4 @@
-"""What a training run is at: its state, how it begins, goes on from a checkpoint, and goes back to one."""
+"""The state of a training run: how it begins, resumes from a checkpoint, and rolls back to one."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.checkpoint import load
 from pipeline.checkpoint.deepspeed_files import ZeroState
-from pipeline.checkpoint.format import COMMITTED, checkpoint_name, verify
+from pipeline.checkpoint.format import checkpoint_name, verify
 from pipeline.config.run import RunConfig
 from pipeline.config.schedule import invariance_budget
 from pipeline.config.train import TrainConfig
-from pipeline.train.engine import release, set_recipe
-from pipeline.train.freeze import engine_of, frozen_g
+from pipeline.train.engine import build_engine, release, set_recipe
 from pipeline.train.spikes import Guard
+from pldr_model.model import PLDRModel
+
+G_PARAMETER = ".attention.plga.G_LM"  # the end of its name, where G is a parameter of each layer
+
+
+Batch = tuple[Sequence[np.ndarray], int]  # a rank's micro batches [n, S+1] of a global batch, and the position after it
 
 
 class TrainData(Protocol):
-    """What the loop needs of a loader: `limit` global batches from a position of the data order on, each as this rank's
-    micro batches [n, S+1], with the position behind it."""
+    """What the trainer needs of a loader."""
 
     @property
     def num_sequences(self) -> int:
@@ -34,16 +40,18 @@ class TrainData(Protocol):
         """The sequence numbers of the batch that begins at a position."""
         ...
 
-    def micro_batches(self, position: int, *, limit: int) -> Iterator[tuple[Sequence[np.ndarray], int]]: ...
+    def micro_batches(self, position: int, *, limit: int) -> Iterator[Batch]:
+        """`limit` global batches, from a position of the data order."""
+        ...
 
 
 @dataclass
 class TrainState:
-    """How far the run is; what a checkpoint's state.json says about it.
+    """How far the run is; stored in a checkpoint's state.json under these names.
 
-    sequences_consumed: the position in the data order, sequences that were left out (sequences_left_out) included: as bad,
-    or by a rollback.
-    val_loss_cached: the newest validation's, at val_step; None before the first one and when it is not finite.
+    sequences_consumed: the position in the data order. It includes sequences_left_out: those that could not be read, and
+    those that a rollback skipped.
+    val_loss_cached: of the newest validation, at val_step; None before the first one and when it is not finite.
     """
 
     step: int = 0
@@ -53,15 +61,15 @@ class TrainState:
     sequences_left_out: int = 0
     val_loss_cached: float | None = None
     val_step: int | None = None
-    calm_evaluations: int = 0  # in a row, as train.freeze_g counts them
+    evaluations_below: int = 0  # validations in a row with the order parameter of G under train.freeze_g.below
     frozen: int | None = None  # the step after which G was frozen
-    budget: float = 0.0  # the invariance budget up to here, without skipped steps
+    budget: float = 0.0  # the invariance budget spent so far, without skipped steps
     guard: Guard = field(default_factory=Guard)
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where the run's inputs come from; kept in every checkpoint and checked before a resume (pretrain.py)."""
+    """Where the run's inputs come from; kept in every checkpoint and checked before a resume (pipeline/stages/resume.py)."""
 
     data_fingerprint: str
     tokenizer_sha256: str
@@ -69,7 +77,7 @@ class Lineage:
 
 
 def begin(config: RunConfig, start: Path | None) -> tuple[Any, TrainState]:
-    """An engine and how far it is: new weights, or those of a checkpoint."""
+    """A new engine and its state: of new weights, or of a checkpoint's."""
     if start is None:
         return engine_of(config, None), TrainState()
     saved = verify(start)
@@ -79,12 +87,29 @@ def begin(config: RunConfig, start: Path | None) -> tuple[Any, TrainState]:
     return engine, _load(engine, start, saved, config.train)
 
 
+def engine_of(config: RunConfig, g_lm_LHKK: Tensor | None) -> Any:
+    """A DeepSpeed engine with safe checkpoints: of the model with a learned G, or of the frozen one with this G."""
+    torch.manual_seed(config.seed)  # the same weights on every rank and at every world size
+    chosen = config.trained_model(frozen=g_lm_LHKK is not None)
+    model = PLDRModel(chosen, g_lm_LHKK=g_lm_LHKK if chosen.g_source == "file" else None)
+    engine = build_engine(model, config.train, dist.get_world_size())
+    load.make_safe(engine)
+    return engine
+
+
+def frozen_g(source: ZeroState) -> Tensor:
+    """The G [L,H,K,K] of a frozen run's checkpoint."""
+    if "g_lm" in source.buffers:
+        return source.buffers["g_lm"].detach().float()
+    return torch.stack([source.tensor(name) for name in source.shapes if name.endswith(G_PARAMETER)])
+
+
 def _load(engine: Any, folder: Path, saved: dict[str, Any], settings: TrainConfig) -> TrainState:
     load.load(engine, folder, saved, precision=settings.precision)
     set_recipe(engine, settings)
-    # Older checkpoints lack fields that were added since; their defaults are what was true then.
+    # Older checkpoints lack fields that were added since; the defaults are what was true then.
     if _threshold(saved["config"]["train"]) != _threshold(settings.model_dump()):
-        saved["calm_evaluations"] = 0  # counted under another one
+        saved["evaluations_below"] = 0  # they were below another threshold
     saved.setdefault("budget", invariance_budget(settings, saved["step"]) - saved.get("budget_skipped", 0.0))
     known = {key: saved[key] for key in TrainState.__dataclass_fields__ if key in saved}
     return TrainState(**{**known, "guard": Guard(**saved.get("guard", {}))})
@@ -95,8 +120,8 @@ def _threshold(train: dict[str, Any]) -> float | None:
 
 
 def roll_back(engine: Any, config: RunConfig, target: Path, state: TrainState) -> tuple[Any, TrainState]:
-    """A checkpoint of this run, loaded: its engine (another one when G was frozen since) and its state, but behind the batches
-    seen until now."""
+    """Load a checkpoint of this run. Returns its engine (a new one when G was frozen since) and its state, but with the
+    position after the batches seen so far."""
     saved = verify(target)
     if (saved.get("frozen") is None) == (state.frozen is None):
         earlier = _load(engine, target, saved, config.train)
@@ -110,20 +135,13 @@ def roll_back(engine: Any, config: RunConfig, target: Path, state: TrainState) -
     return engine, earlier
 
 
-def whole(folder: Path) -> ZeroState | None:
-    """The checkpoint in this folder; None when rank 0 sees that it was not saved. Collective."""
-    there = [(folder / COMMITTED).is_file()]
-    dist.broadcast_object_list(there)
-    return ZeroState(folder / folder.name) if there[0] else None
-
-
 def record(config: RunConfig, state: TrainState, lineage: Lineage, *, freezes: bool) -> dict[str, Any]:
-    """What state.json says. freezes: whether G is frozen after this checkpoint, which then stays (retention.py)."""
-    world_size = dist.get_world_size()
+    """The content of state.json. freezes: whether G is frozen after this checkpoint, which is then kept
+    (pipeline/checkpoint/retention.py)."""
     return {
         **asdict(state),
         **asdict(lineage),
         "freezes": freezes,
         "config": config.as_dict(),
-        "world_size": world_size,
+        "world_size": dist.get_world_size(),
     }

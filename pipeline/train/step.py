@@ -1,17 +1,18 @@
-"""One optimizer step over a global batch, and what all ranks have to know of it: the loss, a skip, a wish to stop.
+"""One optimizer step over a global batch, and what all ranks have to know about it: the loss, a skip, a request to stop.
 
 Decision: one all-reduce of a few numbers a step. On gloo it costs a fraction of a millisecond. On a GPU it is queued before
-the last `engine.step`, which waits for the device anyway (it reads the gradients' norm), so reading it afterwards waits for
-nothing.
+the last `engine.step`, which waits for the device anyway (it reads the gradients' norm), so reading it afterwards costs no
+wait.
 
-What is not finite: a loss that is NaN or infinite is multiplied with NaN, so that its gradients are not finite either,
-wherever it arose; through the reduction they reach every rank, and all skip the step: at ZeRO stages 1 to 3 and in bf16
-DeepSpeed does that, in fp32 at stage 0, where it has no such check, ClippedAdamW. Weights and moments stay as they were.
+Losses that are not finite: a loss that is NaN or infinite is multiplied by NaN, so that its gradients are not finite either,
+wherever it arose. The reduction brings them to every rank, and all skip the step: DeepSpeed does that at ZeRO stages 1 to 3
+and in bf16, ClippedAdamW (optim.py) in fp32 at stage 0, where DeepSpeed has no such check. Weights and moments stay as they
+were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +20,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.train.signals import StopRequest, named
+from pipeline.train.signals import StopRequest, signal_name
 from pipeline.train.telemetry import Stopwatch
 from pldr_model.config import ModelConfig
-from pldr_model.loss import cross_entropy, total_loss
+from pldr_model.loss import Losses, cross_entropy, total_loss
+
+LossFunction = Callable[..., Losses]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A step, as every rank knows it. loss: mean over the global batch, nats per token; stop: a signal's name."""
+    """The result of a step, the same on every rank. loss: mean over the global batch, nats per token; stop: a signal's name."""
 
     loss: float
     skipped: bool
@@ -42,31 +45,33 @@ def global_step(
     stop: StopRequest,
     device: torch.device,
     forward: Stopwatch,
+    loss: LossFunction = total_loss,
 ) -> Outcome:
-    """Forward, backward and update over this rank's micro batches, each [n, S+1]; collective. `forward` times the first."""
+    """Forward, backward and update over this rank's micro batches, each [n, S+1]; collective. `forward`: times the forward
+    passes; `loss`: called as total_loss of pldr_model/loss.py is."""
     wants_outputs = any(model.dag_coefficients)
     loss_sum = torch.zeros((), device=device)
     skipped_before = int(engine.skipped_steps)
-    told: _Told | None = None
+    reduced: _AllReduce | None = None
     for number, micro in enumerate(micro_batches, 1):
         ids = torch.from_numpy(micro).to(device, non_blocking=True)
         with forward.running():
             result = engine(ids[:, :-1], padded=False, return_outputs=wants_outputs)
         logits, outputs = result if wants_outputs else (result, None)
         try:
-            losses = total_loss(logits, ids[:, 1:], model, outputs=outputs)
+            losses = loss(logits, ids[:, 1:], model, outputs=outputs)
             total, plain = losses.total, losses.cross_entropy
-        except FloatingPointError:  # the DAG regulariser's tensors are not finite
+        except FloatingPointError:  # the DAG regularizer's tensors are not finite
             plain = cross_entropy(logits, ids[:, 1:], pad_id=model.pad_id)
             total = plain * torch.nan
         engine.backward(_poisoned(total))
         loss_sum += plain.detach()
         if number == len(micro_batches):
-            told = _Told(loss_sum / number, stop.flags())
+            reduced = _AllReduce(loss_sum / number, stop.flags())
         engine.step()
-    assert told is not None
-    loss, flags = told.read()
-    return Outcome(loss, int(engine.skipped_steps) != skipped_before, named(flags))
+    assert reduced is not None
+    mean_loss, flags = reduced.read()
+    return Outcome(mean_loss, int(engine.skipped_steps) != skipped_before, signal_name(flags))
 
 
 def _poisoned(loss: torch.Tensor) -> torch.Tensor:
@@ -75,8 +80,8 @@ def _poisoned(loss: torch.Tensor) -> torch.Tensor:
     return loss * torch.where(finite, torch.ones_like(loss), torch.full_like(loss, torch.nan))
 
 
-class _Told:
-    """A loss and flags on their way through all ranks: the mean of the one, the sums of the others."""
+class _AllReduce:
+    """Over all ranks: the mean of a loss and the sums of flags. Starts immediately; `read` waits for it."""
 
     def __init__(self, loss: torch.Tensor, flags: list[float]) -> None:
         numbers = torch.cat(

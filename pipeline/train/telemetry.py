@@ -1,11 +1,11 @@
-"""What every rank and node measures, brought to the one run: who is slow, and how full and busy each machine is.
+"""What every rank and node measures, as metrics of the one run: which rank is slow, and how full and busy each machine is.
 
-All ranks end a step together, so a step's length says nothing about who was waited for. What differs is the time before ranks
+All ranks end a step together, so a step's length does not show which rank was waited for. What differs is the time before ranks
 wait for one another: fetching the batch, and the forward pass, which communicates nothing at ZeRO stages 0 to 2. At stage 3 it
 gathers parameters, so a slow rank slows the others' forward passes too and the spread is damped.
 
 Decision: rank 0 logs for all. One all-gather of a few numbers at each logging interval instead of an MLflow client on every
-node: the spool that survives an outage stays the only line to MLflow (metrics_spool.py).
+node: the spool that survives an outage stays the only connection to MLflow (pipeline/tracking/metrics.py).
 """
 
 from __future__ import annotations
@@ -33,14 +33,12 @@ PEAK_FLOPS = {  # dense bf16, vendors' data sheets
     "MI300X": 1307e12,
     "B200": 2250e12,
 }
-
-
 NODES_TAG = "pldr.nodes"
-MAX_NODES = 64  # whose metrics are logged; of the others only what counts over all ranks
+MAX_NODES = 64  # whose metrics are logged; the others count only in what is taken over all ranks
 
 
 class Stopwatch:
-    """Seconds between readings spent inside `running`; on a GPU those of its stream, without waiting for it until `read`."""
+    """Seconds inside `running` since the last `read`; on a GPU those of its stream, without waiting for it before `read`."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -49,7 +47,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """What happens inside counts."""
+        """Time what happens inside."""
         if self._cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
@@ -73,7 +71,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Reading:
-    """One rank's numbers since the last reading. NaN: not known here. The node's numbers count from its first rank only."""
+    """One rank's numbers since the last reading. NaN: unknown here. A node's numbers are taken from its first rank."""
 
     first_on_node: float  # 1 or 0
     data_s: float  # for a step
@@ -102,7 +100,7 @@ class Measures:
         psutil.cpu_percent()  # the first reading counts from here
 
     def step(self) -> None:
-        """One step more is done."""
+        """Count a step."""
         self._steps += 1
 
     def gather(self) -> dict[str, float]:
@@ -141,7 +139,7 @@ class Measures:
 
 
 def summary(rows: np.ndarray) -> dict[str, float]:
-    """Metrics from the readings of all ranks, [ranks, fields of Reading]; what no rank knows is left out.
+    """Metrics from the readings of all ranks, [ranks, fields of Reading]; what no rank knows is omitted.
 
     `system/rank_seconds_*`: a step's seconds before ranks wait for one another, over ranks; `system/slowest_rank` had the most.
     `system/node-K/*`: K counts the nodes in the order of their ranks (their names: the run's tag `pldr.nodes`).
@@ -167,7 +165,7 @@ def summary(rows: np.ndarray) -> dict[str, float]:
 
 
 def first_on_node() -> bool:
-    """Whether this rank is its node's first, as every launcher says."""
+    """Whether this rank is its node's first, from the launcher's LOCAL_RANK."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -188,7 +186,7 @@ def _gpu_percent() -> float:
 
 
 def peak_flops() -> float | None:
-    """Peak dense bf16 FLOP/s of one device, None where it is not known (a CPU)."""
+    """Peak dense bf16 FLOP/s of one device, None where it is unknown (a CPU)."""
     if not has_gpu():
         return None
     name = torch.cuda.get_device_name()
@@ -196,10 +194,10 @@ def peak_flops() -> float | None:
 
 
 class Throughput:
-    """Tokens per second between two readings, time spent elsewhere (validation, checkpoints) left out."""
+    """Tokens per second between two readings, without the time spent on validation and checkpoints."""
 
     def __init__(self) -> None:
-        self._start, self._away, self._tokens = time.perf_counter(), 0.0, 0
+        self._start, self._paused, self._tokens = time.perf_counter(), 0.0, 0
 
     def add(self, tokens: int) -> None:
         """Count trained tokens."""
@@ -210,11 +208,11 @@ class Throughput:
         """Time that is not training."""
         started = time.perf_counter()
         yield
-        self._away += time.perf_counter() - started
+        self._paused += time.perf_counter() - started
 
     def read(self) -> float:
         """Tokens per second since the last reading."""
         now = time.perf_counter()
-        rate = self._tokens / max(now - self._start - self._away, 1e-9)
-        self._start, self._away, self._tokens = now, 0.0, 0
+        rate = self._tokens / max(now - self._start - self._paused, 1e-9)
+        self._start, self._paused, self._tokens = now, 0.0, 0
         return rate

@@ -1,7 +1,8 @@
-"""The training loop: one screen, no callbacks.
+"""The training loop: `Trainer.train` is the order of everything that happens in a step, each event a method below it.
 
-The only training-data state is `sequences_consumed`; everything else follows from the configuration (order.py,
-schedule.py) or is in the checkpoint. Every rank runs this function; rank 0 talks.
+The only state of the training data is `sequences_consumed`; everything else follows from the configuration
+(pipeline/data/loading/order.py, pipeline/config/schedule.py) or is in the checkpoint. Every rank has a Trainer; rank 0
+reports.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -17,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from pipeline.checkpoint.format import checkpoint_name
 from pipeline.checkpoint.retention import policy_of, retain
 from pipeline.checkpoint.save import Saver
 from pipeline.config.paths import RunPaths, staging_folder
@@ -29,184 +30,290 @@ from pipeline.tracking.publish import Publisher
 from pipeline.train.console import Progress
 from pipeline.train.engine import device_of_rank, release, set_learning_rate
 from pipeline.train.evaluate import validate
-from pipeline.train.freeze import calm, freeze, is_due, mean_g, num_batches
+from pipeline.train.freeze import FreezeRule, freeze, mean_g, num_batches
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.optim import gradient_norm
 from pipeline.train.profiling import StepProfiler, record_history
 from pipeline.train.signals import StopRequest
-from pipeline.train.spikes import checkpoint_to_go_back_to, judge, told
-from pipeline.train.state import Lineage, TrainData, TrainState, begin, record, roll_back, whole
-from pipeline.train.step import global_step
+from pipeline.train.spikes import Event, Sequences, describe, judge, rollback_target
+from pipeline.train.state import Batch, Lineage, TrainData, TrainState, begin, record, roll_back
+from pipeline.train.step import LossFunction, Outcome, global_step
 from pipeline.train.telemetry import Measures, Throughput, first_on_node, peak_flops
+from pldr_model.config import ModelConfig
+from pldr_model.loss import total_loss
 
 log = logging.getLogger(__name__)
 
 
-def train(
-    config: RunConfig,
-    data: TrainData,
-    held_out: np.ndarray,
-    *,
-    bytes_per_token: float,
-    lineage: Lineage,
-    tracker: Tracker | None,
-    resume_from: Path | None,
-    publisher: Publisher | None = None,
-    heart: Heartbeat | None = None,
-    stop: StopRequest | None = None,
-) -> TrainState:
-    """Train to `train.steps`, or to the step in which a rank was asked to stop; collective.
+class Trainer:
+    """One rank of a training run: `Trainer(...).train()`. Every rank makes one and calls the same methods; collective.
 
-    `held_out`: validation sequences [n, S+1]; `tracker`, `publisher`: rank 0's, else None. Raises UserError when too many
-    losses in a row are not finite, a spike is to stop the run, a checkpoint does not fit, or the last one cannot be written.
+    `data`: this rank's batches; `held_out`: validation sequences [n, S+1]; `tracker`, `publisher`: rank 0's, else None;
+    `resume_from`: a committed checkpoint, or None; `loss`: what is minimized (total_loss of pldr_model/loss.py).
+    `engine` and `state` are the current ones: a freeze or a rollback replaces them. Raises UserError when a checkpoint does not
+    fit this run.
     """
-    heart, stop = heart or Heartbeat(), stop or StopRequest()
-    settings, paths = config.train, RunPaths(config.run_dir)
-    world, device = dist.get_world_size(), device_of_rank()
-    if settings.memory_history:
-        record_history()
-    engine, state = begin(config, resume_from)
-    saver = Saver(
-        engine,
-        paths.checkpoints,
-        staging=staging_folder(config),
-        first_on_node=first_on_node(),
-        committed=partial(_committed, config, paths.checkpoints, publisher),
-    )
-    progress = Progress(config, start_step=state.step) if dist.get_rank() == 0 else None
-    throughput, measures = Throughput(), Measures(paths.root, device)
-    profiler = StepProfiler(settings.profile_steps, paths.profiles, dist.get_rank())
-    tokens_per_batch = settings.global_batch * config.model.context_length
-    peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_flops()
-    batches = data.micro_batches(state.sequences_consumed, limit=settings.steps - state.step)
-    stopped: str | None = None
-    no_freeze_before = 0  # later when a save has failed
 
-    def is_to_freeze() -> bool:
-        due = is_due(settings, state.step, state.calm_evaluations)
-        return state.frozen is None and state.step >= no_freeze_before and due
+    def __init__(
+        self,
+        config: RunConfig,
+        paths: RunPaths,
+        data: TrainData,
+        held_out: np.ndarray,
+        *,
+        bytes_per_token: float,
+        lineage: Lineage,
+        tracker: Tracker | None,
+        resume_from: Path | None,
+        publisher: Publisher | None = None,
+        heart: Heartbeat | None = None,
+        stop: StopRequest | None = None,
+        loss: LossFunction = total_loss,
+    ) -> None:
+        self.config, self.settings, self.checkpoints = config, config.train, paths.checkpoints
+        self.data, self.held_out, self.bytes_per_token = data, held_out, bytes_per_token
+        self.lineage, self.tracker = lineage, tracker
+        self.heart, self.stop, self.loss = heart or Heartbeat(), stop or StopRequest(), loss
+        self.device = device_of_rank()
+        if self.settings.memory_history:
+            record_history()
+        self.engine, self.state = begin(config, resume_from)
+        self.freeze_rule = FreezeRule(self.settings)
+        self.saver = Saver(
+            self.engine,
+            self.checkpoints,
+            staging=staging_folder(config),
+            first_on_node=first_on_node(),
+            committed=partial(_committed, config, self.checkpoints, publisher),
+        )
+        self.progress = Progress(config, start_step=self.state.step) if dist.get_rank() == 0 else None
+        self.throughput, self.measures = Throughput(), Measures(paths.root, self.device)
+        self.profiler = StepProfiler(self.settings.profile_steps, paths.profiles, dist.get_rank())
+        self.peak = self.settings.peak_tflops * 1e12 if self.settings.peak_tflops else peak_flops()
+        self.batches = self._batches_from_here()
+        self.stopped: str | None = None  # the signal that ends training after this step
 
-    gc.disable()  # ranks must not pause one after another; collected at the logging interval
+    def train(self) -> TrainState:
+        """Train to `train.steps`, or to the step in which a rank was asked to stop.
 
-    while state.step < settings.steps:
-        if is_to_freeze():
-            source = whole(paths.checkpoints / checkpoint_name(state.step))
-            ahead = list(islice(batches, num_batches(settings))) if source is not None else []
-            batches = chain(ahead, batches)
-            if source is not None and ahead:
-                heart.at(state.step, "freeze")
-                with throughput.pause():
-                    g_lm = mean_g(engine, config.model, [micro for micro, _ in ahead])
-                    release(engine)
-                    del engine, saver.engine
-                    saver.engine = engine = freeze(config, source, g_lm)
-                state.frozen = state.step
-                _tell(progress, f"G is frozen after step {state.step}: the metric learner is gone")
-        model = config.trained_model(frozen=state.frozen is not None)
-        profiler.begin(state.step + 1)
-        heart.at(state.step + 1, "data")
-        with measures.data.running():
-            batch = next(batches, None)
-        if batch is None:  # steps that were rolled back are trained on further batches
-            batches = data.micro_batches(state.sequences_consumed, limit=settings.steps - state.step)
-            continue
-        micro_batches, position = batch
-        heart.at(state.step + 1, "compute")
-        rate = learning_rate(settings, state.step)
-        set_learning_rate(engine, rate)
-        outcome = global_step(engine, micro_batches, model, stop=stop, device=device, forward=measures.forward)
-        ids = partial(data.indices, state.sequences_consumed)
-        stopped = outcome.stop
+        Raises UserError when too many losses in a row are not finite, a spike is to stop the run, or the last checkpoint cannot
+        be written.
+        """
+        gc.disable()  # ranks must not pause one after another; collected at the logging interval
+        while self.state.step < self.settings.steps:
+            if self.freeze_rule.is_due(self.state):
+                self._freeze()
+            outcome, sequences = self._step()
+            values: dict[str, float] = {}
+            if self._logs_now():
+                values |= self._training_metrics(outcome)
+            if self._validates_now():
+                values |= self._validate()
+            event = self._check_for_spike(outcome, values, sequences)
+            if values:
+                self._log(values)
+            if event is not None and event["action"] == "rollback" and self._roll_back():
+                continue
+            if self._saves_now():
+                self._save()
+            if self.stopped is not None:
+                break
+        self.profiler.close()
+        self.heart.at(self.state.step, "end")
+        if self.progress is not None:
+            self.progress.end(self.state.step, stop=self.stopped)
+        return self.state
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model that is trained now: another one once G is frozen."""
+        return self.config.trained_model(frozen=self.state.frozen is not None)
+
+    def optimize(self, micro_batches: Sequence[np.ndarray]) -> Outcome:
+        """One optimizer step over a global batch (a test overrides this to look at the engine before and after)."""
+        return global_step(
+            self.engine,
+            micro_batches,
+            self.model,
+            stop=self.stop,
+            device=self.device,
+            forward=self.measures.forward,
+            loss=self.loss,
+        )
+
+    def _freeze(self) -> None:
+        """Replace the metric learner by the mean of G over the coming batches. Does nothing when the checkpoint of this
+        step, which the frozen model's weights are read from, was not saved."""
+        source = self.freeze_rule.source(self.checkpoints, self.state)
+        if source is None:
+            return
+        ahead = self._look_ahead(num_batches(self.settings))
+        self.heart.at(self.state.step, "freeze")
+        with self.throughput.pause():
+            g_lm = mean_g(self.engine, self.config.model, [micro_batches for micro_batches, _ in ahead])
+            release(self.engine)
+            del self.engine, self.saver.engine  # its memory is free before the new one is made
+            self.saver.engine = self.engine = freeze(self.config, source, g_lm)
+        self.state.frozen = self.state.step
+        self._announce(f"G is frozen after step {self.state.step}: the metric learner is gone")
+
+    def _step(self) -> tuple[Outcome, Sequences]:
+        """Train on the next global batch. Returns what came of it, and what gives the numbers of its sequences."""
+        step, sequences = self.state.step, partial(self.data.indices, self.state.sequences_consumed)
+        self.profiler.begin(step + 1)
+        self.heart.at(step + 1, "data")
+        with self.measures.data.running():
+            micro_batches, position = self._next_batch()
+        self.heart.at(step + 1, "compute")
+        rate = learning_rate(self.settings, step)
+        set_learning_rate(self.engine, rate)
+        outcome = self.optimize(micro_batches)
+        self.stopped = outcome.stop
+        self._advance(outcome, position, rate)
+        return outcome, sequences
+
+    def _advance(self, outcome: Outcome, position: int, rate: float) -> None:
+        """Count a step whose batch ends at this position of the data order."""
+        state, batch = self.state, self.settings.global_batch
+        tokens = batch * self.config.model.context_length
         if not outcome.skipped and state.frozen is None:
-            state.budget += rate * settings.metric_decay
+            state.budget += rate * self.settings.metric_decay
         state.step += 1
-        state.skipped_steps = int(engine.skipped_steps)
-        state.sequences_left_out += position - state.sequences_consumed - settings.global_batch
+        state.skipped_steps = int(self.engine.skipped_steps)
+        state.sequences_left_out += position - state.sequences_consumed - batch
         state.sequences_consumed = position
-        state.tokens_consumed += tokens_per_batch
-        throughput.add(tokens_per_batch)
-        measures.step()
-        last = state.step == settings.steps or stopped is not None
-        checkpoint_due = state.step % settings.checkpoint_every == 0 or last
-        values: dict[str, float] = {}
+        state.tokens_consumed += tokens
+        self.throughput.add(tokens)
+        self.measures.step()
 
-        if (
-            state.step % settings.log_every == 0
-            or state.step % settings.checkpoint_every == 0
-            or state.step == settings.steps
-        ):
-            gc.collect(1)
-            values |= {
-                "train/loss": outcome.loss,
-                "train/lr": rate,
-                "train/grad_norm": _gradient_norm(engine),
-                "train/tokens_per_second": throughput.read(),
-                "train/skipped_steps": float(state.skipped_steps),
-                "train/spikes": float(state.guard.spikes),
-                "data/epoch": state.sequences_consumed / data.num_sequences,
-                "data/tokens": float(state.tokens_consumed),
-                "data/left_out_sequences": float(state.sequences_left_out),
-                **measures.gather(),
-            }
-            if peak is not None:
-                flops = values["train/tokens_per_second"] * model.flops_per_token(training=True)
-                values["train/mfu"] = flops / (peak * world)
-            if settings.freeze_g is not None:
-                values["invariance/frozen"] = float(state.frozen is not None)
-            if config.model.g_source == "learned":
-                values["invariance/budget"] = state.budget
-            if outcome.skipped:
-                del values["train/loss"], values["train/grad_norm"]
+    def _is_last(self) -> bool:
+        return self.state.step == self.settings.steps or self.stopped is not None
 
-        if state.step % settings.validate_every == 0 or state.step == settings.steps:
-            heart.at(state.step, "validate")
-            with throughput.pause():
-                values |= validate(
-                    engine, model, held_out, batch_size=settings.micro_batch, bytes_per_token=bytes_per_token
-                )
-            cached = values["val/loss_cached"]
-            state.calm_evaluations = calm(settings, state.calm_evaluations, values.get("invariance/order_parameter_G"))
-            state.val_loss_cached, state.val_step = cached if math.isfinite(cached) else None, state.step
+    def _logs_now(self) -> bool:
+        step, settings = self.state.step, self.settings
+        return step % settings.log_every == 0 or step % settings.checkpoint_every == 0 or step == settings.steps
 
+    def _validates_now(self) -> bool:
+        return self.state.step % self.settings.validate_every == 0 or self.state.step == self.settings.steps
+
+    def _saves_now(self) -> bool:
+        due = self.state.step % self.settings.checkpoint_every == 0 or self._is_last()
+        return due or self.freeze_rule.needs_checkpoint(self.state)
+
+    def _training_metrics(self, outcome: Outcome) -> dict[str, float]:
+        """What is logged of the step that just ended, and of the interval since the last logging."""
+        gc.collect(1)
+        state, settings = self.state, self.settings
+        values = {
+            "train/loss": outcome.loss,
+            "train/lr": learning_rate(settings, state.step - 1),
+            "train/grad_norm": _gradient_norm(self.engine),
+            "train/tokens_per_second": self.throughput.read(),
+            "train/skipped_steps": float(state.skipped_steps),
+            "train/spikes": float(state.guard.spikes),
+            "data/epoch": state.sequences_consumed / self.data.num_sequences,
+            "data/tokens": float(state.tokens_consumed),
+            "data/left_out_sequences": float(state.sequences_left_out),
+            **self.measures.gather(),
+        }
+        if self.peak is not None:
+            flops = values["train/tokens_per_second"] * self.model.flops_per_token(training=True)
+            values["train/mfu"] = flops / (self.peak * dist.get_world_size())
+        if settings.freeze_g is not None:
+            values["invariance/frozen"] = float(state.frozen is not None)
+        if self.config.model.g_source == "learned":
+            values["invariance/budget"] = state.budget
+        if outcome.skipped:
+            del values["train/loss"], values["train/grad_norm"]
+        return values
+
+    def _validate(self) -> dict[str, float]:
+        """Score the held-out sequences; what the freeze rule and the retention of checkpoints need goes into the state."""
+        self.heart.at(self.state.step, "validate")
+        with self.throughput.pause():
+            values = validate(
+                self.engine,
+                self.model,
+                self.held_out,
+                batch_size=self.settings.micro_batch,
+                bytes_per_token=self.bytes_per_token,
+            )
+        self.freeze_rule.count(self.state, values.get("invariance/order_parameter_G"))
+        cached = values["val/loss_cached"]
+        self.state.val_loss_cached = cached if math.isfinite(cached) else None
+        self.state.val_step = self.state.step
+        return values
+
+    def _check_for_spike(self, outcome: Outcome, values: dict[str, float], sequences: Sequences) -> Event | None:
+        """A skipped step or a loss spike, announced; `values` gets the new count. Raises UserError when it ends the run."""
         try:
-            event = judge(state.guard, settings, state.step, outcome, values, ids)
+            event = judge(self.state.guard, self.settings, self.state.step, outcome, values, sequences)
         except UserError:  # the same on every rank
-            saver.settle()
+            self.saver.finish()
             raise
         if event is not None:
-            values["train/spikes"] = float(state.guard.spikes)
-            _warn(progress, told(event))
-        if values:
-            _report(tracker, progress, state.step, values)
-        if event is not None and event["action"] == "rollback":
-            _warn(progress, saver.settle())
-            target = checkpoint_to_go_back_to(paths.checkpoints, state.guard, state.step)
-            if target is not None:
-                engine, earlier = roll_back(engine, config, target, state)
-                saver.engine = engine
-                state = earlier
-                _tell(progress, f"rolled back to step {state.step}; goes on at position {state.sequences_consumed}")
-                continue
-            _warn(progress, "there is no checkpoint to roll back to; training goes on")
-        freezes = is_to_freeze()
-        if checkpoint_due or freezes or state.step - 1 == state.frozen:
-            heart.at(state.step, "save")
-            with throughput.pause():
-                try:
-                    _warn(progress, saver.save(record(config, state, lineage, freezes=freezes), wait=last or freezes))
-                except UserError as error:  # on every rank: a full disk, say
-                    if last:
-                        raise
-                    _warn(progress, f"{error}; training goes on, earlier checkpoints are kept")
-                    no_freeze_before = state.step + settings.checkpoint_every
-        if stopped is not None:
-            break
+            values["train/spikes"] = float(self.state.guard.spikes)
+            self._warn(describe(event))
+        return event
 
-    profiler.close()
-    heart.at(state.step, "end")
-    if progress is not None:
-        progress.end(state.step, stop=stopped)
-    return state
+    def _log(self, values: dict[str, float]) -> None:
+        if self.tracker is not None:
+            self.tracker.log(self.state.step, values)
+        if self.progress is not None:
+            self.progress.update(self.state.step, values)
+
+    def _roll_back(self) -> bool:
+        """Load the newest intact checkpoint, and continue after the batches seen so far; False when there is none."""
+        self._warn(self.saver.finish())
+        target = rollback_target(self.checkpoints, self.state.guard, self.state.step)
+        if target is None:
+            self._warn("there is no checkpoint to roll back to; training continues")
+            return False
+        self.engine, self.state = roll_back(self.engine, self.config, target, self.state)
+        self.saver.engine = self.engine
+        position = self.state.sequences_consumed
+        self._announce(f"rolled back to step {self.state.step}; continues at position {position}")
+        return True
+
+    def _save(self) -> None:
+        """Save a checkpoint. One that fails ends the run only at its last step."""
+        freezes, last = self.freeze_rule.is_due(self.state), self._is_last()
+        self.heart.at(self.state.step, "save")
+        with self.throughput.pause():
+            try:
+                saved = record(self.config, self.state, self.lineage, freezes=freezes)
+                self._warn(self.saver.save(saved, wait=last or freezes))
+            except UserError as error:  # on every rank: a full disk, say
+                if last:
+                    raise
+                self._warn(f"{error}; training continues, earlier checkpoints are kept")
+                self.freeze_rule.postpone(self.state)
+
+    def _batches_from_here(self) -> Iterator[Batch]:
+        return self.data.micro_batches(self.state.sequences_consumed, limit=self.settings.steps - self.state.step)
+
+    def _next_batch(self) -> Batch:
+        batch = next(self.batches, None)
+        if batch is None:  # steps that were rolled back are trained on further batches
+            self.batches = self._batches_from_here()
+            batch = next(self.batches)
+        return batch
+
+    def _look_ahead(self, count: int) -> list[Batch]:
+        """The coming batches, at least one; they are still trained on."""
+        first = self._next_batch()
+        ahead = [first, *islice(self.batches, count - 1)]
+        self.batches = chain(ahead, self.batches)
+        return ahead
+
+    def _warn(self, text: str | None) -> None:
+        if text is not None:
+            self._announce(f"warning: {text}")
+
+    def _announce(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.event(text)
+            log.warning("%s", text)
 
 
 def _committed(config: RunConfig, folder: Path, publisher: Publisher | None, step: int) -> None:
@@ -220,21 +327,3 @@ def _committed(config: RunConfig, folder: Path, publisher: Publisher | None, ste
 def _gradient_norm(engine: Any) -> float:
     norm = engine.get_global_grad_norm()
     return gradient_norm(engine.optimizer) if norm is None else float(norm)
-
-
-def _warn(progress: Progress | None, text: str | None) -> None:
-    if text is not None:
-        _tell(progress, f"warning: {text}")
-
-
-def _tell(progress: Progress | None, text: str) -> None:
-    if progress is not None:
-        progress.event(text)
-        log.warning("%s", text)
-
-
-def _report(tracker: Tracker | None, progress: Progress | None, step: int, values: dict[str, float]) -> None:
-    if tracker is not None:
-        tracker.log(step, values)
-    if progress is not None:
-        progress.update(step, values)

@@ -1,7 +1,7 @@
-"""What DeepSpeed does in vain in a step, left out: the results stay the same to the bit, the step gets shorter.
+"""Redundant work in a DeepSpeed step, skipped: the results are bit-equal, the step is shorter.
 
-Measured on DeepSpeed 0.19.8 (`pldr bench train`, docs/speed.md). Small models and CPUs gain; on a large model and a GPU most of
-it is hidden behind the computation.
+Measured on DeepSpeed 0.19.8 (`pldr bench train`, docs/speed.md). Small models and CPUs gain; with a large model on a GPU most
+of it is hidden behind the computation.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from pipeline.distributed import has_gpu
 
 
-def leave_out_the_needless(engine: Any, zero_stage: int, world_size: int) -> None:
-    """Replace methods of an engine, and of its ZeRO 1 or 2 optimizer."""
+def skip_redundant_work(engine: Any, zero_stage: int, world_size: int) -> None:
+    """Replace methods of an engine and of its ZeRO 1 or 2 optimizer."""
     if world_size == 1:
         engine.buffered_allreduce_fallback = _nothing  # stage 0
     zero = engine.optimizer
@@ -30,12 +30,12 @@ def leave_out_the_needless(engine: Any, zero_stage: int, world_size: int) -> Non
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """The mean over one rank."""
+    """The mean over one rank needs no work."""
 
 
 def _check_gradients_at_once(zero: Any) -> None:
-    """ZeRO 1 and 2 look at each gradient in Python, twice: for NaN and infinity, and for its norm. Here one kernel does it for
-    all. (A norm that fp32 cannot hold counts as infinite.)"""
+    """ZeRO 1 and 2 read each gradient from Python, twice: for NaN and infinity, and for its norm. Here one kernel does both
+    for all gradients. (A norm that overflows fp32 counts as infinite.)"""
 
     def norms(gradients: Any) -> Tensor:
         real = [g.detach().float() for g in gradients if g is not None and not getattr(g, "_zero_padding", False)]
@@ -50,14 +50,14 @@ def _check_gradients_at_once(zero: Any) -> None:
         squares = norms(gradients).square().sum()
         torch.distributed.all_reduce(squares, group=zero.dp_process_group)
         total = squares.sqrt()
-        return torch.where(total.isfinite(), total, -torch.ones_like(total))  # as DeepSpeed marks it
+        return torch.where(total.isfinite(), total, -torch.ones_like(total))  # DeepSpeed's mark of an overflow
 
     zero.has_overflow_partitioned_grads_serial = has_overflow
     zero.get_grad_norm_direct = norm
 
 
 def _keep_pointers(zero: Any) -> None:
-    """After each step every parameter is pointed, in Python, at the piece of the flat weights that it is already."""
+    """After each step ZeRO points every parameter, in Python, at the piece of the flat weights that it already is."""
     step = zero.step
 
     def lean_step(*args: Any, **kwargs: Any) -> Any:
@@ -65,13 +65,13 @@ def _keep_pointers(zero: Any) -> None:
         try:
             return step(*args, **kwargs)
         finally:
-            del zero._update_model_bit16_weights  # the class's again: loading a checkpoint needs it
+            del zero._update_model_bit16_weights  # back to the class's method: loading a checkpoint needs it
 
     zero.step = lean_step
 
 
 def _reduce_nothing(zero: Any) -> None:
-    """Among one rank gradients are copied together, divided by one and copied back."""
+    """With one rank gradients would be copied together, divided by one and copied back."""
 
     def reduce_gradients(pipeline_parallel: bool = False) -> None:
         assert not pipeline_parallel
@@ -81,8 +81,8 @@ def _reduce_nothing(zero: Any) -> None:
 
 
 def _keep_flat_gradients(zero: Any) -> None:
-    """A rank's gradients are copied into one tensor for the optimizer: a new one in each step, whose pages a CPU's kernel has
-    to find and clear first. Here one is kept. (A GPU's allocator keeps it anyway, and gives it to others meanwhile.)"""
+    """A rank's gradients are copied into one tensor for the optimizer: a new one in each step, whose pages the operating system
+    has to find and clear first. Here one is kept. (A GPU's allocator keeps it anyway, and lends it to others meanwhile.)"""
     original = zero._get_preflattened_grad_partition
     kept: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
@@ -96,8 +96,8 @@ def _keep_flat_gradients(zero: Any) -> None:
             sizes = [piece.numel() for piece in pieces]
             parts = torch.split(flat[: sum(sizes)], sizes)
             kept[group] = flat, [part.view_as(piece) for part, piece in zip(parts, pieces, strict=True)]
-        flat, places = kept[group]
-        torch._foreach_copy_(places, pieces)
+        flat, views = kept[group]
+        torch._foreach_copy_(views, pieces)
         return flat
 
     zero._get_preflattened_grad_partition = flat_gradients

@@ -1,4 +1,4 @@
-"""Real ranks for the tests of the training floor."""
+"""Real ranks for the tests of pipeline/train and pipeline/checkpoint."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The bench measures what it says, on a model that takes milliseconds. Timings themselves are never tested."""
+"""The bench measures what it reports, on a model that takes milliseconds. Timings themselves are never tested."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def test_bench_reports_model_and_twin(tiny):
 
 
 def test_both_are_run_in_turn_and_the_medians_count(monkeypatch):
-    """A clock that advances by what each run says it took: the medians and that of the rounds' ratios, in alternating order."""
+    """A clock that advances by what each run is set to take: the medians, and that of the ratios, in alternating order."""
     now, order = [0.0], []
 
     def run(name, costs):
@@ -38,7 +38,7 @@ def test_both_are_run_in_turn_and_the_medians_count(monkeypatch):
     assert order == ["model", "twin", "twin", "model", "model", "twin"]
 
 
-def test_bench_trains_with_the_dag_regulariser(tiny):
+def test_bench_trains_with_the_dag_regularizer(tiny):
     result = bench(replace(tiny, dag_coefficients=(0.01, 0.01, 0.01)), batch_size=1, steps=1, decode_tokens=2)
     assert result["train_tokens_per_second"] > 0
 

@@ -29,7 +29,7 @@ def test_counts_are_those_of_the_model(g_source):
 
 
 def test_flops_of_the_paper_size_by_hand():
-    """Per token, forward: linear layers, attention over the whole context, PLGA amortised over it, output."""
+    """Per token, forward: linear layers, attention over the whole context, PLGA amortized over it, output."""
     config, D, K, S = ModelConfig(**PAPER_110M), 896, 64, 1024
     layer = 2 * (4 * D * D + 3 * D * 2389) + 4 * S * D + 2 * (2 * K * D)
     layer += 2 * 14 * K * (8 * 2 * 3 * K * 170) / S + 2 * 14 * (2 * K**3) / S

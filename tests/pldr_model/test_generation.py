@@ -21,7 +21,7 @@ def model() -> PLDRModel:
 
 
 def argmax_by_full_passes(model, prompt, count, g_lm):
-    """Greedy tokens, each from a whole pass over all tokens so far."""
+    """Greedy tokens, each from a full pass over all tokens so far."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(model(torch.tensor([ids]), g_lm=g_lm, padded=False)[0, -1].argmax()))

@@ -1,4 +1,4 @@
-"""Initialisation, precision, compilation, and the regulariser where naive arithmetic overflows."""
+"""Initialization, precision, compilation, and the regularizer where naive arithmetic overflows."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pldr_model.config import ModelConfig
 from pldr_model.layers import Linear
-from pldr_model.loss import cross_entropy, dag_regulariser, total_loss
+from pldr_model.loss import cross_entropy, dag_regularizer, total_loss
 from pldr_model.model import PLDRModel
 
 
@@ -116,7 +116,7 @@ def naive_dag(x):
 def test_dag_term_and_gradient_equal_the_naive_ones_where_those_exist(seed, scale, size):
     x = scale * torch.randn(3, 2, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     ours, naive = x.clone().requires_grad_(), x.clone().requires_grad_()
-    value = dag_regulariser([ours])
+    value = dag_regularizer([ours])
     expected = naive_dag(naive)
     assert value.item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-12)
     value.backward()
@@ -128,7 +128,7 @@ def test_dag_term_and_gradient_equal_the_naive_ones_where_those_exist(seed, scal
 def test_dag_term_beyond_overflow(exponent):
     """X = sqrt(c) I has tr(expm(X∘X)) / K = e^c: fp32 overflows at c = 88, fp64 at 709."""
     x = torch.full((2, 1, 6), math.sqrt(exponent)).diag_embed().requires_grad_()
-    value = dag_regulariser([x])
+    value = dag_regularizer([x])
     assert value.item() == pytest.approx(exponent, rel=1e-6)
     value.backward()
     assert x.grad.isfinite().all()
@@ -137,14 +137,14 @@ def test_dag_term_beyond_overflow(exponent):
 
 
 def test_dag_term_vanishes_on_a_directed_acyclic_graph():
-    assert dag_regulariser([torch.randn(2, 3, 5, 5).tril(-1)]).item() == pytest.approx(0, abs=1e-12)
+    assert dag_regularizer([torch.randn(2, 3, 5, 5).tril(-1)]).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_dag_term_refuses_what_is_not_finite():
     x = torch.ones(1, 1, 3, 3)
     x[0, 0, 1, 1] = float("nan")
     with pytest.raises(FloatingPointError, match="A_P holds inf or NaN"):
-        dag_regulariser([x], name="A_P")
+        dag_regularizer([x], name="A_P")
 
 
 @pytest.mark.parametrize("g_source", ["learned", "random"])

@@ -31,8 +31,8 @@ def plain_sdpa_decoder(model, ids):
         return x @ weight.T + state[f"{name}.bias"].chunk(parts)[part]
 
     def norm(x, name):
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + config.layer_norm_eps).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        scaled = centered / (centered.pow(2).mean(-1, keepdim=True) + config.layer_norm_eps).sqrt()
         return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
     def glu(x, name):

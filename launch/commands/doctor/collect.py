@@ -18,6 +18,7 @@ from launch.backends.job import free_port
 from launch.commands.doctor.connect import LOCAL, Runner, check_connections
 from launch.commands.doctor.findings import Finding, check_bandwidth, check_nodes
 from launch.commands.doctor.probe import token_file
+from pipeline.checkpoint.format import checkpoint_bytes
 from pipeline.config.paths import RunPaths, staging_folder, tokens_folder
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError
@@ -121,7 +122,7 @@ def _needs(config: RunConfig | None) -> dict[str, Any]:
     return {
         "run_dir": str(paths.root),
         "run_dir_bytes": disk_needed(config, paths),
-        "staging_bytes": 17 * config.model.num_parameters()["total"],  # one checkpoint, as disk_needed counts it
+        "staging_bytes": checkpoint_bytes(config.model),
         "cache_bytes": int(config.data.cache_gigabytes * 1e9),
         "mlflow": without_secrets(tracking_uri(config)),
     }

@@ -207,7 +207,7 @@ def test_a_full_disk_warns_and_training_goes_on(work, straight):
     try:
         with Training(work) as training:
             assert training.wait() == 1
-            assert "warning: " in training.output and "training goes on" in training.output
+            assert "warning: " in training.output and "training continues" in training.output
             assert "step-000060: the checkpoint was not saved" in training.result["error"]
         assert steps_saved(work) == [10, 20]
         subprocess.run(["mount", "-o", f"remount,size={size * 4}", str(small)], check=True)

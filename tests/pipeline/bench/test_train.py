@@ -13,16 +13,16 @@ from launch.backends.job import free_port
 from pipeline.bench import train
 from pipeline.config.run import RunConfig
 
-# In a process of its own, since it joins a process group; the folders that were saved to are told, too.
+# In its own process, since it joins a process group; it also prints the folders that were saved to.
 SCRIPT = """
 import json, sys
-from pathlib import Path
+from unittest.mock import patch
 from pipeline.config.run import RunConfig
 from pipeline.bench import train as bench
-real, folders = bench.Saver, []
-bench.Saver = lambda engine, folder: folders.append(str(folder)) or real(engine, folder)
 config = RunConfig.model_validate(json.loads(sys.argv[1]))
-result = bench.bench(config, port=int(sys.argv[2]), steps=3, batch=None, saves=1)
+with patch.object(bench, "Saver", wraps=bench.Saver) as saver:
+    result = bench.bench(config, port=int(sys.argv[2]), steps=3, batch=None, saves=1)
+folders = [str(call.args[1]) for call in saver.call_args_list]
 print(json.dumps({**result, "folders": folders}))
 """
 

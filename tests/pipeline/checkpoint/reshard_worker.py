@@ -1,9 +1,9 @@
-"""One rank of tests/pipeline/checkpoint/test_reshard.py: straight runs that leave checkpoints, and runs that go on from them.
+"""One rank of tests/pipeline/checkpoint/test_reshard.py: straight runs that save checkpoints, and runs that resume from them.
 
 Usage: reshard_worker.py FOLDER CASE...; a job of each world size runs at the same time, on the same folder.
     PRECISION-STAGE                                           a straight run of 2n steps, with a checkpoint at n
-    WORLD-PRECISION-STAGE:PRECISION-STAGE:MICRO[:split|:lost] n steps from that checkpoint. split: stage 3 keeps no parameter
-                                                              whole; lost: with zeros for the moments (what must be noticed)
+    WORLD-PRECISION-STAGE:PRECISION-STAGE:MICRO[:split|:lost] n steps from that checkpoint. split: stage 3 partitions
+                                                              every parameter; lost: zeros for the moments (must be noticed)
 Rank 0 writes FOLDER/w{ranks}.json: case -> losses, and whether the state that was carried over is equal, bit for bit.
 """
 
@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def straight(folder, case):
 def resumed(folder, case):
     source, target, micro, *how = case.split(":")
     start = folder / f"w{source}" / "checkpoints" / HALF
-    while not (start / "COMMITTED").exists():  # the other job is at it
+    while not (start / "COMMITTED").exists():  # the other job is writing it
         time.sleep(0.05)
     own = folder / "split.json"
     own.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 10}}')
@@ -75,12 +76,9 @@ def carried(config, start, folder):
     return all(same) and old.adam_step == new.adam_step and old.counters == new.counters
 
 
-@contextlib.contextmanager
 def lost_moments():
     real = ZeroState.tensor
-    ZeroState.tensor = lambda self, name, what=WEIGHT: real(self, name, what) * (what == WEIGHT)
-    yield
-    ZeroState.tensor = real
+    return patch.object(ZeroState, "tensor", lambda self, name, what=WEIGHT: real(self, name, what) * (what == WEIGHT))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint goes on at another world size, ZeRO stage, micro batch or precision: the same run, in real deepspeed ranks."""
+"""A run resumes at another world size, ZeRO stage, micro batch or precision: the same run, on real deepspeed ranks."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from launch.backends.job import free_port
 
 WORKER = "tests.pipeline.checkpoint.reshard_worker"
-# By world size; what stands for all in the default suite. Sources: 0, 1 and 3 of two ranks, 2 of one.
+# By world size; the selection for the default suite. Sources: 0, 1 and 3 of two ranks, 2 of one.
 FEW = {
     1: ["fp32-2", "2-fp32-0:fp32-3:2", "2-fp32-1:fp32-1:4", "2-fp32-3:fp32-0:2"],
     2: ["fp32-0", "fp32-1", "fp32-3", "1-fp32-2:fp32-3:2:split", "2-fp32-3:fp32-2:4", "2-fp32-1:fp32-0:2",
@@ -20,7 +20,7 @@ FEW = {
 
 
 def start_jobs(folder: Path, cases: dict[int, list[str]], timeout: float) -> dict[int, dict]:
-    """One job for each world size, side by side; what their ranks 0 wrote."""
+    """One job for each world size, at the same time; what their ranks 0 wrote."""
     ranks = []
     for world, of_world in cases.items():
         port = str(free_port())
@@ -89,7 +89,7 @@ def test_every_stage_and_world_size_to_every_other(tmp_path):
 
 @pytest.mark.slow
 def test_bf16_masters_and_a_change_of_precision(tmp_path):
-    """What is carried over is bit-equal. The losses only come near: in bf16 straight runs of other stages differ by 2e-3."""
+    """What is carried over is bit-equal. The losses are only close: in bf16 straight runs of other stages differ by 2e-3."""
     cases = {
         1: ["bf16-2", "fp32-1", "2-bf16-0:bf16-3:2", "2-bf16-3:bf16-1:2", "2-bf16-1:fp32-0:2"],
         2: ["bf16-0", "bf16-1", "bf16-3", "1-bf16-2:bf16-0:2", "2-bf16-1:bf16-3:2", "1-fp32-1:bf16-2:2"],

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: properties of the rule, and the rule on a folder."""
+"""Which checkpoints are kept: properties of the policy, and the policy on a folder."""
 
 import json
 import math
@@ -17,7 +17,7 @@ POLICIES = st.builds(Policy, st.integers(2, 5), st.none() | st.integers(1, 50), 
 
 
 @given(LOSSES, POLICIES)
-def test_what_stays(losses, policy):
+def test_what_is_kept(losses, policy):
     now = max(losses, default=0)
     stay = policy.keep(losses, now)
     steps = sorted(losses)
@@ -28,7 +28,7 @@ def test_what_stays(losses, policy):
     pinned = {s for s in steps if losses[s] == PINNED}
     assert pinned <= stay
     rest = stay - set(steps[-policy.last :]) - every - pinned
-    assert len(rest) <= policy.best  # nothing but the best is there for another reason
+    assert len(rest) <= policy.best  # nothing but the best is kept for another reason
     finite = {s: loss for s, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if policy.best and finite:
         assert min(finite.values()) in [finite[s] for s in stay if s in finite]
@@ -37,7 +37,7 @@ def test_what_stays(losses, policy):
 
 
 @given(LOSSES, POLICIES)
-def test_saving_one_after_the_other_keeps_what_hindsight_keeps(losses, policy):
+def test_saving_one_after_the_other_keeps_what_the_policy_keeps_of_all(losses, policy):
     here: dict[int, float | None] = {}
     for step in sorted(losses):
         here[step] = losses[step]
@@ -47,16 +47,16 @@ def test_saving_one_after_the_other_keeps_what_hindsight_keeps(losses, policy):
 
 
 @given(LOSSES, POLICIES, st.integers(0, 400))
-def test_a_future_that_was_left_is_not_judged_and_crowds_nothing_out(losses, policy, now):
+def test_steps_after_a_rollback_are_kept_and_crowd_nothing_out(losses, policy, now):
     past = {s: loss for s, loss in losses.items() if s <= now}
     assert policy.keep(losses, now) == policy.keep(past, now) | (losses.keys() - past.keys())
 
 
 @given(POLICIES, st.integers(1, 300), st.integers(1, 30))
-def test_the_disk_is_asked_for_enough(policy, steps, interval):
+def test_the_estimate_of_the_disk_is_enough(policy, steps, interval):
     saved = {step: float(step) for step in {*range(interval, steps + 1, interval), steps}}  # the best is the oldest
     kept = len(policy.keep(saved, steps))
-    spare = policy.last + 2  # one that stays for two reasons may be counted twice
+    spare = policy.last + 2  # one that is kept for two reasons may be counted twice
     assert kept <= policy.at_most(steps, interval) <= kept + spare
 
 
@@ -83,14 +83,14 @@ def test_a_folder_is_left_with_the_last_the_nth_and_the_best(tmp_path):
         save(tmp_path, step, val_step=step, val_loss_cached=loss)
         removed += [path.name for path in retain(tmp_path, Policy(2, every=30, best=True), busy={"step-000040"})]
     (tmp_path / "step-000070").mkdir()  # never committed
-    (tmp_path / "step-000020" / "state.json").write_text("{")  # damaged: its loss is not known any more
+    (tmp_path / "step-000020" / "state.json").write_text("{")  # damaged: its loss is unknown now
     assert local_losses(tmp_path) == {20: None, 30: 2.0, 40: 2.5, 50: 2.0, 60: 1.7}
     assert removed == ["step-000010"]
-    retain(tmp_path, Policy(2, every=30, best=True))  # nobody reads 40 any more
+    retain(tmp_path, Policy(2, every=30, best=True))  # 40 is no longer being read
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000030", "step-000050", "step-000060"]
 
 
-def test_what_cannot_be_removed_is_told_and_tried_again(tmp_path, monkeypatch, caplog):
+def test_what_cannot_be_removed_is_logged_and_tried_again(tmp_path, monkeypatch, caplog):
     for step in (10, 20, 30):
         save(tmp_path, step)
     real = Path.unlink
@@ -104,15 +104,15 @@ def test_what_cannot_be_removed_is_told_and_tried_again(tmp_path, monkeypatch, c
     assert [path.name for path in retain(tmp_path, Policy(2))] == ["step-000010"]
 
 
-def test_a_save_that_goes_on_is_left_alone(tmp_path):
+def test_a_save_in_progress_is_left_alone(tmp_path):
     save(tmp_path, 10)
     (tmp_path / ".step-000020.staging" / "step-000020").mkdir(parents=True)
     retain(tmp_path, Policy(2))
     assert (tmp_path / ".step-000020.staging" / "step-000020").is_dir()
 
 
-def test_what_is_committed_while_others_are_judged_is_not_removed(tmp_path, monkeypatch):
-    """Retention runs beside training: the next checkpoint may come between its look and its removal."""
+def test_what_is_committed_during_retention_is_not_removed(tmp_path, monkeypatch):
+    """Retention runs beside training: the next checkpoint may be committed between its listing and its removal."""
     for step in (10, 20, 30):
         save(tmp_path, step)
 

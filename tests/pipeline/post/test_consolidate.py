@@ -139,7 +139,7 @@ def test_a_checkpoint_that_holds_code_is_not_run(checkpoint: Path, victim: str, 
 
     torch.save({"module": Malice(), "optimizer_state_dict": Malice()}, checkpoint / STEP / victim)
     recommit(checkpoint)
-    assert "not a checkpoint file of ours" in refused(checkpoint)
+    assert "not a checkpoint file: damaged" in refused(checkpoint)
     assert not witness.exists()
     torch.load(checkpoint / STEP / victim, weights_only=False)
     assert witness.exists()  # the trap was a real one

@@ -188,7 +188,7 @@ def test_a_kill_between_the_renames_of_a_save_loses_no_committed_step(run, left,
     assert start.checkpoint == folder / "step-000006" and run.reported == []  # it was not fetched
     assert start.state["config"]["train"]["log_every"] == (7 if left == "old and new" else 10)
     assert sorted(p.name for p in folder.iterdir()) == ["step-000003", "step-000006"]
-    assert "has its name back" in caplog.text
+    assert "recovered" in caplog.text
 
 
 def test_a_job_file_that_is_started_a_second_time_is_refused(run):

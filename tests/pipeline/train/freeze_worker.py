@@ -22,8 +22,8 @@ from tests.pipeline.train.zero_worker import configuration, run, with_train
 SWITCH = 4
 
 
-def told(folder: Path, step: int) -> dict:
-    """What a checkpoint is of: its parameters, its G, whether it is frozen."""
+def saved_model(folder: Path, step: int) -> dict:
+    """The model in a checkpoint: its parameters, its G, whether it is frozen."""
     checkpoint = folder / "checkpoints" / checkpoint_name(step)
     saved = verify(checkpoint)
     state = ZeroState(checkpoint / checkpoint.name)
@@ -32,8 +32,8 @@ def told(folder: Path, step: int) -> dict:
 
 
 def switch(config, folder: Path, g_lm: torch.Tensor) -> dict:
-    """The switch once more, against the checkpoint before it: is G the mean over the sequences that came next, has every weight
-    and moment been carried over, and is the engine gone?"""
+    """The freeze once more, against the checkpoint before it: is G the mean over the sequences that came next, has every weight
+    and moment been carried over, and is the engine freed?"""
     name = checkpoint_name(SWITCH)
     source = ZeroState(folder / "checkpoints" / name / name)
     model = PLDRModel(config.model)
@@ -82,7 +82,7 @@ def frozen_run(folder: Path, stage: int, precision: str, held_out: np.ndarray) -
     return {
         "straight": straight, "before": before, "after": after, "moved": moved,
         "switch": switch(config, folder / f"z{stage}", g_lm),
-        "saved": {step: told(folder / f"z{stage}", step) for step in (SWITCH, SWITCH + 1, 6)},
+        "saved": {step: saved_model(folder / f"z{stage}", step) for step in (SWITCH, SWITCH + 1, 6)},
     }  # fmt: skip
 
 
@@ -92,8 +92,8 @@ def main() -> None:
     init_distributed(120)
     held_out = np.random.default_rng(99).integers(4, 67, size=(9, 17))
     results = {stage: frozen_run(folder, stage, precision, held_out) for stage in stages}
-    calm = with_train(configuration(folder / "calm", 1, precision, "norm"), validate_every=1,
-                      freeze_g=FreezeConfig(below=1e9, evaluations=2, sequences=8))  # fmt: skip
+    by_order = with_train(configuration(folder / "order", 1, precision, "norm"), validate_every=1,
+                          freeze_g=FreezeConfig(below=1e9, evaluations=2, sequences=8))  # fmt: skip
     config = with_train(configuration(folder / "trained", 1, precision, "norm"), keep_checkpoints=9,
                         freeze_g=FreezeConfig(at_step=SWITCH, sequences=12, become="parameter"))  # fmt: skip
     trained = run(config, held_out).points
@@ -105,7 +105,7 @@ def main() -> None:
         "g": [n for n in state.shapes if n.endswith("plga.G_LM")],
         "moved": bool(state.tensor("layers.0.attention.plga.G_LM", MOMENTS[0]).any()),
     }  # fmt: skip
-    results["calm"] = run(calm, held_out).points
+    results["by_order"] = run(by_order, held_out).points
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(results))
     dist.barrier()

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from pipeline.checkpoint.format import checkpoint_name, verify
 from pipeline.config.load import parse_config
 from pipeline.errors import UserError
-from pipeline.train import step, trainer
 from pipeline.train.engine import init_distributed
-from pipeline.train.state import Lineage
-from tests.pipeline.train.zero_worker import Batches, Recorder, configuration
+from pipeline.train.trainer import Trainer
+from pldr_model.loss import total_loss
+from tests.pipeline.train.zero_worker import Batches, configuration, make_trainer
 
 BAD = 16  # the position of the third batch
 SPIKE = 24 * 8  # of the 25th
@@ -27,7 +27,7 @@ SAVED = 22  # the step before it whose checkpoint is kept
 
 
 class Shifted(Batches):
-    """The order, but from the checkpoint's position on it goes on behind the spike; remembers where it is."""
+    """The same order, but from the checkpoint's position on it continues after the spike; remembers where it is."""
 
     here = -1
 
@@ -42,29 +42,33 @@ class Shifted(Batches):
             yield micro, behind - shift
 
 
-def train(config, data, resume_from=None):
-    recorder = Recorder()
-    state = trainer.train(
-        config,
-        data,
-        np.random.default_rng(99).integers(4, 67, size=(9, 17)),
-        bytes_per_token=2.0,
-        lineage=Lineage("data", "tokenizer", "run"),
-        tracker=recorder,
-        resume_from=resume_from,
-    )
-    return recorder.points, state
+HELD_OUT = np.random.default_rng(99).integers(4, 67, size=(9, 17))
 
 
-def injected(harm):
-    """The loss of the model, after `harm(losses, logits)` when this rank trains the batch it is meant for."""
-    real = step.total_loss
+def train(config, data, harm=None, resume_from=None):
+    """What is logged, and the last state. harm(losses, logits): the loss in place of the model's."""
 
-    def total_loss(logits, *arguments, **keywords):
-        return harm(real(logits, *arguments, **keywords), logits)
+    def loss(logits, *arguments, **keywords):
+        losses = total_loss(logits, *arguments, **keywords)
+        return losses if harm is None else harm(losses, logits)
 
-    step.total_loss = total_loss
-    return real
+    trainer = make_trainer(config, HELD_OUT, data=data, resume_from=resume_from, loss=loss)
+    return trainer.tracker.points, trainer.train()
+
+
+class Watched(Trainer):
+    """Notes for each step whether it left weights and moments as they were, and whether it was skipped."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.unchanged, self.skipped = [], []
+
+    def optimize(self, micro_batches):
+        before = weights_and_moments(self.engine)
+        outcome = super().optimize(micro_batches)
+        self.unchanged.append(before == weights_and_moments(self.engine))
+        self.skipped.append(outcome.skipped)
+        return outcome
 
 
 def weights_and_moments(engine):
@@ -89,7 +93,8 @@ def skipped_step(folder, stage, precision, kind, limit=10):
     config = configuration(folder, stage, precision, "value" if stage == 2 else "norm")
     config = config.model_copy(update={"train": config.train.model_copy(update={"max_skipped_steps": limit})})
 
-    def harm(losses, logits):
+    def loss(logits, *arguments, **keywords):
+        losses = total_loss(logits, *arguments, **keywords)
         if Shifted.here != BAD or dist.get_rank() != 1:
             return losses
         if kind == "gradient":
@@ -97,27 +102,16 @@ def skipped_step(folder, stage, precision, kind, limit=10):
             return losses
         return replace_losses(losses, torch.inf)
 
-    hashes, outcomes = [], []
-    real_loss, real_step = injected(harm), trainer.global_step
-
-    def watched(engine, *arguments, **keywords):
-        before = weights_and_moments(engine)
-        outcome = real_step(engine, *arguments, **keywords)
-        hashes.append(before == weights_and_moments(engine))
-        outcomes.append(outcome.skipped)
-        return outcome
-
-    trainer.global_step = watched
-    message = None
+    trainer = make_trainer(config, HELD_OUT, data=Shifted(config), make=Watched, loss=loss)
+    message, result = None, {}
     try:
-        points, state = train(config, Shifted(config))
+        state, points = trainer.train(), trainer.tracker.points
         result = {"points": points, "skipped_steps": state.skipped_steps, "budget": points[6]["invariance/budget"]}
     except UserError as error:
-        message, result = str(error), {}
-    finally:
-        trainer.global_step, step.total_loss = real_step, real_loss
+        message = str(error)
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, {"unchanged": hashes, "skipped": outcomes, "message": message})
+    seen = {"unchanged": trainer.unchanged, "skipped": trainer.skipped, "message": message}
+    dist.all_gather_object(everyone, seen)
     return {**result, "ranks": everyone}
 
 
@@ -126,8 +120,8 @@ def replace_losses(losses, factor):
 
 
 def rolled_back(folder, stage, precision):
-    """A batch whose loss is ten times too high: the run that meets it, the same run killed behind the rollback, and one that
-    never met it but went on behind it from the same checkpoint."""
+    """A batch whose loss is ten times too high: the run that meets it, the same run killed after the rollback, and one that
+    never met it but continued after it from the same checkpoint."""
 
     def settings(name, **train_keys):
         tree = configuration(folder / name, stage, precision, "norm").as_dict()
@@ -144,21 +138,17 @@ def rolled_back(folder, stage, precision):
     def harm(losses, logits):
         return replace_losses(losses, 10.0) if Shifted.here == SPIKE else losses
 
-    real = injected(harm)
+    config = settings("run", on_spike="rollback")
+    points, state = train(config, Shifted(config), harm)
+    saved = folder / "run" / "checkpoints" / checkpoint_name(SAVED)
+    again, _ = train(config, Shifted(config), harm, resume_from=saved)
+    warned, warned_state = train(settings("warn"), Shifted(settings("warn")), harm)
+    stopped = settings("stop", on_spike="stop")
     try:
-        config = settings("run", on_spike="rollback")
-        points, state = train(config, Shifted(config))
-        saved = folder / "run" / "checkpoints" / checkpoint_name(SAVED)
-        again, _ = train(config, Shifted(config), resume_from=saved)
-        warned, warned_state = train(settings("warn"), Shifted(settings("warn")))
-        stopped = settings("stop", on_spike="stop")
-        try:
-            train(stopped, Shifted(stopped))
-            message = None
-        except UserError as error:
-            message = str(error)
-    finally:
-        step.total_loss = real
+        train(stopped, Shifted(stopped), harm)
+        message = None
+    except UserError as error:
+        message = str(error)
     other = settings("other")
     behind, _ = train(other, Shifted(other, skip_from=SAVED * 8), resume_from=saved)
     last = verify(folder / "run" / "checkpoints" / checkpoint_name(30))

@@ -20,7 +20,7 @@ from pipeline.train.telemetry import Stopwatch
 from pldr_model.model import PLDRModel
 from tests.pipeline.train.zero_worker import Batches, configuration, with_train
 
-# In bf16 a loss has to fall far to be told from round-off; in fp32 round-off grows by the step.
+# In bf16 a loss has to fall far to exceed round-off; in fp32 round-off grows with every step.
 STEPS = {"fp32": 4, "bf16": 32}
 CPU = torch.device("cpu")
 
@@ -62,7 +62,7 @@ def main() -> None:
         torch._dynamo.reset()
         try:
             results.append(losses(cell_config(folder, cell)))
-        except Exception as error:  # told in the table; a failure of one rank alone ends in the timeout
+        except Exception as error:  # shown in the table; a failure of one rank alone ends in the timeout
             traceback.print_exc()
             results.append(f"{type(error).__name__}: {error}".splitlines()[0])
         gc.collect()

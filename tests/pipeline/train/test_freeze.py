@@ -1,10 +1,11 @@
-"""G frozen in mid-training on two real ranks (pipeline/train/freeze.py): what is left, what goes on, and resumes around it."""
+"""G frozen in mid-training on two real ranks (pipeline/train/freeze.py): what is left, and resumes around it."""
 
 import pytest
 
 from pipeline.config.train import FreezeConfig, TrainConfig
 from pipeline.errors import UserError
-from pipeline.train.freeze import calm, is_due
+from pipeline.train.freeze import FreezeRule
+from pipeline.train.state import TrainState
 
 WORKER = "tests.pipeline.train.freeze_worker"
 
@@ -36,17 +37,17 @@ def check(results: dict, stage: str) -> None:
     assert result["moved"]["6"]["train/loss"] == pytest.approx(straight["6"]["train/loss"], rel=1e-5)
 
 
-def test_a_frozen_run_goes_on_without_its_metric_learner_and_resumes_bit_equal(start_ranks, tmp_path):
+def test_a_frozen_run_continues_without_its_metric_learner_and_resumes_bit_equal(start_ranks, tmp_path):
     results = start_ranks(WORKER, tmp_path, "1", "fp32")
     check(results, "1")
     trained = results["trained"]
     assert trained["model"] == "constant" and trained["moved"]
     assert trained["g"] == ["layers.0.attention.plga.G_LM", "layers.1.attention.plga.G_LM"]
-    # The step after the switch sees the same G, parameter or not; then it trains, and a resume goes on alike.
+    # The step after the switch sees the same G, parameter or not; then it trains, and a resume continues alike.
     assert trained["points"]["5"]["train/loss"] == pytest.approx(results["1"]["straight"]["5"]["train/loss"], rel=1e-6)
     assert trained["again"]["6"]["train/loss"] == trained["points"]["6"]["train/loss"]
     # By the order parameter: frozen after the second validation under the threshold.
-    assert [values["invariance/frozen"] for values in results["calm"].values()] == [0, 0, 1, 1, 1, 1]
+    assert [values["invariance/frozen"] for values in results["by_order"].values()] == [0, 0, 1, 1, 1, 1]
 
 
 @pytest.mark.slow
@@ -56,16 +57,23 @@ def test_at_every_other_stage(start_ranks, tmp_path):
         check(results, stage)
 
 
-def test_calm_evaluations_are_counted_in_a_row():
-    train = TrainConfig(freeze_g=FreezeConfig(below=1e-3, evaluations=2))
-    count, seen = 0, []
+def test_evaluations_below_the_threshold_are_counted_in_a_row():
+    rule = FreezeRule(TrainConfig(freeze_g=FreezeConfig(below=1e-3, evaluations=2)))
+    state, seen = TrainState(step=10), []
     for order in (1e-4, 1e-2, 1e-4, None, 1e-4, float("nan")):
-        count = calm(train, count, order)
-        seen.append((count, is_due(train, 10, count)))
+        rule.count(state, order)
+        seen.append((state.evaluations_below, rule.is_due(state)))
     assert seen == [(1, False), (0, False), (1, False), (1, False), (2, True), (0, False)]
-    assert is_due(TrainConfig(freeze_g=FreezeConfig(at_step=10)), 10, 0)
-    assert not is_due(TrainConfig(freeze_g=FreezeConfig(at_step=10)), 9, 0)
-    assert not is_due(TrainConfig(), 10**6, 10**6)
+
+
+def test_a_freeze_at_a_step_needs_its_checkpoints_and_waits_after_a_failed_save():
+    rule = FreezeRule(TrainConfig(freeze_g=FreezeConfig(at_step=10), checkpoint_every=5))
+    assert not rule.is_due(TrainState(step=9)) and rule.is_due(TrainState(step=10))
+    assert rule.needs_checkpoint(TrainState(step=10)) and rule.needs_checkpoint(TrainState(step=11, frozen=10))
+    assert not rule.needs_checkpoint(TrainState(step=12, frozen=10)) and not rule.is_due(TrainState(step=12, frozen=10))
+    rule.postpone(TrainState(step=10))
+    assert not rule.is_due(TrainState(step=14)) and rule.is_due(TrainState(step=15))
+    assert not FreezeRule(TrainConfig()).is_due(TrainState(step=10**6, evaluations_below=10**6))
 
 
 def test_a_rule_is_needed():

@@ -1,4 +1,4 @@
-"""Who is to blame, told from the files that real processes leave."""
+"""The rank at fault, from the files that real processes write."""
 
 import json
 import os
@@ -59,10 +59,10 @@ def test_gone_stopped_behind_or_nobody(tmp_path, rank):
     assert mine.poll() is None
 
 
-def test_equal_places_are_a_cut_network_and_old_files_of_another_host_are_silence(tmp_path, rank):
+def test_equal_progress_is_a_cut_network_and_old_files_of_another_host_are_silence(tmp_path, rank):
     rank(0, 3, "compute"), rank(1, 3, "compute")
-    said = blame(tmp_path, "job", me=0, world=2)
-    assert "every rank lives and is at step 3" in said and "between rank 0 on" in said and said.endswith("is cut")
+    line = blame(tmp_path, "job", me=0, world=2)
+    assert "every rank is alive and at step 3" in line and "between rank 0 on" in line and line.endswith("is cut")
     far = {"job": "job", "rank": 2, "host": "elsewhere", "pid": 1, "step": 2, "phase": "data", "time": time.time() - 40}
     (tmp_path / "rank-2.json").write_text(json.dumps(far))
     assert "rank 2 on elsewhere has given no sign of life for 40 s, since step 2" in blame(
@@ -72,18 +72,18 @@ def test_equal_places_are_a_cut_network_and_old_files_of_another_host_are_silenc
     assert "rank 2 has not started" in blame(tmp_path, "job", me=0, world=3)
 
 
-def test_data_that_do_not_come_are_told_by_the_rank_itself(tmp_path):
-    told, heart = threading.Event(), Heartbeat()
-    said = []
+def test_data_that_do_not_arrive_are_reported_by_the_rank_itself(tmp_path):
+    failed, heart = threading.Event(), Heartbeat()
+    messages = []
 
     def fail(message):
-        said.append(message)
-        told.set()
+        messages.append(message)
+        failed.set()
 
     heart.at(5, "compute")
     heart.start(tmp_path, "job", 0, timeout_s=0.5, fail=fail)
-    assert not told.wait(2.5)  # computing may take long
+    assert not failed.wait(2.5)  # computing may take long
     heart.at(6, "data")
-    assert told.wait(10)
+    assert failed.wait(10)
     heart.close()
-    assert "no batch for step 6 within train.timeout_s=0.5 s" in said[0]
+    assert "no batch for step 6 within train.timeout_s=0.5 s" in messages[0]

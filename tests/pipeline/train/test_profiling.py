@@ -1,13 +1,13 @@
-"""A rank that is out of memory says so and writes down what was in it (pipeline/train/profiling.py)."""
+"""A rank that is out of memory reports what was in it (pipeline/train/profiling.py)."""
 
 import pytest
 import torch
 from torch import nn
 
-from pipeline.train.profiling import held, is_out_of_memory, out_of_memory
+from pipeline.train.profiling import is_out_of_memory, out_of_memory, tensor_lines
 
 
-def test_an_allocation_that_fails_is_told_with_what_was_alive(tmp_path):
+def test_an_allocation_that_fails_is_reported_with_what_was_alive(tmp_path):
     class Small(nn.Module):
         def __init__(self):
             super().__init__()
@@ -31,8 +31,8 @@ def test_other_errors_are_not_out_of_memory(error):
     assert not is_out_of_memory(error)
 
 
-def test_a_storage_counts_once_and_the_largest_stands_first():
+def test_a_storage_counts_once_and_the_largest_comes_first():
     big = torch.zeros(1000, dtype=torch.float64)
-    lines = held([("view", big[:10]), ("again", big), ("", torch.zeros(4)), ("", torch.ones(4))])
+    lines = tensor_lines([("view", big[:10]), ("again", big), ("", torch.zeros(4)), ("", torch.ones(4))])
     assert lines[0].endswith("in 3 tensors")
     assert "view (10,) float64" in lines[1] and "2 x  tensor (4,) float32" in lines[2] and len(lines) == 3

@@ -1,4 +1,4 @@
-"""The robust bound and its guard as pure functions: properties over many series, and the marks that a file must keep."""
+"""The robust bound and the guard: properties over many series, and that a guard survives JSON."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.train import TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.train.spikes import KEPT_EVENTS, MIN_LOSSES, Guard, judge, robust_bound, told
+from pipeline.train.spikes import KEPT_EVENTS, MIN_LOSSES, Guard, describe, judge, robust_bound
 from pipeline.train.step import Outcome
 
 values = st.floats(0.1, 100, allow_nan=False)
@@ -20,7 +20,7 @@ series = st.lists(values, min_size=1, max_size=60)
 
 
 @given(series, st.floats(0.5, 20), st.floats(0.01, 100), st.randoms())
-def test_the_bound_is_above_the_median_scales_and_knows_no_order(losses, threshold, factor, random):
+def test_the_bound_is_above_the_median_scales_and_ignores_order(losses, threshold, factor, random):
     bound = robust_bound(losses, threshold)
     assert bound > statistics.median(losses)
     assert robust_bound([v * factor for v in losses], threshold) == pytest.approx(bound * factor, rel=1e-6)
@@ -35,27 +35,27 @@ def test_a_minority_of_huge_losses_moves_it_only_within_the_others_range(losses,
 
 
 @given(st.lists(st.floats(-1, 1), min_size=MIN_LOSSES, max_size=60), st.integers(0, 60))
-def test_a_king_among_losses_is_found_once_wherever_it_stands(noise, place):
+def test_a_loss_spike_is_found_once_wherever_it_is(noise, position):
     guard = Guard()
     for number in range(MIN_LOSSES):
         assert guard.loss(4 + 0.1 * (-1) ** number, window=50, threshold=8) is None
-    place = min(place, len(noise) - 1)
+    position = min(position, len(noise) - 1)
     found = []
     for number, wobble in enumerate(noise):
-        height = 40.0 if number in (place, place + 1) else 4 + 0.1 * wobble
+        height = 40.0 if number in (position, position + 1) else 4 + 0.1 * wobble
         if guard.loss(height, window=50, threshold=8) is not None:
             found.append(number)
-    assert found == [place] and guard.spikes == 1  # the second high loss belongs to the same spike
+    assert found == [position] and guard.spikes == 1  # the second high loss belongs to the same spike
 
 
 @given(st.lists(st.one_of(values, st.sampled_from([math.nan, math.inf])), max_size=120), st.integers(0, 120))
 def test_a_guard_that_went_through_json_decides_the_same(losses, cut):
     straight = Guard()
-    whole = [straight.loss(value, window=30, threshold=2) for value in losses]
+    expected = [straight.loss(value, window=30, threshold=2) for value in losses]
     first = Guard()
     before = [first.loss(value, window=30, threshold=2) for value in losses[:cut]]
     second = Guard(**json.loads(json.dumps(asdict(first), allow_nan=False)))
-    assert before + [second.loss(value, window=30, threshold=2) for value in losses[cut:]] == whole
+    assert before + [second.loss(value, window=30, threshold=2) for value in losses[cut:]] == expected
     assert second == straight and len(straight.losses) <= 30
 
 
@@ -81,7 +81,7 @@ def test_only_steps_in_a_row_stop_the_run():
     for outcome in (bad, good, bad, good):
         event = judge(guard, config, 5, outcome, {}, (lambda: numbers) if outcome.skipped else never)
         assert (event is not None) is outcome.skipped
-    assert "step 5: skipped, not finite; the batch is sequences 100, 101" in told(guard.events[0])
+    assert "step 5: skipped, not finite; the batch is sequences 100, 101" in describe(guard.events[0])
     json.dumps(guard.events, allow_nan=False)
     judge(guard, config, 6, bad, {}, lambda: numbers)
     with pytest.raises(ConfigError, match="the 2 steps up to it") as error:

@@ -42,7 +42,7 @@ def test_in_bf16_too(start_ranks, tmp_path):
     for stage in STAGES:
         for kind in ("loss", "gradient"):
             check_skip(results[f"{stage}-{kind}"])
-        if stage:  # stage 0 in bf16 is not bit-equal after a load (platform-facts.md)
+        if stage:  # stage 0 in bf16 is not bit-equal after a load (pipeline/train/engine.py)
             check_rollback(results[f"{stage}-rollback"])
 
 
@@ -61,7 +61,7 @@ def without_clock(values):
 
 
 def check_rollback(result):
-    """Steps 23 to 30 behind the rollback are bit for bit those of a run that never met the bad batch."""
+    """Steps 23 to 30 behind the rollback are bit for bit those of a run that never saw the bad batch."""
     assert sorted(map(int, result["points"])) == list(range(1, 31))
     for step in map(str, range(23, 31)):
         behind = without_clock(result["behind"][step])

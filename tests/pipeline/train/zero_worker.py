@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import ClassVar
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,11 +18,12 @@ from pipeline.checkpoint import load, save
 from pipeline.checkpoint.format import checkpoint_name, verify
 from pipeline.config import schedule
 from pipeline.config.load import parse_config
+from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import UserError
-from pipeline.train import freeze, trainer
 from pipeline.train.engine import init_distributed
 from pipeline.train.state import Lineage
+from pipeline.train.trainer import Trainer
 
 STEPS = 6
 
@@ -52,7 +54,7 @@ class Batches:
 
 
 class Recorder:
-    """Keeps what the loop logs; stands where the MLflow tracker does."""
+    """Keeps what the trainer logs, in place of the MLflow tracker."""
 
     def __init__(self) -> None:
         self.points = {}
@@ -79,18 +81,25 @@ def configuration(folder: Path, stage: int, precision: str, clip_by: str, g_sour
     return parse_config(tree, where="test")
 
 
-def run(config, held_out, resume_from=None):
-    recorder = Recorder()
-    trainer.train(
+def make_trainer(config, held_out, *, data=None, resume_from=None, make=Trainer, **keywords):
+    """A trainer that logs to a Recorder, on data that needs no files."""
+    return make(
         config,
-        Batches(config),
+        RunPaths(config.run_dir),
+        data or Batches(config),
         held_out,
         bytes_per_token=2.0,
         lineage=Lineage("data", "tokenizer", "run"),
-        tracker=recorder,
+        tracker=Recorder(),
         resume_from=resume_from,
+        **keywords,
     )
-    return recorder
+
+
+def run(config, held_out, resume_from=None):
+    trainer = make_trainer(config, held_out, resume_from=resume_from)
+    trainer.train()
+    return trainer.tracker
 
 
 def failing_save(folder, stage, precision, held_out, bad):
@@ -103,21 +112,19 @@ def failing_save(folder, stage, precision, held_out, bad):
             raise OSError(28, "No space left on device")
         return real(self, data)
 
-    load._HashingFile.write = full
     message = "no error"
-    try:
-        run(config, held_out)  # the save at step 3 fails with a warning, the one at the last step ends the run
-    except UserError as error:
-        message = str(error)
-    finally:
-        load._HashingFile.write = real
+    with patch.object(load._HashingFile, "write", full):
+        try:
+            run(config, held_out)  # the save at step 3 fails with a warning, the one at the last step ends the run
+        except UserError as error:
+            message = str(error)
     messages = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     return {"messages": messages, "left": sorted(p.name for p in (folder / "checkpoints").iterdir())}
 
 
 def failing_copy(folder, stage, precision, held_out):
-    """The disk that all nodes see is full when rank 1 brings its files of the first checkpoint there, beside training."""
+    """The disk that all nodes see is full when rank 1 copies its files of the first checkpoint there, beside training."""
     config = with_train(configuration(folder, stage, precision, "norm"), staging=str(folder / "nvme"))
     real, failed = save._copy, []
 
@@ -127,11 +134,8 @@ def failing_copy(folder, stage, precision, held_out):
             raise OSError(28, "No space left on device")
         real(source, target)
 
-    save._copy = full
-    try:
+    with patch.object(save, "_copy", full):
         run(config, held_out)
-    finally:
-        save._copy = real
     return {
         "left": sorted(p.name for p in (folder / "checkpoints").iterdir()),
         "staged": [p.name for p in (folder / "nvme").rglob("*") if p.is_file()],
@@ -139,17 +143,16 @@ def failing_copy(folder, stage, precision, held_out):
 
 
 def other_recipe(config, held_out):
-    """A run that begins from another run's checkpoint with a recipe of its own: what its optimizer has, the budget it logs."""
+    """A run that starts from another run's checkpoint with its own recipe: what its optimizer has, the budget it logs."""
     half = Path(config.run_dir) / "checkpoints" / checkpoint_name(3)
     config = config.model_copy(update={"run_dir": config.run_dir + "-other"})
     config = with_train(config, weight_decay=0.5, metric_weight_decay=9.0, betas=(0.5, 0.6), eps=1e-3)
-    engines, real = [], freeze.build_engine
-    freeze.build_engine = lambda *arguments: engines.append(real(*arguments)) or engines[-1]
-    try:
-        points = run(config, held_out, resume_from=half).points
-    finally:
-        freeze.build_engine = real
-    groups = [[group[key] for key in ("weight_decay", "betas", "eps")] for group in engines[0].optimizer.param_groups]
+    trainer = make_trainer(config, held_out, resume_from=half)
+    trainer.train()
+    points = trainer.tracker.points
+    groups = [
+        [group[key] for key in ("weight_decay", "betas", "eps")] for group in trainer.engine.optimizer.param_groups
+    ]
     steps = [config.train.metric_decay * schedule.learning_rate(config.train, step) for step in (3, 4, 5)]
     return {"groups": groups, "grown": points[6]["invariance/budget"], "by": sum(steps)}
 
