@@ -181,7 +181,7 @@ def test_masters_in_an_unknown_order_are_refused(checkpoints: Path, tmp_path: Pa
     groups[0][same[0]], groups[0][same[1]] = groups[0][same[1]], groups[0][same[0]]
     torch.save(content, path)
     recommit(checkpoint)
-    assert "no known order" in refused(checkpoint)
+    assert "unknown order" in refused(checkpoint)
 
 
 def test_damaged_weights_are_refused(checkpoints: Path, tmp_path: Path) -> None:
