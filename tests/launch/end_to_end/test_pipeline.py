@@ -146,7 +146,7 @@ def test_the_certificate_says_how_few_prompts_there_were_and_its_page_shows_the_
     assert certificate["controls"]["untrained"]["relative_deviation_g"] > 1e-2
     page = (run_dir / "certificate" / "certificate.html").read_text()
     assert "Certified: G_LM may be cached" in page and "invariance/order_parameter_G" in page
-    assert page.count("no cache: G_LM deduced again for every token") == 6  # two held-out prompts and the sample prompt, drawn two ways
+    assert page.count("no cache: G_LM deduced again for every token") == 6  # three prompts, drawn two ways
 
 
 def test_a_checkpoint_of_another_model_is_not_validated(finished):
