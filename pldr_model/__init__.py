@@ -1,5 +1,5 @@
-"""PLDR-LLM, the mathematics: configuration, model, loss, caches, generation, conversion of checkpoints, parity and a benchmark.
+"""PLDR-LLM, the mathematics: configuration, model, loss, caches, generation, reference checkpoints, parity, a benchmark.
 
-Imports torch and safetensors, nothing else. Takes a ModelConfig and token ids.
-Hands on PLDRModel (model.py), its losses (loss.py) and generated tokens (generation.py) to the pipeline.
+In: a `ModelConfig` and token ids; imports torch and safetensors only.
+Out: `PLDRModel` (model.py), its losses (loss.py) and generated tokens (generation.py), each imported from its own module.
 """

@@ -88,3 +88,10 @@ def test_they_find_what_is_wrong() -> None:
     ]  # fmt: skip
     commands = "`pldr go X`, `pldr launch slurm|magic X`, `pldr train X --faster`, `pldr train X --resume auto`"
     assert wrong_commands(commands) == ["pldr go X", "pldr launch slurm|magic X", "pldr train --faster"]
+
+
+def test_every_room_says_what_it_is_for_and_what_goes_in_and_out() -> None:
+    rooms = sorted({path.parent for folder in PACKAGES if folder != "tests" for path in (ROOT / folder).rglob("*.py")})
+    texts = {room: (room / "__init__.py").read_text("utf-8") for room in rooms}
+    form = re.compile(r'"""[^\n]+\n\nIn: .+\nOut: .+\n"""', re.DOTALL)
+    none_wrong([str(room.relative_to(ROOT)) for room, text in texts.items() if not form.match(text)])

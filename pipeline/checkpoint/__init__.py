@@ -1,5 +1,5 @@
 """Checkpoints of a training run: their format on disk, saving, loading, conversion (reshard.py), and which are kept.
 
-Reads and writes `checkpoints/step-NNNNNN/` of a run; imports config, distributed, io, the model, torch and DeepSpeed.
-Hands on verified checkpoints: to training, the stages, tracking (which publishes them) and consolidation in post.
+In: `checkpoints/step-NNNNNN/` of a run, an engine's state; imports `config`, `distributed`, `io`, the model and DeepSpeed.
+Out: verified checkpoints for training, the stages, tracking (which publishes them) and consolidation in `post`.
 """
