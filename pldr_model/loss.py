@@ -94,6 +94,6 @@ class _LogTraceExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> Tensor:
-        (normalised_NKK,) = ctx.saved_tensors
-        grad_NKK: Tensor = grad_N[..., None, None] * normalised_NKK.mT
+        (normalized_NKK,) = ctx.saved_tensors
+        grad_NKK: Tensor = grad_N[..., None, None] * normalized_NKK.mT
         return grad_NKK

@@ -56,10 +56,10 @@ class NodeJob:
 
 
 def run_node(
-    config: RunConfig, job: NodeJob, *, resume: str, force: bool, report: Report, live: Report
+    config: RunConfig, paths: RunPaths, job: NodeJob, *, resume: str, force: bool, report: Report, live: Report
 ) -> dict[str, Any]:
     """Run this node's ranks until the job ends. `live` gets each status line. Raises UserError; Stopped with stopped_code."""
-    logs = RunPaths(config.run_dir).logs
+    logs = paths.logs
     log_file = logs / ("train.log" if job.node == 0 else f"train-node{job.node}.log")
 
     def run() -> None:
@@ -69,16 +69,23 @@ def run_node(
 
     with stopped_exit_code(job.stopped_code):
         if job.node == 0:
-            return _lead(config, job, run, resume=resume, force=force, report=report)
+            return _lead(config, paths, job, run, resume=resume, force=force, report=report)
         logs.mkdir(parents=True, exist_ok=True)
-        return _follow(config, job, run, report)
+        return _follow(config, paths, job, run, report)
 
 
 def _lead(
-    config: RunConfig, job: NodeJob, run: Callable[[], None], *, resume: str, force: bool, report: Report
+    config: RunConfig,
+    paths: RunPaths,
+    job: NodeJob,
+    run: Callable[[], None],
+    *,
+    resume: str,
+    force: bool,
+    report: Report,
 ) -> dict[str, Any]:
     """Node 0: the stage `train`, and a message to the other nodes at each start and at the end."""
-    lead = Lead(RunPaths(config.run_dir), job.nodes, wait_s=job.wait_s)
+    lead = Lead(paths, job.nodes, wait_s=job.wait_s)
 
     def start(config: RunConfig, job_file: Path, ranks: int) -> None:
         lead.start()
@@ -101,9 +108,11 @@ def _lead(
         lead.end(code, message, stopped=stopped)
 
 
-def _follow(config: RunConfig, job: NodeJob, run: Callable[[], None], report: Report) -> dict[str, Any]:
+def _follow(
+    config: RunConfig, paths: RunPaths, job: NodeJob, run: Callable[[], None], report: Report
+) -> dict[str, Any]:
     """Another node: run its ranks each time node 0 starts the job, and end as node 0 does."""
-    follower = Follower(RunPaths(config.run_dir), job.node, wait_s=job.wait_s + config.train.publish_wait_s)
+    follower = Follower(paths, job.node, wait_s=job.wait_s + config.train.publish_wait_s)
     while (end := follower.wait()) is None:
         try:
             run()

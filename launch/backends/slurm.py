@@ -53,7 +53,7 @@ def launch_slurm(
     paths = RunPaths(config.run_dir)
     job.check_resume(paths, base=Path.cwd())
     check_training(config, paths, ranks=job.ranks)
-    script = render(config, job, options, [*config_words, *job.node_arguments()])
+    script = render(config, paths, job, options, [*config_words, *job.node_arguments()])
     file = paths.logs / "train.sbatch"
     check(script, file)
     if dry:
@@ -66,7 +66,9 @@ def launch_slurm(
     return {"job": job_id, "script": str(file)}
 
 
-def render(config: RunConfig, job: ScheduledJob, options: SlurmOptions, arguments: Sequence[str]) -> str:
+def render(
+    config: RunConfig, paths: RunPaths, job: ScheduledJob, options: SlurmOptions, arguments: Sequence[str]
+) -> str:
     """The batch script. arguments: those of `pldr launch torchrun`. Raises ConfigError."""
     time, signal_s = options.time, options.signal_s
     for option in options.sbatch:
@@ -82,7 +84,6 @@ def render(config: RunConfig, job: ScheduledJob, options: SlurmOptions, argument
             f"--time {time}: leaves no time to train before --signal-before {signal_s} s (which may come a minute early); "
             f"give more than {signal_s + MARGIN_S} s"
         )
-    paths = RunPaths(config.run_dir)
     logs = paths.logs
     if re.search(r"[\s%'\"\\]", str(logs)):
         raise ConfigError(f"run_dir {logs.parent}: Slurm's options take no path with blanks, quotes, % or backslashes")

@@ -163,7 +163,7 @@ def _on_node(job: NodeJob, config: RunConfig, arguments: Any, report: Report) ->
     if arguments.dry_run:
         return job.dry_run(paths.logs, report)
     live = status_lines(json=arguments.json)
-    return run_node(config, job, resume=arguments.resume, force=arguments.force, report=report, live=live)
+    return run_node(config, paths, job, resume=arguments.resume, force=arguments.force, report=report, live=live)
 
 
 def _check_node(node_rank: int, nodes: int) -> None:

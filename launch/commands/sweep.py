@@ -39,7 +39,7 @@ def _sweep(arguments: Any, report: Report) -> Result:
         start, ranks = _here(report), None
     else:
         start, ranks = _on_hosts(arguments, [child.config for child in sweep.children], report)
-    result = sweep.run(launch=start, say=report, ranks=ranks)
+    result = sweep.run(launch=start, report=report, ranks=ranks)
     for line in table_lines(list(sweep.settings.grid), result["table"]):
         report(line)
     report(result["files"]["page"])

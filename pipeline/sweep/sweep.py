@@ -52,22 +52,23 @@ class Sweep:
     def __init__(self, path: str | Path, overrides: list[str]) -> None:
         """Raises ConfigError, one line, for a mistake in the sweep's YAML or in any child's configuration."""
         self.settings, self.config, self.children = read(Path(path), overrides)
+        self.paths = RunPaths(self.config.run_dir)
 
-    def run(self, *, launch: Launch, say: Report, ranks: int | None = None) -> Result:
+    def run(self, *, launch: Launch, report: Report, ranks: int | None = None) -> Result:
         """Every child in turn; returns the table, as `report/sweep.json` has it. `ranks`: how many train, on all nodes (None:
         what this node has).
 
         Raises UserError when a child failed for another reason than its certificate, after all others have run; and
         Stopped, at once, when a child's training was stopped by a signal.
         """
-        with exclusive(RunPaths(self.config.run_dir), say):
+        with exclusive(self.paths, report):
             parent = self._open_parent()
             status, rows = "KILLED", []
             try:
                 for number, child in enumerate(self.children, start=1):
-                    say(f"child       {number} of {len(self.children)}: {child.name}")
-                    rows.append(self._child(child, parent, launch=launch, say=say, ranks=ranks))
-                    report = self._write_report(parent, rows)
+                    report(f"child       {number} of {len(self.children)}: {child.name}")
+                    rows.append(self._child(child, parent, launch=launch, report=report, ranks=ranks))
+                    table = self._write_report(parent, rows)
                 failed = [row["child"] for row in rows if row["status"] == "failed"]
                 status = "FAILED" if failed else "FINISHED"
             finally:
@@ -77,21 +78,21 @@ class Sweep:
             raise UserError(
                 f"{len(failed)} of {len(rows)} children failed, {first['child']} with: {first['error']}; fix that and start "
                 "again: what is complete is skipped",
-                details={"table": report["table"], "failed": failed},
+                details={"table": table["table"], "failed": failed},
             )
-        if not report["files"]:
+        if not table["files"]:
             raise UserError(f"{self._folder()}: the table could not be written; make room and start again")
-        return {"run_id": parent, "children": len(rows), **report}
+        return {"run_id": parent, "children": len(rows), **table}
 
-    def _child(self, child: Child, parent: str, *, launch: Launch, say: Report, ranks: int | None) -> Result:
+    def _child(self, child: Child, parent: str, *, launch: Launch, report: Report, ranks: int | None) -> Result:
         """Run or skip one child's stages; its row of the table."""
         tracking = child.config.tracking.model_copy(update={"parent_run": parent})
         config = child.config.model_copy(update={"tracking": tracking})
         row: Result = {"child": child.name, **child.values, "status": "finished", "error": None}
         done: list[str] = []
         try:
-            pipeline = Pipeline(config, launch=launch, report=say, ranks=ranks)
-            with exclusive(pipeline.paths, say):
+            pipeline = Pipeline(config, launch=launch, report=report, ranks=ranks)
+            with exclusive(pipeline.paths, report):
                 self._share_data(config)
                 for name in NAMES[: NAMES.index(self.settings.until) + 1]:
                     pipeline.stage(name, thorough=False)
@@ -106,7 +107,7 @@ class Sweep:
                     log.error("%s failed", child.name, exc_info=True)
                 if isinstance(error, OSError):
                     error = storage.explain_os_error(error, error.filename or child.name)
-                say(f"{child.name}: {first_line(error)}")
+                report(f"{child.name}: {first_line(error)}")
                 row |= {"status": "failed", "error": first_line(error)}
         return row | measured(config, done)
 
@@ -122,11 +123,8 @@ class Sweep:
 
     def _share_data(self, config: RunConfig) -> None:
         """Link the first child's documents, tokenizer and tokens where this child's would be the same."""
-        first, paths, theirs = (
-            self.children[0].config,
-            RunPaths(config.run_dir),
-            RunPaths(self.children[0].config.run_dir),
-        )
+        first = self.children[0].config
+        paths, theirs = RunPaths(config.run_dir), RunPaths(first.run_dir)
         if paths.root == theirs.root or data_of(config) != data_of(first) or (paths.stages / "shard.json").exists():
             return
         if not (theirs.stages / f"{DATA_STAGES[-1]}.json").exists():
@@ -145,11 +143,10 @@ class Sweep:
 
     def _open_parent(self) -> str:
         """The id of the MLflow run whose children these are: made once, also when a start was killed."""
-        paths = RunPaths(self.config.run_dir)
-        run = known_run(self.config, paths)
+        run = known_run(self.config, self.paths)
         if run is None:
             settings = flatten({"sweep": self.settings.model_dump(mode="json")})
-            run = TrackedRun(self.config, paths, new_record(self.config, paths, params=settings))
+            run = TrackedRun(self.config, self.paths, new_record(self.config, self.paths, params=settings))
             run.write()
         try:
             run_id = run.create()
@@ -184,17 +181,17 @@ class Sweep:
         }
 
     def _folder(self) -> Path:
-        return RunPaths(self.config.run_dir).root / "report"
+        return self.paths.root / "report"
 
 
 def measured(config: RunConfig, done: Sequence[str]) -> Result:
-    """What a child's MLflow run and files say of it; None for what is not there (yet).
+    """What a child's MLflow run and files hold of it; None for what is not there (yet).
 
     done: the stages that are complete today. What a stage left earlier belongs to another training, and is not shown.
     """
     row: Result = dict.fromkeys(COLUMNS)
     paths = RunPaths(config.run_dir)
-    with contextlib.suppress(UserError):  # MLflow away: the certificate is on disk all the same
+    with contextlib.suppress(UserError):  # MLflow is unreachable: the certificate is still on disk
         run = known_run(config, paths)
         if run is not None and run.record.run_id is not None:
             known = read_run(run.uri, run.record.run_id)[0]

@@ -13,6 +13,7 @@ from launch.backends.scheduled import ScheduledJob
 from launch.backends.slurm import SlurmOptions
 from launch.cli import main
 from pipeline.config.load import load_config
+from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError
 
 SIZES = ("--nodes", "1", "--ranks-per-node", "1", "--gpus-per-node", "0")
@@ -47,7 +48,8 @@ def script_of(config: str, *, time: str | None = None) -> str:
     job = ScheduledJob(
         nodes=2, ranks_per_node=1, gpus_per_node=0, cpus_per_rank=1, resume="auto", force=False, template=None
     )
-    return slurm.render(load_config(config), job, SlurmOptions(time=time), [config])
+    settings = load_config(config)
+    return slurm.render(settings, RunPaths(settings.run_dir), job, SlurmOptions(time=time), [config])
 
 
 # Stand-ins for Slurm's commands, which are not here: srun ends with CODE, or commits what SAVES says and ends with 75.

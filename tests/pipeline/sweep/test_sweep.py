@@ -136,7 +136,7 @@ def test_children_share_the_first_ones_data_and_mlflow_knows_their_parent(make_s
     with pytest.raises(
         UserError, match=r"4 of 4 children failed, seed-1\.remainder-drop with: no ranks here; fix that"
     ):
-        sweep.run(launch=crash, say=lambda text: None)
+        sweep.run(launch=crash, report=lambda text: None)
     assert launched == [f"s.{child.name}" for child in sweep.children]
     roots = {c.name: RunPaths(c.config.run_dir) for c in sweep.children}
     first, same, other = (
@@ -165,7 +165,9 @@ def test_children_share_the_first_ones_data_and_mlflow_knows_their_parent(make_s
     assert table["rows"][0]["data_fingerprint"] == fingerprints["seed-1.remainder-drop"]
 
     with pytest.raises(UserError, match="4 of 4 children failed"):  # again: the same parent, the same children
-        make_sweep(grid={"seed": [1, 2], "tokens.remainder": ["drop", "pad"]}).run(launch=crash, say=lambda text: None)
+        make_sweep(grid={"seed": [1, 2], "tokens.remainder": ["drop", "pad"]}).run(
+            launch=crash, report=lambda text: None
+        )
     again = client.search_runs([parent.info.experiment_id])
     assert {run.info.run_id for run in again} == {parent.info.run_id, *(run.info.run_id for run in runs.values())}
 
@@ -195,7 +197,7 @@ def rows_of(tmp_path):
 def test_whatever_ends_a_child_the_others_run(make_sweep, tmp_path, stages, caplog, error):
     stages["train", "s.seed-1"] = error
     with pytest.raises(UserError, match="1 of 2 children failed, seed-1 with: ") as caught:
-        make_sweep(grid={"seed": [1, 2]}, until="train").run(launch=None, say=lambda text: None)
+        make_sweep(grid={"seed": [1, 2]}, until="train").run(launch=None, report=lambda text: None)
     assert "\n" not in str(caught.value) and "Traceback" in caplog.text
     rows = rows_of(tmp_path)
     assert [row["status"] for row in rows] == ["failed", "finished"]
@@ -206,7 +208,7 @@ def test_whatever_ends_a_child_the_others_run(make_sweep, tmp_path, stages, capl
 def test_a_stop_is_no_failure_of_a_child(make_sweep, tmp_path, stages, stop):
     stages["train", "s.seed-1"] = stop
     with pytest.raises(type(stop)):
-        make_sweep(grid={"seed": [1, 2]}, until="train").run(launch=None, say=lambda text: None)
+        make_sweep(grid={"seed": [1, 2]}, until="train").run(launch=None, report=lambda text: None)
     assert not (tmp_path / "sweep" / "children" / "seed-2").exists()
 
 
@@ -216,7 +218,7 @@ def test_a_table_that_cannot_be_written_is_reported_at_the_end(make_sweep, tmp_p
 
     monkeypatch.setattr("pipeline.sweep.sweep.write_sweep_report", full)
     with pytest.raises(UserError, match="the table could not be written; make room"):
-        make_sweep(grid={"seed": [1, 2]}, until="train").run(launch=None, say=lambda text: None)
+        make_sweep(grid={"seed": [1, 2]}, until="train").run(launch=None, report=lambda text: None)
     assert (tmp_path / "sweep" / "children" / "seed-2").exists()
 
 
@@ -237,7 +239,7 @@ def test_a_failed_child_does_not_show_the_certificate_of_an_earlier_training(mak
     stages["train", "s.seed-1"] = UserError("no ranks here")
     stages["validate", "s.seed-2"] = UserError("the certificate did not pass", exit_code=3)
     with pytest.raises(UserError, match="1 of 3 children failed"):
-        sweep.run(launch=None, say=lambda text: None)
+        sweep.run(launch=None, report=lambda text: None)
     rows = rows_of(tmp_path)
     assert [row["status"] for row in rows] == ["failed", "finished", "finished"]
     assert [row["relative_deviation_g"] for row in rows] == [None, 1e-7, 1e-7]
@@ -255,7 +257,7 @@ def test_a_stop_ends_the_sweep_at_once_and_leaves_the_parent_killed(make_sweep, 
         raise Stopped("stopped by SIGTERM", details={})
 
     with pytest.raises(Stopped):
-        make_sweep().run(launch=stop, say=lambda text: None)
+        make_sweep().run(launch=stop, report=lambda text: None)
     assert len(launched) == 1
     client = MlflowClient(f"sqlite:///{tmp_path}/sweep/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("pldr").experiment_id])
