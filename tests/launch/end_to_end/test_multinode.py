@@ -273,4 +273,4 @@ def test_a_run_directory_that_one_host_does_not_see_is_reported(hosts, work):
     done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, cwd="/", env={
         **os.environ, "PYTHONPATH": str(Path(__file__).parents[3])})  # fmt: skip
     facts = json.loads(done.stdout.strip().splitlines()[-1])
-    assert "is another one here" in facts["run_dir"]
+    assert "is another directory here" in facts["run_dir"]
