@@ -180,6 +180,8 @@ def replay(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
         require_no_copy(run)
         if run.record.run_id is not None:
             run.require_alive()
+        else:
+            client(uri).get_experiment_by_name(run.record.experiment)  # whether MLflow answers
     except UserError:
         raise
     except Exception as error:

@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.io import storage
 from pipeline.io.urls import is_local, join, local_path
 from pipeline.tracking.client import tracking_uri
-from pipeline.tracking.sqlite_store import artifacts_beside, file_of, holds_run, same_store
+from pipeline.tracking.sqlite_store import OWN, artifacts_beside, file_of, holds_run, same_store
 
 RUN_FILE = "run.json"
 LOCAL_PREFIX = "local-"
@@ -105,9 +105,12 @@ def read_record(config: RunConfig, paths: RunPaths) -> RunRecord | None:
     if record is None or record.tracking_uri == uri:
         return record
     if record.run_id is not None:
-        # A database that is reached by another path, was moved or copied with the run: it has the run.
-        both = file_of(record.tracking_uri) is not None and file_of(uri) is not None
-        if both and (same_store(record.tracking_uri, uri) or holds_run(uri, record.run_id)):
+        # A database that is reached by another path, or was moved or copied with the run.
+        before, now = file_of(record.tracking_uri), file_of(uri)
+        if before is None or now is None:
+            return None
+        own = config.tracking.uri is None and before == Path(record.tags.get(RUN_DIR_TAG, "")) / OWN
+        if own or same_store(record.tracking_uri, uri) or holds_run(uri, record.run_id):
             return replace(record, tracking_uri=uri)
         return None
     # MLflow never made it, so it is not bound to a server: that may have been a mistyped one.

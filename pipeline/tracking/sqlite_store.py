@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import sqlite3
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -105,6 +106,8 @@ def keep_home(uri: str) -> None:
         with _opened(file, writes=True) as database, database:
             for home in moved:
                 _move(database, home, artifacts_beside(file))
+        if (mlflow := sys.modules.get("mlflow.tracking._tracking_service.utils")) is not None:
+            mlflow._artifact_repos_cache.clear()  # by run id, with the old paths
     except sqlite3.Error as error:
         raise UserError(
             f"{file}: was copied or moved, and its paths to artifacts must be set right first ({first_line(error)}); make "
