@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.bundle.read import read_bundle
 from pipeline.errors import UserError
 from pipeline.tracking.client import client as open_client
-from pipeline.tracking.client import why
+from pipeline.tracking.client import patience, why
 from pipeline.tracking.sqlite_store import keep_home
 
 ALIAS = "certified"
@@ -39,7 +39,7 @@ def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certifi
             f"{bundle}: its certificate did not pass, so it cannot be registered as certified; use certified=False"
         )
     digest = parts.manifest["bundle_sha256"]
-    with _quiet():
+    with _quiet(), patience():
         try:
             keep_home(tracking_uri)
             client = open_client(tracking_uri)
