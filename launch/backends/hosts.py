@@ -27,7 +27,6 @@ T = TypeVar("T")
 SSH_ARGS = "PDSH_SSH_ARGS_APPEND"
 # Never prompt; a host that is dead or becomes unreachable ends the connection instead of hanging it (rc 255 after 20 s).
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2"
-USERS_FILES = (Path.home() / ".deepspeed_env", Path(".deepspeed_env"))  # DeepSpeed's own, the later one wins
 CARRIED = re.compile(
     r"(AWS|S3|FSSPEC|GOOGLE|GCSFS|GCE|AZURE|MLFLOW|NCCL|GLOO|UCX|TORCH|PYTORCH|OMP|DS|PLDR)_\w+"
     r"|(https?|no|all)_proxy|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|LD_LIBRARY_PATH|XDG_CACHE_HOME|TMPDIR|PGPASS\w+",
@@ -130,11 +129,21 @@ def address_of(host: str) -> str:
     return address
 
 
+def users_files() -> list[Path]:
+    """DeepSpeed's own files of variables; the later one wins. A user without a home (in a container) has only that of the
+    working directory."""
+    name = ".deepspeed_env"
+    try:
+        return [Path.home() / name, Path(name)]
+    except RuntimeError:
+        return [Path(name)]
+
+
 def carried(extra: Sequence[str] = ()) -> dict[str, str]:
     """The variables that ranks need: those that storage, MLflow, gloo and NCCL read, the user's `.deepspeed_env` files, and
     `extra` (NAME or NAME=VALUE). Raises ConfigError."""
     found = {k: v for k, v in os.environ.items() if CARRIED.fullmatch(k) and k not in LOCAL_ONLY}
-    for file in USERS_FILES:
+    for file in users_files():
         if file.is_file():
             lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
             pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]

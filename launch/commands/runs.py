@@ -52,8 +52,6 @@ def _runs(arguments: Any, report: Report) -> Result:
         uri, experiment = arguments.uri or os.environ.get("MLFLOW_TRACKING_URI"), arguments.experiment
         if not uri:
             raise ConfigError("runs: name the YAML of a run, or --uri http://HOST:PORT or sqlite:///PATH")
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise UserError(f"{uri.removeprefix('sqlite:///')}: no such file; nothing was logged there yet")
     with _without_gc():
         from pipeline.tracking.query import list_runs
 
@@ -90,6 +88,7 @@ def _report(arguments: Any, report: Report) -> Result:
         run = known_run(config, paths)
         if run is None or run.record.run_id is None:
             raise UserError(f"{config.run_dir}: MLflow has no run of it yet; train first, or `pldr track replay`")
+        run.require_store()
         uri, run_id = run.uri, run.record.run_id
         target = paths.root / "report" / "training.html"
     else:
@@ -168,4 +167,20 @@ def _config_of(given: str, overrides: list[str], *, verb: str) -> RunConfig:
     if not job.exists():
         raise UserError(f"{job}: missing; no training was started in {folder}: name the YAML of the run")
     config = parse_config(storage.read_json(job, schema_version=1)["config"], where=str(job))
-    return config.model_copy(update={"run_dir": str(folder)})
+    uri = _moved_along(config, folder)
+    tracking = config.tracking.model_copy(update={"uri": uri})
+    return config.model_copy(update={"run_dir": str(folder), "tracking": tracking})
+
+
+def _moved_along(config: RunConfig, folder: Path) -> str | None:
+    """The store that a job names. Where the run directory was moved or copied together with its database (a sweep's, above
+    the children), it is the database that lies there now as it did before."""
+    from pipeline.config.paths import RunPaths
+    from pipeline.tracking.sqlite_store import file_of, uri_of
+
+    uri, here = config.tracking.uri, RunPaths(folder).root
+    file = None if uri is None else file_of(uri)
+    if file is None or os.path.realpath(config.run_dir) == os.path.realpath(here):
+        return uri
+    now = Path(os.path.normpath(here / os.path.relpath(file, RunPaths(config.run_dir).root)))
+    return uri_of(now) if now.exists() else uri

@@ -26,6 +26,12 @@ def add_stage_verbs(verbs: Verbs) -> None:
         add_config(sub)
         also = "; continue with other data, model or tokenizer than the checkpoint's" if name == "train" else ""
         sub.add_argument("--force", action="store_true", help=f"do it again even if it is complete{also}")
+        if stage.data is not None:
+            sub.add_argument(
+                "--replace",
+                action="store_true",
+                help=f"replace {stage.data} that another configuration made, or that a model here was trained with",
+            )
         if stage.has_dry_run:
             sub.add_argument(
                 "--dry-run",
@@ -99,6 +105,7 @@ def _stage(arguments: Any, report: Report) -> Result:
             resume=getattr(arguments, "resume", "auto"),
             force=arguments.force,
             uncertified=getattr(arguments, "uncertified", False),
+            replace=getattr(arguments, "replace", False),
         )
 
 

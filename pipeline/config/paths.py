@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config.run import RunConfig
+from pipeline.errors import ConfigError
 from pipeline.io.storage import sha256_json
 
 
@@ -12,7 +13,7 @@ class RunPaths:
     """Where a run keeps what. All under `run_dir`."""
 
     def __init__(self, run_dir: str | Path) -> None:
-        self.root = Path(run_dir).expanduser().absolute()
+        self.root = expanded(run_dir, "run_dir")
         self.documents = self.root / "documents"
         self.tokenizer = self.root / "tokenizer" / "tokenizer.model"
         self.tokens = self.root / "tokens"
@@ -32,6 +33,14 @@ class RunPaths:
         return job_file.parent / "ranks"
 
 
+def expanded(path: str | Path, key: str) -> Path:
+    """An absolute path; `~` is the user's home. Raises ConfigError naming the key for a user without one (in a container)."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise ConfigError(f"{key} {path}: this user has no home directory; set HOME, or write the path out") from None
+
+
 def documents_folder(config: RunConfig) -> str:
     """Where the document tars are: a path, or the URL `data.output`."""
     return config.data.output or str(RunPaths(config.run_dir).documents)
@@ -47,4 +56,4 @@ def staging_folder(config: RunConfig) -> Path | None:
     if config.train.staging is None:
         return None
     root = str(RunPaths(config.run_dir).root)
-    return Path(config.train.staging).expanduser().absolute() / f"{config.name}-{sha256_json(root)[:12]}"
+    return expanded(config.train.staging, "train.staging") / f"{config.name}-{sha256_json(root)[:12]}"

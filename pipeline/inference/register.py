@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bundle.read import read_bundle
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError
+from pipeline.tracking.client import client as open_client
+from pipeline.tracking.client import patience, why
+from pipeline.tracking.sqlite_store import keep_home
 
 ALIAS = "certified"
 LINEAGE_TAGS = ("checkpoint", "step", "data_fingerprint", "tokenizer_sha256", "git_commit")
@@ -36,11 +39,10 @@ def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certifi
             f"{bundle}: its certificate did not pass, so it cannot be registered as certified; use certified=False"
         )
     digest = parts.manifest["bundle_sha256"]
-    with _quiet():
-        from mlflow.tracking import MlflowClient
-
+    with _quiet(), patience():
         try:
-            client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+            keep_home(tracking_uri)
+            client = open_client(tracking_uri)
             version = _find_version(client, name, run_id, digest)
             if version is None:
                 # One folder per bundle of a run: a later bundle must not change what an earlier version serves.
@@ -62,7 +64,7 @@ def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certifi
                 client.set_registered_model_alias(name, ALIAS, version)
         except Exception as error:  # a damaged SQLite file raises SQLAlchemy's own
             raise UserError(
-                f"MLflow at {tracking_uri}: {first_line(error)}; check tracking.uri and post.register_as"
+                f"MLflow at {tracking_uri}: {why(tracking_uri, error)}; check tracking.uri and post.register_as"
             ) from error
     return {"version": str(version), "uri": f"models:/{name}/{version}", "alias": ALIAS if certified else None}
 

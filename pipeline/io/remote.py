@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import quote
 
 import fsspec
 
@@ -51,7 +52,10 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     check_url(url)
     protocol = url.partition("://")[0]
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        if is_http(url):
+            filesystem, path = _http_filesystem(protocol.lower()), as_given(url)
+        else:
+            filesystem, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = PACKAGES.get(protocol)
         fix = f"pip install {package}" if package else first_line(error)
@@ -60,6 +64,18 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         raise UserError(f"{public_url(url)}: {without_secrets(first_line(error))}; fix the URL") from None
     filesystem.invalidate_cache()
     return filesystem, path
+
+
+def _http_filesystem(protocol: str) -> Any:
+    """A signature is of the bytes of a URL: they are not decoded and quoted anew, neither here nor where a server redirects to.
+    What else the user has set for fsspec's http stays."""
+    settings = {"requote_redirect_url": False, **fsspec.config.conf.get(protocol, {}).get("client_kwargs", {})}
+    return fsspec.filesystem(protocol, encoded=True, client_kwargs=settings)
+
+
+def as_given(url: str) -> str:
+    """An http URL as it is requested: byte for byte, but for what no request can hold (blanks, other alphabets)."""
+    return quote(url, safe="".join(map(chr, range(0x21, 0x7F))))
 
 
 def open_retrying(url: str, *, size: int | None = None, start: int = 0) -> BinaryIO:

@@ -153,7 +153,7 @@ def read_json(url: str | Path, *, schema_version: int | None = None) -> Any:
     except FileNotFoundError:
         raise UserError(f"{public_url(url)}: no such file") from None
     except IsADirectoryError:
-        raise UserError(f"{url}: is a folder, a file is expected; remove it and make the file again") from None
+        raise UserError(f"{url}: is a folder, a file is expected; move it away and make the file again") from None
     except UserError:
         raise
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError

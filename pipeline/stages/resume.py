@@ -16,6 +16,7 @@ with `auto`.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.checkpoint.format import STATE, adopt, clean, committed, set_aside, step_of, verify
-from pipeline.config.paths import RunPaths
+from pipeline.config.paths import RunPaths, expanded
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
@@ -67,7 +68,7 @@ def parse_resume(text: str) -> Resume:
             raise ConfigError(f"--resume {text}: write runs:/RUN_ID or runs:/RUN_ID/checkpoints/step-000500")
         return Resume(run_id=match[1], checkpoint=match[2])
     if "/" in text or (text and Path(text).is_dir()):
-        path = Path(text).expanduser().absolute()
+        path = expanded(text, "--resume")
         if not path.is_dir():
             raise ConfigError(f"--resume {text}: no such folder; name a checkpoint, its folder, or an MLflow run id")
         return Resume(path=path)
@@ -102,9 +103,9 @@ def find_start(
     named, run_id = resume.checkpoint, resume.run_id
     if resume.path is not None:
         source = _checkpoint_in(resume.path, report)
-        if source.parent != paths.checkpoints:
+        if not _same(source.parent, paths.checkpoints):
             return _begin_from(source, config, paths, check, force=force, report=report)
-        if source == resume.path:  # the folder alone, or the run directory, is what auto means
+        if _same(source, resume.path):  # the folder alone, or the run directory, is what auto means
             named = source.name
     with restored_when_refused(paths) if run_id is not None else contextlib.nullcontext():
         run = open_run(config, paths, run_id=run_id, force=force)
@@ -131,6 +132,11 @@ def _checkpoint_in(path: Path, report: Report) -> Path:
         except UserError as error:
             report(f"{candidate.name} is damaged and left out: {error}")
     raise UserError(f"--resume {path}: no committed checkpoint in it; name a folder step-… that has COMMITTED")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths name the same folder, maybe one of them through a symbolic link."""
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _begin_from(

@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pipeline.stages.compatible import Report
 from pipeline.stages.records import first_changed
+from pipeline.stages.replace import SETTINGS, require_replaceable, settings_digest
 from pipeline.stages.resume import names_run
 from pipeline.stages.table import NAMES, Stage, Work, stage_named, stages_before
 from pipeline.stages.train import Launch
@@ -46,9 +47,17 @@ class Pipeline:
         return {name: self.stage(name, thorough=False) for name in NAMES}
 
     def stage(
-        self, name: str, *, resume: str = "auto", force: bool = False, uncertified: bool = False, thorough: bool = True
+        self,
+        name: str,
+        *,
+        resume: str = "auto",
+        force: bool = False,
+        uncertified: bool = False,
+        replace: bool = False,
+        thorough: bool = True,
     ) -> dict[str, Any]:
-        """Run one stage, or skip it; returns its record. Raises UserError when the stage before it is not complete."""
+        """Run one stage, or skip it; returns its record. Raises UserError when the stage before it is not complete, and when
+        it would replace data of another configuration or of a trained run, unless `replace`."""
         stage = stage_named(name)
         inputs = self.inputs(name)
         if uncertified:
@@ -61,6 +70,8 @@ class Pipeline:
             self._report(f"{name:<12} complete, skipped")
             stage.check(self.paths, known["result"])
             return {**known, "skipped": True}
+        if not replace:
+            require_replaceable(self.config, self.paths, stage, self.record(name), digest)
         self._require_untouched(stage)
         self._report(f"{name:<12} ...")
         new = self._run(stage, digest, resume=resume, force=force, uncertified=uncertified)
@@ -120,6 +131,7 @@ class Pipeline:
             "schema_version": SCHEMA_VERSION,
             "stage": stage.name,
             "inputs": digest,
+            SETTINGS: settings_digest(self.config, stage),
             "outputs": stage.outputs(self.config, self.paths),
             "result": result,
             "seconds": round(time.perf_counter() - started, 2),

@@ -54,6 +54,7 @@ class Stage:
     check: raises UserError when the result, new or of an earlier start, must end the run.
     needs: keys that a record's result must have.
     untouched: earlier stages whose outputs must be as they were written.
+    data: what the stage makes for training, which is replaced only with `--replace` (replace.py).
     has_dry_run: whether the work can be a job of `data.executor`, which `--dry-run` only writes.
     """
 
@@ -65,6 +66,7 @@ class Stage:
     check: Callable[[RunPaths, Result], None] = no_check
     needs: tuple[str, ...] = ()
     untouched: tuple[str, ...] = ()
+    data: str | None = None
     has_dry_run: bool = False
 
 
@@ -236,6 +238,7 @@ STAGES = (
         inputs=_shard_inputs,
         outputs=_documents,
         run=_shard,
+        data="documents",
         has_dry_run=True,
     ),
     Stage(
@@ -244,6 +247,7 @@ STAGES = (
         inputs=_tokenizer_inputs,
         outputs=lambda config, paths: files_in(paths.tokenizer.parent, paths),
         run=_tokenizer,
+        data="a tokenizer",
     ),
     Stage(
         name="tokenize",
@@ -251,6 +255,7 @@ STAGES = (
         inputs=settings_inputs("tokenize"),
         outputs=_tokens,
         run=_tokenize,
+        data="tokens",
         has_dry_run=True,
     ),
     Stage(

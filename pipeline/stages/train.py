@@ -20,6 +20,7 @@ from pipeline.io import storage
 from pipeline.stages.compatible import Report, changes
 from pipeline.stages.resume import find_start
 from pipeline.tracking import outbox
+from pipeline.tracking.client import tracking_uri
 from pipeline.tracking.run import TrackedRun
 
 if TYPE_CHECKING:
@@ -133,12 +134,14 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, repo
         for key, change in changed.items():
             report(f"changed     {key} {change}")
         outbox.set_tags(start.run, {f"resumed.{step_of(start.checkpoint)}.{k}": v for k, v in changed.items()})
-    job_file = paths.logs / "job.json"
+    job_file, tracking = paths.logs / "job.json", config.tracking
+    if tracking.uri is not None:  # a relative sqlite:///, for whoever reads the job in another folder
+        tracking = tracking.model_copy(update={"uri": tracking_uri(config)})
     storage.publish_json(
         job_file,
         {
             "schema_version": JOB_SCHEMA_VERSION,
-            "config": config.model_copy(update={"run_dir": str(paths.root)}).as_dict(),
+            "config": config.model_copy(update={"run_dir": str(paths.root), "tracking": tracking}).as_dict(),
             "run_id": start.run.id,
             "resume_from": None if start.checkpoint is None else str(start.checkpoint),
         },

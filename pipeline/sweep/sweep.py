@@ -35,7 +35,7 @@ from pipeline.stages.table import NAMES
 from pipeline.stages.train import Launch
 from pipeline.sweep.config import COLUMNS, Child, read
 from pipeline.sweep.report import write_sweep_report
-from pipeline.tracking.client import client, fix_for, tracking_uri
+from pipeline.tracking.client import client, tracking_uri, why
 from pipeline.tracking.query import read_run
 from pipeline.tracking.run import TrackedRun, known_run
 from pipeline.tracking.run_record import new_record
@@ -152,7 +152,7 @@ class Sweep:
             run_id = run.create()
             client(run.uri).update_run(run_id, status="RUNNING")
         except Exception as error:
-            raise UserError(f"MLflow at {run.uri}: {first_line(error)}; {fix_for(run.uri)}") from error
+            raise UserError(f"MLflow at {run.uri}: {why(run.uri, error)}") from error
         return run_id
 
     def _log(self, parent: str, files: dict[str, str], *, status: str | None = None) -> None:

@@ -12,14 +12,23 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
+from pipeline.errors import UserError, first_line
+from pipeline.tracking.sqlite_store import OWN, file_of, require_usable, uri_of
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 SHORT_S, PATIENT_S = "3", "600"
+OURS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    TIMEOUT: SHORT_S,
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 TRANSIENT = (
     "INTERNAL_ERROR",
     "TEMPORARILY_UNAVAILABLE",
@@ -27,22 +36,26 @@ TRANSIENT = (
     "RESOURCE_EXHAUSTED",
     "REQUEST_LIMIT_EXCEEDED",
 )
+LOCKED = ("database is locked", "table is locked")
+DAMAGED = ("not a database", "malformed", "is encrypted", "disk i/o error")
+OTHER_VERSION = ("out-of-date", "can't locate revision", "no such column", "no such table")
 _lock, _patient = threading.Lock(), 0
+_before: str | None = None  # TIMEOUT before the first of those who are patient
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """The configured server, or a SQLite file in the run directory."""
-    return config.tracking.uri or f"sqlite:///{RunPaths(config.run_dir).root / 'mlflow.db'}"
+    """The configured server, or a SQLite file in the run directory. Of a SQLite file the path is absolute."""
+    if config.tracking.uri is None:
+        return uri_of(RunPaths(config.run_dir).root / OWN)
+    file = file_of(config.tracking.uri)
+    return config.tracking.uri if file is None or "?" in config.tracking.uri else uri_of(file)
 
 
 def import_mlflow() -> Any:
     """The module, silent and without telemetry. The import takes seconds, so it is nowhere at the top of a file."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault(TIMEOUT, SHORT_S)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name, value in OURS.items():
+        if not os.environ.get(name):  # what the user has set holds
+            os.environ[name] = value
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     import mlflow
@@ -51,20 +64,27 @@ def import_mlflow() -> Any:
 
 
 def client(uri: str) -> Any:
-    """An MLflow client that fails fast."""
-    mlflow = import_mlflow()
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    """An MLflow client that fails fast. Raises sqlite3.Error at once for a SQLite file that cannot be used."""
+    mlflow, file = import_mlflow(), file_of(uri)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        require_usable(file)
+        if "%" in uri:  # MLflow would also make a folder of the quoted name
+            from mlflow.store.db import utils
+
+            utils._make_parent_dirs_if_sqlite = lambda db_uri: None
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def is_unreachable(uri: str, error: Exception) -> bool:
-    """Whether a call failed because MLflow is unreachable or overloaded, so that it may work later.
+    """Whether a call failed because MLflow is unreachable, overloaded or locked, so that it may work later.
 
-    What the server refuses (a run that is not there, credentials) is a mistake, and so is every failure of a SQLite file.
+    What the server refuses (a run that is not there, credentials) is a mistake, and so is any other failure of a SQLite file.
     """
-    if uri.startswith("sqlite:"):
+    if isinstance(error, UserError):
         return False
+    if uri.startswith("sqlite"):
+        return _says(error, *LOCKED)
     code = getattr(error, "error_code", None)
     if type(error).__name__ == "InvalidUrlException":
         return False
@@ -73,13 +93,43 @@ def is_unreachable(uri: str, error: Exception) -> bool:
     )
 
 
-def fix_for(uri: str) -> str:
-    """What to do about a store that is unreachable."""
-    if uri.startswith("sqlite:///"):
+def fix_for(uri: str, error: Exception) -> str:
+    """What to do about a store that failed, by what is wrong with it. A store may hold other people's runs, so no fix here
+    loses any."""
+    file = file_of(uri)
+    if file is None:
+        if is_unreachable(uri, error):
+            return "start the server, or set tracking.uri=null"
+        return "look at tracking.uri, and at the user's rights there"
+    if _says(error, *LOCKED):
+        return f"another program holds {file}: wait until it is done (`fuser {file}` names it), then start again"
+    if _says(error, *DAMAGED):
         return (
-            f"restore {uri.removeprefix('sqlite:///')}, or remove it and run.json beside it to begin a new MLflow run"
+            f"{file} is damaged, or no database; it may hold other runs too, so keep it: put a backup in its place, or what "
+            f"`sqlite3 {file} .recover | sqlite3 NEW.db` saves. {from_checkpoints('RUN_DIR')}"
         )
-    return "start the server, or set tracking.uri=null"
+    if _says(error, *OTHER_VERSION):
+        return f"copy {file} as a backup, then `mlflow db upgrade {uri}`, or use the version of MLflow that made it"
+    if _says(error, "is full"):
+        return f"free some space on the disk of {file}, then start again"
+    if _says(error, "unable to open", "readonly", "permission"):
+        return f"make {file} and its folder readable and writable for this user"
+    return f"look at {file} and tracking.uri"
+
+
+def from_checkpoints(run_dir: object) -> str:
+    """How to go on where MLflow has lost the run."""
+    return f"A new run can begin with the checkpoints of this one: `pldr train CONFIG run_dir=NEW --resume {run_dir}`"
+
+
+def why(uri: str, error: Exception) -> str:
+    """What failed, and what to do: for one line."""
+    return f"{first_line(error)}; {fix_for(uri, error)}"
+
+
+def _says(error: Exception, *words: str) -> bool:
+    text = str(error).lower()
+    return any(word in text for word in words)
 
 
 def latest_points(run: Any) -> dict[str, tuple[int, float]]:
@@ -89,15 +139,27 @@ def latest_points(run: Any) -> dict[str, tuple[int, float]]:
 
 @contextlib.contextmanager
 def patience() -> Iterator[None]:
-    """Artifacts may take long: the short timeout is for metrics."""
-    global _patient
+    """Artifacts may take long: the short timeout is for metrics. Afterwards the timeout is what it was before."""
+    global _patient, _before
     with _lock:
+        if not _patient:
+            _before = os.environ.get(TIMEOUT)
+            os.environ[TIMEOUT] = _longer(_before)
         _patient += 1
-        os.environ[TIMEOUT] = PATIENT_S
     try:
         yield
     finally:
         with _lock:
             _patient -= 1
-            if not _patient:
-                os.environ[TIMEOUT] = SHORT_S
+            if not _patient and _before is None:
+                os.environ.pop(TIMEOUT, None)
+            elif not _patient:
+                os.environ[TIMEOUT] = str(_before)
+
+
+def _longer(timeout: str | None) -> str:
+    """A timeout that is long enough for artifacts: the user's, where that is longer or no number."""
+    try:
+        return PATIENT_S if not timeout or 0 < float(timeout) < float(PATIENT_S) else timeout
+    except ValueError:
+        return timeout or PATIENT_S

@@ -26,7 +26,7 @@ from typing import Any
 
 from pipeline.errors import first_line
 from pipeline.io import storage
-from pipeline.tracking.client import client, import_mlflow, latest_points
+from pipeline.tracking.client import client, import_mlflow, is_unreachable, latest_points
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +133,10 @@ class Tracker:
                     self._warned = False
                 except Exception as error:
                     if not self._warned:
-                        why = first_line(error)
-                        log.warning("MLflow at %s is unreachable (%s); metrics wait in %s", self._uri, why, self._spool)
+                        how = "is unreachable" if is_unreachable(self._uri, error) else "takes no metrics"
+                        log.warning(
+                            "MLflow at %s %s (%s); metrics wait in %s", self._uri, how, first_line(error), self._spool
+                        )
                     self._warned = True
                 self.tried.set()
                 self._stop.wait(SEND_EVERY_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +19,10 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
-from pipeline.tracking.client import client, fix_for, tracking_uri
+from pipeline.tracking.client import client, tracking_uri, why
 from pipeline.tracking.metrics import CLOSE_S, Tracker, take_over
 from pipeline.tracking.publish import open_publisher
-from pipeline.tracking.run import TrackedRun, known_run
+from pipeline.tracking.run import TrackedRun, known_run, require_no_copy
 from pipeline.tracking.run_record import RUN_FILE
 
 log = logging.getLogger(__name__)
@@ -36,11 +37,13 @@ _TRACEBACK = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n
 
 @dataclass
 class Pending:
-    """What a run's MLflow side still lacks: artifacts (local path -> artifact folder), tags, and its end."""
+    """What a run's MLflow side still lacks: artifacts (path, below the run directory relative to it -> artifact folder), tags,
+    and its end: the status, and when (ms of the epoch)."""
 
     files: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     status: str | None = None
+    ended_ms: int | None = None
 
     @classmethod
     def read(cls, paths: RunPaths) -> Pending:
@@ -57,7 +60,7 @@ class Pending:
     def _add(self, known: dict[str, Any]) -> None:
         files, tags = dict(known.get("files", {})), dict(known.get("tags", {}))
         self.files, self.tags = {**self.files, **files}, {**self.tags, **tags}
-        self.status = known.get("status", self.status)
+        self.status, self.ended_ms = known.get("status", self.status), known.get("ended_ms", self.ended_ms)
 
     def write(self, paths: RunPaths) -> None:
         """Replace what is on disk; without anything pending there is no file."""
@@ -71,7 +74,7 @@ class Pending:
 def begin(run: TrackedRun) -> None:
     """A start was accepted: the run is not over, so a pending end is dropped. Rank 0's tracker marks it RUNNING."""
     pending = Pending.read(run.paths)
-    pending.status = None
+    pending.status = pending.ended_ms = None
     pending.write(run.paths)
 
 
@@ -172,12 +175,23 @@ def replay(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
         raise UserError(
             f"{paths.root / RUN_FILE}: names no run at {uri}; nothing was logged here: `pldr train` begins one"
         )
+    try:
+        run.require_store()
+        require_no_copy(run)
+        if run.record.run_id is not None:
+            run.require_alive()
+        else:
+            client(uri).get_experiment_by_name(run.record.experiment)  # whether MLflow answers
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"MLflow at {uri}: {why(uri, error)}, and replay again") from error
     done = committed(paths.checkpoints)
     status = "FINISHED" if done and step_of(done[-1]) == config.train.steps else None
     result = settle(run, status=status, wait_s=config.train.publish_wait_s, checkpoints=True)
     if not result["complete"]:
         missing = f"; not published: {', '.join(result['unpublished'])}" if result["unpublished"] else ""
-        raise UserError(f"MLflow at {uri} did not take everything{missing}; {fix_for(uri)} and replay again")
+        raise UserError(f"MLflow at {uri} did not take everything{missing}; see the warnings above, and replay again")
     return result
 
 
@@ -207,10 +221,26 @@ def _defer(
 ) -> None:
     """Write down, on top of what is pending, what is to be sent."""
     pending = Pending.read(paths)
-    pending.files |= files or {}
+    pending.files |= {_below(paths, path): folder for path, folder in (files or {}).items()}
     pending.tags |= tags or {}
-    pending.status = status or pending.status
+    if status is not None:
+        pending.status, pending.ended_ms = status, int(time.time() * 1000)
     pending.write(paths)
+
+
+def _below(paths: RunPaths, path: str) -> str:
+    """A path as it is kept: relative to the run directory, which may be moved or copied before the file is sent."""
+    return str(Path(path).relative_to(paths.root)) if Path(path).is_relative_to(paths.root) else path
+
+
+def _file(paths: RunPaths, kept: str) -> Path:
+    """Where a file to be sent is now. Of an absolute path, as they were kept until November 2026, the longest end that is in
+    the run directory counts: it was moved or copied since."""
+    file = paths.root / kept
+    if file.is_relative_to(paths.root):
+        return file
+    ends = (paths.root.joinpath(*file.parts[i:]) for i in range(1, len(file.parts)))
+    return next((end for end in ends if end.exists()), file)
 
 
 def _flush(run: TrackedRun, mlflow_id: str) -> bool:
@@ -219,12 +249,12 @@ def _flush(run: TrackedRun, mlflow_id: str) -> bool:
     try:
         mlflow = client(run.uri)
         for path, folder in pending.files.items():
-            if Path(path).exists():
-                mlflow.log_artifact(mlflow_id, path, folder)
+            if (file := _file(run.paths, path)).exists():
+                mlflow.log_artifact(mlflow_id, str(file), folder)
         for key, value in pending.tags.items():
             mlflow.set_tag(mlflow_id, key, value)
-        if pending.status:
-            mlflow.set_terminated(mlflow_id, status=pending.status)
+        if pending.status and mlflow.get_run(mlflow_id).info.status != pending.status:  # else it has its end already
+            mlflow.set_terminated(mlflow_id, status=pending.status, end_time=pending.ended_ms)
     except Exception as error:
         log.warning("MLflow run %s is updated later (%s)", mlflow_id, first_line(error))
         return False

@@ -23,7 +23,7 @@ from pipeline.checkpoint.format import COMMITTED, STATE, checkpoint_name, commit
 from pipeline.checkpoint.retention import Policy, local_losses, loss_in, policy_of, retain
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
-from pipeline.tracking.client import client, fix_for, is_unreachable
+from pipeline.tracking.client import client, is_unreachable, why
 from pipeline.tracking.metrics import Tracker
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.run_record import LOCAL_PREFIX, PUBLISH_TAG
@@ -266,7 +266,7 @@ def available(run: TrackedRun) -> tuple[CheckpointStore | None, list[str]]:
 
 
 def _explain(uri: str, run_id: str, error: Exception) -> UserError:
-    return UserError(f"checkpoints of MLflow run {run_id}: {first_line(error)}; {fix_for(uri)}")
+    return UserError(f"checkpoints of MLflow run {run_id}: {why(uri, error)}")
 
 
 def fetch(store: CheckpointStore, name: str, folder: Path) -> Path:

@@ -6,9 +6,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.errors import ConfigError, UserError, first_line
-from pipeline.tracking.client import client, fix_for, is_unreachable, latest_points
+from pipeline.tracking.client import client, latest_points, why
 from pipeline.tracking.publish import CHECKPOINTS_TAG
 from pipeline.tracking.run_record import LOCAL_TAG, PUBLISH_TAG, VERDICT_TAG
+from pipeline.tracking.sqlite_store import file_of, keep_home
 from pipeline.tracking.stores import MlflowStore, names_in
 
 COLUMNS = {  # metric -> key of a row
@@ -27,7 +28,7 @@ def list_runs(uri: str, experiment: str | None) -> list[dict[str, Any]]:
     when MLflow is unreachable.
     """
     try:
-        mlflow = client(uri)
+        mlflow = _open(uri)
         found = mlflow.search_experiments()
         names = {e.experiment_id: e.name for e in found if experiment in (None, e.name)}
         if experiment is not None and not names:
@@ -40,8 +41,7 @@ def list_runs(uri: str, experiment: str | None) -> list[dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:
-        fix = fix_for(uri) if is_unreachable(uri, error) else "look at the URI"
-        raise UserError(f"MLflow at {uri}: {first_line(error)}; {fix}") from error
+        raise UserError(f"MLflow at {uri}: {why(uri, error)}") from error
 
 
 def read_run(uri: str, run_id: str) -> tuple[dict[str, Any], Any, dict[str, list[tuple[int, float]]]]:
@@ -50,7 +50,7 @@ def read_run(uri: str, run_id: str) -> tuple[dict[str, Any], Any, dict[str, list
     Raises UserError when MLflow is unreachable or has no such run.
     """
     try:
-        mlflow = client(uri)
+        mlflow = _open(uri)
         run = mlflow.get_run(run_id)
         experiment = mlflow.get_experiment(run.info.experiment_id)
         row = _row(uri, run, {run.info.experiment_id: experiment.name}, _verdicts(mlflow))
@@ -62,8 +62,18 @@ def read_run(uri: str, run_id: str) -> tuple[dict[str, Any], Any, dict[str, list
     except UserError:
         raise
     except Exception as error:
-        fix = fix_for(uri) if is_unreachable(uri, error) else "look at the id (`pldr runs` lists them)"
-        raise UserError(f"MLflow at {uri}: {first_line(error)}; {fix}") from error
+        if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+            raise UserError(f"MLflow at {uri}: {first_line(error)}; look at the id (`pldr runs` lists them)") from error
+        raise UserError(f"MLflow at {uri}: {why(uri, error)}") from error
+
+
+def _open(uri: str) -> Any:
+    """A client for reading: it makes no store. Raises UserError where there is none."""
+    file = file_of(uri)
+    if file is not None and not file.exists():
+        raise UserError(f"{file}: no such file; nothing was logged there, or it was moved: name the store with --uri")
+    keep_home(uri)
+    return client(uri)
 
 
 def _runs(mlflow: Any, experiments: list[str]) -> list[Any]:

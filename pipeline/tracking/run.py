@@ -8,6 +8,8 @@ wait in a spool (metrics.py), checkpoints in the run directory (publish.py), and
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io.urls import without_secrets
-from pipeline.tracking.client import client, fix_for, is_unreachable, patience, tracking_uri
+from pipeline.tracking.client import client, fix_for, from_checkpoints, is_unreachable, patience, tracking_uri, why
 from pipeline.tracking.run_record import (
     LOCAL_PREFIX,
     LOCAL_TAG,
@@ -26,12 +28,14 @@ from pipeline.tracking.run_record import (
     RUN_FILE,
     RunRecord,
     new_record,
+    original_of,
     publish_url,
     read_any_record,
     read_record,
     run_of_checkpoints,
     write_record,
 )
+from pipeline.tracking.sqlite_store import file_of, keep_home
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,30 @@ class TrackedRun:
         if record is not None and record.answers_to(self.id):
             self.record = record
 
+    def require_store(self) -> None:
+        """Set right where a store that was moved has its artifacts. Raises UserError where a SQLite store that has the run is
+        gone: MLflow would make an empty one, in which there is no run."""
+        keep_home(self.uri)
+        file = file_of(self.uri)
+        if self.record.run_id is not None and file is not None and not file.exists():
+            raise UserError(
+                f"{file}: no such file, and {self.paths.root / RUN_FILE} names MLflow run {self.id} in it; put the database "
+                f"back, or set tracking.uri to where it is now. {from_checkpoints(self.paths.root)}"
+            )
+
+    def require_alive(self) -> None:
+        """Raise ConfigError where the run, or its experiment, was deleted in MLflow (it keeps both until they are restored or
+        purged), and what MLflow raises."""
+        mlflow = client(self.uri)
+        info = mlflow.get_run(self.id).info
+        experiment = mlflow.get_experiment(info.experiment_id)
+        _require_not_deleted(experiment, self.uri)
+        if info.lifecycle_stage == "deleted":
+            raise ConfigError(
+                f"MLflow run {self.id} at {without_secrets(self.uri)} was deleted there; restore it with "
+                f"`{_mlflow(self.uri)} runs restore --run-id {self.id}`, or use another run_dir for a new run"
+            )
+
     def create(self) -> str:
         """MLflow's id of the run, which is made unless it was made before; run.json then has the id.
 
@@ -73,11 +101,12 @@ class TrackedRun:
         """
         record = self.record
         if record.run_id is not None:
+            self.require_store()
             return record.run_id
         from mlflow.entities import Param
 
         mlflow = client(self.uri)
-        experiment_id = _experiment(mlflow, record.experiment, record.artifact_location)
+        experiment_id = _experiment(mlflow, self.uri, record.experiment, record.artifact_location)
         found = mlflow.search_runs([experiment_id], f"tags.`{LOCAL_TAG}` = '{record.local_id}'")
         run = (
             found[0]
@@ -100,6 +129,7 @@ def known_run(config: RunConfig, paths: RunPaths) -> TrackedRun | None:
 
 def run_named(config: RunConfig, paths: RunPaths, run_id: str) -> TrackedRun:
     """The run directory's run when that is its name (a checkpoint may hold the local one), else one known by name only."""
+    keep_home(tracking_uri(config))
     record = read_record(config, paths)
     if record is None or not record.answers_to(run_id):
         record = RunRecord(tracking_uri(config), run_id)
@@ -122,27 +152,33 @@ def open_run(config: RunConfig, paths: RunPaths, *, run_id: str | None = None, f
         _require_no_other(config, paths)
         record = new_record(config, paths)
     run = TrackedRun(config, paths, record)
+    if run_id is None:
+        require_no_copy(run)
     if record.run_id is None:
         run.write()  # first: whatever is killed from here on, the run is made only once
     _compare(record.params, run.id, config, force)
     try:
         run.create()
         tags = _check_same(run, force)
-        run.record = replace(run.record, local_id=tags.get(LOCAL_TAG, run.record.local_id))
+        run.record = replace(
+            run.record,
+            local_id=tags.get(LOCAL_TAG, run.record.local_id),
+            tags={**run.record.tags, RUN_DIR_TAG: str(paths.root)},
+        )
     except UserError:
         raise
     except Exception as error:
-        why = first_line(error)
+        reason = first_line(error)
         if not is_unreachable(uri, error):
-            raise UserError(f"MLflow at {uri}: {why}; {fix_for(uri)}") from error
+            raise UserError(f"MLflow at {uri}: {why(uri, error)}") from error
         if unknown:
             raise UserError(
-                f"MLflow at {uri} is unreachable ({why}), and only it knows run {run_id}; {fix_for(uri)}"
+                f"MLflow at {uri} is unreachable ({reason}), and only it knows run {run_id}; {fix_for(uri, error)}"
             ) from error
         log.warning(
-            "MLflow at %s is unreachable (%s); training continues as %s, and what it logs is sent when the server is back",
+            "MLflow at %s is unreachable (%s); training continues as %s, and what it logs is sent when it can be reached",
             uri,
-            why,
+            reason,
             run.id,
         )
     run.write()
@@ -179,16 +215,32 @@ def _require_no_other(config: RunConfig, paths: RunPaths) -> None:
         )
 
 
+def require_no_copy(run: TrackedRun) -> None:
+    """Raise ConfigError in a copy of a run directory that would write to the same store as the original."""
+    original = original_of(run.config, run.paths, run.record)
+    if original is not None:
+        raise ConfigError(
+            f"{run.paths.root}: is a copy of {original}, and both would write to MLflow run {run.id} at "
+            f"{without_secrets(run.uri)}; continue there, or begin a run of its own: run_dir=NEW --resume {run.paths.root} "
+            f"(`pldr train CONFIG --resume {run.id}` continues the same run here)"
+        )
+
+
 def _check_same(run: TrackedRun, force: bool) -> dict[str, str]:
-    """The tags of a run that MLflow has, when it was made by this configuration."""
+    """The tags of a run that MLflow has, when it was not deleted and was made by this configuration."""
     try:
+        run.require_alive()
         data = client(run.uri).get_run(run.id).data
+    except UserError:
+        raise
     except Exception as error:
         if is_unreachable(run.uri, error):
             raise
+        if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+            raise UserError(f"MLflow run {run.id} at {without_secrets(run.uri)}: {why(run.uri, error)}") from error
         raise ConfigError(
-            f"MLflow run {run.id}: not found at {run.uri}; give the id of a run there, or, if {run.paths.root / RUN_FILE} "
-            "names it, restore the store or remove that file to begin a new run"
+            f"MLflow run {run.id}: not found at {without_secrets(run.uri)}; give the id of a run there, or put back the store "
+            f"that has it. {from_checkpoints(run.paths.root)}"
         ) from error
     _compare(data.params, run.id, run.config, force)
     return dict(data.tags)
@@ -214,8 +266,8 @@ def log_report(config: RunConfig, paths: RunPaths, report: Path) -> str | None:
     The id of that run; None, with a warning, when MLflow is unreachable: the report stays where it is.
     """
     try:
-        mlflow = client(tracking_uri(config))
-        run = known_run(config, paths)
+        keep_home(tracking_uri(config))
+        mlflow, run = client(tracking_uri(config)), known_run(config, paths)
         # Not `create`: a training in progress may be making its run at this moment.
         run_id = run.record.run_id if run is not None and run.record.run_id else _report_run(mlflow, config, paths)
         with patience():
@@ -229,18 +281,42 @@ def log_report(config: RunConfig, paths: RunPaths, report: Path) -> str | None:
 def _report_run(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
     """The run that this run directory's earlier reports went to, or a new one."""
     here = new_record(config, paths)
-    experiment_id, root = _experiment(mlflow, here.experiment, here.artifact_location), here.tags[RUN_DIR_TAG]
+    experiment_id = _experiment(mlflow, tracking_uri(config), here.experiment, here.artifact_location)
+    root = here.tags[RUN_DIR_TAG]
     for run in mlflow.search_runs([experiment_id], "tags.`mlflow.runName` = 'data-report'"):
-        if run.data.tags.get(RUN_DIR_TAG) == root:
+        # The store of the run directory itself has no other's reports, whatever the directory was called.
+        if config.tracking.uri is None or os.path.realpath(run.data.tags.get(RUN_DIR_TAG, "")) == os.path.realpath(
+            root
+        ):
             return str(run.info.run_id)
     run = mlflow.create_run(experiment_id, run_name="data-report", tags={RUN_DIR_TAG: root})
     mlflow.set_terminated(run.info.run_id)
     return str(run.info.run_id)
 
 
-def _experiment(mlflow: Any, name: str, artifact_location: str | None) -> str:
-    """The experiment's id; it is made when it does not exist."""
+def _experiment(mlflow: Any, uri: str, name: str, artifact_location: str | None) -> str:
+    """The experiment's id; it is made when it does not exist. Raises ConfigError for one that was deleted."""
     found = mlflow.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    return str(mlflow.create_experiment(name, artifact_location=artifact_location))
+    if found is None:
+        try:
+            return str(mlflow.create_experiment(name, artifact_location=artifact_location))
+        except Exception:
+            found = mlflow.get_experiment_by_name(name)  # another job has made it meanwhile
+            if found is None:
+                raise
+    _require_not_deleted(found, uri)
+    return str(found.experiment_id)
+
+
+def _require_not_deleted(experiment: Any, uri: str) -> None:
+    if experiment.lifecycle_stage == "deleted":
+        raise ConfigError(
+            f"MLflow's experiment {experiment.name} at {without_secrets(uri)} was deleted there; restore it with "
+            f"`{_mlflow(uri)} experiments restore --experiment-id {experiment.experiment_id}`, or set tracking.experiment to "
+            "another name"
+        )
+
+
+def _mlflow(uri: str) -> str:
+    """MLflow's command line for a store."""
+    return f"MLFLOW_TRACKING_URI={shlex.quote(without_secrets(uri))} mlflow"

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 from pipeline.checkpoint.format import committed, verify
-from pipeline.config.paths import RunPaths
+from pipeline.config.paths import RunPaths, expanded
 from pipeline.config.run import RunConfig
 from pipeline.errors import UserError
 from pipeline.io import storage
 from pipeline.io.urls import is_local, join, local_path
 from pipeline.tracking.client import tracking_uri
+from pipeline.tracking.sqlite_store import OWN, artifacts_beside, file_of, holds_run, same_store
 
 RUN_FILE = "run.json"
 LOCAL_PREFIX = "local-"
@@ -71,7 +74,7 @@ def new_record(
         local_id=local_id or LOCAL_PREFIX + uuid.uuid4().hex,
         name=config.name,
         experiment=config.tracking.experiment,
-        artifact_location=_artifact_location(config, paths),
+        artifact_location=_artifact_location(config),
         started_ms=int(time.time() * 1000),
         params={key: value[:6000] for key, value in (config.flat() if params is None else params).items()},
     )
@@ -82,9 +85,10 @@ def new_record(
     return replace(record, tags=tags if url is None else {**tags, PUBLISH_TAG: url})
 
 
-def _artifact_location(config: RunConfig, paths: RunPaths) -> str | None:
+def _artifact_location(config: RunConfig) -> str | None:
     """A SQLite store keeps artifacts beside the database and not in the working directory."""
-    return (paths.root / "mlartifacts").as_uri() if config.tracking.uri is None else None
+    file = file_of(tracking_uri(config))
+    return None if file is None else artifacts_beside(file)
 
 
 def publish_url(config: RunConfig, record: RunRecord) -> str | None:
@@ -92,7 +96,7 @@ def publish_url(config: RunConfig, record: RunRecord) -> str | None:
     where = config.train.publish_to
     if where is None:
         return None
-    return join(str(local_path(where).expanduser().absolute()) if is_local(where) else where, record.folder)
+    return join(str(expanded(local_path(where), "train.publish_to")) if is_local(where) else where, record.folder)
 
 
 def read_record(config: RunConfig, paths: RunPaths) -> RunRecord | None:
@@ -101,9 +105,16 @@ def read_record(config: RunConfig, paths: RunPaths) -> RunRecord | None:
     if record is None or record.tracking_uri == uri:
         return record
     if record.run_id is not None:
+        # A database that is reached by another path, or was moved or copied with the run.
+        before, now = file_of(record.tracking_uri), file_of(uri)
+        if before is None or now is None:
+            return None
+        own = config.tracking.uri is None and before == Path(record.tags.get(RUN_DIR_TAG, "")) / OWN
+        if own or same_store(record.tracking_uri, uri) or holds_run(uri, record.run_id):
+            return replace(record, tracking_uri=uri)
         return None
     # MLflow never made it, so it is not bound to a server: that may have been a mistyped one.
-    return replace(record, tracking_uri=uri, artifact_location=_artifact_location(config, paths))
+    return replace(record, tracking_uri=uri, artifact_location=_artifact_location(config))
 
 
 def read_any_record(config: RunConfig, paths: RunPaths) -> RunRecord | None:
@@ -125,6 +136,23 @@ def read_any_record(config: RunConfig, paths: RunPaths) -> RunRecord | None:
     if name.startswith(LOCAL_PREFIX):
         return new_record(config, paths, local_id=name)
     return RunRecord(tracking_uri(config), run_id=name)
+
+
+def original_of(config: RunConfig, paths: RunPaths, record: RunRecord) -> str | None:
+    """The run directory that this one was copied from, where both would write to one store: another folder, still there, whose
+    run.json names the same run. None where this is the run's directory, or the copy has a store of its own."""
+    home = Path(record.tags.get(RUN_DIR_TAG, paths.root))
+    known, theirs = read_any_record(config, paths), home / RUN_FILE
+    if known is None or not theirs.exists() or os.path.realpath(home) == os.path.realpath(paths.root):
+        return None
+    if not same_store(known.tracking_uri, tracking_uri(config)) and config.train.publish_to is None:
+        return None
+    try:
+        other = storage.read_json(theirs)
+        same = record.id in (other.get("run_id"), other.get("local_id"))
+    except (UserError, AttributeError):
+        return None
+    return str(home) if same else None
 
 
 def write_record(paths: RunPaths, record: RunRecord) -> None:

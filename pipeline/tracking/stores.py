@@ -19,6 +19,7 @@ from pipeline.io.remote import filesystem_of, open_retrying, retrying
 from pipeline.io.storage import safe_member
 from pipeline.io.urls import is_local, join, public_url
 from pipeline.tracking.client import client, is_unreachable, patience
+from pipeline.tracking.sqlite_store import keep_home
 
 FOLDER = "checkpoints"  # among the artifacts
 ATTEMPTS, WAIT_S = 3, 0.5  # of one file to MLflow; publish.py retries a whole publication
@@ -53,6 +54,7 @@ class MlflowStore:
 
     def __init__(self, uri: str, run_id: str) -> None:
         self._uri, self._run_id = uri, run_id
+        keep_home(uri)
         self._client = client(uri)
 
     def __str__(self) -> str:

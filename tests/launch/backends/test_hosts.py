@@ -96,3 +96,17 @@ def test_values_survive_deepspeeds_quoting(tmp_path):
     shown = subprocess.run(["sh", "-c", f"{script} {sys.executable} -c 'import os, json; print(json.dumps(dict(os.environ)))'"],
                           capture_output=True, text=True, check=True)  # fmt: skip
     assert variables.items() <= json.loads(shown.stdout).items()
+
+
+def test_a_user_without_a_home_has_the_variables_of_the_working_directory(tmp_path, monkeypatch):
+    """A container's user id without an entry in /etc/passwd, and no HOME: asked for late, and done without."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".deepspeed_env").write_text("FROM_HERE=1\n")
+    assert carried()["FROM_HERE"] == "1"
+    program = "import pathlib\ndef no(): raise RuntimeError\npathlib.Path.home = no\nimport launch.cli"
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0

@@ -1,6 +1,7 @@
 """`pldr runs` on a store with runs in it, and what wrong use of it and of `pldr track replay` looks like."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import pytest
 from launch.cli import main
 from pipeline.config.load import load_config
 from pipeline.config.paths import RunPaths
+from pipeline.io import storage
 from pipeline.tracking import outbox
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.run import open_run
+from pipeline.tracking.sqlite_store import file_of, uri_of
 
 
 def run(capsys, *arguments):
@@ -121,3 +124,32 @@ def test_a_report_of_nothing_is_one_line(capsys, runs, arguments, message, monke
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     code, _, errors = run(capsys, *[runs[1] if word == "URI" else word for word in arguments])
     assert code in (1, 2) and message in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", ["copied", "renamed"])
+def test_a_report_by_the_folder_of_a_run_that_was_copied_with_its_sweep(capsys, runs, tmp_path, way):
+    """The store of a sweep's child is its parent's: a child's job names it by its old path."""
+    path, uri, ids = runs
+    sweep = tmp_path / "sweep"
+    shutil.copytree(file_of(uri).parent, sweep)
+    child = sweep / "children" / "second"
+    config = load_config(path, [f"run_dir={child}", f"tracking.uri={uri_of(sweep / 'mlflow.db')}", "name=second"])
+    record = json.loads((file_of(uri).parent.parent / "second" / "run.json").read_text())
+    storage.publish_json(child / "run.json", {**record, "tracking_uri": uri_of(sweep / "mlflow.db")})
+    storage.publish_json(child / "logs" / "job.json", {"schema_version": 1, "config": config.as_dict()})
+    other = tmp_path / "other"
+    shutil.copytree(sweep, other)
+    if way == "renamed":
+        shutil.rmtree(sweep)
+    before = {p: p.read_bytes() for p in sweep.rglob("*") if p.is_file()}
+    code, out, errors = run(capsys, "report", other / "children" / "second", "--json")
+    assert code == 0 and ids[1] in out + Path(json.loads(out.splitlines()[-1])["report"]).read_text(), errors
+    assert before == {p: p.read_bytes() for p in sweep.rglob("*") if p.is_file()}
+    assert sweep.exists() == (way == "copied")
+    run_of_store = client(uri_of(other / "mlflow.db")).get_run(ids[1]).info
+    assert run_of_store.artifact_uri.startswith(other.as_uri())
+
+
+def test_a_report_makes_no_store(capsys, runs, tmp_path):
+    code, _, errors = run(capsys, "report", "f" * 32, "--uri", f"sqlite:///{tmp_path}/new/mlflow.db")
+    assert code == 1 and "mlflow.db: no such file" in errors and list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -200,3 +201,47 @@ def test_bugs_are_not_retried() -> None:
     with pytest.raises(TypeError):
         remote.retrying("s3://x", broken)
     assert len(calls) == 1
+
+
+class Recorder(BaseHTTPRequestHandler):
+    """Answers every path with its own bytes; /to sends on to a signed address."""
+
+    asked: ClassVar[list[str]] = []
+    sent_to = "/b%2fc?sig=%2b%41~%7e&x='q'&y=[1]"
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        body = self.path.encode()
+        self.send_response(302 if self.path == "/to" else 200)
+        self.send_header("Location" if self.path == "/to" else "X-None", self.sent_to)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "requested"),
+    [
+        (odd, odd)
+        for odd in (
+            "/a%2fb%2Fc%7Ed%41?sig=%2b%3d+a==&t=2026-11-28T00:00:00Z&x=/%2F",
+            "/100%.txt?q='a'&b=(1)*!",
+            "/a::b?c=d::e",
+            "/a/../b//c?*[0]",
+        )
+    ]
+    + [("/a b/ü", "/a%20b/%C3%BC"), ("/to", Recorder.sent_to)],
+)
+def test_a_url_is_requested_byte_for_byte(given: str, requested: str) -> None:
+    Recorder.asked.clear()
+    with contextlib.contextmanager(serve)(Recorder) as url, remote.open_retrying(url + given) as stream:
+        assert stream.read().decode() == requested
+        assert Recorder.asked[-1] == requested
+        assert remote.size_of(url + given) == len(requested)
+        assert set(Recorder.asked) <= {given, requested}

@@ -47,17 +47,87 @@ def make(tmp_path):
     return make_pipeline
 
 
-def data_stages(pipeline):
-    return {name: pipeline.stage(name)["skipped"] for name in ("shard", "tokenizer", "tokenize")}
+def data_stages(pipeline, *, replace=False):
+    return {name: pipeline.stage(name, replace=replace)["skipped"] for name in ("shard", "tokenizer", "tokenize")}
+
+
+def files_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_same_inputs_skip_and_changed_inputs_do_not(make, tmp_path):
     assert not any(data_stages(make()[0]).values())
     assert all(data_stages(make()[0]).values())
     assert all(data_stages(make("data.workers=1", "train.max_lr=1e-4")[0]).values())  # keys that change no data
-    assert data_stages(make("tokens.remainder=pad")[0]) == {"shard": True, "tokenizer": True, "tokenize": False}
+    assert data_stages(make("tokens.remainder=pad")[0], replace=True) == {
+        "shard": True,
+        "tokenizer": True,
+        "tokenize": False,
+    }
     corpus(tmp_path / "corpus.jsonl", "beta")
     assert not any(data_stages(make("tokens.remainder=pad")[0]).values())
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "held"),
+    [
+        ("shard", "data.min_characters=5", "documents"),
+        ("tokenizer", "model.vocab_size=330", "a tokenizer"),
+        ("tokenize", "tokens.remainder=pad", "tokens"),
+    ],
+)
+def test_data_of_another_configuration_are_replaced_only_when_that_is_asked_for(make, tmp_path, stage, override, held):
+    data_stages(make()[0])
+    before = files_of(tmp_path / "run")
+    for force in (False, True):
+        with pytest.raises(
+            ConfigError, match=f"holds {held} that another run or configuration made; .*--replace.* lost"
+        ):
+            make(override)[0].stage(stage, force=force)
+    with pytest.raises(ConfigError, match="--replace"):
+        make(override)[0].run()
+    assert files_of(tmp_path / "run") == before
+    assert make(override)[0].stage(stage, replace=True)["skipped"] is False
+
+
+def trained(root, step=4):
+    """As if a model had been trained there."""
+    checkpoint = root / "checkpoints" / f"step-{step:06d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMMITTED").write_text("x")
+
+
+def test_data_that_a_model_was_trained_with_stay_when_their_source_changes(make, tmp_path):
+    data_stages(make()[0])
+    trained(tmp_path / "run")
+    before = files_of(tmp_path / "run")
+    corpus(tmp_path / "corpus.jsonl", "beta")
+    with pytest.raises(ConfigError, match=r"came of other input.* step-000004 in .* --replace.* neither be resumed"):
+        make()[0].stage("shard")
+    assert files_of(tmp_path / "run") == before
+    assert make()[0].stage("shard", replace=True)["skipped"] is False
+    with pytest.raises(ConfigError, match="--replace"):
+        make()[0].stage("tokenizer")
+
+
+def test_data_that_a_model_was_trained_with_can_be_mended(make, tmp_path):
+    data_stages(make()[0])
+    trained(tmp_path / "run")
+    first = files_of(tmp_path / "run" / "tokens")
+    next((tmp_path / "run" / "tokens").glob("train-*.tar")).unlink()
+    assert data_stages(make()[0]) == {"shard": True, "tokenizer": True, "tokenize": False}
+    assert files_of(tmp_path / "run" / "tokens") == first
+
+
+def test_data_of_another_run_in_a_shared_folder_are_not_replaced(make, tmp_path):
+    shared = f"data.output={tmp_path / 'shared'}"
+    make(shared)[0].stage("shard")
+    before = files_of(tmp_path / "shared")
+    corpus(tmp_path / "other.jsonl", "beta")
+    other = (shared, f"run_dir={tmp_path / 'other'}", f"data.sources=[{{url: {tmp_path / 'other.jsonl'}}}]")
+    with pytest.raises(ConfigError, match=r"shared: holds documents that another run .*--replace"):
+        make(*other)[0].stage("shard")
+    assert files_of(tmp_path / "shared") == before
 
 
 def test_a_given_tokenizer_does_not_hide_a_changed_corpus(make, tmp_path):
@@ -65,7 +135,7 @@ def test_a_given_tokenizer_does_not_hide_a_changed_corpus(make, tmp_path):
     given = tmp_path / "given.model"
     given.write_bytes((tmp_path / "run" / "tokenizer" / "tokenizer.model").read_bytes())
     override = f"tokenizer.model={given}"
-    data_stages(make(override)[0])
+    data_stages(make(override)[0], replace=True)
     corpus(tmp_path / "corpus.jsonl", "beta")
     assert data_stages(make(override)[0])["tokenize"] is False
 
