@@ -13,6 +13,7 @@ without it is unfinished. The spool is deleted at the end, so running the stage 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import shutil
@@ -36,7 +37,7 @@ from pipeline.data.executor.markers import is_complete, step_stats
 from pipeline.data.executor.progress import advance
 from pipeline.data.filters import chain, decontaminate
 from pipeline.data.filters.length import LengthFilter, SplitLong
-from pipeline.data.readers.sources import find_files
+from pipeline.data.readers.sources import InputFile, Listing, list_sources
 from pipeline.data.readers.text import bad_input_error, read_unit
 from pipeline.data.readers.units import Rejected, Unit, deal, ordinal, plan_units, unit_as_dict, unit_from_dict
 from pipeline.data.tar import remove_strays
@@ -49,6 +50,7 @@ if TYPE_CHECKING:  # workers import this module, and the configuration imports t
 
 TASK_BYTES = 256_000_000  # of text, about, for one task unless data.tasks is set
 REMOVED = re.compile(r"\d{6}\.jsonl\.zst")
+log = logging.getLogger(__name__)
 SPOOL = 0.5  # estimated bytes of spool per byte of text
 
 
@@ -62,11 +64,14 @@ def shard_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = False
     """
     chain.check_extras(config.data.clean.model_dump())
     jobs = _Jobs(config, paths, engine_of(config.data, dry_run=dry_run))
+    _tell_left_out(jobs.listing)
     records = jobs.run()
     index = build_index(
         config.data,
         files=jobs.files,
-        ignored=jobs.ignored,
+        ignored=jobs.listing.ignored,
+        hidden=len(jobs.listing.hidden),
+        evaluation=jobs.evaluation,
         tasks=jobs.tasks,
         steps=jobs.step_stats(),
         records=records,
@@ -96,11 +101,28 @@ def stage_inputs(config: RunConfig) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "config": of_stage(config, "shard"),
-        "sources": [asdict(file) for file in find_files(data.sources)[0]],
-        "evaluation": [asdict(f) for f in decontaminate.evaluation_files(decontamination.files)]
+        "sources": _identities(list_sources(data.sources, outputs=_outputs(config)).files),
+        "evaluation": _identities(decontaminate.evaluation_files(decontamination.files, _outputs(config)))
         if decontamination
         else [],
     }
+
+
+def _identities(files: list[InputFile]) -> list[dict[str, Any]]:
+    """What identifies files; `state` is for reading, `identity` says the same."""
+    return [{key: value for key, value in asdict(file).items() if key != "state"} for file in files]
+
+
+def _outputs(config: RunConfig) -> list[str]:
+    """The folders that the run writes: never input."""
+    return [url for url in (config.run_dir, config.data.output, config.tokens.output) if url]
+
+
+def _tell_left_out(listing: Listing) -> None:
+    for what, left in (("hidden entries", listing.hidden), ("outputs of pldr", listing.ours)):
+        if left:
+            more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
+            log.warning("data.sources: %s in these folders are left out: %s%s", what, left[0], more)
 
 
 class ReadUnits(PipelineStep):  # type: ignore[misc]  # datatrove has no types
@@ -150,7 +172,12 @@ class _Jobs:
     def __init__(self, config: RunConfig, paths: RunPaths, engine: Engine) -> None:
         self.data = config.data
         self.engine = engine
-        self.files, self.ignored = find_files(self.data.sources)
+        self.outputs = _outputs(config)
+        self.listing = list_sources(self.data.sources, outputs=self.outputs)
+        self.files = self.listing.files
+        self.evaluation: list[InputFile] = []
+        if decontamination := self.data.clean.decontaminate:
+            self.evaluation = decontaminate.evaluation_files(decontamination.files, self.outputs)
         self.units = plan_units(self.files)
         self.text_bytes = sum(unit.size for unit in self.units)
         wanted = self.data.tasks or math.ceil(self.text_bytes / TASK_BYTES)
@@ -226,7 +253,11 @@ class _Jobs:
         if decontamination := data.clean.decontaminate:
             contamination = self.work / "contamination.npz"
             decontaminate.build_index(
-                decontamination.files, decontamination.ngram, contamination, data.max_document_megabytes * 10**6
+                decontamination.files,
+                decontamination.ngram,
+                contamination,
+                data.max_document_megabytes * 10**6,
+                self.outputs,
             )
         keys = self.work / "clean" / "exact-keys" if data.clean.exact_duplicates else None
         folder = self.work / "clean" / "removed"

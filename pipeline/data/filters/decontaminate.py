@@ -32,7 +32,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from pipeline.data.dedup.sorted_rows import NUMBER, Rows
 from pipeline.data.dedup.word_hashes import WordHashes, ngrams
 from pipeline.data.readers.decompress import DAMAGE
-from pipeline.data.readers.sources import InputFile, find_files
+from pipeline.data.readers.sources import InputFile, check_unchanged, list_sources
 from pipeline.data.readers.text import next_line, open_input, read_unit
 from pipeline.data.readers.units import SKIP, Rejected, Unit
 from pipeline.errors import UserError, first_line
@@ -71,25 +71,30 @@ class _FoldedHashes(WordHashes):
         return super().hash_of(unicodedata.normalize("NFKC", word.casefold()))
 
 
-def evaluation_files(files: list[str]) -> list[InputFile]:
-    """The files that these paths, globs and URLs name, each once. Raises UserError for one that matches no file."""
+def evaluation_files(files: list[str], outputs: Iterable[str] = ()) -> list[InputFile]:
+    """The files that these paths, globs and URLs name, each once. outputs: folders that this run writes. Raises UserError for
+    one that matches no file."""
     found: dict[str, InputFile] = {}
     for url in files:
         try:
-            listed, ignored = find_files([_Evaluation(url)])
+            listing = list_sources([_Evaluation(url)], outputs=outputs)
         except UserError as error:
             what = str(error).removeprefix("data.sources: ").replace("data.sources reads", "supported are")
             raise UserError(f"data.clean.decontaminate.files: {what}") from None
-        if ignored:
+        if ignored := listing.ignored + len(listing.hidden):
             log.warning(
-                "data.clean.decontaminate.files: %d files in %s with an unknown extension are not read", ignored, url
+                "data.clean.decontaminate.files: %d entries in %s that are hidden or with an unknown extension are not read",
+                ignored,
+                url,
             )
-        found.update({file.url: file for file in listed})
+        found.update({file.url: file for file in listing.files})
     return list(found.values())
 
 
-def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: int) -> str:
-    """Write the index of the evaluation files to `target` (.npz); returns its sha256.
+def build_index(
+    files: list[str], ngram: int, target: Path, max_document_bytes: int, outputs: Iterable[str] = ()
+) -> str:
+    """Write the index of the evaluation files to `target` (.npz); returns its sha256. outputs: folders that this run writes.
 
     Raises UserError for a file that cannot be read, a line that is not JSON, or files without one usable string.
     """
@@ -98,7 +103,7 @@ def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: 
     short: list[Rows] = []  # [first SHORTEST words, all words] of strings shorter than ngram
     lengths: set[int] = set()
     hashes = _FoldedHashes()
-    inputs = evaluation_files(files)
+    inputs = evaluation_files(files, outputs)
     for number, file in enumerate(inputs):
         texts = 0
         for text in _readable(file, max_document_bytes):
@@ -138,6 +143,7 @@ def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: 
 def _readable(file: InputFile, limit: int) -> Iterator[str]:
     try:
         yield from _strings_of(file, limit)
+        check_unchanged(file)
     except (*DAMAGE, OSError) as error:  # bz2 reports damage as an OSError without an errno
         if isinstance(error, OSError) and error.errno is not None:
             raise explain_os_error(error, file.shown) from error

@@ -21,11 +21,10 @@ from contextlib import closing
 import orjson
 
 from pipeline.data.readers.decompress import DAMAGE, decompressed
-from pipeline.data.readers.sources import NOT_A_FILE, InputFile
+from pipeline.data.readers.sources import NOT_A_FILE, InputFile, check_unchanged
 from pipeline.data.readers.units import BLOCK, RANGE, SKIP, STREAM_CHUNK, Rejected, Text, Unit, some_names, too_long
 from pipeline.errors import UserError, first_line
 from pipeline.io.remote import open_retrying
-from pipeline.io.urls import is_local
 
 TEXT_PIECE = 1 << 20
 BOM = b"\xef\xbb\xbf"
@@ -45,17 +44,23 @@ def read_unit(unit: Unit, *, max_document_bytes: int) -> Iterator[Text | Rejecte
         yield Rejected(None, NOT_A_FILE, file.shown, f"{what}, a file is expected; list the files in it {SKIP}")
         return
     try:
-        _check_unchanged(file)
-        yield from _read(unit, max_document_bytes)
+        check_unchanged(file, "since the sources were listed")
+        for item in _read(unit, max_document_bytes):
+            if isinstance(item, Rejected):
+                check_unchanged(file)  # a line of two states of the file is not the file's fault
+            yield item
+        check_unchanged(file)
     except FileNotFoundError:
         raise UserError(f"{file.shown}: gone since the sources were listed; start again") from None
     except DAMAGE as error:
+        check_unchanged(file)
         yield from _damaged(unit, error)
     except OSError as error:
         if error.errno is not None or isinstance(error, io.UnsupportedOperation):
             raise UserError(
                 f"{file.shown}: cannot be read ({first_line(error)}); fix the file's permissions or its disk"
             ) from error
+        check_unchanged(file)
         yield from _damaged(unit, error)  # bz2 and parquet report damage as an OSError without an errno
 
 
@@ -71,14 +76,6 @@ def bad_input_error(unit: Unit, rejected: Rejected) -> UserError:
             lines, last, left = lines + block.count(b"\n"), block[-1:], left - len(block)
     number = lines + rejected.record + (last != b"\n")  # the line in which the part begins belongs to the part before
     return UserError(f"{file.shown}, line {number}: {rejected.problem}")
-
-
-def _check_unchanged(file: InputFile) -> None:
-    """Raise UserError if the size is not the one that the parts were planned for."""
-    if is_local(file.url):
-        size = os.stat(file.shown).st_size
-        if size != file.size:
-            raise UserError(f"{file.shown}: {size} bytes, {file.size} when the sources were listed; start again")
 
 
 def _damaged(unit: Unit, error: Exception) -> Iterator[Rejected]:

@@ -91,7 +91,8 @@ def unit_as_dict(unit: Unit) -> dict[str, Any]:
 
 def unit_from_dict(tree: dict[str, Any]) -> Unit:
     """The inverse of `unit_as_dict`."""
-    return Unit(**{**tree, "file": InputFile(**tree["file"])})
+    file = tree["file"]
+    return Unit(**{**tree, "file": InputFile(**{**file, "state": tuple(file["state"])})})
 
 
 def _text_size(file: InputFile) -> int:
