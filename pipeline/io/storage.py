@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,7 +24,8 @@ from typing import IO, Any
 
 from fsspec import AbstractFileSystem
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
+from pipeline.io.limits import limit_of
 from pipeline.io.remote import filesystem_of, open_retrying, retrying
 from pipeline.io.urls import check_url, is_http, is_local, join, public_url
 
@@ -267,10 +269,12 @@ def lock_holder(stream: IO[str]) -> str:
     return stream.read().strip() or "?"
 
 
-def explain_os_error(error: OSError, where: str) -> UserError:
-    """An error such as a full disk or a missing permission as one line with the fix."""
-    if error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return UserError(f"{where}: the disk is full; free some space and start again, finished work is kept")
-    if error.errno in (13, 30):  # EACCES, EROFS
+def explain_os_error(error: OSError, where: str, *, reading: bool = False) -> UserError:
+    """An error such as a full disk, a missing permission or a limit of the system as one line with the fix."""
+    if limit := limit_of(error):
+        return UserError(f"{where}: {limit}")
+    if reading:
+        return UserError(f"{where}: cannot be read ({first_line(error)}); fix the file's permissions or its disk")
+    if error.errno in (errno.EACCES, errno.EROFS):
         return UserError(f"{where}: cannot be written ({error.strerror}); set run_dir to a folder that can")
     return UserError(f"{where}: {error}")

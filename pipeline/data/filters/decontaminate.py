@@ -31,9 +31,9 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from pipeline.data.dedup.sorted_rows import NUMBER, Rows
 from pipeline.data.dedup.word_hashes import WordHashes, ngrams
-from pipeline.data.readers.decompress import DAMAGE
+from pipeline.data.readers.decompress import DAMAGE, OverLimit
 from pipeline.data.readers.sources import InputFile, check_unchanged, list_sources
-from pipeline.data.readers.text import next_line, open_input, read_unit
+from pipeline.data.readers.text import JSON_DEPTH, is_too_deep, next_line, no_memory, open_input, read_unit
 from pipeline.data.readers.units import SKIP, Rejected, Unit
 from pipeline.errors import UserError, first_line
 from pipeline.io.storage import explain_os_error, publish, sha256_file
@@ -144,9 +144,13 @@ def _readable(file: InputFile, limit: int) -> Iterator[str]:
     try:
         yield from _strings_of(file, limit)
         check_unchanged(file)
+    except OverLimit as error:
+        raise UserError(f"{file.shown}: {error}") from None
+    except MemoryError as error:
+        raise no_memory(file, error) from None
     except (*DAMAGE, OSError) as error:  # bz2 reports damage as an OSError without an errno
         if isinstance(error, OSError) and error.errno is not None:
-            raise explain_os_error(error, file.shown) from error
+            raise explain_os_error(error, file.shown, reading=True) from error
         raise UserError(f"{file.shown}: truncated or damaged ({first_line(error)}); download it again") from None
 
 
@@ -169,7 +173,8 @@ def _strings_of(file: InputFile, limit: int) -> Iterator[str]:
                 except orjson.JSONDecodeError as error:
                     if not _is_utf8(line):
                         raise UserError(f"{file.shown}, line {number}: not UTF-8; convert it (iconv)") from None
-                    raise UserError(f"{file.shown}, line {number}: not JSON ({error}); fix the line") from None
+                    what = f"nested more than {JSON_DEPTH} deep" if is_too_deep(error) else f"not JSON ({error})"
+                    raise UserError(f"{file.shown}, line {number}: {what}; fix the line") from None
     elif file.kind == "parquet":
         from pipeline.data.readers.parquet import read_rows
 

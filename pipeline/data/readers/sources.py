@@ -189,7 +189,7 @@ def _matches(url: str, outputs: list[str], left: list[LeftOut]) -> tuple[str, li
     except FileNotFoundError:
         infos = {}
     except OSError as error:
-        raise explain_os_error(error, f"data.sources: {public_url(url)}") from error
+        raise explain_os_error(error, f"data.sources: {public_url(url)}", reading=True) from error
     except ValueError as error:  # from fsspec: `**` inside a name, a URL without a bucket
         if isinstance(error, UserError):
             raise
