@@ -96,6 +96,7 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
         "removed": _reasons(stats),
         "changed": stats.get("changed", 0),
         "characters_cut": stats.get("characters_cut", 0),
+        **({"partly_checked": stats["partly_checked"]} if stats.get("partly_checked") else {}),
     }
 
 

@@ -136,7 +136,9 @@ def _zstd_frame(source: BinaryIO) -> Iterator[bytes]:
     size = (0 if single else 1) + (0, 1, 2, 4)[dictionary] + (single, 2, 4, 8)[flags[0] >> 6]
     header = _exactly(source, size)
     start = ZSTD_MAGIC + flags + header
-    window = 0 if single else (1 << 10 + (header[0] >> 3)) // 8 * (8 + (header[0] & 7))  # single: as large as the content
+    window = (
+        0 if single else (1 << 10 + (header[0] >> 3)) // 8 * (8 + (header[0] & 7))
+    )  # single: as large as the content
     place = 0 if single else 1
     if number := int.from_bytes(header[place : place + (0, 1, 2, 4)[dictionary]], "little"):
         fix = "decompress it with `zstd -d -D DICTIONARY`"
