@@ -92,8 +92,8 @@ def _check_strays(folder: str, listed: set[str]) -> None:
     if found := strays(folder, listed):
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise UserError(
-            f"{public_url(join(folder, found[0]))}: not in the index{more}: readers that take every tar would mix it in; move it "
-            "away, or run the stage again with --force"
+            f"{public_url(join(folder, found[0]))}: not in the index{more}: who reads every tar would mix it in; move it away, "
+            "or run the stage again with --force"
         )
 
 
