@@ -39,9 +39,26 @@ from pipeline.data.filters import chain, decontaminate
 from pipeline.data.filters.length import LengthFilter, SplitLong
 from pipeline.data.readers.sources import InputFile, Listing, list_sources
 from pipeline.data.readers.text import bad_input_error, read_unit
-from pipeline.data.readers.units import Rejected, Unit, deal, ordinal, plan_units, unit_as_dict, unit_from_dict
+from pipeline.data.readers.units import (
+    Rejected,
+    Unit,
+    deal,
+    is_copied,
+    ordinal,
+    plan_units,
+    unit_as_dict,
+    unit_from_dict,
+)
 from pipeline.data.tar import remove_strays
-from pipeline.io.storage import publish_json, read_json, require_free_space, sha256_json
+from pipeline.io.storage import (
+    Need,
+    bytes_below,
+    publish_json,
+    read_json,
+    require_space,
+    sha256_json,
+    temporary_space,
+)
 from pipeline.io.urls import is_local, join, local_path
 
 if TYPE_CHECKING:  # workers import this module, and the configuration imports torch
@@ -52,6 +69,7 @@ TASK_BYTES = 256_000_000  # of text, about, for one task unless data.tasks is se
 REMOVED = re.compile(r"\d{6}\.jsonl\.zst")
 log = logging.getLogger(__name__)
 SPOOL = 0.5  # estimated bytes of spool per byte of text
+TAR = 1.1  # of documents
 
 
 def shard_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = False) -> dict[str, Any]:
@@ -189,8 +207,7 @@ class _Jobs:
 
     def run(self) -> list[dict[str, Any]]:
         """Run every incomplete job. Returns the records of the last one's tasks, by rank."""
-        needed = self.text_bytes * (SPOOL + (1.1 if is_local(self.folder) else 0))
-        require_free_space(self.work, int(needed), "cleaning and writing the documents")
+        self._check_space()
         steps = self.data.clean
         last = self._write_steps()
         if not is_complete(self.work / "write", self.folder, self.tasks):
@@ -210,6 +227,33 @@ class _Jobs:
                 self._job("paragraph-keys", [*self._survivors(), paragraph_keys])
                 self._find(keys, "paragraphs")
         return self._job("write", last, output=self.folder)
+
+    def _check_space(self) -> None:
+        """Raise UserError unless every disk that this stage writes to has room for what it will write there, before the work
+        begins. Temporary files are asked about where this machine does the work."""
+        weights = [source.weight for source in self.data.sources]
+        written = int(sum(unit.size * weights[unit.file.source] for unit in self.units) * TAR)
+        spool = int(self.text_bytes * SPOOL) - bytes_below(self.spool)
+        needs = [Need(self.work, max(0, spool), "the cleaned documents until they are written")]
+        at_once = min(self.data.workers, self.tasks)
+        temporary = 0
+        if is_local(self.folder):
+            folder = local_path(self.folder).absolute()
+            written = max(0, written - bytes_below(folder, "*.tar"))
+            fix = (
+                "set data.output to another disk" if self.data.output else "set run_dir or data.output to another disk"
+            )
+            needs.append(Need(folder, written, "writing the documents", fix))
+        else:
+            temporary += written * at_once // self.tasks  # each task's shards until they are uploaded
+        if any(weight > 1 for weight in weights):  # what is written again
+            repeated = sum(unit.size for unit in self.units if weights[unit.file.source] > 1)
+            temporary += int(repeated * SPOOL) * at_once // self.tasks
+        copied = sorted((unit.size for unit in self.units if is_copied(unit.file)), reverse=True)
+        temporary = max(temporary, sum(copied[:at_once]))
+        if temporary and self.data.executor == "local":
+            needs.append(temporary_space(temporary, "temporary files"))
+        require_space(needs)
 
     def step_stats(self) -> list[dict[str, Any]]:
         """The counts of each step of the first and the last job, in order."""

@@ -83,7 +83,7 @@ def main_text(data: bytes) -> str | None:
     load_html(page)
     if not _is_too_deep(HTML_PARSER):
         return text
-    from lxml.html import HTMLParser, fromstring
+    from lxml.html import HTMLParser, fromstring  # type: ignore[import-untyped]
 
     parser = HTMLParser(
         collect_ids=False,

@@ -159,8 +159,6 @@ def sentencepiece_model(path: Path, **options: Any) -> str:
             model_writer=stream,
             vocab_size=300,
             minloglevel=2,
-            hard_vocab_limit=False,
-            **ids,
             **options,
         )
     return str(path)
