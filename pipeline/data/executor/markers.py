@@ -31,7 +31,7 @@ RECORDS = "records"
 ERRORS = "errors"
 # Version of the pickled executors that Slurm and Ray jobs run. A pickle names modules and classes: raise this when one of them
 # moves or changes its fields. A job of another version is never joined: it is refused while it runs, and started anew after.
-PICKLE_VERSION = 2
+PICKLE_VERSION = 3
 
 
 class Reporting:
