@@ -88,6 +88,11 @@ class Tokenizer:
         piece: str = self._processor.id_to_piece(token)
         return piece
 
+    @property
+    def has_byte_fallback(self) -> bool:
+        """Whether a character without a piece becomes bytes, and not the unknown token."""
+        return any(self._processor.is_byte(token) for token in range(min(self.vocab_size, 512)))
+
     def byte(self, token: int) -> int | None:
         """The byte of a byte piece; None for any other id."""
         if token >= self.vocab_size or not self._processor.is_byte(token):

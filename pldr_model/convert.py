@@ -120,13 +120,25 @@ def from_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
 
 
 def to_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict -> reference keys, `from_reference` inverted bit for bit. A buffer `g_lm` is left out."""
+    """Our state dict -> reference keys, `from_reference` inverted bit for bit. A buffer `g_lm` is left out.
+
+    Errors: ValueError naming a missing, foreign or misshapen key: a weight that is left out would change the model.
+    """
+    table, shapes = _key_table(config), _our_shapes(config)
+    foreign = sorted(name for name in state if name not in table and name != "g_lm")
     theirs = {}
-    for name, keys in _key_table(config).items():
+    for name, keys in table.items():
         if name not in state:
-            raise ValueError(f"{name}: missing from the state dict")
+            hint = f"; there is {foreign[0]!r}, which this model does not know" if foreign else ""
+            raise ValueError(f"{name}: missing from the state dict{hint}")
+        if tuple(state[name].shape) != shapes[name]:
+            raise ValueError(f"{name}: shape {tuple(state[name].shape)}, but the configuration needs {shapes[name]}")
         for key, part in zip(keys, state[name].chunk(len(keys)), strict=True):
             theirs[key] = part.clone()
+    if foreign:
+        raise ValueError(
+            f"{foreign[0]}: not a weight of this model ({len(foreign)} unknown in all); remove or merge it first"
+        )
     return theirs
 
 

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 from pipeline.errors import UserError
 from pipeline.io.remote import filesystem_of, open_retrying, retrying, version_of
 from pipeline.io.storage import explain_os_error, publish
-from pipeline.io.urls import is_local, join, public_url
+from pipeline.io.urls import is_local, join, local_path, public_url
 
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes: headers and payloads begin at multiples of it
 BUFFER = 1 << 20
@@ -180,6 +180,17 @@ def remove_leftovers(folder: Path) -> None:
     """Delete the half-written files of killed runs in a local folder."""
     for leftover in folder.glob(LEFTOVERS):
         leftover.unlink(missing_ok=True)
+
+
+def strays(folder: Path | str, keep: set[str]) -> list[str]:
+    """The names of tars in a folder or below a URL that are not in `keep`, sorted."""
+    if is_local(folder):
+        found = [path.name for path in local_path(folder).iterdir()]
+    else:
+        filesystem, root = filesystem_of(str(folder))
+        listed = retrying(str(folder), lambda: filesystem.ls(root, detail=False), what="listed")
+        found = [path.rstrip("/").rpartition("/")[2] for path in listed]
+    return sorted(name for name in found if name.endswith(".tar") and name not in keep)
 
 
 def remove_strays(folder: Path | str, keep: set[str], names: re.Pattern[str] = SHARDS) -> None:

@@ -24,6 +24,7 @@ from urllib.parse import quote
 import fsspec
 
 from pipeline.errors import UserError, first_line
+from pipeline.io.limits import limit_of
 from pipeline.io.urls import check_url, is_http, is_local, public_url, without_secrets
 
 PIECE = 8 << 20  # bytes per request
@@ -152,6 +153,8 @@ def retrying(url: str, action: Callable[[], Result], *, what: str = "read") -> R
             transient = _is_transient(problem)
             if transient is None:
                 raise
+            if limit := limit_of(problem):
+                raise UserError(f"{public_url(url)}: cannot be {what}: {limit}") from None
             why = without_secrets(first_line(problem))
             if not transient:
                 raise UserError(

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,12 +19,14 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from fsspec import AbstractFileSystem
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
+from pipeline.io.limits import limit_of
 from pipeline.io.remote import filesystem_of, open_retrying, retrying
 from pipeline.io.urls import check_url, is_http, is_local, join, public_url
 
@@ -233,17 +236,51 @@ def replace_dir(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Need:
+    """Bytes that will be written below a folder (which may not exist yet). fix: how to write them to another disk."""
+
+    folder: Path
+    bytes: int
+    what: str
+    fix: str = "set run_dir to another disk"
+
+
 def require_free_space(folder: Path, needed: int, what: str) -> None:
     """Raise UserError if fewer than `needed` bytes are free on the disk of `folder` (which may not exist yet)."""
-    probe = folder
-    while not probe.exists():
-        probe = probe.parent
-    free = shutil.disk_usage(probe).free
-    if free < needed:
-        raise UserError(
-            f"{folder}: {what} needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
-            "free some space or set run_dir to another disk"
-        )
+    require_space([Need(folder, needed, what)])
+
+
+def require_space(needs: Iterable[Need]) -> None:
+    """Raise UserError if on any disk fewer bytes are free than all that is written to it needs. It names the largest need."""
+    disks: dict[int, list[Need]] = {}
+    for need in needs:
+        disks.setdefault(_existing(need.folder).stat().st_dev, []).append(need)
+    for there in disks.values():
+        needed, largest = sum(need.bytes for need in there), max(there, key=lambda need: need.bytes)
+        free = shutil.disk_usage(_existing(largest.folder)).free
+        if free < needed:
+            what = " and ".join(need.what for need in sorted(there, key=lambda need: -need.bytes) if need.bytes)
+            raise UserError(
+                f"{largest.folder}: {what} needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
+                f"free some space or {largest.fix}"
+            )
+
+
+def temporary_space(needed: int, what: str) -> Need:
+    """A need of the folder for temporary files."""
+    return Need(Path(tempfile.gettempdir()), needed, what, "set TMPDIR to a folder on another disk")
+
+
+def bytes_below(folder: Path, pattern: str = "**/*") -> int:
+    """The size of the files in a folder: what an earlier start has already written there."""
+    return sum(path.stat().st_size for path in folder.glob(pattern) if path.is_file()) if folder.is_dir() else 0
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def lock(stream: IO[str], *, wait: bool = False) -> bool:
@@ -267,10 +304,12 @@ def lock_holder(stream: IO[str]) -> str:
     return stream.read().strip() or "?"
 
 
-def explain_os_error(error: OSError, where: str) -> UserError:
-    """An error such as a full disk or a missing permission as one line with the fix."""
-    if error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return UserError(f"{where}: the disk is full; free some space and start again, finished work is kept")
-    if error.errno in (13, 30):  # EACCES, EROFS
+def explain_os_error(error: OSError, where: str, *, reading: bool = False) -> UserError:
+    """An error such as a full disk, a missing permission or a limit of the system as one line with the fix."""
+    if limit := limit_of(error):
+        return UserError(f"{where}: {limit}")
+    if reading:
+        return UserError(f"{where}: cannot be read ({first_line(error)}); fix the file's permissions or its disk")
+    if error.errno in (errno.EACCES, errno.EROFS):
         return UserError(f"{where}: cannot be written ({error.strerror}); set run_dir to a folder that can")
     return UserError(f"{where}: {error}")

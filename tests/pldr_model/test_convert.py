@@ -176,3 +176,16 @@ def test_half_precision_and_shared_storage_survive(tmp_path):
         assert_bit_equal(load_checkpoint_file(tmp_path / f"x{suffix}"), state)
     save_file({"a": torch.zeros(1)}, tmp_path / "y.safetensors")
     assert load_checkpoint_file(tmp_path / "y.safetensors").keys() == {"a"}
+
+
+def test_weights_that_the_model_does_not_know_are_not_left_out(case):
+    config, reference = case
+    ours = from_reference(reference, config)
+    for name in ("layers.0.attention.lora.weight", "layers.99.attention.qkv.weight", "x.g_lm", "adapter"):
+        with pytest.raises(ValueError, match=rf"{name}: not a weight of this model \(1 unknown in all\)"):
+            to_reference({**ours, name: torch.ones(2, 2)}, config)
+    renamed = {("base." if name == "output.bias" else "") + name: tensor for name, tensor in ours.items()}
+    with pytest.raises(ValueError, match=r"output\.bias: missing from the state dict; there is 'base\.output\.bias'"):
+        to_reference(renamed, config)
+    with pytest.raises(ValueError, match=r"output\.weight: shape .*, but the configuration needs"):
+        to_reference({**ours, "output.weight": ours["output.weight"][1:]}, config)

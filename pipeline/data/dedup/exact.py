@@ -14,7 +14,6 @@ Hashes have 128 bits: among 10**10 texts, two that differ share one with a chanc
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from datatrove.utils.typeshelper import StatHints
 
 from pipeline.data.dedup.sorted_rows import MEMORY, Lookup, Rows, TableWriter, merge, run_of
 from pipeline.data.executor.markers import write_record
+from pipeline.data.normal_form import normalize
 
 HASHES = 2**64  # number of values of the first half of a hash
 HASH_COLUMNS = 2
@@ -38,8 +38,8 @@ def normalized(text: str) -> str:
     """The form in which texts are compared: NFKC, case folded, runs of white space as one space, none at the ends."""
     if text.isascii():
         return " ".join(text.lower().split())
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(unicodedata.normalize("NFKC", folded).split())  # folding can undo the normal form
+    folded = normalize("NFKC", text).casefold()
+    return " ".join(normalize("NFKC", folded).split())  # folding can undo the normal form
 
 
 def text_hash(text: str) -> bytes:

@@ -18,8 +18,7 @@ Decision: datatrove's MinhashDedup* blocks are not used. They call a language's 
 slow), number documents by task (so another number of tasks keeps other documents), tie the number of tasks to the number of
 bands, and hold all clusters in one dictionary. Here keys go through the steps of exact.py.
 
-Words are runs of letters and digits. Chinese, Japanese or Thai text, which has no spaces, is compared by phrases between
-punctuation, so fewer of its near-duplicates are found.
+Words are runs of letters and digits; in scripts without spaces those of pipeline/data/words.py.
 """
 
 from __future__ import annotations

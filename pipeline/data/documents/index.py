@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data.documents.read import SCHEMA_VERSION, SPLITS, fingerprint_of
 from pipeline.data.documents.write import HISTOGRAM_BINS
 from pipeline.data.executor.jobs import DROPPED
-from pipeline.data.filters.decontaminate import evaluation_files
 from pipeline.data.readers.sources import InputFile
 from pipeline.errors import UserError
 
@@ -30,12 +29,15 @@ def build_index(
     *,
     files: list[InputFile],
     ignored: int,
+    hidden: int,
+    evaluation: list[InputFile],
     tasks: int,
     steps: list[dict[str, Any]],
     records: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The index of document shards, with its fingerprint. steps: `step_stats` of the first and the last job; records: those of
-    the last job's tasks, by rank."""
+    the last job's tasks, by rank. ignored, hidden: files with an unknown extension, and hidden entries, in folders.
+    evaluation: the files of data.clean.decontaminate."""
     shards = [shard for split in SPLITS for record in records for shard in record["shards"] if shard["split"] == split]
     splits = {split: _totals([shard for shard in shards if shard["split"] == split]) for split in SPLITS}
     read = next(step["stats"] for step in steps if step["name"] == "read")
@@ -44,7 +46,7 @@ def build_index(
     if (
         data.clean.decontaminate is not None
     ):  # names, not paths: the fingerprint must not depend on where they are stored
-        settings["clean"]["decontaminate"]["files"] = [f.name for f in evaluation_files(data.clean.decontaminate.files)]
+        settings["clean"]["decontaminate"]["files"] = [file.name for file in evaluation]
     index: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "settings": settings,
@@ -52,6 +54,7 @@ def build_index(
         "counts": {
             "files": len(files),
             "files_of_unknown_ending": ignored,
+            **({"hidden_entries": hidden} if hidden else {}),
             "documents_read": read.get(READ, 0),
             "documents_kept": kept,
             "left_out_by_weight": sum(record["left_out_by_weight"] for record in records),
@@ -93,6 +96,7 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
         "removed": _reasons(stats),
         "changed": stats.get("changed", 0),
         "characters_cut": stats.get("characters_cut", 0),
+        **({"partly_checked": stats["partly_checked"]} if stats.get("partly_checked") else {}),
     }
 
 

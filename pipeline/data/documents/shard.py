@@ -13,6 +13,7 @@ without it is unfinished. The spool is deleted at the end, so running the stage 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import shutil
@@ -36,11 +37,28 @@ from pipeline.data.executor.markers import is_complete, step_stats
 from pipeline.data.executor.progress import advance
 from pipeline.data.filters import chain, decontaminate
 from pipeline.data.filters.length import LengthFilter, SplitLong
-from pipeline.data.readers.sources import find_files
+from pipeline.data.readers.sources import InputFile, Listing, list_sources
 from pipeline.data.readers.text import bad_input_error, read_unit
-from pipeline.data.readers.units import Rejected, Unit, deal, ordinal, plan_units, unit_as_dict, unit_from_dict
+from pipeline.data.readers.units import (
+    Rejected,
+    Unit,
+    deal,
+    is_copied,
+    ordinal,
+    plan_units,
+    unit_as_dict,
+    unit_from_dict,
+)
 from pipeline.data.tar import remove_strays
-from pipeline.io.storage import publish_json, read_json, require_free_space, sha256_json
+from pipeline.io.storage import (
+    Need,
+    bytes_below,
+    publish_json,
+    read_json,
+    require_space,
+    sha256_json,
+    temporary_space,
+)
 from pipeline.io.urls import is_local, join, local_path
 
 if TYPE_CHECKING:  # workers import this module, and the configuration imports torch
@@ -49,7 +67,9 @@ if TYPE_CHECKING:  # workers import this module, and the configuration imports t
 
 TASK_BYTES = 256_000_000  # of text, about, for one task unless data.tasks is set
 REMOVED = re.compile(r"\d{6}\.jsonl\.zst")
+log = logging.getLogger(__name__)
 SPOOL = 0.5  # estimated bytes of spool per byte of text
+TAR = 1.1  # of documents
 
 
 def shard_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = False) -> dict[str, Any]:
@@ -62,11 +82,14 @@ def shard_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = False
     """
     chain.check_extras(config.data.clean.model_dump())
     jobs = _Jobs(config, paths, engine_of(config.data, dry_run=dry_run))
+    _tell_left_out(jobs.listing)
     records = jobs.run()
     index = build_index(
         config.data,
         files=jobs.files,
-        ignored=jobs.ignored,
+        ignored=jobs.listing.ignored,
+        hidden=len(jobs.listing.hidden),
+        evaluation=jobs.evaluation,
         tasks=jobs.tasks,
         steps=jobs.step_stats(),
         records=records,
@@ -96,11 +119,28 @@ def stage_inputs(config: RunConfig) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "config": of_stage(config, "shard"),
-        "sources": [asdict(file) for file in find_files(data.sources)[0]],
-        "evaluation": [asdict(f) for f in decontaminate.evaluation_files(decontamination.files)]
+        "sources": _identities(list_sources(data.sources, outputs=_outputs(config)).files),
+        "evaluation": _identities(decontaminate.evaluation_files(decontamination.files, _outputs(config)))
         if decontamination
         else [],
     }
+
+
+def _identities(files: list[InputFile]) -> list[dict[str, Any]]:
+    """What identifies files; `state` is for reading, `identity` says the same."""
+    return [{key: value for key, value in asdict(file).items() if key != "state"} for file in files]
+
+
+def _outputs(config: RunConfig) -> list[str]:
+    """The folders that the run writes: never input."""
+    return [url for url in (config.run_dir, config.data.output, config.tokens.output) if url]
+
+
+def _tell_left_out(listing: Listing) -> None:
+    for what, left in (("hidden entries", listing.hidden), ("outputs of pldr", listing.ours)):
+        if left:
+            more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
+            log.warning("data.sources: %s in these folders are left out: %s%s", what, left[0], more)
 
 
 class ReadUnits(PipelineStep):  # type: ignore[misc]  # datatrove has no types
@@ -150,7 +190,12 @@ class _Jobs:
     def __init__(self, config: RunConfig, paths: RunPaths, engine: Engine) -> None:
         self.data = config.data
         self.engine = engine
-        self.files, self.ignored = find_files(self.data.sources)
+        self.outputs = _outputs(config)
+        self.listing = list_sources(self.data.sources, outputs=self.outputs)
+        self.files = self.listing.files
+        self.evaluation: list[InputFile] = []
+        if decontamination := self.data.clean.decontaminate:
+            self.evaluation = decontaminate.evaluation_files(decontamination.files, self.outputs)
         self.units = plan_units(self.files)
         self.text_bytes = sum(unit.size for unit in self.units)
         wanted = self.data.tasks or math.ceil(self.text_bytes / TASK_BYTES)
@@ -162,8 +207,7 @@ class _Jobs:
 
     def run(self) -> list[dict[str, Any]]:
         """Run every incomplete job. Returns the records of the last one's tasks, by rank."""
-        needed = self.text_bytes * (SPOOL + (1.1 if is_local(self.folder) else 0))
-        require_free_space(self.work, int(needed), "cleaning and writing the documents")
+        self._check_space()
         steps = self.data.clean
         last = self._write_steps()
         if not is_complete(self.work / "write", self.folder, self.tasks):
@@ -183,6 +227,33 @@ class _Jobs:
                 self._job("paragraph-keys", [*self._survivors(), paragraph_keys])
                 self._find(keys, "paragraphs")
         return self._job("write", last, output=self.folder)
+
+    def _check_space(self) -> None:
+        """Raise UserError unless every disk that this stage writes to has room for what it will write there, before the work
+        begins. Temporary files are asked about where this machine does the work."""
+        weights = [source.weight for source in self.data.sources]
+        written = int(sum(unit.size * weights[unit.file.source] for unit in self.units) * TAR)
+        spool = int(self.text_bytes * SPOOL) - bytes_below(self.spool)
+        needs = [Need(self.work, max(0, spool), "the cleaned documents until they are written")]
+        at_once = min(self.data.workers, self.tasks)
+        temporary = 0
+        if is_local(self.folder):
+            folder = local_path(self.folder).absolute()
+            written = max(0, written - bytes_below(folder, "*.tar"))
+            fix = (
+                "set data.output to another disk" if self.data.output else "set run_dir or data.output to another disk"
+            )
+            needs.append(Need(folder, written, "writing the documents", fix))
+        else:
+            temporary += written * at_once // self.tasks  # each task's shards until they are uploaded
+        if any(weight > 1 for weight in weights):  # what is written again
+            repeated = sum(unit.size for unit in self.units if weights[unit.file.source] > 1)
+            temporary += int(repeated * SPOOL) * at_once // self.tasks
+        copied = sorted((unit.size for unit in self.units if is_copied(unit.file)), reverse=True)
+        temporary = max(temporary, sum(copied[:at_once]))
+        if temporary and self.data.executor == "local":
+            needs.append(temporary_space(temporary, "temporary files"))
+        require_space(needs)
 
     def step_stats(self) -> list[dict[str, Any]]:
         """The counts of each step of the first and the last job, in order."""
@@ -226,7 +297,11 @@ class _Jobs:
         if decontamination := data.clean.decontaminate:
             contamination = self.work / "contamination.npz"
             decontaminate.build_index(
-                decontamination.files, decontamination.ngram, contamination, data.max_document_megabytes * 10**6
+                decontamination.files,
+                decontamination.ngram,
+                contamination,
+                data.max_document_megabytes * 10**6,
+                self.outputs,
             )
         keys = self.work / "clean" / "exact-keys" if data.clean.exact_duplicates else None
         folder = self.work / "clean" / "removed"

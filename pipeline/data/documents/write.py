@@ -30,6 +30,7 @@ from pipeline.data.documents.read import SPLITS
 from pipeline.data.documents.spool import merge_removed, read_lines
 from pipeline.data.executor.markers import write_record
 from pipeline.data.tar import TarWriter
+from pipeline.data.words import count_words
 from pipeline.io.storage import publish, sha256_file
 from pipeline.io.urls import join
 
@@ -64,7 +65,7 @@ class _Shard:
         self.documents += 1
         self.text_bytes += len(text)
         self.characters += len(document.text)
-        self.words += len(document.text.split())
+        self.words += count_words(document.text)
         self.length_histogram[max(0, len(document.text).bit_length() - 1)] += 1
 
     def facts(self, published: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class _Repeats:
     """Documents that are written more than once, stored on disk until then."""
 
     def __init__(self) -> None:
-        self._file = tempfile.NamedTemporaryFile(prefix="pldr-", suffix=".jsonl.zst")  # noqa: SIM115 - closed in __exit__
+        self._file = tempfile.NamedTemporaryFile(prefix=".pldr-", suffix=".jsonl.zst")  # noqa: SIM115 - closed in __exit__
         self._stream: Any = zstandard.ZstdCompressor(1).stream_writer(self._file, closefd=False)
         self._empty = True
 

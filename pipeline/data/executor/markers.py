@@ -22,6 +22,7 @@ from datatrove.utils.stats import PipelineStats
 
 from pipeline.data.executor import progress
 from pipeline.errors import UserError, first_line
+from pipeline.io.limits import limit_of
 from pipeline.io.remote import size_of, version_of
 from pipeline.io.storage import publish_json, sha256_file
 from pipeline.io.urls import is_local, join
@@ -30,7 +31,7 @@ RECORDS = "records"
 ERRORS = "errors"
 # Version of the pickled executors that Slurm and Ray jobs run. A pickle names modules and classes: raise this when one of them
 # moves or changes its fields. A job of another version is never joined: it is refused while it runs, and started anew after.
-PICKLE_VERSION = 2
+PICKLE_VERSION = 3
 
 
 class Reporting:
@@ -76,6 +77,8 @@ class Reporting:
 
 def leave_error(work: Path, rank: int, error: Exception) -> None:
     """Write down why a task failed, for the waiting process."""
+    if isinstance(error, OSError) and (limit := limit_of(error)):
+        error = UserError(f"{error.filename or f'task {rank}'}: {limit}")
     user = isinstance(error, UserError)
     facts = {
         "message": str(error) if user else f"{type(error).__name__}: {first_line(error)}",

@@ -2,7 +2,8 @@
 
 An index of the evaluation files is built once, from the hashes of all runs of `ngram` words in every string of every record
 (questions, answers, contexts). A document that contains one of them is contaminated. Words are compared ignoring case,
-punctuation, invisible characters and Unicode variants; hashes have 64 bits, so a document of a million words matches one of a
+punctuation, invisible characters and Unicode variants; where a script has no spaces, pipeline/data/words.py says what a word
+is. Hashes have 64 bits, so a document of a million words matches one of a
 million n-grams by chance once in 10**7.
 
 Decision: a string with fewer words than `ngram`, but at least SHORTEST, has to match completely; shorter ones ("Make a new
@@ -16,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -31,10 +31,12 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from pipeline.data.dedup.sorted_rows import NUMBER, Rows
 from pipeline.data.dedup.word_hashes import WordHashes, ngrams
-from pipeline.data.readers.decompress import DAMAGE
-from pipeline.data.readers.sources import InputFile, find_files
-from pipeline.data.readers.text import next_line, open_input, read_unit
+from pipeline.data.normal_form import normalize
+from pipeline.data.readers.decompress import DAMAGE, OverLimit
+from pipeline.data.readers.sources import InputFile, check_unchanged, list_sources
+from pipeline.data.readers.text import JSON_DEPTH, is_too_deep, next_line, no_memory, open_input, read_unit
 from pipeline.data.readers.units import SKIP, Rejected, Unit
+from pipeline.data.words import FOLDED_WORD, INVISIBLE, PLAIN_FOLDED_WORD
 from pipeline.errors import UserError, first_line
 from pipeline.io.storage import explain_os_error, publish, sha256_file
 
@@ -53,10 +55,6 @@ class _Evaluation:
     license: str | None = None
 
 
-INVISIBLE = "\u00ad\u200b-\u200d\u2060\ufeff"  # soft hyphen, zero-width spaces: inside a word
-FOLDED_WORD = regex.compile(
-    rf"[\p{{L}}\p{{N}}][\p{{L}}\p{{N}}\p{{M}}{INVISIBLE}]*"
-)  # combining marks belong to their letter
 _INVISIBLE = regex.compile(f"[{INVISIBLE}]+")
 
 
@@ -64,32 +62,38 @@ class _FoldedHashes(WordHashes):
     """Hashes of words, ignoring case, compatibility forms, composition and invisible characters."""
 
     word = FOLDED_WORD
+    plain = PLAIN_FOLDED_WORD
 
     def hash_of(self, word: str) -> int:
         if not word.isascii():
-            word = unicodedata.normalize("NFKC", _INVISIBLE.sub("", word))
-        return super().hash_of(unicodedata.normalize("NFKC", word.casefold()))
+            word = normalize("NFKC", _INVISIBLE.sub("", word))
+        return super().hash_of(normalize("NFKC", word.casefold()))
 
 
-def evaluation_files(files: list[str]) -> list[InputFile]:
-    """The files that these paths, globs and URLs name, each once. Raises UserError for one that matches no file."""
+def evaluation_files(files: list[str], outputs: Iterable[str] = ()) -> list[InputFile]:
+    """The files that these paths, globs and URLs name, each once. outputs: folders that this run writes. Raises UserError for
+    one that matches no file."""
     found: dict[str, InputFile] = {}
     for url in files:
         try:
-            listed, ignored = find_files([_Evaluation(url)])
+            listing = list_sources([_Evaluation(url)], outputs=outputs)
         except UserError as error:
             what = str(error).removeprefix("data.sources: ").replace("data.sources reads", "supported are")
             raise UserError(f"data.clean.decontaminate.files: {what}") from None
-        if ignored:
+        if ignored := listing.ignored + len(listing.hidden):
             log.warning(
-                "data.clean.decontaminate.files: %d files in %s with an unknown extension are not read", ignored, url
+                "data.clean.decontaminate.files: %d entries in %s that are hidden or with an unknown extension are not read",
+                ignored,
+                url,
             )
-        found.update({file.url: file for file in listed})
+        found.update({file.url: file for file in listing.files})
     return list(found.values())
 
 
-def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: int) -> str:
-    """Write the index of the evaluation files to `target` (.npz); returns its sha256.
+def build_index(
+    files: list[str], ngram: int, target: Path, max_document_bytes: int, outputs: Iterable[str] = ()
+) -> str:
+    """Write the index of the evaluation files to `target` (.npz); returns its sha256. outputs: folders that this run writes.
 
     Raises UserError for a file that cannot be read, a line that is not JSON, or files without one usable string.
     """
@@ -98,12 +102,13 @@ def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: 
     short: list[Rows] = []  # [first SHORTEST words, all words] of strings shorter than ngram
     lengths: set[int] = set()
     hashes = _FoldedHashes()
-    inputs = evaluation_files(files)
+    inputs = evaluation_files(files, outputs)
     for number, file in enumerate(inputs):
-        texts = 0
+        texts = used = 0
         for text in _readable(file, max_document_bytes):
             texts += 1
             words = hashes.of(text)
+            used += len(words) >= min(ngram, SHORTEST)
             if len(words) >= ngram:
                 grams.append(ngrams(words, ngram))
                 owners.append(np.full(len(grams[-1]), number, NUMBER))
@@ -112,6 +117,13 @@ def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: 
                 lengths.add(len(words))
         if not texts:
             raise UserError(f"{file.shown}: no text in this evaluation file; fix it or remove it from the list")
+        if not used:
+            log.warning(
+                "data.clean.decontaminate.files: none of the %d texts in %s has %d words or more: nothing is removed for it",
+                texts,
+                file.shown,
+                min(ngram, SHORTEST),
+            )
     if not grams and not short:
         raise UserError(
             f"data.clean.decontaminate.files: no text of {min(ngram, SHORTEST)} words or more in {len(inputs)} files; name "
@@ -138,9 +150,14 @@ def build_index(files: list[str], ngram: int, target: Path, max_document_bytes: 
 def _readable(file: InputFile, limit: int) -> Iterator[str]:
     try:
         yield from _strings_of(file, limit)
+        check_unchanged(file)
+    except OverLimit as error:
+        raise UserError(f"{file.shown}: {error}") from None
+    except MemoryError as error:
+        raise no_memory(file, error) from None
     except (*DAMAGE, OSError) as error:  # bz2 reports damage as an OSError without an errno
         if isinstance(error, OSError) and error.errno is not None:
-            raise explain_os_error(error, file.shown) from error
+            raise explain_os_error(error, file.shown, reading=True) from error
         raise UserError(f"{file.shown}: truncated or damaged ({first_line(error)}); download it again") from None
 
 
@@ -163,7 +180,8 @@ def _strings_of(file: InputFile, limit: int) -> Iterator[str]:
                 except orjson.JSONDecodeError as error:
                     if not _is_utf8(line):
                         raise UserError(f"{file.shown}, line {number}: not UTF-8; convert it (iconv)") from None
-                    raise UserError(f"{file.shown}, line {number}: not JSON ({error}); fix the line") from None
+                    what = f"nested more than {JSON_DEPTH} deep" if is_too_deep(error) else f"not JSON ({error})"
+                    raise UserError(f"{file.shown}, line {number}: {what}; fix the line") from None
     elif file.kind == "parquet":
         from pipeline.data.readers.parquet import read_rows
 

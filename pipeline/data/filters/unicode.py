@@ -5,15 +5,14 @@ from __future__ import annotations
 import codecs
 import re
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-Form = Literal["NFC", "NFKC"]
+from pipeline.data.normal_form import Form, normalize
 
 PLAIN = re.compile(r"[\n\t\x20-\x7e]*")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufff9-\ufffb]")
@@ -61,7 +60,7 @@ def _repair_once(text: str, form: Form) -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     # Line by line, because one line's encoding implies nothing about another's, and short pieces are fast.
     lines = [line if line.isascii() else _fix_line(line) for line in text.split("\n")]
-    return unicodedata.normalize(form, CONTROL.sub("", "\n".join(lines)))
+    return normalize(form, CONTROL.sub("", "\n".join(lines)))
 
 
 def _fix_line(line: str) -> str:

@@ -94,6 +94,7 @@ def page(title: str, index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
         "tiles": _tiles(headline(index, tokens), tokens),
         "counts": {"left_out_by_weight": 0, **tree["counts"]},
         "ignored": tree["counts"].get("files_of_unknown_ending", 0),
+        "hidden": tree["counts"].get("hidden_entries", 0),
         "sources": _sources(tree["sources"]),
         "steps": _steps(tree["steps"], tree["counts"]["documents_read"]),
         "removed": [group for group in removed if group not in copies and group["reason"] not in tree["rejected"]],

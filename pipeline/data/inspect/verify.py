@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.data.documents.read import DocumentIndex, read_removed, read_shard
 from pipeline.data.inspect.show import tokenizer_of
+from pipeline.data.tar import strays
 from pipeline.data.tokens.index import TOKENIZE_AGAIN, TokenIndex
 from pipeline.errors import UserError
 from pipeline.io.storage import exists, read_json
@@ -39,7 +40,7 @@ def kind_of(folder: str) -> str:
 def verify(documents: str | None, tokens: str | None, report: Report) -> dict[str, Any]:
     """Check every checksum of documents, removed lists and tokens, and the fingerprints. A folder that is None is skipped.
 
-    Returns what was checked. Raises UserError naming the first damaged or missing file.
+    Returns what was checked. Raises UserError naming the first damaged, missing or stray file.
     """
     result: dict[str, Any] = {}
     if documents is not None:
@@ -68,6 +69,7 @@ def verify(documents: str | None, tokens: str | None, report: Report) -> dict[st
 def verify_documents(folder: str) -> dict[str, Any]:
     """Every document tar and removed list against its size and sha256, and every document against its own."""
     index = DocumentIndex.load(folder)
+    _check_strays(folder, {shard["name"] for shard in index.shards})
     documents = sum(_verify_shard(index, shard) for shard in index.shards)
     removed = sum(1 for _ in read_removed(index))
     listed = sum(file["records"] for file in index.tree["removed"])
@@ -83,6 +85,16 @@ def verify_documents(folder: str) -> dict[str, Any]:
         "removed": removed,
         "fingerprint": index.fingerprint,
     }
+
+
+def _check_strays(folder: str, listed: set[str]) -> None:
+    """Raise UserError for tars that the index does not list: whoever reads `*.tar` would mix them in."""
+    if found := strays(folder, listed):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UserError(
+            f"{public_url(join(folder, found[0]))}: not in the index{more}: who reads every tar would mix it in; move it away, "
+            "or run the stage again with --force"
+        )
 
 
 def _verify_shard(index: DocumentIndex, shard: dict[str, Any]) -> int:
@@ -105,6 +117,7 @@ def _verify_shard(index: DocumentIndex, shard: dict[str, Any]) -> int:
 def verify_tokens(folder: str) -> dict[str, Any]:
     """Every token tar, every block in it, and the copy of the tokenizer against their checksums."""
     index = TokenIndex.load(folder)
+    _check_strays(folder, {shard.name for shard in index.shards})
     index.verify()
     tokenizer_of(index)
     return {

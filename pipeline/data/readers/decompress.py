@@ -4,6 +4,9 @@ The usual readers lose text silently: zstandard's stops where the file is trunca
 and lzma's take a damaged second stream for padding. Parallel compressors write many streams to a file, so here a file is read
 to its last byte, and anything that is not another stream is an error. The usual readers may also return hundreds of megabytes
 for a few bytes read (one long line of the same letter); here at most a few megabytes are returned at once.
+
+Windows of any size that the formats' tools make are read: up to 2 GiB for zstd (`--long=31`), 4 GiB for xz. A window is memory
+only as far as it is used. What is intact but cannot be read is an `OverLimit`, or a MemoryError, and never called damage.
 """
 
 from __future__ import annotations
@@ -19,15 +22,20 @@ import zstandard
 
 IN = 1 << 16  # bytes of the file at once
 OUT = 1 << 20  # decompressed bytes at once, at most
-XZ_MEMORY = 1 << 30  # `xz -9` needs 65 MB; a header that asks for more than this is refused
+XZ_MEMORY = (4 << 30) + (64 << 20)  # the largest dictionary of the format; `xz -9` needs 65 MB
+ZSTD_WINDOW = 1 << 31  # the largest that the library decompresses
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 ZSTD_SKIPPED = range(0x184D2A50, 0x184D2A60)
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # and for bz2 an OSError without an errno
 
 
+class OverLimit(Exception):
+    """A file that is intact, but that cannot be read here. The message says why, and the fix."""
+
+
 def decompressed(raw: BinaryIO, compression: str) -> io.BufferedReader:
     """The content of a stream with `compression` (gzip, bz2, xz, zstd). Reading raises one of DAMAGE, or OSError without
-    an errno, where it is truncated or damaged."""
+    an errno, where it is truncated or damaged; OverLimit; or MemoryError saying how much is needed."""
     return io.BufferedReader(_Blocks(READERS[compression](raw), raw), OUT)
 
 
@@ -84,7 +92,10 @@ def _streams(raw: BinaryIO, start: Callable[[], Any], *, zeros: bool) -> Iterato
         while not stream.eof:
             if stream.needs_input:
                 data = data or _more(raw)
-            yield stream.decompress(data, OUT)
+            try:
+                yield stream.decompress(data, OUT)
+            except MemoryError:
+                raise MemoryError("its xz dictionary, up to 4.3 GB") from None
             data = b""
         data = _after_zeros(raw, stream.unused_data) if zeros else stream.unused_data or raw.read(IN)
 
@@ -123,8 +134,31 @@ def _zstd_frame(source: BinaryIO) -> Iterator[bytes]:
     flags = _exactly(source, 1)
     single, checksum, dictionary = flags[0] >> 5 & 1, flags[0] >> 2 & 1, flags[0] & 3
     size = (0 if single else 1) + (0, 1, 2, 4)[dictionary] + (single, 2, 4, 8)[flags[0] >> 6]
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    yield frame.decompress(ZSTD_MAGIC + flags + _exactly(source, size))
+    header = _exactly(source, size)
+    start = ZSTD_MAGIC + flags + header
+    window = (
+        0 if single else (1 << 10 + (header[0] >> 3)) // 8 * (8 + (header[0] & 7))
+    )  # single: as large as the content
+    place = 0 if single else 1
+    if number := int.from_bytes(header[place : place + (0, 1, 2, 4)[dictionary]], "little"):
+        fix = "decompress it with `zstd -d -D DICTIONARY`"
+        raise OverLimit(f"it was compressed with a zstd dictionary (number {number}), which is not in it; {fix}")
+    if window > ZSTD_WINDOW:
+        need = f"a zstd window of {window / 1e9:,.1f} GB, at most {ZSTD_WINDOW / 1e9:.1f} GB can be read"
+        raise OverLimit(f"it needs {need}; compress it again with --long=31 or less")
+    frame = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
+    try:
+        yield frame.decompress(start)
+        yield from _zstd_blocks(source, frame, bool(checksum))
+    except zstandard.ZstdError as error:
+        if "memory" not in str(error).lower():
+            raise
+        raise MemoryError(f"its zstd window, {window / 1e6:,.0f} MB") from None
+    except MemoryError:
+        raise MemoryError(f"its zstd window, {window / 1e6:,.0f} MB") from None
+
+
+def _zstd_blocks(source: BinaryIO, frame: Any, checksum: bool) -> Iterator[bytes]:
     last = False
     while not last:
         header = _exactly(source, 3)

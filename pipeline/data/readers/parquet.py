@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def read_parquet(unit: Unit, limit: int) -> Iterator[Text | Rejected]:
                 yield Rejected(None, "empty_file", shown, f"empty file; download it again or remove it {SKIP}")
             return
         try:
-            file = pq.ParquetFile(source, page_checksum_verification=True)
+            file = _open(source, size)
         except pa.ArrowException as error:
             yield from _damaged(unit, "", error)
             return
@@ -124,23 +125,50 @@ def _begin(facts: Any) -> int:
 def read_rows(unit: Unit) -> Iterator[Any]:
     """Every row of a file as a plain value, whatever its columns. Raises UserError when the file is damaged."""
     with contextlib.ExitStack() as stack:
-        source, _ = open_parquet(unit, stack)
+        source, size = open_parquet(unit, stack)
         try:
-            file = pq.ParquetFile(source, page_checksum_verification=True)
+            file = _open(source, size)
             stack.callback(file.close)
             for batch in file.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if isinstance(error, MemoryError):
+                raise
             raise UserError(
-                f"{unit.file.shown}: not an intact parquet file ({first_line(error)}); download it again"
+                f"{unit.file.shown}: {_not_here(error)}"
+                if _not_here(error)
+                else f"{unit.file.shown}: not an intact parquet file ({first_line(error)}); download it again"
             ) from None
 
 
 def _damaged(unit: Unit, rows: str, error: Exception) -> Iterator[Rejected]:
-    """A damaged row group is seen only by its unit; a damaged file by all of its units, and the first one reports it."""
-    if rows or unit.part == 0:
+    """A damaged row group is seen only by its unit; a damaged file by all of its units, and the first one reports it.
+    What Arrow cannot read is not damaged, nor is a file for which memory is missing (raises MemoryError)."""
+    if isinstance(error, MemoryError):
+        raise MemoryError(f"a page of it: {first_line(error)}")
+    if not rows and unit.part:
+        return
+    if problem := _not_here(error):
+        yield Rejected(None, "over_limit", unit.file.shown + rows, f"{problem} {SKIP}")
+    else:
         problem = f"truncated or damaged ({first_line(error)}); download it again {SKIP}"
         yield Rejected(None, "damaged_file", unit.file.shown + rows, problem)
+
+
+def _not_here(error: Exception) -> str | None:
+    """Why an intact file cannot be read by this build of Arrow, and the fix; None if it is not intact."""
+    text = first_line(error)
+    if not isinstance(error, pa.ArrowNotImplementedError) and not re.search("not built|ncrypt|no decryption", text):
+        return None
+    return f"Arrow cannot read it here ({text}); write it again with zstd or snappy, and not encrypted"
+
+
+def _open(source: Any, size: int) -> pq.ParquetFile:
+    """Arrow's own limits on metadata are lower than what wide or long files have; metadata are never larger than the file."""
+    most = min(size, 2**31 - 1)
+    return pq.ParquetFile(
+        source, page_checksum_verification=True, thrift_string_size_limit=most, thrift_container_size_limit=most
+    )
 
 
 def open_parquet(unit: Unit, stack: contextlib.ExitStack) -> tuple[Any, int]:

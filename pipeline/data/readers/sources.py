@@ -2,7 +2,8 @@
 
 A source is a path, a folder, a glob, any fsspec URL, or `package://NAME/GLOB` for files inside an installed package. The
 extension decides how a file is read (FORMATS, COMPRESSIONS). A folder contributes the files in it with a known extension and
-counts the others; a file that is named or matched by a glob must have one. text.py and parquet.py read the files.
+counts the others; a file that is named or matched by a glob must have one. Hidden entries and our own outputs are left out of
+folders and globs (left_out.py). text.py and parquet.py read the files.
 
 A file's `name` is used for its documents in indexes and fingerprints: the source's name and the path below the fixed part of
 the source's URL, so that it does not depend on where the corpus is stored. Errors show the real path or URL.
@@ -20,10 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.data.readers.left_out import LeftOut, LocalFolders, below
 from pipeline.errors import UserError, first_line
 from pipeline.io.remote import filesystem_of, retrying
 from pipeline.io.storage import explain_os_error
-from pipeline.io.urls import check_url, is_http, is_local, public_url
+from pipeline.io.urls import check_url, is_http, is_local, local_path, public_url
 
 FORMATS = {
     ".txt": "text",
@@ -57,7 +61,7 @@ class SourceConfig(Protocol):
 @dataclass(frozen=True)
 class InputFile:
     """One file to read. `source`: index in data.sources. `size`: bytes as stored, 0 if a server does not report it.
-    `identity` changes when the file does: a hash of its size, times, or a store's etag."""
+    `identity` changes when the file does: a hash of its size, times, or a store's etag. `state`: `state_of` a local one."""
 
     url: str
     name: str
@@ -69,6 +73,7 @@ class InputFile:
     identity: str
     source: int
     source_name: str
+    state: tuple[int, ...] = ()
 
     @property
     def shown(self) -> str:
@@ -85,14 +90,52 @@ class _Found:
     info: dict[str, Any]
 
 
+def state_of(url: str) -> tuple[int, ...]:
+    """What changes when a local file is written to: its size and its times, the same on every node that mounts it. Nothing for
+    a file that is remote (its reader checks its version) or gone."""
+    if not is_local(url):
+        return ()
+    try:
+        facts = os.stat(local_path(url))
+    except OSError:
+        return ()
+    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+
+
+def check_unchanged(file: InputFile, when: str = "while it was read") -> None:
+    """Raise UserError if a local file is not as it was listed: with equal size too, its documents would be of two states."""
+    if file.state and (now := state_of(file.url)) and now != file.state:
+        size, before = now[0], file.state[0]
+        what = f"changed {when}" if size == before else f"{size} bytes, {before} when the sources were listed"
+        raise UserError(f"{file.shown}: {what}; start again when nothing writes to it")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of the sources. `ignored`: files in folders with an unknown extension. `hidden`, `ours`: entries of folders
+    and globs that were left out, each without what is in it."""
+
+    files: list[InputFile]
+    ignored: int
+    hidden: tuple[str, ...]
+    ours: tuple[str, ...]
+
+
 def find_files(sources: Iterable[SourceConfig]) -> tuple[list[InputFile], int]:
-    """Every file that the sources name, once, in a fixed order; and how many files in folders have an unknown extension.
+    """The files of `list_sources`, and how many files in folders have an unknown extension."""
+    listing = list_sources(sources)
+    return listing.files, listing.ignored
+
+
+def list_sources(sources: Iterable[SourceConfig], *, outputs: Iterable[str] = ()) -> Listing:
+    """Every file that the sources name, once, in a fixed order. outputs: folders that this run writes.
 
     Raises UserError for a source that matches nothing new, a file with an unknown extension that is named or matched by a
     glob, or a missing package.
     """
-    listed = list(sources)
-    found = [_matches(source.url) for source in listed]
+    listed, written = list(sources), list(outputs)
+    left: list[LeftOut] = []
+    found = [_matches(source.url, written, left) for source in listed]
     names = _names(listed, [how for how, _ in found])
     files: dict[str, InputFile] = {}
     ignored = 0
@@ -116,6 +159,7 @@ def find_files(sources: Iterable[SourceConfig]) -> tuple[list[InputFile], int]:
                     identity=_identity(match.info),
                     source=number,
                     source_name=names[number],
+                    state=state_of(match.url),
                 )
         if len(files) == before and ignored == ignored_before:
             shown = public_url(source.url)
@@ -125,11 +169,13 @@ def find_files(sources: Iterable[SourceConfig]) -> tuple[list[InputFile], int]:
     if not files:
         raise UserError(f"data.sources: no file with a known extension ({' '.join(FORMATS)}) in these folders")
     _check_html(files.values())
-    return list(files.values()), ignored
+    hidden, ours = ({path for each in left for path in getattr(each, kind)} for kind in ("hidden", "ours"))
+    return Listing(list(files.values()), ignored, tuple(sorted(hidden)), tuple(sorted(ours)))
 
 
-def _matches(url: str) -> tuple[str, list[_Found]]:
-    """How a source names its files ("folder", "file", "glob"), and what it matches, sorted."""
+def _matches(url: str, outputs: list[str], left: list[LeftOut]) -> tuple[str, list[_Found]]:
+    """How a source names its files ("folder", "file", "glob"), and what it matches, sorted. What was left out is added to
+    `left`."""
     check_url(url)
     located = _locate_package(url) if url.startswith(PACKAGE) else url
     filesystem, path = filesystem_of(located)
@@ -137,15 +183,13 @@ def _matches(url: str) -> tuple[str, list[_Found]]:
         if is_http(located):
             how, fixed, infos = "file", path.rpartition("/")[0], {path: _http_info(located, filesystem, path)}
         elif is_local(located):
-            how, fixed, infos = _list(
-                filesystem, path, {"on_error": "raise"}
-            )  # else unreadable folders are skipped silently
+            how, fixed, infos = _list(filesystem, path, outputs, left)
         else:
-            how, fixed, infos = retrying(located, lambda: _list(filesystem, path, {}))
+            how, fixed, infos = retrying(located, lambda: _list(filesystem, path, outputs, left))
     except FileNotFoundError:
         infos = {}
     except OSError as error:
-        raise explain_os_error(error, f"data.sources: {public_url(url)}") from error
+        raise explain_os_error(error, f"data.sources: {public_url(url)}", reading=True) from error
     except ValueError as error:  # from fsspec: `**` inside a name, a URL without a bucket
         if isinstance(error, UserError):
             raise
@@ -154,6 +198,13 @@ def _matches(url: str) -> tuple[str, list[_Found]]:
         fix = "fix the path or glob (** matches nested folders)"
         if is_local(url) and "::" in url:
             fix = "`::` starts a chained URL; rename the file"
+        if left and left[-1].ours:
+            raise UserError(
+                f"data.sources: {public_url(url)} matches only what pldr itself wrote ({min(left[-1].ours)}); name the files "
+                "one by one to read them"
+            )
+        if left and left[-1].hidden:
+            fix = f"hidden entries ({min(left[-1].hidden)}) are read only where a path or glob names them"
         raise UserError(f"data.sources: {public_url(url)} matches no file; {fix}")
     out = []
     for name, info in sorted(infos.items()):
@@ -177,22 +228,37 @@ def _is_unicode(name: str) -> bool:
     return True
 
 
-def _list(filesystem: Any, path: str, options: dict[str, Any]) -> tuple[str, str, dict[str, dict[str, Any]]]:
+def _list(
+    filesystem: Any, path: str, outputs: list[str], left: list[LeftOut]
+) -> tuple[str, str, dict[str, dict[str, Any]]]:
     """(how, fixed part of the path, path -> info) of files, and of folders where a file is expected."""
-    if filesystem.isdir(path):
-        infos = filesystem.find(path, detail=True, **options)
-        return "folder", path, {name: info for name, info in infos.items() if info["type"] != "directory"}
-    if filesystem.exists(path):  # before globbing: a file name may contain [
+    is_folder = filesystem.isdir(path)
+    if not is_folder and filesystem.exists(path):  # before globbing: a file name may contain [
         return "file", path.rpartition("/")[0], {path: filesystem.info(path)}
-    fixed = MAGIC.split(path)[0].rpartition("/")[0]
-    infos = filesystem.glob(path, detail=True, **options)
+    fixed = path if is_folder else MAGIC.split(path)[0].rpartition("/")[0]
+    local = isinstance(filesystem, LocalFileSystem)
+    left_out = LeftOut(
+        fixed,
+        filesystem.exists,
+        is_cheap=local,
+        outputs=below(filesystem, outputs),
+        real_root=os.path.realpath(fixed) if local else fixed,
+        take_hidden="/." in path[len(fixed) :],
+    )
+    left.append(left_out)
+    if local:
+        filesystem = LocalFolders(left_out)
+    if is_folder:
+        infos = filesystem.find(path, detail=True)
+        return "folder", path, {n: i for n, i in infos.items() if i["type"] != "directory" and not left_out.has(n)}
+    infos = {n: i for n, i in filesystem.glob(path, detail=True).items() if n == fixed or not left_out.has(n)}
     files = sorted(name for name, info in infos.items() if info["type"] != "directory")
     for name in [name for name in infos if infos[name]["type"] == "directory"]:
         inside = name.rstrip("/") + "/"
         if any(file.startswith(inside) for file in files):
             del infos[name]  # `**` also matches the folders above the files
         elif _extension(name)[0] is None:
-            if filesystem.ls(name):
+            if any(not left_out.has(entry.rstrip("/")) for entry in filesystem.ls(name, detail=False)):
                 raise UserError(f"data.sources: {name} is a folder; end the glob with /** to read its files")
             del infos[name]
     return "glob", fixed, infos

@@ -20,14 +20,15 @@ from contextlib import closing
 
 import orjson
 
-from pipeline.data.readers.decompress import DAMAGE, decompressed
-from pipeline.data.readers.sources import NOT_A_FILE, InputFile
+from pipeline.data.readers.decompress import DAMAGE, OverLimit, decompressed
+from pipeline.data.readers.sources import NOT_A_FILE, InputFile, check_unchanged
 from pipeline.data.readers.units import BLOCK, RANGE, SKIP, STREAM_CHUNK, Rejected, Text, Unit, some_names, too_long
 from pipeline.errors import UserError, first_line
 from pipeline.io.remote import open_retrying
-from pipeline.io.urls import is_local
+from pipeline.io.storage import explain_os_error
 
 TEXT_PIECE = 1 << 20
+JSON_DEPTH = 1024  # of orjson
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 PARAGRAPH_END = re.compile(rb"\n[ \t\r]*\n")
@@ -45,18 +46,35 @@ def read_unit(unit: Unit, *, max_document_bytes: int) -> Iterator[Text | Rejecte
         yield Rejected(None, NOT_A_FILE, file.shown, f"{what}, a file is expected; list the files in it {SKIP}")
         return
     try:
-        _check_unchanged(file)
-        yield from _read(unit, max_document_bytes)
+        check_unchanged(file, "since the sources were listed")
+        for item in _read(unit, max_document_bytes):
+            if isinstance(item, Rejected):
+                check_unchanged(file)  # a line of two states of the file is not the file's fault
+            yield item
+        check_unchanged(file)
     except FileNotFoundError:
         raise UserError(f"{file.shown}: gone since the sources were listed; start again") from None
+    except OverLimit as error:
+        if unit.part == 0:  # as with damage
+            yield Rejected(None, "over_limit", file.shown, f"{error} {SKIP}")
+    except MemoryError as error:
+        raise no_memory(file, error) from None
     except DAMAGE as error:
+        check_unchanged(file)
         yield from _damaged(unit, error)
     except OSError as error:
         if error.errno is not None or isinstance(error, io.UnsupportedOperation):
-            raise UserError(
-                f"{file.shown}: cannot be read ({first_line(error)}); fix the file's permissions or its disk"
-            ) from error
+            raise explain_os_error(error, file.shown, reading=True) from error
+        check_unchanged(file)
         yield from _damaged(unit, error)  # bz2 and parquet report damage as an OSError without an errno
+
+
+def no_memory(file: InputFile, error: MemoryError) -> UserError:
+    """The error for a file that needs more memory than there is."""
+    needed = first_line(error) if str(error) else "a large record"
+    return UserError(
+        f"{file.shown}: not enough memory to read it ({needed}); free memory, give each worker more, or lower data.workers"
+    )
 
 
 def bad_input_error(unit: Unit, rejected: Rejected) -> UserError:
@@ -71,14 +89,6 @@ def bad_input_error(unit: Unit, rejected: Rejected) -> UserError:
             lines, last, left = lines + block.count(b"\n"), block[-1:], left - len(block)
     number = lines + rejected.record + (last != b"\n")  # the line in which the part begins belongs to the part before
     return UserError(f"{file.shown}, line {number}: {rejected.problem}")
-
-
-def _check_unchanged(file: InputFile) -> None:
-    """Raise UserError if the size is not the one that the parts were planned for."""
-    if is_local(file.url):
-        size = os.stat(file.shown).st_size
-        if size != file.size:
-            raise UserError(f"{file.shown}: {size} bytes, {file.size} when the sources were listed; start again")
 
 
 def _damaged(unit: Unit, error: Exception) -> Iterator[Rejected]:
@@ -105,7 +115,7 @@ def _read(unit: Unit, limit: int) -> Iterator[Text | Rejected]:
                 yield Rejected(
                     None, "empty_file", unit.file.shown, f"empty file; download it again or remove it {SKIP}"
                 )
-        elif start == 0 and begin.startswith(UTF16):
+        elif start == 0 and begin.startswith(UTF16) and unit.file.kind != "html":
             if unit.part == 0:
                 fix = f"convert it (iconv -f UTF-16 -t UTF-8) {SKIP}"
                 yield Rejected(None, "not_utf8", unit.file.shown, f"UTF-16, not UTF-8, by its first bytes; {fix}")
@@ -193,6 +203,9 @@ def _parse(unit: Unit, number: int, line: bytes) -> Text | Rejected:
             line.decode("utf-8")
         except UnicodeDecodeError as bad:
             return _not_utf8(number, _where(unit, number), bad.start)
+        if is_too_deep(error):
+            problem = f"nested more than {JSON_DEPTH} deep, which is not read; keep the text nearer to the top {SKIP}"
+            return Rejected(number, "too_deep", _where(unit, number), problem)
         problem = f"not JSON ({first_line(error)}); fix the line {SKIP}"
         return Rejected(number, "not_json", _where(unit, number), problem)
     key = unit.file.text_key
@@ -202,6 +215,11 @@ def _parse(unit: Unit, number: int, line: bytes) -> Text | Rejected:
     keys = some_names(record) if isinstance(record, dict) else "none, it is not an object"
     problem = f"no text under {key!r} (keys: {keys}); set text_key of this source {SKIP}"
     return Rejected(number, "no_text", _where(unit, number), problem)
+
+
+def is_too_deep(error: orjson.JSONDecodeError) -> bool:
+    """Whether it is a limit of orjson, and no fault of the JSON."""
+    return "depth limit" in str(error)
 
 
 def _where(unit: Unit, number: int) -> str:
@@ -222,12 +240,15 @@ def _too_long(unit: Unit, number: int, limit: int) -> Rejected:
 
 
 def _read_html(unit: Unit, stream: io.BufferedReader, limit: int) -> Text | Rejected:
-    import trafilatura
+    from pipeline.data.readers.html import PageProblem, main_text
 
     data = stream.read(limit + 1)
     if len(data) > limit:
         return Rejected(0, "too_long_file", unit.file.shown, too_long(limit))
-    text = trafilatura.extract(data, include_comments=False)
+    try:
+        text = main_text(data)
+    except PageProblem as error:
+        return Rejected(0, error.reason, unit.file.shown, f"{error} {SKIP}")
     if text:
         return Text(0, text)
     problem = f"no main text found in this page; remove the file, provide its text as .txt {SKIP}"

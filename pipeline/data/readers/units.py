@@ -91,19 +91,24 @@ def unit_as_dict(unit: Unit) -> dict[str, Any]:
 
 def unit_from_dict(tree: dict[str, Any]) -> Unit:
     """The inverse of `unit_as_dict`."""
-    return Unit(**{**tree, "file": InputFile(**tree["file"])})
+    file = tree["file"]
+    return Unit(**{**tree, "file": InputFile(**{**file, "state": tuple(file["state"])})})
 
 
 def _text_size(file: InputFile) -> int:
     return int(file.size * GROWTH[file.compression] * KIND_GROWTH.get(file.kind, 1.0))
 
 
+def is_copied(file: InputFile) -> bool:
+    """Whether a file is copied to a temporary file before it is read: parquet without random access."""
+    return file.kind == "parquet" and (file.compression is not None or is_http(file.url))
+
+
 def _parts(file: InputFile) -> int:
     if file.kind not in ("jsonl", "text", "parquet"):
         return 1
     if file.compression is None:
-        copied = file.kind == "parquet" and is_http(file.url)
-        return 1 if copied else max(1, -(-file.size // RANGE))
+        return 1 if is_copied(file) else max(1, -(-file.size // RANGE))
     return 1 if file.kind == "parquet" else min(MAX_PARTS, max(1, -(-_text_size(file) // RANGE)))
 
 

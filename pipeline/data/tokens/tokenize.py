@@ -34,8 +34,16 @@ from pipeline.data.tar import TarWriter, remove_leftovers, remove_strays
 from pipeline.data.tokens.index import SCHEMA_VERSION, dtype_for
 from pipeline.data.tokens.pack import MAX_CONTEXT, BestFit, Block, Concat, Numbers, Packer, Pad, Tokens
 from pipeline.errors import UserError
-from pipeline.io.storage import publish_bytes, publish_json, require_free_space, sha256_json
-from pipeline.io.urls import is_local, join
+from pipeline.io.storage import (
+    Need,
+    bytes_below,
+    publish_bytes,
+    publish_json,
+    require_space,
+    sha256_json,
+    temporary_space,
+)
+from pipeline.io.urls import is_local, join, local_path
 from pipeline.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # workers import this module, and the configuration imports torch
@@ -63,7 +71,14 @@ def tokenize_documents(config: RunConfig, paths: RunPaths, *, dry_run: bool = Fa
     tokenizer = Tokenizer.load(paths.tokenizer)
     settings = _settings(config, documents, tokenizer, path=paths.tokenizer)
     work = paths.logs / f"tokenize-{sha256_json([SCHEMA_VERSION, settings])[:16]}"
-    _check_space(documents, settings, folder=folder, work=work, workers=config.tokens.workers)
+    _check_space(
+        documents,
+        settings,
+        folder=folder,
+        work=work,
+        workers=config.tokens.workers,
+        is_here=config.data.executor == "local",
+    )
     spool = work / "spool"  # of shards on their way to a URL
     remove_leftovers(spool)
     step = TokenizeShard(documents.folder, paths.tokenizer, folder, work, settings)
@@ -119,8 +134,11 @@ def _settings(config: RunConfig, documents: DocumentIndex, tokenizer: Tokenizer,
     }
 
 
-def _check_space(documents: DocumentIndex, settings: dict[str, Any], *, folder: str, work: Path, workers: int) -> None:
-    """Raise UserError unless the tokens (for a URL: the shards written at once) fit on this machine's disk."""
+def _check_space(
+    documents: DocumentIndex, settings: dict[str, Any], *, folder: str, work: Path, workers: int, is_here: bool
+) -> None:
+    """Raise UserError unless the tokens (for a URL: the shards written at once) fit on the disk that they are written to, and
+    temporary files on theirs. is_here: whether this machine does the work."""
     context_length = settings["context_length"]
     cell = np.dtype(settings["dtype"]).itemsize + (2 if settings["boundaries"] else 0)
 
@@ -130,10 +148,19 @@ def _check_space(documents: DocumentIndex, settings: dict[str, Any], *, folder: 
         return float(rows * (context_length + 1) * cell)
 
     sizes = sorted(map(needed, documents.shards), reverse=True)
+    needs = []
     if is_local(folder):
-        require_free_space(Path(folder.removeprefix("file://")), int(sum(sizes)), "writing the tokens")
+        path = local_path(folder).absolute()
+        left = max(0, int(sum(sizes)) - bytes_below(path, "*.tar"))
+        needs.append(Need(path, left, "writing the tokens", "set run_dir or tokens.output to another disk"))
     else:
-        require_free_space(work, int(sum(sizes[:workers])), "writing shards of tokens before they are uploaded")
+        needs.append(Need(work, int(sum(sizes[:workers])), "writing shards of tokens before they are uploaded"))
+    if (
+        not is_local(documents.folder) and is_here
+    ):  # each is copied to a temporary file, which is checked before it is read
+        copies = sorted((shard["bytes"] for shard in documents.shards), reverse=True)[:workers]
+        needs.append(temporary_space(sum(copies), "copies of document shards"))
+    require_space(needs)
 
 
 class TokenizeShard(PipelineStep):  # type: ignore[misc]  # datatrove has no types

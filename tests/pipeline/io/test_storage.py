@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -118,6 +120,32 @@ def test_too_little_disk_is_reported_before_the_work(tmp_path):
     with pytest.raises(UserError, match="are free; free some space"):
         storage.require_free_space(tmp_path / "not" / "yet", 10**18, "training")
     storage.require_free_space(tmp_path, 1, "training")
+
+
+def test_space_is_asked_of_each_disk_for_all_that_is_written_to_it(tmp_path, monkeypatch):
+    disks = {tmp_path / "a": 100, tmp_path / "b": 1000}
+    for folder in disks:
+        folder.mkdir()
+    devices, stat = {str(folder): number for number, folder in enumerate(disks)}, Path.stat
+
+    def device(path, **options):
+        facts = stat(path, **options)
+        return os.stat_result((*facts[:2], devices[str(path)], *facts[3:])) if str(path) in devices else facts
+
+    monkeypatch.setattr(Path, "stat", device)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=disks[path] * 10**6))
+
+    def needs(*many):
+        return [storage.Need(tmp_path / folder / "x", size * 10**6, what, f"set {what}") for folder, size, what in many]
+
+    storage.require_space(needs(("a", 60, "one"), ("b", 900, "two"), ("a", 40, "three")))
+    with pytest.raises(
+        UserError, match=r"a/x: one and three needs about 101 MB, 100 MB are free; free some space or set one"
+    ):
+        storage.require_space(needs(("a", 60, "one"), ("b", 900, "two"), ("a", 41, "three")))
+    with pytest.raises(UserError, match=r"b/x: two needs about 1,001 MB"):
+        storage.require_space(needs(("a", 60, "one"), ("b", 1001, "two")))
 
 
 def test_replace_dir_swaps_complete_folders(tmp_path):

@@ -6,9 +6,9 @@ from datatrove.pipeline.base import PipelineStep
 
 from pipeline.data.executor.markers import PICKLE_VERSION, Reporting
 
-# What a pickled executor of pickle version 2 names. When this changes, raise PICKLE_VERSION.
+# What a pickled executor of pickle version 3 names. When this changes, raise PICKLE_VERSION.
 PICKLED = {
-    2: """
+    3: """
 dedup.exact.DropDuplicates dedup.exact.ExactKeys dedup.exact.FindDuplicates dedup.exact.KeysStep dedup.near.ClusterNear
 dedup.near.NearKeys dedup.paragraphs.CutParagraphs dedup.paragraphs.ParagraphKeys documents.shard.ReadUnits
 documents.spool.ReadSpool documents.spool.WriteSpool documents.write.WriteDocuments executor.local.LocalExecutor

@@ -60,6 +60,26 @@ def test_verify_names_what_is_damaged(copied: Run, name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("folder", [0, 1])
+@pytest.mark.parametrize("name", ["train-000099.tar", "val-000001-copy.tar", "old.tar"])
+def test_a_stray_tar_is_told(copied: Run, folder: int, name: str) -> None:
+    source = next(Path(copied[folder]).glob("train-*.tar"))
+    (Path(copied[folder]) / name).write_bytes(source.read_bytes())
+    with pytest.raises(UserError, match=rf"{name}: not in the index: who reads every tar"):
+        verify(*copied, quiet)
+
+
+def test_a_stray_tar_of_a_store_is_told(copied: Run) -> None:
+    files = fsspec.filesystem("memory")
+    for path in Path(copied[1]).iterdir():
+        files.pipe_file(f"/stray-store/{path.name}", path.read_bytes())
+    verify(None, "memory://stray-store", quiet)
+    files.pipe_file("/stray-store/train-000077.tar", b"x")
+    with pytest.raises(UserError, match=r"train-000077\.tar: not in the index"):
+        verify(None, "memory://stray-store", quiet)
+    files.rm("/stray-store", recursive=True)
+
+
+@pytest.mark.parametrize("folder", [0, 1])
 def test_verify_knows_a_changed_index(copied: Run, folder: int) -> None:
     path = Path(copied[folder]) / "index.json"
     tree = json.loads(path.read_text())

@@ -84,7 +84,7 @@ def test_s3_is_read_despite_faults_and_in_parts(
         (b'{"text": ', "not_json", r"line 2: not JSON"),
         (b'{"text": "\\ud800"}', "not_json", r"line 2: not JSON \(.*surrogate"),  # half a character
         (b'{"text": "a\0b"}', "not_json", r"line 2: not JSON"),  # JSON wants \u0000
-        (b"[" * 100_000, "not_json", r"line 2: not JSON \(depth limit"),
+        (b"[" * 100_000, "too_deep", r"line 2: nested more than 1024 deep"),
         (b'{"body": "x", "id": 1}', "no_text", r"line 2: no text under 'text' \(keys: body, id\)"),
         (b'{"a\\nb": "x"}', "no_text", r"line 2: no text under 'text' \(keys: a\\nb\)"),
         (b'{"text": null}', "no_text", r"line 2: no text"),

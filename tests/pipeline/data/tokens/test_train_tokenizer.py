@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,6 +135,68 @@ def test_a_given_model_is_copied(
     result = make_tokenizer(config, RunPaths(tmp_path))
     assert not result["trained"] and result["vocab_size"] == 330
     assert RunPaths(tmp_path).tokenizer.read_bytes() == finished[1].tokenizer.read_bytes()
+
+
+def test_pieces_of_text_that_sentencepiece_leaves_out_are_counted(
+    tmp_path: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    chance = random.Random(1)
+    lines = [json.dumps({"text": sentences(chance, 20) + ("\u2585" if i % 3 == 0 else "")}) for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    config = make_config(tmp_path, str(tmp_path / "a.jsonl"), vocab_size=300)
+    shard_documents(config, RunPaths(tmp_path))
+    result = make_tokenizer(config, RunPaths(tmp_path))
+    assert 10 <= result["skipped"] <= 20 and f"left out {result['skipped']} of" in caplog.text
+
+
+def sentencepiece_model(path: Path, **options: Any) -> str:
+    options |= {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3, "hard_vocab_limit": False}
+    chance = random.Random(2)
+    lines = (line for _ in range(50) for line in sentences(chance, 20).splitlines())
+    with open(path, "wb") as stream:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=stream,
+            vocab_size=300,
+            minloglevel=2,
+            **options,
+        )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "share", "words"),
+    [
+        (
+            {"normalization_rule_name": "nmt_nfkc", "byte_fallback": True},
+            (0.01, 0.05),
+            "it normalizes text; most: '\\n'",
+        ),
+        (
+            {"normalization_rule_name": "identity", "byte_fallback": False, "add_dummy_prefix": False},
+            (0.0005, 0.05),
+            "no byte",
+        ),
+    ],
+)
+def test_what_a_given_model_does_not_restore_is_measured_and_told(
+    tmp_path: Path,
+    make_config: MakeConfig,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
+    share: tuple[float, float],
+    words: str,
+) -> None:
+    chance = random.Random(1)
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"text": sentences(chance, 20) + "na\u00efve \U0001f917"}) for _ in range(60))
+    )
+    model = sentencepiece_model(tmp_path / "given.model", **options)
+    config = make_config(tmp_path, str(tmp_path / "a.jsonl"), tokenizer={"model": model}, vocab_size=600)
+    shard_documents(config, RunPaths(tmp_path))
+    result = make_tokenizer(config, RunPaths(tmp_path))
+    assert share[0] < result["not_restored"] < share[1] and result["byte_fallback"] == options["byte_fallback"]
+    assert "do not come back from its tokens" in caplog.text and words in caplog.text
 
 
 def test_a_given_model_must_fit_the_model(
