@@ -85,7 +85,7 @@ class Training:
 
     def wait(self, seconds=400) -> int:
         code = self.process.wait(seconds)
-        self.wait_for(lambda: not self.job(), seconds=60)  # no orphans; on a busy machine the last process takes a while
+        self.wait_for(lambda: not self.job(), seconds=60)  # no orphans; a busy machine takes a while
         return code
 
     def log(self) -> str:
