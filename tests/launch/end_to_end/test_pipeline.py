@@ -238,6 +238,8 @@ def test_a_resume_from_mlflow_alone_is_bit_equal(finished, tmp_path):
 def test_other_data_under_a_trained_run_is_refused(finished):
     path, run_dir, _, _ = finished
     code, _, errors = pldr("tokenize", path, "tokens.remainder=pad")
+    assert code == 2 and "--replace" in errors and "step-000500" in errors
+    code, _, errors = pldr("tokenize", path, "tokens.remainder=pad", "--replace")
     assert code == 0, errors
     code, _, errors = pldr("train", path, "tokens.remainder=pad")
     assert code == 2 and "tokens.remainder" in errors and "use another run_dir" in errors
@@ -247,7 +249,7 @@ def test_other_data_under_a_trained_run_is_refused(finished):
         assert code == 2 and "belongs to MLflow run" in errors and "use another run_dir" in errors
     finally:
         os.rename(run_dir / "run.json.away", run_dir / "run.json")
-    code, _, errors = pldr("tokenize", path)
+    code, _, errors = pldr("tokenize", path, "--replace")
     assert code == 0, errors
     code, _, errors = pldr("train", path)
     assert code == 0, errors
