@@ -62,9 +62,9 @@ def _same_file(a: Path, b: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(file: Path, *, writes: bool = False) -> Iterator[sqlite3.Connection]:
-    mode = "rw" if writes else "ro"
-    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode={mode}", uri=True, timeout=WAIT_S)) as database:
+def _opened(file: Path) -> Iterator[sqlite3.Connection]:
+    """An existing database. Not `mode=ro`: what a killed process left half-written must be rolled back before it can be read."""
+    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=WAIT_S)) as database:
         yield database
 
 
@@ -103,7 +103,7 @@ def keep_home(uri: str) -> None:
     if not moved:
         return
     try:
-        with _opened(file, writes=True) as database, database:
+        with _opened(file) as database, database:
             for home in moved:
                 _move(database, home, artifacts_beside(file))
         if (mlflow := sys.modules.get("mlflow.tracking._tracking_service.utils")) is not None:

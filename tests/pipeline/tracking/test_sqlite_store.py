@@ -4,6 +4,8 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 
 import pytest
 
@@ -269,3 +271,27 @@ def test_the_users_timeout_is_restored(monkeypatch, before, meanwhile):
             assert os.environ[TIMEOUT] == meanwhile
         assert os.environ[TIMEOUT] == meanwhile
     assert os.environ.get(TIMEOUT) == before
+
+
+KILLED_IN_A_TRANSACTION = """
+import os, signal, sqlite3, sys
+database = sqlite3.connect(sys.argv[1], isolation_level=None)
+database.execute("PRAGMA cache_size = 1")  # so that pages are written before the commit
+database.execute("BEGIN")
+database.execute("CREATE TABLE half_written (text)")
+database.executemany("INSERT INTO half_written VALUES (?)", [("x" * 5000,)] * 200)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_half_written_is_rolled_back(make, tmp_path):
+    config = make(tmp_path / "run")
+    run = opened(config)
+    file = file_of(tracking_uri(config))
+    subprocess.run([sys.executable, "-c", KILLED_IN_A_TRANSACTION, str(file)])
+    journal = file.with_name(f"{file.name}-journal")
+    assert journal.stat().st_size > 512  # hot: whoever opens the database next has to roll it back
+    assert opened(config).id == run.id
+    assert not journal.exists() or journal.stat().st_size == 0
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        assert not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'half_written'").fetchall()
