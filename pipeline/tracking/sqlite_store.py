@@ -63,7 +63,7 @@ def _same_file(a: Path, b: Path) -> bool:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[sqlite3.Connection]:
-    """An existing database. Not `mode=ro`: what a killed process left half-written must be rolled back before it can be read."""
+    """An existing database. Not `mode=ro`: what a killed process left half-written must be rolled back first."""
     with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=WAIT_S)) as database:
         yield database
 
