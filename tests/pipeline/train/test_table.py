@@ -44,8 +44,8 @@ FEW = [cell for cell in CELLS if tuple(cell.values())[1:] == ("bf16", False, "no
     cell for cell in CELLS if tuple(cell.values()) == (3, "fp32", False, "none", 2, "none")
 ]
 # PLGA's gradients are ill-conditioned at the start (test_zero.py): with its sums in another order plain PyTorch is off by up to
-# 0.09 in bf16, of a fall by 0.74, and in fp32, by the fourth step, by up to 1e-3 of a fall by 0.13 (it depends on the CPU).
-TOLERANCE = {"fp32": 2e-3, "bf16": 0.12}
+# 0.09 in bf16, of a fall by 0.74, and in fp32, by the fourth step, by up to 2e-3 of a fall by 0.13 (it depends on the CPU).
+TOLERANCE = {"fp32": 5e-3, "bf16": 0.12}
 DISCRIMINATES = 5  # a run that does not learn exceeds the tolerance by this factor, one at half the rate by 2
 
 
