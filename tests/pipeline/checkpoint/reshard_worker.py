@@ -53,7 +53,7 @@ def resumed(folder, case):
     start = folder / f"w{source}" / "checkpoints" / HALF
     while not (start / "COMMITTED").exists():  # the other job is writing it
         time.sleep(0.05)
-    own = folder / "split.json"
+    own = folder / f"split-{dist.get_rank()}.json"
     own.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 10}}')
     train = {"micro_batch": int(micro), "deepspeed": str(own) if how == ["split"] else None}
     config = settings(folder / f"to-{dist.get_world_size()}-{case.replace(':', '-')}", target, **train)
