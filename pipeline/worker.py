@@ -234,10 +234,8 @@ def open_data(job: Job) -> Data:
     # One more than are scored: it lends its G to the others.
     wanted = config.train.val_sequences + 1
     chosen = evenly_spread(val, np.arange(val.num_sequences), wanted, skip=skip, agree=agree)
-    if len(chosen) <= job.world:
-        raise UserError(
-            f"{index.folder}: {len(chosen)} held-out sequences for {job.world} ranks; raise data.val_fraction"
-        )
+    if len(chosen) < 2:
+        raise UserError(f"{index.folder}: a single held-out sequence, validation needs two; raise data.val_fraction")
     held_out = val.read(chosen)
     loader = TrainLoader(
         reader,

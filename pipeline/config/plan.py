@@ -30,7 +30,8 @@ def plan(config: RunConfig, *, mfu: float = 0.4, peak_tflops: float = 989.0, dev
         "parameters_by_part": {k: v for k, v in parameters.items() if k != "total"},
         "flops_per_token_forward": model.flops_per_token(training=False),
         "flops_per_token_training": flops,
-        "tokens": tokens,
+        "tokens": tokens,  # positions: how many of them are padding is known only once they are packed
+        "padded": config.tokens.packing != "concat" or config.tokens.remainder == "pad",
         "steps": train.steps,
         "tokens_per_step": train.global_batch * model.context_length,
         "tokens_per_parameter": tokens / parameters["total"],
@@ -79,12 +80,13 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
 
     parts = "  ".join(f"{k} {v:,}" for k, v in report["parameters_by_part"].items() if v)
     assumed = report["assumed"]
+    included = " with padding" if report["padded"] else ""
     lines = [
         f"parameters          {report['parameters']:,}",
         f"                    {parts}",
         f"FLOPs per token     {report['flops_per_token_training']:.4g} training, "
         f"{report['flops_per_token_forward']:.4g} forward",
-        f"tokens              {report['tokens']:,} ({report['steps']:,} steps of {report['tokens_per_step']:,}), "
+        f"tokens              {report['tokens']:,}{included} ({report['steps']:,} steps of {report['tokens_per_step']:,}), "
         f"{report['tokens_per_parameter']:.1f} a parameter",
         f"time                {report['hours']:,.2f} hours on {assumed['devices']} devices "
         f"of {assumed['peak_tflops']:g} TFLOP/s at {assumed['mfu']:.0%} MFU",

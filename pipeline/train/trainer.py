@@ -175,15 +175,14 @@ class Trainer:
     def _advance(self, outcome: Outcome, position: int, rate: float) -> None:
         """Count a step whose batch ends at this position of the data order."""
         state, batch = self.state, self.settings.global_batch
-        tokens = batch * self.config.model.context_length
         if not outcome.skipped and state.frozen is None:
             state.budget += rate * self.settings.metric_decay
         state.step += 1
         state.skipped_steps = int(self.engine.skipped_steps)
         state.sequences_left_out += position - state.sequences_consumed - batch
         state.sequences_consumed = position
-        state.tokens_consumed += tokens
-        self.throughput.add(tokens)
+        state.tokens_consumed += outcome.targets
+        self.throughput.add(outcome.targets)
         self.measures.step()
 
     def _is_last(self) -> bool:
@@ -213,6 +212,7 @@ class Trainer:
             "train/spikes": float(state.guard.spikes),
             "data/epoch": state.sequences_consumed / self.data.num_sequences,
             "data/tokens": float(state.tokens_consumed),
+            "data/padding_share": state.padding_share(self.config.model.context_length),
             "data/left_out_sequences": float(state.sequences_left_out),
             **self.measures.gather(),
         }

@@ -1,0 +1,104 @@
+"""Means over targets: loss, gradient and validation of padded sequences do not depend on micro batches, accumulation, ranks or
+the ZeRO stage, and are those of plain PyTorch over the global batch."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pldr_model.loss import dag_regularizer
+from pldr_model.model import PLDRModel
+from tests.pipeline.train.mean_worker import DAG, Padded, held_out, settings
+
+WORKER = "tests.pipeline.train.mean_worker"
+INVARIANT = ("train/loss", "val/loss_block", "val/loss_cached", "val/leak_gap", "val/bits_per_byte", "data/tokens",
+             "data/padding_share", "invariance/order_parameter_G", "invariance/attention_alive")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("mean")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(start_ranks, folder):
+    return start_ranks(WORKER, folder, "0,1,2,3", "fp64")
+
+
+@pytest.fixture(scope="module")
+def one_rank(start_ranks, tmp_path_factory):
+    return start_ranks(WORKER, tmp_path_factory.mktemp("mean1"), "", "fp64", world=1)
+
+
+def first_model(stage=0):
+    """The weights that a run of the worker starts with, in fp64, and its configuration."""
+    config = settings("/unused", stage)
+    torch.manual_seed(config.seed)
+    torch.set_default_dtype(torch.float32 if stage == 3 else torch.float64)
+    model = PLDRModel(config.model).double()
+    torch.set_default_dtype(torch.float32)
+    return model, config
+
+
+def nll(logits, targets):
+    """Mean over the targets that are not padding, and their number, written out."""
+    real = targets != 0
+    return F.nll_loss(logits.log_softmax(-1)[real], targets[real]), int(real.sum())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_gradient_is_that_of_the_mean_over_targets_of_the_global_batch(two_ranks, folder, stage):
+    model, config = first_model(stage)
+    ids = torch.from_numpy(Padded(config).global_batch(0))
+    if stage == 3:
+        loss, count = nll(model(ids[:, :-1], padded=True), ids[:, 1:])
+        loss.backward()
+    else:
+        logits, outputs = model(ids[:, :-1], padded=True, return_outputs=True)
+        loss, count = nll(logits, ids[:, 1:])
+        terms = [dag_regularizer([getattr(layer, name) for layer in outputs]) for name in ("A_LM", "A_P", "G_LM")]
+        (loss + sum(c * term for c, term in zip(DAG, terms, strict=True))).backward()
+    found = torch.load(folder / f"gradient-{stage}.pt")
+    assert found["targets"] == count and found["loss"] == pytest.approx(loss.item(), rel=1e-6 if stage == 3 else 1e-12)
+    ours = torch.cat([g.flatten().double() for g in found["gradient"].values()])
+    right = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert list(found["gradient"]) == [name for name, _ in model.named_parameters()]
+    assert ((ours - right).norm() / right.norm()).item() < 1e-6
+
+
+def test_losses_and_validations_do_not_depend_on_micro_batches_or_ranks(two_ranks, one_rank):
+    runs = [*two_ranks.values(), *one_rank.values()]
+    assert len(runs) == 7
+    for run in runs:
+        for step, tolerance in (
+            ("1", 1e-12),
+            ("2", 1e-5),
+            ("3", 1e-5),
+        ):  # before the third, gradients are reduced in fp32
+            for key in INVARIANT:
+                assert run[step][key] == pytest.approx(runs[0][step][key], rel=tolerance, abs=1e-12), (step, key)
+
+
+def test_the_numbers_are_those_of_plain_pytorch(one_rank):
+    """Step 1 has learning rate 0, so its validation is that of the first weights."""
+    model, config = first_model()
+    logged = one_rank["2"]["1"]
+    batch = torch.from_numpy(Padded(config).global_batch(0))
+    with torch.no_grad():
+        loss, count = nll(model(batch[:, :-1], padded=True), batch[:, 1:])
+        text = torch.from_numpy(held_out())
+        live, outputs = model(text[:, :-1], padded=True, return_outputs=True)
+        block, _ = nll(live[1:], text[1:, 1:])
+        g_lm = torch.stack([layer.G_LM for layer in outputs])
+        cached, scored = nll(model(text[1:, :-1], g_lm=g_lm[:, 0], padded=True), text[1:, 1:])
+    assert logged["train/loss"] == pytest.approx(loss.item(), rel=1e-12)
+    assert logged["data/tokens"] == count and 0 < count < 60
+    assert logged["data/padding_share"] == pytest.approx(1 - count / (8 * 16), rel=1e-12)
+    assert logged["val/loss_block"] == pytest.approx(block.item(), rel=1e-12)
+    assert logged["val/loss_cached"] == pytest.approx(cached.item(), rel=1e-12)
+    assert logged["val/bits_per_byte"] == pytest.approx(cached.item() / math.log(2) / 2.0, rel=1e-12)
+    off = ((g_lm[:, 1:] - g_lm[:, :1]) ** 2).sum() / (g_lm[:, 1:] ** 2).sum()
+    assert logged["invariance/order_parameter_G"] == pytest.approx(off.sqrt().item(), rel=1e-9)
+    assert scored == np.count_nonzero(held_out()[1:, 1:])
