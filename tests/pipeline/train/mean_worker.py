@@ -1,8 +1,9 @@
-"""One rank of tests/pipeline/train/test_mean.py: gradients, losses and validations on unevenly padded sequences, in fp64.
+"""One rank of tests/pipeline/train/test_mean.py: gradients, losses and validations on unevenly padded sequences, in fp64; and
+gradients accumulated in bf16 runs.
 
 Usage: mean_worker.py FOLDER STAGES PRECISION. STAGES of ZeRO, with commas: rank 0 writes the gradient of a step at each to
-FOLDER/gradient-STAGE.pt, and to FOLDER/result.json by micro batch what short runs log. Stage 3 refuses fp64: plain attention,
-whose gradient is well-conditioned, in fp32.
+FOLDER/gradient-STAGE.pt, and to FOLDER/result.json by micro batch what short runs log, and by stage the error of bf16. Stage 3
+refuses fp64: plain attention, whose gradient is well-conditioned, in fp32.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from pipeline.train.engine import build_engine, init_distributed
 from pipeline.train.signals import StopRequest
 from pipeline.train.step import global_step
 from pipeline.train.telemetry import Stopwatch
+from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel
 from tests.pipeline.train.zero_worker import Batches, configuration, make_trainer, with_train
 
@@ -62,7 +64,7 @@ def settings(folder, stage, **train):
     return with_train(config.model_copy(update={"model": model}), **train)
 
 
-def gradient(config):
+def gradient(config, data=Padded):
     """The gradient of the first step, by parameter, after accumulation and the mean over ranks."""
     torch.manual_seed(config.seed)
     engine = build_engine(PLDRModel(config.model), config.train, dist.get_world_size())
@@ -74,9 +76,33 @@ def gradient(config):
         step()
 
     engine.step = watched
-    micro, _ = next(Padded(config).micro_batches(0, limit=1))
+    micro, _ = next(data(config).micro_batches(0, limit=1))
     outcome = global_step(engine, micro, config.model, stop=StopRequest(), device=CPU, forward=Stopwatch(CPU))
     return {"gradient": found, "loss": outcome.loss, "targets": outcome.targets}
+
+
+class Unpadded(Padded):
+    def global_batch(self, position):
+        return np.random.default_rng(position).integers(4, 67, size=(self.config.train.global_batch, 17))
+
+
+def bf16_error(folder, stage, *, accumulation):
+    """How far the accumulated gradient of a bf16 run is from the mean, in fp64, of the gradients of its micro batches."""
+    config = configuration(folder, stage, "bf16", "norm", "identity")
+    config = with_train(config, micro_batch=1, global_batch=accumulation * dist.get_world_size())
+    torch.manual_seed(config.seed)
+    torch.set_default_dtype(torch.float32)
+    model = PLDRModel(config.model).bfloat16()
+    ids = torch.from_numpy(Unpadded(config).global_batch(0))
+    right = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+    for micro in ids.split(1):
+        model.zero_grad()
+        total_loss(model(micro[:, :-1], padded=False), micro[:, 1:], config.model).total.backward()
+        for name, p in model.named_parameters():
+            right[name] += p.grad.double() / len(ids)
+    found = gradient(config, Unpadded)["gradient"]
+    off = sum((found[name].double() - right[name]).square().sum() for name in right)
+    return (off / sum(g.square().sum() for g in right.values())).sqrt().item()
 
 
 def main() -> None:
@@ -98,6 +124,7 @@ def main() -> None:
         found = gradient(settings(folder, stage, micro_batch=2))
         if dist.get_rank() == 0:
             torch.save(found, folder / f"gradient-{stage}.pt")
+        results[f"bf16-{stage}"] = bf16_error(folder, stage, accumulation=16)
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(results))
     dist.barrier()

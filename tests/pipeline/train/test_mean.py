@@ -29,7 +29,7 @@ def two_ranks(start_ranks, folder):
 
 @pytest.fixture(scope="module")
 def one_rank(start_ranks, tmp_path_factory):
-    return start_ranks(WORKER, tmp_path_factory.mktemp("mean1"), "", "fp64", world=1)
+    return start_ranks(WORKER, tmp_path_factory.mktemp("mean1"), "1", "fp64", world=1)
 
 
 def first_model(stage=0):
@@ -69,7 +69,7 @@ def test_the_gradient_is_that_of_the_mean_over_targets_of_the_global_batch(two_r
 
 
 def test_losses_and_validations_do_not_depend_on_micro_batches_or_ranks(two_ranks, one_rank):
-    runs = [*two_ranks.values(), *one_rank.values()]
+    runs = [run for ranks in (two_ranks, one_rank) for name, run in ranks.items() if name.isdigit()]
     assert len(runs) == 7
     for run in runs:
         for step, tolerance in (
@@ -102,3 +102,9 @@ def test_the_numbers_are_those_of_plain_pytorch(one_rank):
     off = ((g_lm[:, 1:] - g_lm[:, :1]) ** 2).sum() / (g_lm[:, 1:] ** 2).sum()
     assert logged["invariance/order_parameter_G"] == pytest.approx(off.sqrt().item(), rel=1e-9)
     assert scored == np.count_nonzero(held_out()[1:, 1:])
+
+
+def test_bf16_gradients_are_accumulated_in_fp32(two_ranks, one_rank):
+    """Over 16 micro batches; in bf16 the error is 0.5 %. Stage 0 cannot (docs/compatibility.md)."""
+    assert 1e-3 < two_ranks["bf16-0"] < 1e-2
+    assert max(two_ranks["bf16-1"], two_ranks["bf16-2"], two_ranks["bf16-3"], one_rank["bf16-1"]) < 1e-6
