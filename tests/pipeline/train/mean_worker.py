@@ -81,6 +81,13 @@ def gradient(config, data=Padded):
     return {"gradient": found, "loss": outcome.loss, "targets": outcome.targets}
 
 
+class Empty(Padded):
+    """The second batch is nothing but padding."""
+
+    def global_batch(self, position):
+        return super().global_batch(position) * (position != 8)
+
+
 class Unpadded(Padded):
     def global_batch(self, position):
         return np.random.default_rng(position).integers(4, 67, size=(self.config.train.global_batch, 17))
@@ -119,6 +126,10 @@ def main() -> None:
             trainer = make_trainer(config, held_out(), data=Padded(config))
             trainer.train()
             results[micro] = trainer.tracker.points
+    config = settings(folder / "empty", 1, steps=3, validate_every=3, checkpoint_every=3)
+    trainer = make_trainer(config, held_out(), data=Empty(config))
+    state = trainer.train()
+    results["empty"] = {"points": trainer.tracker.points, "events": state.guard.events}
     for stage in stages:
         torch.set_default_dtype(torch.float32 if stage == 3 else torch.float64)
         found = gradient(settings(folder, stage, micro_batch=2))

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pldr_model.loss import dag_regularizer
+from pipeline.train.spikes import describe
+from pldr_model.loss import cross_entropy, dag_regularizer
 from pldr_model.model import PLDRModel
 from tests.pipeline.train.mean_worker import DAG, Padded, held_out, settings
 
@@ -108,3 +109,18 @@ def test_bf16_gradients_are_accumulated_in_fp32(two_ranks, one_rank):
     """Over 16 micro batches; in bf16 the error is 0.5 %. Stage 0 cannot (docs/compatibility.md)."""
     assert 1e-3 < two_ranks["bf16-0"] < 1e-2
     assert max(two_ranks["bf16-1"], two_ranks["bf16-2"], two_ranks["bf16-3"], one_rank["bf16-1"]) < 1e-6
+
+
+def test_a_batch_of_padding_alone_is_skipped_and_told_as_that(two_ranks):
+    points, (event,) = two_ranks["empty"]["points"], two_ranks["empty"]["events"]
+    assert describe(event).startswith("step 2: skipped, nothing but padding; the batch is sequences 8, 9")
+    assert "train/loss" not in points["2"] and points["3"]["train/skipped_steps"] == 1
+    assert points["2"]["data/tokens"] == points["1"]["data/tokens"] < points["3"]["data/tokens"]
+    assert math.isfinite(points["3"]["train/loss"]) and math.isfinite(points["3"]["val/loss_block"])
+
+
+def test_a_cross_entropy_without_targets_is_zero_and_has_no_gradient():
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    loss = cross_entropy(logits, torch.zeros(2, 3, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0 and (logits.grad == 0).all()
