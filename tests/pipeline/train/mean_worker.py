@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
 
 from pipeline.train.engine import build_engine, init_distributed
+from pipeline.train.freeze import mean_g
 from pipeline.train.signals import StopRequest
 from pipeline.train.step import global_step
 from pipeline.train.telemetry import Stopwatch
@@ -126,6 +127,10 @@ def main() -> None:
             trainer = make_trainer(config, held_out(), data=Padded(config))
             trainer.train()
             results[micro] = trainer.tracker.points
+    batch = Padded(config).global_batch(0)  # of the last of those runs, all of whose weights are on every rank
+    micro, _ = next(Padded(config).micro_batches(0, limit=1))
+    g_lm = trainer.engine.module.compute_g(torch.from_numpy(batch[:, :-1])).mean(dim=1)
+    results["mean_g"] = (mean_g(trainer.engine, config.model, [micro]) - g_lm).norm().item() / g_lm.norm().item()
     config = settings(folder / "empty", 1, steps=3, validate_every=3, checkpoint_every=3)
     trainer = make_trainer(config, held_out(), data=Empty(config))
     state = trainer.train()

@@ -111,6 +111,10 @@ def test_bf16_gradients_are_accumulated_in_fp32(two_ranks, one_rank):
     assert max(two_ranks["bf16-1"], two_ranks["bf16-2"], two_ranks["bf16-3"], one_rank["bf16-1"]) < 1e-6
 
 
+def test_the_mean_g_of_a_freeze_masks_padding(two_ranks, one_rank):
+    assert max(two_ranks["mean_g"], one_rank["mean_g"]) < 1e-6
+
+
 def test_a_batch_of_padding_alone_is_skipped_and_told_as_that(two_ranks):
     points, (event,) = two_ranks["empty"]["points"], two_ranks["empty"]["events"]
     assert describe(event).startswith("step 2: skipped, nothing but padding; the batch is sequences 8, 9")
