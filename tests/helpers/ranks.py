@@ -29,7 +29,7 @@ def run_ranks(worker: str, folder: Path, stages: str, precision: str, world: int
         )
         for rank in range(world)
     ]
-    codes = [rank.wait(timeout=int(os.environ.get("RANKS_TIMEOUT", "280"))) for rank in ranks]
+    codes = [rank.wait(timeout=280) for rank in ranks]
     for stream in logs:
         stream.close()
     assert codes == [0] * world, (folder / "rank0.log").read_text()[-3000:]
