@@ -84,7 +84,7 @@ def launch_slurm(
 def _alone(paths: RunPaths) -> Iterator[None]:
     """Two launches of a run at once: the second is refused. Between a look into the queue and sbatch nothing may come."""
     paths.logs.mkdir(parents=True, exist_ok=True)
-    with open(paths.logs / "launch.lock", "a+", encoding="utf-8") as stream:
+    with open(paths.logs / "submit.lock", "a+", encoding="utf-8") as stream:
         if not storage.lock(stream):
             raise UserError(f"{paths.root}: process {storage.lock_holder(stream)} submits it; look with squeue --me")
         yield
