@@ -94,7 +94,7 @@ def _lead(
     pipeline = Pipeline(config, launch=start, report=report, ranks=job.ranks)
     code, message, stopped = 1, "node 0 ended early", False
     try:
-        with exclusive(pipeline.paths, report):
+        with exclusive(pipeline.paths, report, wait_s=job.wait_s):
             result = pipeline.stage("train", resume=resume, force=force)
         code, message = 0, "training is complete"
         return result

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -295,6 +296,16 @@ def lock(stream: IO[str], *, wait: bool = False) -> bool:
     stream.truncate(0)
     stream.write(str(os.getpid()))
     stream.flush()
+    return True
+
+
+def lock_within(stream: IO[str], seconds: float) -> bool:
+    """Lock an open lock file, waiting this long for another process to end."""
+    end = time.monotonic() + seconds
+    while not lock(stream):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
     return True
 
 
