@@ -31,31 +31,18 @@ from typing import IO, Any
 
 import psutil
 
-from pipeline.distributed import has_gpu
 from pipeline.errors import Stopped, UserError
 from pipeline.train.console import FAILURE, LISTENING, STATUS, STOPPED
 from pipeline.train.signals import Head
-from pipeline.worker import PARENT_PIPE, VISIBLE_DEVICES
 
 WORKER = "pipeline.worker"
 FAILURE_GRACE_S = 5.0  # for the other ranks' tracebacks, and for MLflow
 ORPHAN_GRACE_S = 2.0
 POLL_S = 0.5
 Report = Callable[[str], None]  # prints a line for the user
-IGNORING = ["sh", "-c", 'trap "" TERM USR1; exec "$@"', "sh"]  # ignored signals stay ignored across exec
+IGNORING = ["/bin/sh", "-c", 'trap "" TERM USR1; exec "$@"', "sh"]  # ignored signals stay ignored across exec
 _SSH = re.compile(r"\bssh: |Permission denied|Host key verification failed|Connection closed by|not responding")
 log = logging.getLogger(__name__)
-
-
-def rank_environment(ranks: int) -> dict[str, str]:
-    """The environment of ranks on this node: this process's, and what makes a CPU node work."""
-    environment = {**os.environ, PARENT_PIPE: "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        environment[VISIBLE_DEVICES] = environment["CUDA_VISIBLE_DEVICES"]
-    if not has_gpu():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    return environment
 
 
 def run_job(
