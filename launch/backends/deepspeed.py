@@ -26,12 +26,13 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.distributed import has_gpu
 from pipeline.environment import search_path, without_other_jobs
-from pipeline.errors import Stopped
+from pipeline.errors import Stopped, UserError
 from pipeline.io import storage
 from pipeline.stages.runner import Pipeline, exclusive
 from pipeline.train import signals
 from pipeline.worker import ENVIRONMENT_FILE, PARENT_PIPE
 
+PORT_TAKEN = "EADDRINUSE"
 RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
@@ -43,7 +44,17 @@ def launch(config: RunConfig, job_file: Path, ranks: int, *, report: Report) -> 
     environment = rank_environment(ranks)
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     log_file = RunPaths(config.run_dir).logs / "train.log"
-    run_job(command(job_file, ranks), environment=environment, ranks=ranks, log_file=log_file, report=report)
+
+    def run() -> None:
+        run_job(command(job_file, ranks), environment=environment, ranks=ranks, log_file=log_file, report=report)
+
+    try:
+        run()
+    except UserError as error:
+        if PORT_TAKEN not in str(error):
+            raise
+        report("another process took the ranks' port before they did; once more, with another port")
+        run()
 
 
 def command(job_file: Path, ranks: int) -> list[str]:

@@ -267,6 +267,11 @@ def require_space(needs: Iterable[Need]) -> None:
             )
 
 
+def path_of(stream: IO[bytes]) -> Path:
+    """A path to an open file without a name (`tempfile.TemporaryFile`), which is gone when this process is, however it ends."""
+    return Path(f"/proc/self/fd/{stream.fileno()}")
+
+
 def temporary_space(needed: int, what: str) -> Need:
     """A need of the folder for temporary files."""
     return Need(Path(tempfile.gettempdir()), needed, what, "set TMPDIR to a folder on another disk")
