@@ -10,8 +10,10 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+from typing import Any, cast
 
 OTHER_JOBS = re.compile(
     # torchrun; PET_ gives its options
@@ -21,8 +23,8 @@ OTHER_JOBS = re.compile(
     r"|CROSS_(RANK|SIZE)|LOCAL_SIZE|DS_ENV_FILE|DLTS_\w+|AZUREML_EXPERIMENT_ID|SM_TRAINING_ENV"
     # MPI, Slurm
     r"|(OMPI|ORTE|PRTE|PMI|PMI2|PMIX|HYDI|MV2_COMM_WORLD|PALS|SLURM|SLURMD)_\w+|MPI_LOCAL\w+"
-    # a run that another process logs to; a rank would wait at Python's prompt
-    r"|MLFLOW_RUN_ID|PYTHONINSPECT"
+    # a run that another process logs to
+    r"|MLFLOW_RUN_ID"
 )
 LOCAL = ("127.0.0.1", "localhost", "::1")
 log = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ def prepare(environment: MutableMapping[str, str]) -> None:
     # Threads that wait for one another sleep instead of spinning. On two cores kept busy by others spinning made the
     # validate stage take 18 s instead of 9 (2026-11-24).
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment.pop("PYTHONINSPECT", None)  # a process would not end, but wait at Python's prompt
+    _warnings(environment)
     _search_path(environment)
     _threads(environment)
     _proxies(environment)
@@ -69,6 +73,15 @@ def _search_path(environment: MutableMapping[str, str]) -> None:
 def search_path() -> dict[str, str]:
     """For processes that do not inherit the environment: where they find modules, as `prepare` has set it here."""
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+
+
+def _warnings(environment: MutableMapping[str, str]) -> None:
+    """Libraries warn. As an error, a warning would end their work half done."""
+    options = environment.get("PYTHONWARNINGS", "").split(",")
+    if any(option.strip().startswith("error") for option in options):
+        log.warning("PYTHONWARNINGS=%s is ignored: libraries that pldr uses warn", environment.pop("PYTHONWARNINGS"))
+        sys.warnoptions[:] = [option for option in sys.warnoptions if not option.startswith("error")]
+        cast("list[Any]", warnings.filters)[:] = [each for each in warnings.filters if each[0] != "error"]
 
 
 def _threads(environment: MutableMapping[str, str]) -> None:
