@@ -54,8 +54,8 @@ def omp_threads(environment: Mapping[str, str]) -> int | None:
 
 
 def _search_path(environment: MutableMapping[str, str]) -> None:
-    """Children find modules where this process does, and not in the working directory, which may have a `pipeline.py` or a
-    `random.py` of the user. An empty entry of PYTHONPATH means that directory, and is an accident of `$PYTHONPATH:/x`."""
+    """Children find modules where this process does, and not in the working directory, which may have a module `pipeline`
+    or `random` of the user. An empty entry of PYTHONPATH means that directory, and is an accident of `$PYTHONPATH:/x`."""
     given = environment["PYTHONPATH"].split(os.pathsep) if environment.get("PYTHONPATH") else []
     entries = [os.path.abspath(entry) for entry in given if entry]
     if "" in given and (here := os.getcwd()) not in entries:

@@ -80,7 +80,8 @@ def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     config = as_trained(config, paths, source)
     g_lm = load_g(paths.g_lm, model.config).g_lm
     if has_gpu():
-        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+        of_ranks = torch.distributed.is_initialized()  # otherwise LOCAL_RANK is another job's
+        model.to(torch.device("cuda", int(os.environ["LOCAL_RANK"]) if of_ranks else 0))
     return validate(
         model,
         g_lm,
