@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pwd
 import re
 import sys
 import warnings
@@ -41,6 +42,7 @@ def prepare(environment: MutableMapping[str, str]) -> None:
     # validate stage take 18 s instead of 9 (2026-11-24).
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.pop("PYTHONINSPECT", None)  # a process would not end, but wait at Python's prompt
+    _user(environment)
     _warnings(environment)
     _search_path(environment)
     _threads(environment)
@@ -73,6 +75,19 @@ def _search_path(environment: MutableMapping[str, str]) -> None:
 def search_path() -> dict[str, str]:
     """For processes that do not inherit the environment: where they find modules, as `prepare` has set it here."""
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+
+
+def _user(environment: MutableMapping[str, str]) -> None:
+    """Libraries ask for the user's name and home, which a user id of a container may not have. Docker, too, says `/` then."""
+    try:
+        known = pwd.getpwuid(os.getuid())
+        name, home = known.pw_name, known.pw_dir
+    except KeyError:
+        name, home = f"uid-{os.getuid()}", "/"
+    if not environment.get("HOME"):
+        environment["HOME"] = home
+    if not any(environment.get(variable) for variable in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+        environment["USER"] = name
 
 
 def _warnings(environment: MutableMapping[str, str]) -> None:

@@ -313,6 +313,8 @@ def explain_os_error(error: OSError, where: str, *, reading: bool = False) -> Us
     """An error such as a full disk, a missing permission or a limit of the system as one line with the fix."""
     if limit := limit_of(error):
         return UserError(f"{where}: {limit}")
+    if "No usable temporary directory" in str(error):
+        return UserError(f"TMPDIR: {error.strerror}; set it to a folder that can be written")
     if reading:
         return UserError(f"{where}: cannot be read ({first_line(error)}); fix the file's permissions or its disk")
     if error.errno in (errno.EACCES, errno.EROFS):

@@ -1,12 +1,14 @@
 """pipeline/environment.py: what is taken from the shell, and what children get."""
 
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline import environment as module
 from pipeline.environment import omp_threads, prepare, without_other_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,3 +102,12 @@ def test_warnings_of_libraries_are_not_errors():
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": flag}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.returncode == 0 and f"PYTHONWARNINGS={flag} is ignored" in done.stderr
+
+
+def test_a_user_that_the_system_does_not_know_gets_a_name_and_a_home(monkeypatch):
+    known = prepared()
+    assert known["HOME"] == pwd.getpwuid(os.getuid()).pw_dir and known["USER"] == pwd.getpwuid(os.getuid()).pw_name
+    monkeypatch.setattr(module.os, "getuid", lambda: 54321)
+    assert (prepared()["HOME"], prepared(HOME="")["USER"]) == ("/", "uid-54321")
+    given = prepared(HOME="/x", LOGNAME="ann")
+    assert given["HOME"] == "/x" and "USER" not in given
