@@ -31,6 +31,7 @@ from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths, staging_folder, tokens_folder
 from pipeline.config.run import RunConfig
 from pipeline.distributed import agreement, choose_interface, on_every_rank
+from pipeline.environment import omp_threads
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
 from pipeline.train import signals
@@ -187,7 +188,7 @@ def join(job: Job, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.train.engine import init_distributed
 
     if not has_gpu():
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_num_threads(omp_threads(os.environ) or 1)
     timeout_s = job.config.train.timeout_s
     if signals.HEAD_FILE in os.environ:
         signals.follow(Path(os.environ[signals.HEAD_FILE]), patience_s=timeout_s, note=stop.note, fail=_give_up)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.environment import search_path
+
 
 def dry_run(
     files: dict[Path, str],
@@ -36,7 +38,8 @@ def dry_run(
 
 
 def _env(environment: Mapping[str, str]) -> list[str]:
-    """The words of `env` that turn this process's environment into that one."""
-    removed = [word for name in sorted(os.environ.keys() - environment.keys()) for word in ("-u", name)]
-    changed = [f"{name}={value}" for name, value in sorted(environment.items()) if os.environ.get(name) != value]
+    """The words of `env` that turn a shell's environment into that one; always with ours for where modules are found."""
+    shell = {name: value for name, value in os.environ.items() if name not in search_path()}
+    removed = [word for name in sorted(shell.keys() - environment.keys()) for word in ("-u", name)]
+    changed = [f"{name}={value}" for name, value in sorted(environment.items()) if shell.get(name) != value]
     return ["env", *removed, *changed] if removed or changed else []

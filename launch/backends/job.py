@@ -31,31 +31,31 @@ from typing import IO, Any
 
 import psutil
 
-from pipeline.distributed import has_gpu
 from pipeline.errors import Stopped, UserError
 from pipeline.train.console import FAILURE, LISTENING, STATUS, STOPPED
 from pipeline.train.signals import Head
-from pipeline.worker import PARENT_PIPE, VISIBLE_DEVICES
 
 WORKER = "pipeline.worker"
 FAILURE_GRACE_S = 5.0  # for the other ranks' tracebacks, and for MLflow
 ORPHAN_GRACE_S = 2.0
 POLL_S = 0.5
 Report = Callable[[str], None]  # prints a line for the user
-IGNORING = ["sh", "-c", 'trap "" TERM USR1; exec "$@"', "sh"]  # ignored signals stay ignored across exec
+IGNORING = ["/bin/sh", "-c", 'trap "" TERM USR1; exec "$@"', "sh"]  # ignored signals stay ignored across exec
 _SSH = re.compile(r"\bssh: |Permission denied|Host key verification failed|Connection closed by|not responding")
+CRASHES = {
+    signal.SIGKILL: " (out of memory?)",
+    signal.SIGBUS: " (/dev/shm or a disk is full?)",
+    signal.SIGSEGV: "",
+    signal.SIGABRT: "",
+    signal.SIGILL: " (a library was built for another CPU?)",
+}
+# The last line of a traceback, after what torchrun or pdsh puts before it; Python's own errors; an argument parser's.
+_ERROR = re.compile(
+    r"(?:[\w.-]+: )??(?:\[rank\d+\]: ?)?"
+    r"((?:(?:[A-Za-z_][\w.]*)?(?:Error|Exception)\b|Fatal Python error: |[\w.]+: error: |\S*python[\d.]*: ).*)"
+)
+_KILLED = re.compile(r"failed \(exitcode: -(\d+)\)")  # torchrun's
 log = logging.getLogger(__name__)
-
-
-def rank_environment(ranks: int) -> dict[str, str]:
-    """The environment of ranks on this node: this process's, and what makes a CPU node work."""
-    environment = {**os.environ, PARENT_PIPE: "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        environment[VISIBLE_DEVICES] = environment["CUDA_VISIBLE_DEVICES"]
-    if not has_gpu():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    return environment
 
 
 def run_job(
@@ -108,9 +108,11 @@ def _how(job: _Job, code: int) -> str:
     """How a job ended whose ranks reported nothing."""
     if job.orphaned or code == -signal.SIGKILL:
         return "its launcher was killed"
-    if code == 256 - signal.SIGKILL:  # DeepSpeed's launch.py ends with its rank's return code, -9
-        return "a rank was killed with SIGKILL (out of memory?)"
-    return f"the launcher ended with code {code}" + (f", {job.ssh_error}" if job.ssh_error else "")
+    killed_by = job.killed_by or 256 - code  # DeepSpeed's launch.py ends with its rank's return code, -9 for example
+    if killed_by in CRASHES:
+        return f"a rank was killed with {signal.Signals(killed_by).name}{CRASHES[signal.Signals(killed_by)]}"
+    reason = job.ssh_error or job.error
+    return f"the launcher ended with code {code}" + (f", {reason}" if reason else "")
 
 
 class _Job:
@@ -122,6 +124,8 @@ class _Job:
         self.failures: list[tuple[int, str]] = []
         self.stopped: str | None = None
         self.ssh_error = ""  # why a host is unreachable
+        self.error = ""  # the last error that a launcher or rank printed without a mark of ours
+        self.killed_by = 0  # the signal that ended a rank, if torchrun says so
         self.forwarded: list[str] = []  # names of signals
         self.orphaned = False  # the launcher exited before its ranks
         self.done = threading.Event()
@@ -147,6 +151,10 @@ class _Job:
                 self.failures.append((int(code), reason))
             elif self.head is not None and not self.ssh_error and _SSH.search(line):
                 self.ssh_error = f"{line.strip()}; try `pldr doctor --hostfile`"
+            elif found := _KILLED.search(line):
+                self.killed_by = int(found[1])
+            elif (found := _ERROR.match(line)) and "ChildFailedError" not in line:  # torchrun's: a rank has failed
+                self.error = found[1][:300]
 
     def watch(self) -> None:
         """In a thread: kill what is left of a job that has failed, or whose launcher has exited."""

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.backends.dry_run import dry_run
-from launch.backends.job import Report, rank_environment, run_job, stopped_exit_code
+from launch.backends.environment import rank_environment
+from launch.backends.job import Report, run_job, stopped_exit_code
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import Stopped, UserError

@@ -192,6 +192,7 @@ def render(
             "logs": str(logs),
             "checkpoints": str(paths.checkpoints),
             "cwd": os.getcwd(),
+            "python_path": os.environ.get("PYTHONPATH"),
             "bin": str(Path(sys.executable).parent),
             "pldr": _inside(PLDR),
             "arguments": _inside(arguments),

@@ -90,7 +90,7 @@ class RayExecutor(Reporting, RayPipelineExecutor):  # type: ignore[misc]  # data
             process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.data.executor.run_task", str(self.pickle), str(rank)],
                 cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": self.python_path},
+                env={**os.environ, "PYTHONPATH": self.python_path, "PYTHONSAFEPATH": "1"},
                 stdin=subprocess.PIPE,  # the task process exits when this closes, so also when this process is killed
                 stdout=output,
                 stderr=output,

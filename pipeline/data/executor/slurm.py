@@ -30,6 +30,7 @@ from pipeline import slurm
 from pipeline.data.executor.markers import Reporting, has_failed, raise_error
 from pipeline.data.executor.progress import tell
 from pipeline.data.executor.watch import Watch
+from pipeline.environment import search_path
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.storage import publish_json
 
@@ -87,13 +88,14 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
         self, steps: list[PipelineStep], *, tasks: int, workers: int, work: Path, name: str, settings: dict[str, Any]
     ) -> None:
         bin_folder = Path(sys.executable).parent  # of the virtual environment, if there is one
+        modules = "".join(f" {name}={shlex.quote(value)}" for name, value in search_path().items() if value)
         super().__init__(
             steps,
             tasks=tasks,
             workers=workers,
             job_name=name,
             logging_dir=str(work.absolute()),
-            env_command=f"set -e; cd {shlex.quote(os.getcwd())}; export PATH={shlex.quote(str(bin_folder))}:$PATH",
+            env_command=f"set -e; cd {shlex.quote(os.getcwd())}; export PATH={shlex.quote(str(bin_folder))}:$PATH{modules}",
             requeue_signals=None,
             **settings,
         )
@@ -111,7 +113,7 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
         for number, start in enumerate(range(0, len(ranks), self.max_array_size)):
             jobs = min(self.max_array_size, len(ranks) - start)
             pickled = shlex.quote(str(self.pickle))
-            # Not `launch_pickled_pipeline`: with -m, packages in the working directory are found.
+            # Not `launch_pickled_pipeline`: it may be another Python's.
             command = f"exec {shlex.quote(sys.executable)} -m datatrove.tools.launch_pickled_pipeline {pickled}"
             options = {key: _quote(key, value) for key, value in self.get_sbatch_args(jobs).items()}
             script = self.cluster_folder / SCRIPT.format(f".{number}" if number else "")
