@@ -1,0 +1,129 @@
+"""Signals that ask `pldr` to stop: SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1, all alike.
+
+`listen` comes before everything else, imports included. From then on a signal is
+
+- kept, while the command line is read, and raised by `begin`;
+- raised as `Interrupted`, while no ranks run: a stage leaves what is complete and goes on at the next start;
+- handed to the job, while ranks run (`handed_to`): they save and stop.
+
+The first one counts, and is the one that is named. Later ones change nothing: a terminal, a wrapper and a scheduler may each
+send one, and what they would interrupt is the cleaning up. Only Ctrl-C more than AGAIN_S after the first ends everything at
+once. So does `pldr` itself when it has not ended LIMIT_S after `Interrupted`: a library may swallow it.
+
+SIGHUP that is ignored at the start stays ignored: that is nohup. A rank has the same signals (pipeline/train/signals.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+AGAIN_S = 3.0
+LIMIT_S = 20.0
+Receive = Callable[[signal.Signals, bool], None]  # the signal; whether everything is to end at once
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to stop. `name`: the signal's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class StopSignals:
+    """The signals of this process since `listen`, by name in `names`."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.exit_code = 1  # of an end at once
+        self._first_at, self._raises = 0.0, False
+        self._receive: Receive | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._raised = threading.Event()
+
+    def listen(self) -> None:
+        """Handle the signals from now on; only the main thread can. Those of an earlier command are forgotten."""
+        self.__init__()  # type: ignore[misc]
+        self._before = self._install()
+        if self._before:
+            threading.Thread(target=self._limit, args=(self._raised,), name="stop", daemon=True).start()
+
+    def forget(self) -> None:
+        """Handle them as before `listen`."""
+        self._raises = False
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def begin(self, exit_code: int) -> None:
+        """Raise from now on, and at once what came before. exit_code: of an end at once."""
+        self._raises, self.exit_code = True, exit_code
+        if self.names:
+            self._raise()
+
+    def end(self) -> None:
+        """The work is over: what comes now changes nothing."""
+        self._raises = False
+
+    @contextlib.contextmanager
+    def handed_to(self, receive: Receive) -> Iterator[None]:
+        """While the block runs `receive` gets the first signal, and the Ctrl-C that is to end everything at once."""
+        if self.names:
+            raise Interrupted(self.names[0])
+        before, self._receive = self._install(), receive
+        try:
+            yield
+        finally:
+            self._receive = None
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _install(self) -> dict[signal.Signals, Any]:
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        kept = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+        return {number: signal.signal(number, self._handle) for number in kept}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        which, now = signal.Signals(number), time.monotonic()
+        self.names.append(which.name)
+        first = len(self.names) == 1
+        if first:
+            self._first_at = now
+        at_once = which == signal.SIGINT and not first and now - self._first_at > AGAIN_S
+        if self._receive is not None and (first or at_once):
+            self._receive(which, at_once)
+        elif at_once:
+            self._end_at_once()
+        elif self._raises and first:
+            self._raise()
+
+    def _raise(self) -> None:
+        self._raised.set()
+        raise Interrupted(self.names[0])
+
+    def _limit(self, raised: threading.Event) -> None:
+        raised.wait()
+        time.sleep(LIMIT_S)
+        if raised is self._raised and self._before:
+            print(f"{self.names[0]}: not ended after {LIMIT_S:g} s: killed", file=sys.stderr)
+            self._end_at_once()
+
+    def _end_at_once(self) -> None:
+        import psutil
+
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        time.sleep(0.2)  # for the display
+        os._exit(self.exit_code)
+
+
+stop_signals = StopSignals()
