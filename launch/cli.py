@@ -1,23 +1,146 @@
-"""The `pldr` command: signals first (a signal before that kills), then all the rest, launch/commands/line.py."""
+"""The `pldr` command: `pldr VERB CONFIG [key=value ...] [--json]`.
+
+With --json the last line of stdout is one JSON object with the result. Exit 0 done, 1 failed, 2 wrong usage or
+configuration, 3 the certificate did not pass. A user's mistake is one line on stderr, never a traceback.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-
 from launch.backends.stop import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.listen()  # before the imports below
+
+import argparse
+import atexit
+import contextlib
+import gc
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from launch.commands.bench import add_bench_verb
+from launch.commands.bundle import add_bundle_verbs, long_name
+from launch.commands.convert import add_convert_verbs
+from launch.commands.data import add_data_verbs
+from launch.commands.doctor.command import add_doctor_verb
+from launch.commands.launch import add_launch_verbs
+from launch.commands.runs import add_run_verbs
+from launch.commands.stage import add_stage_verbs
+from launch.commands.sweep import add_sweep_verb
+from launch.commands.terminal import Display, report
+from launch.commands.verbs import Verbs
+from pipeline.errors import Stopped, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. argv: None for that of this process, which ends with it."""
-    stop_signals.listen()
+    if argv is not None or not stop_signals.listens:
+        stop_signals.listen()
+    if argv is None:
+        atexit.register(stop_signals.ignore)  # the last thing that is done
+    _open_standard_files()
     try:
-        from launch.commands.line import run
-
-        return run(argv)
+        with Display(hurried=lambda: bool(stop_signals.names)) as display:
+            return _run(parse(argv), display)
     finally:
         if argv is not None:
             stop_signals.forget()
+
+
+def _run(arguments: argparse.Namespace, display: Display) -> int:
+    """Do a verb's work; the exit code."""
+    display.whole = not arguments.is_work
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    atexit.register(gc.freeze)  # else the last collection at exit walks all of torch or MLflow: a second (2026-11-28)
+    stopped_code = getattr(arguments, "stopped_code", 0)
+    exit_code = 0
+    try:
+        stop_signals.begin(stopped_code or 1)
+        result = arguments.work(arguments, report)
+        stop_signals.end()
+    except Stopped as stop:
+        stop_signals.end()
+        result = {"stopped": str(stop), **stop.details}
+        exit_code = stop.exit_code
+        report(str(stop))
+    except UserError as error:
+        return _fail(arguments, display, str(error), error.exit_code, **error.details)
+    except OSError as error:
+        from pipeline.io.storage import explain_os_error
+
+        return _fail(arguments, display, str(explain_os_error(error, error.filename or arguments.verb)), 1)
+    except KeyboardInterrupt as error:
+        name = str(error) or "SIGINT"
+        return _fail(arguments, display, f"stopped by {name}; start again to continue", stopped_code or 1, stopped=name)
+    if arguments.json:
+        display.result(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
+    return exit_code
+
+
+def _fail(arguments: argparse.Namespace, display: Display, message: str, exit_code: int, **details: Any) -> int:
+    """One line for a person, and with --json one object for a program."""
+    stop_signals.end()
+    display.error(f"pldr: error: {message}")
+    if arguments.json:
+        display.result(json.dumps(_finite({"error": message, "exit_code": exit_code, **details}), ensure_ascii=False))
+    return exit_code
+
+
+def _open_standard_files() -> None:
+    """Open what was closed at the start (`>&-`) as /dev/null: no file of ours may get the number that others print to."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; `key=value` may stand before, between and after the options."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(long_name(sys.argv[1:] if argv is None else argv))
+    for word in rest:
+        if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides"):
+            parser.error(f"unrecognized argument: {word}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every verb and its options. The files of `launch/commands` import what a verb needs when it runs, not here."""
+    parser = argparse.ArgumentParser(prog="pldr", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="end with one line of JSON")
+    verbs = Verbs(parser.add_subparsers(dest="verb", required=True, metavar="VERB"), common)
+    add_stage_verbs(verbs)
+    add_bundle_verbs(verbs)
+    add_data_verbs(verbs)
+    add_run_verbs(verbs)
+    add_launch_verbs(verbs)
+    add_doctor_verb(verbs)
+    add_sweep_verb(verbs)
+    add_bench_verb(verbs)
+    add_convert_verbs(verbs)
+    return parser
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

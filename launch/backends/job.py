@@ -251,7 +251,7 @@ class _Job:
 
 @contextlib.contextmanager
 def stopped_exit_code(exit_code: int) -> Iterator[None]:
-    """A job stopped by a signal exits with this code, also when the signal came while no rank ran (launch/commands/line.py)."""
+    """A job stopped by a signal exits with this code, also when the signal came while no rank ran (launch/cli.py)."""
     try:
         yield
     except Stopped as stop:

@@ -49,6 +49,11 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
         self._raised = threading.Event()
 
+    @property
+    def listens(self) -> bool:
+        """Whether `listen` was called."""
+        return bool(self._before)
+
     def listen(self) -> None:
         """Handle the signals from now on; only the main thread can. Those of an earlier command are forgotten."""
         self.__init__()  # type: ignore[misc]
@@ -71,6 +76,11 @@ class StopSignals:
     def end(self) -> None:
         """The work is over: what comes now changes nothing."""
         self._raises = False
+
+    def ignore(self) -> None:
+        """Ignore them: while the interpreter ends, handlers are gone and a late signal would replace the exit code."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
 
     @contextlib.contextmanager
     def handed_to(self, receive: Receive) -> Iterator[None]:

@@ -55,7 +55,11 @@ def pretrain(
     Returns {"checkpoint", "run_id", "steps", "tokens", "resumed_from"}. Raises UserError or ConfigError, one line.
     """
     ranks = ranks_on_this_node(config) if ranks is None else ranks
-    job = prepare(config, paths, resume=resume, ranks=ranks, report=report, force=force)
+    try:
+        job = prepare(config, paths, resume=resume, ranks=ranks, report=report, force=force)
+    except KeyboardInterrupt:
+        outbox.leave(config, paths)
+        raise
     if job.start is None or step_of(job.start) < config.train.steps:
         job = _train(config, paths, job, ranks=ranks, launch=launch, report=report, force=force)
     done = committed(paths.checkpoints)
@@ -102,11 +106,17 @@ def _train(
                 outbox.fail(job.run, error, log_from=log_from)
                 raise
             crash = error
+        except KeyboardInterrupt:
+            outbox.mark(job.run, "KILLED")
+            raise
         except BaseException as error:
             outbox.fail(job.run, error, log_from=log_from)
             raise
         try:
             job = prepare(config, paths, resume="auto", ranks=ranks, report=report, force=force)
+        except KeyboardInterrupt:
+            outbox.mark(job.run, "KILLED")
+            raise
         except BaseException as error:
             report(f"{crash}; it could not be restarted")
             outbox.fail(job.run, error, log_from=log_from)

@@ -125,6 +125,18 @@ def mark(run: TrackedRun, status: str) -> None:
     settle(run, status=status)
 
 
+def leave(config: RunConfig, paths: RunPaths) -> None:
+    """A start was given up before ranks ran: a run that MLflow has made for it is not left RUNNING."""
+    try:
+        run = known_run(config, paths)
+        if run is None or run.record.run_id is None:
+            return
+        if client(run.uri).get_run(run.record.run_id).info.status == "RUNNING":
+            mark(run, "KILLED")
+    except Exception as error:
+        log.warning("MLflow was not told that the run has ended: %s", first_line(error))
+
+
 def set_tags(run: TrackedRun, tags: dict[str, str]) -> None:
     """Set a run's tags; in an outage later."""
     _defer(run.paths, tags={key: value[:5000] for key, value in tags.items()})

@@ -8,6 +8,7 @@ difference is the leak gap.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,20 @@ from pldr_model.model import g_shape
 
 @torch.no_grad()
 def validate(
-    engine: Any, config: ModelConfig, sequences: np.ndarray, *, batch_size: int, bytes_per_token: float
+    engine: Any,
+    config: ModelConfig,
+    sequences: np.ndarray,
+    *,
+    batch_size: int,
+    bytes_per_token: float,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Losses and order parameters on held-out sequences [n, S+1]; collective, every rank scores its share.
 
     Sequence 0 only lends its G (the "other prompt"), the others are scored. Losses in nats per token. Order parameters:
     RMS(X_i - X_0) / RMS(X_i) over sequences, layers, heads and entries, for X = A, A_LM, A_P, G_LM. `attention_alive`:
     what the loss gains over G = 0 and over G = identity (the smaller), from the cached loss.
+    stopped: collective; when it says so, validation ends without a result.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     device = next(engine.module.parameters()).device
@@ -49,6 +57,9 @@ def validate(
         constant |= {"zero": torch.zeros_like(eye), "identity": eye}
     sums = torch.zeros(len(constant) + 1 + 8, dtype=torch.float64, device=device)
     for batch in torch.split(mine, batch_size):
+        if stopped():
+            engine.train(training)
+            return {}
         inputs, targets = batch[:, :-1], batch[:, 1:]
         if learned:
             logits, outputs = engine(inputs, padded=False, return_outputs=True)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from launch.commands.line import build_parser
+from launch.cli import build_parser
 from pipeline.config.run import RunConfig
 from pipeline.sweep.config import SweepConfig
 from pldr_model.config import ModelConfig

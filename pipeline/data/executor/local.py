@@ -50,6 +50,8 @@ class LocalExecutor(Reporting, LocalPipelineExecutor):  # type: ignore[misc]  # 
                     if not future.cancelled():
                         future.result()
             except KeyboardInterrupt:
+                for worker in multiprocessing.active_children():  # a task may take long; it is done again
+                    worker.kill()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
             except BrokenProcessPool:
