@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import os
 import queue
 import select
@@ -24,6 +23,7 @@ from errno import EDQUOT, ENOSPC
 from typing import Any, TextIO, cast
 
 LIMIT = 1000  # texts that wait, usually lines
+CATCH_UP_S, HELD_UP_S = 0.2, 0.05  # a burst gives the thread that long to write, unless it has been held up this long
 SLICE = 4096  # bytes at a time: what a pipe always takes whole
 PATIENCE_S = 5.0  # at the end, with a reader that takes nothing
 RESULT_S = 60.0  # the same while a result waits, from when it last took something
@@ -113,6 +113,7 @@ class _Writer:
         self._lost, self._line_is_open, self._closed = 0, False, False
         self._gone = False
         self._written = 0
+        self._writing_since: float | None = None
         self.moved = time.monotonic()  # when the reader last took something
         self.holds_result = False
         self.ended = threading.Event()
@@ -126,13 +127,21 @@ class _Writer:
                 self._put_late(text)
                 return
             self.holds_result |= kept
-            waiting = self._waiting.qsize()
-            if not kept and (waiting >= LIMIT or (self._lost and waiting > LIMIT // 2)):
+            if not kept and self._is_full():
                 self._lost += text.count("\n")
                 return
             self._tell_lost()
             self._waiting.put((text, text.count("\n")))
             self._line_is_open = not text.endswith("\n")
+
+    def _is_full(self) -> bool:
+        until = time.monotonic() + CATCH_UP_S
+        while self._waiting.qsize() >= (LIMIT // 2 if self._lost else LIMIT):
+            now, since = time.monotonic(), self._writing_since
+            if now > until or (since is not None and now - since > HELD_UP_S):
+                return True
+            time.sleep(0.002)
+        return False
 
     def close(self) -> None:
         """`ended` is set when all is written."""
@@ -186,21 +195,21 @@ class _Writer:
             return
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         data = text.encode(encoding, "backslashreplace")
-        for start in itertools.count(0, SLICE):
-            part = data[start : start + SLICE]
-            if not part:
-                return
-            while part:
-                try:
-                    count = os.write(
-                        self._file, part
-                    )  # not through the stream: its lock would be held at the process's end
-                except BlockingIOError:
-                    select.select([], [self._file], [])
-                    continue
-                part = part[count:]
-                self._written += count
-                self.moved = time.monotonic()
+        for start in range(0, len(data), SLICE):
+            self._write_part(self._file, data[start : start + SLICE])
+
+    def _write_part(self, file: int, part: bytes) -> None:
+        self._writing_since = time.monotonic()
+        while part:
+            try:
+                count = os.write(file, part)  # not through the stream: its lock would be held when the process ends
+            except BlockingIOError:
+                select.select([], [file], [])
+                continue
+            part = part[count:]
+            self._written += count
+            self.moved = self._writing_since = time.monotonic()
+        self._writing_since = None
 
 
 def _file_of(stream: TextIO) -> int | None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Launch = Callable[[RunConfig, Path, int], None]  # start the ranks of a job file and wait; UserError when it failed
 JOB_SCHEMA_VERSION = 1
+STOPPED_TAG = "pldr.stopped"  # of the run: the signal that stopped it last, and what the ranks did
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _train(
                 raise UserError(f"training ended before step {config.train.steps}; see {log} and start again")
             return job
         except Stopped as stop:
-            outbox.mark(job.run, "KILLED")
+            outbox.mark(job.run, "KILLED", tags={STOPPED_TAG: stop.details["stopped"]})
             done = committed(paths.checkpoints)
             where = done[-1].name if done else "step 0"
             raise Stopped(

@@ -120,8 +120,9 @@ def finish(run: TrackedRun) -> str:
     return str(settle(run, status="FINISHED")["run_id"])
 
 
-def mark(run: TrackedRun, status: str) -> None:
-    """Set a run's status; in an outage later. What is left in the spool is sent with it."""
+def mark(run: TrackedRun, status: str, *, tags: dict[str, str] | None = None) -> None:
+    """Set a run's status, and tags; in an outage later. What is left in the spool is sent with it."""
+    _defer(run.paths, tags=tags)
     settle(run, status=status)
 
 
