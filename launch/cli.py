@@ -60,10 +60,13 @@ def _run(arguments: argparse.Namespace, display: Display) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     atexit.register(gc.freeze)  # else the last collection at exit walks all of torch or MLflow: a second (2026-11-28)
-    stopped_code = getattr(arguments, "stopped_code", 0)
-    exit_code = 0
+    stopped_code, exit_code = getattr(arguments, "stopped_code", 0) or 1, 0
+
+    def interrupted(name: str) -> int:
+        return _fail(arguments, display, f"stopped by {name}; start again to continue", stopped_code, stopped=name)
+
     try:
-        stop_signals.begin(stopped_code or 1)
+        stop_signals.begin(stopped_code, interrupted)
         result = arguments.work(arguments, report)
         stop_signals.end()
     except Stopped as stop:
@@ -78,8 +81,7 @@ def _run(arguments: argparse.Namespace, display: Display) -> int:
 
         return _fail(arguments, display, str(explain_os_error(error, error.filename or arguments.verb)), 1)
     except KeyboardInterrupt as error:
-        name = str(error) or "SIGINT"
-        return _fail(arguments, display, f"stopped by {name}; start again to continue", stopped_code or 1, stopped=name)
+        return interrupted(str(error) or "SIGINT")
     if arguments.json:
         display.result(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
     return exit_code

@@ -8,7 +8,8 @@
 
 The first one counts, and is the one that is named. Later ones change nothing: a terminal, a wrapper and a scheduler may each
 send one, and what they would interrupt is the cleaning up. Only Ctrl-C more than AGAIN_S after the first ends everything at
-once. So does `pldr` itself when it has not ended LIMIT_S after `Interrupted`: a library may swallow it.
+once. So does a thread where no ranks run and `pldr` has not ended LIMIT_S after a signal: a library may swallow `Interrupted`,
+and while the main thread is in C++ (training a tokenizer) no handler of Python's runs.
 
 SIGHUP that is ignored at the start stays ignored: that is nohup. A rank has the same signals (pipeline/train/signals.py).
 """
@@ -18,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +27,8 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 AGAIN_S = 3.0
 LIMIT_S = 20.0
+Tell = Callable[[str], object]
+END_S = 0.5  # for what is told at the end
 Receive = Callable[[signal.Signals, bool], None]  # the signal; whether everything is to end at once
 
 
@@ -43,11 +45,12 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.exit_code = 1  # of an end at once
-        self._first_at, self._raises = 0.0, False
+        self._exit_code = 1  # of an end at once
+        self._tell: Tell | None = None
+        self._first_at, self._raises, self._raised = 0.0, False, False
         self._receive: Receive | None = None
         self._before: dict[signal.Signals, Any] = {}
-        self._raised = threading.Event()
+        self._pipe: tuple[int, int] | None = None
 
     @property
     def listens(self) -> bool:
@@ -59,17 +62,24 @@ class StopSignals:
         self.__init__()  # type: ignore[misc]
         self._before = self._install()
         if self._before:
-            threading.Thread(target=self._limit, args=(self._raised,), name="stop", daemon=True).start()
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            threading.Thread(target=self._limit, args=(self._pipe,), name="stop", daemon=True).start()
 
     def forget(self) -> None:
         """Handle them as before `listen`."""
         self._raises = False
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._pipe is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._pipe[1])  # its thread ends
+            self._before, self._pipe = {}, None
 
-    def begin(self, exit_code: int) -> None:
-        """Raise from now on, and at once what came before. exit_code: of an end at once."""
-        self._raises, self.exit_code = True, exit_code
+    def begin(self, exit_code: int, tell: Tell) -> None:
+        """Raise from now on, and at once what came before. exit_code, tell: of an end at once; told is the signal's name."""
+        self._raises, self._exit_code, self._tell = True, exit_code, tell
         if self.names:
             self._raise()
 
@@ -111,29 +121,35 @@ class StopSignals:
         if self._receive is not None and (first or at_once):
             self._receive(which, at_once)
         elif at_once:
-            self._end_at_once()
+            self._end_at_once(self.names[0])
         elif self._raises and first:
             self._raise()
 
     def _raise(self) -> None:
-        self._raised.set()
+        self._raised = True
         raise Interrupted(self.names[0])
 
-    def _limit(self, raised: threading.Event) -> None:
-        raised.wait()
-        time.sleep(LIMIT_S)
-        if raised is self._raised and self._before:
-            print(f"{self.names[0]}: not ended after {LIMIT_S:g} s: killed", file=sys.stderr)
-            self._end_at_once()
+    def _limit(self, pipe: tuple[int, int]) -> None:
+        came: list[int] = []
+        while not came and (data := os.read(pipe[0], 64)):
+            came = [number for number in data if number in SIGNALS]
+        if came:
+            time.sleep(LIMIT_S)
+            unseen = not self.names and self._receive is None
+            if self._pipe is pipe and self._raises and (self._raised or unseen):
+                self._end_at_once(signal.Signals(came[0]).name)
+        os.close(pipe[0])
 
-    def _end_at_once(self) -> None:
+    def _end_at_once(self, name: str) -> None:
         import psutil
 
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.kill()
-        time.sleep(0.2)  # for the display
-        os._exit(self.exit_code)
+        if self._tell is not None:
+            self._tell(name)
+        time.sleep(END_S)
+        os._exit(self._exit_code)
 
 
 stop_signals = StopSignals()

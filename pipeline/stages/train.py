@@ -95,7 +95,7 @@ def _train(
                 raise UserError(f"training ended before step {config.train.steps}; see {log} and start again")
             return job
         except Stopped as stop:
-            outbox.mark(job.run, "KILLED", tags={STOPPED_TAG: stop.details["stopped"]})
+            outbox.mark(job.run, "KILLED", tags={STOPPED_TAG: stop.details.get("stopped", str(stop))})
             done = committed(paths.checkpoints)
             where = done[-1].name if done else "step 0"
             raise Stopped(
