@@ -119,8 +119,8 @@ def watched(folder: Path, phase: str, *, seconds: float, step_s: float = 0.1) ->
 def test_ranks_that_do_not_react_are_overdue_unless_they_save(tmp_path, monkeypatch):
     monkeypatch.setattr(reaction, "LIMIT_S", 0.3)
     assert watched(tmp_path, "compute", seconds=5)
-    assert not watched(tmp_path, "save", seconds=1)
-    assert not watched(tmp_path, "compute", seconds=1, step_s=5.0)  # a step takes that long
+    assert not watched(tmp_path, "save", seconds=0.7)
+    assert not watched(tmp_path, "compute", seconds=0.7, step_s=5.0)  # a step takes that long
     beat(tmp_path, "save")
     left = Reaction(tmp_path)  # the file of an earlier start: nobody writes it
     time.sleep(0.4)

@@ -79,7 +79,7 @@ def test_a_result_is_not_cut_for_a_slow_reader(pipe):
     program = begun(code, stdout=write)
     os.close(write)
     data = os.read(read, 1)
-    time.sleep(1.5)
+    time.sleep(1)
     while part := os.read(read, 4096):
         data += part
     *lines, result = data.decode().splitlines()
@@ -92,7 +92,7 @@ def test_what_a_command_answers_is_waited_for_and_never_cut(pipe):
     code = "display.whole = True\nterminal.PATIENCE_S = terminal.RESULT_S = 0.1\nfor n in range(5000): report(f'{n}')"
     program = begun(code, stdout=write)
     os.close(write)
-    time.sleep(2)
+    time.sleep(1)
     data = b""
     while part := os.read(read, 4096):
         data += part

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from pipeline.checkpoint.format import committed
+from pipeline.checkpoint.format import committed, verify
 from tests.launch.end_to_end.test_faults import PLDR, Training, mlflow_run, steps_saved, tokens, work  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -106,11 +106,16 @@ def test_a_reader_that_stands_still_stops_neither_training_nor_its_stop(work):  
 
 
 def test_a_stop_ends_a_long_validation_and_the_next_start_does_it_first(work):  # noqa: F811
-    often = ("train.steps=30", "train.validate_every=10", "train.val_sequences=300")
+    often = ("train.steps=30", "train.warmup_steps=2", "train.validate_every=10", "train.checkpoint_every=1000",
+             "train.val_sequences=400", "train.micro_batch=1")  # fmt: skip
+    beat = work / "run" / "logs" / "ranks" / "rank-0.json"
     with Training(work, *often) as training:
-        training.wait_for(lambda: said(training, "step 10/") or committed(work / "run" / "checkpoints"))
+        training.wait_for(lambda: beat.exists() and '"validate"' in beat.read_text())
         training.process.send_signal(signal.SIGTERM)
-        assert training.wait() == 0
+        assert training.wait() == 0, training.log()[-2000:]
+        assert training.result["stopped"] == "SIGTERM at step 10 of 30: saved"
+    (checkpoint,) = committed(work / "run" / "checkpoints")
+    assert verify(checkpoint)["val_step"] is None
     with Training(work, *often) as training:
         assert training.wait() == 0, training.log()[-2000:]
     client, run = mlflow_run(work)
