@@ -11,6 +11,7 @@ does not depend on `train.micro_batch` or on the number of ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,13 @@ from pldr_model.model import g_shape
 
 @torch.no_grad()
 def validate(
-    engine: Any, config: ModelConfig, sequences: np.ndarray, *, batch_size: int, bytes_per_token: float
+    engine: Any,
+    config: ModelConfig,
+    sequences: np.ndarray,
+    *,
+    batch_size: int,
+    bytes_per_token: float,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Losses and order parameters on held-out sequences [n, S+1]; collective, every rank scores its share.
 
@@ -33,6 +40,7 @@ def validate(
     their targets that are not padding. Order parameters: RMS(X_i - X_0) / RMS(X_i) over sequences, layers, heads and entries,
     for X = A, A_LM, A_P, G_LM. `attention_alive`: what the loss gains over G = 0 and over G = identity (the smaller), from the
     cached loss.
+    stopped: collective; when it says so, validation ends without a result.
     """
     assert len(sequences) > 1, "nothing to score"
     device = next(engine.module.parameters()).device
@@ -52,6 +60,9 @@ def validate(
         constant |= {"zero": torch.zeros_like(eye), "identity": eye}
     sums = torch.zeros(1 + len(constant) + 1 + 8, dtype=torch.float64, device=device)  # targets, losses, deviations
     for start in range(0, len(mine), batch_size):
+        if stopped():
+            engine.train(training)
+            return {}
         batch, real = mine[start : start + batch_size], max(0, num_mine - start)
         padded, num = has_padding(batch[:real], config.pad_id), num_targets(batch, config.pad_id)
         ids = torch.from_numpy(batch).to(device)

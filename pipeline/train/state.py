@@ -116,6 +116,7 @@ def _load(engine: Any, folder: Path, saved: dict[str, Any], settings: TrainConfi
     # Older checkpoints lack fields that were added since; the defaults are what was true then.
     if _threshold(saved["config"]["train"]) != _threshold(settings.model_dump()):
         saved["evaluations_below"] = 0  # they were below another threshold
+    saved.setdefault("val_step", saved["step"])  # no validation was left then
     saved.setdefault("budget", invariance_budget(settings, saved["step"]) - saved.get("budget_skipped", 0.0))
     known = {key: saved[key] for key in TrainState.__dataclass_fields__ if key in saved}
     return TrainState(**{**known, "guard": Guard(**saved.get("guard", {}))})
