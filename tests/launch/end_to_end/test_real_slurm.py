@@ -81,7 +81,7 @@ def submitted(folder, make_run, capsys, repository):
         for stage in ("shard", "tokenizer", "tokenize"):
             assert main([stage, config]) == 0
         options = [config, "--nodes", "1", "--ranks-per-node", "1", "--gpus-per-node", "0", "--cpus-per-rank", "1"]
-        assert main(["launch", "slurm", *options, "--time", "20"]) == 0, capsys.readouterr()
+        assert main(["launch", "slurm", *options, "--time", "20", "--sbatch", "mem=4G"]) == 0, capsys.readouterr()
         job = (folder / "run" / "logs" / "slurm.json").read_text().split('"job": "')[1].split('"')[0]
         yield options, job
         slurm.cancel([job])
