@@ -41,8 +41,10 @@ def launch(config: RunConfig, job_file: Path, ranks: int, *, report: Report) -> 
 
     Raises Stopped and UserError as `run_job` does.
     """
-    environment = rank_environment(ranks)
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    environment = {
+        **rank_environment(ranks),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # a shell may name an interface for other hosts
     log_file = RunPaths(config.run_dir).logs / "train.log"
 
     def run() -> None:

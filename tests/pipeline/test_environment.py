@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from requests.utils import should_bypass_proxies
 
 from pipeline import environment as module
 from pipeline.environment import omp_threads, prepare, without_other_jobs
@@ -73,6 +74,8 @@ def test_a_number_of_threads_that_openmp_would_ignore_is_removed(value, threads,
 def test_this_machine_is_never_asked_through_a_proxy(given, no_proxy):
     environment = prepared(**given)
     assert environment.get("no_proxy") == environment.get("NO_PROXY") == no_proxy
+    if no_proxy:
+        assert all(should_bypass_proxies(f"http://{host}:5000/x", no_proxy) for host in ("127.0.0.1", "localhost"))
 
 
 def test_an_empty_entry_of_the_search_path_is_dropped_and_the_others_stay(monkeypatch):

@@ -52,10 +52,12 @@ def test_a_port_that_was_taken_in_between_is_tried_again_once(monkeypatch, make_
     ports, said = [], []
 
     def run_job(command, **options):
+        assert options["environment"]["GLOO_SOCKET_IFNAME"] == "lo"
         ports.append(command[command.index("--master_port") + 1])
         if len(ports) == 1:
             raise UserError("training failed: rank 0: DistNetworkError: port: 29500, code: -98, name: EADDRINUSE")
 
     monkeypatch.setattr(deepspeed, "run_job", run_job)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
     deepspeed.launch(load_config(make_run(tmp_path)), tmp_path / "job.json", 2, report=said.append)
     assert len(set(ports)) == 2 and "another port" in said[0]
