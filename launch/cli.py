@@ -82,6 +82,12 @@ def _run(arguments: argparse.Namespace, display: Display) -> int:
         return _fail(arguments, display, str(explain_os_error(error, error.filename or arguments.verb)), 1)
     except KeyboardInterrupt as error:
         return interrupted(str(error) or "SIGINT")
+    except Exception:
+        if not stop_signals.names:
+            raise
+        return interrupted(
+            stop_signals.names[0]
+        )  # an import that was cut may be tried again, and fail otherwise (numpy)
     if arguments.json:
         display.result(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
     return exit_code

@@ -80,3 +80,22 @@ def test_a_launcher_is_started_without_a_path(tmp_path):
     command = [sys.executable, "-c", "import sys; print('pldr-failure| 1 it ran')"]
     with pytest.raises(UserError, match="it ran"):
         run_job(command, environment={"PATH": ""}, ranks=1, log_file=tmp_path / "train.log", report=print)
+
+
+def test_a_reader_that_stands_still_does_not_hold_up_the_ranks(tmp_path):
+    """What they print is read and logged, whether or not anybody reads what `pldr` prints."""
+    read, write = os.pipe()
+    ranks = "for n in range(5000): print(f'pldr-status| step {n:060d}', flush=True)"
+    code = (
+        "import os, sys; from pathlib import Path; from launch.backends.job import run_job\n"
+        "from launch.commands import terminal\n"
+        "terminal.PATIENCE_S = 0.3\n"
+        "with terminal.Display(lambda: False):\n"
+        "    run_job([sys.executable, '-c', sys.argv[1]], environment=dict(os.environ), ranks=1,\n"
+        "            log_file=Path(sys.argv[2]), report=terminal.status_lines(json=False))\n"
+    )
+    command = [sys.executable, "-c", code, ranks, str(tmp_path / "train.log")]
+    done = subprocess.run(command, stdout=write, timeout=100, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    os.close(write)
+    assert done.returncode == 0 and len((tmp_path / "train.log").read_text().splitlines()) == 5000
+    os.close(read)
