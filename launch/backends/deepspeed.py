@@ -20,10 +20,10 @@ from launch.backends.hosts import (
     private_file,
     ssh_options,
 )
-from launch.backends.job import WORKER, Report, free_port, rank_environment, run_job, stopped_exit_code
+from launch.backends.job import WORKER, Report, rank_environment, run_job, stopped_exit_code
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
-from pipeline.distributed import has_gpu
+from pipeline.distributed import free_port, has_gpu
 from pipeline.errors import Stopped
 from pipeline.io import storage
 from pipeline.stages.runner import Pipeline, exclusive

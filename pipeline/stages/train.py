@@ -16,7 +16,7 @@ from pipeline.checkpoint.retention import policy_of
 from pipeline.config.paths import RunPaths, tokens_folder
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, Stopped, UserError
-from pipeline.io import storage
+from pipeline.io import locks, storage
 from pipeline.stages.compatible import Report, changes
 from pipeline.stages.resume import find_start
 from pipeline.tracking import outbox
@@ -209,8 +209,8 @@ def _wait_for_old_ranks(paths: RunPaths) -> None:
     paths.logs.mkdir(parents=True, exist_ok=True)
     with open(paths.logs / TRAINING_LOCK, "a+", encoding="utf-8") as stream:
         for _ in range(100):
-            if storage.lock(stream):
+            if locks.lock(stream):
                 return
             time.sleep(0.3)
-        holder = storage.lock_holder(stream)
+        holder = locks.lock_holder(stream)
     raise UserError(f"{paths.root}: process {holder} trains here; wait for it or stop it")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import IO, Any
 from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
-from pipeline.distributed import has_gpu, num_devices
+from pipeline.distributed import free_port, has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
 from pipeline.tracking.outbox import log_files
@@ -162,12 +161,9 @@ def _judge_on(ranks: int, config: RunConfig, paths: RunPaths) -> None:
     where it was one."""
     job = paths.logs / "validate.json"
     storage.publish_json(job, {"schema_version": 1, "config": config.as_dict()})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     common = {"OMP_NUM_THREADS": threads, **os.environ}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     processes: list[subprocess.Popen[bytes]] = []
     with open(paths.logs / "validate.log", "wb") as stream:
         try:

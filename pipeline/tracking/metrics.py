@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import first_line
-from pipeline.io import storage
+from pipeline.io import locks, storage
 from pipeline.tracking.client import client, import_mlflow, is_unreachable, latest_points
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class Tracker:
     def _send_forever(self) -> None:
         # One sender per spool: a replay in another process and this one must not send the same points.
         with open(self._spool.with_suffix(".lock"), "a+", encoding="utf-8") as lock:
-            while not storage.lock(lock):
+            while not locks.lock(lock):
                 if self._stop.wait(0.2):
                     return
             stopped = False

@@ -19,6 +19,7 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
+from pipeline.io.locks import locked
 from pipeline.tracking.client import client, tracking_uri, why
 from pipeline.tracking.metrics import CLOSE_S, Tracker, take_over
 from pipeline.tracking.publish import open_publisher
@@ -27,6 +28,7 @@ from pipeline.tracking.run_record import RUN_FILE
 
 log = logging.getLogger(__name__)
 
+CHANGING = ".pending.lock"  # in the run directory: held by whoever changes the next
 PENDING = "pending.json"  # in logs/
 OLD_PENDING = "owed.json"  # its name until November 2026: still read, then replaced
 SCHEMA_VERSION = 1
@@ -62,6 +64,13 @@ class Pending:
         self.files, self.tags = {**self.files, **files}, {**self.tags, **tags}
         self.status, self.ended_ms = known.get("status", self.status), known.get("ended_ms", self.ended_ms)
 
+    def without(self, sent: Pending) -> Pending:
+        """What was deferred since `sent` was read."""
+        files = {path: folder for path, folder in self.files.items() if sent.files.get(path) != folder}
+        tags = {key: value for key, value in self.tags.items() if sent.tags.get(key) != value}
+        ended = (self.status, self.ended_ms) == (sent.status, sent.ended_ms)
+        return Pending(files, tags, None if ended else self.status, None if ended else self.ended_ms)
+
     def write(self, paths: RunPaths) -> None:
         """Replace what is on disk; without anything pending there is no file."""
         if self.files or self.tags or self.status:
@@ -73,9 +82,10 @@ class Pending:
 
 def begin(run: TrackedRun) -> None:
     """A start was accepted: the run is not over, so a pending end is dropped. Rank 0's tracker marks it RUNNING."""
-    pending = Pending.read(run.paths)
-    pending.status = pending.ended_ms = None
-    pending.write(run.paths)
+    with locked(run.paths.root / CHANGING):
+        pending = Pending.read(run.paths)
+        pending.status = pending.ended_ms = None
+        pending.write(run.paths)
 
 
 def open_tracker(run: TrackedRun, *, running: bool = False) -> Tracker:
@@ -220,12 +230,13 @@ def _defer(
     status: str | None = None,
 ) -> None:
     """Write down, on top of what is pending, what is to be sent."""
-    pending = Pending.read(paths)
-    pending.files |= {_below(paths, path): folder for path, folder in (files or {}).items()}
-    pending.tags |= tags or {}
-    if status is not None:
-        pending.status, pending.ended_ms = status, int(time.time() * 1000)
-    pending.write(paths)
+    with locked(paths.root / CHANGING):
+        pending = Pending.read(paths)
+        pending.files |= {_below(paths, path): folder for path, folder in (files or {}).items()}
+        pending.tags |= tags or {}
+        if status is not None:
+            pending.status, pending.ended_ms = status, int(time.time() * 1000)
+        pending.write(paths)
 
 
 def _below(paths: RunPaths, path: str) -> str:
@@ -258,5 +269,6 @@ def _flush(run: TrackedRun, mlflow_id: str) -> bool:
     except Exception as error:
         log.warning("MLflow run %s is updated later (%s)", mlflow_id, first_line(error))
         return False
-    Pending().write(run.paths)
+    with locked(run.paths.root / CHANGING):
+        Pending.read(run.paths).without(pending).write(run.paths)
     return True

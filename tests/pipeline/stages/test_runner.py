@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import shutil
 
 import pytest
 import yaml
 
 from pipeline.config.load import load_config
+from pipeline.config.paths import RunPaths
+from pipeline.data.inspect.verify import verify
 from pipeline.errors import ConfigError, UserError
 from pipeline.stages.runner import Pipeline, exclusive
 from pipeline.stages.train import ranks_on_this_node
@@ -270,3 +273,54 @@ def test_deepspeeds_json_counts_by_what_it_holds_and_not_by_its_path(make, tmp_p
         return make(f"train.deepspeed={tmp_path / name}")[0].inputs("train")
 
     assert inputs("a.json", '{"a": 1}') == inputs("b.json", '{ "a": 1 }\n') != inputs("b.json", '{"a": 2}')
+
+
+def test_five_that_begin_at_once_in_a_new_run_directory_work_one_after_another(tmp_path, at_once):
+    def work(turn, number):
+        paths, reported = RunPaths(str(tmp_path / f"run{turn}")), []
+        with exclusive(paths, reported.append):
+            inside = paths.root / "inside"
+            inside.touch(exist_ok=False)
+            inside.unlink()
+            (paths.root / f"made-by-{number}").touch()
+        return reported
+
+    reports = at_once(work, rounds=60)
+    assert all(line.endswith("works here; waiting for it to end") for reported in reports for line in reported)
+
+
+def test_whoever_waited_for_a_removed_run_directory_begins_anew(make, tmp_path, at_once):
+    pipeline, root = make()[0], tmp_path / "run"
+
+    def work(turn, number):
+        if number == 0:
+            with exclusive(pipeline.paths, print):
+                (tmp_path / "begun").touch()
+                while not (tmp_path / "waiting").exists():
+                    pass
+                shutil.rmtree(root)
+            return None
+        while not (tmp_path / "begun").exists():
+            pass
+        with exclusive(pipeline.paths, lambda line: (tmp_path / "waiting").touch()):
+            return (root / ".lock").exists()
+
+    assert at_once(work, processes=2) == [None, True]
+
+
+def test_a_folder_for_documents_has_one_writer_and_the_others_are_told(make, tmp_path, at_once):
+    folder = tmp_path / "shared" / "documents"
+
+    def shard(turn, number):
+        pipeline = make(f"run_dir={tmp_path}/run{turn}.{number}", f"data.output={folder}")[0]
+        with exclusive(pipeline.paths, print):
+            try:
+                return "done" if pipeline.stage("shard") else None
+            except UserError as error:
+                return str(error)
+
+    said = at_once(shard)
+    assert said.count("done") == 1, said
+    told = ("writes documents there; wait for it, or name another folder in data.output", "that another run or")
+    assert all(any(words in one for words in told) for one in said if one != "done"), said
+    assert verify(f"{folder}", None, print)["documents"]["files"]
