@@ -34,8 +34,9 @@ def num_devices() -> int:
 
 def free_port() -> int:
     """A TCP port that is free on this host, and stays so for a minute: a port on which a connection has just ended (TIME_WAIT)
-    is given to no process that asks for any port, but may be listened on."""
+    is given to no process that asks for any port, but may be listened on with SO_REUSEADDR, as torch and gloo do."""
     with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or a listener's would not be enough
         server.bind(("127.0.0.1", 0))
         server.listen(1)
         with socket.create_connection(server.getsockname()):

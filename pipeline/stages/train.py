@@ -78,13 +78,13 @@ def _train(
     """Start the ranks; after a crash again, `train.max_restarts` times. Returns the job of the last start."""
     log = paths.logs / "train.log"
     for restarts_left in range(config.train.max_restarts, -1, -1):
-        log_from, since = log.stat().st_size if log.exists() else 0, time.time()
+        log_from, before = log.stat().st_size if log.exists() else 0, outbox.evidence(paths)
         try:
             try:
                 launch(config, job.file, ranks)
             finally:
                 job.run.reload()  # rank 0 may have made it in MLflow
-                outbox.keep_evidence(paths, since=since)
+                outbox.keep_evidence(paths, before=before)
             done = committed(paths.checkpoints)
             if not done or step_of(done[-1]) != config.train.steps:
                 raise UserError(f"training ended before step {config.train.steps}; see {log} and start again")

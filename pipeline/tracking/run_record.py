@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.io import storage
 from pipeline.io.urls import is_local, join, local_path
 from pipeline.tracking.client import tracking_uri
+from pipeline.tracking.clock import now_ms
 from pipeline.tracking.sqlite_store import OWN, artifacts_beside, file_of, holds_run, same_store
 
 RUN_FILE = "run.json"
@@ -75,7 +75,7 @@ def new_record(
         name=config.name,
         experiment=config.tracking.experiment,
         artifact_location=_artifact_location(config),
-        started_ms=int(time.time() * 1000),
+        started_ms=now_ms(),
         params={key: value[:6000] for key, value in (config.flat() if params is None else params).items()},
     )
     tags = {RUN_DIR_TAG: str(paths.root), LOCAL_TAG: record.folder}
