@@ -31,6 +31,7 @@ from pipeline.io.urls import check_url, is_http, is_local, join, public_url
 
 MANIFEST = "MANIFEST.json"
 CHUNK = 1 << 20
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # the name of a folder
 
 
 def sha256_file(url: str | Path) -> str:
@@ -236,10 +237,7 @@ def replace_dir(temporary: Path, target: Path) -> None:
             os.replace(temporary, target)
             renamed = True
         except OSError as error:
-            if error.errno not in (
-                errno.ENOTEMPTY,
-                errno.EEXIST,
-            ):  # else another process has put its own there meanwhile
+            if error.errno not in TAKEN:  # else another process has put its own there meanwhile
                 raise
         fsync_dir(target.parent)
         shutil.rmtree(old, ignore_errors=True)

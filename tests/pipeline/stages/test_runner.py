@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -285,7 +286,7 @@ def test_five_that_begin_at_once_in_a_new_run_directory_work_one_after_another(t
             (paths.root / f"made-by-{number}").touch()
         return reported
 
-    reports = at_once(work, rounds=60)
+    reports = at_once(work, rounds=20)
     assert all(line.endswith("works here; waiting for it to end") for reported in reports for line in reported)
 
 
@@ -324,3 +325,22 @@ def test_a_folder_for_documents_has_one_writer_and_the_others_are_told(make, tmp
     told = ("writes documents there; wait for it, or name another folder in data.output", "that another run or")
     assert all(any(words in one for words in told) for one in said if one != "done"), said
     assert verify(f"{folder}", None, print)["documents"]["files"]
+
+
+def test_a_run_that_begins_while_another_looks_at_its_new_directory_is_no_foreign_one(tmp_path, monkeypatch):
+    """The other one makes its lock, then its files, between two looks of ours."""
+    root, listing = tmp_path / "run", Path.iterdir
+
+    def begun_meanwhile(folder):
+        (root / ".lock").touch()
+        (root / "logs").mkdir(exist_ok=True)
+        return listing(folder)
+
+    monkeypatch.setattr(Path, "iterdir", begun_meanwhile)
+    with exclusive(RunPaths(str(root)), print):
+        pass
+    monkeypatch.undo()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="no run's"), exclusive(RunPaths(str(tmp_path / "foreign")), print):
+        pass

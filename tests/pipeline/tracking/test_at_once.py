@@ -75,24 +75,30 @@ def test_a_new_store_is_complete_or_not_there(tmp_path, at_once, empty_store):
     assert at_once(make, processes=3) == [tables(empty_store)] * 3
 
 
-def test_an_experiment_a_model_and_an_alias_of_several(tmp_path, at_once, empty_store):
+def test_models_versions_and_an_alias_of_several(tmp_path, at_once, empty_store):
     shutil.copy(empty_store, tmp_path / "mlflow.db")
-    uri = uri_of(tmp_path / "mlflow.db")
-    mlflow = None
+    uri, mlflow = uri_of(tmp_path / "mlflow.db"), None
 
     def work(turn, number):
         nonlocal mlflow
         mlflow = mlflow or client(uri)  # in the first turn, in each process
-        name = f"model{turn}"
-        register._ensure_model(mlflow, name)
-        version = register._create_version(mlflow, name, f"file://{tmp_path}/{number}")
-        register._set_alias(mlflow, name, version)
-        return int(version)
+        if turn == 0:
+            for model in range(2 * number, 2 * number + 2):
+                register._ensure_model(mlflow, f"model{model}")
+        elif turn == 1:
+            register._ensure_model(mlflow, "model0")
+            return int(register._create_version(mlflow, "model0", f"file://{tmp_path}/{number}"))
+        elif turn == 2 and number == 0:
+            for model in range(1, 10):
+                register._create_version(mlflow, f"model{model}", f"file://{tmp_path}")
+        elif turn > 2:  # MLflow refuses one of several in about every second turn
+            register._set_alias(mlflow, f"model{turn - 3}", "1")
+        return None
 
-    versions = at_once(work, rounds=3)
-    assert sorted(versions) == sorted([1, 2, 3, 4, 5] * 3)
-    names = {model.name: model.aliases for model in client(uri).search_registered_models()}
-    assert set(names) == {f"model{turn}" for turn in range(3)} and all("certified" in known for known in names.values())
+    versions = at_once(work, rounds=13)
+    assert sorted(versions[5:10]) == [1, 2, 3, 4, 5]
+    models = client(uri).search_registered_models()
+    assert {model.name: model.aliases for model in models} == {f"model{n}": {"certified": 1} for n in range(10)}
 
 
 def test_a_run_is_made_once_by_the_processes_of_one_run_directory(tmp_path, at_once, empty_store):
