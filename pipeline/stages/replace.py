@@ -16,6 +16,7 @@ from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import locks, storage
 from pipeline.io.urls import is_local, join, local_path, public_url
+from pipeline.stages.compatible import Report
 from pipeline.stages.table import Stage, stages_before
 
 LOCK = ".lock"  # in a folder of data.output or tokens.output
@@ -29,10 +30,11 @@ def settings_digest(config: RunConfig, stage: Stage) -> str:
 
 
 def require_replaceable(
-    config: RunConfig, paths: RunPaths, stage: Stage, record: dict[str, Any] | None, digest: str
+    config: RunConfig, paths: RunPaths, stage: Stage, record: dict[str, Any] | None, digest: str, report: Report
 ) -> None:
     """Raise ConfigError, saying what would be lost, where a data stage that is about to run would replace what another
-    configuration made, or what a model here was trained with. Data that would only be made again are replaced without a word.
+    configuration made, or what a model here was trained with. Data that are only made again because their input changed are
+    replaced after a line that says so.
 
     record: of what is there (None: unfinished, or its record is damaged); digest: of the inputs today.
     """
@@ -42,6 +44,9 @@ def require_replaceable(
     trained = checkpoints[-1].name if checkpoints else None
     ours = _made_with(config, paths, stage, record)
     if ours and (trained is None or _is_old(record)):
+        if record is not None:
+            lost = "" if trained is None else f"; {trained} in {paths.checkpoints} was trained with what is there now"
+            report(f"{stage.name:<12} makes {stage.data} again, because the input has changed since{lost}")
         return
     if not ours and record is None and trained is None and not _is_of_another_run(config, stage):
         return

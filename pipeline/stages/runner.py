@@ -72,7 +72,7 @@ class Pipeline:
             return {**known, "skipped": True}
         with only_writer(self.config, stage):
             if not replace:
-                require_replaceable(self.config, self.paths, stage, self.record(name), digest)
+                require_replaceable(self.config, self.paths, stage, self.record(name), digest, self._report)
             self._require_untouched(stage)
             self._report(f"{name:<12} ...")
             new = self._run(stage, digest, resume=resume, force=force, uncertified=uncertified)

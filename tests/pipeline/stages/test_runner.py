@@ -114,6 +114,23 @@ def test_data_that_a_model_was_trained_with_stay_when_their_source_changes(make,
         make()[0].stage("tokenizer")
 
 
+def test_what_is_made_again_is_told_before_also_with_records_that_know_no_settings(make, tmp_path):
+    pipeline = make()[0]
+    data_stages(pipeline)
+    trained(tmp_path / "run")
+    file = tmp_path / "run" / "stages" / "shard.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in record.items() if key != "settings"}))
+    job = {"schema_version": 1, "config": pipeline.config.as_dict()}
+    (tmp_path / "run" / "logs").mkdir(exist_ok=True)
+    (tmp_path / "run" / "logs" / "job.json").write_text(json.dumps(job))
+    corpus(tmp_path / "corpus.jsonl", "beta")
+    pipeline, reported = make()
+    pipeline.stage("shard")
+    said = next(line for line in reported if "makes documents again" in line)
+    assert "the input has changed since; step-000004 in" in said and reported.index(said) == 0
+
+
 def test_data_that_a_model_was_trained_with_can_be_mended(make, tmp_path):
     data_stages(make()[0])
     trained(tmp_path / "run")
