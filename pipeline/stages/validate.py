@@ -23,7 +23,7 @@ from pipeline.distributed import free_port, has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
 from pipeline.tracking.outbox import log_files
-from pipeline.tracking.run import TrackedRun, run_named
+from pipeline.tracking.run import TrackedRun, known_run, require_no_copy, run_named
 from pipeline.tracking.run_record import VERDICT_TAG
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ SHOWN_TOKENS = 96
 
 def certify(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     """Measure and judge -> `certificate/certificate.{json,html}`, also artifacts of the MLflow run."""
+    require_own_run(config, paths)
     certificate = certificate_of(config, paths)
     run = run_named(config, paths, certificate["lineage"]["mlflow_run_id"])
     target = paths.certificate / CERTIFICATE
@@ -52,6 +53,12 @@ def certify(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
         "failed": certificate["failed"],
         "certificate_sha256": storage.sha256_file(target),
     }
+
+
+def require_own_run(config: RunConfig, paths: RunPaths) -> None:
+    """Raise ConfigError in a copy of a run directory whose results would be attached to the original's run."""
+    if (run := known_run(config, paths)) is not None:
+        require_no_copy(run, publishes=False)
 
 
 def certificate_of(config: RunConfig, paths: RunPaths) -> dict[str, Any]:

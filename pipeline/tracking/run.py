@@ -224,9 +224,9 @@ def _require_no_other(config: RunConfig, paths: RunPaths) -> None:
         )
 
 
-def require_no_copy(run: TrackedRun) -> None:
+def require_no_copy(run: TrackedRun, *, publishes: bool = True) -> None:
     """Raise ConfigError in a copy of a run directory that would write to the same store as the original."""
-    original = original_of(run.config, run.paths, run.record)
+    original = original_of(run.config, run.paths, run.record, publishes=publishes)
     if original is not None:
         raise ConfigError(
             f"{run.paths.root}: is a copy of {original}, and both would write to MLflow run {run.id} at "

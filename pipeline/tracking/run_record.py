@@ -138,14 +138,15 @@ def read_any_record(config: RunConfig, paths: RunPaths) -> RunRecord | None:
     return RunRecord(tracking_uri(config), run_id=name)
 
 
-def original_of(config: RunConfig, paths: RunPaths, record: RunRecord) -> str | None:
+def original_of(config: RunConfig, paths: RunPaths, record: RunRecord, *, publishes: bool = True) -> str | None:
     """The run directory that this one was copied from, where both would write to one store: another folder, still there, whose
-    run.json names the same run. None where this is the run's directory, or the copy has a store of its own."""
+    run.json names the same run. None where this is the run's directory, or the copy has a store of its own. publishes: whether
+    the folder of published checkpoints is written to, too."""
     home = Path(record.tags.get(RUN_DIR_TAG, paths.root))
     known, theirs = read_any_record(config, paths), home / RUN_FILE
     if known is None or not theirs.exists() or os.path.realpath(home) == os.path.realpath(paths.root):
         return None
-    if not same_store(known.tracking_uri, tracking_uri(config)) and config.train.publish_to is None:
+    if not same_store(known.tracking_uri, tracking_uri(config)) and not (publishes and config.train.publish_to):
         return None
     try:
         other = storage.read_json(theirs)
