@@ -32,6 +32,18 @@ def num_devices() -> int:
     return torch.cuda.device_count() if has_gpu() else 2
 
 
+def free_port() -> int:
+    """A TCP port that is free on this host, and stays so for a minute: a port on which a connection has just ended (TIME_WAIT)
+    is given to no process that asks for any port, but may be listened on with SO_REUSEADDR, as torch and gloo do."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or a listener's would not be enough
+        server.bind(("127.0.0.1", 0))
+        server.listen(1)
+        with socket.create_connection(server.getsockname()):
+            server.accept()[0].close()  # the side that closes first keeps the port waiting
+            return int(server.getsockname()[1])
+
+
 def choose_interface() -> None:
     """Set GLOO_SOCKET_IFNAME to the interface towards MASTER_ADDR, unless it is set or no interface is found."""
     if "GLOO_SOCKET_IFNAME" in os.environ:

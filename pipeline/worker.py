@@ -39,7 +39,7 @@ from pipeline.config.run import RunConfig
 from pipeline.distributed import agreement, choose_interface, on_every_rank
 from pipeline.environment import omp_threads
 from pipeline.errors import UserError, first_line
-from pipeline.io import storage
+from pipeline.io import locks, storage
 from pipeline.train import signals
 from pipeline.train.console import FAILURE, LISTENING, STOPPED, print_line
 from pipeline.train.heartbeat import Heartbeat, blame
@@ -206,8 +206,8 @@ def join(job: Job, heart: Heartbeat, stop: StopRequest) -> None:
     init_distributed(timeout_s)
     lock = open(job.paths.logs / TRAINING_LOCK, "a+", encoding="utf-8")  # noqa: SIM115
     atexit.register(lock.close)  # it is held to the end of the process
-    if job.rank == 0 and not storage.lock(lock):
-        raise UserError(f"{job.paths.root}: process {storage.lock_holder(lock)} trains here; wait for it or stop it")
+    if job.rank == 0 and not locks.lock(lock):
+        raise UserError(f"{job.paths.root}: process {locks.lock_holder(lock)} trains here; wait for it or stop it")
 
 
 def open_data(job: Job) -> Data:

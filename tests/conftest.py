@@ -19,6 +19,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 # Fixtures that several folders share.
 pytest_plugins = [
+    "tests.helpers.at_once",
     "tests.helpers.bundles",
     "tests.helpers.corpus",
     "tests.helpers.faulty_s3",

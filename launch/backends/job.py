@@ -23,7 +23,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -269,10 +268,3 @@ def stopped_exit_code(exit_code: int) -> Iterator[None]:
 def is_rank(words: Sequence[str]) -> bool:
     """Whether a command line is a rank's. The launchers, too, have the worker's name in their arguments."""
     return "-m" in words[:-1] and words[words.index("-m") + 1] == WORKER
-
-
-def free_port() -> int:
-    """A TCP port that is free on this host."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -24,17 +24,15 @@ class Reaction:
         self._folder = heartbeats
         self._asked = self._since = time.monotonic()
         self._limit_s = LIMIT_S
-        self._seen: dict[
-            int, tuple[float, float | None]
-        ] = {}  # rank -> its last beat; when that changed while we looked
+        self._seen: dict[int, tuple[int, float | None]] = {}  # rank -> its last beat; when that changed while we looked
 
     def overdue(self) -> bool:
         """Whether they have had their time."""
         now = time.monotonic()
         for rank, beat in beats(self._folder).items():
-            last, changed = self._seen.get(rank, (beat["time"], None))
-            if beat["time"] != last:
-                last, changed = beat["time"], now
+            last, changed = self._seen.get(rank, (beat["written"], None))
+            if beat["written"] != last:
+                last, changed = beat["written"], now
             self._seen[rank] = last, changed
             if changed is None or now - changed > SILENT_S:  # of an earlier start, or it does not live
                 continue

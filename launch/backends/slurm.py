@@ -27,7 +27,7 @@ from pipeline import slurm
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
-from pipeline.io import storage
+from pipeline.io import locks, storage
 from pipeline.stages.train import check as check_training
 
 PLDR = [sys.executable, "-m", "launch.cli"]
@@ -85,8 +85,8 @@ def _alone(paths: RunPaths) -> Iterator[None]:
     """Two launches of a run at once: the second is refused. Between a look into the queue and sbatch nothing may come."""
     paths.logs.mkdir(parents=True, exist_ok=True)
     with open(paths.logs / "submit.lock", "a+", encoding="utf-8") as stream:
-        if not storage.lock(stream):
-            raise UserError(f"{paths.root}: process {storage.lock_holder(stream)} submits it; look with squeue --me")
+        if not locks.lock(stream):
+            raise UserError(f"{paths.root}: process {locks.lock_holder(stream)} submits it; look with squeue --me")
         yield
 
 

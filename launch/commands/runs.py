@@ -135,7 +135,8 @@ def _cells(row: Result) -> tuple[str, ...]:
 def _replay(arguments: Any, report: Report) -> Result:
     from pipeline.checkpoint.format import TRAINING_LOCK
     from pipeline.config.paths import RunPaths
-    from pipeline.io import storage
+    from pipeline.io import locks
+    from pipeline.stages.runner import exclusive
     from pipeline.tracking import outbox
 
     config = _config_of(arguments.config, arguments.overrides, verb="track replay")
@@ -144,10 +145,11 @@ def _replay(arguments: Any, report: Report) -> Result:
     if not logs.is_dir():
         raise UserError(f"{logs}: no such folder; nothing was trained here")
     with open(logs / TRAINING_LOCK, "a+", encoding="utf-8") as stream:
-        if not storage.lock(stream):
-            holder = storage.lock_holder(stream)
+        if not locks.lock(stream):
+            holder = locks.lock_holder(stream)
             raise UserError(f"{logs.parent}: process {holder} trains here, and sends by itself when MLflow is back")
-        result = outbox.replay(config, paths)
+        with exclusive(paths, report, wait_s=0):
+            result = outbox.replay(config, paths)
     report(f"MLflow run {result['run_id']}: {result['points_sent']} points sent, nothing is left over")
     return result
 

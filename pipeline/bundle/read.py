@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,8 @@ from pipeline.io.tensors import load_tensors
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig
 from pldr_model.model import g_shape
+
+ATTEMPTS = 5
 
 
 class BundleParts(NamedTuple):
@@ -68,7 +72,36 @@ def verify_bundle(path: str | Path) -> dict[str, Any]:
 
 
 def read_bundle(path: Path) -> BundleParts:
-    """Verify a bundle and read it. Raises UserError as `verify_bundle` does."""
+    """Verify a bundle and read it. Raises UserError as `verify_bundle` does.
+
+    `pldr bundle` may put a new bundle in its place meanwhile: then it is read again, so that all parts are of one.
+    """
+    for _ in range(ATTEMPTS - 1):
+        before = _folder(path)
+        try:
+            parts = _read(path)
+        except (UserError, OSError):
+            if _folder(path) == before:
+                raise
+        else:
+            if _folder(path) == before:
+                return parts
+    return _read(path)
+
+
+def _folder(path: Path) -> tuple[int, ...] | None:
+    """Which folder has this name now. A new bundle is a new folder."""
+    for _ in range(ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            facts = path.stat()
+            return facts.st_dev, facts.st_ino, facts.st_mtime_ns
+        if not any(path.parent.glob(f".{path.name}.*.old")):  # else the new one gets its name in a moment
+            return None
+        time.sleep(0.02)
+    return None
+
+
+def _read(path: Path) -> BundleParts:
     if not path.is_dir():
         raise UserError(f"{path}: no such bundle folder; make one with `pldr bundle CONFIG`")
     manifest = read_manifest(path)

@@ -111,6 +111,26 @@ def set_aside(checkpoint: Path, why: str = "damaged") -> None:
 
 def verify(checkpoint: Path) -> dict[str, Any]:
     """Check a checkpoint; returns its `state.json`. Raises UserError naming the first file that is damaged or missing."""
+    there = (checkpoint / COMMITTED).is_file()
+    try:
+        return _verify(checkpoint)
+    except (UserError, FileNotFoundError) as error:
+        if there and not (checkpoint / COMMITTED).is_file():
+            raise removed(checkpoint) from error
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{error.filename or checkpoint}: is gone; name another checkpoint") from error
+
+
+def removed(checkpoint: Path) -> UserError:
+    """The error of whoever reads a checkpoint that its own run removes meanwhile, as its retention says."""
+    return UserError(
+        f"{checkpoint}: was removed while it was read, because its run goes on; name a newer one, or one that is kept "
+        "(train.keep_checkpoints, train.keep_every)"
+    )
+
+
+def _verify(checkpoint: Path) -> dict[str, Any]:
     if not (checkpoint / COMMITTED).is_file():
         raise UserError(
             f"{checkpoint}: no COMMITTED file, so this checkpoint was never finished; name an older one or resume without it"
@@ -176,9 +196,14 @@ def adopt(checkpoint: Path, folder: Path, *, mlflow_run_id: str) -> Path:
         shutil.copytree(checkpoint, staging, copy_function=link_or_copy)
     except (OSError, shutil.Error) as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if not (checkpoint / COMMITTED).is_file():
+            raise removed(checkpoint) from error
         raise UserError(
             f"{folder}: {checkpoint} could not be copied: {error}; free some space or fix the disk"
         ) from error
+    if not _is_whole(staging):
+        shutil.rmtree(staging, ignore_errors=True)
+        raise removed(checkpoint)
     (staging / COMMITTED).unlink()
     state, manifest = storage.read_json(staging / STATE), storage.read_json(staging / storage.MANIFEST)
     storage.publish_json(staging / STATE, {**state, "mlflow_run_id": mlflow_run_id})
@@ -190,3 +215,10 @@ def adopt(checkpoint: Path, folder: Path, *, mlflow_run_id: str) -> Path:
     storage.publish_bytes(staging / COMMITTED, storage.sha256_file(staging / storage.MANIFEST).encode())
     storage.replace_dir(staging, folder / checkpoint.name)
     return folder / checkpoint.name
+
+
+def _is_whole(copy: Path) -> bool:
+    """Whether every file of a checkpoint was still there when it was copied."""
+    if not (copy / COMMITTED).is_file() or not (copy / storage.MANIFEST).is_file():
+        return False
+    return all((copy / name).is_file() for name in storage.read_json(copy / storage.MANIFEST)["files"])

@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.bundle.read import read_bundle
 from pipeline.errors import UserError
 from pipeline.tracking.client import client as open_client
-from pipeline.tracking.client import patience, why
+from pipeline.tracking.client import contended, patience, why
 from pipeline.tracking.sqlite_store import keep_home
 
 ALIAS = "certified"
@@ -57,11 +57,11 @@ def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certifi
                     "weight_format": parts.weight_format,
                     **{key: str(lineage[key]) for key in LINEAGE_TAGS if lineage.get(key) is not None},
                 }
-                version = client.create_model_version(
-                    name, source, run_id=run_id, tags=tags, description=parts.certificate["statement"]
-                ).version
+                version = _create_version(
+                    client, name, source, run_id=run_id, tags=tags, description=parts.certificate["statement"]
+                )
             if certified:
-                client.set_registered_model_alias(name, ALIAS, version)
+                _set_alias(client, name, version)
         except Exception as error:  # a damaged SQLite file raises SQLAlchemy's own
             raise UserError(
                 f"MLflow at {tracking_uri}: {why(tracking_uri, error)}; check tracking.uri and post.register_as"
@@ -115,11 +115,22 @@ def _find_version(client: Any, name: str, run_id: str, digest: str) -> str | Non
 def _ensure_model(client: Any, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    def create() -> None:
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    contended(create)
+
+
+def _create_version(client: Any, name: str, source: str, **facts: Any) -> str:
+    return str(contended(lambda: client.create_model_version(name, source, **facts)).version)
+
+
+def _set_alias(client: Any, name: str, version: str) -> None:
+    contended(lambda: client.set_registered_model_alias(name, ALIAS, version))
 
 
 def _requirements() -> list[str]:

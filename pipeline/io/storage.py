@@ -1,4 +1,4 @@
-"""Files: atomic publishing, checksums, manifests, free space, locks. fsspec URLs wherever data may be remote.
+"""Files: atomic publishing, checksums, manifests, free space. fsspec URLs wherever data may be remote.
 
 - A local file is written as a temporary sibling, fsynced, then renamed: a reader sees the old file or the new one. The folder
   is fsynced too, because otherwise a power failure can undo the rename.
@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from pipeline.io.urls import check_url, is_http, is_local, join, public_url
 
 MANIFEST = "MANIFEST.json"
 CHUNK = 1 << 20
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # the name of a folder
 
 
 def sha256_file(url: str | Path) -> str:
@@ -228,13 +227,20 @@ def publish_dir(target: Path) -> Iterator[Path]:
 
 def replace_dir(temporary: Path, target: Path) -> None:
     """Rename a finished folder to its final name, replacing an older one."""
-    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(temporary, target)
-    fsync_dir(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    renamed = False
+    while not renamed:
+        old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(target, old)
+        try:
+            os.replace(temporary, target)
+            renamed = True
+        except OSError as error:
+            if error.errno not in TAKEN:  # else another process has put its own there meanwhile
+                raise
+        fsync_dir(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -287,37 +293,6 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-def lock(stream: IO[str], *, wait: bool = False) -> bool:
-    """Lock an open lock file and write our process id to it; False if another process holds the lock.
-
-    A POSIX record lock: it ends with its process, also on kill -9, and children do not inherit it.
-    """
-    try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    stream.truncate(0)
-    stream.write(str(os.getpid()))
-    stream.flush()
-    return True
-
-
-def lock_within(stream: IO[str], seconds: float) -> bool:
-    """Lock an open lock file, waiting this long for another process to end."""
-    end = time.monotonic() + seconds
-    while not lock(stream):
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.5)
-    return True
-
-
-def lock_holder(stream: IO[str]) -> str:
-    """The process id in a lock file."""
-    stream.seek(0)
-    return stream.read().strip() or "?"
 
 
 def explain_os_error(error: OSError, where: str, *, reading: bool = False) -> UserError:

@@ -14,7 +14,7 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import UserError
 from pipeline.stages.trained import as_trained, held_out, lineage, notes
-from pipeline.stages.validate import CERTIFICATE
+from pipeline.stages.validate import CERTIFICATE, require_own_run
 from pipeline.tracking.run import run_named
 
 
@@ -51,6 +51,8 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
     from pipeline.post.package.measured_formats import pack_measured
     from pipeline.post.weights import load_weights
 
+    if config.post.register_as is not None:
+        require_own_run(config, paths)
     model, source = load_weights(paths.weights)
     config = as_trained(config, paths, source)
     certificate = read_certificate(paths.certificate / CERTIFICATE)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.checkpoint.format import STATE, adopt, clean, committed, set_aside, step_of, verify
+from pipeline.checkpoint.format import STATE, adopt, clean, committed, removed, set_aside, step_of, verify
 from pipeline.config.paths import RunPaths, expanded
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError, first_line
@@ -124,13 +124,15 @@ def _checkpoint_in(path: Path, report: Report) -> Path:
     if re.fullmatch(r"step-\d{6,}", path.name):
         verify(path)
         return path
-    folders = [path, path / "checkpoints"]
-    for candidate in [c for folder in folders for c in reversed(committed(folder))]:
-        try:
-            verify(candidate)
-            return candidate
-        except UserError as error:
-            report(f"{candidate.name} is damaged and left out: {error}")
+    folders, seen = [path, path / "checkpoints"], set[Path]()
+    while found := [c for folder in folders for c in reversed(committed(folder)) if c not in seen]:
+        for candidate in found:  # its run may go on: then there are others afterwards
+            try:
+                verify(candidate)
+                return candidate
+            except UserError as error:
+                report(f"{candidate.name} is left out: {error}")
+        seen |= set(found)
     raise UserError(f"--resume {path}: no committed checkpoint in it; name a folder step-… that has COMMITTED")
 
 
@@ -143,7 +145,11 @@ def _begin_from(
     source: Path, config: RunConfig, paths: RunPaths, check: Check, *, force: bool, report: Report
 ) -> Start:
     """A run of this directory's own continues from another run's checkpoint."""
-    sha256, own = storage.sha256_file(source / storage.MANIFEST), committed(paths.checkpoints)
+    own = committed(paths.checkpoints)
+    try:
+        sha256 = storage.sha256_file(source / storage.MANIFEST)
+    except FileNotFoundError as error:
+        raise removed(source) from error
     origin = paths.root / ORIGIN
     known = storage.read_json(origin, schema_version=SCHEMA_VERSION) if origin.exists() else {}
     if own and known.get("manifest_sha256") != sha256:

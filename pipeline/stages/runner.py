@@ -14,15 +14,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
-from pipeline.io import storage
+from pipeline.io import locks, storage
 from pipeline.stages.compatible import Report
 from pipeline.stages.records import first_changed
-from pipeline.stages.replace import SETTINGS, require_replaceable, settings_digest
+from pipeline.stages.replace import SETTINGS, only_writer, require_replaceable, settings_digest
 from pipeline.stages.resume import names_run
 from pipeline.stages.table import NAMES, Stage, Work, stage_named, stages_before
 from pipeline.stages.train import Launch
@@ -70,11 +70,12 @@ class Pipeline:
             self._report(f"{name:<12} complete, skipped")
             stage.check(self.paths, known["result"])
             return {**known, "skipped": True}
-        if not replace:
-            require_replaceable(self.config, self.paths, stage, self.record(name), digest)
-        self._require_untouched(stage)
-        self._report(f"{name:<12} ...")
-        new = self._run(stage, digest, resume=resume, force=force, uncertified=uncertified)
+        with only_writer(self.config, stage):
+            if not replace:
+                require_replaceable(self.config, self.paths, stage, self.record(name), digest, self._report)
+            self._require_untouched(stage)
+            self._report(f"{name:<12} ...")
+            new = self._run(stage, digest, resume=resume, force=force, uncertified=uncertified)
         self._report(f"{name:<12} done in {new['seconds']:.1f} s  {_brief(new['result'])}")
         stage.check(self.paths, new["result"])
         return {**new, "skipped": False}
@@ -169,24 +170,31 @@ class Pipeline:
 def exclusive(paths: RunPaths, report: Report, *, wait_s: float | None = None) -> Iterator[None]:
     """One process at a time works in a run directory; a second one waits (and then finds everything done).
 
-    wait_s: raise UserError after that time, for a process that holds nodes while it waits; None: as long as it takes."""
-    root = paths.root
+    wait_s: raise UserError after that time, for a process that holds nodes while it waits, or 0; None: as long as it takes."""
+    while True:
+        with _open_lock(paths.root) as stream:
+            if not locks.lock(stream):
+                holder = locks.lock_holder(stream)
+                if wait_s == 0:
+                    raise UserError(f"{paths.root}: process {holder} works here; wait for it to end")
+                report(f"{paths.root}: process {holder} works here; waiting for it to end")
+                if not locks.lock_within(stream, wait_s):
+                    raise UserError(f"{paths.root}: process {holder} works here; it did not end in {wait_s:g} s")
+            if locks.is_in_place(stream):  # else the directory was removed while we waited
+                yield
+                return
+
+
+def _open_lock(root: Path) -> IO[str]:
+    """The lock file of a run directory, which is made. Raises ConfigError for a folder that is none."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        if not (root / LOCK).exists() and any(root.iterdir()):
+        filled = any(path.name != LOCK for path in root.iterdir())
+        if filled and not (root / LOCK).exists():  # asked last: a run that begins now makes it before any other file
             raise ConfigError(f"run_dir {root}: holds files that are no run's; name a new or empty folder")
-        stream = open(root / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
+        return open(root / LOCK, "a+", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"run_dir {root}: {error.strerror}; set run_dir to a folder that can be written") from error
-    with stream:
-        if not storage.lock(stream):
-            holder = storage.lock_holder(stream)
-            report(f"{root}: process {holder} works here; waiting for it to end")
-            if wait_s is None:
-                storage.lock(stream, wait=True)
-            elif not storage.lock_within(stream, wait_s):
-                raise UserError(f"{root}: process {holder} works here; it did not end in {wait_s:g} s")
-        yield
 
 
 def _identity(result: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pipeline.checkpoint.retention import policy_of
 from pipeline.config.paths import RunPaths, tokens_folder
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, Stopped, UserError
-from pipeline.io import storage
+from pipeline.io import locks, storage
 from pipeline.stages.compatible import Report, changes
 from pipeline.stages.resume import find_start
 from pipeline.tracking import outbox
@@ -83,13 +83,13 @@ def _train(
     """Start the ranks; after a crash again, `train.max_restarts` times. Returns the job of the last start."""
     log = paths.logs / "train.log"
     for restarts_left in range(config.train.max_restarts, -1, -1):
-        log_from, since = log.stat().st_size if log.exists() else 0, time.time()
+        log_from, before = log.stat().st_size if log.exists() else 0, outbox.evidence(paths)
         try:
             try:
                 launch(config, job.file, ranks)
             finally:
                 job.run.reload()  # rank 0 may have made it in MLflow
-                outbox.keep_evidence(paths, since=since)
+                outbox.keep_evidence(paths, before=before)
             done = committed(paths.checkpoints)
             if not done or step_of(done[-1]) != config.train.steps:
                 raise UserError(f"training ended before step {config.train.steps}; see {log} and start again")
@@ -220,8 +220,8 @@ def _wait_for_old_ranks(paths: RunPaths) -> None:
     paths.logs.mkdir(parents=True, exist_ok=True)
     with open(paths.logs / TRAINING_LOCK, "a+", encoding="utf-8") as stream:
         for _ in range(100):
-            if storage.lock(stream):
+            if locks.lock(stream):
                 return
             time.sleep(0.3)
-        holder = storage.lock_holder(stream)
+        holder = locks.lock_holder(stream)
     raise UserError(f"{paths.root}: process {holder} trains here; wait for it or stop it")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,12 +19,12 @@ from typing import IO, Any
 from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
-from pipeline.distributed import has_gpu, num_devices
+from pipeline.distributed import free_port, has_gpu, num_devices
 from pipeline.environment import without_other_jobs
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
 from pipeline.tracking.outbox import log_files
-from pipeline.tracking.run import TrackedRun, run_named
+from pipeline.tracking.run import TrackedRun, known_run, require_no_copy, run_named
 from pipeline.tracking.run_record import VERDICT_TAG
 
 log = logging.getLogger(__name__)
@@ -37,6 +36,7 @@ SHOWN_TOKENS = 96
 
 def certify(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     """Measure and judge -> `certificate/certificate.{json,html}`, also artifacts of the MLflow run."""
+    require_own_run(config, paths)
     certificate = certificate_of(config, paths)
     run = run_named(config, paths, certificate["lineage"]["mlflow_run_id"])
     target = paths.certificate / CERTIFICATE
@@ -54,6 +54,12 @@ def certify(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
         "failed": certificate["failed"],
         "certificate_sha256": storage.sha256_file(target),
     }
+
+
+def require_own_run(config: RunConfig, paths: RunPaths) -> None:
+    """Raise ConfigError in a copy of a run directory whose results would be attached to the original's run."""
+    if (run := known_run(config, paths)) is not None:
+        require_no_copy(run, publishes=False)
 
 
 def certificate_of(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
@@ -164,12 +170,9 @@ def _judge_on(ranks: int, config: RunConfig, paths: RunPaths) -> None:
     where it was one."""
     job = paths.logs / "validate.json"
     storage.publish_json(job, {"schema_version": 1, "config": config.as_dict()})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     common = {"OMP_NUM_THREADS": threads, **without_other_jobs(os.environ)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     processes: list[subprocess.Popen[bytes]] = []
     with open(paths.logs / "validate.log", "wb") as stream:
         try:

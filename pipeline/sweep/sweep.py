@@ -36,6 +36,7 @@ from pipeline.stages.train import Launch
 from pipeline.sweep.config import COLUMNS, Child, read
 from pipeline.sweep.report import write_sweep_report
 from pipeline.tracking.client import client, tracking_uri, why
+from pipeline.tracking.clock import now_ms
 from pipeline.tracking.query import read_run
 from pipeline.tracking.run import TrackedRun, known_run
 from pipeline.tracking.run_record import new_record
@@ -162,7 +163,7 @@ class Sweep:
             for file in files.values():
                 mlflow.log_artifact(parent, file, "sweep")
             if status is not None:
-                mlflow.set_terminated(parent, status=status)
+                mlflow.set_terminated(parent, status=status, end_time=now_ms())
         except Exception as error:
             log.warning(
                 "MLflow did not take the sweep's table: %s; start the sweep again to send it", first_line(error)

@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import threading
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import UserError, first_line
-from pipeline.tracking.sqlite_store import OWN, file_of, require_usable, uri_of
+from pipeline.tracking.sqlite_store import OWN, file_of, make_store, require_usable, uri_of
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 SHORT_S, PATIENT_S = "3", "600"
@@ -38,7 +40,10 @@ TRANSIENT = (
 )
 LOCKED = ("database is locked", "table is locked")
 DAMAGED = ("not a database", "malformed", "is encrypted", "disk i/o error")
+CONTENDED = (*LOCKED, "unique", "duplicate", "giving up after")  # another process was faster
+ATTEMPTS, WAIT_S = 8, 0.1  # the first wait; it doubles
 OTHER_VERSION = ("out-of-date", "can't locate revision", "no such column", "no such table")
+Result = TypeVar("Result")
 _lock, _patient = threading.Lock(), 0
 _before: str | None = None  # TIMEOUT before the first of those who are patient
 
@@ -68,6 +73,7 @@ def client(uri: str) -> Any:
     mlflow, file = import_mlflow(), file_of(uri)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
+        make_store(file)
         require_usable(file)
         if "%" in uri:  # MLflow would also make a folder of the quoted name
             from mlflow.store.db import utils
@@ -91,6 +97,19 @@ def is_unreachable(uri: str, error: Exception) -> bool:
     return (
         code in TRANSIENT if code is not None else isinstance(error, OSError) or "sqlalchemy" in type(error).__module__
     )
+
+
+def contended(action: Callable[[], Result]) -> Result:
+    """The result of a change of what several jobs share, such as an alias. MLflow looks first and writes then, so of several
+    that begin at once it refuses all but one; those are repeated."""
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return action()
+        except Exception as error:
+            if not _says(error, *CONTENDED):
+                raise
+        time.sleep(WAIT_S * 2**attempt * random.uniform(0.5, 1))
+    return action()
 
 
 def fix_for(uri: str, error: Exception) -> str:

@@ -19,14 +19,14 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import first_line
-from pipeline.io import storage
+from pipeline.io import locks, storage
 from pipeline.tracking.client import client, import_mlflow, is_unreachable, latest_points
+from pipeline.tracking.clock import now_ms
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class Tracker:
         self._sent, self._floor = 0, dict[str, int]()
         self._held: dict[str, set[int]] = {}  # metric -> the steps that MLflow has, where the floor is not enough
         self._client: Any = None
+        self._began = 0  # ms of the epoch, as MLflow has it
         self.mlflow_id: str | None = None  # None until MLflow has answered
         self.tried = threading.Event()  # set after the first attempt to reach MLflow
         self.points_sent = 0
@@ -78,7 +79,7 @@ class Tracker:
         if not new:
             return
         self._last.update(dict.fromkeys(new, step))
-        point = {"step": step, "time": int(time.time() * 1000), "values": new}
+        point = {"step": step, "time": now_ms(), "values": new}
         self._unwritten.append(json.dumps(point).encode() + b"\n")
         self._write()
 
@@ -111,7 +112,8 @@ class Tracker:
             return False
         if status is not None:
             try:
-                self._client.set_terminated(self.mlflow_id, status=status)
+                ended = max(now_ms(), self._began)
+                self._client.set_terminated(self.mlflow_id, status=status, end_time=ended)
             except Exception as error:
                 log.warning("MLflow run %s could not be marked %s: %s", self.mlflow_id, status, first_line(error))
                 return False
@@ -120,7 +122,7 @@ class Tracker:
     def _send_forever(self) -> None:
         # One sender per spool: a replay in another process and this one must not send the same points.
         with open(self._spool.with_suffix(".lock"), "a+", encoding="utf-8") as lock:
-            while not storage.lock(lock):
+            while not locks.lock(lock):
                 if self._stop.wait(0.2):
                     return
             stopped = False
@@ -147,7 +149,8 @@ class Tracker:
         self._client = client(self._uri)
         if self._running:
             self._client.update_run(run_id, status="RUNNING")
-        points = latest_points(self._client.get_run(run_id))
+        run = self._client.get_run(run_id)
+        points, self._began = latest_points(run), run.info.start_time or 0
         self._floor = {key: step for key, (step, _) in points.items()}
         self._sent = read_sent(self._spool)
         with open(self._spool, "rb") as stream:

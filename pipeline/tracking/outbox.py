@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,9 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
+from pipeline.io.locks import locked
 from pipeline.tracking.client import client, tracking_uri, why
+from pipeline.tracking.clock import now_ms
 from pipeline.tracking.metrics import CLOSE_S, Tracker, take_over
 from pipeline.tracking.publish import open_publisher
 from pipeline.tracking.run import TrackedRun, known_run, require_no_copy
@@ -27,6 +28,7 @@ from pipeline.tracking.run_record import RUN_FILE
 
 log = logging.getLogger(__name__)
 
+CHANGING = ".pending.lock"  # in the run directory: held by whoever changes the next
 PENDING = "pending.json"  # in logs/
 OLD_PENDING = "owed.json"  # its name until November 2026: still read, then replaced
 SCHEMA_VERSION = 1
@@ -62,6 +64,13 @@ class Pending:
         self.files, self.tags = {**self.files, **files}, {**self.tags, **tags}
         self.status, self.ended_ms = known.get("status", self.status), known.get("ended_ms", self.ended_ms)
 
+    def without(self, sent: Pending) -> Pending:
+        """What was deferred since `sent` was read."""
+        files = {path: folder for path, folder in self.files.items() if sent.files.get(path) != folder}
+        tags = {key: value for key, value in self.tags.items() if sent.tags.get(key) != value}
+        ended = (self.status, self.ended_ms) == (sent.status, sent.ended_ms)
+        return Pending(files, tags, None if ended else self.status, None if ended else self.ended_ms)
+
     def write(self, paths: RunPaths) -> None:
         """Replace what is on disk; without anything pending there is no file."""
         if self.files or self.tags or self.status:
@@ -73,9 +82,10 @@ class Pending:
 
 def begin(run: TrackedRun) -> None:
     """A start was accepted: the run is not over, so a pending end is dropped. Rank 0's tracker marks it RUNNING."""
-    pending = Pending.read(run.paths)
-    pending.status = pending.ended_ms = None
-    pending.write(run.paths)
+    with locked(run.paths.root / CHANGING):
+        pending = Pending.read(run.paths)
+        pending.status = pending.ended_ms = None
+        pending.write(run.paths)
 
 
 def open_tracker(run: TrackedRun, *, running: bool = False) -> Tracker:
@@ -168,14 +178,27 @@ def fail(run: TrackedRun, error: BaseException, *, log_from: int) -> None:
     settle(run, status="FAILED")
 
 
-def keep_evidence(paths: RunPaths, *, since: float) -> None:
-    """What ranks wrote since then (seconds of the epoch) is sent with the run's end: rank 0's traces of
-    `train.profile_steps`, every rank's memory when it ran out."""
-    found = {file: f"profile/{file.parent.name}" for file in paths.profiles.glob("*/rank-0.*")}
-    found |= {file: "failure" for file in paths.memory.glob("rank-*")}
-    files = {str(file): folder for file, folder in found.items() if file.stat().st_mtime >= since}
-    if files:
-        _defer(paths, files=files)
+Evidence = dict[Path, tuple[int, int]]  # file -> size and time of its last change
+
+
+def evidence(paths: RunPaths) -> Evidence:
+    """What ranks wrote beside their log: rank 0's traces of `train.profile_steps`, every rank's memory when it ran out."""
+    files = [*paths.profiles.glob("*/rank-0.*"), *paths.memory.glob("rank-*")]
+    return {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+
+
+def keep_evidence(paths: RunPaths, *, before: Evidence) -> None:
+    """What is new in the evidence or was changed since `before` is sent with the run's end."""
+    new = [file for file, facts in evidence(paths).items() if before.get(file) != facts]
+    if new:
+        in_profiles = paths.profiles
+        _defer(
+            paths,
+            files={
+                str(file): f"profile/{file.parent.name}" if file.is_relative_to(in_profiles) else "failure"
+                for file in new
+            },
+        )
 
 
 def replay(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
@@ -233,12 +256,13 @@ def _defer(
     status: str | None = None,
 ) -> None:
     """Write down, on top of what is pending, what is to be sent."""
-    pending = Pending.read(paths)
-    pending.files |= {_below(paths, path): folder for path, folder in (files or {}).items()}
-    pending.tags |= tags or {}
-    if status is not None:
-        pending.status, pending.ended_ms = status, int(time.time() * 1000)
-    pending.write(paths)
+    with locked(paths.root / CHANGING):
+        pending = Pending.read(paths)
+        pending.files |= {_below(paths, path): folder for path, folder in (files or {}).items()}
+        pending.tags |= tags or {}
+        if status is not None:
+            pending.status, pending.ended_ms = status, now_ms()
+        pending.write(paths)
 
 
 def _below(paths: RunPaths, path: str) -> str:
@@ -266,10 +290,12 @@ def _flush(run: TrackedRun, mlflow_id: str) -> bool:
                 mlflow.log_artifact(mlflow_id, str(file), folder)
         for key, value in pending.tags.items():
             mlflow.set_tag(mlflow_id, key, value)
-        if pending.status and mlflow.get_run(mlflow_id).info.status != pending.status:  # else it has its end already
-            mlflow.set_terminated(mlflow_id, status=pending.status, end_time=pending.ended_ms)
+        if pending.status and (info := mlflow.get_run(mlflow_id).info).status != pending.status:  # else it has its end
+            ended = max(pending.ended_ms or now_ms(), info.start_time or 0)  # the clock may have been set back since
+            mlflow.set_terminated(mlflow_id, status=pending.status, end_time=ended)
     except Exception as error:
         log.warning("MLflow run %s is updated later (%s)", mlflow_id, first_line(error))
         return False
-    Pending().write(run.paths)
+    with locked(run.paths.root / CHANGING):
+        Pending.read(run.paths).without(pending).write(run.paths)
     return True

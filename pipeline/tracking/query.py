@@ -45,7 +45,7 @@ def list_runs(uri: str, experiment: str | None) -> list[dict[str, Any]]:
 
 
 def read_run(uri: str, run_id: str) -> tuple[dict[str, Any], Any, dict[str, list[tuple[int, float]]]]:
-    """A run's row, as `list_runs` has it, MLflow's own data of it (params, tags), and every metric's (step, value) points.
+    """A run's row, as `list_runs` has it, MLflow's own data of it (params, tags), and each metric's (step, value) by step.
 
     Raises UserError when MLflow is unreachable or has no such run.
     """
@@ -55,7 +55,10 @@ def read_run(uri: str, run_id: str) -> tuple[dict[str, Any], Any, dict[str, list
         experiment = mlflow.get_experiment(run.info.experiment_id)
         row = _row(uri, run, {run.info.experiment_id: experiment.name}, _verdicts(mlflow))
         histories = {
-            metric: [(point.step, point.value) for point in mlflow.get_metric_history(run_id, metric)]
+            metric: sorted(
+                ((point.step, point.value) for point in mlflow.get_metric_history(run_id, metric)),
+                key=lambda point: point[0],  # MLflow's order is that of the clock, which may have been set back
+            )
             for metric in run.data.metrics
         }
         return row, run.data, histories
@@ -90,7 +93,7 @@ def _runs(mlflow: Any, experiments: list[str]) -> list[Any]:
 
 def _verdicts(mlflow: Any) -> dict[str, str]:
     """Run id -> verdict of its newest registered bundle: older runs have no tag for it."""
-    versions = sorted(mlflow.search_model_versions(), key=lambda v: v.creation_timestamp)
+    versions = sorted(mlflow.search_model_versions(), key=lambda v: (v.name, int(v.version)))
     return {v.run_id: v.tags["verdict"] for v in versions if v.run_id and "verdict" in v.tags}
 
 

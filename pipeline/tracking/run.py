@@ -19,6 +19,7 @@ from pipeline.config.keys import on_resume
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError, first_line
+from pipeline.io.locks import locked
 from pipeline.io.urls import without_secrets
 from pipeline.tracking.client import client, fix_for, from_checkpoints, is_unreachable, patience, tracking_uri, why
 from pipeline.tracking.run_record import (
@@ -37,6 +38,7 @@ from pipeline.tracking.run_record import (
 )
 from pipeline.tracking.sqlite_store import file_of, keep_home
 
+MAKING = ".run.lock"  # in the run directory: held by whoever makes its run in MLflow
 log = logging.getLogger(__name__)
 
 
@@ -99,11 +101,18 @@ class TrackedRun:
 
         Raises what MLflow raises, and may then be called again.
         """
-        record = self.record
-        if record.run_id is not None:
-            self.require_store()
-            return record.run_id
+        if self.record.run_id is None:
+            with locked(self.paths.root / MAKING):
+                self.reload()  # another process of this run directory may have made it
+                if self.record.run_id is None:
+                    return self._create()
+        self.require_store()
+        return self.id
+
+    def _create(self) -> str:
         from mlflow.entities import Param
+
+        record = self.record
 
         mlflow = client(self.uri)
         experiment_id = _experiment(mlflow, self.uri, record.experiment, record.artifact_location)
@@ -215,9 +224,9 @@ def _require_no_other(config: RunConfig, paths: RunPaths) -> None:
         )
 
 
-def require_no_copy(run: TrackedRun) -> None:
+def require_no_copy(run: TrackedRun, *, publishes: bool = True) -> None:
     """Raise ConfigError in a copy of a run directory that would write to the same store as the original."""
-    original = original_of(run.config, run.paths, run.record)
+    original = original_of(run.config, run.paths, run.record, publishes=publishes)
     if original is not None:
         raise ConfigError(
             f"{run.paths.root}: is a copy of {original}, and both would write to MLflow run {run.id} at "
@@ -280,6 +289,11 @@ def log_report(config: RunConfig, paths: RunPaths, report: Path) -> str | None:
 
 def _report_run(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
     """The run that this run directory's earlier reports went to, or a new one."""
+    with locked(paths.root / MAKING):
+        return _find_or_make_report_run(mlflow, config, paths)
+
+
+def _find_or_make_report_run(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
     here = new_record(config, paths)
     experiment_id = _experiment(mlflow, tracking_uri(config), here.experiment, here.artifact_location)
     root = here.tags[RUN_DIR_TAG]

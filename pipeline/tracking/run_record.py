@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.io import storage
 from pipeline.io.urls import is_local, join, local_path
 from pipeline.tracking.client import tracking_uri
+from pipeline.tracking.clock import now_ms
 from pipeline.tracking.sqlite_store import OWN, artifacts_beside, file_of, holds_run, same_store
 
 RUN_FILE = "run.json"
@@ -75,7 +75,7 @@ def new_record(
         name=config.name,
         experiment=config.tracking.experiment,
         artifact_location=_artifact_location(config),
-        started_ms=int(time.time() * 1000),
+        started_ms=now_ms(),
         params={key: value[:6000] for key, value in (config.flat() if params is None else params).items()},
     )
     tags = {RUN_DIR_TAG: str(paths.root), LOCAL_TAG: record.folder}
@@ -138,14 +138,15 @@ def read_any_record(config: RunConfig, paths: RunPaths) -> RunRecord | None:
     return RunRecord(tracking_uri(config), run_id=name)
 
 
-def original_of(config: RunConfig, paths: RunPaths, record: RunRecord) -> str | None:
+def original_of(config: RunConfig, paths: RunPaths, record: RunRecord, *, publishes: bool = True) -> str | None:
     """The run directory that this one was copied from, where both would write to one store: another folder, still there, whose
-    run.json names the same run. None where this is the run's directory, or the copy has a store of its own."""
+    run.json names the same run. None where this is the run's directory, or the copy has a store of its own. publishes: whether
+    the folder of published checkpoints is written to, too."""
     home = Path(record.tags.get(RUN_DIR_TAG, paths.root))
     known, theirs = read_any_record(config, paths), home / RUN_FILE
     if known is None or not theirs.exists() or os.path.realpath(home) == os.path.realpath(paths.root):
         return None
-    if not same_store(known.tracking_uri, tracking_uri(config)) and config.train.publish_to is None:
+    if not same_store(known.tracking_uri, tracking_uri(config)) and not (publishes and config.train.publish_to):
         return None
     try:
         other = storage.read_json(theirs)

@@ -12,6 +12,7 @@ import os
 import re
 import sqlite3
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -73,6 +74,35 @@ def require_usable(file: Path) -> None:
     if file.exists():
         with _opened(file) as database:
             database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+
+
+def make_store(file: Path) -> None:
+    """Make an empty store, unless there is a file: complete or not at all. MLflow's own way fails where several processes
+    begin with one new file, and leaves half of the tables where one is killed."""
+    if file.exists():
+        return
+    import sqlalchemy
+    from mlflow.store.db.utils import _initialize_tables
+
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+    engine = sqlalchemy.create_engine(uri_of(temporary))
+    try:
+        _initialize_tables(engine)
+        engine.dispose()
+        _name_unless_taken(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _name_unless_taken(temporary: Path, file: Path) -> None:
+    """Give a finished file its name, unless another process was faster."""
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without links
+        if not file.exists():
+            os.replace(temporary, file)
 
 
 def holds_run(uri: str, run_id: str) -> bool:

@@ -1,7 +1,7 @@
 """Heartbeats: each rank keeps a small file up to date, to tell which rank is at fault when a collective fails.
 
 A collective that times out says "timed out" and nothing else: not which rank was missing. So a thread of every rank writes
-`logs/ranks/rank-N.json` once a second: what the rank does (step and phase) and the time. A rank whose collective failed
+`logs/ranks/rank-N.json` once a second: what the rank does (step and phase). A rank whose collective failed
 reads these files and names the rank that is gone, stopped, silent, or behind the others.
 
 Decision: files, not keys of the rendezvous store. The store lives in rank 0, which may be the rank that hangs, and the run
@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ class Heartbeat:
             while True:
                 activity = self._activity
                 waited = time.monotonic() - activity.since
-                record = {**fixed, "step": activity.step, "phase": activity.phase, "for_s": waited, "time": time.time()}
+                record = {**fixed, "step": activity.step, "phase": activity.phase, "for_s": waited}
                 record["step_s"] = self._step_s
                 with contextlib.suppress(OSError):  # a full disk must not end a run here
                     _write(folder, rank, record)
@@ -99,8 +100,9 @@ def beats(folder: Path) -> dict[int, dict[str, Any]]:
     found = {}
     for file in folder.glob("rank-*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            written = file.stat().st_mtime_ns
             record = json.loads(file.read_text())
-            found[int(record["rank"])] = {**record, "time": float(record["time"]), "phase": str(record["phase"])}
+            found[int(record["rank"])] = {**record, "written": written, "phase": str(record["phase"])}
     return found
 
 
@@ -111,12 +113,12 @@ def blame(folder: Path, job: str, *, me: int, world: int, closed: bool = False) 
     processes cannot be inspected).
     """
     others = {rank: _read(folder, rank, job) for rank in range(world) if rank != me}
-    for check in (_absent, _gone, _silent):
+    mine = _read(folder, me, job)
+    for check in (_absent, _gone, partial(_silent, mine)):
         found = [text for rank, record in others.items() if (text := check(rank, record)) is not None]
         if found:
             return "; ".join(found)
     seen = {rank: record for rank, record in others.items() if record is not None}
-    mine = _read(folder, me, job)
     if mine is not None:
         seen[me] = mine
     progress = {rank: (r["step"], PHASES.index(r["phase"])) for rank, r in seen.items()}
@@ -144,9 +146,10 @@ def _gone(rank: int, record: dict[str, Any] | None) -> str | None:
     return f"{who} is gone" if state in "ZX" else f"{who} is stopped" if state in "Tt" else None
 
 
-def _silent(rank: int, record: dict[str, Any] | None) -> str | None:
+def _silent(mine: dict[str, Any] | None, rank: int, record: dict[str, Any] | None) -> str | None:
+    """Compared with our own file, which is rewritten every second, too: hosts' clocks differ, and may be set back."""
     assert record is not None, rank
-    age = time.time() - record["time"]
+    age = 0.0 if mine is None else mine["written"] - record["written"]
     if age <= SILENT_S:
         return None
     return f"rank {rank} on {record['host']} has given no sign of life for {age:.0f} s, since step {record['step']}"
@@ -166,7 +169,8 @@ def _write(folder: Path, rank: int, record: dict[str, Any]) -> None:
 
 def _read(folder: Path, rank: int, job: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(_file(folder, rank).read_text())
+        with open(_file(folder, rank), encoding="utf-8") as stream:
+            record = json.load(stream) | {"written": os.fstat(stream.fileno()).st_mtime}
         return record if record["job"] == job else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

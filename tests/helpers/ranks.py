@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.backends.job import free_port
+from pipeline.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 

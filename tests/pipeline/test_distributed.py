@@ -1,11 +1,13 @@
-"""pipeline/distributed.py: the network interface that gloo uses."""
+"""pipeline/distributed.py: the network interface that gloo uses, and a port."""
 
 import os
+import socket
 
 import pytest
+import torch.distributed as dist
 
 from pipeline import distributed
-from pipeline.distributed import interface_towards
+from pipeline.distributed import free_port, interface_towards
 
 
 def test_interface_of_the_loopback():
@@ -33,3 +35,14 @@ def test_several_nodes_do_not_talk_through_the_loopback(monkeypatch, nodes, defa
     )
     distributed.choose_interface()
     assert os.environ["GLOO_SOCKET_IFNAME"] == chosen
+
+
+def test_a_free_port_is_reserved_and_may_be_listened_on_by_torch():
+    port = free_port()
+    with socket.socket() as plain, pytest.raises(OSError, match="in use"):
+        plain.bind(("127.0.0.1", port))  # as the kernel would not choose it for a bind to port 0
+    with socket.socket() as reusing:
+        reusing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reusing.bind(("0.0.0.0", port))
+    for libuv in (True, False):
+        dist.TCPStore("127.0.0.1", free_port(), is_master=True, use_libuv=libuv, wait_for_workers=False)

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from launch.backends.hosts import Host, carried, on_each, rendezvous_address
-from launch.backends.job import free_port
 from launch.commands.doctor.connect import LOCAL, Runner, check_connections
 from launch.commands.doctor.findings import Finding, check_bandwidth, check_nodes
 from launch.commands.doctor.probe import token_file
 from pipeline.checkpoint.format import checkpoint_bytes
 from pipeline.config.paths import RunPaths, staging_folder, tokens_folder
 from pipeline.config.run import RunConfig
+from pipeline.distributed import free_port
 from pipeline.errors import ConfigError
 from pipeline.io.urls import is_local, without_secrets
 from pipeline.stages.train import disk_needed

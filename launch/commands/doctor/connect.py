@@ -50,12 +50,12 @@ class Runner:
 
     def clock(self, host: Host) -> tuple[subprocess.CompletedProcess[str], Clock | None]:
         """The output of `date` there, and the clock if that is a time. A shell's startup files may print before it."""
-        started = time.time()
+        started, ticks = time.time(), time.monotonic()
         done = ssh(host.name, ["date", "+%s.%N"], port=self._port, timeout_s=30)
-        ended = time.time()
+        half = (time.monotonic() - ticks) / 2
         with contextlib.suppress(ValueError, IndexError):
             now = float(done.stdout.strip().splitlines()[-1])
-            return done, (now - (started + ended) / 2, (ended - started) / 2)
+            return done, (now - started - half, half)
         return done, None
 
 

@@ -181,6 +181,8 @@ class Bar:
             miniters=1,
             file=sys.stderr,
         ) as bar:
+            bar._time = time.monotonic  # type: ignore[attr-defined]  # tqdm's own clock may be set back
+            bar.start_t = bar.last_print_t = time.monotonic()
             over = False
             while not over:
                 over = self._ended.wait(SECONDS)

@@ -146,6 +146,7 @@ def _sources(sources: list[Tree]) -> list[Tree]:
 def _steps(steps: list[Tree], read: int) -> list[Tree]:
     return [
         {
+            "partly_checked": 0,
             **step,
             "removed": list(step["removed"].items()),
             "kept_width": None if step["documents_out"] is None else _width(step["documents_out"], read),

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.backends.job import free_port
 from launch.cli import main
 from pipeline.checkpoint.format import committed
+from pipeline.distributed import free_port
 
 pytestmark = [
     pytest.mark.slow,

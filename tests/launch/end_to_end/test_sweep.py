@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.backends.job import free_port
 from launch.cli import main
+from pipeline.distributed import free_port
 from pipeline.tracking.client import client
 
 PLDR = [sys.executable, "-m", "launch.cli"]

@@ -3,14 +3,17 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from pipeline.config.load import load_config
 from pipeline.config.paths import RunPaths
+from pipeline.data.inspect.verify import verify
 from pipeline.errors import ConfigError, UserError
 from pipeline.stages.runner import LOCK, Pipeline, exclusive
 from pipeline.stages.train import ranks_on_this_node
@@ -111,6 +114,23 @@ def test_data_that_a_model_was_trained_with_stay_when_their_source_changes(make,
     assert make()[0].stage("shard", replace=True)["skipped"] is False
     with pytest.raises(ConfigError, match="--replace"):
         make()[0].stage("tokenizer")
+
+
+def test_what_is_made_again_is_told_before_also_with_records_that_know_no_settings(make, tmp_path):
+    pipeline = make()[0]
+    data_stages(pipeline)
+    trained(tmp_path / "run")
+    file = tmp_path / "run" / "stages" / "shard.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in record.items() if key != "settings"}))
+    job = {"schema_version": 1, "config": pipeline.config.as_dict()}
+    (tmp_path / "run" / "logs").mkdir(exist_ok=True)
+    (tmp_path / "run" / "logs" / "job.json").write_text(json.dumps(job))
+    corpus(tmp_path / "corpus.jsonl", "beta")
+    pipeline, reported = make()
+    pipeline.stage("shard")
+    said = next(line for line in reported if "makes documents again" in line)
+    assert "the input has changed since; step-000004 in" in said and reported.index(said) == 0
 
 
 def test_data_that_a_model_was_trained_with_can_be_mended(make, tmp_path):
@@ -291,4 +311,74 @@ def test_a_process_that_holds_nodes_does_not_wait_for_ever(tmp_path):
         assert "waiting for it to end" in said[0]
         other.communicate("\n")
     with exclusive(paths, said.append, wait_s=0.1):
+        pass
+
+
+def test_five_that_begin_at_once_in_a_new_run_directory_work_one_after_another(tmp_path, at_once):
+    def work(turn, number):
+        paths, reported = RunPaths(str(tmp_path / f"run{turn}")), []
+        with exclusive(paths, reported.append):
+            inside = paths.root / "inside"
+            inside.touch(exist_ok=False)
+            inside.unlink()
+            (paths.root / f"made-by-{number}").touch()
+        return reported
+
+    reports = at_once(work, rounds=20)
+    assert all(line.endswith("works here; waiting for it to end") for reported in reports for line in reported)
+
+
+def test_whoever_waited_for_a_removed_run_directory_begins_anew(make, tmp_path, at_once):
+    pipeline, root = make()[0], tmp_path / "run"
+
+    def work(turn, number):
+        if number == 0:
+            with exclusive(pipeline.paths, print):
+                (tmp_path / "begun").touch()
+                while not (tmp_path / "waiting").exists():
+                    pass
+                shutil.rmtree(root)
+            return None
+        while not (tmp_path / "begun").exists():
+            pass
+        with exclusive(pipeline.paths, lambda line: (tmp_path / "waiting").touch()):
+            return (root / ".lock").exists()
+
+    assert at_once(work, processes=2) == [None, True]
+
+
+def test_a_folder_for_documents_has_one_writer_and_the_others_are_told(make, tmp_path, at_once):
+    folder = tmp_path / "shared" / "documents"
+
+    def shard(turn, number):
+        pipeline = make(f"run_dir={tmp_path}/run{turn}.{number}", f"data.output={folder}")[0]
+        with exclusive(pipeline.paths, print):
+            try:
+                return "done" if pipeline.stage("shard") else None
+            except UserError as error:
+                return str(error)
+
+    said = at_once(shard)
+    assert said.count("done") == 1, said
+    told = ("writes documents there; wait for it, or name another folder in data.output", "that another run or")
+    assert all(any(words in one for words in told) for one in said if one != "done"), said
+    assert verify(f"{folder}", None, print)["documents"]["files"]
+
+
+def test_a_run_that_begins_while_another_looks_at_its_new_directory_is_no_foreign_one(tmp_path, monkeypatch):
+    """The other one makes its lock, then its files, between two looks of ours."""
+    root, listing = tmp_path / "run", Path.iterdir
+
+    def begun_meanwhile(folder):
+        (root / ".lock").touch()
+        (root / "logs").mkdir(exist_ok=True)
+        return listing(folder)
+
+    monkeypatch.setattr(Path, "iterdir", begun_meanwhile)
+    with exclusive(RunPaths(str(root)), print):
+        pass
+    monkeypatch.undo()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="no run's"), exclusive(RunPaths(str(tmp_path / "foreign")), print):
         pass

@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -13,6 +14,8 @@ from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
+from pipeline.stages.post import package
+from pipeline.stages.validate import certify, require_own_run
 from pipeline.tracking import outbox
 from pipeline.tracking.client import TIMEOUT, client, import_mlflow, patience, tracking_uri
 from pipeline.tracking.run import known_run, log_report, open_run
@@ -132,6 +135,11 @@ def test_a_copy_does_not_write_to_the_store_of_the_original(make, tmp_path):
         opened(copy)
     with pytest.raises(ConfigError, match="is a copy of"):
         outbox.replay(copy, RunPaths(copy.run_dir))
+    for attached in (certify, partial(package, uncertified=True)):  # refused before anything is measured or packaged
+        with pytest.raises(ConfigError, match="is a copy of"):
+            attached(copy, RunPaths(copy.run_dir))
+    own = make(tmp_path / "copy", train={"publish_to": str(tmp_path / "published")})  # with a database of its own
+    require_own_run(own, RunPaths(own.run_dir))
     assert opened(copy, run_id=run_id).id == run_id  # asked for by name
     assert opened(copy).id == run_id
     shutil.move(tmp_path / "run", tmp_path / "moved")

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from launch.backends.job import free_port
 from pipeline.config.schedule import learning_rate
+from pipeline.distributed import free_port
 from pipeline.train.optim import parameter_groups
 from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel

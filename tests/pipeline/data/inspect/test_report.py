@@ -134,3 +134,15 @@ def test_without_documents_there_is_no_report(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run `pldr shard` first"):
         write_report("run", str(tmp_path), None, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_documents_that_a_step_checked_in_part_are_on_the_page(tmp_path: Path, make_config: MakeConfig) -> None:
+    lines = [json.dumps({"text": f"{number}" + "\u6f22\u5b57\u6587\u66f8" * 40}) for number in range(60)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    config = make_config(
+        tmp_path / "run", str(tmp_path / "in.jsonl"), data={"clean": {"quality": {"repetition": False}}, "workers": 1}
+    )
+    paths = RunPaths(config.run_dir)
+    shard_documents(config, paths)
+    write_report("run", str(paths.documents), str(paths.tokens), tmp_path / "page.html")
+    assert "60 documents were checked in part" in " ".join(Page((tmp_path / "page.html").read_text()).text.split())
