@@ -33,6 +33,7 @@ from pipeline.config.run import RunConfig
 from pipeline.distributed import agreement, choose_interface, on_every_rank
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
+from pipeline.io.sealed import read_sealed
 from pipeline.train import signals
 from pipeline.train.console import FAILURE, LISTENING, print_line
 from pipeline.train.heartbeat import Heartbeat, blame
@@ -169,7 +170,7 @@ def read_job(file: Path) -> Job:
         raise UserError(
             f"{file}: not on host {socket.gethostname()}; run_dir has to be on a file system that every node sees"
         )
-    job = storage.read_json(file, schema_version=JOB_SCHEMA_VERSION)
+    job = read_sealed(file, schema_version=JOB_SCHEMA_VERSION)
     config = parse_config(job["config"], where=str(file))
     start = None if job["resume_from"] is None else Path(job["resume_from"])
     rank, world = rank_and_world()

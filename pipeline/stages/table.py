@@ -271,6 +271,7 @@ STAGES = (
         inputs=settings_inputs("consolidate", form=2),
         outputs=lambda config, paths: files_in(paths.weights, paths),
         run=_consolidate,
+        untouched=("train",),
     ),
     Stage(
         name="extract",
@@ -278,6 +279,7 @@ STAGES = (
         inputs=settings_inputs("extract", form=2),
         outputs=lambda config, paths: files_in(paths.g_lm, paths),
         run=_extract,
+        untouched=("consolidate",),
     ),
     Stage(
         name="validate",
@@ -285,6 +287,7 @@ STAGES = (
         inputs=settings_inputs("validate", form=3),
         outputs=lambda config, paths: files_in(paths.certificate, paths),
         run=_validate,
+        untouched=("consolidate", "extract"),
         check=_require_certified,
         needs=("verdict",),
     ),

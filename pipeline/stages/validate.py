@@ -23,6 +23,7 @@ from pipeline.config.run import RunConfig
 from pipeline.distributed import has_gpu, num_devices
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
+from pipeline.stages.records import require_as_recorded
 from pipeline.tracking.outbox import log_files
 from pipeline.tracking.run import TrackedRun, run_named
 from pipeline.tracking.run_record import VERDICT_TAG
@@ -147,6 +148,7 @@ def _twin(config: RunConfig, certificate: dict[str, Any]) -> dict[str, Any]:
         return {"loss": None, "note": None}
     path = RunPaths(config.post.twin).certificate / CERTIFICATE
     try:
+        require_as_recorded(RunPaths(config.post.twin), "validate")
         twin = read_certificate(path)
     except UserError as error:
         return {"loss": None, "note": f"The SDPA twin cannot be shown: {first_line(error)}"}

@@ -13,6 +13,7 @@ from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
+from pipeline.io.sealed import read_sealed
 from pipeline.tracking import outbox
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.metrics import Tracker
@@ -296,6 +297,6 @@ def test_an_old_pending_file_is_kept_under_the_new_name_while_mlflow_is_unreacha
     outbox.set_tags(run, {"two": "2"})
     assert not (tmp_path / "logs" / "owed.json").exists()
     kept = {"schema_version": 1, "files": {"/a": "x"}, "tags": {"one": "1", "two": "2"}}
-    assert storage.read_json(tmp_path / "logs" / "pending.json") == {**kept, "status": "KILLED", "ended_ms": None}
+    assert read_sealed(tmp_path / "logs" / "pending.json") == {**kept, "status": "KILLED", "ended_ms": None}
     outbox.begin(run)  # the run is resumed: its end is no longer pending
-    assert storage.read_json(tmp_path / "logs" / "pending.json") == {**kept, "status": None, "ended_ms": None}
+    assert read_sealed(tmp_path / "logs" / "pending.json") == {**kept, "status": None, "ended_ms": None}
