@@ -4,8 +4,8 @@ Asynchronous logging of MLflow drops metrics when the server is unreachable, wit
 points to a JSONL spool and a daemon thread sends them in batches, without retries and with a short timeout; what could not
 be sent stays in the spool and is sent later, in order. Each point is sent once:
 
-- `.sent` holds how many bytes of the spool MLflow has, and how many there were when the last start ended. A batch whose answer was lost is sent again; an equal point (same
-  time, step and value) is stored only once.
+- `.sent` holds how many bytes of the spool MLflow has, and how many there were when the last start ended. A batch whose
+  answer was lost is sent again; an equal point (same time, step and value) is stored only once.
 - A resumed run leaves out points that its spool already holds for that step.
 - Another machine may have continued the run, before this one or since: at the first contact MLflow is asked how far the
   run came (`floor`), and points up to that step are not sent. What is still pending in the spool from an earlier start may be

@@ -116,12 +116,7 @@ AREAS = {
     "checkpoints": Area(
         ("checkpoints/**/*",), (("consolidate", Y, "--force"), MORE, ("train", Y)), same=("weights/*",)
     ),
-    "published": Area(
-        ("mlartifacts/**/checkpoints/**/*",),
-        (MORE, ("train", Y), ("consolidate", Y, "--force")),
-        prepare=_elsewhere,
-        same=("weights/*",),
-    ),
+    "published": Area(("mlartifacts/**/checkpoints/**/*",), (MORE,), prepare=_elsewhere, same=("checkpoints/**/*",)),
     "run.json": Area(
         ("run.json",), (("report", Y), ("track", "replay", Y), ("bundle", Y, "--force"), MORE), same=("mlflow.db",)
     ),
