@@ -14,6 +14,7 @@ be sent stays in the spool and is sent later, in order. Each point is sent once:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import first_line
+from pipeline.errors import UserError, first_line
 from pipeline.io import storage
 from pipeline.io.sealed import is_intact, publish_sealed
 from pipeline.tracking.client import client, import_mlflow, is_unreachable, latest_points
@@ -106,7 +107,8 @@ class Tracker:
         self._thread.join(timeout=wait_s)
         self._stream.close()
         self._written = max(self._written, self._spool.stat().st_size)
-        self._write_sent()
+        with contextlib.suppress(UserError):  # a full disk
+            self._write_sent()
         if self.mlflow_id is None or self._sent < self._spool.stat().st_size:
             log.warning(
                 "MLflow at %s did not take all metrics; they are kept in %s, `pldr track replay` sends them",

@@ -131,6 +131,14 @@ def _seal_stats(work: Path, rank: int) -> None:
         publish_bytes(file.with_suffix(".sha256"), sha256_file(file).encode())
 
 
+def has_stats(work: Path, tasks: int) -> bool:
+    """Whether the counts of every task are there and undamaged."""
+    try:
+        return all(isinstance(read_record(work, STATS, rank), list) for rank in range(tasks))
+    except (OSError, UserError):
+        return False
+
+
 def step_stats(work: Path, tasks: int) -> list[dict[str, Any]]:
     """The counts of each step, in pipeline order, summed over tasks."""
     steps: list[dict[str, Any]] = []

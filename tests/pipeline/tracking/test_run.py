@@ -102,6 +102,49 @@ def test_a_damaged_spool_does_not_end_a_run(tmp_path):
     assert history(config, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
 
 
+def test_a_changed_digit_in_the_spool_is_not_sent_and_told_by_a_replay(tmp_path):
+    config = configuration(tmp_path)
+    run = opened(config)
+    first = outbox.open_tracker(run)
+    first.log(1, {"train/loss": 1.5})
+    first.log(2, {"train/loss": 2.5})
+    assert first.close()
+    spool = outbox.spool_of(run)
+    outbox.replay(config, run.paths)
+    intact = spool.read_bytes()
+    spool.with_suffix(".sent").unlink()
+    spool.write_bytes(intact.replace(b"2.5", b"3.5"))
+    with pytest.raises(UserError, match=r"metrics-.*\.jsonl: was damaged: 1 damaged lines are left out"):
+        outbox.replay(config, run.paths)
+    assert history(config, run.id, "train/loss") == [(1, 1.5), (2, 2.5)]
+    spool.write_bytes(intact)
+    outbox.replay(config, run.paths)
+    spool.write_bytes(intact[: intact.index(b"\n") + 1])  # cut at the end of a line
+    with pytest.raises(UserError, match=r"metrics-.*\.jsonl: was damaged: its last \d+ bytes are lost"):
+        outbox.replay(config, run.paths)
+
+
+def test_a_damaged_pending_file_is_set_aside_and_told_by_a_replay(tmp_path):
+    config = configuration(tmp_path)
+    run = opened(config)
+    run.create()
+    outbox.Pending(tags={"pldr.verdict": "certified-1"}).write(run.paths)
+    pending = tmp_path / "logs" / "pending.json"
+    pending.write_text(pending.read_text().replace("certified-1", "certified-2"))
+    with pytest.raises(UserError, match=r"pending.json.damaged: what waited in pending.json is lost"):
+        outbox.replay(config, run.paths)
+    assert "pldr.verdict" not in client(tracking_uri(config)).get_run(run.id).data.tags
+    (tmp_path / "logs" / "pending.json.damaged").unlink()
+    outbox.replay(config, run.paths)
+
+
+def test_a_changed_digit_in_run_json_is_damage(tmp_path):
+    run = opened(configuration(tmp_path))
+    file = tmp_path / "run.json"
+    file.write_text(file.read_text().replace('"seed": "1"', '"seed": "7"'))
+    assert opened(configuration(tmp_path)).id != run.id  # no checkpoint names it
+
+
 def test_a_run_of_another_configuration_is_refused(tmp_path):
     run = opened(configuration(tmp_path))
     run_id = run.id
