@@ -102,7 +102,7 @@ class Pipeline:
         except (UserError, OSError):  # damaged, or of another version: the stage is done again
             return None
         complete = isinstance(record.get("inputs"), str) and isinstance(record.get("result"), dict)
-        complete = complete and are_outputs(record.get("outputs"))
+        complete = complete and are_outputs(record.get("outputs")) and record.get("stage", name) == name
         return record if complete and all(key in record["result"] for key in stage_named(name).needs) else None
 
     def _require_finished(self, name: str, needed_by: str) -> dict[str, Any]:

@@ -89,10 +89,17 @@ def _is_index(tree: dict[str, Any]) -> bool:
             isinstance(file, dict)
             and isinstance(file.get("name"), str)
             and isinstance(file.get("sha256"), str)
-            and safe_member(file["name"]) == file["name"]
+            and _stays_inside(file["name"])
             for file in [*files, *removed]
         )
     )
+
+
+def _stays_inside(name: str) -> bool:
+    try:
+        return bool(safe_member(name))
+    except UserError:
+        return False
 
 
 def fingerprint_of(tree: dict[str, Any]) -> str:

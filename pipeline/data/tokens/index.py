@@ -105,6 +105,8 @@ class TokenIndex:
             index = cls(folder=str(folder), shards=shards, **fields)
             index._check_numbers()
             return index
+        except UserError as error:  # a name that leaves the folder
+            raise UserError(f"{url}: {error}; {TOKENIZE_AGAIN}") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{url}: not a token index ({type(error).__name__}: {error}); {TOKENIZE_AGAIN}") from None
 

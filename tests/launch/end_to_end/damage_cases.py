@@ -30,6 +30,7 @@ from tests.helpers.damage import damage
 from tests.launch.end_to_end.damaged_areas import AREAS, Area
 
 PRISTINE = "undamaged"
+NO_COMMIT = {"GIT_DIR": "/nonexistent"}  # bundles name the commit of the code, which may change meanwhile
 LIMIT_S = 300  # of one case; most take less than one second
 MEMORY = 3 << 30  # bytes of address space, on top of what the imports take
 VOLATILE = ("seconds", "skipped", "page", "points_sent")
@@ -49,6 +50,7 @@ def prepare(folder: Path) -> None:
 def main(folder: Path, first: int, count: int) -> Iterator[dict[str, Any]]:
     """The cases `first` to `first + count`."""
     os.chdir(folder)
+    os.environ |= NO_COMMIT
     os.fsync = lambda handle: None  # half of the time; no power failure is tried here
     _warm_up()
     references: dict[str, Any] = {}

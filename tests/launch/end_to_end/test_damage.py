@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from tests.launch.end_to_end.damage_cases import prepare
+from tests.launch.end_to_end.damage_cases import NO_COMMIT, prepare
 
 FIRST, CASES = int(os.environ.get("FUZZ_FIRST", "0")), int(os.environ.get("FUZZ_CASES", "1000"))
 
@@ -21,9 +21,8 @@ def folder(tmp_path_factory, make_run):
     """A finished run on one rank, kept as it is."""
     folder = tmp_path_factory.mktemp("damage")
     config = make_run(folder, ranks=1, checkpoint_every=250)
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "run", str(config)], cwd=folder, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "launch.cli", "run", str(config)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, **NO_COMMIT})
     assert done.returncode == 0, done.stderr[-3000:]
     prepare(folder)
     return folder

@@ -170,6 +170,8 @@ def test_a_changed_digit_in_a_stage_record_is_not_told_as_a_result(make, tmp_pat
     file.write_text(
         json.dumps({**json.loads(file.read_bytes()), "outputs": outputs})
     )  # these are compared with the files
+    (file.with_name("shard.json")).write_text(intact)  # another stage's
+    assert make()[0].record("shard") is None and make()[0].record("tokenize") is not None
     for damaged in ({"x": 5}, [], {"x": [1, 2, 3]}):
         file.write_text(json.dumps({**record, "outputs": damaged}))
         assert make()[0].record("tokenize") is None
