@@ -40,6 +40,7 @@ from pipeline.distributed import agreement, choose_interface, on_every_rank
 from pipeline.environment import omp_threads
 from pipeline.errors import UserError, first_line
 from pipeline.io import locks, storage
+from pipeline.io.sealed import read_sealed
 from pipeline.train import signals
 from pipeline.train.console import FAILURE, LISTENING, STOPPED, print_line
 from pipeline.train.heartbeat import Heartbeat, blame
@@ -179,7 +180,7 @@ def read_job(file: Path) -> Job:
         raise UserError(
             f"{file}: not on host {socket.gethostname()}; run_dir has to be on a file system that every node sees"
         )
-    job = storage.read_json(file, schema_version=JOB_SCHEMA_VERSION)
+    job = read_sealed(file, schema_version=JOB_SCHEMA_VERSION)
     config = parse_config(job["config"], where=str(file))
     start = None if job["resume_from"] is None else Path(job["resume_from"])
     rank, world = rank_and_world()

@@ -13,6 +13,7 @@ in the configuration.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def load_checkpoint_file(path: str | Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
     try:
+        _require_checksums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle fails in any way: OSError, IndexError, struct.error, … were seen
         kind = type(error).__name__  # torch's text advises to load it with code execution on
@@ -56,6 +58,14 @@ def load_checkpoint_file(path: str | Path) -> dict[str, Tensor]:
                 f"{path}: {key!r} is a {type(value).__name__}, not a tensor; is this a model's state dict?"
             )
     return dict(state)
+
+
+def _require_checksums(path: Path) -> None:
+    """A `.pth` is a zip file, whose checksums torch does not compare. Errors: zipfile.BadZipFile."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(damaged)
 
 
 def save_checkpoint_file(state: Mapping[str, Tensor], path: str | Path) -> None:

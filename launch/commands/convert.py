@@ -77,6 +77,8 @@ def import_reference(
     from safetensors.torch import save_file
 
     from pipeline.io import storage
+    from pipeline.io.sealed import publish_sealed
+    from pipeline.post.weights import FREE
     from pldr_model.convert import from_reference, infer_config, load_checkpoint_file
 
     try:
@@ -96,7 +98,7 @@ def import_reference(
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
 
     storage.publish(folder / "model.safetensors", write)
-    storage.publish_json(
+    publish_sealed(
         folder / "config.json",
         {
             "schema_version": SCHEMA_VERSION,
@@ -104,6 +106,7 @@ def import_reference(
             "model_sha256": storage.sha256_file(folder / "model.safetensors"),
             "source": {"imported_from": Path(source).name, "sha256": storage.sha256_file(source)},
         },
+        free=FREE,
     )
     count = sum(tensor.numel() for tensor in weights.values())
     report(f"{folder}: {len(weights)} tensors, {count:,} numbers")
@@ -115,11 +118,13 @@ def export_reference(source: str, target: str, report: Report) -> Result:
     from safetensors.torch import load_file
 
     from pipeline.io import storage
+    from pipeline.io.sealed import read_sealed
+    from pipeline.post.weights import FREE
     from pldr_model.config import ModelConfig
     from pldr_model.convert import save_checkpoint_file, to_reference
 
     folder = Path(source)
-    record = storage.read_json(folder / "config.json", schema_version=SCHEMA_VERSION)
+    record = read_sealed(folder / "config.json", schema_version=SCHEMA_VERSION, free=FREE)
     if Path(target).suffix not in (".pth", ".safetensors"):
         raise ConfigError(f"{target}: name a .pth or a .safetensors file")
     if storage.sha256_file(folder / "model.safetensors") != record.get("model_sha256"):

@@ -158,7 +158,7 @@ def _config_of(given: str, overrides: list[str], *, verb: str) -> RunConfig:
     """The YAML's configuration, or that of a run directory's last start."""
     from pipeline.config.load import load_config, parse_config
     from pipeline.config.paths import RunPaths
-    from pipeline.io import storage
+    from pipeline.io.sealed import read_sealed
 
     folder = Path(given)
     if not folder.is_dir():
@@ -168,7 +168,7 @@ def _config_of(given: str, overrides: list[str], *, verb: str) -> RunConfig:
     job = RunPaths(folder).logs / "job.json"
     if not job.exists():
         raise UserError(f"{job}: missing; no training was started in {folder}: name the YAML of the run")
-    config = parse_config(storage.read_json(job, schema_version=1)["config"], where=str(job))
+    config = parse_config(read_sealed(job, schema_version=1).get("config") or {}, where=str(job))
     uri = _moved_along(config, folder)
     tracking = config.tracking.model_copy(update={"uri": uri})
     return config.model_copy(update={"run_dir": str(folder), "tracking": tracking})

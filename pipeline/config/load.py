@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def _read_chain(path: Path, origins: Origins) -> dict[str, Any]:
     following: Path | None = path
     while following is not None:
         file = following
-        if file.resolve() in [seen.resolve() for seen, _ in chain]:
+        if os.path.realpath(file) in [os.path.realpath(seen) for seen, _ in chain]:
             names = " -> ".join(str(seen) for seen in [*(seen for seen, _ in chain), file])
             raise ConfigError(f"{path}: {EXTENDS}: a cycle ({names}); remove one of them")
         tree = _read(file, named_by=chain[-1][0] if chain else None)
@@ -77,17 +78,25 @@ def _read_chain(path: Path, origins: Origins) -> dict[str, Any]:
     return merged
 
 
+def load_yaml(path: Path) -> Any:
+    """The values in a YAML file. Raises OSError, yaml.YAMLError, or ValueError for what YAML allows and Python does not."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def _read(path: Path, *, named_by: Path | None) -> dict[str, Any]:
     """The tree in one file."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path)
     except FileNotFoundError:
         if named_by is not None:
             raise ConfigError(f"{named_by}: {EXTENDS}: {path}: no such file; name it relative to this one") from None
         raise ConfigError(f"{path}: no such file; name a YAML such as configs/quickstart.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections (name, run_dir, data, model, ...)")

@@ -149,7 +149,7 @@ def read_members(source: Path | str) -> Iterator[tuple[str, bytes]]:
                     header[156:] != _END
                     or header[100:124] != _MIDDLE
                     or header[136:148] != _TIME
-                    or not header[124:135].isdigit()
+                    or header[124:135].strip(b"01234567")
                 ):
                     raise UserError(f"{shown}: damaged archive (a header was not written by pldr); make it again")
                 name, size = header[:MAX_NAME].rstrip(b"\0"), int(header[124:135], 8)

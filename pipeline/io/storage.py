@@ -45,7 +45,10 @@ def sha256_file(url: str | Path) -> str:
 
 def sha256_json(value: Any) -> str:
     """Hex sha256 of a value's canonical JSON: the fingerprint of configurations and indexes."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    try:
+        return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+    except RecursionError:  # a damaged file, that could just be read
+        return hashlib.sha256(b"nested too deeply").hexdigest()
 
 
 def canonical_json(value: Any) -> str:
@@ -148,23 +151,39 @@ def render_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def parse_json(data: bytes | str) -> Any:
+    """`json.loads` that raises ValueError for everything that JSON does not have: NaN, other encodings, endless nesting."""
+    try:
+        return json.loads(data.decode() if isinstance(data, bytes) else data, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a JSON value")
+
+
 def read_json(url: str | Path, *, schema_version: int | None = None) -> Any:
     """Parse a JSON file. Raises UserError naming the file if it is absent, truncated, or has another schema version."""
     try:
         with open_retrying(check_url(str(url))) as stream:
-            value = json.loads(stream.read())
+            value = parse_json(stream.read())
     except FileNotFoundError:
         raise UserError(f"{public_url(url)}: no such file") from None
     except IsADirectoryError:
-        raise UserError(f"{url}: is a folder, a file is expected; move it away and make the file again") from None
+        raise UserError(
+            f"{public_url(url)}: is a folder, a file is expected; move it away and make the file again"
+        ) from None
     except UserError:
         raise
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise UserError(f"{url}: not valid JSON ({error}); it was damaged: make it again") from None
+    except ValueError as error:
+        raise UserError(f"{public_url(url)}: not valid JSON ({error}); it was damaged: make it again") from None
     if schema_version is not None:
         found = value.get("schema_version") if isinstance(value, dict) else None
         if found != schema_version:
-            raise UserError(f"{url}: schema_version {found!r}, this program reads {schema_version}; make it again")
+            raise UserError(
+                f"{public_url(url)}: schema_version {found!r}, this program reads {schema_version}; make it again"
+            )
     return value
 
 

@@ -18,18 +18,18 @@ from pipeline.checkpoint.deepspeed_files import ZeroState
 from pipeline.checkpoint.format import checkpoint_name, model_of, verify
 from pipeline.config.keys import trained_by
 from pipeline.errors import UserError
+from pipeline.io.sealed import publish_sealed
 from pipeline.io.storage import (
     MANIFEST,
     publish_bytes,
     publish_dir,
-    publish_json,
     read_json,
     require_free_space,
     sha256_file,
     sha256_json,
 )
 from pipeline.io.tensors import serialize
-from pipeline.post.weights import CONFIG, SCHEMA_VERSION, WEIGHTS
+from pipeline.post.weights import CONFIG, FREE, SCHEMA_VERSION, WEIGHTS
 from pldr_model.config import ModelConfig
 
 START = ("g_source", "g_start")  # keys of `model` that the weights' first values come from, beside sizes
@@ -61,7 +61,7 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
     with publish_dir(out) as temporary:
         note = json.dumps({"schema_version": SCHEMA_VERSION, "model": config.to_dict()}, sort_keys=True)
         publish_bytes(temporary / WEIGHTS, serialize(weights, note=note))
-        publish_json(
+        publish_sealed(
             temporary / CONFIG,
             {
                 "schema_version": SCHEMA_VERSION,
@@ -69,6 +69,7 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
                 "model_sha256": sha256_file(temporary / WEIGHTS),
                 "source": source,
             },
+            free=FREE,
         )
     record = read_json(out / CONFIG, schema_version=SCHEMA_VERSION)
     return {

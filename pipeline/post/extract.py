@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.io.storage import publish_bytes, publish_dir, publish_json, read_json, sha256_file
+from pipeline.io.sealed import publish_sealed, read_sealed
+from pipeline.io.storage import publish_bytes, publish_dir, sha256_file
 from pipeline.io.tensors import load_tensors, serialize
 from pipeline.post.measure.observe import batches
 from pipeline.post.measure.prompts import PromptKind, sha256_kinds
@@ -79,13 +80,13 @@ def save_g(extracted: ExtractedG, out: Path) -> dict[str, Any]:
         publish_bytes(temporary / G_FILE, serialize({"g_lm": extracted.g_lm}))
         publish_bytes(temporary / SPREAD_FILE, serialize({"spread": extracted.spread}))
         record = {**extracted.record, **{key: sha256_file(temporary / name) for name, key in HASHES.items()}}
-        publish_json(temporary / RECORD_FILE, record)
+        publish_sealed(temporary / RECORD_FILE, record, free=HASHES.values())
     return record
 
 
 def load_g(folder: Path, config: ModelConfig) -> ExtractedG:
     """What `save_g` wrote, for a model of this configuration. Raises UserError for missing, damaged or foreign files."""
-    record = read_json(folder / RECORD_FILE, schema_version=SCHEMA_VERSION)
+    record = read_sealed(folder / RECORD_FILE, schema_version=SCHEMA_VERSION, free=HASHES.values())
     for name, key in HASHES.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: no such file; run the extract stage again")

@@ -11,13 +11,15 @@ from typing import Any
 
 from pipeline.bundle.format import parse_model, state_shapes
 from pipeline.errors import UserError
-from pipeline.io.storage import read_json, sha256_file
+from pipeline.io.sealed import read_sealed
+from pipeline.io.storage import sha256_file
 from pipeline.io.tensors import load_tensors
 from pldr_model.model import PLDRModel
 
 SCHEMA_VERSION = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+FREE = ("model_sha256",)  # compared with the weights themselves
 
 
 def load_weights(folder: Path) -> tuple[PLDRModel, dict[str, Any]]:
@@ -25,7 +27,7 @@ def load_weights(folder: Path) -> tuple[PLDRModel, dict[str, Any]]:
 
     Raises UserError for files that are missing, damaged (sha256), or do not match each other.
     """
-    record = read_json(folder / CONFIG, schema_version=SCHEMA_VERSION)
+    record = read_sealed(folder / CONFIG, schema_version=SCHEMA_VERSION, free=FREE)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder / WEIGHTS}: no such file; run the consolidate stage again")
     if sha256_file(folder / WEIGHTS) != record.get("model_sha256"):

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeGuard
 
+from pipeline.config.paths import RunPaths
+from pipeline.errors import UserError
 from pipeline.io import remote, storage
+from pipeline.io.sealed import read_sealed
 from pipeline.io.urls import is_local, join
 
+FREE = ("outputs",)  # of a record: not in its digest, but compared with the files
 Facts = tuple[int, int, str]  # size, time of the last change (ns; 0 of remote files), sha256
 
 
 def facts_of(path: Path) -> Facts:
     """The facts of a local file."""
     return path.stat().st_size, path.stat().st_mtime_ns, storage.sha256_file(path)
+
+
+def are_outputs(value: Any) -> TypeGuard[dict[str, Facts]]:
+    """Whether this is what a record has of its output files: facts by name."""
+    return isinstance(value, dict) and all(
+        isinstance(facts, list) and [type(fact) for fact in facts] == [int, int, str] for facts in value.values()
+    )
 
 
 def remote_outputs(folder: str) -> dict[str, Facts]:
@@ -23,6 +35,16 @@ def remote_outputs(folder: str) -> dict[str, Facts]:
     listed = [*index["shards"], *index.get("removed", []), *([index["tokenizer"]] if "tokenizer" in index else [])]
     files = {join(folder, file["name"]): (file["bytes"], 0, file["sha256"]) for file in listed}
     return {**files, url: (remote.size_of(url), 0, storage.sha256_file(url))}
+
+
+def require_as_recorded(paths: RunPaths, stage: str) -> None:
+    """Raise UserError naming an output of a run's stage that was changed since. Without a record nothing is known."""
+    file = paths.stages / f"{stage}.json"
+    outputs = read_sealed(file, free=FREE).get("outputs") if file.exists() else {}
+    if not are_outputs(outputs):
+        raise UserError(f"{file}: damaged; run `pldr {stage} CONFIG` again")
+    if changed := first_changed(outputs, paths.root, thorough=True):
+        raise UserError(f"{paths.root / changed}: changed since `pldr {stage}` wrote it; run that again")
 
 
 def first_changed(outputs: Mapping[str, Facts], root: Path, *, thorough: bool) -> str | None:

@@ -15,6 +15,7 @@ from pipeline.config.paths import RunPaths, documents_folder, tokens_folder
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import locks, storage
+from pipeline.io.sealed import read_sealed
 from pipeline.io.urls import is_local, join, local_path, public_url
 from pipeline.stages.compatible import Report
 from pipeline.stages.table import Stage, stages_before
@@ -101,9 +102,7 @@ def _made_with(config: RunConfig, paths: RunPaths, stage: Stage, record: dict[st
         return bool(record[SETTINGS] == settings_digest(config, stage))
     job = paths.logs / "job.json"
     try:
-        trained = (
-            parse_config(storage.read_json(job, schema_version=1)["config"], where=str(job)) if job.exists() else None
-        )
+        trained = parse_config(read_sealed(job, schema_version=1)["config"], where=str(job)) if job.exists() else None
     except (UserError, KeyError, TypeError):
         trained = None
     if trained is None:

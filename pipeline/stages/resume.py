@@ -28,6 +28,7 @@ from pipeline.config.paths import RunPaths, expanded
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
+from pipeline.io.sealed import publish_sealed, read_sealed
 from pipeline.stages.compatible import Report, State, check_inputs
 from pipeline.tracking import outbox, publish
 from pipeline.tracking.run import TrackedRun, open_run
@@ -151,7 +152,7 @@ def _begin_from(
     except FileNotFoundError as error:
         raise removed(source) from error
     origin = paths.root / ORIGIN
-    known = storage.read_json(origin, schema_version=SCHEMA_VERSION) if origin.exists() else {}
+    known = read_sealed(origin, schema_version=SCHEMA_VERSION) if origin.exists() else {}
     if own and known.get("manifest_sha256") != sha256:
         raise ConfigError(
             f"{paths.root}: holds {own[-1].name} of a run that did not begin with {source}; use another run_dir, or "
@@ -164,7 +165,7 @@ def _begin_from(
     clean(paths.checkpoints)
     if not own:
         facts = {"schema_version": SCHEMA_VERSION, "checkpoint": str(source), "manifest_sha256": sha256}
-        storage.publish_json(origin, {**facts, "mlflow_run_id": state["mlflow_run_id"]})
+        publish_sealed(origin, {**facts, "mlflow_run_id": state["mlflow_run_id"]})
         adopt(source, paths.checkpoints, mlflow_run_id=run.id)
         outbox.set_tags(run, {"pldr.continued_from": str(source)})
         report(f"{source} begins this run; it continues from step {step_of(source)}")

@@ -2,7 +2,8 @@
 
 A stage that finished leaves a record `stages/NAME.json`: a digest of its inputs (the configuration it reads and the
 results of the stages before), the names, sizes and hashes of its output files, its result and the seconds it took. It is
-skipped when the inputs are today's and the outputs are still there. Without a record, what a killed stage left is made again
+skipped when the inputs are today's and the outputs are still there. It carries a digest of all but the outputs, which are
+compared with the files. Without a record, what a killed stage left is made again
 (the stages themselves keep what is safe to keep).
 """
 
@@ -20,8 +21,9 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import locks, storage
+from pipeline.io.sealed import publish_sealed, read_sealed
 from pipeline.stages.compatible import Report
-from pipeline.stages.records import first_changed
+from pipeline.stages.records import FREE, are_outputs, first_changed
 from pipeline.stages.replace import SETTINGS, only_writer, require_replaceable, settings_digest
 from pipeline.stages.resume import names_run
 from pipeline.stages.table import NAMES, Stage, Work, stage_named, stages_before
@@ -97,22 +99,28 @@ class Pipeline:
         if not path.exists():
             return None
         try:
-            record: dict[str, Any] = storage.read_json(path, schema_version=SCHEMA_VERSION)
+            record = read_sealed(path, schema_version=SCHEMA_VERSION, free=FREE)
         except (UserError, OSError):  # damaged, or of another version: the stage is done again
             return None
-        complete = isinstance(record.get("inputs"), str) and all(
-            isinstance(record.get(key), dict) for key in ("outputs", "result")
-        )
+        complete = isinstance(record.get("inputs"), str) and isinstance(record.get("result"), dict)
+        complete = complete and are_outputs(record.get("outputs")) and record.get("stage", name) == name
         return record if complete and all(key in record["result"] for key in stage_named(name).needs) else None
+
+    def _require_finished(self, name: str, needed_by: str) -> dict[str, Any]:
+        """An earlier stage's record. Raises ConfigError where there is none."""
+        record, file = self.record(name), self._record_file(name)
+        if record is None and file.exists():
+            raise ConfigError(f"{file}: damaged, or of another version; run `pldr {name} CONFIG` again")
+        if record is None:
+            raise ConfigError(f"stage {needed_by}: {name} has not finished; run `pldr {name}` first")
+        return record
 
     def inputs(self, name: str) -> dict[str, Any]:
         """Everything that decides a stage's output. Raises ConfigError when the stage before it has not finished."""
         before = stages_before(name)
         if not before:
             return stage_named(name).inputs(self.config)
-        if self.record(before[-1].name) is None:
-            last = before[-1].name
-            raise ConfigError(f"stage {name}: {last} has not finished; run `pldr {last}` first")
+        self._require_finished(before[-1].name, name)
         records = [self.record(stage.name) for stage in before]
         identities = [_identity(record["result"]) for record in records if record is not None]
         return {**stage_named(name).inputs(self.config), "before": identities}
@@ -126,7 +134,7 @@ class Pipeline:
             result = stage.run(self._work(resume=resume, force=force, uncertified=uncertified))
         except ConfigError:  # refused: what was there is as complete as it was, for its own inputs
             if old:
-                storage.publish_json(file, old)
+                publish_sealed(file, old, free=FREE)
             raise
         new = {
             "schema_version": SCHEMA_VERSION,
@@ -137,7 +145,7 @@ class Pipeline:
             "result": result,
             "seconds": round(time.perf_counter() - started, 2),
         }
-        storage.publish_json(file, new)
+        publish_sealed(file, new, free=FREE)
         return new
 
     def _work(self, **options: Any) -> Work:
@@ -156,11 +164,11 @@ class Pipeline:
         return first_changed(record["outputs"], self.paths.root, thorough=thorough)
 
     def _require_untouched(self, stage: Stage) -> None:
-        """Raise UserError naming the first output of an earlier stage that was changed since: what is packaged is what the
-        stages wrote."""
+        """Raise UserError naming the first output of an earlier stage that was changed since: what is judged and packaged is
+        what the stages wrote."""
         for name in stage.untouched:
-            record = self.record(name)
-            if record and (changed := self._changed(record, thorough=True)):
+            record = self._require_finished(name, stage.name)
+            if changed := self._changed(record, thorough=True):
                 raise UserError(
                     f"{self.paths.root / changed}: changed since `pldr {name}` wrote it; run `pldr {name} CONFIG` again"
                 )

@@ -8,7 +8,6 @@ command line reads the table for `pldr --help`, which must not wait for torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,8 +163,10 @@ def _train_inputs(config: RunConfig) -> dict[str, Any]:
 
 def _json_in(path: str) -> Any:
     """A file's content; for a file that cannot be read, its name (training reports what is wrong with it)."""
+    from pipeline.io.storage import parse_json
+
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_bytes())
     except (OSError, ValueError):
         return path
 
@@ -271,6 +272,7 @@ STAGES = (
         inputs=settings_inputs("consolidate", form=2),
         outputs=lambda config, paths: files_in(paths.weights, paths),
         run=_consolidate,
+        untouched=("train",),
     ),
     Stage(
         name="extract",
@@ -278,6 +280,7 @@ STAGES = (
         inputs=settings_inputs("extract", form=2),
         outputs=lambda config, paths: files_in(paths.g_lm, paths),
         run=_extract,
+        untouched=("consolidate",),
     ),
     Stage(
         name="validate",
@@ -285,6 +288,7 @@ STAGES = (
         inputs=settings_inputs("validate", form=3),
         outputs=lambda config, paths: files_in(paths.certificate, paths),
         run=_validate,
+        untouched=("consolidate", "extract"),
         check=_require_certified,
         needs=("verdict",),
     ),

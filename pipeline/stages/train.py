@@ -17,6 +17,7 @@ from pipeline.config.paths import RunPaths, tokens_folder
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io import locks, storage
+from pipeline.io.sealed import publish_sealed
 from pipeline.stages.compatible import Report, changes
 from pipeline.stages.resume import find_start
 from pipeline.tracking import outbox
@@ -148,7 +149,7 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, repo
     job_file, tracking = paths.logs / "job.json", config.tracking
     if tracking.uri is not None:  # a relative sqlite:///, for whoever reads the job in another folder
         tracking = tracking.model_copy(update={"uri": tracking_uri(config)})
-    storage.publish_json(
+    publish_sealed(
         job_file,
         {
             "schema_version": JOB_SCHEMA_VERSION,

@@ -23,6 +23,7 @@ from pipeline.distributed import free_port, has_gpu, num_devices
 from pipeline.environment import without_other_jobs
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
+from pipeline.stages.records import require_as_recorded
 from pipeline.tracking.outbox import log_files
 from pipeline.tracking.run import TrackedRun, known_run, require_no_copy, run_named
 from pipeline.tracking.run_record import VERDICT_TAG
@@ -155,6 +156,7 @@ def _twin(config: RunConfig, certificate: dict[str, Any]) -> dict[str, Any]:
         return {"loss": None, "note": None}
     path = RunPaths(config.post.twin).certificate / CERTIFICATE
     try:
+        require_as_recorded(RunPaths(config.post.twin), "validate")
         twin = read_certificate(path)
     except UserError as error:
         return {"loss": None, "note": f"The SDPA twin cannot be shown: {first_line(error)}"}

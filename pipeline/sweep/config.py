@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from pipeline.config.load import load_config
+from pipeline.config.load import load_config, load_yaml
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.config.section import Section
@@ -110,10 +110,10 @@ def read(path: Path, overrides: list[str]) -> tuple[SweepConfig, RunConfig, list
 
 def _read(path: Path) -> SweepConfig:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name a YAML such as configs/sweeps/invariance_budget.yaml") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     try:
         settings = SweepConfig.model_validate(tree)

@@ -29,7 +29,9 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig, flatten
 from pipeline.errors import Stopped, UserError, first_line
 from pipeline.io import storage
+from pipeline.io.sealed import read_sealed
 from pipeline.stages.compatible import Report
+from pipeline.stages.records import FREE
 from pipeline.stages.runner import Pipeline, exclusive
 from pipeline.stages.table import NAMES
 from pipeline.stages.train import Launch
@@ -199,13 +201,15 @@ def measured(config: RunConfig, done: Sequence[str]) -> Result:
             row |= {key: known[key] for key in ("step", "loss", "val_loss_cached", "order_parameter", "budget")}
             row["run_id"] = run.record.run_id
     if "validate" in done:
-        certificate = storage.read_json(paths.certificate / "certificate.json")
+        certificate = storage.read_json(
+            paths.certificate / "certificate.json"
+        )  # its stage has compared it with its record
         losses = certificate["measures"]["losses"]
         row |= {key: certificate[key] for key in ("verdict", "tier")}
         row["relative_deviation_g"] = certificate["measures"]["relative_deviation_g"]
         row |= {f"held_out_{key}": losses.get(key) for key in ("block", "cached")}
     if DATA_STAGES[-1] in done:
-        tokens = storage.read_json(paths.stages / f"{DATA_STAGES[-1]}.json")
+        tokens = read_sealed(paths.stages / f"{DATA_STAGES[-1]}.json", free=FREE)
         row["data_fingerprint"] = tokens["result"]["fingerprint"]
     return row
 

@@ -4,8 +4,8 @@ Asynchronous logging of MLflow drops metrics when the server is unreachable, wit
 points to a JSONL spool and a daemon thread sends them in batches, without retries and with a short timeout; what could not
 be sent stays in the spool and is sent later, in order. Each point is sent once:
 
-- `.sent` holds how many bytes of the spool MLflow has. A batch whose answer was lost is sent again; an equal point (same
-  time, step and value) is stored only once.
+- `.sent` holds how many bytes of the spool MLflow has, and how many there were when the last start ended. A batch whose
+  answer was lost is sent again; an equal point (same time, step and value) is stored only once.
 - A resumed run leaves out points that its spool already holds for that step.
 - Another machine may have continued the run, before this one or since: at the first contact MLflow is asked how far the
   run came (`floor`), and points up to that step are not sent. What is still pending in the spool from an earlier start may be
@@ -14,17 +14,20 @@ be sent stays in the spool and is sent later, in order. Each point is sent once:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import first_line
+from pipeline.errors import UserError, first_line
 from pipeline.io import locks, storage
+from pipeline.io.sealed import is_intact, publish_sealed
 from pipeline.tracking.client import client, import_mlflow, is_unreachable, latest_points
 from pipeline.tracking.clock import now_ms
 
@@ -60,7 +63,8 @@ class Tracker:
         self._last = last_steps(spool)
         self._stream = open(spool, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         self._unwritten: list[bytes] = []  # lines not in the spool yet: the disk is full
-        self._sent, self._floor = 0, dict[str, int]()
+        self._sent, self._floor = read_sent(spool), dict[str, int]()
+        self._written = _read_written(spool)
         self._held: dict[str, set[int]] = {}  # metric -> the steps that MLflow has, where the floor is not enough
         self._client: Any = None
         self._began = 0  # ms of the epoch, as MLflow has it
@@ -80,7 +84,7 @@ class Tracker:
             return
         self._last.update(dict.fromkeys(new, step))
         point = {"step": step, "time": now_ms(), "values": new}
-        self._unwritten.append(json.dumps(point).encode() + b"\n")
+        self._unwritten.append(_line(point))
         self._write()
 
     def _write(self) -> None:
@@ -103,6 +107,9 @@ class Tracker:
         self._stop.set()
         self._thread.join(timeout=wait_s)
         self._stream.close()
+        self._written = max(self._written, self._spool.stat().st_size)
+        with contextlib.suppress(UserError):  # a full disk
+            self._write_sent()
         if self.mlflow_id is None or self._sent < self._spool.stat().st_size:
             log.warning(
                 "MLflow at %s did not take all metrics; they are kept in %s, `pldr track replay` sends them",
@@ -167,7 +174,7 @@ class Tracker:
         self.mlflow_id = run_id
 
     def _write_sent(self) -> None:
-        storage.publish_bytes(self._sent_file, json.dumps({"sent": self._sent}).encode())
+        publish_sealed(self._sent_file, {"sent": self._sent, "written": self._written})
 
     def _is_new(self, key: str, step: int) -> bool:
         """Whether MLflow lacks a point."""
@@ -200,9 +207,18 @@ class Tracker:
 def read_sent(spool: Path) -> int:
     """Bytes of a spool that MLflow has; 0 where that is not known (points are then left out by step)."""
     try:
-        known = json.loads(spool.with_suffix(".sent").read_text())
-        sent = int(known["sent"] if isinstance(known, dict) else known)
-        return sent if sent <= spool.stat().st_size else 0
+        known = storage.read_json(spool.with_suffix(".sent"))
+        sent = int(known["sent"] if isinstance(known, dict) and is_intact(known) else known)
+        return sent if 0 <= sent <= spool.stat().st_size else 0
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
+
+
+def _read_written(spool: Path) -> int:
+    """How long a spool was when a start ended: a shorter one has lost its end."""
+    try:
+        known = storage.read_json(spool.with_suffix(".sent"))
+        return int(known["written"]) if is_intact(known) else 0
     except (OSError, ValueError, TypeError, KeyError):
         return 0
 
@@ -221,7 +237,7 @@ def take_over(old: Path, spool: Path) -> None:
         for point in _points(line for line in stream if line.endswith(b"\n")):
             new = {key: value for key, value in point["values"].items() if point["step"] > last.get(key, -1)}
             if new:
-                lines.append(json.dumps({**point, "values": new}).encode() + b"\n")
+                lines.append(_line({**point, "values": new}))
     with open(spool, "ab") as stream:
         stream.write(b"".join(lines))
         stream.flush()
@@ -253,12 +269,38 @@ def last_steps(spool: Path) -> dict[str, int]:
 def _points(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """The points of spool lines; a damaged line is left out with a warning: a log must not end a run."""
     for line in lines:
-        try:
-            point = json.loads(line)
-            intact = isinstance(point["step"], int) and isinstance(point["values"], dict) and point["time"] > 0
-        except (ValueError, TypeError, KeyError):
-            intact = False
-        if intact:
+        point = _point(line)
+        if point is not None:
             yield point
         else:
             log.warning("a damaged line of the metrics spool is left out: %.60r", line)
+
+
+def _line(point: dict[str, Any]) -> bytes:
+    """A point as a line of the spool, with a checksum: a digit that changes must not become another loss."""
+    text = json.dumps(point)
+    return f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}\n'.encode()
+
+
+def _point(line: bytes) -> dict[str, Any] | None:
+    """The point of a line; None when it is damaged. Lines of before December 2026 have no checksum."""
+    try:
+        point = json.loads(line)
+        crc32 = point.pop("crc32", None)
+        intact = point.keys() == {"step", "time", "values"} and type(point["step"]) is int and point["time"] > 0
+        intact = intact and all(type(value) in (int, float) for value in point["values"].values())
+        return point if intact and crc32 in (None, zlib.crc32(json.dumps(point).encode())) else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def what_is_lost(spool: Path) -> str | None:
+    """What a spool no longer has of what was written to it; None for an intact one."""
+    missing = _read_written(spool) - (spool.stat().st_size if spool.exists() else 0)
+    if missing > 0:
+        return f"its last {missing} bytes are lost"
+    if not spool.exists():
+        return None
+    with open(spool, "rb") as stream:
+        damaged = sum(1 for line in stream if _point(line) is None)
+    return f"{damaged} damaged lines are left out" if damaged else None

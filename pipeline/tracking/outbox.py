@@ -19,9 +19,10 @@ from pipeline.config.run import RunConfig
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
 from pipeline.io.locks import locked
+from pipeline.io.sealed import publish_sealed, read_sealed
 from pipeline.tracking.client import client, tracking_uri, why
 from pipeline.tracking.clock import now_ms
-from pipeline.tracking.metrics import CLOSE_S, Tracker, take_over
+from pipeline.tracking.metrics import CLOSE_S, Tracker, take_over, what_is_lost
 from pipeline.tracking.publish import open_publisher
 from pipeline.tracking.run import TrackedRun, known_run, require_no_copy
 from pipeline.tracking.run_record import RUN_FILE
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 CHANGING = ".pending.lock"  # in the run directory: held by whoever changes the next
 PENDING = "pending.json"  # in logs/
+DAMAGED = "pending.json.damaged"  # a damaged one, set aside
 OLD_PENDING = "owed.json"  # its name until November 2026: still read, then replaced
 SCHEMA_VERSION = 1
 LOG_TAIL = 100  # lines of the log that go with a failure
@@ -49,14 +51,15 @@ class Pending:
 
     @classmethod
     def read(cls, paths: RunPaths) -> Pending:
-        """What is on disk; nothing when the file is missing or damaged."""
+        """What is on disk; nothing when the file is missing or damaged (it is then set aside)."""
         pending = cls()
         for name, version in ((OLD_PENDING, None), (PENDING, SCHEMA_VERSION)):
             try:
                 if (paths.logs / name).exists():
-                    pending._add(storage.read_json(paths.logs / name, schema_version=version))
+                    pending._add(read_sealed(paths.logs / name, schema_version=version))
             except (UserError, TypeError, ValueError, AttributeError):
                 log.warning("%s is damaged and left out", paths.logs / name)
+                (paths.logs / name).rename(paths.logs / DAMAGED)
         return pending
 
     def _add(self, known: dict[str, Any]) -> None:
@@ -74,7 +77,7 @@ class Pending:
     def write(self, paths: RunPaths) -> None:
         """Replace what is on disk; without anything pending there is no file."""
         if self.files or self.tags or self.status:
-            storage.publish_json(paths.logs / PENDING, {"schema_version": SCHEMA_VERSION, **asdict(self)})
+            publish_sealed(paths.logs / PENDING, {"schema_version": SCHEMA_VERSION, **asdict(self)})
         else:
             (paths.logs / PENDING).unlink(missing_ok=True)
         (paths.logs / OLD_PENDING).unlink(missing_ok=True)
@@ -221,14 +224,31 @@ def replay(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"MLflow at {uri}: {why(uri, error)}, and replay again") from error
+        raise UserError(
+            f"MLflow at {uri}, run {run.id} of {paths.root / RUN_FILE}: {why(uri, error)}, and replay again"
+        ) from error
     done = committed(paths.checkpoints)
     status = "FINISHED" if done and step_of(done[-1]) == config.train.steps else None
     result = settle(run, status=status, wait_s=config.train.publish_wait_s, checkpoints=True)
     if not result["complete"]:
         missing = f"; not published: {', '.join(result['unpublished'])}" if result["unpublished"] else ""
         raise UserError(f"MLflow at {uri} did not take everything{missing}; see the warnings above, and replay again")
+    _require_intact(run)
     return result
+
+
+def _require_intact(run: TrackedRun) -> None:
+    """Raise UserError where some of what waited was damaged, so that MLflow will not get it."""
+    spool, damaged = spool_of(run), run.paths.logs / DAMAGED
+    if lost := what_is_lost(spool):
+        raise UserError(
+            f"{spool}: was damaged: {lost}, everything else was sent; to accept that, move it and {spool.stem}.sent away"
+        )
+    if damaged.exists():
+        raise UserError(
+            f"{damaged}: what waited in {PENDING} is lost (files, tags), everything else was sent; "
+            "`pldr validate CONFIG --force` sends a certificate again; to accept the rest, remove it"
+        )
 
 
 def read_log(file: Path, start: int) -> str:

@@ -11,7 +11,6 @@ newest ones does not remove what other machines published and what is kept forev
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import threading
@@ -190,7 +189,7 @@ def _facts(store: CheckpointStore, name: str) -> tuple[str, float | None]:
     """The content of a published checkpoint's COMMITTED, and its held-out loss."""
     seal = store.read(name, COMMITTED).decode("utf-8", "replace")
     try:
-        return seal, loss_in(json.loads(store.read(name, STATE)))
+        return seal, loss_in(storage.parse_json(store.read(name, STATE)))
     except (ValueError, FileNotFoundError):
         return seal, None
 

@@ -20,6 +20,7 @@ from pipeline.config.paths import RunPaths, expanded
 from pipeline.config.run import RunConfig
 from pipeline.errors import UserError
 from pipeline.io import storage
+from pipeline.io.sealed import publish_sealed, read_sealed
 from pipeline.io.urls import is_local, join, local_path
 from pipeline.tracking.client import tracking_uri
 from pipeline.tracking.clock import now_ms
@@ -27,6 +28,7 @@ from pipeline.tracking.sqlite_store import OWN, artifacts_beside, file_of, holds
 
 RUN_FILE = "run.json"
 LOCAL_PREFIX = "local-"
+FREE = ("tracking_uri",)  # may be edited: a store that has not got the run is refused
 RUN_DIR_TAG, LOCAL_TAG, PUBLISH_TAG = "pldr.run_dir", "pldr.local_id", "pldr.publish_to"
 VERDICT_TAG = "pldr.verdict"
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name: its page shows the run below that one
@@ -123,7 +125,7 @@ def read_any_record(config: RunConfig, paths: RunPaths) -> RunRecord | None:
     if not file.exists():
         return None
     try:
-        known = storage.read_json(file)
+        known = read_sealed(file, free=FREE)
         record = RunRecord(**{key: known[key] for key in RunRecord.__dataclass_fields__ if key in known})
         if not record.id or not isinstance(record.id, str):
             raise KeyError("run_id")
@@ -149,7 +151,7 @@ def original_of(config: RunConfig, paths: RunPaths, record: RunRecord, *, publis
     if not same_store(known.tracking_uri, tracking_uri(config)) and not (publishes and config.train.publish_to):
         return None
     try:
-        other = storage.read_json(theirs)
+        other = read_sealed(theirs, free=FREE)
         same = record.id in (other.get("run_id"), other.get("local_id"))
     except (UserError, AttributeError):
         return None
@@ -158,7 +160,7 @@ def original_of(config: RunConfig, paths: RunPaths, record: RunRecord, *, publis
 
 def write_record(paths: RunPaths, record: RunRecord) -> None:
     """Write run.json."""
-    storage.publish_json(paths.root / RUN_FILE, asdict(record))
+    publish_sealed(paths.root / RUN_FILE, asdict(record), free=FREE)
 
 
 def run_of_checkpoints(paths: RunPaths) -> str | None:

@@ -23,12 +23,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from torch.distributed.rendezvous import rendezvous
 from pipeline.config.train import TrainConfig
 from pipeline.distributed import has_gpu
 from pipeline.errors import ConfigError
+from pipeline.io.storage import parse_json
 from pipeline.train.optim import build_optimizer, optimizer_clips_norm
 from pipeline.train.zero_patches import skip_redundant_work
 from pldr_model.model import PLDRModel, set_activation_checkpointing
@@ -67,13 +68,12 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
     own: dict[str, Any] = {}
     if train.deepspeed is not None:
         try:
-            with open(train.deepspeed, encoding="utf-8") as stream:
-                own = json.load(stream)
+            own = parse_json(Path(train.deepspeed).read_bytes())
         except FileNotFoundError:
             raise ConfigError(f"train.deepspeed: {train.deepspeed}: no such file") from None
         except ValueError as error:
             raise ConfigError(f"train.deepspeed: {train.deepspeed}: not valid JSON: {error}") from None
-        if not isinstance(own, dict):
+        if not isinstance(own, dict) or not isinstance(own.get("zero_optimization", {}), dict):
             raise ConfigError(f"train.deepspeed: {train.deepspeed}: must be a JSON object of DeepSpeed's keys")
         for key, ours in OURS.items():
             if key in own:

@@ -148,6 +148,17 @@ def test_truncated_checkpoints_are_named(case, tmp_path):
             load_checkpoint_file(path)
 
 
+def test_a_changed_number_in_a_pth_is_found(case, tmp_path):
+    _, reference = case
+    path = tmp_path / "x.pth"
+    save_checkpoint_file(reference, path)
+    data, numbers = path.read_bytes(), max(reference.values(), key=torch.numel).numpy().tobytes()
+    at = data.index(numbers) + len(numbers) // 2
+    path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with pytest.raises(ValueError, match="x.pth: not a checkpoint of plain tensors"):
+        load_checkpoint_file(path)
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @settings(max_examples=80, deadline=None)
 @given(data=st.data(), zipped=st.booleans())

@@ -22,7 +22,7 @@ import zstandard
 from pipeline.data.tar import read_members
 from pipeline.errors import UserError
 from pipeline.io.remote import open_retrying, size_of
-from pipeline.io.storage import CHUNK, exists, path_of, read_json, sha256_file, sha256_json
+from pipeline.io.storage import CHUNK, exists, path_of, read_json, safe_member, sha256_file, sha256_json
 from pipeline.io.urls import check_url, is_local, join, public_url
 
 SCHEMA_VERSION = 2
@@ -58,6 +58,10 @@ class DocumentIndex:
         tree = read_json(url, schema_version=SCHEMA_VERSION)
         if tree.get("fingerprint") != fingerprint_of(tree):
             raise UserError(f"{url}: its fingerprint does not match its content; it was changed: {SHARD_AGAIN}")
+        if not _is_index(tree):
+            raise UserError(
+                f"{url}: not an index of documents; name the folder that `pldr shard` made, or {SHARD_AGAIN}"
+            )
         return cls(str(folder), tree["fingerprint"], tuple(tree["shards"]), tree["splits"], tree)
 
     def of_split(self, split: str) -> list[dict[str, Any]]:
@@ -71,6 +75,31 @@ class DocumentIndex:
         for facts in files:
             check_file(join(self.folder, facts["name"]), facts, fix=SHARD_AGAIN)
         return len(files)
+
+
+def _is_index(tree: dict[str, Any]) -> bool:
+    """Whether the files that it lists have names and hashes."""
+    files, removed = tree.get("shards"), tree.get("removed")
+    return (
+        isinstance(files, list)
+        and isinstance(removed, list)
+        and isinstance(tree.get("splits"), dict)
+        and all(isinstance(shard, dict) and isinstance(shard.get("split"), str) for shard in files)
+        and all(
+            isinstance(file, dict)
+            and isinstance(file.get("name"), str)
+            and isinstance(file.get("sha256"), str)
+            and _stays_inside(file["name"])
+            for file in [*files, *removed]
+        )
+    )
+
+
+def _stays_inside(name: str) -> bool:
+    try:
+        return bool(safe_member(name))
+    except UserError:
+        return False
 
 
 def fingerprint_of(tree: dict[str, Any]) -> str:

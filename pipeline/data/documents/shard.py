@@ -33,7 +33,7 @@ from pipeline.data.documents.read import SCHEMA_VERSION
 from pipeline.data.documents.spool import ReadSpool, RemovedWriter, WriteSpool
 from pipeline.data.documents.write import WriteDocuments
 from pipeline.data.executor.jobs import DROPPED, Engine, engine_of, run_tasks
-from pipeline.data.executor.markers import is_complete, step_stats
+from pipeline.data.executor.markers import has_stats, is_complete, step_stats
 from pipeline.data.executor.progress import advance
 from pipeline.data.filters import chain, decontaminate
 from pipeline.data.filters.length import LengthFilter, SplitLong
@@ -210,7 +210,8 @@ class _Jobs:
         self._check_space()
         steps = self.data.clean
         last = self._write_steps()
-        if not is_complete(self.work / "write", self.folder, self.tasks):
+        written = is_complete(self.work / "write", self.folder, self.tasks)
+        if not (written and has_stats(self.work / "clean", self.tasks)):
             self._clean()
             if steps.exact_duplicates:
                 self._find(self.work / "clean" / "exact-keys", "exact")

@@ -12,7 +12,6 @@ task starts; running tasks finish, and their work is kept.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,12 @@ from pipeline.data.executor import progress
 from pipeline.errors import UserError, first_line
 from pipeline.io.limits import limit_of
 from pipeline.io.remote import size_of, version_of
-from pipeline.io.storage import publish_json, sha256_file
+from pipeline.io.sealed import publish_sealed, read_sealed
+from pipeline.io.storage import publish_bytes, publish_json, read_json, sha256_file
 from pipeline.io.urls import is_local, join
 
 RECORDS = "records"
+STATS = "stats"  # datatrove's
 ERRORS = "errors"
 # Version of the pickled executors that Slurm and Ray jobs run. A pickle names modules and classes: raise this when one of them
 # moves or changes its fields. A job of another version is never joined: it is refused while it runs, and started anew after.
@@ -69,7 +70,9 @@ class Reporting:
             return PipelineStats()
         try:
             with progress.counting(self.work, rank):
-                return super()._run_for_rank(rank, *arguments, **options)  # type: ignore[misc]  # of the executor
+                stats = super()._run_for_rank(rank, *arguments, **options)  # type: ignore[misc]  # of the executor
+            _seal_stats(self.work, rank)
+            return stats
         except Exception as error:
             leave_error(self.work, rank, error)
             raise
@@ -97,7 +100,7 @@ def has_failed(work: Path) -> bool:
 def raise_error(work: Path) -> None:
     """Raise the error of the first task that failed, as a UserError."""
     for file in sorted((work / ERRORS).glob("*.json")):
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = read_json(file)
         if facts["user"]:
             raise UserError(facts["message"], exit_code=facts["exit_code"])
         rank = int(file.stem)
@@ -118,14 +121,29 @@ def is_complete(work: Path, output: Path | str, tasks: int) -> bool:
 
 def write_record(work: Path, rank: int, record: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
     """Write a task's record for the index. `files`: name -> {sha256, size} of what it published, to be checked again later."""
-    publish_json(work / RECORDS / f"{rank:05d}.json", {**record, "files": files})
+    publish_sealed(work / RECORDS / f"{rank:05d}.json", {**record, "files": files})
+
+
+def _seal_stats(work: Path, rank: int) -> None:
+    """Datatrove writes a task's counts, which become part of the index, without a checksum: it is written beside them."""
+    file = work / STATS / f"{rank:05d}.json"
+    if file.is_file():
+        publish_bytes(file.with_suffix(".sha256"), sha256_file(file).encode())
+
+
+def has_stats(work: Path, tasks: int) -> bool:
+    """Whether the counts of every task are there and undamaged."""
+    try:
+        return all(isinstance(read_record(work, STATS, rank), list) for rank in range(tasks))
+    except (OSError, UserError):
+        return False
 
 
 def step_stats(work: Path, tasks: int) -> list[dict[str, Any]]:
     """The counts of each step, in pipeline order, summed over tasks."""
     steps: list[dict[str, Any]] = []
     for rank in range(tasks):
-        for number, step in enumerate(read_record(work, "stats", rank)):
+        for number, step in enumerate(read_record(work, STATS, rank)):
             if number == len(steps):
                 steps.append({"name": step["name"].rpartition(": ")[2], "stats": {}})
             for label, value in step["stats"].items():
@@ -136,8 +154,14 @@ def step_stats(work: Path, tasks: int) -> list[dict[str, Any]]:
 
 
 def read_record(work: Path, kind: str, rank: int) -> Any:
-    """A task's JSON file of this kind: RECORDS, or datatrove's "stats"."""
-    return json.loads((work / kind / f"{rank:05d}.json").read_text(encoding="utf-8"))
+    """A task's JSON file of this kind, RECORDS or STATS. Raises UserError when it is damaged."""
+    file = work / kind / f"{rank:05d}.json"
+    if kind == RECORDS:
+        return read_sealed(file)
+    sha256 = file.with_suffix(".sha256")
+    if sha256.is_file() and sha256.read_bytes() != sha256_file(file).encode():
+        raise UserError(f"{file}: its sha256 is not the one beside it: damaged; start again")
+    return read_json(file)
 
 
 def remove_stale_markers(work: Path, output: Path | str, tasks: int) -> None:
@@ -150,10 +174,16 @@ def remove_stale_markers(work: Path, output: Path | str, tasks: int) -> None:
 
 def _is_intact(work: Path, output: Path | str, rank: int) -> bool:
     try:
-        read_record(work, "stats", rank)
+        read_record(work, STATS, rank)
         files = read_record(work, RECORDS, rank)["files"]
         return all(_is_unchanged(join(output, name), facts) for name, facts in files.items())
-    except (OSError, ValueError, KeyError):  # a UserError is a ValueError: files that cannot be read are made again
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # a UserError is a ValueError: files that cannot be read are made again
         return False
 
 

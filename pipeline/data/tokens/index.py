@@ -102,9 +102,35 @@ class TokenIndex:
         try:
             shards = tuple(TokenShard.from_dict(shard) for shard in tree["shards"])
             fields = {name: tree[name] for name in cls.__dataclass_fields__ if name not in ("folder", "shards")}
-            return cls(folder=str(folder), shards=shards, **fields)
+            index = cls(folder=str(folder), shards=shards, **fields)
+            index._check_numbers()
+            return index
+        except UserError as error:  # a name that leaves the folder
+            raise UserError(f"{url}: {error}; {TOKENIZE_AGAIN}") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{url}: not a token index ({type(error).__name__}: {error}); {TOKENIZE_AGAIN}") from None
+
+    def _check_numbers(self) -> None:
+        """Raise TypeError for a value that no index has: nobody may allocate or seek by it."""
+        counts = {key: getattr(self, key) for key in ("context_length", "block_sequences", "vocab_size")}
+        for key, value in counts.items():
+            if type(value) is not int or not 0 < value < 1 << 40:
+                raise TypeError(f"{key} {value!r}")
+        if self.dtype not in ("uint16", "uint32") or not isinstance(self.splits, dict):
+            raise TypeError(f"dtype {self.dtype!r}, splits {type(self.splits).__name__}")
+        if not all(isinstance(self.tokenizer[key], str) for key in ("name", "sha256")):
+            raise TypeError("tokenizer")
+        for shard in self.shards:
+            row, blocks = self.context_length + 1, -(-shard.sequences // self.block_sequences)
+            for offsets, hashes, size in (
+                (shard.offsets, shard.block_sha256, np.dtype(self.dtype).itemsize),
+                (shard.segment_offsets, shard.segment_sha256, 2),
+            ):
+                ends = [at + self.rows(shard, block) * row * size for block, at in enumerate(offsets)]
+                number = blocks if offsets or size != 2 or self.boundaries else 0
+                inside = all(0 <= at < end <= shard.bytes for at, end in zip(offsets, ends, strict=True))
+                if not (len(offsets) == len(hashes) == number and inside and all(isinstance(h, str) for h in hashes)):
+                    raise TypeError(f"blocks of {shard.name}")
 
     def of_split(self, split: str) -> list[TokenShard]:
         """The shards of a split, in order."""

@@ -108,6 +108,13 @@ def test_files_that_are_no_configuration(tmp_path):
     broken.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read|not YAML"):
         load_config(broken)
+    for text in ("[" * 50_000, "seed: " + "9" * 5000):
+        broken.write_text(text)
+        with pytest.raises(ConfigError, match="broken.yaml: not YAML"):
+            load_config(broken)
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    with pytest.raises(ConfigError, match="loop.yaml: cannot be read"):
+        load_config(tmp_path / "loop.yaml")
     broken.write_text("- just\n- a list\n")
     with pytest.raises(ConfigError, match="must be a mapping"):
         load_config(broken)

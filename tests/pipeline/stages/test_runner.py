@@ -180,6 +180,44 @@ def test_a_damaged_stage_record_does_not_count(make, tmp_path, content):
     assert data_stages(make()[0])["tokenize"] is False
 
 
+def test_a_changed_digit_in_a_stage_record_is_not_told_as_a_result(make, tmp_path):
+    data_stages(make()[0])
+    file = tmp_path / "run" / "stages" / "tokenize.json"
+    record, intact = json.loads(file.read_bytes()), file.read_text()
+    ratio = record["result"]["bytes_per_token"]
+    file.write_text(intact.replace(f'"bytes_per_token": {ratio}', f'"bytes_per_token": {ratio + 1}'))
+    assert file.read_text() != intact
+    assert data_stages(make()[0])["tokenize"] is False
+    assert json.loads(file.read_bytes())["result"]["bytes_per_token"] == ratio
+    outputs = {name: [size, mtime, sha256] for name, (size, mtime, sha256) in record["outputs"].items()}
+    file.write_text(
+        json.dumps({**json.loads(file.read_bytes()), "outputs": outputs})
+    )  # these are compared with the files
+    (file.with_name("shard.json")).write_text(intact)  # another stage's
+    assert make()[0].record("shard") is None and make()[0].record("tokenize") is not None
+    for damaged in ({"x": 5}, [], {"x": [1, 2, 3]}):
+        file.write_text(json.dumps({**record, "outputs": damaged}))
+        assert make()[0].record("tokenize") is None
+
+
+def test_a_changed_count_of_a_task_is_counted_again(make, tmp_path):
+    """Killed after the last task: the index is made of what the tasks have left."""
+    data_stages(make()[0])
+    run = tmp_path / "run"
+    index, intact = run / "documents" / "index.json", (run / "documents" / "index.json").read_bytes()
+    for kind, old, new in (
+        ("clean/stats", b'"total": 40', b'"total": 41'),
+        ("write/records", b'"words": ', b'"words": 1'),
+    ):
+        (run / "stages" / "shard.json").unlink()
+        index.unlink()
+        changed = [file for file in (run / "logs").glob(f"shard-*/{kind}/*.json") if old in file.read_bytes()]
+        assert changed, kind
+        changed[0].write_bytes(changed[0].read_bytes().replace(old, new, 1))
+        make()[0].stage("shard")
+        assert index.read_bytes() == intact, kind
+
+
 def test_a_stage_called_by_name_replaces_a_file_with_a_flipped_bit(make, tmp_path):
     """Same size, same time: only the hash differs. The errors that such a file causes advise: run `pldr tokenize` again."""
     data_stages(make()[0])

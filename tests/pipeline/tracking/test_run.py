@@ -13,6 +13,7 @@ from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
+from pipeline.io.sealed import read_sealed
 from pipeline.tracking import outbox
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.metrics import Tracker
@@ -99,6 +100,49 @@ def test_a_damaged_spool_does_not_end_a_run(tmp_path):
     second.log(2, {"train/loss": 2.0})
     assert second.close("FINISHED")
     assert history(config, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_changed_digit_in_the_spool_is_not_sent_and_told_by_a_replay(tmp_path):
+    config = configuration(tmp_path)
+    run = opened(config)
+    first = outbox.open_tracker(run)
+    first.log(1, {"train/loss": 1.5})
+    first.log(2, {"train/loss": 2.5})
+    assert first.close()
+    spool = outbox.spool_of(run)
+    outbox.replay(config, run.paths)
+    intact = spool.read_bytes()
+    spool.with_suffix(".sent").unlink()
+    spool.write_bytes(intact.replace(b"2.5", b"3.5"))
+    with pytest.raises(UserError, match=r"metrics-.*\.jsonl: was damaged: 1 damaged lines are left out"):
+        outbox.replay(config, run.paths)
+    assert history(config, run.id, "train/loss") == [(1, 1.5), (2, 2.5)]
+    spool.write_bytes(intact)
+    outbox.replay(config, run.paths)
+    spool.write_bytes(intact[: intact.index(b"\n") + 1])  # cut at the end of a line
+    with pytest.raises(UserError, match=r"metrics-.*\.jsonl: was damaged: its last \d+ bytes are lost"):
+        outbox.replay(config, run.paths)
+
+
+def test_a_damaged_pending_file_is_set_aside_and_told_by_a_replay(tmp_path):
+    config = configuration(tmp_path)
+    run = opened(config)
+    run.create()
+    outbox.Pending(tags={"pldr.verdict": "certified-1"}).write(run.paths)
+    pending = tmp_path / "logs" / "pending.json"
+    pending.write_text(pending.read_text().replace("certified-1", "certified-2"))
+    with pytest.raises(UserError, match=r"pending.json.damaged: what waited in pending.json is lost"):
+        outbox.replay(config, run.paths)
+    assert "pldr.verdict" not in client(tracking_uri(config)).get_run(run.id).data.tags
+    (tmp_path / "logs" / "pending.json.damaged").unlink()
+    outbox.replay(config, run.paths)
+
+
+def test_a_changed_digit_in_run_json_is_damage(tmp_path):
+    run = opened(configuration(tmp_path))
+    file = tmp_path / "run.json"
+    file.write_text(file.read_text().replace('"seed": "1"', '"seed": "7"'))
+    assert opened(configuration(tmp_path)).id != run.id  # no checkpoint names it
 
 
 def test_a_run_of_another_configuration_is_refused(tmp_path):
@@ -296,6 +340,6 @@ def test_an_old_pending_file_is_kept_under_the_new_name_while_mlflow_is_unreacha
     outbox.set_tags(run, {"two": "2"})
     assert not (tmp_path / "logs" / "owed.json").exists()
     kept = {"schema_version": 1, "files": {"/a": "x"}, "tags": {"one": "1", "two": "2"}}
-    assert storage.read_json(tmp_path / "logs" / "pending.json") == {**kept, "status": "KILLED", "ended_ms": None}
+    assert read_sealed(tmp_path / "logs" / "pending.json") == {**kept, "status": "KILLED", "ended_ms": None}
     outbox.begin(run)  # the run is resumed: its end is no longer pending
-    assert storage.read_json(tmp_path / "logs" / "pending.json") == {**kept, "status": None, "ended_ms": None}
+    assert read_sealed(tmp_path / "logs" / "pending.json") == {**kept, "status": None, "ended_ms": None}

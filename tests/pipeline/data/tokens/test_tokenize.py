@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
-from pipeline.data.documents.read import DocumentIndex, read_shard
+from pipeline.data.documents.read import DocumentIndex, fingerprint_of, read_shard
 from pipeline.data.loading.reader import TokenReader
 from pipeline.data.tar import TarWriter
 from pipeline.data.tokens.index import TokenIndex, dtype_for
@@ -53,6 +53,28 @@ def test_tokens_are_the_documents_with_eos(finished: tuple[RunConfig, RunPaths])
         assert ours.documents == len(texts) and ours.text_bytes == sum(len(text.encode()) for text in texts)
     for counts in index.splits.values():
         assert counts["tokens_in"] == counts["tokens"] + counts["tokens_dropped"] and counts["tokens_padded"] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"context_length": "x"}, {"context_length": -5}, {"context_length": 10**12}, {"block_sequences": 0},
+        {"dtype": "object"}, {"tokenizer": []}, {"splits": 3}, {"shards": [5]}, {"offsets": [-1]}, {"offsets": [10**30]},
+        {"sequences": 10**15}, {"block_sha256": []}, {"sequences": "x"},
+    ],
+)  # fmt: skip
+def test_an_index_with_impossible_values_is_refused(
+    finished: tuple[RunConfig, RunPaths], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Also where somebody has made its fingerprint right: nobody may allocate, seek or divide by them."""
+    tree = json.loads((finished[1].tokens / "index.json").read_bytes())
+    if change.keys() & tree.keys():
+        tree |= change
+    else:
+        tree["shards"] = [{**shard, **change} for shard in tree["shards"]]
+    (tmp_path / "index.json").write_text(json.dumps({**tree, "fingerprint": fingerprint_of(tree)}))
+    with pytest.raises(UserError, match=r"index.json: not a token index"):
+        TokenIndex.load(tmp_path)
 
 
 @pytest.mark.parametrize(
