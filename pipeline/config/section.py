@@ -6,8 +6,8 @@ What a key means to the pipeline stands beside the key: each field is made by a 
     work = Kind("may change", ("train",), result=False)
 
     class TrainConfig(Section):
-        steps: int = recipe(250_000, ge=1)  # the default and pydantic's constraints
-        log_every: int = work(10, ge=1)
+        steps: int = recipe(250_000, "optimizer steps", ge=1)  # default, meaning, pydantic's constraints
+        log_every: int = work(10, "steps between two logged losses", ge=1)
 
 `pipeline/config/keys.py` reads it back for the stages and for resuming. A test fails for a key without a kind.
 """
@@ -43,9 +43,9 @@ class Kind:
     certificate: Literal["thresholds", "settings"] | None = None
     looser: Literal["above", "below"] | None = None
 
-    def __call__(self, default: Any = ..., **constraints: Any) -> Any:
-        """A field with this default and pydantic's constraints; without a default it must be given."""
-        return Field(default, json_schema_extra={"kind": asdict(self)}, **constraints)
+    def __call__(self, default: Any, meaning: str, **constraints: Any) -> Any:
+        """A field with this default (`...`: it must be given), what it is in a few words, and pydantic's constraints."""
+        return Field(default, description=meaning, json_schema_extra={"kind": asdict(self)}, **constraints)
 
     def decides(self, stage: str) -> bool:
         """Whether the stage's output is another one with another value."""

@@ -8,7 +8,6 @@ command line reads the table for `pldr --help`, which must not wait for torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,21 +152,9 @@ def _tokens(config: RunConfig, paths: RunPaths) -> dict[str, Facts]:
 
 
 def _train_inputs(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's JSON counts by its content: on Kubernetes it has another path."""
     from pipeline.config.keys import of_stage
 
-    settings = of_stage(config, "train")
-    if config.train.deepspeed is not None:
-        settings["train"] = {**settings["train"], "deepspeed": _json_in(config.train.deepspeed)}
-    return {"config": settings}
-
-
-def _json_in(path: str) -> Any:
-    """A file's content; for a file that cannot be read, its name (training reports what is wrong with it)."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return path
+    return {"config": of_stage(config, "train")}
 
 
 def _train(work: Work) -> Result:

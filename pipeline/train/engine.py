@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import logging
 import os
 import sys
@@ -53,27 +52,18 @@ OURS = {  # DeepSpeed keys that our configuration sets, and where
 
 
 def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: the user's JSON of DeepSpeed's own keys, with our settings on top.
+    """DeepSpeed's configuration: the user's keys of `train.deepspeed`, with our settings on top.
 
-    Raises ConfigError when the JSON sets what our configuration sets, or the batch sizes do not divide.
+    Raises ConfigError when they set what our configuration sets, or the batch sizes do not divide.
     """
-    own: dict[str, Any] = {}
-    if train.deepspeed is not None:
-        try:
-            with open(train.deepspeed, encoding="utf-8") as stream:
-                own = json.load(stream)
-        except FileNotFoundError:
-            raise ConfigError(f"train.deepspeed: {train.deepspeed}: no such file") from None
-        except ValueError as error:
-            raise ConfigError(f"train.deepspeed: {train.deepspeed}: not valid JSON: {error}") from None
-        if not isinstance(own, dict):
-            raise ConfigError(f"train.deepspeed: {train.deepspeed}: must be a JSON object of DeepSpeed's keys")
-        for key, ours in OURS.items():
-            if key in own:
-                raise ConfigError(f"{train.deepspeed}: {key} is set by {ours} in the YAML; remove it from the JSON")
-        stage = own.get("zero_optimization", {}).get("stage", train.zero_stage)
-        if stage != train.zero_stage:
-            raise ConfigError(f"{train.deepspeed}: ZeRO stage {stage}, but train.zero_stage is {train.zero_stage}")
+    assert not isinstance(train.deepspeed, str), "load_config puts the keys in place of their file's name"
+    own: dict[str, Any] = dict(train.deepspeed or {})
+    for key, ours in OURS.items():
+        if key in own:
+            raise ConfigError(f"train.deepspeed: {key} is set by {ours}; remove it there")
+    stage = own.get("zero_optimization", {}).get("stage", train.zero_stage)
+    if stage != train.zero_stage:
+        raise ConfigError(f"train.deepspeed: ZeRO stage {stage}, but train.zero_stage is {train.zero_stage}")
     zero = {**own.pop("zero_optimization", {}), "stage": train.zero_stage, **_offload(train)}
     if train.zero_stage == 1 and not has_gpu():
         zero.setdefault("contiguous_gradients", False)

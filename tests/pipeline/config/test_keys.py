@@ -150,7 +150,7 @@ def test_a_key_without_a_kind_is_found_wherever_it_is():
     known = Kind("fixed", ("train",), result=True)
 
     class Inner(Section):
-        marked: int = known(1)
+        marked: int = known(1, "marked")
         bare: int = 1
 
     @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def test_a_key_without_a_kind_is_found_wherever_it_is():
 
     class Made(Section):
         always: Inner = Inner()
-        maybe: Inner | None = known(None)
-        several: list[Inner] = known([])
+        maybe: Inner | None = known(None, "maybe")
+        several: list[Inner] = known([], "several")
         constrained: int = Field(1, ge=1)
         sizes: Sizes = Sizes()
 
