@@ -21,6 +21,7 @@ from typing import Any
 
 from launch.commands.bench import add_bench_verb
 from launch.commands.bundle import add_bundle_verbs, long_name
+from launch.commands.config import add_config_verb
 from launch.commands.convert import add_convert_verbs
 from launch.commands.data import add_data_verbs
 from launch.commands.doctor.command import add_doctor_verb
@@ -91,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="end with one line of JSON")
     verbs = Verbs(parser.add_subparsers(dest="verb", required=True, metavar="VERB"), common)
     add_stage_verbs(verbs)
+    add_config_verb(verbs)
     add_bundle_verbs(verbs)
     add_data_verbs(verbs)
     add_run_verbs(verbs)

@@ -24,9 +24,10 @@ from pipeline.io.urls import without_secrets
 from pldr_model.config import ModelConfig
 
 EXTENDS = "extends"
+COMMAND_LINE = "command line"
 SHIPPED = Path(__file__).parent / "deepspeed"  # DeepSpeed's own keys for each ZeRO stage
 Location = tuple[str | int, ...]  # a key's path: ("train", "steps")
-Origins = dict[Location, str]  # the file that each value comes from
+Origins = dict[Location, str]  # the file that each value comes from, or COMMAND_LINE
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -34,16 +35,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
     Raises ConfigError: one line that names the file, the key and the fix.
     """
+    return load_with_origins(path, overrides)[0]
+
+
+def load_with_origins(path: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, Origins]:
+    """`load_config`, and where each value that is not a default comes from."""
     path = Path(path)
     origins: Origins = {}
     tree = _read_chain(path, origins)
     for override in overrides or []:
         location = _apply_override(tree, override)
         _forget(origins, location)
-        origins[location] = str(path)
+        origins[location] = COMMAND_LINE
     config = parse_config(tree, where=str(path), origins=origins)
     _check_g_file(config)
-    return _with_deepspeed_keys(config)
+    return _with_deepspeed_keys(config), origins
 
 
 def parse_config(tree: dict[str, Any], *, where: str, origins: Origins | None = None) -> RunConfig:

@@ -23,8 +23,9 @@ from pipeline.errors import UserError
 from pipeline.io.urls import check_url, without_secrets
 from pldr_model.config import ModelConfig
 
-# A stdlib dataclass as a pydantic field: unknown keys in `model:` must be errors like everywhere else.
-ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+# A stdlib dataclass as a pydantic field: unknown keys in `model:` must be errors like everywhere else, and the docstrings
+# below its fields are their meanings.
+ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # type: ignore[attr-defined]
 
 about_the_run = Kind("may change", (), result=False)  # what it is called and where it is
 randomness = Kind("fixed", ("train", "validate"), result=("train",))

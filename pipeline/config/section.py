@@ -17,8 +17,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.fields import FieldInfo
+from pydantic_core import core_schema
 
 from pipeline.errors import UserError
 from pipeline.io.urls import check_url
@@ -92,5 +93,16 @@ def _safe_url(url: object) -> object:
     return url
 
 
-Switch = BeforeValidator(_switch)
+class _Switch:
+    """Lets `true` stand for a section with its defaults and `false` for none."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(_switch, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        inner = handler(schema)
+        return {"anyOf": [{"type": "boolean"}, *inner.get("anyOf", [inner])]}
+
+
+Switch = _Switch()
 Url = Annotated[str, BeforeValidator(_safe_url)]
