@@ -42,6 +42,7 @@ def plan(config: RunConfig, *, mfu: float = 0.4, peak_tflops: float = 989.0, dev
         "training_flops": flops * tokens,
         "assumed": {"mfu": mfu, "peak_tflops": peak_tflops, "devices": devices},
         "hours": flops * tokens / (peak_tflops * 1e12 * mfu * devices) / 3600,
+        "schedule": train.schedule,
         "invariance_budget": budget if model.g_source == "learned" else None,
         "frozen_at": None if train.freeze_g is None else train.freeze_g.at_step,
         "invariance_verdict": (
@@ -97,5 +98,6 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"invariance          {report['invariance_verdict']}")
     else:
         until = "" if report["frozen_at"] is None else f" when G is frozen, at step {report['frozen_at']:,}"
-        lines.append(f"invariance budget   {report['invariance_budget']:.2f}{until}: {report['invariance_verdict']}")
+        budget = f"{report['invariance_budget']:.2f} ({report['schedule']} schedule){until}"
+        lines.append(f"invariance budget   {budget}: {report['invariance_verdict']}")
     return lines

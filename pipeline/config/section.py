@@ -36,6 +36,8 @@ class Kind:
     result: the stages whose output is another one with another value, so that they run again; True: all of `stages`,
         False: none, it only changes how the work is done.
     certificate: which part of a certificate records it. looser: which values of it ask less of a model than the default.
+    added: later than stages' records were first written. With its default it is left out of them, so that what was finished
+        before stays finished.
     """
 
     on_resume: OnResume
@@ -43,6 +45,7 @@ class Kind:
     result: tuple[str, ...] | bool
     certificate: Literal["thresholds", "settings"] | None = None
     looser: Literal["above", "below"] | None = None
+    added: bool = False
 
     def __call__(self, default: Any, meaning: str, **constraints: Any) -> Any:
         """A field with this default (`...`: it must be given), what it is in a few words, and pydantic's constraints."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
@@ -11,6 +12,7 @@ from pipeline.io.urls import check_url, is_http
 from pldr_model.config import ActivationCheckpointing
 
 recipe = Kind("fixed", ("train",), result=True)  # what the trained weights come from: another value is another run
+of_schedule = replace(recipe, added=True)
 arithmetic = Kind("may change", ("train",), result=True)  # another rounding of the same run
 work = Kind("may change", ("train",), result=False)  # how the training is spread, watched and saved
 
@@ -46,6 +48,13 @@ class TrainConfig(Section):
     ranks: int | None = work(None, "processes on this node; null: every GPU, or 2 on a CPU", ge=1)
     max_lr: float = recipe(1e-3, "peak learning rate", gt=0)
     warmup_steps: int = recipe(2000, "steps of linear warm-up from 0", ge=0)
+    schedule: Literal["cosine", "wsd", "constant"] = of_schedule(
+        "cosine", "after the warm-up: cosine to the end, stable with a decay at the end (WSD), or constant"
+    )
+    decay_share: float = of_schedule(0.2, "wsd: share of the steps, the last ones, that decay", gt=0, le=1)
+    decay_shape: Literal["linear", "1-sqrt"] = of_schedule(
+        "linear", "wsd: how the rate falls from max_lr to min_lr_ratio"
+    )
     min_lr_ratio: float = recipe(0.1, "the last learning rate as a share of max_lr", ge=0, le=1)
     betas: tuple[float, float] = recipe((0.9, 0.95), "AdamW's beta1 and beta2")
     eps: float = recipe(1e-5, "AdamW's epsilon", gt=0)
@@ -114,6 +123,14 @@ class TrainConfig(Section):
                 f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}: lower train.warmup_steps "
                 "(a tenth, say) or raise train.steps"
             )
+        if self.schedule == "wsd" and self.decay_begins < self.warmup_steps:
+            raise ValueError(
+                f"decay_share {self.decay_share:g} of {self.steps} steps begins at step {self.decay_begins}, before the "
+                f"warm-up ends at {self.warmup_steps}; lower one of the two"
+            )
+        for key in ("decay_share", "decay_shape") if self.schedule != "wsd" else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is only read with schedule wsd, not {self.schedule}; remove it")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -133,6 +150,11 @@ class TrainConfig(Section):
                 f"profile_steps {list(self.profile_steps)}: [first, last] with 1 <= first <= last <= steps"
             )
         return self
+
+    @property
+    def decay_begins(self) -> int:
+        """With schedule wsd: the first step, from 0, after which the rate is below max_lr."""
+        return self.steps - round(self.decay_share * self.steps)
 
     @property
     def metric_decay(self) -> float:

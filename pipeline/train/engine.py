@@ -46,7 +46,7 @@ OURS = {  # DeepSpeed keys that our configuration sets, and where
     "bf16": "train.precision",
     "fp16": "train.precision",
     "optimizer": "train.*",
-    "scheduler": "train.warmup_steps and train.min_lr_ratio",
+    "scheduler": "train.schedule and train.warmup_steps",
     "activation_checkpointing": "train.activation_checkpointing",
 }
 
