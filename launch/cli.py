@@ -17,6 +17,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from launch.commands.bench import add_bench_verb
@@ -32,6 +33,16 @@ from launch.commands.sweep import add_sweep_verb
 from launch.commands.terminal import report
 from launch.commands.verbs import Verbs
 from pipeline.errors import Stopped, UserError
+
+GROUPS = {  # what `pldr --help` shows, by what one is about to do
+    "a whole run": ("run", "plan", "config"),
+    "data": ("shard", "tokenizer", "tokenize", "data"),
+    "train": ("train", "runs", "report", "track"),
+    "prove": ("consolidate", "extract", "validate", "parity"),
+    "use": ("bundle", "verify", "generate", "import", "export"),
+    "cluster": ("launch", "doctor", "sweep"),
+    "tools": ("bench",),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +87,11 @@ def _fail(arguments: argparse.Namespace, message: str, exit_code: int, **details
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; `key=value` may stand before, between and after the options."""
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(long_name(sys.argv[1:] if argv is None else argv))
+    words = long_name(sys.argv[1:] if argv is None else argv)
+    if not words:
+        parser.print_help()
+        parser.exit(2)
+    arguments, rest = parser.parse_known_args(words)
     for word in rest:
         if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides"):
             parser.error(f"unrecognized argument: {word}")
@@ -85,12 +100,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """The parser of `pldr` itself: its help shows the verbs in groups."""
+
+    verbs: Verbs
+
+    def format_help(self) -> str:
+        options = super().format_help().partition("\noptions:")[2]
+        lines = [self.format_usage().rstrip(), "", *(self.description or "").strip().splitlines()]
+        for group, names in GROUPS.items():
+            lines += ["", f"{group}:", *(f"  {name:<12} {self.verbs.helps[name]}" for name in names)]
+        return "\n".join([*lines, "", "options:"]) + options
+
+
+def build_parser() -> Parser:
     """Every verb and its options. The files of `launch/commands` import what a verb needs when it runs, not here."""
-    parser = argparse.ArgumentParser(prog="pldr", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(prog="pldr", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"pldr {version('pldr')}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="end with one line of JSON")
-    verbs = Verbs(parser.add_subparsers(dest="verb", required=True, metavar="VERB"), common)
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=argparse.ArgumentParser)
+    parser.verbs = verbs = Verbs(subparsers, common)
     add_stage_verbs(verbs)
     add_config_verb(verbs)
     add_bundle_verbs(verbs)

@@ -16,18 +16,21 @@ class Verbs:
 
     def __init__(self, subparsers: Any, common: argparse.ArgumentParser) -> None:
         self._subparsers, self._common = subparsers, common
+        self.helps: dict[str, str] = {}  # of each verb, in the order in which they were added
 
     def add(self, name: str, work: Work, help: str) -> argparse.ArgumentParser:
         """A verb, with the options that every verb has."""
         sub: argparse.ArgumentParser = self._subparsers.add_parser(
             name, help=help, description=help, parents=[self._common]
         )
+        self.helps[name] = help
         sub.set_defaults(work=work)
         return sub
 
     def group(self, name: str, help: str, *, metavar: str) -> Verbs:
         """A verb that has verbs of its own."""
         sub = self._subparsers.add_parser(name, help=help, description=help)
+        self.helps[name] = help
         inner = sub.add_subparsers(dest=f"{name}_verb", required=True, metavar=metavar)
         return Verbs(inner, self._common)
 

@@ -1,0 +1,33 @@
+"""What `pldr` says of itself."""
+
+import pytest
+
+from launch.cli import GROUPS, build_parser, main
+
+
+def test_every_verb_is_in_one_group():
+    shown = [name for names in GROUPS.values() for name in names]
+    assert len(shown) == len(set(shown))
+    assert set(shown) == set(build_parser().verbs.helps) - {"bundle verify"}  # the long name of verify
+
+
+def test_pldr_alone_shows_the_verbs_in_groups(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([])
+    out = capsys.readouterr().out
+    assert exit.value.code == 2 and out.index("data:") < out.index("tokenize ") < out.index("prove:") < out.index(
+        "--version"
+    )
+
+
+@pytest.mark.parametrize("words", [["verify"], ["bundle", "verify"], ["data", "report"]])
+def test_a_verbs_help_shows_its_own_name(capsys, words):
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: pldr {' '.join(words)} ")
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out.startswith("pldr 0.")
