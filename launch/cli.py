@@ -26,6 +26,7 @@ from launch.commands.config import add_config_verb
 from launch.commands.convert import add_convert_verbs
 from launch.commands.data import add_data_verbs
 from launch.commands.doctor.command import add_doctor_verb
+from launch.commands.init import add_init_verb
 from launch.commands.launch import add_launch_verbs
 from launch.commands.runs import add_run_verbs
 from launch.commands.stage import add_stage_verbs
@@ -35,7 +36,7 @@ from launch.commands.verbs import Verbs
 from pipeline.errors import Stopped, UserError
 
 GROUPS = {  # what `pldr --help` shows, by what one is about to do
-    "a whole run": ("run", "plan", "config"),
+    "a whole run": ("init", "run", "plan", "config"),
     "data": ("shard", "tokenizer", "tokenize", "data"),
     "train": ("train", "runs", "report", "track"),
     "prove": ("consolidate", "extract", "validate", "parity"),
@@ -123,6 +124,7 @@ def build_parser() -> Parser:
     parser.verbs = verbs = Verbs(subparsers, common)
     add_stage_verbs(verbs)
     add_config_verb(verbs)
+    add_init_verb(verbs)
     add_bundle_verbs(verbs)
     add_data_verbs(verbs)
     add_run_verbs(verbs)
