@@ -36,7 +36,7 @@ from launch.commands.verbs import Verbs
 from pipeline.errors import Stopped, UserError
 
 GROUPS = {  # what `pldr --help` shows, by what one is about to do
-    "a whole run": ("init", "run", "plan", "config"),
+    "a whole run": ("init", "check", "run", "plan", "config"),
     "data": ("shard", "tokenizer", "tokenize", "data"),
     "train": ("train", "runs", "report", "track"),
     "prove": ("consolidate", "extract", "validate", "parity"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from launch.commands.terminal import status_lines
@@ -14,12 +15,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipeline.config.run import RunConfig
+    from pipeline.stages.preflight import Finding
     from pipeline.stages.runner import Pipeline
 
 
 def add_stage_verbs(verbs: Verbs) -> None:
     """The verb `run`, one for each stage, and `plan`."""
     add_config(verbs.add("run", _run, "the whole pipeline, from corpora to a certified bundle"))
+    add_config(
+        verbs.add("check", _check, "what would fail later: sources, tokenizer, batch, memory, disk, MLflow, budget")
+    )
     for stage in STAGES:
         name = stage.name
         sub = verbs.add(name, _stage, stage.help)
@@ -82,11 +87,45 @@ def _pipeline(arguments: Any, report: Report) -> Pipeline:
 def _run(arguments: Any, report: Report) -> Result:
     pipeline = _pipeline(arguments, report)
     from launch.commands.summary import summary
+    from pipeline.stages.preflight import lines
     from pipeline.stages.runner import exclusive
 
+    findings = _preflight(pipeline)
+    for line in lines([finding for finding in findings if finding.status == "warn"]):
+        report(line)
+    _require_ready(findings, report)
     with exclusive(pipeline.paths, report):
         records = pipeline.run()
         return summary(pipeline, records, report)
+
+
+def _check(arguments: Any, report: Report) -> Result:
+    from pipeline.stages.preflight import lines
+
+    findings = _preflight(_pipeline(arguments, report))
+    for line in lines([finding for finding in findings if finding.status != "FAIL"]):
+        report(line)
+    _require_ready(findings, report)
+    return {"findings": [asdict(finding) for finding in findings]}
+
+
+def _preflight(pipeline: Pipeline) -> list[Finding]:
+    from pipeline.stages.preflight import preflight
+
+    return preflight(pipeline.config, done=pipeline.finished())
+
+
+def _require_ready(findings: list[Finding], report: Report) -> None:
+    """Tell what failed, all at once. Raises ConfigError if anything did."""
+    from pipeline.stages.preflight import lines
+
+    failed = [finding for finding in findings if finding.status == "FAIL"]
+    if len(failed) == 1:
+        raise ConfigError(failed[0].text)
+    for line in lines(failed):
+        report(line)
+    if failed:
+        raise ConfigError(f"{len(failed)} things would fail later: {', '.join(one.about for one in failed)}; see above")
 
 
 def _stage(arguments: Any, report: Report) -> Result:

@@ -104,6 +104,16 @@ class Pipeline:
         )
         return record if complete and all(key in record["result"] for key in stage_named(name).needs) else None
 
+    def finished(self) -> list[str]:
+        """The stages, from the first on, that have finished for today's inputs; their outputs are not looked at."""
+        names: list[str] = []
+        for name in NAMES:
+            known = self.record(name)
+            if known is None or known["inputs"] != storage.sha256_json(self.inputs(name)):
+                break
+            names.append(name)
+        return names
+
     def inputs(self, name: str) -> dict[str, Any]:
         """Everything that decides a stage's output. Raises ConfigError when the stage before it has not finished."""
         before = stages_before(name)
