@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,6 +94,25 @@ def bench(
     if device.type == "cuda":
         result["peak_cuda_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return result
+
+
+def training_flops_per_second(config: ModelConfig, *, batch_size: int = 1, tokens: int = 128, steps: int = 3) -> float:
+    """FLOP/s that training steps of this model reach on this machine, on sequences cut to `tokens`, in fp32: the median of
+    `steps` after one warm-up."""
+    cut = replace(
+        config,
+        context_length=min(tokens, config.context_length),
+        g_source="constant" if config.g_source == "file" else config.g_source,
+        g_file=None,
+    )
+    step = _training_step(PLDRModel(cut), torch.randint(4, cut.vocab_size, (batch_size, cut.context_length + 1)))
+    step()
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    return batch_size * cut.context_length * cut.flops_per_token(training=True) / statistics.median(seconds)
 
 
 def _training_step(model: PLDRModel, ids_BS: torch.Tensor) -> Callable[[], None]:
