@@ -199,17 +199,27 @@ def _validate(work: Work) -> Result:
 
 
 def _require_certified(paths: RunPaths, result: Result) -> None:
-    """Raise UserError with exit code 3 for a certificate that did not pass."""
+    """Raise UserError with exit code 3 for a certificate that did not pass: what failed, why, and the page to open."""
     if result["verdict"] == "certified":
         return
     # Stage records of before certificates of schema_version 4 have the fix under `mend`.
-    failed = "; ".join(f"{f['measure']}: {f['fix'] if 'fix' in f else f['mend']}" for f in result["failed"])
+    failed = [_failed_check(failure) for failure in result["failed"]]
+    fixes = dict.fromkeys(f["fix"] if "fix" in f else f["mend"] for f in result["failed"])
     raise UserError(
-        f"the certificate did not pass ({failed}); see {paths.certificate / 'certificate.json'}; "
-        "`pldr bundle CONFIG --uncertified` packages it anyway",
+        f"the certificate did not pass: {'; '.join(failed)}\n"
+        f"why   {'; '.join(fixes)}\n"
+        f"page  {paths.certificate / 'certificate.html'} (`pldr bundle CONFIG --uncertified` packages the model anyway)",
         exit_code=3,
         details={"failed": result["failed"]},
     )
+
+
+def _failed_check(failure: dict[str, Any]) -> str:
+    """A measure with its value and threshold; records of before November 2026 have neither."""
+    if "threshold" not in failure:
+        return str(failure["measure"])
+    value = "not measured" if failure.get("value") is None else f"{failure['value']:.3g}"
+    return f"{failure['measure']} is {value}, its threshold {failure['threshold']:g}"
 
 
 def _bundle(work: Work) -> Result:
