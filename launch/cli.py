@@ -88,6 +88,10 @@ def _fail(arguments: argparse.Namespace, message: str, exit_code: int, **details
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; `key=value` may stand before, between and after the options."""
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next; exits
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     words = long_name(sys.argv[1:] if argv is None else argv)
     if not words:
         parser.print_help()

@@ -43,4 +43,11 @@ def add_config(sub: argparse.ArgumentParser, *, metavar: str = "CONFIG", help: s
 
 def add_overrides(sub: argparse.ArgumentParser, help: str = "override a key, for example train.steps=100") -> None:
     """`key=value` after CONFIG."""
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help=help)
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help=help).completer = _keys  # type: ignore[attr-defined]
+
+
+def _keys(**_: object) -> list[str]:
+    """What a shell completes to: every key of a configuration."""
+    from pipeline.config.keys import all_kinds
+
+    return [f"{key}=" for key in all_kinds()]

@@ -1,5 +1,9 @@
 """What `pldr` says of itself."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from launch.cli import GROUPS, build_parser, main
@@ -31,3 +35,21 @@ def test_the_version(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["--version"])
     assert exit.value.code == 0 and capsys.readouterr().out.startswith("pldr 0.")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("pldr tok", {"tokenizer", "tokenize"}), ("pldr plan x.yaml train.warm", {"train.warmup_steps="})],
+)
+def test_a_shell_completes_verbs_and_keys(tmp_path, line, expected):
+    answer = tmp_path / "answer"
+    environment = {
+        **os.environ,
+        "_ARGCOMPLETE": "1",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "_ARGCOMPLETE_IFS": "\n",
+    }
+    environment |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    subprocess.run([sys.executable, "-m", "launch.cli"], env=environment, capture_output=True, check=False)
+    assert {word.strip() for word in answer.read_text().splitlines()} == expected
