@@ -6,14 +6,19 @@ configuration, 3 the certificate did not pass. A user's mistake is one line on s
 
 from __future__ import annotations
 
+from launch.backends.stop import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.listen()  # before the imports below
+
 import argparse
 import atexit
+import contextlib
 import gc
 import json
 import logging
 import math
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -31,7 +36,7 @@ from launch.commands.launch import add_launch_verbs
 from launch.commands.runs import add_run_verbs
 from launch.commands.stage import add_stage_verbs
 from launch.commands.sweep import add_sweep_verb
-from launch.commands.terminal import report
+from launch.commands.terminal import Display, report
 from launch.commands.verbs import Verbs
 from pipeline.errors import Stopped, UserError
 
@@ -47,42 +52,77 @@ GROUPS = {  # what `pldr --help` shows, by what one is about to do
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
-    arguments = parse(argv)
+    """Run the command line; the exit code. argv: None for that of this process, which ends with it."""
+    if argv is not None or not stop_signals.listens:
+        stop_signals.listen()
+    if argv is None:
+        atexit.register(stop_signals.ignore)  # the last thing that is done
+    _open_standard_files()
+    try:
+        with Display(hurried=lambda: bool(stop_signals.names)) as display:
+            return _run(parse(argv), display)
+    finally:
+        if argv is not None:
+            stop_signals.forget()
+
+
+def _run(arguments: argparse.Namespace, display: Display) -> int:
+    """Do a verb's work; the exit code."""
+    display.whole = not arguments.is_work
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    signal.signal(signal.SIGTERM, _interrupted)
     atexit.register(gc.freeze)  # else the last collection at exit walks all of torch or MLflow: a second (2026-11-28)
-    exit_code = 0
+    stopped_code, exit_code = getattr(arguments, "stopped_code", 0) or 1, 0
+
+    def interrupted(name: str) -> int:
+        return _fail(arguments, display, f"stopped by {name}; start again to continue", stopped_code, stopped=name)
+
     try:
+        stop_signals.begin(stopped_code, interrupted)
         result = arguments.work(arguments, report)
+        stop_signals.end()
     except Stopped as stop:
+        stop_signals.end()
         result = {"stopped": str(stop), **stop.details}
         exit_code = stop.exit_code
         report(str(stop))
     except UserError as error:
-        return _fail(arguments, str(error), error.exit_code, **error.details)
+        return _fail(arguments, display, str(error), error.exit_code, **error.details)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # `| head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
         from pipeline.io.storage import explain_os_error
 
-        return _fail(arguments, str(explain_os_error(error, error.filename or arguments.verb)), 1)
-    except KeyboardInterrupt:
-        return _fail(arguments, "stopped; start again to continue", 1)
+        return _fail(arguments, display, str(explain_os_error(error, error.filename or arguments.verb)), 1)
+    except KeyboardInterrupt as error:
+        return interrupted(str(error) or "SIGINT")
+    except Exception:
+        if not stop_signals.names:
+            raise
+        return interrupted(
+            stop_signals.names[0]
+        )  # an import that was cut may be tried again, and fail otherwise (numpy)
     if arguments.json:
-        print(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
+        display.result(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
     return exit_code
 
 
-def _fail(arguments: argparse.Namespace, message: str, exit_code: int, **details: Any) -> int:
+def _fail(arguments: argparse.Namespace, display: Display, message: str, exit_code: int, **details: Any) -> int:
     """One line for a person, and with --json one object for a program."""
-    print(f"pldr: error: {message}", file=sys.stderr)
+    stop_signals.end()
+    display.error(f"pldr: error: {message}")
     if arguments.json:
-        print(json.dumps(_finite({"error": message, "exit_code": exit_code, **details}), ensure_ascii=False))
+        display.result(json.dumps(_finite({"error": message, "exit_code": exit_code, **details}), ensure_ascii=False))
     return exit_code
+
+
+def _open_standard_files() -> None:
+    """Open what was closed at the start (`>&-`) as /dev/null: no file of ours may get the number that others print to."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -147,10 +187,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _interrupted(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -12,6 +12,12 @@ the rank that was waited for.
 
 from __future__ import annotations
 
+from pipeline.train.signals import PARENT_PIPE as PARENT_PIPE
+from pipeline.train.signals import STOP, StopRequest
+
+if __name__ == "__main__":
+    STOP.listen()  # before the imports below, which take seconds
+
 import atexit
 import faulthandler
 import logging
@@ -31,12 +37,12 @@ from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths, staging_folder, tokens_folder
 from pipeline.config.run import RunConfig
 from pipeline.distributed import agreement, choose_interface, on_every_rank
+from pipeline.environment import omp_threads
 from pipeline.errors import UserError, first_line
 from pipeline.io import storage
 from pipeline.train import signals
-from pipeline.train.console import FAILURE, LISTENING, print_line
+from pipeline.train.console import FAILURE, LISTENING, STOPPED, print_line
 from pipeline.train.heartbeat import Heartbeat, blame
-from pipeline.train.signals import StopRequest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,22 +56,20 @@ log = logging.getLogger(__name__)
 STOPPED_WAIT_S = 5.0  # for uploads, when training ends before its last step
 ENVIRONMENT_FILE = "PLDR_ENVIRONMENT_FILE"  # names a JSON file of variables that must not appear in a command line
 VISIBLE_DEVICES = "PLDR_VISIBLE_DEVICES"  # the CUDA_VISIBLE_DEVICES that the launching process has
-PARENT_PIPE = "PLDR_PARENT_PIPE"  # set when stdin is a pipe whose other end the launching process holds open
 
 
 def main(argv: list[str]) -> int:
     """Run this rank to the end; the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
-    stop = StopRequest()
-    stop.listen()
     print_line(LISTENING)
+    STOP.leaving(_leave)
     if os.environ.get(PARENT_PIPE) == "1":
         threading.Thread(target=_die_with_parent, daemon=True).start()
     job_file = Path(next(a for a in argv if not a.startswith("--local_rank")))
     heart = Heartbeat()
     try:
         take_environment()
-        run(job_file, heart, stop)
+        run(job_file, heart, STOP)
     except UserError as error:
         return _failed(str(error), error.exit_code)
     except Exception as error:
@@ -105,6 +109,12 @@ def rank_and_world() -> tuple[int, int]:
 def _failed(message: str, exit_code: int) -> int:
     print_line(f"{FAILURE}{exit_code} {message}")
     return exit_code
+
+
+def _leave(name: str) -> None:
+    """End this process immediately, from any thread: asked to stop before its first step."""
+    os.write(1, f"{STOPPED}{name} before a step was done\n".encode())
+    os._exit(0)
 
 
 def _give_up(message: str) -> None:
@@ -187,7 +197,7 @@ def join(job: Job, heart: Heartbeat, stop: StopRequest) -> None:
     from pipeline.train.engine import init_distributed
 
     if not has_gpu():
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_num_threads(omp_threads(os.environ) or 1)
     timeout_s = job.config.train.timeout_s
     if signals.HEAD_FILE in os.environ:
         signals.follow(Path(os.environ[signals.HEAD_FILE]), patience_s=timeout_s, note=stop.note, fail=_give_up)
@@ -234,10 +244,8 @@ def open_data(job: Job) -> Data:
     # One more than are scored: it lends its G to the others.
     wanted = config.train.val_sequences + 1
     chosen = evenly_spread(val, np.arange(val.num_sequences), wanted, skip=skip, agree=agree)
-    if len(chosen) <= job.world:
-        raise UserError(
-            f"{index.folder}: {len(chosen)} held-out sequences for {job.world} ranks; raise data.val_fraction"
-        )
+    if len(chosen) < 2:
+        raise UserError(f"{index.folder}: a single held-out sequence, validation needs two; raise data.val_fraction")
     held_out = val.read(chosen)
     loader = TrainLoader(
         reader,
@@ -292,6 +300,7 @@ def train(
         heart=heart,
         stop=stop,
     )
+    stop.leaving(None)
     return trainer.train().step
 
 

@@ -27,7 +27,7 @@ from pldr_model.plga import DeductiveOutputs
 
 
 class Losses(NamedTuple):
-    """`total` = cross-entropy + sum of coefficient * dag term is what training minimizes; 0-dim tensors."""
+    """`total` = weight * cross-entropy + sum of coefficient * dag term is what training minimizes; 0-dim tensors."""
 
     total: Tensor
     cross_entropy: Tensor
@@ -35,9 +35,10 @@ class Losses(NamedTuple):
 
 
 def cross_entropy(logits_BSV: Tensor, targets_BS: Tensor, *, pad_id: int = 0) -> Tensor:
-    """Mean negative log-likelihood in nats over targets that are not padding, in fp32 at least."""
+    """Mean negative log-likelihood in nats over targets that are not padding, in fp32 at least; 0 without any."""
     logits = logits_BSV.to(at_least_float32(logits_BSV.dtype))
-    return F.cross_entropy(logits.flatten(0, -2), targets_BS.flatten(), ignore_index=pad_id)
+    total = F.cross_entropy(logits.flatten(0, -2), targets_BS.flatten(), ignore_index=pad_id, reduction="sum")
+    return total / (targets_BS != pad_id).sum().clamp(min=1)
 
 
 def total_loss(
@@ -46,10 +47,15 @@ def total_loss(
     config: ModelConfig,
     *,
     outputs: list[DeductiveOutputs] | None = None,
+    weight: Tensor | None = None,
 ) -> Losses:
-    """Cross-entropy plus the DAG terms whose coefficient is not zero; `outputs` are needed only for those."""
+    """Cross-entropy plus the DAG terms whose coefficient is not zero; `outputs` are needed only for those.
+
+    weight: of the cross-entropy, for one of several batches with different numbers of targets. The DAG terms are means over
+    sequences, so they have none.
+    """
     loss = cross_entropy(logits_BSV, targets_BS, pad_id=config.pad_id)
-    total, terms = loss, {}
+    total, terms = loss if weight is None else loss * weight.to(loss.dtype), {}
     for name, coefficient in zip(("A_LM", "A_P", "G_LM"), config.dag_coefficients, strict=True):
         if coefficient:
             assert outputs, "a DAG term needs the deductive outputs: call the model with return_outputs=True"

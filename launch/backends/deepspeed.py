@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.backends.dry_run import dry_run
+from launch.backends.environment import rank_environment
 from launch.backends.hosts import (
     SSH_ARGS,
     Host,
@@ -20,16 +21,18 @@ from launch.backends.hosts import (
     private_file,
     ssh_options,
 )
-from launch.backends.job import WORKER, Report, free_port, rank_environment, run_job, stopped_exit_code
+from launch.backends.job import WORKER, Report, free_port, run_job, stopped_exit_code
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.distributed import has_gpu
-from pipeline.errors import Stopped
+from pipeline.environment import search_path, without_other_jobs
+from pipeline.errors import Stopped, UserError
 from pipeline.io import storage
 from pipeline.stages.runner import Pipeline, exclusive
 from pipeline.train import signals
 from pipeline.worker import ENVIRONMENT_FILE, PARENT_PIPE
 
+PORT_TAKEN = "EADDRINUSE"
 RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
@@ -38,10 +41,22 @@ def launch(config: RunConfig, job_file: Path, ranks: int, *, report: Report) -> 
 
     Raises Stopped and UserError as `run_job` does.
     """
-    environment = rank_environment(ranks)
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    environment = {
+        **rank_environment(ranks),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # a shell may name an interface for other hosts
     log_file = RunPaths(config.run_dir).logs / "train.log"
-    run_job(command(job_file, ranks), environment=environment, ranks=ranks, log_file=log_file, report=report)
+
+    def run() -> None:
+        run_job(command(job_file, ranks), environment=environment, ranks=ranks, log_file=log_file, report=report)
+
+    try:
+        run()
+    except UserError as error:
+        if PORT_TAKEN not in str(error):
+            raise
+        report("another process took the ranks' port before they did; once more, with another port")
+        run()
 
 
 def command(job_file: Path, ranks: int) -> list[str]:
@@ -54,7 +69,8 @@ def command(job_file: Path, ranks: int) -> list[str]:
         where = ["--include", f"localhost:{','.join(chosen.split(',')[:ranks])}"]
     else:
         where = ["--num_gpus", str(ranks)]
-    return [*RUNNER, *where, *_rendezvous("127.0.0.1", free_port()), "--module", WORKER, str(job_file)]
+    here = ["--hostfile", os.devnull]  # otherwise /job/hostfile, which clouds put there, makes it a job over ssh
+    return [*RUNNER, *here, *where, *_rendezvous("127.0.0.1", free_port()), "--module", WORKER, str(job_file)]
 
 
 def ssh_command(job_file: Path, *, hostfile: str, address: str, port: int, ssh_port: int | None) -> list[str]:
@@ -112,6 +128,7 @@ class SshJob:
             signals.HEAD_FILE: str(logs / "head.json"),
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            **search_path(),  # in place of DeepSpeed's, which begins with the working directory
         }
         private_path = logs / "environment.json"
         if private:
@@ -121,7 +138,7 @@ class SshJob:
     def environment(self, logs: Path) -> dict[str, str]:
         """What DeepSpeed's launcher itself gets."""
         _, private = self.files(logs).values()  # otherwise it exports MLFLOW_TRACKING_PASSWORD itself
-        kept = {k: v for k, v in os.environ.items() if k != PARENT_PIPE and k not in private}
+        kept = {k: v for k, v in without_other_jobs(os.environ).items() if k != PARENT_PIPE and k not in private}
         return {**kept, "DS_ENV_FILE": str(logs / "deepspeed_env"), SSH_ARGS: ssh_options()}
 
     def command(self, job_file: Path) -> list[str]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from pipeline.environment import without_other_jobs
 from pipeline.errors import ConfigError
 
 T = TypeVar("T")
@@ -142,7 +143,8 @@ def users_files() -> list[Path]:
 def carried(extra: Sequence[str] = ()) -> dict[str, str]:
     """The variables that ranks need: those that storage, MLflow, gloo and NCCL read, the user's `.deepspeed_env` files, and
     `extra` (NAME or NAME=VALUE). Raises ConfigError."""
-    found = {k: v for k, v in os.environ.items() if CARRIED.fullmatch(k) and k not in LOCAL_ONLY}
+    here = without_other_jobs(os.environ)
+    found = {k: v for k, v in here.items() if CARRIED.fullmatch(k) and k not in LOCAL_ONLY}
     for file in users_files():
         if file.is_file():
             lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]

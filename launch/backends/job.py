@@ -7,11 +7,13 @@ the launcher; and whether the job succeeded is decided by the committed checkpoi
 code alone. The workers' stdin is a pipe that this process holds: when it closes because this process was killed, they exit.
 Ranks on other hosts, behind ssh, watch a file instead (pipeline/train/signals.py).
 
-Slurm sends its warning to every process of a step. The launchers would die of SIGUSR1, and the runner of SIGTERM, while the
-ranks save: they are started with both ignored (ranks, and DeepSpeed's launch.py for SIGTERM, set their own handlers).
+Slurm sends its warning to every process of a step. The launchers would die of SIGUSR1 and SIGHUP, and the runner of SIGTERM,
+while the ranks save: they are started with these ignored (ranks, and DeepSpeed's launch.py for SIGTERM, set their own
+handlers).
 
 A rank that fails reports why and exits; the others follow within moments, or hang until a collective times out. What is left
-of the group is killed FAILURE_GRACE_S later, or ORPHAN_GRACE_S after a launcher that exited before its ranks.
+of the group is killed FAILURE_GRACE_S later, or ORPHAN_GRACE_S after a launcher that exited before its ranks, or when ranks
+that were asked to stop do not react (`Reaction`).
 """
 
 from __future__ import annotations
@@ -27,35 +29,38 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import psutil
 
-from pipeline.distributed import has_gpu
+from launch.backends.reaction import Reaction
+from launch.backends.stop import AGAIN_S, Interrupted, stop_signals
+from pipeline.config.paths import RunPaths
 from pipeline.errors import Stopped, UserError
 from pipeline.train.console import FAILURE, LISTENING, STATUS, STOPPED
 from pipeline.train.signals import Head
-from pipeline.worker import PARENT_PIPE, VISIBLE_DEVICES
 
 WORKER = "pipeline.worker"
 FAILURE_GRACE_S = 5.0  # for the other ranks' tracebacks, and for MLflow
 ORPHAN_GRACE_S = 2.0
 POLL_S = 0.5
 Report = Callable[[str], None]  # prints a line for the user
-IGNORING = ["sh", "-c", 'trap "" TERM USR1; exec "$@"', "sh"]  # ignored signals stay ignored across exec
+IGNORING = ["/bin/sh", "-c", 'trap "" TERM USR1 HUP; exec "$@"', "sh"]  # ignored signals stay ignored across exec
 _SSH = re.compile(r"\bssh: |Permission denied|Host key verification failed|Connection closed by|not responding")
+CRASHES = {
+    signal.SIGKILL: " (out of memory?)",
+    signal.SIGBUS: " (/dev/shm or a disk is full?)",
+    signal.SIGSEGV: "",
+    signal.SIGABRT: "",
+    signal.SIGILL: " (a library was built for another CPU?)",
+}
+# The last line of a traceback, after what torchrun or pdsh puts before it; Python's own errors; an argument parser's.
+_ERROR = re.compile(
+    r"(?:[\w.-]+: )??(?:\[rank\d+\]: ?)?"
+    r"((?:(?:[A-Za-z_][\w.]*)?(?:Error|Exception)\b|Fatal Python error: |[\w.]+: error: |\S*python[\d.]*: ).*)"
+)
+_KILLED = re.compile(r"failed \(exitcode: -(\d+)\)")  # torchrun's
 log = logging.getLogger(__name__)
-
-
-def rank_environment(ranks: int) -> dict[str, str]:
-    """The environment of ranks on this node: this process's, and what makes a CPU node work."""
-    environment = {**os.environ, PARENT_PIPE: "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        environment[VISIBLE_DEVICES] = environment["CUDA_VISIBLE_DEVICES"]
-    if not has_gpu():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    return environment
 
 
 def run_job(
@@ -71,34 +76,30 @@ def run_job(
 
     ranks: how many write to this launcher's output. head: how ranks on other hosts get signals; None: all ranks are here.
 
-    SIGTERM, SIGUSR1 and the first Ctrl-C are forwarded to the ranks, which save and exit; Stopped is raised then. The second
-    Ctrl-C kills the job at once (KeyboardInterrupt). Raises UserError with the first failure that a rank reported and the
-    log's name; its exit code is that rank's.
+    A signal to stop is forwarded to the ranks, which save and exit; Stopped is raised then. A second Ctrl-C kills the job at
+    once (Interrupted). Both as launch/backends/stop.py has it. Raises UserError with the first failure that a rank reported and
+    the log's name; its exit code is that rank's.
     """
+    job = _Job(ranks, head, RunPaths.ranks_of(log_file))
+
+    def receive(number: signal.Signals, at_once: bool) -> None:
+        if at_once:
+            raise Interrupted(number.name)
+        job.forward(number)  # before anything is printed
+        report(f"{number.name}: the ranks save and stop; Ctrl-C after {AGAIN_S:g} s more kills them")
+
     with open(log_file, "ab") as stream:
-        process = subprocess.Popen(
-            [*IGNORING, *command],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        job = _Job(process, ranks, head)
         try:
-            with _forwarding_signals(job, report):
-                watcher = threading.Thread(target=job.watch, name="launcher-watch", daemon=True)
-                watcher.start()
-                job.read(stream, report)
-                code = process.wait()
+            with stop_signals.handed_to(receive):
+                code = job.run([*IGNORING, *command], environment, stream, report)
         finally:
             job.done.set()
             job.end()
     if job.failures:
         exit_code, reason = job.failures[0]
         raise UserError(f"training failed: {reason} (log: {log_file})", exit_code=exit_code, again=not job.forwarded)
-    if job.stopped is not None or (job.forwarded and code):
-        how = job.stopped or f"{job.forwarded[0]} before a step was done"
+    if job.stopped is not None or (job.forwarded and (code or job.killed)):
+        how = _how_stopped(job)
         raise Stopped(f"training was stopped by {how}", details={"stopped": how})
     if job.orphaned or code:
         raise UserError(f"training failed: {_how(job, code)} (log: {log_file})")
@@ -108,28 +109,60 @@ def _how(job: _Job, code: int) -> str:
     """How a job ended whose ranks reported nothing."""
     if job.orphaned or code == -signal.SIGKILL:
         return "its launcher was killed"
-    if code == 256 - signal.SIGKILL:  # DeepSpeed's launch.py ends with its rank's return code, -9
-        return "a rank was killed with SIGKILL (out of memory?)"
-    return f"the launcher ended with code {code}" + (f", {job.ssh_error}" if job.ssh_error else "")
+    killed_by = job.killed_by or 256 - code  # DeepSpeed's launch.py ends with its rank's return code, -9 for example
+    if killed_by in CRASHES:
+        return f"a rank was killed with {signal.Signals(killed_by).name}{CRASHES[signal.Signals(killed_by)]}"
+    reason = job.ssh_error or job.error
+    return f"the launcher ended with code {code}" + (f", {reason}" if reason else "")
+
+
+def _how_stopped(job: _Job) -> str:
+    """The signal that this process was sent (else the one that a rank got), and what the ranks did."""
+    if job.stopped is None:
+        return job.forwarded[0] + (f", {job.killed}" if job.killed else " before a step was done")
+    name, _, what = job.stopped.partition(" ")
+    return f"{job.forwarded[0] if job.forwarded else name} {what}"
 
 
 class _Job:
-    """A running process group, and what its output has shown so far."""
+    """A process group, and what its output has shown so far."""
 
-    def __init__(self, process: subprocess.Popen[bytes], num_ranks: int, head: Head | None) -> None:
-        self.process, self.num_ranks, self.head = process, num_ranks, head
+    def __init__(self, num_ranks: int, head: Head | None, heartbeats: Path) -> None:
+        self.num_ranks, self.head = num_ranks, head
+        self.process: subprocess.Popen[bytes] | None = None
         self.listening = 0  # ranks that have started and handle signals
         self.failures: list[tuple[int, str]] = []
         self.stopped: str | None = None
         self.ssh_error = ""  # why a host is unreachable
+        self.error = ""  # the last error that a launcher or rank printed without a mark of ours
+        self.killed_by = 0  # the signal that ended a rank, if torchrun says so
         self.forwarded: list[str] = []  # names of signals
+        self.killed = ""  # why ranks that were asked to stop were killed
+        self._heartbeats = heartbeats
+        self._reaction: Reaction | None = None  # of ranks that were asked to stop
         self.orphaned = False  # the launcher exited before its ranks
         self.done = threading.Event()
 
-    def read(self, log_file: IO[bytes], report: Report) -> None:
+    def run(self, command: Sequence[str], environment: dict[str, str], log_file: IO[bytes], report: Report) -> int:
+        """Start it, and wait until it ends; the launcher's exit code."""
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        if self.forwarded:  # it came just now
+            self.kill()
+        threading.Thread(target=self.watch, name="launcher-watch", daemon=True).start()
+        self.read(self.process, log_file, report)
+        return self.process.wait()
+
+    def read(self, process: subprocess.Popen[bytes], log_file: IO[bytes], report: Report) -> None:
         """Read the job's output to its end."""
-        assert self.process.stdout is not None
-        for raw in self.process.stdout:
+        assert process.stdout is not None
+        for raw in process.stdout:
             line = raw.decode("utf-8", "replace").rstrip("\n")
             try:
                 log_file.write(raw)
@@ -141,17 +174,27 @@ class _Job:
             elif LISTENING in line:
                 self.listening += line.count(LISTENING)
             elif STOPPED in line:
-                self.stopped = line.partition(STOPPED)[2]
-            elif FAILURE in line:
+                self.stopped = self.stopped or line.partition(STOPPED)[2]
+                self._expect_end()
+            elif FAILURE in line and self.stopped is None:  # else because the others have gone
                 code, _, reason = line.partition(FAILURE)[2].partition(" ")
                 self.failures.append((int(code), reason))
             elif self.head is not None and not self.ssh_error and _SSH.search(line):
                 self.ssh_error = f"{line.strip()}; try `pldr doctor --hostfile`"
+            elif found := _KILLED.search(line):
+                self.killed_by = int(found[1])
+            elif (found := _ERROR.match(line)) and "ChildFailedError" not in line:  # torchrun's: a rank has failed
+                self.error = found[1][:300]
 
     def watch(self) -> None:
         """In a thread: kill what is left of a job that has failed, or whose launcher has exited."""
+        assert self.process is not None
         deadline: float | None = None
         while not self.done.wait(POLL_S):
+            if self._reaction is not None and self._reaction.overdue():
+                self.killed = self._reaction.what()
+                self.kill()
+                return
             ended = self.process.poll() is not None
             if deadline is None and (self.failures or ended):
                 deadline = time.monotonic() + (FAILURE_GRACE_S if self.failures else ORPHAN_GRACE_S)
@@ -162,6 +205,7 @@ class _Job:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks on this node: of the launcher's group (DeepSpeed), or its descendants (torchrun)."""
+        assert self.process is not None
         family = set()
         with contextlib.suppress(psutil.Error):
             family = {child.pid for child in psutil.Process(self.process.pid).children(recursive=True)}
@@ -176,6 +220,9 @@ class _Job:
     def forward(self, number: int) -> None:
         """Send a signal to all ranks; the launcher does not get it."""
         self.forwarded.append(signal.Signals(number).name)
+        self._expect_end()
+        if self.process is None:
+            return  # `run` kills it
         if self.listening < self.num_ranks:
             self.kill()  # still starting: a rank would miss it, and there is nothing to save
         elif self.head is not None:
@@ -185,8 +232,12 @@ class _Job:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rank, number)
 
+    def _expect_end(self) -> None:
+        self._reaction = self._reaction or Reaction(self._heartbeats)
+
     def kill(self) -> None:
         """Kill every process of the job on this node; ranks elsewhere get a message to exit."""
+        assert self.process is not None
         if self.head is not None:
             self.head.over()
         ranks = self.ranks()
@@ -198,6 +249,8 @@ class _Job:
 
     def end(self) -> None:
         """Kill what is left and close the pipe to it."""
+        if self.process is None:
+            return
         self.kill()
         self.process.wait()
         if self.process.stdin is not None:
@@ -206,43 +259,16 @@ class _Job:
 
 @contextlib.contextmanager
 def stopped_exit_code(exit_code: int) -> Iterator[None]:
-    """A job stopped by a signal exits with this code, also when the signal came while no rank ran (nothing to save then)."""
-    signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGTERM))  # until the process ends: its last moments, too
+    """A job stopped by a signal exits with this code, also when the signal came while no rank ran (launch/cli.py)."""
     try:
         yield
     except Stopped as stop:
         raise Stopped(str(stop), details=stop.details, exit_code=exit_code) from None
-    except KeyboardInterrupt:
-        if not exit_code:
-            raise
-        raise Stopped("stopped while no rank ran", details={}, exit_code=exit_code) from None
 
 
 def is_rank(words: Sequence[str]) -> bool:
     """Whether a command line is a rank's. The launchers, too, have the worker's name in their arguments."""
     return "-m" in words[:-1] and words[words.index("-m") + 1] == WORKER
-
-
-@contextlib.contextmanager
-def _forwarding_signals(job: _Job, report: Report) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 go to the ranks; so does the first Ctrl-C, as SIGTERM. Only the main thread can set handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def forward(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and job.forwarded:
-            raise KeyboardInterrupt
-        again = "; Ctrl-C again kills them at once" if number == signal.SIGINT else ""
-        report(f"{signal.Signals(number).name}: the ranks save and stop{again}")
-        job.forward(signal.SIGTERM if number == signal.SIGINT else number)
-
-    before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def free_port() -> int:

@@ -63,6 +63,8 @@ def launch_kubernetes(
     storage.publish_bytes(file, manifests.encode())
     report(submit(file))
     report(f"watch       kubectl -n {options.namespace} get trainjob {name} -w")
+    pods = f"kubectl -n {options.namespace} describe pods -l jobset.sigs.k8s.io/jobset-name={name}"
+    report(f"waits?      {pods}   (Events: no room, no image, no volume)")
     report(f"again       kubectl delete -f {file} && kubectl apply -f {file}   (resumes from the last commit)")
     return {"job": name, "file": str(file)}
 

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.backends.dry_run import dry_run
-from launch.backends.job import Report, rank_environment, run_job, stopped_exit_code
+from launch.backends.environment import rank_environment
+from launch.backends.job import Report, run_job, stopped_exit_code
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import Stopped, UserError
@@ -34,6 +35,8 @@ from pipeline.stages.runner import Pipeline, exclusive
 BEAT_S = 1.0
 POLL_S = 0.25
 FAREWELL_S = 30.0  # how long node 0 waits for missing nodes before it announces the end
+STOPPED_S = 5.0  # the same after a signal
+LEAD_S = 60.0  # how long another node that was stopped waits for node 0's announcement, which follows its last uploads
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,15 @@ def _lead(
     pipeline = Pipeline(config, launch=start, report=report, ranks=job.ranks)
     code, message, stopped = 1, "node 0 ended early", False
     try:
-        with exclusive(pipeline.paths, report):
+        with exclusive(pipeline.paths, report, wait_s=job.wait_s):
             result = pipeline.stage("train", resume=resume, force=force)
         code, message = 0, "training is complete"
         return result
     except Stopped as stop:
         code, message, stopped = job.stopped_code, str(stop), True
+        raise
+    except KeyboardInterrupt as interrupted:
+        code, message, stopped = job.stopped_code, f"training was stopped by {interrupted} before a step was done", True
         raise
     except UserError as error:
         code, message = error.exit_code, str(error)
@@ -116,8 +122,11 @@ def _follow(
     while (end := follower.wait()) is None:
         try:
             run()
-        except Stopped:
-            pass  # node 0 announces it
+        except Stopped as stop:
+            end = follower.announcement(min(LEAD_S, job.wait_s))
+            if end is None:  # node 0 is silent, or would start again
+                raise stop from None
+            break
         except UserError as error:
             report(f"node {job.node}: {error}")
     if end.stopped:
@@ -160,7 +169,7 @@ class Lead:
         """Announce the end. Nodes that are still missing get a short wait, or they would time out."""
         if not self._others:
             return
-        tokens = self._started or self._gather(min(FAREWELL_S, self._wait_s))
+        tokens = self._started or self._gather(min(STOPPED_S if stopped else FAREWELL_S, self._wait_s))
         record = {"tokens": tokens, "exit_code": exit_code, "message": message, "stopped": stopped}
         storage.publish_json(self._folder / "end.json", record)
 
@@ -190,10 +199,17 @@ class Follower:
         self._folder, self._node, self._wait_s = paths.logs / "nodes", str(node_rank), wait_s
         self._previous: str | None = None
 
-    def wait(self) -> End | None:
-        """None: start the ranks now. Raises UserError when node 0 is silent for wait_s."""
+    def announcement(self, wait_s: float) -> End | None:
+        """The end, where node 0 announces one within wait_s."""
+        try:
+            return self.wait(wait_s)
+        except UserError:
+            return None
+
+    def wait(self, wait_s: float | None = None) -> End | None:
+        """None: start the ranks now. Raises UserError when node 0 is silent for wait_s (None: as long as this node waits)."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        token, limit = uuid.uuid4().hex, time.monotonic() + self._wait_s
+        token, limit = uuid.uuid4().hex, time.monotonic() + (self._wait_s if wait_s is None else wait_s)
         with _announced(self._folder / f"node-{self._node}.json", token):
             while time.monotonic() < limit:
                 end = _read(self._folder / "end.json")

@@ -1,18 +1,21 @@
-"""`pldr launch slurm`: the batch script of a training job, and its submission.
+"""`pldr launch slurm`: the batch script of a training job, its submission, and what the queue says right after.
 
 The script (templates/train.sbatch) starts one `pldr launch torchrun` on each node. Slurm requeues the job when a node is lost,
-and the script requeues it when its time is up; both resume from the last commit.
+and the script requeues it when its time is up or it is preempted; all resume from the last commit. One job at a time trains a
+run: a second one is refused here, and one that was submitted by hand ends when it starts (the script looks into the queue).
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 from launch.backends.dry_run import dry_run
 from launch.backends.job import Report
 from launch.backends.scheduled import ScheduledJob, fill_in
+from pipeline import slurm
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
@@ -28,6 +32,10 @@ from pipeline.stages.train import check as check_training
 
 PLDR = [sys.executable, "-m", "launch.cli"]
 MARGIN_S = 120  # Slurm sends its signal up to a minute early, and ranks take a while to start
+LOOK_S = 15.0  # after submission, for the first reason why the job waits
+POLL_S = 1.0
+SURE = 3  # looks in a row with a reason that never passes
+SUBMITTED = "slurm.json"  # in logs/: the job that was submitted last
 SET_HERE = {"job-name", "nodes", "ntasks-per-node", "signal", "requeue", "open-mode", "output", "array", "parsable"}
 
 
@@ -55,15 +63,96 @@ def launch_slurm(
     check_training(config, paths, ranks=job.ranks)
     script = render(config, paths, job, options, [*config_words, *job.node_arguments()])
     file = paths.logs / "train.sbatch"
-    check(script, file)
+    new = file.with_name(f"{file.name}.new")  # beside it: a refused one must not replace the script of a job
+    check(script, new)
     if dry:
-        return dry_run({file: script}, [command(file)], environment(), report=report)
-    storage.publish_bytes(file, script.encode())
-    job_id = submit(file)
-    report(
-        f"Slurm job {job_id}: {paths.logs}/slurm-{job_id}.out; stop and save: scancel --batch --signal=USR1 {job_id}"
-    )
-    return {"job": job_id, "script": str(file)}
+        return dry_run({new: script}, [command(new), ["mv", str(new), str(file)]], slurm.environment(), report=report)
+    with _alone(paths):
+        _refuse_second(paths, report)
+        storage.publish_bytes(new, script.encode())
+        job_id = slurm.submit(new, (), _fixes(job, options))
+        storage.publish_json(paths.logs / SUBMITTED, {"schema_version": 1, "job": job_id})
+        os.replace(new, file)
+    report(f"submitted   Slurm job {job_id}: {paths.logs}/slurm-{job_id}.out")
+    report(f"stop        save and stop: scancel --batch --signal=TERM {job_id}; save and requeue: --signal=USR1")
+    state = _first_state(job_id, _fixes(job, options))
+    report(f"state       {state}" + (f"; watch: squeue --jobs={job_id}" if state != "RUNNING" else ""))
+    return {"job": job_id, "script": str(file), "state": state}
+
+
+@contextlib.contextmanager
+def _alone(paths: RunPaths) -> Iterator[None]:
+    """Two launches of a run at once: the second is refused. Between a look into the queue and sbatch nothing may come."""
+    paths.logs.mkdir(parents=True, exist_ok=True)
+    with open(paths.logs / "submit.lock", "a+", encoding="utf-8") as stream:
+        if not storage.lock(stream):
+            raise UserError(f"{paths.root}: process {storage.lock_holder(stream)} submits it; look with squeue --me")
+        yield
+
+
+def _refuse_second(paths: RunPaths, report: Report) -> None:
+    """Raise UserError when a job of this run is queued or runs, however it was submitted."""
+    known = None
+    with contextlib.suppress(OSError, UserError, KeyError):
+        known = storage.read_json(paths.logs / SUBMITTED)["job"]
+    try:
+        jobs = [job for job in slurm.queue() if not job.ended]
+    except UserError as error:  # then the job itself looks
+        report(f"queue       not looked at: {error}")
+        return
+    for job in jobs:
+        if job.name.endswith(f"-{mark_of(paths)}") or job.id == known:
+            state = f"waits ({job.why})" if job.waits else f"is {job.state}"
+            raise UserError(f"{paths.root}: Slurm job {job.id} of this run {state}; wait for it, or scancel {job.id}")
+
+
+def mark_of(paths: RunPaths) -> str:
+    """The end of the name of every job of this run."""
+    return hashlib.sha256(str(paths.root.resolve()).encode()).hexdigest()[:8]
+
+
+def _first_state(job_id: str, fixes: dict[str, str]) -> str:
+    """RUNNING, or why the job waits. Raises UserError when it can never start: then it is canceled."""
+    state, looks = "PENDING", 0
+    end = time.monotonic() + LOOK_S
+    while looks < SURE and time.monotonic() < end:
+        time.sleep(POLL_S)
+        try:
+            job = next((job for job in slurm.queue() if job.id == job_id), None)
+        except UserError as error:
+            return f"unknown: {error}"
+        if job is None or not job.waits:
+            return "unknown: it is not in the queue" if job is None else job.state
+        looks = looks + 1 if state == job.why != "PENDING" else 1
+        state = job.why
+    if slurm.never_starts(state):
+        slurm.cancel([job_id])
+        fix = slurm.fix_of(state, fixes)
+        raise UserError(f"Slurm job {job_id} can never start ({state}) and was canceled; {fix}")
+    return f"waits ({state})" + (f"; it is held: scontrol release {job_id}" if slurm.is_held(state) else "")
+
+
+def _fixes(job: ScheduledJob, options: SlurmOptions) -> dict[str, str]:
+    """What to change when Slurm refuses the job, or never starts it."""
+    gpus = f"--gpus-per-node (now {job.gpus_per_node}; 0 asks for none)"
+    cpus = f"--cpus-per-rank (now {job.cpus_per_rank}, for {job.ranks_per_node} ranks on a node)"
+    nodes, limit = f"--nodes (now {job.nodes})", f"--time (now {options.time or 'the default of the partition'})"
+    by_sbatch = {
+        name: f"change --sbatch {name}=…" for name in ("account", "qos", "constraint", "reservation", "nodelist")
+    }
+    return {
+        "time": f"lower {limit} or change --sbatch partition=…",
+        "partition": "change --sbatch partition=…",
+        "memory": "lower --sbatch mem=…",
+        "cpus": f"lower {cpus}",
+        "gpus": f"change {gpus}",
+        "nodes": f"lower {nodes}, or change --sbatch partition=…",
+        "size": f"lower {nodes}, {cpus}, {gpus} or --sbatch mem=…",
+        "policy": f"lower {limit}, {nodes} or {gpus}, or change --sbatch account=… or qos=…",
+        "license": "change --sbatch licenses=…",
+        **by_sbatch,
+        "": "fix the options, or what --sbatch adds",
+    }
 
 
 def render(
@@ -91,7 +180,8 @@ def render(
         "train.sbatch",
         {
             "name": config.name,
-            "job_name": f"pldr-{config.name}",
+            "job_name": f"pldr-{config.name}-{mark_of(paths)}",
+            "mark": mark_of(paths),
             "nodes": job.nodes,
             "ranks_per_node": job.ranks_per_node,
             "gpus_per_node": job.gpus_per_node,
@@ -102,6 +192,7 @@ def render(
             "logs": str(logs),
             "checkpoints": str(paths.checkpoints),
             "cwd": os.getcwd(),
+            "python_path": os.environ.get("PYTHONPATH"),
             "bin": str(Path(sys.executable).parent),
             "pldr": _inside(PLDR),
             "arguments": _inside(arguments),
@@ -140,19 +231,3 @@ def check(script: str, where: Path) -> None:
 def command(script: Path) -> list[str]:
     """The command that submits it."""
     return ["sbatch", "--parsable", str(script)]
-
-
-def environment() -> dict[str, str]:
-    """The environment of sbatch, without the variables of a Slurm job that this process may run in."""
-    kept = ("SLURM_CONF", "SLURM_JWT")
-    return {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k in kept}
-
-
-def submit(script: Path) -> str:
-    """Submit it; returns the job's id. Raises UserError."""
-    if shutil.which("sbatch") is None:
-        raise UserError(f"sbatch is not installed here; on a login node of the cluster: sbatch {script}")
-    done = subprocess.run(command(script), capture_output=True, text=True, errors="replace", env=environment())
-    if done.returncode:
-        raise UserError(f"sbatch refused {script} ({' '.join(done.stderr.split())[:300]}); fix the options")
-    return done.stdout.strip().partition(";")[0]

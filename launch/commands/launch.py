@@ -27,7 +27,7 @@ def add_launch_verbs(verbs: Verbs) -> None:
     inner = verbs.group("launch", "start a training on several nodes", metavar="deepspeed|torchrun|slurm|kubernetes")
 
     def verb(name: str, work: Work, help: str) -> argparse.ArgumentParser:
-        sub = inner.add(name, work, help)
+        sub = inner.add(name, work, help, is_work=True)
         add_config(sub)
         sub.add_argument("--resume", default="auto", metavar="auto|RUN_ID|PATH", help="as of `pldr train`")
         sub.add_argument("--force", action="store_true", help="as of `pldr train`")

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 def add_stage_verbs(verbs: Verbs) -> None:
     """The verb `run`, one for each stage, and `plan`."""
-    add_config(verbs.add("run", _run, "the whole pipeline, from corpora to a certified bundle"))
+    add_config(verbs.add("run", _run, "the whole pipeline, from corpora to a certified bundle", is_work=True))
     add_config(
         verbs.add("check", _check, "what would fail later: sources, tokenizer, batch, memory, disk, MLflow, budget")
     )
     for stage in STAGES:
         name = stage.name
-        sub = verbs.add(name, _stage, stage.help)
+        sub = verbs.add(name, _stage, stage.help, is_work=True)
         add_config(sub)
         also = "; continue with other data, model or tokenizer than the checkpoint's" if name == "train" else ""
         sub.add_argument("--force", action="store_true", help=f"do it again even if it is complete{also}")

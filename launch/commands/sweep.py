@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def add_sweep_verb(verbs: Verbs) -> None:
     """The verb `sweep`."""
     about = "run every combination of a grid, skip what is complete, and end with one table and plot"
-    sweep = verbs.add("sweep", _sweep, about)
+    sweep = verbs.add("sweep", _sweep, about, is_work=True)
     add_config(sweep, metavar="SWEEP", help="YAML of the sweep, such as configs/sweeps/invariance_budget.yaml")
     sweep.add_argument(
         "--hostfile", metavar="FILE", help="train each child on these hosts, as `pldr launch deepspeed` does"

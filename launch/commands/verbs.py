@@ -18,13 +18,13 @@ class Verbs:
         self._subparsers, self._common = subparsers, common
         self.helps: dict[str, str] = {}  # of each verb, in the order in which they were added
 
-    def add(self, name: str, work: Work, help: str) -> argparse.ArgumentParser:
-        """A verb, with the options that every verb has."""
+    def add(self, name: str, work: Work, help: str, *, is_work: bool = False) -> argparse.ArgumentParser:
+        """A verb, with the options that every verb has. is_work: what counts is what it does; else, what it prints."""
         sub: argparse.ArgumentParser = self._subparsers.add_parser(
             name, help=help, description=help, parents=[self._common]
         )
         self.helps[name] = help
-        sub.set_defaults(work=work)
+        sub.set_defaults(work=work, is_work=is_work)
         return sub
 
     def group(self, name: str, help: str, *, metavar: str) -> Verbs:

@@ -27,6 +27,7 @@ from pipeline.checkpoint.save import Saver
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.config.schedule import learning_rate
+from pipeline.environment import without_other_jobs
 from pipeline.errors import ConfigError
 from pipeline.train.engine import build_engine, device_of_rank, init_distributed, set_learning_rate
 from pipeline.train.optim import parameter_groups
@@ -48,6 +49,8 @@ def bench(config: RunConfig, *, port: int, steps: int, batch: int | None, saves:
     Returns medians in seconds, `overhead` = median over the rounds of ours / plain, - 1, `stall` = a save / 200 steps, with
     their bounds. Checkpoints go to a temporary folder in run_dir. Raises ConfigError when run_dir cannot be made.
     """
+    for name in os.environ.keys() - without_other_jobs(os.environ).keys():
+        del os.environ[name]
     os.environ |= {
         "RANK": "0",
         "LOCAL_RANK": "0",

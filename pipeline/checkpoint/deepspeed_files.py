@@ -47,7 +47,8 @@ class _Piece(NamedTuple):
 
 class ZeroState:
     """A checkpoint's parameters and moments. `shapes`: by name, in the order of the optimizer; `buffers`: the model's;
-    `adam_step`: updates that Adam has made; `zero`: DeepSpeed's `zero_optimization` settings; `counters`: its step counts.
+    `adam_step`: updates that Adam has made; `zero`: DeepSpeed's `zero_optimization` settings; `counters`: its step counts;
+    `usual_optimizer`: not BF16_Optimizer, which older runs had at stage 1 if train.deepspeed set data_types.grad_accum_dtype.
 
     Raises UserError naming the folder or file that is missing, damaged, holds more than tensors, or is of an unknown layout.
     """
@@ -58,6 +59,7 @@ class ZeroState:
             raise UserError(f"{folder}: no such folder; this checkpoint has no weights: name another one")
         self._pieces: dict[str, list[_Piece]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.usual_optimizer = True
         steps: set[float] = set()
         try:
             model = _model_states(folder)
@@ -71,9 +73,8 @@ class ZeroState:
             else:
                 groups = [{n: tuple(shape) for n, shape in group.items()} for group in model["param_shapes"]]
                 self.shapes = {name: shape for group in groups for name, shape in group.items()}
-                stage = int(
-                    partitions[0].get("zero_stage", 1)
-                )  # absent for bf16 with fp32 accumulation, which is stage 1
+                self.usual_optimizer = "zero_stage" in partitions[0]
+                stage = int(partitions[0].get("zero_stage", 1))
                 read = self._read_stage_3 if stage == 3 else self._read_stages_1_2
                 for partition in partitions:
                     read(partition, len(partitions), steps)

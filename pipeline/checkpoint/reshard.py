@@ -29,7 +29,8 @@ def fits(engine: Any, old: ZeroState, *, world_size: int, precision: str, curren
     world_size, precision: of the job that saved it; current: this job's precision.
     """
     same_ranks = world_size == dist.get_world_size()
-    return bool(same_ranks and precision == current and old.zero == engine.config["zero_optimization"])
+    same_zero = old.zero == engine.config["zero_optimization"] and old.usual_optimizer
+    return bool(same_ranks and precision == current and same_zero)
 
 
 @torch.no_grad()
@@ -37,7 +38,6 @@ def carry_over(engine: Any, old: ZeroState, *, new: Mapping[str, Tensor] | None 
     """Copy a checkpoint's weights, moments and step counts into the engine; collective. Shapes have been checked.
 
     new: weights of parameters that the checkpoint does not have; their moments are zero.
-    Raises UserError when DeepSpeed's settings select an optimizer that is unknown here.
     """
     parameters = dict(engine.module.named_parameters())
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
@@ -95,15 +95,7 @@ def _put_by_stage(engine: Any, step: float) -> Put:
                 states[master][key].copy_(value)
 
         return put_full
-    flats = getattr(
-        optimizer, "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups", None
-    )
-    if flats is None:  # data_types.grad_accum_dtype selects another optimizer
-        raise UserError(
-            f"train.deepspeed: a checkpoint cannot be converted for DeepSpeed's {type(optimizer).__name__}; resume with the "
-            "ranks, train.zero_stage and train.precision that it was saved with"
-        )
-    for flat in flats:
+    for flat in optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups:
         states[flat] = fresh(flat.detach())
     if stage == 3:
         return _put_piece

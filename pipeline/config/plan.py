@@ -38,7 +38,8 @@ def plan(
         "parameters_by_part": {k: v for k, v in parameters.items() if k != "total"},
         "flops_per_token_forward": model.flops_per_token(training=False),
         "flops_per_token_training": flops,
-        "tokens": tokens,
+        "tokens": tokens,  # positions: how many of them are padding is known only once they are packed
+        "padded": config.tokens.packing != "concat" or config.tokens.remainder == "pad",
         "steps": train.steps,
         "tokens_per_step": train.global_batch * model.context_length,
         "tokens_per_parameter": tokens / parameters["total"],
@@ -66,6 +67,8 @@ def state_bytes(config: RunConfig, stage: int, world: int) -> int:
     # fp32 master weights: under bf16, and in ZeRO 1-3, which keeps a flat copy of them in fp32 too.
     masters = 4 if config.train.precision == "bf16" or stage > 0 else 0
     weight, gradient, optimizer = (2, 2, 8 + masters) if config.train.precision == "bf16" else (4, 4, 8 + masters)
+    if stage > 0 and config.train.global_batch > config.train.micro_batch * world:
+        gradient = 4  # accumulated in fp32 (pipeline/train/engine.py)
     shards = [world if stage >= s else 1 for s in (3, 2, 1)]
     return sum(count * size // n for size, n in zip((weight, gradient, optimizer), shards, strict=True))
 
@@ -100,12 +103,13 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
     where = "this machine's CPU, where a few training steps were timed"
     if assumed is not None:
         where = f"{assumed['devices']} devices of {assumed['peak_tflops']:g} TFLOP/s at {assumed['mfu']:.0%} MFU"
+    included = " with padding" if report["padded"] else ""
     lines = [
         f"parameters          {report['parameters']:,}",
         f"                    {parts}",
         f"FLOPs per token     {report['flops_per_token_training']:.4g} training, "
         f"{report['flops_per_token_forward']:.4g} forward",
-        f"tokens              {report['tokens']:,} ({report['steps']:,} steps of {report['tokens_per_step']:,}), "
+        f"tokens              {report['tokens']:,}{included} ({report['steps']:,} steps of {report['tokens_per_step']:,}), "
         f"{report['tokens_per_parameter']:.1f} a parameter",
         f"time                about {duration(report['hours'] * 3600)} on {where}",
         f"activations         {size(report['activation_bytes_per_micro_batch'])} a micro batch (estimate)",

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -267,6 +268,11 @@ def require_space(needs: Iterable[Need]) -> None:
             )
 
 
+def path_of(stream: IO[bytes]) -> Path:
+    """A path to an open file without a name (`tempfile.TemporaryFile`), which is gone when this process is, however it ends."""
+    return Path(f"/proc/self/fd/{stream.fileno()}")
+
+
 def temporary_space(needed: int, what: str) -> Need:
     """A need of the folder for temporary files."""
     return Need(Path(tempfile.gettempdir()), needed, what, "set TMPDIR to a folder on another disk")
@@ -298,6 +304,16 @@ def lock(stream: IO[str], *, wait: bool = False) -> bool:
     return True
 
 
+def lock_within(stream: IO[str], seconds: float) -> bool:
+    """Lock an open lock file, waiting this long for another process to end."""
+    end = time.monotonic() + seconds
+    while not lock(stream):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True
+
+
 def lock_holder(stream: IO[str]) -> str:
     """The process id in a lock file."""
     stream.seek(0)
@@ -308,6 +324,8 @@ def explain_os_error(error: OSError, where: str, *, reading: bool = False) -> Us
     """An error such as a full disk, a missing permission or a limit of the system as one line with the fix."""
     if limit := limit_of(error):
         return UserError(f"{where}: {limit}")
+    if "No usable temporary directory" in str(error):
+        return UserError(f"TMPDIR: {error.strerror}; set it to a folder that can be written")
     if reading:
         return UserError(f"{where}: cannot be read ({first_line(error)}); fix the file's permissions or its disk")
     if error.errno in (errno.EACCES, errno.EROFS):

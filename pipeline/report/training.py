@@ -33,7 +33,7 @@ PLOTS = (
     Plot("Leak gap (nats)", ("val/leak_gap",)),
     Plot("Gradient norm", ("train/grad_norm",), log=True),
     Plot("Learning rate", ("train/lr",)),
-    Plot("Tokens per second", ("train/tokens_per_second",)),
+    Plot("Tokens per second", ("train/tokens_per_second",), note="Targets; padding does not count."),
     Plot("Model FLOPs utilization", ("train/mfu",)),
     Plot("Skipped steps, loss spikes", ("train/skipped_steps", "train/spikes")),
     Plot(
@@ -48,6 +48,7 @@ PLOTS = (
 )
 TILES = (
     ("data/tokens", "tokens", "{:,.0f}"),
+    ("data/padding_share", "padding", "{:.1%}"),
     ("train/loss", "training loss", "{:.4f}"),
     ("val/loss_cached", "held-out loss, cached G", "{:.4f}"),
     ("val/leak_gap", "leak gap", "{:+.1e}"),

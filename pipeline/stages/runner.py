@@ -176,8 +176,10 @@ class Pipeline:
 
 
 @contextmanager
-def exclusive(paths: RunPaths, report: Report) -> Iterator[None]:
-    """One process at a time works in a run directory; a second one waits (and then finds everything done)."""
+def exclusive(paths: RunPaths, report: Report, *, wait_s: float | None = None) -> Iterator[None]:
+    """One process at a time works in a run directory; a second one waits (and then finds everything done).
+
+    wait_s: raise UserError after that time, for a process that holds nodes while it waits; None: as long as it takes."""
     root = paths.root
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -188,8 +190,12 @@ def exclusive(paths: RunPaths, report: Report) -> Iterator[None]:
         raise ConfigError(f"run_dir {root}: {error.strerror}; set run_dir to a folder that can be written") from error
     with stream:
         if not storage.lock(stream):
-            report(f"{root}: process {storage.lock_holder(stream)} works here; waiting for it to end")
-            storage.lock(stream, wait=True)
+            holder = storage.lock_holder(stream)
+            report(f"{root}: process {holder} works here; waiting for it to end")
+            if wait_s is None:
+                storage.lock(stream, wait=True)
+            elif not storage.lock_within(stream, wait_s):
+                raise UserError(f"{root}: process {holder} works here; it did not end in {wait_s:g} s")
         yield
 
 

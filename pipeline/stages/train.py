@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Launch = Callable[[RunConfig, Path, int], None]  # start the ranks of a job file and wait; UserError when it failed
 JOB_SCHEMA_VERSION = 1
+STOPPED_TAG = "pldr.stopped"  # of the run: the signal that stopped it last, and what the ranks did
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,11 @@ def pretrain(
     Returns {"checkpoint", "run_id", "steps", "tokens", "resumed_from"}. Raises UserError or ConfigError, one line.
     """
     ranks = ranks_on_this_node(config) if ranks is None else ranks
-    job = prepare(config, paths, resume=resume, ranks=ranks, report=report, force=force)
+    try:
+        job = prepare(config, paths, resume=resume, ranks=ranks, report=report, force=force)
+    except KeyboardInterrupt:
+        outbox.leave(config, paths)
+        raise
     if job.start is None or step_of(job.start) < config.train.steps:
         job = _train(config, paths, job, ranks=ranks, launch=launch, report=report, force=force)
     done = committed(paths.checkpoints)
@@ -90,7 +95,7 @@ def _train(
                 raise UserError(f"training ended before step {config.train.steps}; see {log} and start again")
             return job
         except Stopped as stop:
-            outbox.mark(job.run, "KILLED")
+            outbox.mark(job.run, "KILLED", tags={STOPPED_TAG: stop.details.get("stopped", str(stop))})
             done = committed(paths.checkpoints)
             where = done[-1].name if done else "step 0"
             raise Stopped(
@@ -102,11 +107,17 @@ def _train(
                 outbox.fail(job.run, error, log_from=log_from)
                 raise
             crash = error
+        except KeyboardInterrupt:
+            outbox.mark(job.run, "KILLED")
+            raise
         except BaseException as error:
             outbox.fail(job.run, error, log_from=log_from)
             raise
         try:
             job = prepare(config, paths, resume="auto", ranks=ranks, report=report, force=force)
+        except KeyboardInterrupt:
+            outbox.mark(job.run, "KILLED")
+            raise
         except BaseException as error:
             report(f"{crash}; it could not be restarted")
             outbox.fail(job.run, error, log_from=log_from)

@@ -21,6 +21,7 @@ from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.distributed import has_gpu, num_devices
+from pipeline.environment import without_other_jobs
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
 from pipeline.tracking.outbox import log_files
@@ -79,7 +80,8 @@ def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     config = as_trained(config, paths, source)
     g_lm = load_g(paths.g_lm, model.config).g_lm
     if has_gpu():
-        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+        of_ranks = torch.distributed.is_initialized()  # otherwise LOCAL_RANK is another job's
+        model.to(torch.device("cuda", int(os.environ["LOCAL_RANK"]) if of_ranks else 0))
     return validate(
         model,
         g_lm,
@@ -166,7 +168,7 @@ def _judge_on(ranks: int, config: RunConfig, paths: RunPaths) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    common = {"OMP_NUM_THREADS": threads, **os.environ}
+    common = {"OMP_NUM_THREADS": threads, **without_other_jobs(os.environ)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     processes: list[subprocess.Popen[bytes]] = []
     with open(paths.logs / "validate.log", "wb") as stream:

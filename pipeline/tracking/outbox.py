@@ -120,9 +120,22 @@ def finish(run: TrackedRun) -> str:
     return str(settle(run, status="FINISHED")["run_id"])
 
 
-def mark(run: TrackedRun, status: str) -> None:
-    """Set a run's status; in an outage later. What is left in the spool is sent with it."""
+def mark(run: TrackedRun, status: str, *, tags: dict[str, str] | None = None) -> None:
+    """Set a run's status, and tags; in an outage later. What is left in the spool is sent with it."""
+    _defer(run.paths, tags=tags)
     settle(run, status=status)
+
+
+def leave(config: RunConfig, paths: RunPaths) -> None:
+    """A start was given up before ranks ran: a run that MLflow has made for it is not left RUNNING."""
+    try:
+        run = known_run(config, paths)
+        if run is None or run.record.run_id is None:
+            return
+        if client(run.uri).get_run(run.record.run_id).info.status == "RUNNING":
+            mark(run, "KILLED")
+    except Exception as error:
+        log.warning("MLflow was not told that the run has ended: %s", first_line(error))
 
 
 def set_tags(run: TrackedRun, tags: dict[str, str]) -> None:

@@ -3,17 +3,22 @@
 Until G_LM is invariant, logits at position t see the future through it (docs/certificate.md), so a loss in block mode
 cannot be trusted alone. Every validation also runs with G cached from *another* held-out prompt, which cannot leak; the
 difference is the leak gap.
+
+Every mean is over targets without padding: sums and counts are reduced over batches and ranks, and divided at the end. So it
+does not depend on `train.micro_batch` or on the number of ranks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from pipeline.train.targets import has_padding, num_targets
 from pldr_model.config import ModelConfig
 from pldr_model.loss import cross_entropy
 from pldr_model.model import g_shape
@@ -21,21 +26,26 @@ from pldr_model.model import g_shape
 
 @torch.no_grad()
 def validate(
-    engine: Any, config: ModelConfig, sequences: np.ndarray, *, batch_size: int, bytes_per_token: float
+    engine: Any,
+    config: ModelConfig,
+    sequences: np.ndarray,
+    *,
+    batch_size: int,
+    bytes_per_token: float,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Losses and order parameters on held-out sequences [n, S+1]; collective, every rank scores its share.
 
-    Sequence 0 only lends its G (the "other prompt"), the others are scored. Losses in nats per token. Order parameters:
-    RMS(X_i - X_0) / RMS(X_i) over sequences, layers, heads and entries, for X = A, A_LM, A_P, G_LM. `attention_alive`:
-    what the loss gains over G = 0 and over G = identity (the smaller), from the cached loss.
+    Sequence 0 only lends its G (the "other prompt"), the others are scored, each once. Losses in nats per token: means over
+    their targets that are not padding. Order parameters: RMS(X_i - X_0) / RMS(X_i) over sequences, layers, heads and entries,
+    for X = A, A_LM, A_P, G_LM. `attention_alive`: what the loss gains over G = 0 and over G = identity (the smaller), from the
+    cached loss.
+    stopped: collective; when it says so, validation ends without a result.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    assert len(sequences) > 1, "nothing to score"
     device = next(engine.module.parameters()).device
-    ids = torch.from_numpy(sequences.astype(np.int64))
-    # Every rank runs the same number of passes (ZeRO-3 gathers in each), so the remainder is dropped.
-    count = (len(sequences) - 1) // world
-    assert count > 0, "fewer held-out sequences than ranks"
-    mine = ids[1 + rank * count : 1 + (rank + 1) * count].to(device)
+    sequences = sequences.astype(np.int64)
+    mine, num_mine = _share(sequences, config.pad_id)
     training = engine.training
     engine.eval()
     learned = config.g_source == "learned"
@@ -43,27 +53,34 @@ def validate(
     constant: dict[str, torch.Tensor] = {}
     first: list[Any] = []
     if learned:
-        _, first = engine(ids[:1, :-1].to(device), padded=False, return_outputs=True)
+        padded = has_padding(sequences[:1], config.pad_id)
+        _, first = engine(torch.from_numpy(sequences[:1, :-1]).to(device), padded=padded, return_outputs=True)
         constant["cached"] = torch.stack([layer.G_LM[0] for layer in first])
         eye = torch.eye(config.head_dim, device=device, dtype=dtype).expand(g_shape(config))
         constant |= {"zero": torch.zeros_like(eye), "identity": eye}
-    sums = torch.zeros(len(constant) + 1 + 8, dtype=torch.float64, device=device)
-    for batch in torch.split(mine, batch_size):
-        inputs, targets = batch[:, :-1], batch[:, 1:]
+    sums = torch.zeros(1 + len(constant) + 1 + 8, dtype=torch.float64, device=device)  # targets, losses, deviations
+    for start in range(0, len(mine), batch_size):
+        if stopped():
+            engine.train(training)
+            return {}
+        batch, real = mine[start : start + batch_size], max(0, num_mine - start)
+        padded, num = has_padding(batch[:real], config.pad_id), num_targets(batch, config.pad_id)
+        ids = torch.from_numpy(batch).to(device)
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        sums[0] += num
         if learned:
-            logits, outputs = engine(inputs, padded=False, return_outputs=True)
-            sums[-8:] += _deviations(outputs, first)
+            logits, outputs = engine(inputs, padded=padded, return_outputs=True)
+            sums[-8:] += _deviations(outputs, first, real)
         else:
-            logits = engine(inputs, padded=False)
-        sums[0] += cross_entropy(logits, targets, pad_id=config.pad_id).double() * len(batch)
-        for slot, g in enumerate(constant.values(), start=1):
-            logits = engine(inputs, g_lm=g, padded=False)
-            sums[slot] += cross_entropy(logits, targets, pad_id=config.pad_id).double() * len(batch)
+            logits = engine(inputs, padded=padded)
+        sums[1] += cross_entropy(logits, targets, pad_id=config.pad_id).double() * num
+        for slot, g in enumerate(constant.values(), start=2):
+            logits = engine(inputs, g_lm=g, padded=padded)
+            sums[slot] += cross_entropy(logits, targets, pad_id=config.pad_id).double() * num
     dist.all_reduce(sums)
     engine.train(training)
-    losses = (sums[: len(constant) + 1] / (count * world)).tolist()
-    block = losses[0]
-    named = dict(zip(constant, losses[1:], strict=True))
+    block, *others = (sums[1:-8] / sums[0]).tolist()
+    named = dict(zip(constant, others, strict=True))
     cached = named.get("cached", block)
     result = {
         "val/loss_block": block,
@@ -79,11 +96,24 @@ def validate(
     return result
 
 
-def _deviations(outputs: list[Any], first: list[Any]) -> torch.Tensor:
-    """Sum of squares of (X - X_first) and of X for each deductive output, [8] in fp64."""
+def _share(sequences: np.ndarray, pad_id: int) -> tuple[np.ndarray, int]:
+    """This rank's part of the sequences after the first, and how many they are. Every rank runs the same number of passes
+    (ZeRO-3 gathers in each), so a short part is filled up with sequences that have no target."""
+    size = -(-(len(sequences) - 1) // dist.get_world_size())
+    begin = 1 + dist.get_rank() * size
+    mine = sequences[begin : begin + size]
+    filler = np.repeat(sequences[:1], size - len(mine), axis=0)
+    filler[:, 1:] = pad_id
+    return np.concatenate([mine, filler]), len(mine)
+
+
+def _deviations(outputs: list[Any], first: list[Any], count: int) -> torch.Tensor:
+    """Sum of squares of (X - X_first) and of X over the first `count` sequences, for each deductive output, [8] in fp64."""
     rows = []
     for field in range(4):
-        pairs = [(layer[field].double(), other[field].double()) for layer, other in zip(outputs, first, strict=True)]
+        pairs = [
+            (layer[field][:count].double(), other[field].double()) for layer, other in zip(outputs, first, strict=True)
+        ]
         rows.append(sum(((x - y) ** 2).sum() for x, y in pairs))
         rows.append(sum((x**2).sum() for x, _ in pairs))
     return torch.stack([torch.as_tensor(row) for row in rows])

@@ -32,6 +32,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.train import TrainConfig
 from pipeline.train.engine import device_of_rank, set_recipe
 from pipeline.train.state import G_PARAMETER, TrainState, engine_of
+from pipeline.train.targets import has_padding
 from pldr_model.config import ModelConfig
 from pldr_model.model import g_shape
 
@@ -105,7 +106,7 @@ def mean_g(engine: Any, config: ModelConfig, batches: Iterable[Sequence[np.ndarr
     for batch in batches:
         for micro in batch:
             ids = torch.from_numpy(micro.astype(np.int64)).to(device_of_rank())
-            _, outputs = engine(ids[:, :-1], padded=False, return_outputs=True)
+            _, outputs = engine(ids[:, :-1], padded=has_padding(micro, config.pad_id), return_outputs=True)
             total += torch.stack([layer.G_LM.double().sum(dim=0) for layer in outputs])
             count += len(micro)
     dist.all_reduce(total)

@@ -41,12 +41,18 @@ class Heartbeat:
 
     def __init__(self) -> None:
         self._activity = Activity(0, "start", time.monotonic())
+        self._step_began, self._step_s = time.monotonic(), 0.0  # of the last step
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def at(self, step: int, phase: Phase) -> None:
         """The rank begins this phase of this step."""
-        self._activity = Activity(step, phase, time.monotonic())
+        now = time.monotonic()
+        if self._activity.phase == "compute":
+            self._step_s = now - self._step_began
+        if phase == "data":
+            self._step_began = now
+        self._activity = Activity(step, phase, now)
 
     @property
     def where(self) -> str:
@@ -67,6 +73,7 @@ class Heartbeat:
                 activity = self._activity
                 waited = time.monotonic() - activity.since
                 record = {**fixed, "step": activity.step, "phase": activity.phase, "for_s": waited, "time": time.time()}
+                record["step_s"] = self._step_s
                 with contextlib.suppress(OSError):  # a full disk must not end a run here
                     _write(folder, rank, record)
                 if activity.phase == "data" and waited > timeout_s:
@@ -85,6 +92,16 @@ class Heartbeat:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+
+
+def beats(folder: Path) -> dict[int, dict[str, Any]]:
+    """The last heartbeat of each rank that has one here, also of earlier starts; "step_s" is how long its last step took."""
+    found = {}
+    for file in folder.glob("rank-*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads(file.read_text())
+            found[int(record["rank"])] = {**record, "time": float(record["time"]), "phase": str(record["phase"])}
+    return found
 
 
 def blame(folder: Path, job: str, *, me: int, world: int, closed: bool = False) -> str:

@@ -1,5 +1,9 @@
 """Requests to stop: signals of this process, and those of the launching process on another host.
 
+Before its first step a rank has nothing to save, and may wait for minutes: for the others, for data, for a checkpoint. It then
+leaves at once (`leaving`). From then on it looks at the request after each step. Signals are read by a thread, which runs
+also while the main thread waits in C++; a handler would not.
+
 On one host a pipe ties the ranks to the process that started them, and signals reach them directly. Through ssh neither works:
 the ranks are children of another host's sshd. So the launching process rewrites `logs/head.json` once a second, with the
 signals it was sent; a thread of every rank reads it (the run directory is on a file system that all hosts see). A rank ends
@@ -19,7 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+PARENT_PIPE = "PLDR_PARENT_PIPE"  # set when stdin is a pipe whose other end the launching process holds open
 HEAD_FILE = "PLDR_HEAD_FILE"  # names the file to the ranks
 BEAT_S = 1.0
 
@@ -92,11 +97,27 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
+        self._leave: Callable[[str], None] | None = None
 
     def listen(self) -> None:
-        """From now on, note SIGTERM and SIGUSR1 instead of being killed by them. Call it in the main thread."""
+        """From now on, note SIGNALS instead of being killed by them. Call it in the main thread.
+
+        SIGHUP that is ignored at the start stays ignored (nohup), unless PARENT_PIPE is set: then the launching process ignores
+        it for the launchers alone, and passes on what it means."""
+        hangup = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN or os.environ.get(PARENT_PIPE) == "1"
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=self._read, args=(read,), name="stop", daemon=True).start()
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or hangup:
+                signal.signal(number, self._handle)
+
+    def leaving(self, leave: Callable[[str], None] | None) -> None:
+        """Call `leave` with the name of the first signal, also of one that came before; None: no longer."""
+        self._leave = leave
+        if leave is not None and self._seen:
+            leave(signal.Signals(min(self._seen)).name)
 
     def flags(self) -> list[float]:
         """For each of SIGNALS 1 if it came, else 0; the ranks sum these."""
@@ -105,9 +126,20 @@ class StopRequest:
     def note(self, number: int) -> None:
         """Note a signal that reached this process in another way (`follow`)."""
         self._seen.add(number)
+        if (leave := self._leave) is not None:
+            leave(signal.Signals(number).name)
 
-    def _note(self, number: int, frame: Any) -> None:
-        self.note(number)
+    def _read(self, pipe: int) -> None:
+        while True:
+            for number in os.read(pipe, 64):
+                if number in SIGNALS:
+                    self.note(number)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        """Python writes the number to the pipe only for a signal that has a handler."""
+
+
+STOP = StopRequest()  # this process's
 
 
 def signal_name(flags: list[float]) -> str | None:

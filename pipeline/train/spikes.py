@@ -32,6 +32,7 @@ ORDER_FACTOR = 10.0
 LEAST_SIGMA = 0.01  # of the median: MAD is 0 when half of the window is equal, and a few percent are not a spike
 MAX_ROLLBACKS = 3  # to one checkpoint: what spikes again on other data does not spike because of its data
 KEPT_EVENTS = 100
+EMPTY = "skipped, nothing but padding"
 SHOWN_IDS = 64
 log = logging.getLogger(__name__)
 Event = dict[str, Any]
@@ -62,11 +63,13 @@ def judge(
             "sequences": ids().tolist(),
         }
         text = f"step {step}: loss {outcome.loss:g} or a gradient is not finite"
+        fix = "Lower train.max_lr or lengthen train.warmup_steps, in a new run_dir, or look"
+        if not outcome.targets:
+            event["what"], text, fix = EMPTY, f"step {step}: the batch is nothing but padding", "Look"
         if guard.skipped_in_a_row >= train.max_skipped_steps:
             raise ConfigError(
                 f"{text}, and so were the {guard.skipped_in_a_row} steps up to it; the last batch is sequences "
-                f"{_shown(event['sequences'])}. Lower train.max_lr or lengthen train.warmup_steps, in a new run_dir, or look "
-                "at these sequences with `pldr data show`"
+                f"{_shown(event['sequences'])}. {fix} at these sequences with `pldr data show`"
             )
     bound = guard.loss(outcome.loss, window=train.spike_window, threshold=train.spike_threshold)
     if bound is not None:
@@ -77,7 +80,7 @@ def judge(
         event = {"step": step, "what": "spike of G's order parameter", "value": order, "bound": bound, "sequences": []}
     if event is None:
         return None
-    event["action"] = "skipped" if event["what"] == "skipped" else train.on_spike
+    event["action"] = "skipped" if event["what"] in ("skipped", EMPTY) else train.on_spike
     guard.record(event)
     if event["action"] == "stop":
         raise ConfigError(
@@ -89,10 +92,12 @@ def judge(
 
 def describe(event: Event) -> str:
     """An event in one line."""
-    value = "not finite" if event["value"] is None else f"{event['value']:.4g}"
+    value = ", not finite" if event["value"] is None else f", {event['value']:.4g}"
+    if event["what"] == EMPTY:
+        value = ""
     above = "" if event["bound"] is None else f" above {event['bound']:.4g}"
     batch = f"; the batch is sequences {_shown(event['sequences'])}" if event["sequences"] else ""
-    return f"step {event['step']}: {event['what']}, {value}{above}{batch}"
+    return f"step {event['step']}: {event['what']}{value}{above}{batch}"
 
 
 def rollback_target(folder: Path, guard: Guard, step: int) -> Path | None:

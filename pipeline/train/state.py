@@ -51,6 +51,7 @@ class TrainState:
 
     sequences_consumed: the position in the data order. It includes sequences_left_out: those that could not be read, and
     those that a rollback skipped.
+    tokens_consumed: targets trained on, without padding. Older checkpoints counted padding too; the count goes on from there.
     val_loss_cached: of the newest validation, at val_step; None before the first one and when it is not finite.
     """
 
@@ -65,6 +66,11 @@ class TrainState:
     frozen: int | None = None  # the step after which G was frozen
     budget: float = 0.0  # the invariance budget spent so far, without skipped steps
     guard: Guard = field(default_factory=Guard)
+
+    def padding_share(self, context_length: int) -> float:
+        """The share of padding in the targets of all sequences trained on so far."""
+        positions = (self.sequences_consumed - self.sequences_left_out) * context_length
+        return max(0.0, 1.0 - self.tokens_consumed / positions)
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ def _load(engine: Any, folder: Path, saved: dict[str, Any], settings: TrainConfi
     # Older checkpoints lack fields that were added since; the defaults are what was true then.
     if _threshold(saved["config"]["train"]) != _threshold(settings.model_dump()):
         saved["evaluations_below"] = 0  # they were below another threshold
+    saved.setdefault("val_step", saved["step"])  # no validation was left then
     saved.setdefault("budget", invariance_budget(settings, saved["step"]) - saved.get("budget_skipped", 0.0))
     known = {key: saved[key] for key in TrainState.__dataclass_fields__ if key in saved}
     return TrainState(**{**known, "guard": Guard(**saved.get("guard", {}))})

@@ -1,13 +1,19 @@
 """One optimizer step over a global batch, and what all ranks have to know about it: the loss, a skip, a request to stop.
 
-Decision: one all-reduce of a few numbers a step. On gloo it costs a fraction of a millisecond. On a GPU it is queued before
-the last `engine.step`, which waits for the device anyway (it reads the gradients' norm), so reading it afterwards costs no
-wait.
+The loss is the mean over all targets of the global batch that are not padding, whatever rank and micro batch they are in. Every
+micro batch has its own mean, and DeepSpeed takes the mean of those over micro batches and ranks. So each is weighted by its
+number of targets over the average number in a micro batch, for which the numbers are summed over ranks before the first
+backward pass. Without padding the weights are exactly 1. The DAG regularizer is a mean over sequences, of which all micro
+batches have equally many.
+
+Decision: one more all-reduce of a few numbers ends a step. On gloo it costs a fraction of a millisecond. On a GPU it is queued
+before the last `engine.step`, which waits for the device anyway (it reads the gradients' norm), so reading it afterwards costs
+no wait.
 
 Losses that are not finite: a loss that is NaN or infinite is multiplied by NaN, so that its gradients are not finite either,
 wherever it arose. The reduction brings them to every rank, and all skip the step: DeepSpeed does that at ZeRO stages 1 to 3
 and in bf16, ClippedAdamW (optim.py) in fp32 at stage 0, where DeepSpeed has no such check. Weights and moments stay as they
-were.
+were. A batch of nothing but padding has no loss, and is skipped likewise.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.train.signals import StopRequest, signal_name
+from pipeline.train.targets import has_padding, num_targets
 from pipeline.train.telemetry import Stopwatch
 from pldr_model.config import ModelConfig
 from pldr_model.loss import Losses, cross_entropy, total_loss
@@ -30,9 +37,11 @@ LossFunction = Callable[..., Losses]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a step, the same on every rank. loss: mean over the global batch, nats per token; stop: a signal's name."""
+    """The result of a step, the same on every rank. loss: mean over the targets of the global batch, nats per token; stop: a
+    signal's name."""
 
     loss: float
+    targets: int
     skipped: bool
     stop: str | None
 
@@ -53,25 +62,31 @@ def global_step(
     loss_sum = torch.zeros((), device=device)
     skipped_before = int(engine.skipped_steps)
     reduced: _AllReduce | None = None
+    targets = [num_targets(micro, model.pad_id) for micro in micro_batches]
+    passes = len(targets) * dist.get_world_size()
+    all_targets = torch.tensor(sum(targets), dtype=torch.float64).to(device, non_blocking=True)
+    dist.all_reduce(all_targets)
     for number, micro in enumerate(micro_batches, 1):
         ids = torch.from_numpy(micro).to(device, non_blocking=True)
         with forward.running():
-            result = engine(ids[:, :-1], padded=False, return_outputs=wants_outputs)
+            padded = has_padding(micro, model.pad_id)
+            result = engine(ids[:, :-1], padded=padded, return_outputs=wants_outputs)
         logits, outputs = result if wants_outputs else (result, None)
+        weight = targets[number - 1] * passes / all_targets  # 1 without padding, NaN without any target
         try:
-            losses = loss(logits, ids[:, 1:], model, outputs=outputs)
+            losses = loss(logits, ids[:, 1:], model, outputs=outputs, weight=weight)
             total, plain = losses.total, losses.cross_entropy
         except FloatingPointError:  # the DAG regularizer's tensors are not finite
             plain = cross_entropy(logits, ids[:, 1:], pad_id=model.pad_id)
             total = plain * torch.nan
         engine.backward(_poisoned(total))
-        loss_sum += plain.detach()
+        loss_sum += plain.detach() * weight.to(plain.dtype)
         if number == len(micro_batches):
-            reduced = _AllReduce(loss_sum / number, stop.flags())
+            reduced = _AllReduce(loss_sum / number, all_targets, stop.flags())
         engine.step()
     assert reduced is not None
-    mean_loss, flags = reduced.read()
-    return Outcome(mean_loss, int(engine.skipped_steps) != skipped_before, signal_name(flags))
+    mean_loss, num, flags = reduced.read()
+    return Outcome(mean_loss, num, int(engine.skipped_steps) != skipped_before, signal_name(flags))
 
 
 def _poisoned(loss: torch.Tensor) -> torch.Tensor:
@@ -81,20 +96,22 @@ def _poisoned(loss: torch.Tensor) -> torch.Tensor:
 
 
 class _AllReduce:
-    """Over all ranks: the mean of a loss and the sums of flags. Starts immediately; `read` waits for it."""
+    """Over all ranks: the mean of a loss and the sums of flags. Starts immediately; `read` waits for it, and for `targets`,
+    which is summed already."""
 
-    def __init__(self, loss: torch.Tensor, flags: list[float]) -> None:
+    def __init__(self, loss: torch.Tensor, targets: torch.Tensor, flags: list[float]) -> None:
         numbers = torch.cat(
             [loss.detach().double().reshape(1), torch.tensor(flags, dtype=torch.float64).to(loss.device)]
         )
         dist.all_reduce(numbers)
+        numbers = torch.cat([targets.reshape(1), numbers])
         self._numbers = numbers.to("cpu", non_blocking=True)
         self._arrived = torch.cuda.Event() if numbers.is_cuda else None  # type: ignore[no-untyped-call]
         if self._arrived is not None:
             self._arrived.record()
 
-    def read(self) -> tuple[float, list[float]]:
+    def read(self) -> tuple[float, int, list[float]]:
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, *flags = self._numbers.tolist()
-        return loss / dist.get_world_size(), flags
+        targets, loss, *flags = self._numbers.tolist()
+        return loss / dist.get_world_size(), int(targets), flags

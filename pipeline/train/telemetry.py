@@ -200,7 +200,7 @@ class Throughput:
         self._start, self._paused, self._tokens = time.perf_counter(), 0.0, 0
 
     def add(self, tokens: int) -> None:
-        """Count trained tokens."""
+        """Count trained tokens: targets without padding."""
         self._tokens += tokens
 
     @contextlib.contextmanager

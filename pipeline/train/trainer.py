@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from pipeline.checkpoint.retention import policy_of, retain
@@ -34,7 +35,7 @@ from pipeline.train.freeze import FreezeRule, freeze, mean_g, num_batches
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.optim import gradient_norm
 from pipeline.train.profiling import StepProfiler, record_history
-from pipeline.train.signals import StopRequest
+from pipeline.train.signals import StopRequest, signal_name
 from pipeline.train.spikes import Event, Sequences, describe, judge, rollback_target
 from pipeline.train.state import Batch, Lineage, TrainData, TrainState, begin, record, roll_back
 from pipeline.train.step import LossFunction, Outcome, global_step
@@ -101,6 +102,8 @@ class Trainer:
         """
         gc.disable()  # ranks must not pause one after another; collected at the logging interval
         while self.state.step < self.settings.steps:
+            if self._validation_is_left():
+                self._log(self._validate())
             if self.freeze_rule.is_due(self.state):
                 self._freeze()
             outcome, sequences = self._step()
@@ -175,15 +178,14 @@ class Trainer:
     def _advance(self, outcome: Outcome, position: int, rate: float) -> None:
         """Count a step whose batch ends at this position of the data order."""
         state, batch = self.state, self.settings.global_batch
-        tokens = batch * self.config.model.context_length
         if not outcome.skipped and state.frozen is None:
             state.budget += rate * self.settings.metric_decay
         state.step += 1
         state.skipped_steps = int(self.engine.skipped_steps)
         state.sequences_left_out += position - state.sequences_consumed - batch
         state.sequences_consumed = position
-        state.tokens_consumed += tokens
-        self.throughput.add(tokens)
+        state.tokens_consumed += outcome.targets
+        self.throughput.add(outcome.targets)
         self.measures.step()
 
     def _is_last(self) -> bool:
@@ -195,6 +197,19 @@ class Trainer:
 
     def _validates_now(self) -> bool:
         return self.state.step % self.settings.validate_every == 0 or self.state.step == self.settings.steps
+
+    def _validation_is_left(self) -> bool:
+        """Whether this step's validation was ended by a stop (`_stop_is_asked`): the resumed run does it first."""
+        due = self.state.step > 0 and self.state.step % self.settings.validate_every == 0
+        return due and (self.state.val_step or 0) < self.state.step
+
+    def _stop_is_asked(self) -> bool:
+        """Whether a rank was asked to stop, so that validation ends; not after the last step, which no start follows."""
+        if self.stopped is None and self.state.step < self.settings.steps:
+            flags = torch.tensor(self.stop.flags(), dtype=torch.float64).to(self.device)
+            dist.all_reduce(flags)
+            self.stopped = signal_name(flags.tolist())
+        return self.stopped is not None and self.state.step < self.settings.steps
 
     def _saves_now(self) -> bool:
         due = self.state.step % self.settings.checkpoint_every == 0 or self._is_last()
@@ -213,6 +228,7 @@ class Trainer:
             "train/spikes": float(state.guard.spikes),
             "data/epoch": state.sequences_consumed / self.data.num_sequences,
             "data/tokens": float(state.tokens_consumed),
+            "data/padding_share": state.padding_share(self.config.model.context_length),
             "data/left_out_sequences": float(state.sequences_left_out),
             **self.measures.gather(),
         }
@@ -228,7 +244,8 @@ class Trainer:
         return values
 
     def _validate(self) -> dict[str, float]:
-        """Score the held-out sequences; what the freeze rule and the retention of checkpoints need goes into the state."""
+        """Score the held-out sequences; what the freeze rule and the retention of checkpoints need goes into the state.
+        Empty when a stop ended it."""
         self.heart.at(self.state.step, "validate")
         with self.throughput.pause():
             values = validate(
@@ -237,7 +254,10 @@ class Trainer:
                 self.held_out,
                 batch_size=self.settings.micro_batch,
                 bytes_per_token=self.bytes_per_token,
+                stopped=self._stop_is_asked,
             )
+        if not values:
+            return {}
         self.freeze_rule.count(self.state, values.get("invariance/order_parameter_G"))
         cached = values["val/loss_cached"]
         self.state.val_loss_cached = cached if math.isfinite(cached) else None

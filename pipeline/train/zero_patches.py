@@ -23,7 +23,8 @@ def skip_redundant_work(engine: Any, zero_stage: int, world_size: int) -> None:
         return
     _check_gradients_at_once(zero)
     _keep_pointers(zero)
-    if zero_stage == 1 and world_size == 1 and not zero.contiguous_gradients and not zero.overlap_comm:
+    copied = zero.contiguous_gradients or zero.overlap_comm or zero.use_grad_accum_attribute
+    if zero_stage == 1 and world_size == 1 and not copied:
         _reduce_nothing(zero)
     if not has_gpu() and not zero.cpu_offload:
         _keep_flat_gradients(zero)

@@ -25,7 +25,7 @@ def test_fsspec_gets_what_came_by_the_file(tmp_path, monkeypatch):
 
 DEEPSPEEDS_NODE = """
 import os, sys
-from launch.backends.job import rank_environment
+from launch.backends.environment import rank_environment
 from pipeline import distributed, worker
 environment = rank_environment(2) | {"CUDA_VISIBLE_DEVICES": "0,1"}  # as DeepSpeed's launch.py overwrites it
 os.environ.clear(); os.environ.update(environment)

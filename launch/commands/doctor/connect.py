@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from launch.backends.hosts import Host, carried, is_private, on_each, ssh
 from launch.commands.doctor.findings import Finding, check_clock
+from pipeline.environment import search_path, without_other_jobs
 
 LOCAL = "this host"
 Clock = tuple[float, float]  # how far it is ahead of ours, and how uncertain that is, in seconds
@@ -31,12 +32,18 @@ class Runner:
         if host.name == LOCAL:
             try:
                 return subprocess.run(
-                    command, input=stdin, capture_output=True, text=True, errors="replace", timeout=timeout_s
+                    command,
+                    env=without_other_jobs(os.environ),
+                    input=stdin,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    timeout=timeout_s,
                 )
             except subprocess.TimeoutExpired:
                 return subprocess.CompletedProcess(command, -1, "", f"did not finish within {timeout_s:g} s")
         public = {k: v for k, v in self.variables.items() if not is_private(k, v)}
-        public["PYTHONPATH"] = ":".join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p)
+        public |= search_path()
         pairs = [f"{name}={value}" for name, value in public.items()]
         there = ["sh", "-c", 'cd "$1" 2>/dev/null; shift; exec "$@"', "sh", os.getcwd(), "env", *pairs, *command]
         return ssh(host.name, there, port=self._port, stdin=stdin, timeout_s=timeout_s)

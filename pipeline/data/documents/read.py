@@ -22,7 +22,7 @@ import zstandard
 from pipeline.data.tar import read_members
 from pipeline.errors import UserError
 from pipeline.io.remote import open_retrying, size_of
-from pipeline.io.storage import CHUNK, exists, read_json, sha256_file, sha256_json
+from pipeline.io.storage import CHUNK, exists, path_of, read_json, sha256_file, sha256_json
 from pipeline.io.urls import check_url, is_local, join, public_url
 
 SCHEMA_VERSION = 2
@@ -117,7 +117,8 @@ def checked_file(url: str, facts: dict[str, Any], *, fix: str) -> Iterator[Path]
         check_file(url, facts, fix=fix)
         yield Path(url.removeprefix("file://"))
         return
-    with tempfile.NamedTemporaryFile(prefix="pldr-") as copy:
+    with tempfile.TemporaryFile() as copy:
+        path = path_of(copy)
         try:
             with open_retrying(url) as stream:
                 while chunk := stream.read(CHUNK):
@@ -126,10 +127,10 @@ def checked_file(url: str, facts: dict[str, Any], *, fix: str) -> Iterator[Path]
             raise UserError(f"{public_url(url)}: missing, but its index lists it; {fix}") from None
         copy.flush()
         try:
-            check_file(copy.name, facts, fix=fix)
+            check_file(path, facts, fix=fix)
         except UserError as error:
-            raise UserError(str(error).replace(copy.name, url)) from None
-        yield Path(copy.name)
+            raise UserError(str(error).replace(str(path), url)) from None
+        yield path
 
 
 def check_file(url: str | Path, facts: dict[str, Any], *, fix: str) -> None:

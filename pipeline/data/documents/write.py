@@ -31,7 +31,7 @@ from pipeline.data.documents.spool import merge_removed, read_lines
 from pipeline.data.executor.markers import write_record
 from pipeline.data.tar import TarWriter
 from pipeline.data.words import count_words
-from pipeline.io.storage import publish, sha256_file
+from pipeline.io.storage import path_of, publish, sha256_file
 from pipeline.io.urls import join
 
 HISTOGRAM_BINS = 40  # bin i: 2**i <= characters < 2**(i+1)
@@ -175,7 +175,7 @@ class _Repeats:
     """Documents that are written more than once, stored on disk until then."""
 
     def __init__(self) -> None:
-        self._file = tempfile.NamedTemporaryFile(prefix=".pldr-", suffix=".jsonl.zst")  # noqa: SIM115 - closed in __exit__
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self._stream: Any = zstandard.ZstdCompressor(1).stream_writer(self._file, closefd=False)
         self._empty = True
 
@@ -188,7 +188,7 @@ class _Repeats:
             return
         self._stream.close()  # a second close does nothing
         self._file.flush()
-        for line in read_lines(Path(self._file.name)):
+        for line in read_lines(path_of(self._file)):
             text, name, metadata = orjson.loads(line)
             yield Document(text=text, id=name, metadata=metadata)
 

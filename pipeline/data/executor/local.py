@@ -42,14 +42,16 @@ class LocalExecutor(Reporting, LocalPipelineExecutor):  # type: ignore[misc]  # 
             initargs=(dict(os.environ), str(console)),
         )
         with pool:
-            futures = [pool.submit(self.run_rank, rank) for rank in ranks]
             try:
+                futures = [pool.submit(self.run_rank, rank) for rank in ranks]
                 wait(futures, return_when=FIRST_EXCEPTION)
                 pool.shutdown(cancel_futures=True)  # running tasks finish: their work is kept
                 for future in futures:
                     if not future.cancelled():
                         future.result()
             except KeyboardInterrupt:
+                for worker in multiprocessing.active_children():  # a task may take long; it is done again
+                    worker.kill()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
             except BrokenProcessPool:

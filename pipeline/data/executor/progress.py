@@ -2,7 +2,7 @@
 
 A worker writes its task's counts to `work/progress/{rank:05d}.json`, at most twice a second, on every engine: the run directory
 is on a file system that all nodes share. The waiting process adds them up. On a terminal it draws one bar and leaves one line
-when the job is done; otherwise it logs one line a minute (level INFO).
+when the job is done; otherwise it prints one line a minute.
 
 Counts are for display only: they are not fsynced, and a full disk does not stop the job.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import sys
 import threading
@@ -28,7 +27,6 @@ FOLDER = "progress"
 SECONDS = 0.5  # between two writes of a task, and between two reads of them
 LOG_SECONDS = 60.0
 LAYOUT = "{desc} {percentage:3.0f}% {remaining} left |{bar}| {n_fmt}/{total_fmt}B {rate_fmt}{postfix}"
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,6 +80,12 @@ def _write(file: Path) -> None:
         temporary.write_text(json.dumps([counts.documents, counts.bytes, counts.done]))
         os.replace(temporary, file)  # a reader never sees a partial file
     _task.written = time.monotonic()
+
+
+def tell(line: str) -> None:
+    """Print a line for the user on stderr, above the bar if there is one."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        tqdm.write(line, file=sys.stderr)
 
 
 def forget(work: Path, ranks: list[int]) -> None:
@@ -193,7 +197,7 @@ class Bar:
         while not self._ended.wait(LOG_SECONDS):
             counts = self._counter.read()
             share = self._position(counts) / max(1, self._total(counts))
-            log.info("%3.0f%% of %s", 100 * share, self._summary(counts, before, time.monotonic() - started))
+            tell(f"{100 * share:3.0f}% of {self._summary(counts, before, time.monotonic() - started)}")
 
     def _position(self, counts: list[Counts]) -> int:
         if self._total_bytes is None:

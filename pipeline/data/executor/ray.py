@@ -8,6 +8,7 @@ Added here:
   memory). Here the fork only starts `python -m pipeline.data.executor.run_task`, a process like those of a local job, and
   checks its exit code. It also kills that process when the actor is gone, so that tasks of a killed run do not keep writing
   while the next run starts.
+- Its tasks wait for free CPUs without a word. Here a line a minute says so while none runs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,9 +33,11 @@ from datatrove.utils.stats import PipelineStats
 from loguru import logger
 
 from pipeline.data.executor.markers import Reporting, has_failed, leave_error, raise_error
+from pipeline.data.executor.progress import Counter, tell
 from pipeline.errors import UserError, first_line
 
 PROBE_SECONDS = 120
+TELL_SECONDS = 60.0
 CONNECT_SECONDS = 10
 log = logging.getLogger(__name__)
 
@@ -64,8 +68,9 @@ class RayExecutor(Reporting, RayPipelineExecutor):  # type: ignore[misc]  # data
         self.dump(self.in_process)
         with _connected(self.address), _quiet():
             _check_nodes(self.work)
-            with contextlib.suppress(
-                FileNotFoundError
+            with (
+                _telling_waits(self.work),
+                contextlib.suppress(FileNotFoundError),
             ):  # in the end it adds up statistics, which failed tasks do not have
                 self.run()
         raise_error(self.work)
@@ -85,7 +90,7 @@ class RayExecutor(Reporting, RayPipelineExecutor):  # type: ignore[misc]  # data
             process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.data.executor.run_task", str(self.pickle), str(rank)],
                 cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": self.python_path},
+                env={**os.environ, "PYTHONPATH": self.python_path, "PYTHONSAFEPATH": "1"},
                 stdin=subprocess.PIPE,  # the task process exits when this closes, so also when this process is killed
                 stdout=output,
                 stderr=output,
@@ -125,6 +130,34 @@ def _connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _telling_waits(work: Path) -> Iterator[None]:
+    """While no task runs, say once a minute what the tasks wait for."""
+    import ray
+
+    ended = threading.Event()
+
+    def watch() -> None:
+        counter, quiet_since = Counter(work), time.monotonic()
+        while not ended.wait(TELL_SECONDS / 10):
+            if any(not task.done for task in counter.read()):
+                quiet_since = time.monotonic()
+            elif time.monotonic() - quiet_since >= TELL_SECONDS:
+                quiet_since = time.monotonic()
+                free, all_ = (found.get("CPU", 0) for found in (ray.available_resources(), ray.cluster_resources()))
+                tell(
+                    f"no task runs: each waits for a CPU of the Ray cluster ({free:g} of {all_:g} are free; see ray status)"
+                )
+
+    thread = threading.Thread(target=watch, name="ray-waits", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _check_address(address: str) -> None:

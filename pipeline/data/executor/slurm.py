@@ -14,7 +14,6 @@ datatrove's.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shlex
@@ -27,7 +26,11 @@ from typing import Any
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
+from pipeline import slurm
 from pipeline.data.executor.markers import Reporting, has_failed, raise_error
+from pipeline.data.executor.progress import tell
+from pipeline.data.executor.watch import Watch
+from pipeline.environment import search_path
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.storage import publish_json
 
@@ -36,7 +39,6 @@ JOBS = "slurm_jobs.json"  # ids of the arrays submitted last
 POLL_SECONDS = 2.0  # between two checks of the markers, which are files
 QUEUE_SECONDS = 10.0  # between two calls of squeue: many users share the controller
 GONE = 3  # times in a row that a job has to be missing from the queue: markers may arrive late on a network file system
-PATIENCE = 60  # times in a row that squeue may fail: controllers restart
 # Long options of sbatch in Slurm 22.05 to 24.11, from its manual pages.
 OPTIONS = set(
     """
@@ -64,12 +66,16 @@ OURS = (
     "wait",
     "wrap",
 )
-FIXES = {
+ENDS = {  # what to do about a task that ended so
     "TIMEOUT": "raise data.slurm.time, or data.tasks for smaller tasks",
-    "OUT_OF_MEMORY": "raise data.slurm.mem_per_cpu_gb",
+    "OUT_OF_MEMORY": "raise data.slurm.mem_per_cpu_gb, or data.tasks for smaller tasks",
     "CANCELLED": "someone canceled it",
+    "DEADLINE": "its deadline (data.slurm.sbatch_args) passed",
+    "PREEMPTED": "a job of higher priority took its node",
+    "NODE_FAIL": "its node was lost",
+    "BOOT_FAIL": "its node did not start",
+    "FAILED": "see that log (killed without a word: perhaps out of memory, raise data.slurm.mem_per_cpu_gb)",
 }
-log = logging.getLogger(__name__)
 
 
 class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
@@ -82,16 +88,18 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
         self, steps: list[PipelineStep], *, tasks: int, workers: int, work: Path, name: str, settings: dict[str, Any]
     ) -> None:
         bin_folder = Path(sys.executable).parent  # of the virtual environment, if there is one
+        modules = "".join(f" {name}={shlex.quote(value)}" for name, value in search_path().items() if value)
         super().__init__(
             steps,
             tasks=tasks,
             workers=workers,
             job_name=name,
             logging_dir=str(work.absolute()),
-            env_command=f"set -e; cd {shlex.quote(os.getcwd())}; export PATH={shlex.quote(str(bin_folder))}:$PATH",
+            env_command=f"set -e; cd {shlex.quote(os.getcwd())}; export PATH={shlex.quote(str(bin_folder))}:$PATH{modules}",
             requeue_signals=None,
             **settings,
         )
+        self.settings = settings
         for key in settings.get("sbatch_args", {}):
             if key not in OPTIONS:
                 raise ConfigError(f"data.slurm.sbatch_args: sbatch has no option --{key}; see man sbatch")
@@ -105,7 +113,7 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
         for number, start in enumerate(range(0, len(ranks), self.max_array_size)):
             jobs = min(self.max_array_size, len(ranks) - start)
             pickled = shlex.quote(str(self.pickle))
-            # Not `launch_pickled_pipeline`: with -m, packages in the working directory are found.
+            # Not `launch_pickled_pipeline`: it may be another Python's.
             command = f"exec {shlex.quote(sys.executable)} -m datatrove.tools.launch_pickled_pipeline {pickled}"
             options = {key: _quote(key, value) for key, value in self.get_sbatch_args(jobs).items()}
             script = self.cluster_folder / SCRIPT.format(f".{number}" if number else "")
@@ -118,29 +126,29 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
     def still_running(self) -> bool:
         """Whether arrays of an earlier start are still running or queued. Raises UserError when another job that writes to
         the same folder is."""
-        queued = _queue()
-        others = sorted({job for job, name in queued if name == self.job_name} - set(self._jobs()))
+        queued = [job for job in slurm.queue() if not job.ended]
+        others = sorted({job.id for job in queued if job.name == self.job_name} - set(self._jobs()))
         if others:
             raise UserError(
                 f"Slurm job {others[0]} of an earlier start, with other settings or another version of pldr, still writes to "
                 f"the same folder; wait for it, or scancel {others[0]}"
             )
-        return bool({job for job, _ in queued} & set(self._jobs()))
+        return bool({job.id for job in queued} & set(self._jobs()))
 
     def run_ranks(self, ranks: list[int], *, console: Path, workers_key: str) -> None:
         """Submit the tasks, unless those of an earlier start are still running, and wait. Raises a task's UserError, and
-        UserError for a task that ended without finishing, with the last line of its log."""
-        if not self.still_running():
+        UserError for tasks that can never start, or that ended without finishing, with the last line of its log."""
+        if self.still_running():
+            ids = " ".join(self._jobs())
+            tell(f"Slurm job {ids} of an earlier start, with its settings: waiting for it (scancel {ids} to end it)")
+        else:
             self._submit(ranks)
         jobs = self._jobs()
         try:
             self._wait(jobs, ranks)
         except KeyboardInterrupt:
             ids = " ".join(jobs)
-            print(
-                f"\nSlurm job {ids} keeps running: start again to wait for it, or cancel it with: scancel {ids}",
-                file=sys.stderr,
-            )
+            tell(f"\nSlurm job {ids} keeps running: start again to wait for it, or cancel it with: scancel {ids}")
             raise
 
     def _submit(self, ranks: list[int]) -> None:
@@ -152,37 +160,55 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
             after = (
                 [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
             )  # running together they would exceed `workers`
-            jobs.append(_sbatch(script, after))
+            jobs.append(slurm.submit(script, after, self.fixes))
             publish_json(self.cluster_folder / JOBS, jobs)
-        log.info("submitted Slurm job %s: %d tasks, %s", " ".join(jobs), len(ranks), scripts[0])
+        tell(f"Slurm job {' '.join(jobs)} submitted: {len(ranks)} tasks, {self.workers} at once, {scripts[0]}")
+
+    @property
+    def fixes(self) -> dict[str, str]:
+        """What to change when Slurm refuses an array, or never starts it."""
+        now = {key: f"data.slurm.{key} (now {value})" for key, value in self.settings.items()}
+        args = "data.slurm.sbatch_args"
+        shape = f"{now['cpus_per_task']} or {now['mem_per_cpu_gb']}"
+        return {
+            "time": f"lower {now['time']} or change {now['partition']}",
+            "partition": f"change {now['partition']}",
+            "qos": f"change {now['qos']}",
+            "account": f"set account in {args}",
+            "memory": f"lower {now['mem_per_cpu_gb']}",
+            "cpus": f"lower {now['cpus_per_task']}",
+            "size": f"lower {shape}, or change {now['partition']}",
+            "nodes": f"lower {shape}, or change {now['partition']}",
+            "policy": f"lower {now['time']}, {now['max_array_size']} or {shape}, or set account or {now['qos']}",
+            "array": f"lower {now['max_array_size']}",
+            "gpus": f"fix gres and gpus in {args}: pldr asks for none",
+            **{name: f"fix {name} in {args}" for name in ("constraint", "license", "reservation", "nodelist")},
+            "": "fix data.slurm",
+        }
 
     def _jobs(self) -> list[str]:
         file = self.cluster_folder / JOBS
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
     def _wait(self, jobs: list[str], ranks: list[int]) -> None:
-        checked_at, gone, failures, canceled = 0.0, 0, 0, False
+        watch = Watch(jobs, fixes=self.fixes, ends=ENDS)
+        checked_at, gone, canceled = 0.0, 0, False
         while self.get_incomplete_ranks(ranks):
             if has_failed(self.work) and not canceled:
                 canceled = True  # running tasks may finish: their work is kept
-                subprocess.run(["scancel", "--state=PENDING", *jobs], capture_output=True)
+                slurm.cancel(jobs, "--state=PENDING")
             if time.monotonic() - checked_at >= QUEUE_SECONDS:
-                try:
-                    gone = 0 if {job for job, _ in _queue()} & set(jobs) else gone + 1
-                    failures = 0
-                except UserError as error:
-                    failures += 1
-                    log.warning("%s", error)
-                    if failures == PATIENCE:
-                        raise
+                there = watch.look()
+                if there is not None:
+                    gone = 0 if there else gone + 1
                 checked_at = time.monotonic()
             if gone and has_failed(self.work):
                 raise_error(self.work)
             if gone == GONE:
-                self._explain(jobs)
+                self._explain(jobs, watch)
             time.sleep(POLL_SECONDS)
 
-    def _explain(self, jobs: list[str]) -> None:
+    def _explain(self, jobs: list[str], watch: Watch) -> None:
         """Raise what is known about the first task that is incomplete although its array has ended."""
         ranks = json.loads((self.work / "ranks_to_run.json").read_text(encoding="utf-8"))
         missing = self.get_incomplete_ranks(ranks)
@@ -191,8 +217,8 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
         position = ranks.index(missing[0])
         element = f"{jobs[position // self.max_array_size]}_{position % self.max_array_size}"
         output = Path(self.slurm_logs_folder) / f"{element}.out"
-        state = _state_of(element)
-        fix = FIXES.get(state, "see that log")
+        state = slurm.state_at_end(element, output, watch.ended.get(element))
+        fix = ENDS.get(state, "see that log")
         raise UserError(
             f"task {missing[0]} ({len(missing)} of {len(ranks)} are unfinished) ended as {state} in Slurm job {element}, "
             f"{output}: {_last_line(output)}; {fix}, and start again, finished work is kept"
@@ -223,49 +249,9 @@ def _quote(key: str, value: Any) -> str:
     return f'"{text}"' if re.search(r"[\s#'\\;]", text) else text
 
 
-def _sbatch(script: Path, arguments: list[str]) -> str:
-    """Submit a script and return the job's id. Inside a Slurm job, the new job must not inherit its variables."""
-    kept = ("SLURM_CONF", "SLURM_JWT")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key in kept}
-    command = ["sbatch", "--parsable", *arguments, str(script)]
-    asked = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if asked.returncode:
-        raise UserError(f"sbatch refused {script} ({_one_line(asked.stderr)}); fix data.slurm")
-    return asked.stdout.strip().partition(";")[0]
-
-
-def _queue() -> set[tuple[str, str]]:
-    """(id, name) of our queued and running jobs. An array has one id. Raises UserError when squeue fails."""
-    asked = subprocess.run(["squeue", "--me", "--noheader", "--format=%F %j"], capture_output=True, text=True)
-    if asked.returncode:
-        raise UserError(f"squeue failed ({_one_line(asked.stderr)}); submitted jobs may still run, start again later")
-    lines = (line.strip().partition(" ") for line in asked.stdout.splitlines())
-    return {(job, name) for job, _, name in lines}
-
-
-def _state_of(element: str) -> str:
-    """The final state of an array element according to Slurm; how much is known depends on the site's accounting."""
-    for command in (
-        ["sacct", "-n", "-X", "-P", "-j", element, "--format=State"],
-        ["scontrol", "-o", "show", "job", element],
-    ):
-        try:
-            asked = subprocess.run(command, capture_output=True, text=True)
-        except FileNotFoundError:
-            continue
-        found = re.search(r"(?:^|JobState=)([A-Z_]+)", asked.stdout)
-        if asked.returncode == 0 and found:
-            return found[1]
-    return "unknown"
-
-
 def _last_line(file: Path) -> str:
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         return "no output"
     return lines[-1][:300] if lines else "no output"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]

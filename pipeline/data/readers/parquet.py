@@ -26,6 +26,7 @@ from pipeline.data.readers.decompress import decompressed
 from pipeline.data.readers.units import BLOCK, RANGE, SKIP, Rejected, Text, Unit, some_names, too_long
 from pipeline.errors import UserError, first_line
 from pipeline.io.remote import open_retrying, read_range, size_of
+from pipeline.io.storage import path_of
 from pipeline.io.urls import is_http, is_local
 
 BATCH_BYTES = 4 << 20  # of text at once, by the average length in the row group
@@ -181,10 +182,10 @@ def open_parquet(unit: Unit, stack: contextlib.ExitStack) -> tuple[Any, int]:
         return io.BufferedReader(_RemoteFile(url, size), REMOTE_BLOCK), size
     raw = stack.enter_context(open_retrying(url, size=unit.file.size or None))
     source = cast(BinaryIO, decompressed(raw, compression)) if compression is not None else raw
-    with tempfile.NamedTemporaryFile(prefix="pldr-parquet-", delete=False) as copy:
-        stack.callback(os.unlink, copy.name)
-        shutil.copyfileobj(source, copy, BLOCK)
-    return copy.name, os.stat(copy.name).st_size
+    copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+    shutil.copyfileobj(source, copy, BLOCK)
+    copy.flush()
+    return str(path_of(copy)), os.stat(copy.fileno()).st_size
 
 
 class _RemoteFile(io.RawIOBase):

@@ -47,3 +47,4 @@ def test_a_missing_node_is_named(tmp_path, monkeypatch):
         Lead(paths, 3, wait_s=0.3).start()
     with pytest.raises(UserError, match="node 1: no message from node 0 for 0.3 s"):
         Follower(paths, 1, wait_s=0.3).wait()
+    assert Follower(paths, 1, wait_s=600).announcement(0.3) is None  # stopped by a signal, it does not wait for long

@@ -1,10 +1,12 @@
-"""launch/backends/slurm.py: what is checked before Slurm gets a job, and when the batch script requeues itself."""
+"""launch/backends/slurm.py: what is checked before Slurm gets a job, what is said after, and when the batch script requeues
+itself. With a real Slurm: test_real_slurm.py."""
 
 import contextlib
 import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from launch.cli import main
 from pipeline.config.load import load_config
 from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError
+from tests.slurm_commands import NO_ANSWER, NO_GPUS, install
 
 SIZES = ("--nodes", "1", "--ranks-per-node", "1", "--gpus-per-node", "0")
 
@@ -52,55 +55,188 @@ def script_of(config: str, *, time: str | None = None) -> str:
     return slurm.render(settings, RunPaths(settings.run_dir), job, SlurmOptions(time=time), [config])
 
 
-# Stand-ins for Slurm's commands, which are not here: srun ends with CODE, or commits what SAVES says and ends with 75.
-SRUN = """#!/bin/bash
-trap '[ -z "$SAVES" ] || { mkdir -p "$SAVES"; touch "$SAVES/COMMITTED"; }; exit 75' USR1
+# Stand-ins: srun ends with CODE, or commits what SAVES says and ends with 75; EARLY, it does not listen yet.
+SRUN = """[ -n "$EARLY" ] || trap '[ -z "$SAVES" ] || { mkdir -p "$SAVES"; touch "$SAVES/COMMITTED"; }; exit 75' USR1 TERM
 touch listening
 for _ in $(seq $TENTHS); do sleep 0.1; done
 exit $CODE
 """
-
-
-SCONTROL = """#!/bin/bash
-case $1 in show) echo n1; echo n2;; *) echo "$@" >> scontrol.log; exit $REFUSES;; esac
+SCONTROL = """case $1-$2 in
+show-hostnames) echo n1; echo n2 ;;
+show-job) echo "JobId=7 JobState=RUNNING Restarts=$RESTARTS PreemptEligibleTime=2026-11-28T09:30:20 PreemptTime=$PREEMPTED" ;;
+*) echo "$@" >> scontrol.log; exit $REFUSES ;;
+esac
 """
+SQUEUE = """case "$*" in
+*%L*) echo "$LEFT" ;;
+*) cat running 2>/dev/null ;;
+esac
+"""
+USR1, TERM = signal.SIGUSR1, signal.SIGTERM
+
+
+class Batch:
+    """The batch script, running with stand-ins in the working directory."""
+
+    def __init__(self, config: str, *, saves=True, early=False, **facts):
+        install(Path("bin"), srun=SRUN, scontrol=SCONTROL, squeue=SQUEUE)
+        script = script_of(config).replace("export PATH=", f"export PATH={Path.cwd()}/bin:")
+        usual = {"left": "2:30", "preempted": "None", "restarts": 2, "refuses": 0, "code": 0, "tenths": 100}
+        environment = {
+            **os.environ,
+            **{name.upper(): str(value) for name, value in (usual | facts).items()},
+            "SAVES": str(Path.cwd() / "run" / "checkpoints" / "step-1000000") if saves else "",
+            "EARLY": "1" if early else "",
+            "PATH": f"{Path.cwd()}/bin:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "SLURM_RESTART_COUNT": "2",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+        }
+        self.job = subprocess.Popen(
+            ["bash", "-c", script], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def wait_for_the_step(self):
+        end = time.monotonic() + 60
+        while not Path("listening").exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    def end(self) -> tuple[int, str, bool]:
+        """Exit code, output, and whether it was requeued."""
+        out, _ = self.job.communicate(timeout=60)
+        log = Path("scontrol.log")
+        assert not log.exists() or log.read_text() == "requeue 7\n"
+        return self.job.returncode, out, log.exists()
 
 
 @pytest.mark.parametrize(
-    ("signaled", "code", "saves", "refuses", "ended", "requeued", "message"),
+    ("sent", "facts", "ended", "requeued", "message"),
     [
-        (True, "0", True, "0", 75, True, "saved, requeued"),
-        (True, "0", False, "0", 75, False, "not requeued, because that would repeat forever; raise --time"),
-        (True, "0", True, "1", 75, True, "submit it yourself: sbatch "),
-        (False, "0", False, "0", 0, False, ""),
-        (False, "2", False, "0", 2, False, ""),
-        (False, "75", False, "0", 75, False, ""),
+        (USR1, {}, 75, True, "the time was up: saved, requeued"),
+        (USR1, {"saves": False}, 75, False, "not requeued, because that would repeat forever; raise --time"),
+        (USR1, {"refuses": 1}, 75, True, "could not requeue it, to go on: sbatch "),
+        (USR1, {"left": "1-02:00:00"}, 75, True, "stopped by SIGUSR1: saved, requeued"),
+        (USR1, {"left": "UNLIMITED"}, 75, True, "stopped by SIGUSR1: saved, requeued"),
+        (
+            USR1,
+            {"left": "23:00:00", "saves": False},
+            75,
+            False,
+            "stopped by SIGUSR1 before a checkpoint was committed: not re",
+        ),
+        (USR1, {"early": True, "saves": False}, 75, False, "the time was up before a checkpoint was committed"),
+        (TERM, {"preempted": "2026-11-28T09:33:37"}, 75, True, "preempted: saved, requeued"),
+        (
+            TERM,
+            {"preempted": "2026-11-28T09:33:37", "early": True, "saves": False},
+            75,
+            True,
+            "preempted: saved, requeued",
+        ),
+        (TERM, {"restarts": 3}, 75, False, "Slurm requeued it"),
+        (TERM, {}, 75, False, "stopped by a signal: not requeued"),
+        (None, {"tenths": 2}, 0, False, ""),
+        (None, {"tenths": 2, "code": 2}, 2, False, ""),
+        (None, {"tenths": 2, "code": 75}, 75, False, "stopped by a signal: not requeued"),
     ],
-    ids=["time is up", "no progress", "scontrol fails", "done", "failed", "scancel"],
 )
-def test_the_batch_script_requeues_itself_only_when_its_time_was_up_and_it_saved_something(
-    run, tmp_path, signaled, code, saves, refuses, ended, requeued, message
+def test_why_the_batch_script_stopped_and_whether_it_requeues_itself(
+    run, tmp_path, sent, facts, ended, requeued, message
 ):
     (tmp_path / "run" / "checkpoints" / "step-000100" / "COMMITTED").touch()
-    (tmp_path / "bin").mkdir()
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
-    script = script_of(run).replace("export PATH=", f"export PATH={tmp_path}/bin:")
-    step = str(tmp_path / "run" / "checkpoints" / "step-1000000")
-    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "CODE": code, "REFUSES": refuses,
-                   "SAVES": step if saves else "", "TENTHS": "100" if signaled else "2"}  # fmt: skip
-    job = subprocess.Popen(["bash", "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
-    if signaled:
-        end = time.monotonic() + 10
-        while not (tmp_path / "listening").exists():
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        job.send_signal(signal.SIGUSR1)
-    out, _ = job.communicate(timeout=20)
-    assert job.returncode == ended and message in out, out
-    log = tmp_path / "scontrol.log"
-    assert (log.read_text() if log.exists() else "") == ("requeue 7\n" if requeued else "")
+    batch = Batch(run, **facts)
+    if sent:
+        batch.wait_for_the_step()
+        batch.job.send_signal(sent)
+    code, out, again = batch.end()
+    assert (code, again) == (ended, requeued) and message in out, out
+
+
+@pytest.mark.parametrize(
+    ("running", "goes_on"),
+    [
+        ("2026-11-28T09:00:00 9 pldr-x-MARK\n2026-11-28T09:30:00 7 pldr-x-MARK", False),
+        ("2026-11-28T09:00:00 9 pldr-x-other\n2026-11-28T09:30:00 7 pldr-x-MARK", True),
+        ("2026-11-28T09:30:00 9 pldr-x-MARK\n2026-11-28T09:30:00 7 pldr-x-MARK", True),
+        ("2026-11-28T09:30:00 10 pldr-x-MARK\n2026-11-28T09:30:00 7 pldr-x-MARK", True),
+    ],
+    ids=["another started earlier", "of another run", "at once", "at once, by number"],
+)
+def test_a_second_job_of_a_run_ends_when_it_starts(run, tmp_path, running, goes_on):
+    mark = slurm.mark_of(RunPaths(tmp_path / "run"))
+    Path("running").write_text(running.replace("MARK", mark) + "\n")
+    code, out, _ = Batch(run, tenths=2).end()
+    assert code == (0 if goes_on else 1)
+    assert ("Slurm job 9 trains this run already: job 7 ends" in out) is not goes_on
+
+
+@pytest.fixture
+def launch(run, tmp_path, monkeypatch, capsys):
+    """`launch(squeue=…, …)` with stand-ins for Slurm's commands; exit code and all output. Nothing is checked of the tokens."""
+    monkeypatch.setattr(slurm, "check_training", lambda *words, **options: None)
+    monkeypatch.setattr(slurm, "POLL_S", 0.01)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+
+    def launch(*words, **commands):
+        install(tmp_path / "bin", **{"sbatch": "echo 12", "squeue": "", "scancel": "echo $@ > canceled", **commands})
+        code = main(["launch", "slurm", run, *SIZES, *words])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return launch
+
+
+def queued(state: str, reason: str, *, job="12", name="pldr-x") -> str:
+    return f"echo '{job}|{job}|{state}|{reason}|{name}'"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "said"),
+    [
+        ("RUNNING", "None", "state       RUNNING"),
+        ("PENDING", "Priority", "state       waits (Priority); watch: squeue --jobs=12"),
+        ("PENDING", "JobHeldUser", "scontrol release 12"),
+    ],
+)
+def test_a_submitted_job_is_told_with_its_state(launch, state, reason, said):
+    code, out = launch(squeue=f"[ -f submitted ] && {queued(state, reason)}", sbatch="touch submitted; echo 12")
+    assert code == 0 and "submitted   Slurm job 12" in out and said in out, out
+    assert not Path("canceled").exists()
+
+
+def test_a_job_that_can_never_start_is_canceled(launch):
+    waits = f"[ -f submitted ] && {queued('PENDING', 'PartitionTimeLimit')}"
+    code, out = launch("--time", "9:00:00", squeue=waits, sbatch="touch submitted; echo 12")
+    assert code == 1 and "can never start (PartitionTimeLimit) and was canceled; lower --time (now 9:00:00)" in out, out
+    assert Path("canceled").read_text() == "12\n"
+
+
+@pytest.mark.parametrize("how", ["by name", "by number"])
+def test_a_run_that_a_job_trains_is_not_submitted_again(launch, tmp_path, how):
+    if how == "by number":
+        assert launch()[0] == 0
+    name = "x-" + slurm.mark_of(RunPaths(tmp_path / "run")) if how == "by name" else "x"
+    code, out = launch(squeue=queued("PENDING", "Priority", name=name), sbatch="touch submitted; echo 13")
+    assert code == 1 and "Slurm job 12 of this run waits (Priority); wait for it, or scancel 12" in out, out
+    assert not Path("submitted").exists()
+    code, _ = launch(squeue=queued("COMPLETED", "None", name=name), sbatch="echo 13")
+    assert code == 0
+
+
+def test_a_refused_job_leaves_the_script_of_the_job_before(launch, tmp_path):
+    script = tmp_path / "run" / "logs" / "train.sbatch"
+    assert launch("--time", "1:00:00")[0] == 0 and "--time=1:00:00" in script.read_text()
+    code, out = launch("--time", "2:00:00", sbatch=NO_GPUS)
+    assert code == 1 and "Invalid generic resource (gres) specification); change --gpus-per-node (now 0; " in out, out
+    assert "--time=1:00:00" in script.read_text()
+
+
+def test_a_controller_that_does_not_answer_is_not_a_missing_job(launch):
+    code, out = launch(squeue=NO_ANSWER)
+    assert (
+        code == 0 and "queue       not looked at: squeue failed" in out and "state       unknown: squeue failed" in out
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,13 +45,14 @@ def work(tokens, tmp_path):
 
 
 class Training:
-    """`pldr train` in a process of its own."""
+    """`pldr train` in a process of its own, with its output in a file or, say, a pipe; `group`: and a group of its own."""
 
-    def __init__(self, folder: Path, *overrides: str) -> None:
+    def __init__(self, folder: Path, *overrides: str, stdout: int | None = None, group: bool = False) -> None:
         self.folder = folder
         with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
             command = [*PLDR, "train", "tiny.yaml", "--json", f"run_dir={folder / 'run'}", *overrides]
-            self.process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
+            to = out if stdout is None else stdout
+            self.process = subprocess.Popen(command, cwd=folder, stdout=to, stderr=err, start_new_session=group)
 
     def __enter__(self):
         return self

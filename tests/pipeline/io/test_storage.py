@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import fsspec
@@ -160,3 +161,11 @@ def test_an_unreachable_server_is_not_a_missing_file(monkeypatch):
     monkeypatch.setenv("PLDR_RETRIES", "0")
     with pytest.raises(UserError, match="http://127.0.0.1:1/x: cannot be read"):
         storage.exists("http://127.0.0.1:1/x?sig=HUSH")
+
+
+def test_without_a_folder_for_temporary_files_the_variable_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with pytest.raises(FileNotFoundError) as caught:
+        tempfile.gettempdir()
+    assert str(storage.explain_os_error(caught.value, "shard")).startswith("TMPDIR: No usable temporary directory")

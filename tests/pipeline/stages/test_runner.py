@@ -3,13 +3,16 @@
 import json
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 from pipeline.config.load import load_config
+from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError, UserError
-from pipeline.stages.runner import Pipeline, exclusive
+from pipeline.stages.runner import LOCK, Pipeline, exclusive
 from pipeline.stages.train import ranks_on_this_node
 from pipeline.tracking.client import client, tracking_uri
 
@@ -270,3 +273,22 @@ def test_deepspeeds_json_counts_by_what_it_holds_and_not_by_its_path(make, tmp_p
         return make(f"train.deepspeed={tmp_path / name}")[0].inputs("train")
 
     assert inputs("a.json", '{"a": 1}') == inputs("b.json", '{ "a": 1 }\n') != inputs("b.json", '{"a": 2}')
+
+
+def test_a_process_that_holds_nodes_does_not_wait_for_ever(tmp_path):
+    paths = RunPaths(tmp_path / "run")
+    paths.root.mkdir()
+    holds = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    command = [sys.executable, "-c", holds, str(paths.root / LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        said = []
+        with (
+            pytest.raises(UserError, match="works here; it did not end in 0.1 s"),
+            exclusive(paths, said.append, wait_s=0.1),
+        ):
+            pass
+        assert "waiting for it to end" in said[0]
+        other.communicate("\n")
+    with exclusive(paths, said.append, wait_s=0.1):
+        pass

@@ -76,7 +76,7 @@ def never():
 
 def test_only_steps_in_a_row_stop_the_run():
     guard, config = Guard(), train(max_skipped_steps=2)
-    bad, good = Outcome(math.nan, True, None), Outcome(3.0, False, None)
+    bad, good = Outcome(math.nan, 64, True, None), Outcome(3.0, 64, False, None)
     numbers = np.arange(100, 170)
     for outcome in (bad, good, bad, good):
         event = judge(guard, config, 5, outcome, {}, (lambda: numbers) if outcome.skipped else never)

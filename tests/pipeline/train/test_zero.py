@@ -97,7 +97,7 @@ def test_a_run_from_another_runs_checkpoint_has_its_own_recipe(fp32):
 def test_what_is_logged(fp32):
     points = fp32["1-norm"]["straight"]
     assert {key for key in points["6"] if not key.startswith("system/")} == {
-        "data/epoch", "data/tokens", "data/left_out_sequences",
+        "data/epoch", "data/tokens", "data/padding_share", "data/left_out_sequences",
         "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/skipped_steps", "train/spikes",
         "val/loss_block", "val/loss_cached", "val/leak_gap", "val/bits_per_byte",
         "invariance/budget", "invariance/order_parameter_A", "invariance/order_parameter_A_LM",

@@ -153,3 +153,16 @@ def test_a_killed_worker_is_an_error_not_a_hang(
     assert isinstance(error, UserError) and "a worker process died" in str(error) and "data.workers" in str(error)
     shard_documents(config, paths)
     assert contents(paths.documents) == contents(whole.documents)
+
+
+def test_a_killed_process_leaves_no_temporary_file(tmp_path):
+    code = (
+        "import os, signal; from datatrove.data import Document; from pipeline.data.documents.write import _Repeats\n"
+        "repeats = _Repeats().__enter__(); repeats.add(Document('text', 'a', metadata={}))\n"
+        "assert [document.id for document in repeats.read()] == ['a'] == [document.id for document in repeats.read()]\n"
+        "print('read', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "read\n", done.stderr
+    assert not list(tmp_path.iterdir())

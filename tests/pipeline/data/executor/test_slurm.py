@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Any
 import pytest
 
 from pipeline.config.data import Slurm
-from pipeline.data.executor import slurm
+from pipeline.data.executor import slurm, watch
 from pipeline.data.executor.jobs import DryRun, Engine
 from pipeline.data.executor.markers import PICKLE_VERSION
 from pipeline.errors import UserError
 from tests.pipeline.data.executor.engine_steps import TASKS, expected, published
+from tests.slurm_commands import FORGOTTEN, NO_ACCOUNTING, NO_ANSWER, NO_GPUS, install, scontrol_show
 
 
 def slurm_engine(*, dry_run: bool = False, **settings: Any) -> Engine:
@@ -81,34 +81,40 @@ class TestScript:
             slurm.check_script(script, 4)
 
 
-# Fake Slurm commands, as far as a job uses them: arrays run when they are submitted, and nothing is queued afterwards.
-COMMANDS = {
-    "sbatch": """
-for last; do :; done
-[ -z "$SLURM_JOB_ID" ] || exit 1
-end=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$last")
-output=$(sed -n 's/^#SBATCH --output="*\\([^"]*\\)%A_%a.out"*/\\1/p' "$last")
-id=$((40 + $(ls "$output" | wc -l)))
+# As far as a job uses them: arrays run when they are submitted, and nothing is queued afterwards.
+RUN_ARRAY = """
+end=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+output=$(sed -n 's/^#SBATCH --output="*\\([^"]*\\)%A_%a.out"*/\\1/p' "$script")
 for i in $(seq 0 $end); do
-    SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here bash "$last" > "$output${id}_$i.out" 2>&1
+    SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here bash "$script" > "$output${id}_$i.out" 2>&1
 done
+"""
+SBATCH = f"""
+for script; do :; done
+[ -z "$SLURM_JOB_ID" ] || exit 1
+id=$((40 + $(ls "$(dirname "$script")/../slurm_logs" | wc -l)))
+{RUN_ARRAY}
 echo "$id;cluster"
-""",
-    "squeue": "exit 0",
-    "scancel": "exit 0",
-    "sacct": "echo TIMEOUT",
-    "scontrol": "echo here",
-}
+"""
+# An array that is only queued: `squeue` says what `queue` in this folder says, and the call that finds "run" runs it.
+QUEUED = 'for script; do :; done; echo "$script" > "$(dirname "$0")/script"; echo 40'
+SQUEUE = f"""
+cd "$(dirname "$0")"
+read -r line < queue; sed -i 1d queue
+case $line in
+run) id=40; script=$(cat script); {RUN_ARRAY} ;;
+fail) {NO_ANSWER} ;;
+"") ;;
+*) echo "40|40_[0-2%1]|$line|pldr-shard-test-0" ;;
+esac
+"""
 
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with fake Slurm commands, first in PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, text in COMMANDS.items():
-        (folder / name).write_text("#!/bin/bash\n" + text)
-        (folder / name).chmod(stat.S_IRWXU)
+    """A folder with fake Slurm commands, first in PATH: a site without accounting."""
+    show = "case $1 in show) echo here;; *) " + FORGOTTEN + ";; esac"
+    folder = install(tmp_path / "bin", sbatch=SBATCH, squeue="", scancel="", sacct=NO_ACCOUNTING, scontrol=show)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "1")  # as if started inside a job
     monkeypatch.setattr(slurm, "POLL_SECONDS", 0.01)
@@ -129,25 +135,76 @@ class TestSlurm:
         assert len(job(engine)) == TASKS
         assert published(tmp_path) == expected()
 
-    def test_a_task_that_ended_without_an_error(self, job: Callable[..., Any], tmp_path: Path, commands: Path) -> None:
-        with pytest.raises(
-            UserError, match=r"task 1 .*ended as TIMEOUT in Slurm job 40_1, .*40_1\.out: .*raise data.slurm.time"
-        ):
+    @pytest.mark.parametrize(
+        ("accounting", "state", "fix"),
+        [(True, "TIMEOUT", "raise data.slurm.time"), (False, "OUT_OF_MEMORY", "raise data.slurm.mem_per_cpu_gb")],
+        ids=["sacct", "no sacct"],
+    )
+    def test_a_task_that_ended_without_an_error(
+        self, job: Callable[..., Any], tmp_path: Path, commands: Path, accounting: bool, state: str, fix: str
+    ) -> None:
+        if accounting:
+            install(commands, sacct=f"echo {state}")
+        else:
+            install(commands, scontrol=f"[ $2 = hostnames ] && echo here || {scontrol_show(state)}")
+        message = rf"task 1 .*ended as {state} in Slurm job 40_1, .*40_1\.out: .*{fix}"
+        with pytest.raises(UserError, match=message):
             job(slurm_engine(), wrong={1: "killed"}, tasks=2)
         assert list(published(tmp_path)) == ["000.txt"]
 
-    def test_sbatch_refuses(self, job: Callable[..., Any], commands: Path) -> None:
-        (commands / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid partition\nmore' >&2; exit 1")
-        with pytest.raises(
-            UserError, match=r"sbatch refused .*\(sbatch: error: invalid partition more\); fix data.slurm"
-        ):
+    @pytest.mark.parametrize(
+        ("refusal", "fix"),
+        [
+            (
+                "echo 'sbatch: error: Invalid partition name specified' >&2; exit 1",
+                "change data.slurm.partition .now cpu",
+            ),
+            (NO_GPUS, "fix gres and gpus in data.slurm.sbatch_args"),
+            ("echo 'no\nmore' >&2; exit 1", "fix data.slurm$"),
+        ],
+    )
+    def test_sbatch_refuses(self, job: Callable[..., Any], commands: Path, refusal: str, fix: str) -> None:
+        install(commands, sbatch=refusal)
+        with pytest.raises(UserError, match=rf"sbatch refused .*\); {fix}"):
             job(slurm_engine())
+
+    def test_an_array_that_waits_says_why(
+        self,
+        job: Callable[..., Any],
+        commands: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        install(commands, sbatch=QUEUED, squeue=SQUEUE)
+        # The first is the look for jobs of an earlier start, in run_tasks and again before submitting.
+        lines = ["", "", "PENDING|None", "PENDING|Priority", "PENDING|Priority", "PENDING|Resources", "fail", "fail"]
+        (commands / "queue").write_text("\n".join([*lines, "PENDING|JobHeldUser", "RUNNING|None", "run", ""]))
+        assert len(job(slurm_engine(), tasks=1)) == 1 and published(tmp_path) == expected(1)
+        said = capsys.readouterr().err
+        assert "Slurm job 40 submitted: 1 tasks" in said and "Slurm job 40 runs" in said
+        assert [said.count(words) for words in ("(PENDING)", "(Priority)", "(Resources)", "does not answer")] == [
+            0,
+            1,
+            1,
+            1,
+        ]
+        assert "(JobHeldUser)" in said and "scontrol release 40" in said
+
+    def test_an_array_that_can_never_start(self, job: Callable[..., Any], commands: Path) -> None:
+        install(commands, sbatch=QUEUED, squeue=SQUEUE, scancel='echo "$@" > "$(dirname "$0")/canceled"')
+        reasons = ["PENDING|PartitionConfig", *["PENDING|PartitionTimeLimit"] * watch.SURE]
+        (commands / "queue").write_text("\n".join(["", "", *reasons, ""]))
+        message = r"job 40 can never start .PartitionTimeLimit. and was canceled; lower data.slurm.time .now 24:00:00"
+        with pytest.raises(UserError, match=message):
+            job(slurm_engine())
+        assert (commands / "canceled").read_text() == "40\n"
 
     def test_another_job_writes_there(self, job: Callable[..., Any], commands: Path, tmp_path: Path) -> None:
         with pytest.raises(DryRun) as ended:
             job(slurm_engine(dry_run=True))
         name = options_of(ended.value.script)["job-name"]
-        (commands / "squeue").write_text(f"#!/bin/bash\necho '17 {name}'")
+        install(commands, squeue=f"echo '17|17_[0-2]|PENDING|Priority|{name}'")
         with pytest.raises(UserError, match="Slurm job 17 of an earlier start.* writes to the same folder.*scancel 17"):
             job(slurm_engine())
 
@@ -160,19 +217,15 @@ class TestSlurm:
         name, work = options_of(ended.value.script)["job-name"], tmp_path / "a work" / "job"
         (work / "executor.pik").write_bytes(b"cpipeline.data.engines\nEngine\n.")
         (work / "slurm_jobs.json").write_text('["17"]')
-        queue = commands / "squeue"
-        empty = queue.read_text()
-        queue.write_text(f"#!/bin/bash\necho '17 {name}'")
+        install(commands, squeue=f"echo '17|17_0|RUNNING|None|{name}'")
         with pytest.raises(UserError, match="Slurm job 17 of an earlier start.*another version of pldr.*scancel 17"):
             job(slurm_engine())
-        queue.write_text(empty)
+        install(commands, squeue=f"echo '17|17_0|CANCELLED|None|{name}'")
         assert len(job(slurm_engine())) == TASKS and published(tmp_path) == expected()
         assert (work / "executor.pik").read_bytes().startswith(b"cpipeline.data.engines")
         assert (work / f"cluster-v{PICKLE_VERSION}" / "executor.pik").is_file()
 
-    def test_the_controller_is_unreachable(
-        self, job: Callable[..., Any], commands: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        (commands / "squeue").write_text("#!/bin/bash\necho 'slurm_load_jobs error' >&2; exit 1")
-        with pytest.raises(UserError, match="squeue failed .slurm_load_jobs error."):
+    def test_the_controller_is_unreachable(self, job: Callable[..., Any], commands: Path) -> None:
+        install(commands, squeue=NO_ANSWER)
+        with pytest.raises(UserError, match="squeue failed .*Unable to contact slurm controller"):
             job(slurm_engine())
