@@ -22,13 +22,16 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from launch.commands.bench import add_bench_verb
 from launch.commands.bundle import add_bundle_verbs, long_name
+from launch.commands.config import add_config_verb
 from launch.commands.convert import add_convert_verbs
 from launch.commands.data import add_data_verbs
 from launch.commands.doctor.command import add_doctor_verb
+from launch.commands.init import add_init_verb
 from launch.commands.launch import add_launch_verbs
 from launch.commands.runs import add_run_verbs
 from launch.commands.stage import add_stage_verbs
@@ -36,6 +39,16 @@ from launch.commands.sweep import add_sweep_verb
 from launch.commands.terminal import Display, report
 from launch.commands.verbs import Verbs
 from pipeline.errors import Stopped, UserError
+
+GROUPS = {  # what `pldr --help` shows, by what one is about to do
+    "a whole run": ("init", "check", "run", "plan", "config"),
+    "data": ("shard", "tokenizer", "tokenize", "data"),
+    "train": ("train", "runs", "report", "track"),
+    "prove": ("consolidate", "extract", "validate", "parity"),
+    "use": ("bundle", "verify", "generate", "import", "export"),
+    "cluster": ("launch", "doctor", "sweep"),
+    "tools": ("bench",),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +128,15 @@ def _open_standard_files() -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; `key=value` may stand before, between and after the options."""
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(long_name(sys.argv[1:] if argv is None else argv))
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next; exits
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    words = long_name(sys.argv[1:] if argv is None else argv)
+    if not words:
+        parser.print_help()
+        parser.exit(2)
+    arguments, rest = parser.parse_known_args(words)
     for word in rest:
         if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides"):
             parser.error(f"unrecognized argument: {word}")
@@ -124,13 +145,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """The parser of `pldr` itself: its help shows the verbs in groups."""
+
+    verbs: Verbs
+
+    def format_help(self) -> str:
+        options = super().format_help().partition("\noptions:")[2]
+        lines = [self.format_usage().rstrip(), "", *(self.description or "").strip().splitlines()]
+        for group, names in GROUPS.items():
+            lines += ["", f"{group}:", *(f"  {name:<12} {self.verbs.helps[name]}" for name in names)]
+        return "\n".join([*lines, "", "options:"]) + options
+
+
+def build_parser() -> Parser:
     """Every verb and its options. The files of `launch/commands` import what a verb needs when it runs, not here."""
-    parser = argparse.ArgumentParser(prog="pldr", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(prog="pldr", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"pldr {version('pldr')}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="end with one line of JSON")
-    verbs = Verbs(parser.add_subparsers(dest="verb", required=True, metavar="VERB"), common)
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=argparse.ArgumentParser)
+    parser.verbs = verbs = Verbs(subparsers, common)
     add_stage_verbs(verbs)
+    add_config_verb(verbs)
+    add_init_verb(verbs)
     add_bundle_verbs(verbs)
     add_data_verbs(verbs)
     add_run_verbs(verbs)

@@ -13,12 +13,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pldr_model.config import ModelConfig
-from pldr_model.loss import total_loss
+from pldr_model.loss import cross_entropy, total_loss
 from pldr_model.model import PLDRModel, g_shape
 
 
@@ -93,6 +94,22 @@ def bench(
     if device.type == "cuda":
         result["peak_cuda_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return result
+
+
+def training_flops_per_second(config: ModelConfig, *, batch_size: int = 1, tokens: int = 128, steps: int = 3) -> float:
+    """FLOP/s that forward and backward passes of this model reach on this machine, on sequences cut to `tokens`, in fp32: the
+    median of `steps` after one warm-up. Without the optimizer, whose work does not grow with the tokens."""
+    source = "constant" if config.g_source == "file" else config.g_source
+    cut = replace(config, context_length=min(tokens, config.context_length), g_source=source, g_file=None)
+    model = PLDRModel(cut)
+    ids_BS = torch.randint(min(4, cut.vocab_size - 1), cut.vocab_size, (batch_size, cut.context_length + 1))
+    seconds = []
+    for _ in range(1 + steps):
+        started = time.perf_counter()
+        torch.autograd.backward(cross_entropy(model(ids_BS[:, :-1], padded=False), ids_BS[:, 1:], pad_id=cut.pad_id))
+        seconds.append(time.perf_counter() - started)
+        model.zero_grad()
+    return batch_size * cut.context_length * cut.flops_per_token(training=True) / statistics.median(seconds[1:])
 
 
 def _training_step(model: PLDRModel, ids_BS: torch.Tensor) -> Callable[[], None]:

@@ -87,9 +87,13 @@ class ModelConfig:
     dag_coefficients: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Weights of the DAG regularizer on A_LM, A_P, G_LM; 0: that term is not computed."""
     pad_id: int = 0
+    """Id of padding."""
     unk_id: int = 1
+    """Id of the unknown piece."""
     bos_id: int = 2
+    """Id of a document's beginning."""
     eos_id: int = 3
+    """Id of a document's end."""
 
     def __post_init__(self) -> None:
         if isinstance(self.dag_coefficients, list):  # as JSON and YAML have it

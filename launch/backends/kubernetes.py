@@ -114,15 +114,8 @@ def render(
 
 
 def _files(config: RunConfig) -> dict[str, str]:
-    """What the pods find in /etc/pldr: the whole configuration, overrides included, and DeepSpeed's JSON."""
-    tree, files = config.as_dict(), {}
-    if config.train.deepspeed is not None:
-        try:
-            files["deepspeed.json"] = Path(config.train.deepspeed).read_text(encoding="utf-8").rstrip("\n")
-        except OSError as error:
-            raise ConfigError(f"train.deepspeed: {config.train.deepspeed}: {error.strerror}") from None
-        tree["train"]["deepspeed"] = "deepspeed.json"
-    return {"run.yaml": yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip("\n"), **files}
+    """What the pods find in /etc/pldr: the whole configuration, overrides and DeepSpeed's keys included."""
+    return {"run.yaml": yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True).rstrip("\n")}
 
 
 def check(manifests: str) -> None:

@@ -61,7 +61,7 @@ def _model(arguments: Any, report: Report) -> Result:
     except ValueError as error:
         raise ConfigError(f"{arguments.config}: bench: {error}") from None
     for key, value in result.items():
-        report(f"{key:<32} {value}")
+        report(f"{key:<32} {value:,.4g}" if isinstance(value, float) else f"{key:<32} {value}")
     return result
 
 

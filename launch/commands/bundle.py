@@ -7,6 +7,8 @@ from typing import Any
 
 from launch.commands.verbs import Report, Result, Verbs
 
+LONG_NAME = "bundle verify"
+
 
 def add_bundle_verbs(verbs: Verbs) -> None:
     """The verbs `generate` and `verify`; the long name of the latter is `bundle verify`."""
@@ -19,15 +21,16 @@ def add_bundle_verbs(verbs: Verbs) -> None:
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
     sub.add_argument("--seed", type=int, default=None)
-    sub = verbs.add(
-        "verify", _verify, "check every byte of a bundle, its schemas, and its certificate against its files"
-    )
-    sub.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
+    for name in ("verify", LONG_NAME):
+        sub = verbs.add(
+            name, _verify, "check every byte of a bundle, its schemas, and its certificate against its files"
+        )
+        sub.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
 
 
 def long_name(words: Sequence[str]) -> list[str]:
-    """`bundle verify …` as `verify …`: the stage `bundle CONFIG` leaves argparse no room for verbs of its own."""
-    return ["verify", *words[2:]] if list(words[:2]) == ["bundle", "verify"] else list(words)
+    """`bundle verify …` as one verb: the stage `bundle CONFIG` leaves argparse no room for verbs of its own."""
+    return [LONG_NAME, *words[2:]] if " ".join(words[:2]) == LONG_NAME else list(words)
 
 
 def _generate(arguments: Any, report: Report) -> Result:

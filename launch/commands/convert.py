@@ -34,7 +34,7 @@ def add_convert_verbs(verbs: Verbs) -> None:
     sub.add_argument("source", metavar="FOLDER")
     sub.add_argument("target", metavar="CHECKPOINT")
     sub = verbs.add("parity", _parity, "compare with a golden case of the reference implementation")
-    sub.add_argument("directory", metavar="DIR")
+    sub.add_argument("directories", metavar="DIR", nargs="+", help="folders of golden cases")
 
 
 def _import(arguments: Any, report: Report) -> Result:
@@ -55,13 +55,23 @@ def _export(arguments: Any, report: Report) -> Result:
 def _parity(arguments: Any, report: Report) -> Result:
     from pldr_model.parity import parity
 
-    try:
-        result = parity(arguments.directory)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
-    for key, value in result.items():
-        report(f"{key:<32} {value}")
-    return result
+    cases: Result = {}
+    for directory in arguments.directories:
+        try:
+            cases[directory] = result = parity(directory)
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
+        report(f"{directory}")
+        for key, value in result.items():
+            if key != "failed":
+                report(f"  {key:<30} {value:.2g}" if isinstance(value, float) else f"  {key:<30} {value}")
+        verdict = f"DIFFERS in {', '.join(result['failed'])}" if result["failed"] else "agrees with the reference"
+        report(f"  {verdict}\n")
+    failed = [directory for directory, result in cases.items() if result["failed"]]
+    if failed:
+        raise UserError(f"{', '.join(failed)}: ours and the reference's numbers differ", details={"cases": cases})
+    report(f"{len(cases)} of {len(cases)} cases agree with the reference")
+    return {"cases": cases}
 
 
 def import_reference(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from launch.commands.terminal import status_lines
@@ -14,12 +15,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipeline.config.run import RunConfig
+    from pipeline.stages.preflight import Finding
     from pipeline.stages.runner import Pipeline
 
 
 def add_stage_verbs(verbs: Verbs) -> None:
     """The verb `run`, one for each stage, and `plan`."""
     add_config(verbs.add("run", _run, "the whole pipeline, from corpora to a certified bundle", is_work=True))
+    add_config(
+        verbs.add("check", _check, "what would fail later: sources, tokenizer, batch, memory, disk, MLflow, budget")
+    )
     for stage in STAGES:
         name = stage.name
         sub = verbs.add(name, _stage, stage.help, is_work=True)
@@ -57,9 +62,9 @@ def add_stage_verbs(verbs: Verbs) -> None:
             )
     sub = verbs.add("plan", _plan, "parameters, FLOPs, memory, time and invariance budget of a run")
     add_config(sub)
-    sub.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilization to assume (0.4)")
-    sub.add_argument("--peak-tflops", type=float, default=989.0, help="dense peak of one device (989: H100/H200, bf16)")
-    sub.add_argument("--devices", type=int, default=8)
+    sub.add_argument("--mfu", type=float, help="model FLOPs utilization to assume (0.4)")
+    sub.add_argument("--peak-tflops", type=float, help="dense peak of one device (989: H100/H200, bf16)")
+    sub.add_argument("--devices", type=int, help="how many (8; without a GPU and these options: this machine's CPU)")
 
 
 def _pipeline(arguments: Any, report: Report) -> Pipeline:
@@ -82,11 +87,45 @@ def _pipeline(arguments: Any, report: Report) -> Pipeline:
 def _run(arguments: Any, report: Report) -> Result:
     pipeline = _pipeline(arguments, report)
     from launch.commands.summary import summary
+    from pipeline.stages.preflight import lines
     from pipeline.stages.runner import exclusive
 
+    findings = _preflight(pipeline)
+    for line in lines([finding for finding in findings if finding.status == "warn"]):
+        report(line)
+    _require_ready(findings, report)
     with exclusive(pipeline.paths, report):
         records = pipeline.run()
         return summary(pipeline, records, report)
+
+
+def _check(arguments: Any, report: Report) -> Result:
+    from pipeline.stages.preflight import lines
+
+    findings = _preflight(_pipeline(arguments, report))
+    for line in lines([finding for finding in findings if finding.status != "FAIL"]):
+        report(line)
+    _require_ready(findings, report)
+    return {"findings": [asdict(finding) for finding in findings]}
+
+
+def _preflight(pipeline: Pipeline) -> list[Finding]:
+    from pipeline.stages.preflight import preflight
+
+    return preflight(pipeline.config, done=pipeline.finished())
+
+
+def _require_ready(findings: list[Finding], report: Report) -> None:
+    """Tell what failed, all at once. Raises ConfigError if anything did."""
+    from pipeline.stages.preflight import lines
+
+    failed = [finding for finding in findings if finding.status == "FAIL"]
+    if len(failed) == 1:
+        raise ConfigError(failed[0].text)
+    for line in lines(failed):
+        report(line)
+    if failed:
+        raise ConfigError(f"{len(failed)} things would fail later: {', '.join(one.about for one in failed)}; see above")
 
 
 def _stage(arguments: Any, report: Report) -> Result:
@@ -133,9 +172,26 @@ def _plan(arguments: Any, report: Report) -> Result:
     from pipeline.config.load import load_config
     from pipeline.config.plan import plan, plan_lines
 
-    if not 0 < arguments.mfu <= 1 or arguments.devices < 1 or arguments.peak_tflops <= 0:
+    given = {key: getattr(arguments, key) for key in ("mfu", "peak_tflops", "devices")}
+    assumed = {key: value for key, value in given.items() if value is not None}
+    if any(value <= 0 for value in assumed.values()) or assumed.get("mfu", 1) > 1:
         raise ConfigError("plan: --mfu is between 0 and 1, --devices and --peak-tflops are positive")
     config = load_config(arguments.config, arguments.overrides)
-    result = plan(config, mfu=arguments.mfu, peak_tflops=arguments.peak_tflops, devices=arguments.devices)
+    flops_here = None if assumed else _flops_of_this_cpu(config)
+    result = plan(config, **assumed, flops_here=flops_here)
     report("\n".join(plan_lines(result)))
     return result
+
+
+def _flops_of_this_cpu(config: RunConfig) -> float | None:
+    """What training reaches here; None where there is a GPU."""
+    from pipeline.distributed import has_gpu
+    from pldr_model.bench import training_flops_per_second
+
+    if has_gpu():
+        return None
+    small = (
+        config.model.num_parameters()["total"] < 10_000_000
+    )  # else a step takes seconds, and one sequence fills the cores
+    batch, steps = (config.train.micro_batch, 3) if small else (1, 1)
+    return training_flops_per_second(config.model, batch_size=batch, steps=steps)

@@ -28,11 +28,12 @@ def summary(pipeline: Pipeline, records: dict[str, dict[str, Any]], report: Repo
     report("\n" + "\n".join(summary_lines(bundle.certificate)))
     report(f"\nA sample from the bundle (temperature 0.8, top-p 0.9, seed {config.seed}):\n")
     report("    " + (config.post.sample_prompt + sample[0]).replace("\n", "\n    "))
-    report(f"\n{'stage':<12} {'seconds':>8}  ")
-    for name in NAMES:
-        note = "skipped, was complete" if records[name]["skipped"] else ""
-        report(f"{name:<12} {records[name]['seconds']:>8.1f}  {note}")
-    report(f"{'total':<12} {sum(records[name]['seconds'] for name in NAMES):>8.1f}")
+    done = [name for name in NAMES if not records[name]["skipped"]]
+    if done:
+        report(f"\n{'stage':<12} {'seconds':>8}")
+        for name in done:
+            report(f"{name:<12} {records[name]['seconds']:>8.1f}")
+        report(f"{'total':<12} {sum(records[name]['seconds'] for name in done):>8.1f}")
     uri = tracking_uri(config)
     tools = os.path.relpath(os.path.dirname(sys.executable))
     tools = tools if not tools.startswith("..") else os.path.dirname(sys.executable)

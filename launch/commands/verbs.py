@@ -16,18 +16,21 @@ class Verbs:
 
     def __init__(self, subparsers: Any, common: argparse.ArgumentParser) -> None:
         self._subparsers, self._common = subparsers, common
+        self.helps: dict[str, str] = {}  # of each verb, in the order in which they were added
 
     def add(self, name: str, work: Work, help: str, *, is_work: bool = False) -> argparse.ArgumentParser:
         """A verb, with the options that every verb has. is_work: what counts is what it does; else, what it prints."""
         sub: argparse.ArgumentParser = self._subparsers.add_parser(
             name, help=help, description=help, parents=[self._common]
         )
+        self.helps[name] = help
         sub.set_defaults(work=work, is_work=is_work)
         return sub
 
     def group(self, name: str, help: str, *, metavar: str) -> Verbs:
         """A verb that has verbs of its own."""
         sub = self._subparsers.add_parser(name, help=help, description=help)
+        self.helps[name] = help
         inner = sub.add_subparsers(dest=f"{name}_verb", required=True, metavar=metavar)
         return Verbs(inner, self._common)
 
@@ -40,4 +43,11 @@ def add_config(sub: argparse.ArgumentParser, *, metavar: str = "CONFIG", help: s
 
 def add_overrides(sub: argparse.ArgumentParser, help: str = "override a key, for example train.steps=100") -> None:
     """`key=value` after CONFIG."""
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help=help)
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help=help).completer = _keys  # type: ignore[attr-defined]
+
+
+def _keys(**_: object) -> list[str]:
+    """What a shell completes to: every key of a configuration."""
+    from pipeline.config.keys import all_kinds
+
+    return [f"{key}=" for key in all_kinds()]

@@ -86,12 +86,15 @@ def bench(
         report(f"text: {source}, {megabytes} MB")
         report(f"tokenizer: {tokenizer or 'trained on the text'}, {model.vocab_size} pieces")
         result: dict[str, Any] = {"text": source, "load_average": round(load, 2), "cores": cores}
-        parts: list[Callable[[], dict[str, Any]]] = [
-            lambda: bench_tokenize(work / "tokenize", texts, model),
-            lambda: bench_loader(work / "loader", many=shards),
-            bench_order,
-        ]
-        for part in parts:
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "tokenizing, one worker against two (about a minute)": lambda: bench_tokenize(
+                work / "tokenize", texts, model
+            ),
+            f"loading, 1 shard against {shards:,} (half a minute)": lambda: bench_loader(work / "loader", many=shards),
+            "the order of sequences": bench_order,
+        }
+        for name, part in parts.items():
+            report(f"{name} ...")
             numbers = part()
             result |= numbers
             report("\n".join(line(name, value) for name, value in numbers.items()))

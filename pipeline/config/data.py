@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from pipeline.config.section import Kind, Section, Switch, Url
 
@@ -29,101 +29,122 @@ class Source(Section):
     (found without importing it). Formats by ending: .txt .md .html .htm (one document a file), .jsonl .ndjson (a document a
     line) and .parquet (a document a row) with the text in `text_key`; each plain or .gz/.xz/.bz2/.zst."""
 
-    url: Url = corpus()
-    name: str | None = corpus(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # in document ids; null: from the url
-    text_key: str = corpus("text")
-    weight: float = corpus(1.0, gt=0, le=1000)  # 2.5: every training document twice, and a hash-chosen half once more
-    license: str | None = corpus(None)
+    url: Url = corpus(..., "path, folder, glob, fsspec URL, or package://NAME/GLOB")
+    name: str | None = corpus(
+        None, "of the source in document ids; null: from the url", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
+    text_key: str = corpus("text", "field or column with the text")
+    weight: float = corpus(1.0, "2.5: every training document twice, and a hash-chosen half once more", gt=0, le=1000)
+    license: str | None = corpus(None, "recorded with the documents")
+
+
+def _as_sources(value: object) -> object:
+    """A string stands for a source with this url."""
+    entries = [value] if isinstance(value, str) else value
+    return (
+        [{"url": entry} if isinstance(entry, str) else entry for entry in entries]
+        if isinstance(entries, list)
+        else entries
+    )
+
+
+Sources = Annotated[list[Source], BeforeValidator(_as_sources, json_schema_input_type=list[Source | str] | str)]
 
 
 class LanguageFilter(Section):
     """Keep documents of these languages (ISO 639-1) only."""
 
-    keep: list[str] = corpus(["en"], min_length=1)
-    min_score: float = corpus(0.65, ge=0, le=1)
+    keep: list[str] = corpus(["en"], "languages to keep, ISO 639-1", min_length=1)
+    min_score: float = corpus(0.65, "least confidence of the language model", ge=0, le=1)
 
 
 class QualityFilter(Section):
     """Rae et al. 2021 (Gopher), section A1.1: the quality and the repetition filter, with the paper's thresholds."""
 
-    quality: bool = corpus(True)
-    repetition: bool = corpus(True)
-    min_words: int = corpus(50, ge=1)
-    max_words: int = corpus(100_000, ge=1)
+    quality: bool = corpus(True, "the quality rules")
+    repetition: bool = corpus(True, "the repetition rules")
+    min_words: int = corpus(50, "shorter documents are dropped", ge=1)
+    max_words: int = corpus(100_000, "longer documents are dropped", ge=1)
 
 
 class NearDuplicates(Section):
     """MinHash-LSH over word n-grams: of documents this similar (Jaccard) the first is kept."""
 
-    similarity: float = corpus(0.75, gt=0, lt=1)
-    ngram: int = corpus(5, ge=1, le=32)
-    hashes: int = corpus(112, ge=8, le=1024)
+    similarity: float = corpus(0.75, "Jaccard similarity from which two documents are the same", gt=0, lt=1)
+    ngram: int = corpus(5, "words in a row that are compared", ge=1, le=32)
+    hashes: int = corpus(112, "MinHash functions", ge=8, le=1024)
 
 
 class ParagraphDuplicates(Section):
     """A paragraph seen before, anywhere in the corpus, is cut; the first is kept."""
 
-    min_characters: int = corpus(80, ge=1)  # shorter paragraphs (headings, dialogue) may repeat
+    min_characters: int = corpus(80, "shorter paragraphs (headings, dialogue) may repeat", ge=1)
 
 
 class SplitLong(Section):
     """Documents longer than this are split at paragraph ends; the parts stay in one split."""
 
-    max_characters: int = corpus(200_000, ge=100)
+    max_characters: int = corpus(200_000, "longer documents are split", ge=100)
 
 
 class Decontaminate(Section):
     """Text shared with evaluation files: n words in a row."""
 
-    files: list[Url] = corpus(min_length=1)  # paths, globs or URLs, in any format of data.sources; all texts count
-    ngram: int = corpus(13, ge=2, le=64)
-    action: Literal["remove", "cut"] = corpus("remove")  # the document, or the passage
+    files: list[Url] = corpus(
+        ..., "evaluation files: paths, globs or URLs, in any format of data.sources; all texts count", min_length=1
+    )
+    ngram: int = corpus(13, "words in a row that are looked for", ge=2, le=64)
+    action: Literal["remove", "cut"] = corpus("remove", "what is removed: the document, or the passage")
 
 
 class Clean(Section):
     """Cleaning steps, each off unless set. The order is fixed: see docs/data.md."""
 
-    unicode: Literal["nfc", "nfkc"] | None = corpus(None)  # repair (mojibake, control characters), then normalize
-    language: Annotated[LanguageFilter | None, Switch] = corpus(None)
-    quality: Annotated[QualityFilter | None, Switch] = corpus(None)
-    decontaminate: Decontaminate | None = corpus(None)
-    exact_duplicates: bool = corpus(False)  # by a hash of the normalized text
-    near_duplicates: Annotated[NearDuplicates | None, Switch] = corpus(None)
-    paragraph_duplicates: Annotated[ParagraphDuplicates | None, Switch] = corpus(None)
-    split_long: Annotated[SplitLong | None, Switch] = corpus(None)
+    unicode: Literal["nfc", "nfkc"] | None = corpus(None, "repair (mojibake, control characters), then normalize")
+    language: Annotated[LanguageFilter | None, Switch] = corpus(None, "keep documents of some languages")
+    quality: Annotated[QualityFilter | None, Switch] = corpus(None, "Gopher's quality and repetition filters")
+    decontaminate: Decontaminate | None = corpus(None, "drop text shared with evaluation files")
+    exact_duplicates: bool = corpus(False, "drop documents whose normalized text was seen before")
+    near_duplicates: Annotated[NearDuplicates | None, Switch] = corpus(
+        None, "drop documents that are nearly one seen before (MinHash-LSH)"
+    )
+    paragraph_duplicates: Annotated[ParagraphDuplicates | None, Switch] = corpus(None, "cut paragraphs seen before")
+    split_long: Annotated[SplitLong | None, Switch] = corpus(None, "split long documents at paragraph ends")
 
 
 class Slurm(Section):
     """How `data.executor: slurm` submits its job arrays. `run_dir` must be on a file system that all nodes share."""
 
-    partition: str = engine("cpu")
-    time: str = engine("24:00:00")
-    cpus_per_task: int = engine(1, ge=1)
-    mem_per_cpu_gb: int = engine(4, ge=1)
-    qos: str | None = engine(None)
-    max_array_size: int = engine(1001, ge=1)
-    sbatch_args: dict[str, str] = engine({})  # further options of sbatch, without the dashes
+    partition: str = engine("cpu", "Slurm partition of the data tasks")
+    time: str = engine("24:00:00", "limit of one task")
+    cpus_per_task: int = engine(1, "CPUs of one task", ge=1)
+    mem_per_cpu_gb: int = engine(4, "memory of one CPU in GB", ge=1)
+    qos: str | None = engine(None, "Slurm quality of service")
+    max_array_size: int = engine(1001, "tasks in one job array; the cluster's MaxArraySize", ge=1)
+    sbatch_args: dict[str, str] = engine({}, "further options of sbatch, without the dashes")
 
 
 class DataConfig(Section):
     """Corpora to document tars (stage `shard`)."""
 
-    sources: list[Source] = corpus(min_length=1)
+    sources: Sources = corpus(..., "corpora: each a path or URL, or a mapping with url and more keys", min_length=1)
     clean: Clean = Clean()
-    val_fraction: float = corpus(0.01, ge=0, lt=1)  # of documents, chosen by a hash of their normalized text
-    test_fraction: float = corpus(0.01, ge=0, lt=1)
-    min_characters: int = corpus(1, ge=1)  # shorter documents are dropped and counted
-    max_characters: int | None = corpus(None, ge=1)  # longer ones too
-    max_document_megabytes: int = corpus(64, ge=1)  # a longer line, file or cell is bad input, and is never in memory
-    on_bad_input: Literal["error", "skip"] = corpus("error")
-    output: Url | None = documents(None)  # folder or fsspec URL of the document tars; null: run_dir/documents
-    executor: Literal["local", "slurm", "ray"] = engine("local")
+    val_fraction: float = corpus(0.01, "of documents, chosen by a hash of their normalized text", ge=0, lt=1)
+    test_fraction: float = corpus(0.01, "of documents, likewise", ge=0, lt=1)
+    min_characters: int = corpus(1, "shorter documents are dropped and counted", ge=1)
+    max_characters: int | None = corpus(None, "longer ones too", ge=1)
+    max_document_megabytes: int = corpus(64, "a longer line, file or cell is bad input, and is never in memory", ge=1)
+    on_bad_input: Literal["error", "skip"] = corpus("error", "what a line, file or cell that cannot be read does")
+    output: Url | None = documents(None, "folder or fsspec URL of the document tars; null: run_dir/documents")
+    executor: Literal["local", "slurm", "ray"] = engine("local", "who runs the tasks of `shard` and `tokenize`")
     slurm: Slurm = Slurm()
-    ray_address: str = engine("auto")  # of the cluster, for executor ray
-    tasks: int | None = corpus(None, ge=1)  # shards per split, at most one per piece of a file; null: one per 256 MB
-    workers: int = shard_work(2, ge=1)  # tasks at once; never changes the result
-    on_bad_shard: Literal["error", "skip"] = reading("error")  # in training: a token shard that is missing or damaged
-    cache_gigabytes: float = reading(50.0, gt=0)  # of a node's disk, for token shards that are read from a URL
+    ray_address: str = engine("auto", "of the cluster, for executor ray")
+    tasks: int | None = corpus(None, "shards per split, at most one per piece of a file; null: one per 256 MB", ge=1)
+    workers: int = shard_work(2, "tasks at once; never changes the result", ge=1)
+    on_bad_shard: Literal["error", "skip"] = reading(
+        "error", "in training: what a token shard that is missing or damaged does"
+    )
+    cache_gigabytes: float = reading(50.0, "of a node's disk, for token shards that are read from a URL", gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -137,17 +158,17 @@ class DataConfig(Section):
 class TokenizerConfig(Section):
     """SentencePiece: train one with `model.vocab_size` pieces on the train split, or take an existing `.model`."""
 
-    model: str | None = pieces(None)
-    max_megabytes: int = pieces(200, ge=1)  # text the trainer looks at
-    character_coverage: float = pieces(0.9995, gt=0, le=1)
+    model: str | None = pieces(None, "path of an existing SentencePiece .model; null: train one")
+    max_megabytes: int = pieces(200, "text that the trainer looks at", ge=1)
+    character_coverage: float = pieces(0.9995, "share of characters that get pieces; the rest are bytes", gt=0, le=1)
 
 
 class TokensConfig(Section):
     """Documents to token tars (stage `tokenize`). The context length is `model.context_length`."""
 
-    packing: Literal["concat", "best-fit", "pad"] = packed("concat")
-    boundaries: bool = packed(False)  # also store which document each token belongs to, for masks
-    block_sequences: int = packed(256, ge=1)  # sequences in one tar member: the unit of reading
-    remainder: Literal["drop", "pad"] = packed("drop")  # concat: a shard's last, incomplete sequence; always counted
-    output: Url | None = tokens(None)  # folder or fsspec URL of the token tars; null: run_dir/tokens
-    workers: int = tokenize_work(2, ge=1)
+    packing: Literal["concat", "best-fit", "pad"] = packed("concat", "how documents become sequences (docs/data.md)")
+    boundaries: bool = packed(False, "also store which document each token belongs to, for masks")
+    block_sequences: int = packed(256, "sequences in one tar member: the unit of reading", ge=1)
+    remainder: Literal["drop", "pad"] = packed("drop", "concat: a shard's last, incomplete sequence; always counted")
+    output: Url | None = tokens(None, "folder or fsspec URL of the token tars; null: run_dir/tokens")
+    workers: int = tokenize_work(2, "tasks at once; never changes the result", ge=1)

@@ -105,7 +105,9 @@ def _deciding(tree: dict[str, Any], section: type[BaseModel], prefix: str, stage
         elif section_in(annotation) is annotation:
             part = _deciding(tree[name], annotation, f"{key}.", stage)
         else:
-            if all_kinds()[key].decides(stage) or (stage == "train" and key.startswith("train.")):
+            kind = all_kinds()[key]
+            counts = kind.decides(stage) or (stage == "train" and key.startswith("train."))
+            if counts and not (kind.added and tree[name] == field.default):
                 found[name] = tree[name]
             continue
         if part:

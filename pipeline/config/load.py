@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from pydantic import ValidationError
 from pipeline.config.run import RunConfig
 from pipeline.config.section import section_in
 from pipeline.errors import ConfigError
+from pipeline.io.storage import parse_json
 from pipeline.io.urls import without_secrets
 from pldr_model.config import ModelConfig
 
 EXTENDS = "extends"
+COMMAND_LINE = "command line"
+SHIPPED = Path(__file__).parent / "deepspeed"  # DeepSpeed's own keys for each ZeRO stage
 Location = tuple[str | int, ...]  # a key's path: ("train", "steps")
-Origins = dict[Location, str]  # the file that each value comes from
+Origins = dict[Location, str]  # the file that each value comes from, or COMMAND_LINE
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -32,28 +36,32 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
     Raises ConfigError: one line that names the file, the key and the fix.
     """
+    return load_with_origins(path, overrides)[0]
+
+
+def load_with_origins(path: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, Origins]:
+    """`load_config`, and where each value that is not a default comes from."""
     path = Path(path)
     origins: Origins = {}
     tree = _read_chain(path, origins)
     for override in overrides or []:
         location = _apply_override(tree, override)
         _forget(origins, location)
-        origins[location] = str(path)
-    return parse_config(tree, where=str(path), base=path.absolute().parent, origins=origins)
+        origins[location] = COMMAND_LINE
+    config = parse_config(tree, where=str(path), origins=origins)
+    _check_g_file(config)
+    return _with_deepspeed_keys(config), origins
 
 
-def parse_config(
-    tree: dict[str, Any], *, where: str, base: Path | None = None, origins: Origins | None = None
-) -> RunConfig:
-    """Check a tree of plain values. `base`: what relative file names in it are relative to (the YAML's folder). `where`: what
-    an error names, unless `origins` knows the file that the key comes from."""
+def parse_config(tree: dict[str, Any], *, where: str, origins: Origins | None = None) -> RunConfig:
+    """Check a tree of plain values, without reading the files it names. `where`: what an error names, unless `origins` knows
+    the file that the key comes from."""
     try:
-        config = RunConfig.model_validate(tree)
+        return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_one_line(error, where, origins or {})) from None
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from None
-    return _resolve(config, base) if base is not None else config
 
 
 def _read_chain(path: Path, origins: Origins) -> dict[str, Any]:
@@ -73,7 +81,6 @@ def _read_chain(path: Path, origins: Origins) -> dict[str, Any]:
         following = None if parent is None else file.parent / parent
     merged: dict[str, Any] = {}
     for file, tree in reversed(chain):
-        _make_absolute(tree, file.absolute().parent)
         _merge(merged, tree, (), str(file), origins)
     return merged
 
@@ -103,13 +110,6 @@ def _read(path: Path, *, named_by: Path | None) -> dict[str, Any]:
     return tree
 
 
-def _make_absolute(tree: dict[str, Any], folder: Path) -> None:
-    """`train.deepspeed` is relative to the file that sets it."""
-    train = tree.get("train")
-    if isinstance(train, dict) and isinstance(train.get("deepspeed"), str):
-        train["deepspeed"] = str(folder / train["deepspeed"])
-
-
 def _merge(into: dict[str, Any], tree: dict[str, Any], at: Location, file: str, origins: Origins) -> None:
     """Put a tree's values into another: mappings key by key, anything else as it is."""
     for key, value in tree.items():
@@ -133,24 +133,42 @@ def _forget(origins: Origins, location: Location) -> None:
         del origins[known]
 
 
-def _resolve(config: RunConfig, base: Path) -> RunConfig:
-    """`train.deepspeed` becomes absolute; a `model.g_file` has to be there and to fit."""
-    updates: dict[str, Any] = {}
-    if config.train.deepspeed is not None:
-        name = config.train.deepspeed.replace("{stage}", str(config.train.zero_stage))
-        updates["train"] = config.train.model_copy(update={"deepspeed": str((base / name).resolve())})
-    if config.model.g_source == "file":
-        if config.model.g_file is None:
-            raise ConfigError(
-                "model.g_file: missing; model.g_source=file needs a safetensors file with one G_LM tensor"
-            )
-        from pldr_model.model import load_g_file  # imports torch, which takes seconds
+def _check_g_file(config: RunConfig) -> None:
+    """A `model.g_file` has to be there and to fit."""
+    if config.model.g_source != "file":
+        return
+    if config.model.g_file is None:
+        raise ConfigError("model.g_file: missing; model.g_source=file needs a safetensors file with one G_LM tensor")
+    from pldr_model.model import load_g_file  # imports torch, which takes seconds
 
-        try:
-            load_g_file(config.model.g_file, config.model)
-        except ValueError as error:
-            raise ConfigError(f"model.g_file: {error}") from None
-    return config.model_copy(update=updates)
+    try:
+        load_g_file(config.model.g_file, config.model)
+    except ValueError as error:
+        raise ConfigError(f"model.g_file: {error}") from None
+
+
+def _with_deepspeed_keys(config: RunConfig) -> RunConfig:
+    """The configuration with DeepSpeed's keys in place of their file's name: this is recorded, and sent to hosts."""
+    named = config.train.deepspeed
+    if not isinstance(named, str):
+        return config
+    name = named.replace("{stage}", str(config.train.zero_stage))
+    shipped = SHIPPED / f"{name}.json"
+    file = shipped if name in {one.stem for one in SHIPPED.glob("*.json")} else Path(name)
+    try:
+        keys = parse_json(file.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"train.deepspeed: {name}: no such file; a path is relative to the working directory ({Path.cwd()}), and "
+            "`zero{stage}` takes the file that comes with pldr"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"train.deepspeed: {name}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"train.deepspeed: {name}: not valid JSON: {error}") from None
+    if not isinstance(keys, dict):
+        raise ConfigError(f"train.deepspeed: {name}: must be a JSON object of DeepSpeed's keys")
+    return config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": keys})})
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> Location:
@@ -210,7 +228,8 @@ def _file_of(location: Location, origins: Origins) -> str | None:
 
 
 def _location(error: Any) -> Location:
-    return tuple(part for part in error["loc"] if part != "ModelConfig")
+    """Where the value stands: without pydantic's names of the types that it tried."""
+    return tuple(part for part in error["loc"] if part not in ("ModelConfig", "dict[str,any]", "str"))
 
 
 def _explain(error: Any) -> str:
@@ -221,12 +240,17 @@ def _explain(error: Any) -> str:
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         known = known_keys(location[:-1])
         section = "".join(f"{part}." for part in location[:-1])
-        near = [section + name for name in difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)]
-        if not near:  # right name, wrong section
-            near = [f"{s}.{location[-1]}" for s in RunConfig.model_fields if str(location[-1]) in known_keys((s,))][:1]
+        near = [f"{s}.{location[-1]}" for s in RunConfig.model_fields if str(location[-1]) in known_keys((s,))][:1]
+        if not near:  # no section has this name
+            near = [section + name for name in difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)]
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
     if kind in ("missing", "missing_keyword_only_argument", "missing_argument"):
         return f"key {key} is missing"
-    got = "" if isinstance(error.get("input"), dict | list) else without_secrets(f" (got {error.get('input')!r})")
+    given = error.get("input")
+    got = "" if isinstance(given, dict | list) else without_secrets(f" (got {given!r})")
     message = error["msg"].removeprefix("Value error, ")
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+        near = difflib.get_close_matches(str(given), choices, n=1)
+        got += f"; did you mean {near[0]}?" if near else ""
     return f"{key}: {message}{got}" if key else message

@@ -15,10 +15,18 @@ from pipeline.config.schedule import budget_verdict, planned_budget
 WORLD_SIZES = (1, 2, 4, 8, 16, 64)
 
 
-def plan(config: RunConfig, *, mfu: float = 0.4, peak_tflops: float = 989.0, devices: int = 8) -> dict[str, Any]:
+def plan(
+    config: RunConfig,
+    *,
+    mfu: float = 0.4,
+    peak_tflops: float = 989.0,
+    devices: int = 8,
+    flops_here: float | None = None,
+) -> dict[str, Any]:
     """Parameters, FLOPs, memory, tokens, time and the invariance budget of a run.
 
     mfu: model FLOPs utilization to assume, 0..1. peak_tflops: dense peak of one device (989: H100/H200 bf16).
+    flops_here: FLOP/s that training was measured to reach on this machine, instead of devices * peak * mfu.
     """
     model, train = config.model, config.train
     parameters = model.num_parameters()
@@ -41,8 +49,10 @@ def plan(config: RunConfig, *, mfu: float = 0.4, peak_tflops: float = 989.0, dev
             for stage in (0, 1, 2, 3)
         },
         "training_flops": flops * tokens,
-        "assumed": {"mfu": mfu, "peak_tflops": peak_tflops, "devices": devices},
-        "hours": flops * tokens / (peak_tflops * 1e12 * mfu * devices) / 3600,
+        "assumed": {"mfu": mfu, "peak_tflops": peak_tflops, "devices": devices} if flops_here is None else None,
+        "measured_flops_per_second": flops_here,
+        "hours": flops * tokens / (flops_here or peak_tflops * 1e12 * mfu * devices) / 3600,
+        "schedule": train.schedule,
         "invariance_budget": budget if model.g_source == "learned" else None,
         "frozen_at": None if train.freeze_g is None else train.freeze_g.at_step,
         "invariance_verdict": (
@@ -74,6 +84,14 @@ def activation_bytes(config: RunConfig) -> int:
     return model.num_layers * layer + B * S * model.vocab_size * (width + 8)
 
 
+def duration(seconds: float) -> str:
+    """Two digits in the unit that fits."""
+    for unit, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{float(f'{seconds / unit:.2g}'):,g} {name}"
+    return f"{float(f'{seconds:.2g}'):g} seconds"
+
+
 def plan_lines(report: dict[str, Any]) -> list[str]:
     """The report as lines of text."""
 
@@ -82,6 +100,9 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
 
     parts = "  ".join(f"{k} {v:,}" for k, v in report["parameters_by_part"].items() if v)
     assumed = report["assumed"]
+    where = "this machine's CPU, where a few training steps were timed"
+    if assumed is not None:
+        where = f"{assumed['devices']} devices of {assumed['peak_tflops']:g} TFLOP/s at {assumed['mfu']:.0%} MFU"
     included = " with padding" if report["padded"] else ""
     lines = [
         f"parameters          {report['parameters']:,}",
@@ -90,8 +111,7 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
         f"{report['flops_per_token_forward']:.4g} forward",
         f"tokens              {report['tokens']:,}{included} ({report['steps']:,} steps of {report['tokens_per_step']:,}), "
         f"{report['tokens_per_parameter']:.1f} a parameter",
-        f"time                {report['hours']:,.2f} hours on {assumed['devices']} devices "
-        f"of {assumed['peak_tflops']:g} TFLOP/s at {assumed['mfu']:.0%} MFU",
+        f"time                about {duration(report['hours'] * 3600)} on {where}",
         f"activations         {size(report['activation_bytes_per_micro_batch'])} a micro batch (estimate)",
         "states per rank     " + "".join(f"{f'{w} ranks':>12}" for w in WORLD_SIZES),
     ]
@@ -101,5 +121,6 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"invariance          {report['invariance_verdict']}")
     else:
         until = "" if report["frozen_at"] is None else f" when G is frozen, at step {report['frozen_at']:,}"
-        lines.append(f"invariance budget   {report['invariance_budget']:.2f}{until}: {report['invariance_verdict']}")
+        budget = f"{report['invariance_budget']:.2f} ({report['schedule']} schedule){until}"
+        lines.append(f"invariance budget   {budget}: {report['invariance_verdict']}")
     return lines

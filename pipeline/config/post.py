@@ -28,31 +28,40 @@ packaging = Kind("may change", ("bundle",), result=True)
 class PostConfig(Section):
     """Consolidate, extract, validate, bundle. Why each threshold is where it is: docs/certificate.md."""
 
-    g_from: Literal["mean", "first"] = measuring("mean")  # over many held-out prompts, or only the first (the paper)
-    prompts: int = held_out(128, ge=2)  # held-out prompts; each is also cut to several lengths
-    min_prompts: int = at_least(100, ge=2)  # with fewer nothing is certified; a lower value is noted in the certificate
-    fp64_prompts: int = amount(16, ge=2)  # of every kind, in the fp64 pass that separates variation from round-off
-    generate_tokens: int = amount(256, ge=1)  # of each generated text, as far as it fits the context (the papers' 256)
-    generate_prompts: int = amount(16, ge=1)  # of greedy agreement and the papers' order parameter (they take 100)
-    ranks: int | None = work(None, ge=1)  # processes that validate together on this node; null: one per GPU, 1 on a CPU
+    g_from: Literal["mean", "first"] = measuring(
+        "mean", "what G is the mean of: many held-out prompts, or only the first (the paper)"
+    )
+    prompts: int = held_out(128, "held-out prompts; each is also cut to several lengths", ge=2)
+    min_prompts: int = at_least(100, "with fewer nothing is certified; a lower value is noted in the certificate", ge=2)
+    fp64_prompts: int = amount(16, "of every kind, in the fp64 pass that separates variation from round-off", ge=2)
+    generate_tokens: int = amount(256, "of each generated text, as far as it fits the context (the papers' 256)", ge=1)
+    generate_prompts: int = amount(16, "of greedy agreement and the papers' order parameter (they take 100)", ge=1)
+    ranks: int | None = work(None, "processes that validate together on this node; null: one per GPU, 1 on a CPU", ge=1)
     # Tiers of the relative deviation of G: above each of these it is variant, approximate, invariant; else round-off.
     # They can be made stricter, not looser; and no threshold can be so loose that passing it means nothing.
-    variant_above: float = at_most(1e-2, gt=0, le=1e-2)  # variant trained models have >= 5e-2, untrained ones >= 0.1
+    # Variant trained models have >= 5e-2, untrained ones >= 0.1.
+    variant_above: float = at_most(1e-2, "relative deviation of G above which it is variant", gt=0, le=1e-2)
     # A near-critical published model has 2e-2..1e-5, with answers that differ.
-    approximate_above: float = at_most(1e-5, gt=0, le=1e-5)
+    approximate_above: float = at_most(1e-5, "relative deviation of G above which it is approximate", gt=0, le=1e-5)
     # Ten times fp32's epsilon: below it, G cannot be told from the rounding of the sums of one pass.
-    invariant_above: float = at_most(1e-6, gt=0, le=1e-6)
-    max_relative_deviation_g: float = at_most(1e-5, gt=0, le=1e-2)  # tier "invariant"; at most variant_above
-    min_attention_effect: float = at_least(0.05, gt=0)  # nats lost by G=0 and by G=identity; dead attention: 0
-    max_leak_gap: float = at_most(1e-3, gt=0, le=0.1)  # nats, |block loss - loss with a G blind to the targets|
-    max_leak_effect: float = at_most(1e-4, gt=0, le=0.1)  # RMS move of earlier logits by a new suffix / their spread
-    max_kl: float = at_most(1e-4, gt=0, le=0.1)  # nats per token, cached against full recomputation
-    min_top1_agreement: float = at_least(0.999, ge=0.9, le=1)
-    weight_format: WeightFormat = packaging("fp32")  # of the bundle's matrices; bf16 and int8: docs/bundle.md
-    max_format_loss: float = packaging(0.01, ge=0)  # nats, |held-out loss of bf16 or int8 weights - of fp32|
-    twin: str | None = beside(None)  # run_dir of the SDPA twin (model.g_source=identity): the page shows its loss
-    register_as: str | None = packaging("pldr", pattern=r"^[^/:]+$")  # MLflow registered model; null: none
-    sample_prompt: str = work("The ")
+    invariant_above: float = at_most(
+        1e-6, "relative deviation of G above which it is invariant; below it is round-off", gt=0, le=1e-6
+    )
+    max_relative_deviation_g: float = at_most(
+        1e-5, "largest relative deviation of G that is certified; at most variant_above", gt=0, le=1e-2
+    )
+    min_attention_effect: float = at_least(0.05, "nats lost by G=0 and by G=identity; dead attention: 0", gt=0)
+    max_leak_gap: float = at_most(1e-3, "nats, |block loss - loss with a G blind to the targets|", gt=0, le=0.1)
+    max_leak_effect: float = at_most(1e-4, "RMS move of earlier logits by a new suffix / their spread", gt=0, le=0.1)
+    max_kl: float = at_most(1e-4, "nats per token, cached against full recomputation", gt=0, le=0.1)
+    min_top1_agreement: float = at_least(
+        0.999, "share of tokens with the same first choice, cached against full recomputation", ge=0.9, le=1
+    )
+    weight_format: WeightFormat = packaging("fp32", "of the bundle's matrices; bf16 and int8: docs/bundle.md")
+    max_format_loss: float = packaging(0.01, "nats, |held-out loss of bf16 or int8 weights - of fp32|", ge=0)
+    twin: str | None = beside(None, "run_dir of the SDPA twin (model.g_source=identity): the page shows its loss")
+    register_as: str | None = packaging("pldr", "MLflow registered model; null: none", pattern=r"^[^/:]+$")
+    sample_prompt: str = work("The ", "what the sample at the end of `pldr run` continues")
 
     @model_validator(mode="after")
     def _can_certify(self) -> PostConfig:

@@ -23,8 +23,9 @@ from pipeline.errors import UserError
 from pipeline.io.urls import check_url, without_secrets
 from pldr_model.config import ModelConfig
 
-# A stdlib dataclass as a pydantic field: unknown keys in `model:` must be errors like everywhere else.
-ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+# A stdlib dataclass as a pydantic field: unknown keys in `model:` must be errors like everywhere else, and the docstrings
+# below its fields are their meanings.
+ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # type: ignore[attr-defined]
 
 about_the_run = Kind("may change", (), result=False)  # what it is called and where it is
 randomness = Kind("fixed", ("train", "validate"), result=("train",))
@@ -40,9 +41,9 @@ MODEL_KEYS = {
 class TrackingConfig(Section):
     """MLflow. `uri: null` is SQLite inside the run directory; any server by URI."""
 
-    uri: str | None = registry(None)
-    experiment: str = registry("pldr")
-    parent_run: str | None = registry(None)  # MLflow id of the run that a new one is a child of; `pldr sweep` sets it
+    uri: str | None = registry(None, "SQLite or a server; null: MLFLOW_TRACKING_URI, or SQLite inside run_dir")
+    experiment: str = registry("pldr", "MLflow experiment")
+    parent_run: str | None = registry(None, "MLflow id of the run that a new one is a child of; `pldr sweep` sets it")
 
     @field_validator("uri")
     @classmethod
@@ -60,17 +61,17 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """A complete run: data, tokenizer, model, training, post-training, tracking.
 
-    File names are relative to the working directory, as on the command line; `extends` (pipeline/config/load.py) and
-    `train.deepspeed`, which belong to a YAML, are relative to the YAML that has them.
+    File names are relative to the working directory, as on the command line. Only `extends`, which names another YAML, is
+    relative to the YAML that has it (pipeline/config/load.py).
     """
 
-    name: str = about_the_run(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    run_dir: str = about_the_run(min_length=1)  # everything the run writes; relative to the working directory
-    seed: int = randomness(1, ge=0, lt=2**63)
+    name: str = about_the_run(..., "of the MLflow run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: str = about_the_run(..., "folder for everything the run writes", min_length=1)
+    seed: int = randomness(1, "of weights, data order and prompts", ge=0, lt=2**63)
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     tokens: TokensConfig = TokensConfig()
-    model: ModelConfig = weights()
+    model: ModelConfig = weights(..., "sizes and variant")
     train: TrainConfig = TrainConfig()
     post: PostConfig = PostConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -22,12 +22,26 @@ BUDGET_APPROXIMATE = 3.0  # measured: 2.9..3.6 gave 4e-4..3e-5, and 3.3 in 600 s
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Linear warm-up from 0, then cosine to `min_lr_ratio * max_lr`. `step` counts from 0 (its rate is 0 with warm-up)."""
+    """Linear warm-up from 0 to `max_lr`, then `train.schedule`. `step` counts from 0 (its rate is 0 with warm-up).
+
+    cosine: to `min_lr_ratio * max_lr` at the end. constant: `max_lr`. wsd (warmup-stable-decay, arXiv 2404.06395):
+    `max_lr`, and over the last `decay_share` of the steps down to `min_lr_ratio * max_lr`, linear or as 1 - sqrt
+    (arXiv 2405.18392).
+    """
     if step < train.warmup_steps:
         return train.max_lr * step / train.warmup_steps
-    progress = min(1.0, (step - train.warmup_steps) / (train.steps - train.warmup_steps))
-    floor = train.min_lr_ratio
-    return train.max_lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return train.max_lr * (train.min_lr_ratio + (1 - train.min_lr_ratio) * _above_floor(train, step))
+
+
+def _above_floor(train: TrainConfig, step: int) -> float:
+    """How far the rate still is above its floor, 1 to 0."""
+    begins = {"cosine": train.warmup_steps, "wsd": train.decay_begins, "constant": train.steps}[train.schedule]
+    if step < begins or train.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - begins) / (train.steps - begins))
+    if train.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - (math.sqrt(progress) if train.decay_shape == "1-sqrt" else progress)
 
 
 def invariance_budget(train: TrainConfig, step: int | None = None) -> float:

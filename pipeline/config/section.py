@@ -6,8 +6,8 @@ What a key means to the pipeline stands beside the key: each field is made by a 
     work = Kind("may change", ("train",), result=False)
 
     class TrainConfig(Section):
-        steps: int = recipe(250_000, ge=1)  # the default and pydantic's constraints
-        log_every: int = work(10, ge=1)
+        steps: int = recipe(250_000, "optimizer steps", ge=1)  # default, meaning, pydantic's constraints
+        log_every: int = work(10, "steps between two logged losses", ge=1)
 
 `pipeline/config/keys.py` reads it back for the stages and for resuming. A test fails for a key without a kind.
 """
@@ -17,8 +17,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.fields import FieldInfo
+from pydantic_core import core_schema
 
 from pipeline.errors import UserError
 from pipeline.io.urls import check_url
@@ -35,6 +36,8 @@ class Kind:
     result: the stages whose output is another one with another value, so that they run again; True: all of `stages`,
         False: none, it only changes how the work is done.
     certificate: which part of a certificate records it. looser: which values of it ask less of a model than the default.
+    added: later than stages' records were first written. With its default it is left out of them, so that what was finished
+        before stays finished.
     """
 
     on_resume: OnResume
@@ -42,10 +45,11 @@ class Kind:
     result: tuple[str, ...] | bool
     certificate: Literal["thresholds", "settings"] | None = None
     looser: Literal["above", "below"] | None = None
+    added: bool = False
 
-    def __call__(self, default: Any = ..., **constraints: Any) -> Any:
-        """A field with this default and pydantic's constraints; without a default it must be given."""
-        return Field(default, json_schema_extra={"kind": asdict(self)}, **constraints)
+    def __call__(self, default: Any, meaning: str, **constraints: Any) -> Any:
+        """A field with this default (`...`: it must be given), what it is in a few words, and pydantic's constraints."""
+        return Field(default, description=meaning, json_schema_extra={"kind": asdict(self)}, **constraints)
 
     def decides(self, stage: str) -> bool:
         """Whether the stage's output is another one with another value."""
@@ -92,5 +96,16 @@ def _safe_url(url: object) -> object:
     return url
 
 
-Switch = BeforeValidator(_switch)
+class _Switch:
+    """Lets `true` stand for a section with its defaults and `false` for none."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(_switch, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        inner = handler(schema)
+        return {"anyOf": [{"type": "boolean"}, *inner.get("anyOf", [inner])]}
+
+
+Switch = _Switch()
 Url = Annotated[str, BeforeValidator(_safe_url)]

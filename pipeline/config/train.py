@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
@@ -11,6 +12,7 @@ from pipeline.io.urls import check_url, is_http
 from pldr_model.config import ActivationCheckpointing
 
 recipe = Kind("fixed", ("train",), result=True)  # what the trained weights come from: another value is another run
+of_schedule = replace(recipe, added=True)
 arithmetic = Kind("may change", ("train",), result=True)  # another rounding of the same run
 work = Kind("may change", ("train",), result=False)  # how the training is spread, watched and saved
 
@@ -18,11 +20,17 @@ work = Kind("may change", ("train",), result=False)  # how the training is sprea
 class FreezeConfig(Section):
     """When G_LM is frozen to its mean and the metric learner dropped (pipeline/train/freeze.py). At least one of the two."""
 
-    below: float | None = recipe(None, gt=0)  # relative RMS order parameter of G, in `evaluations` validations in a row
-    evaluations: int = recipe(3, ge=1)
-    at_step: int | None = recipe(None, ge=1)
-    become: Literal["constant", "parameter"] = recipe("constant")  # a fixed tensor, or one that trains on from there
-    sequences: int = recipe(128, ge=1)  # training sequences that the mean is over, rounded up to whole global batches
+    below: float | None = recipe(
+        None,
+        "freeze once the relative RMS order parameter of G is below this in `evaluations` validations in a row",
+        gt=0,
+    )
+    evaluations: int = recipe(3, "validations in a row that `below` asks for", ge=1)
+    at_step: int | None = recipe(None, "freeze after this step", ge=1)
+    become: Literal["constant", "parameter"] = recipe(
+        "constant", "what G becomes: a fixed tensor, or a parameter that trains on from there"
+    )
+    sequences: int = recipe(128, "training sequences that the mean is over, rounded up to whole global batches", ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> FreezeConfig:
@@ -34,45 +42,72 @@ class FreezeConfig(Section):
 class TrainConfig(Section):
     """Pretraining (stage `train`). Sizes count sequences of `model.context_length` tokens."""
 
-    steps: int = recipe(250_000, ge=1)
-    global_batch: int = recipe(32, ge=1)
-    micro_batch: int = work(4, ge=1)  # per rank and forward pass
-    ranks: int | None = work(None, ge=1)  # processes on this node; null: every GPU, or 2 on a CPU
-    max_lr: float = recipe(1e-3, gt=0)
-    warmup_steps: int = recipe(2000, ge=0)
-    min_lr_ratio: float = recipe(0.1, ge=0, le=1)
-    betas: tuple[float, float] = recipe((0.9, 0.95))
-    eps: float = recipe(1e-5, gt=0)
-    weight_decay: float = recipe(0.1, ge=0)
-    metric_weight_decay: float | None = recipe(None, ge=0)  # of the metric learner's residual units; null: the same
-    clip_by: Literal["value", "norm"] = recipe("value")
-    clip: float = recipe(1.0, gt=0)
-    precision: Literal["fp32", "bf16"] = arithmetic("bf16")
-    zero_stage: Literal[0, 1, 2, 3] = work(1)
-    deepspeed: str | None = work(None)  # JSON with DeepSpeed's own keys; {stage} in the name is zero_stage
-    compile: bool = work(False)  # torch.compile of each decoder layer; on a CPU this needs a C++ compiler
-    activation_checkpointing: ActivationCheckpointing = work("none")  # what the backward pass computes again
-    offload: Literal["none", "optimizer", "parameters"] = work("none")  # in CPU memory; parameters (stage 3): both
-    log_every: int = work(10, ge=1)
-    validate_every: int = work(1000, ge=1)
-    val_sequences: int = work(64, ge=1)
-    checkpoint_every: int = work(1000, ge=1)
-    keep_checkpoints: int = work(2, ge=2)  # the last ones stay
-    keep_every: int | None = work(None, ge=1)  # checkpoints at multiples of this step are kept forever; null: none
-    keep_best: bool = work(True)  # the best by val/loss_cached stays; of the checkpoints validated at their step
-    staging: str | None = work(None)  # folder on a node's own disk where checkpoints are written first; null: run_dir
-    publish_to: str | None = work(None)  # fsspec URL for checkpoints (s3://…, a path); null: MLflow artifacts
-    publish_wait_s: float = work(600.0, ge=0)  # how long the end of training waits for the last upload
-    timeout_s: float = work(60.0, gt=0)  # a rank that others wait for longer, or whose data take longer, fails the job
-    max_skipped_steps: int = work(10, ge=1)  # this many in a row with a loss or gradients not finite stop the run
-    on_spike: Literal["warn", "rollback", "stop"] = work("warn")  # what a loss spike does (pipeline/train/spikes.py)
-    spike_window: int = work(200, ge=20)  # losses that its bound comes from, median + spike_threshold * 1.4826 MAD
-    spike_threshold: float = work(8.0, gt=0)
-    freeze_g: FreezeConfig | None = recipe(None)  # null: the metric learner trains to the end
-    max_restarts: int = work(0, ge=0)  # after a crash, from the last commit; not after a stop or a user error
-    profile_steps: tuple[int, int] | None = work(None)  # [first, last]: traced on each rank (profiling.py)
-    memory_history: bool = work(False)  # GPU: record which code allocated each block, for a rank that is out of memory
-    peak_tflops: float | None = work(None, gt=0)  # of one device, for MFU; null: the data sheet of a known GPU
+    steps: int = recipe(250_000, "optimizer steps", ge=1)
+    global_batch: int = recipe(32, "sequences of one step, over all ranks", ge=1)
+    micro_batch: int = work(4, "sequences of one forward pass of a rank", ge=1)
+    ranks: int | None = work(None, "processes on this node; null: every GPU, or 2 on a CPU", ge=1)
+    max_lr: float = recipe(1e-3, "peak learning rate", gt=0)
+    warmup_steps: int = recipe(2000, "steps of linear warm-up from 0", ge=0)
+    schedule: Literal["cosine", "wsd", "constant"] = of_schedule(
+        "cosine", "after the warm-up: cosine to the end, stable with a decay at the end (WSD), or constant"
+    )
+    decay_share: float = of_schedule(0.2, "wsd: share of the steps, the last ones, that decay", gt=0, le=1)
+    decay_shape: Literal["linear", "1-sqrt"] = of_schedule(
+        "linear", "wsd: how the rate falls from max_lr to min_lr_ratio"
+    )
+    min_lr_ratio: float = recipe(0.1, "the last learning rate as a share of max_lr", ge=0, le=1)
+    betas: tuple[float, float] = recipe((0.9, 0.95), "AdamW's beta1 and beta2")
+    eps: float = recipe(1e-5, "AdamW's epsilon", gt=0)
+    weight_decay: float = recipe(0.1, "AdamW's weight decay", ge=0)
+    metric_weight_decay: float | None = recipe(None, "of the metric learner's residual units; null: weight_decay", ge=0)
+    clip_by: Literal["value", "norm"] = recipe(
+        "value", "each gradient's entries (the papers), or the norm of all gradients"
+    )
+    clip: float = recipe(1.0, "where gradients are clipped", gt=0)
+    precision: Literal["fp32", "bf16"] = arithmetic(
+        "bf16", "of the forward and backward passes; master weights are fp32"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = work(
+        1, "what ZeRO shards: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too"
+    )
+    deepspeed: dict[str, Any] | str | None = work(
+        None, "DeepSpeed's own keys: a mapping, a JSON file, or the shipped zero{stage}; {stage} is zero_stage"
+    )
+    compile: bool = work(False, "torch.compile of each decoder layer; on a CPU this needs a C++ compiler")
+    activation_checkpointing: ActivationCheckpointing = work(
+        "none", "what the backward pass computes again to save memory"
+    )
+    offload: Literal["none", "optimizer", "parameters"] = work(
+        "none", "what is kept in CPU memory; parameters (stage 3) means both"
+    )
+    log_every: int = work(10, "steps between two logged losses", ge=1)
+    validate_every: int = work(1000, "steps between two validations", ge=1)
+    val_sequences: int = work(64, "held-out sequences of a validation", ge=1)
+    checkpoint_every: int = work(1000, "steps between two checkpoints", ge=1)
+    keep_checkpoints: int = work(2, "how many of the last checkpoints stay", ge=2)
+    keep_every: int | None = work(None, "checkpoints at multiples of this step stay forever; null: none", ge=1)
+    keep_best: bool = work(True, "the best by val/loss_cached stays; of the checkpoints validated at their step")
+    staging: str | None = work(None, "folder on a node's own disk where checkpoints are written first; null: run_dir")
+    publish_to: str | None = work(None, "fsspec URL for checkpoints (s3://…, a path); null: MLflow artifacts")
+    publish_wait_s: float = work(600.0, "seconds that the end of training waits for the last upload", ge=0)
+    timeout_s: float = work(
+        60.0, "seconds; a rank that others wait for longer, or whose data take longer, fails the job", gt=0
+    )
+    max_skipped_steps: int = work(10, "this many steps in a row with a loss or gradients not finite stop the run", ge=1)
+    on_spike: Literal["warn", "rollback", "stop"] = work("warn", "what a loss spike does (pipeline/train/spikes.py)")
+    spike_window: int = work(
+        200, "losses that the bound of a spike comes from, median + spike_threshold * 1.4826 MAD", ge=20
+    )
+    spike_threshold: float = work(8.0, "how many deviations above the median are a spike", gt=0)
+    freeze_g: FreezeConfig | None = recipe(
+        None, "when G is frozen and the metric learner dropped; null: it trains to the end"
+    )
+    max_restarts: int = work(0, "restarts after a crash, from the last commit; not after a stop or a user error", ge=0)
+    profile_steps: tuple[int, int] | None = work(
+        None, "[first, last]: traced on each rank (pipeline/train/profiling.py)"
+    )
+    memory_history: bool = work(False, "GPU: record which code allocated each block, for a rank that is out of memory")
+    peak_tflops: float | None = work(None, "of one device, for MFU; null: the data sheet of a known GPU", gt=0)
 
     @field_validator("publish_to")
     @classmethod
@@ -84,7 +119,18 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}")
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}: lower train.warmup_steps "
+                "(a tenth, say) or raise train.steps"
+            )
+        if self.schedule == "wsd" and self.decay_begins < self.warmup_steps:
+            raise ValueError(
+                f"decay_share {self.decay_share:g} of {self.steps} steps begins at step {self.decay_begins}, before the "
+                f"warm-up ends at {self.warmup_steps}; lower one of the two"
+            )
+        for key in ("decay_share", "decay_shape") if self.schedule != "wsd" else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is only read with schedule wsd, not {self.schedule}; remove it")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -104,6 +150,11 @@ class TrainConfig(Section):
                 f"profile_steps {list(self.profile_steps)}: [first, last] with 1 <= first <= last <= steps"
             )
         return self
+
+    @property
+    def decay_begins(self) -> int:
+        """With schedule wsd: the first step, from 0, after which the rate is below max_lr."""
+        return self.steps - round(self.decay_share * self.steps)
 
     @property
     def metric_decay(self) -> float:

@@ -9,7 +9,7 @@ compared with the files. Without a record, what a killed stage left is made agai
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -115,6 +115,16 @@ class Pipeline:
             raise ConfigError(f"stage {needed_by}: {name} has not finished; run `pldr {name}` first")
         return record
 
+    def finished(self) -> list[str]:
+        """The stages, from the first on, that have finished for today's inputs; their outputs are not looked at."""
+        names: list[str] = []
+        for name in NAMES:
+            known = self.record(name)
+            if known is None or known["inputs"] != storage.sha256_json(self.inputs(name)):
+                break
+            names.append(name)
+        return names
+
     def inputs(self, name: str) -> dict[str, Any]:
         """Everything that decides a stage's output. Raises ConfigError when the stage before it has not finished."""
         before = stages_before(name)
@@ -212,5 +222,14 @@ def _identity(result: dict[str, Any]) -> dict[str, Any]:
 def _brief(result: dict[str, Any]) -> str:
     """The few plain values of a result, for one line."""
     plain = {k: v for k, v in result.items() if isinstance(v, int | float | str) and not isinstance(v, bool)}
-    parts = [f"{k}={json.dumps(v) if isinstance(v, float) else str(v)[:12]}" for k, v in plain.items()]
-    return "  ".join(parts[:6])
+    return "  ".join([f"{key}={_short(value)}" for key, value in plain.items()][:6])
+
+
+def _short(value: float | str) -> str:
+    """Six digits of a number, the first twelve of a hash, a long path shortened in its middle."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    if re.fullmatch(r"[0-9a-f]{32,}", text):
+        return text[:12]
+    return text if len(text) <= 48 else f"{text[:16]}…{text[-31:]}"

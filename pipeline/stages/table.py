@@ -152,23 +152,9 @@ def _tokens(config: RunConfig, paths: RunPaths) -> dict[str, Facts]:
 
 
 def _train_inputs(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's JSON counts by its content: on Kubernetes it has another path."""
     from pipeline.config.keys import of_stage
 
-    settings = of_stage(config, "train")
-    if config.train.deepspeed is not None:
-        settings["train"] = {**settings["train"], "deepspeed": _json_in(config.train.deepspeed)}
-    return {"config": settings}
-
-
-def _json_in(path: str) -> Any:
-    """A file's content; for a file that cannot be read, its name (training reports what is wrong with it)."""
-    from pipeline.io.storage import parse_json
-
-    try:
-        return parse_json(Path(path).read_bytes())
-    except (OSError, ValueError):
-        return path
+    return {"config": of_stage(config, "train")}
 
 
 def _train(work: Work) -> Result:
@@ -213,17 +199,27 @@ def _validate(work: Work) -> Result:
 
 
 def _require_certified(paths: RunPaths, result: Result) -> None:
-    """Raise UserError with exit code 3 for a certificate that did not pass."""
+    """Raise UserError with exit code 3 for a certificate that did not pass: what failed, why, and the page to open."""
     if result["verdict"] == "certified":
         return
     # Stage records of before certificates of schema_version 4 have the fix under `mend`.
-    failed = "; ".join(f"{f['measure']}: {f['fix'] if 'fix' in f else f['mend']}" for f in result["failed"])
+    failed = [_failed_check(failure) for failure in result["failed"]]
+    fixes = dict.fromkeys(f["fix"] if "fix" in f else f["mend"] for f in result["failed"])
     raise UserError(
-        f"the certificate did not pass ({failed}); see {paths.certificate / 'certificate.json'}; "
-        "`pldr bundle CONFIG --uncertified` packages it anyway",
+        f"the certificate did not pass: {'; '.join(failed)}\n"
+        f"why   {'; '.join(fixes)}\n"
+        f"page  {paths.certificate / 'certificate.html'} (`pldr bundle CONFIG --uncertified` packages the model anyway)",
         exit_code=3,
         details={"failed": result["failed"]},
     )
+
+
+def _failed_check(failure: dict[str, Any]) -> str:
+    """A measure with its value and threshold; records of before November 2026 have neither."""
+    if "threshold" not in failure:
+        return str(failure["measure"])
+    value = "not measured" if failure.get("value") is None else f"{failure['value']:.3g}"
+    return f"{failure['measure']} is {value}, its threshold {failure['threshold']:g}"
 
 
 def _bundle(work: Work) -> Result:

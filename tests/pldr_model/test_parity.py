@@ -27,7 +27,7 @@ NUMBERS = [
 def test_fp64_case_agrees_in_everything(golden, case):
     result = parity(golden / case)
     assert {name: result[name] for name in NUMBERS if not result[name] <= 1e-9} == {}
-    assert result["greedy_equal"] is True
+    assert result["greedy_equal"] is True and result["failed"] == []
 
 
 def test_fp32_case_agrees_in_logits_and_tokens(golden):
@@ -35,7 +35,7 @@ def test_fp32_case_agrees_in_logits_and_tokens(golden):
     assert result["logits"] <= 2e-5
     assert result["cached_logits"] <= 2e-5
     assert result["loss"] <= 1e-6
-    assert result["greedy_equal"] is True
+    assert result["greedy_equal"] is True and result["failed"] == []
 
 
 def test_reference_overflow_is_named_and_left_out(golden):
@@ -55,7 +55,7 @@ def test_a_wrong_weight_is_seen(golden, tmp_path):
     result = parity(case)
     assert result["G_LM"] == pytest.approx(1e-6, rel=1e-3)
     assert result["logits"] > 1e-9
-    assert result["greedy_equal"] is False
+    assert result["greedy_equal"] is False and {"G_LM", "logits", "greedy_equal"} <= set(result["failed"])
 
 
 def test_a_folder_that_is_no_case_is_named(tmp_path):

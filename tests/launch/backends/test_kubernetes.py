@@ -66,9 +66,7 @@ def test_the_trainjob_brings_its_configuration(capsys, monkeypatch, tmp_path, ma
         (tmp_path / "pod").mkdir(exist_ok=True)
         (tmp_path / "pod" / name).write_text(content)
     there, here = load_config(tmp_path / "pod" / "run.yaml"), load_config(config, list(overrides))
-    assert there.train.deepspeed == str(tmp_path / "pod" / "deepspeed.json")
-    assert json.loads((tmp_path / "pod" / "deepspeed.json").read_text()) == {"zero_optimization": {}}
-    assert there.model_copy(update={"train": here.train}) == here
+    assert there == here and there.train.deepspeed == {"zero_optimization": {}}
     assert job["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": runtime["metadata"]["name"]}
     jobs = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     (container,) = jobs[0]["template"]["spec"]["template"]["spec"]["containers"]

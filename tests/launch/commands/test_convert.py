@@ -1,9 +1,9 @@
 """`pldr import`, `export` and `parity`: checkpoints of the reference implementation in and out."""
 
 import json
+import shutil
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -47,10 +47,10 @@ def test_a_checkpoint_of_another_shape_names_the_key(capsys, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize(("case", "limit"), [("tiny_f64", 1e-9), ("padded_f64", 1e-9)])
-def test_parity_as_json(capsys, case, limit):
-    code, out, _ = run(capsys, "parity", GOLDEN / case, "--json")
-    result = json.loads(out.splitlines()[-1])
+def test_parity_of_several_cases_ends_with_a_verdict(capsys, tmp_path):
+    code, out, _ = run(capsys, "parity", GOLDEN / "tiny_f64", GOLDEN / "padded_f64", "--json")
+    assert code == 0 and "2 of 2 cases agree with the reference" in out
+    cases = json.loads(out.splitlines()[-1])["cases"]
     keys = [
         "logits",
         "A",
@@ -64,5 +64,13 @@ def test_parity_as_json(capsys, case, limit):
         "trajectory",
         "cached_logits",
     ]
-    assert code == 0 and result["greedy_equal"] is True
-    assert all(result[key] <= limit for key in keys)
+    for case in ("tiny_f64", "padded_f64"):
+        result = cases[str(GOLDEN / case)]
+        assert result["greedy_equal"] is True and all(result[key] <= 1e-9 for key in keys)
+    other = shutil.copytree(GOLDEN / "tiny_f64", tmp_path / "other")
+    generation = json.loads((other / "generation.json").read_text())
+    generation["greedy_with_kv_and_g_cache"][0] += 1
+    (other / "generation.json").write_text(json.dumps(generation))
+    code, out, errors = run(capsys, "parity", GOLDEN / "padded_f64", other)
+    assert code == 1 and f"{other}: ours and the reference's numbers differ" in errors
+    assert "DIFFERS in greedy_equal" in out

@@ -24,9 +24,10 @@ MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.w
 FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
 RECORDED = ("seed", "data.", "tokens.", "tokenizer.", "model.", "train.")
 OF_BUNDLE = ("weight_format", "max_format_loss", "register_as")
+ADDED = ("schedule", "decay_share", "decay_shape")  # since; in a digest only with another value than the default
 NOT_IN_RESULT = ("workers", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
 RECIPE = (
-    *("steps", "global_batch", "max_lr", "warmup_steps", "min_lr_ratio", "betas", "eps", "weight_decay"),
+    *("steps", "global_batch", "max_lr", "warmup_steps", *ADDED, "min_lr_ratio", "betas", "eps", "weight_decay"),
     *("metric_weight_decay", "clip_by", "clip", "precision", "freeze_g"),
 )
 
@@ -77,7 +78,10 @@ def of_stage_160ea30(config, name):
             **{k: v for k, v in tree["tokens"].items() if k != "workers"},
             "context_length": tree["model"]["context_length"],
         },
-        "train": {k: tree[k] for k in ("model", "train", "seed")},
+        "train": {
+            **{k: tree[k] for k in ("model", "seed")},
+            "train": {k: v for k, v in tree["train"].items() if k not in ADDED},
+        },
         "consolidate": {},
         "extract": {k: tree["post"][k] for k in ("g_from", "prompts")},
         "validate": {k: v for k, v in tree["post"].items() if k not in (*OF_BUNDLE, "sample_prompt", "ranks")}
@@ -150,7 +154,7 @@ def test_a_key_without_a_kind_is_found_wherever_it_is():
     known = Kind("fixed", ("train",), result=True)
 
     class Inner(Section):
-        marked: int = known(1)
+        marked: int = known(1, "marked")
         bare: int = 1
 
     @dataclass(frozen=True)
@@ -159,8 +163,8 @@ def test_a_key_without_a_kind_is_found_wherever_it_is():
 
     class Made(Section):
         always: Inner = Inner()
-        maybe: Inner | None = known(None)
-        several: list[Inner] = known([])
+        maybe: Inner | None = known(None, "maybe")
+        several: list[Inner] = known([], "several")
         constrained: int = Field(1, ge=1)
         sizes: Sizes = Sizes()
 

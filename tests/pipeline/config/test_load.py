@@ -38,6 +38,9 @@ def test_the_shipped_configurations_load_and_survive_json(repository, name):
         ("model.num_head=3", "unknown key model.num_head; did you mean model.num_heads?"),
         ("data.val_fracton=0.1", "unknown key data.val_fracton; did you mean data.val_fraction?"),
         ("metric_weight_decay=4", "unknown key metric_weight_decay; did you mean train.metric_weight_decay?"),
+        ("steps=5", "unknown key steps; did you mean train.steps?"),
+        ("train.clip_by=valu", "did you mean value?"),
+        ("train.steps=100", "lower train.warmup_steps (a tenth, say) or raise train.steps"),
         ("train.steps=many", "train.steps: Input should be a valid integer"),
         ("train.zero_stage=4", "train.zero_stage: Input should be 0, 1, 2 or 3"),
         ("train.micro_batch=5", "global_batch 32 is not a multiple of micro_batch 5"),
@@ -120,9 +123,35 @@ def test_files_that_are_no_configuration(tmp_path):
         load_config(broken)
 
 
-def test_deepspeed_file_is_relative_to_the_yaml(tmp_path):
-    config = load_config(write(tmp_path, TREE), ["train.deepspeed=ds/zero{stage}.json", "train.zero_stage=2"])
-    assert config.train.deepspeed == str(tmp_path / "ds" / "zero2.json")
+def test_deepspeeds_keys_are_inline_or_a_shipped_file_or_a_path_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    path = write(tmp_path / "elsewhere", TREE)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own2.json").write_text('{"wall_clock_breakdown": true}')
+
+    def keys(*overrides):
+        return load_config(path, ["train.zero_stage=2", *overrides]).train.deepspeed
+
+    assert keys() is None
+    assert keys("train.deepspeed={wall_clock_breakdown: true}") == {"wall_clock_breakdown": True}
+    assert keys("train.deepspeed=own{stage}.json") == {"wall_clock_breakdown": True}
+    assert keys("train.deepspeed=zero{stage}")["zero_optimization"]["stage"] == 2
+    for text, message in (("[1]", "must be a JSON object"), ("{", "not valid JSON")):
+        (tmp_path / "own2.json").write_text(text)
+        with pytest.raises(ConfigError, match=f"train.deepspeed: own2.json: {message}"):
+            keys("train.deepspeed=own2.json")
+    with pytest.raises(
+        ConfigError, match=r"train.deepspeed: zero9: no such file; a path is relative to the working dir"
+    ):
+        keys("train.deepspeed=zero9")
+    with pytest.raises(ConfigError, match=r"train.deepspeed: Input should be a valid dictionary \(got 5\)"):
+        keys("train.deepspeed=5")
+
+
+@pytest.mark.parametrize("given", ["x.txt", ["x.txt"], [{"url": "x.txt"}]])
+def test_a_source_may_be_a_plain_path(given):
+    (source,) = parse_config({**TREE, "data": {"sources": given}}, where="x").data.sources
+    assert source == RunConfig.model_validate(TREE).data.sources[0]
 
 
 def test_flat_names_every_leaf():
@@ -173,18 +202,12 @@ def test_extends_lets_a_child_take_a_section_away(files):
     assert load_config(folder / "child.yaml").train.freeze_g is None
 
 
-def test_extends_and_the_deepspeed_file_are_relative_to_the_file_that_has_them(files, tmp_path, monkeypatch):
+def test_extends_is_relative_to_the_file_that_has_it(files, tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "parent.yaml").write_text(
-        yaml.safe_dump({**TREE, "train": {"deepspeed": "ds/zero{stage}.json", "zero_stage": 2}})
-    )
-    grandchild = {"extends": "child.yaml", "train": {"deepspeed": "own.json"}}
-    folder = files(child={"extends": "base/parent.yaml", "train": {"zero_stage": 3}}, grandchild=grandchild)
+    (tmp_path / "base" / "parent.yaml").write_text(yaml.safe_dump(TREE))
+    folder = files(child={"extends": "base/parent.yaml"}, grandchild={"extends": "child.yaml", "name": "g"})
     monkeypatch.chdir("/")
-    assert load_config(folder / "child.yaml").train.deepspeed == str(tmp_path / "base" / "ds" / "zero3.json")
-    assert load_config(folder / "grandchild.yaml").train.deepspeed == str(tmp_path / "own.json")
-    override = ["train.deepspeed=mine.json"]  # the command line's is relative to the YAML that is named there
-    assert load_config(folder / "child.yaml", override).train.deepspeed == str(tmp_path / "mine.json")
+    assert load_config(folder / "grandchild.yaml").run_dir == TREE["run_dir"]
 
 
 def test_extends_in_a_cycle_is_one_line_that_names_the_files(files):
@@ -244,5 +267,5 @@ def test_a_mistake_is_of_the_file_that_holds_it(files, parent, child, expected):
 def test_a_mistake_on_the_command_line_is_not_its_parents(files):
     folder = files(parent={**TREE, "train": {"steps": 5000}}, child={"extends": "parent.yaml"})
     for override in ("train.steps=many", "train.micro_batch=5"):
-        with pytest.raises(ConfigError, match=r"^\S*child.yaml: train"):
+        with pytest.raises(ConfigError, match=r"^(command line|\S*child.yaml): train"):
             load_config(folder / "child.yaml", [override])

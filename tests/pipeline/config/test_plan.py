@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.config.load import load_config
-from pipeline.config.plan import plan, plan_lines, state_bytes
+from pipeline.config.plan import duration, plan, plan_lines, state_bytes
 from pipeline.config.schedule import budget_verdict
 
 
@@ -43,6 +43,20 @@ def test_zero_memory_follows_what_each_stage_shards(repository):
     assert state_bytes(config, 1, 8) == 4 * count + 12 * count // 8
     assert state_bytes(config, 1, 4) == 6 * count + 12 * count // 4  # accumulates, in fp32
     assert state_bytes(config, 3, 2) == count * 2 // 2 + 4 * count // 2 + 12 * count // 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.5, "0.5 seconds"), (90, "90 seconds"), (240, "4 minutes"), (7300, "2 hours"), (1e7, "120 days")],
+)
+def test_a_duration_is_in_the_unit_that_fits(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_time_on_this_machine_comes_from_what_was_measured(repository):
+    report = plan(load_config(repository / "configs" / "quickstart.yaml"), flops_here=1e10)
+    assert report["assumed"] is None and report["hours"] == pytest.approx(report["training_flops"] / 1e10 / 3600)
+    assert "minutes on this machine's CPU" in "\n".join(plan_lines(report))
 
 
 def test_a_constant_g_has_no_budget(repository):

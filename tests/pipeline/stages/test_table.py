@@ -99,8 +99,13 @@ def test_names_are_unique_and_every_stage_has_a_help():
 @pytest.mark.parametrize("key", ["fix", "mend"])
 def test_a_failed_certificate_ends_the_run_with_the_fixes_also_of_an_older_record(pipeline, key):
     result = {"verdict": "failed", "failed": [{"measure": "kl", key: "train longer"}]}
-    with pytest.raises(UserError, match=r"did not pass \(kl: train longer\)") as caught:
+    if key == "fix":
+        result["failed"][0] |= {"value": 0.00123456, "threshold": 1e-4}
+    with pytest.raises(UserError) as caught:
         stage_named("validate").check(pipeline().paths, result)
+    what, why, page = str(caught.value).splitlines()
+    assert what == "the certificate did not pass: kl" + (" is 0.00123, its threshold 0.0001" if key == "fix" else "")
+    assert why == "why   train longer" and "certificate/certificate.html (`pldr bundle CONFIG --uncertified`" in page
     assert caught.value.exit_code == 3 and caught.value.details == {"failed": result["failed"]}
 
 

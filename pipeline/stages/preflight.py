@@ -1,0 +1,180 @@
+"""What can be known before anything starts: `pldr check`, and the first act of `pldr run`.
+
+Every finding is told at once, each with its fix, in two seconds: nothing is read but names and sizes, and what takes longer is
+left to the stages, which check it again. What a finished stage needed is not asked for.
+"""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+
+from pipeline.config.paths import RunPaths, documents_folder, tokens_folder
+from pipeline.config.plan import activation_bytes, state_bytes
+from pipeline.config.run import RunConfig
+from pipeline.config.schedule import BUDGET_PUBLISHED, budget_verdict, planned_budget
+from pipeline.errors import UserError
+from pipeline.io.storage import Need, require_space
+from pipeline.io.urls import is_http, is_local, local_path, without_secrets
+from pipeline.stages.train import disk_needed, ranks_on_this_node
+from pipeline.tracking.client import tracking_uri
+
+TEXT_PER_TOKEN = 2.5  # bytes of text, at least; a token takes 2 bytes up to 65,536 pieces, else 4
+MLFLOW_S = 1.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about one thing. FAIL: the run cannot end well; warn: it may not."""
+
+    about: str
+    status: Literal["ok", "warn", "FAIL"]
+    text: str
+
+
+def preflight(config: RunConfig, *, done: Collection[str] = ()) -> list[Finding]:
+    """Every finding about a run. done: its stages that are complete."""
+    text_bytes = [0]
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = []
+    if "shard" not in done:
+        checks.append(("sources", lambda: _sources(config, text_bytes)))
+    if "tokenizer" not in done:
+        checks.append(("tokenizer", lambda: _tokenizer(config)))
+    if "train" not in done:
+        checks += [
+            ("batch", lambda: _batch(config)),
+            ("memory", lambda: _memory(config)),
+            ("budget", lambda: _budget(config)),
+        ]
+    checks += [("disk", lambda: _disk(config, text_bytes[0], done)), ("MLflow", lambda: _mlflow(config))]
+    found: list[Finding] = []
+    for about, check in checks:
+        try:
+            found += check()
+        except (UserError, OSError) as error:
+            found.append(Finding(about, "FAIL", str(error)))
+    return found
+
+
+def _sources(config: RunConfig, text_bytes: list[int]) -> Iterator[Finding]:
+    """Also sets text_bytes to the estimated bytes of text."""
+    from pipeline.data.readers.sources import list_sources
+    from pipeline.data.readers.units import plan_units
+
+    files = list_sources(config.data.sources, outputs=[config.run_dir]).files
+    text_bytes[0] = sum(unit.size for unit in plan_units(files))
+    yield Finding("sources", "ok", f"{len(files):,} files, about {_size(text_bytes[0])} of text")
+
+
+def _tokenizer(config: RunConfig) -> Iterator[Finding]:
+    given, wanted = config.tokenizer.model, config.model.vocab_size
+    if given is None:
+        yield Finding("tokenizer", "ok", f"SentencePiece with {wanted:,} pieces is trained on the corpus")
+        return
+    from pipeline.tokenizer import Tokenizer
+
+    has = Tokenizer.load(given).vocab_size
+    if has > wanted:
+        fix = f"set model.vocab_size={has}"
+        yield Finding("tokenizer", "FAIL", f"{given} has {has:,} pieces, model.vocab_size is {wanted:,}; {fix}")
+    else:
+        unused = f", {wanted - has:,} ids of the model are unused" if has < wanted else ""
+        yield Finding("tokenizer", "ok", f"{given} with {has:,} pieces{unused}")
+
+
+def _batch(config: RunConfig) -> Iterator[Finding]:
+    from pipeline.train.engine import accumulation_steps, deepspeed_config
+
+    train, ranks = config.train, ranks_on_this_node(config)
+    deepspeed_config(train, ranks)
+    steps = accumulation_steps(train, ranks)
+    text = f"{train.global_batch} sequences a step: {ranks} ranks x micro batch {train.micro_batch} x {steps}"
+    yield Finding("batch", "ok", text)
+
+
+def _memory(config: RunConfig) -> Iterator[Finding]:
+    """Model states and activations of the ranks on this node against its GPUs, or its memory."""
+    import torch
+
+    from pipeline.distributed import has_gpu
+
+    ranks, stage = ranks_on_this_node(config), config.train.zero_stage
+    if has_gpu():
+        has, each, where = torch.cuda.get_device_properties(0).total_memory, 1, "a GPU"
+    else:
+        has, each, where = psutil.virtual_memory().total, ranks, "this machine"
+    needs = {zero: each * (state_bytes(config, zero, ranks) + activation_bytes(config)) for zero in (0, 1, 2, 3)}
+    text = f"about {_size(needs[stage])} of {_size(has)} of {where} ({ranks} ranks, ZeRO {stage})"
+    if needs[stage] <= 0.8 * has:
+        yield Finding("memory", "ok", text)
+        return
+    smaller = [zero for zero in (1, 2, 3) if zero > stage and needs[zero] <= 0.8 * has]
+    fixes = [f"train.zero_stage={smaller[0]}"] if smaller else []
+    fixes += ["train.activation_checkpointing=layer", "a smaller train.micro_batch", "more GPUs or nodes"]
+    status: Literal["warn", "FAIL"] = "FAIL" if needs[stage] > has else "warn"
+    yield Finding("memory", status, f"{text}; try {', '.join(fixes)}")
+
+
+def _budget(config: RunConfig) -> Iterator[Finding]:
+    if config.model.g_source != "learned":
+        return
+    budget = planned_budget(config.train)
+    status: Literal["ok", "warn"] = "ok" if budget >= BUDGET_PUBLISHED else "warn"
+    yield Finding("budget", status, f"invariance budget {budget:.2f}: {budget_verdict(budget)}")
+
+
+def _disk(config: RunConfig, text_bytes: int, done: Collection[str]) -> Iterator[Finding]:
+    """Space for every stage that is left, on the disk that it writes to."""
+    paths = RunPaths(config.run_dir)
+    weights = 4 * config.model.num_parameters()["total"]
+    token = 2 if config.model.vocab_size <= 1 << 16 else 4
+    needs = []
+    if "shard" not in done and is_local(documents_folder(config)):
+        folder = local_path(documents_folder(config)).absolute()
+        needs.append(Need(folder, 2 * text_bytes, "documents", "set data.output to another disk"))
+    if "tokenize" not in done and is_local(tokens_folder(config)):
+        tokens = int(text_bytes / TEXT_PER_TOKEN * token)
+        folder = local_path(tokens_folder(config)).absolute()
+        needs.append(Need(folder, tokens, "tokens", "set tokens.output to another disk"))
+    if "train" not in done:
+        needs.append(Need(paths.root, disk_needed(config, paths), "checkpoints", "set run_dir to another disk"))
+    if "bundle" not in done:
+        needs.append(Need(paths.root, 4 * weights, "weights and the bundle", "set run_dir to another disk"))
+    require_space(needs)
+    yield Finding("disk", "ok", f"about {_size(sum(need.bytes for need in needs))} will be written")
+
+
+def _mlflow(config: RunConfig) -> Iterator[Finding]:
+    uri = tracking_uri(config)
+    shown = without_secrets(uri)
+    if not is_http(uri):
+        yield Finding("MLflow", "ok", shown)
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=MLFLOW_S):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it wants a login, or an older server: it answers
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "reason", error))
+        text = f"{shown} is not reachable ({reason}); training would start, and send its metrics later: `pldr track replay`"
+        yield Finding("MLflow", "warn", text)
+        return
+    yield Finding("MLflow", "ok", f"{shown} answers")
+
+
+def _size(value: float) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value / 1e3:.3g} kB"
+
+
+def lines(findings: list[Finding]) -> list[str]:
+    """The findings for a terminal."""
+    return [f"{finding.status:<5} {finding.about:<10} {finding.text}" for finding in findings]

@@ -1,0 +1,64 @@
+"""`pldr init` writes a YAML that runs."""
+
+import pytest
+import yaml
+
+from launch.cli import main
+from pipeline.config.load import load_config
+from pipeline.config.schedule import BUDGET_PUBLISHED, planned_budget
+from pipeline.config.starter import EPOCHS, SIZES, Corpus, starter_yaml
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        sentence = f"It was the number {number} that nobody in the house had ever heard of.\n"
+        (tmp_path / "texts" / f"{number}.txt").write_text("# A heading that is not a sentence of it\n" + sentence * 400)
+    return tmp_path
+
+
+def test_the_yaml_loads_and_fits_the_corpus(corpus, capsys):
+    assert main(["init", "mine", "--corpus", "texts/*.txt"]) == 0
+    assert "pldr run mine.yaml" in capsys.readouterr().out
+    config = load_config("mine.yaml")
+    assert [source.url for source in config.data.sources] == ["texts/*.txt"]
+    assert config.post.sample_prompt == "It was the number"
+    assert config.data.val_fraction == 0.2 and config.run_dir == "runs/mine"
+    assert config.train.warmup_steps < config.train.steps and planned_budget(config.train) > BUDGET_PUBLISHED
+
+
+def test_a_yaml_that_is_there_is_not_replaced(corpus, capsys):
+    (corpus / "mine.yaml").write_text("mine")
+    assert main(["init", "mine", "--corpus", "texts"]) == 2
+    assert "mine.yaml: is there already" in capsys.readouterr().err and (corpus / "mine.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mine", "--corpus", "texts/0.txt"], "name more files"),
+        (["mine", "--corpus", "gone/*.txt"], "matches no file"),
+        (["a/b", "--corpus", "texts"], "letters, digits"),
+    ],
+)
+def test_a_corpus_or_name_that_cannot_be_used_is_one_line(corpus, capsys, words, message):
+    assert main(["init", *words]) != 0
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
+    assert not list(corpus.glob("**/*.yaml"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("megabytes", [1, 100, 100_000])
+def test_every_size_fits_every_corpus(tmp_path, size, megabytes):
+    corpus = Corpus(["a: #b"], megabytes * 10**6, 1000, 'He said: "no"')
+    tree = yaml.safe_load(starter_yaml("x", corpus, size))
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
+    config = load_config(tmp_path / "x.yaml")
+    tokens = corpus.text_bytes / SIZES[size].bytes_per_token
+    trained = config.train.steps * config.train.global_batch * config.model.context_length
+    assert trained <= 1.1 * EPOCHS * tokens or config.train.steps == 300
+    assert config.data.sources[0].url == "a: #b" and config.post.sample_prompt == 'He said: "no"'
+    assert planned_budget(config.train) > BUDGET_PUBLISHED

@@ -1,0 +1,94 @@
+"""What `pldr check` finds before anything starts."""
+
+import http.server
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from launch.cli import main
+from pipeline.config.load import load_config
+from pipeline.io import storage
+from pipeline.stages import preflight as module
+from pipeline.stages.preflight import preflight
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, make_run):
+    """`check(*overrides)`: about -> finding."""
+    monkeypatch.chdir(tmp_path)
+    yaml = make_run(tmp_path)
+
+    def found(*overrides, done=()):
+        findings = preflight(load_config(yaml, list(overrides)), done=done)
+        return {finding.about: finding for finding in findings}
+
+    found.yaml = yaml
+    return found
+
+
+def test_a_run_that_can_start_has_no_failure(check):
+    found = check()
+    assert list(found) == ["sources", "tokenizer", "batch", "memory", "budget", "disk", "MLflow"]
+    assert {finding.status for finding in found.values()} == {"ok"}
+    assert (
+        "1 files" in found["sources"].text and "8 sequences a step: 2 ranks x micro batch 4 x 1" in found["batch"].text
+    )
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_fix(check, capsys):
+    wrong = ["data.sources=gone.jsonl", "tokenizer.model=gone.model", "train.ranks=3"]
+    found = check(*wrong)
+    assert {about for about, finding in found.items() if finding.status == "FAIL"} == {"sources", "tokenizer", "batch"}
+    assert "fix the path or glob" in found["sources"].text and "set train.micro_batch" in found["batch"].text
+    for verb in ("check", "run"):
+        assert main([verb, str(check.yaml), *wrong]) == 2
+        out, errors = capsys.readouterr()
+        assert "3 things would fail later: sources, tokenizer, batch" in errors and errors.count("\n") == 1
+        assert "gone.jsonl" in out and "gone.model" in out
+    assert not (check.yaml.parent / "run" / "stages").exists()
+
+
+def test_one_mistake_is_the_error_itself(check, capsys):
+    assert main(["check", str(check.yaml), "train.ranks=3"]) == 2
+    assert "train.global_batch 8 is not a multiple of micro_batch 4 x 3 ranks" in capsys.readouterr().err
+
+
+def test_what_a_finished_stage_needed_is_not_asked_for(check):
+    found = check("data.sources=gone.jsonl", done=("shard", "tokenizer", "tokenize", "train"))
+    assert set(found) == {"disk", "MLflow"} and {finding.status for finding in found.values()} == {"ok"}
+
+
+def test_a_small_budget_is_a_warning(check):
+    assert check("train.metric_weight_decay=1")["budget"].status == "warn"
+    assert "budget" not in check("model.g_source=identity")
+
+
+def test_a_full_disk_and_little_memory_are_found(check, monkeypatch):
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(total=1_000_000))
+    found = check()
+    assert found["disk"].status == "FAIL" and "free some space or set" in found["disk"].text
+    assert found["memory"].status == "FAIL" and "train.activation_checkpointing=layer" in found["memory"].text
+
+
+def test_mlflow_is_asked_whether_it_answers(check):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(401)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        assert check(f"tracking.uri={uri}")["MLflow"].text == f"{uri} answers"  # it wants a login
+        server.shutdown()
+    gone = check(f"tracking.uri={uri}")["MLflow"]
+    assert gone.status == "warn" and "pldr track replay" in gone.text
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_before_the_corpus_is_read(check, larger_tokenizer):
+    found = check(f"tokenizer.model={larger_tokenizer}", "model.vocab_size=50")["tokenizer"]
+    assert found.status == "FAIL" and "set model.vocab_size=" in found.text
