@@ -6,14 +6,15 @@ configuration, 3 the certificate did not pass. A user's mistake is one line on s
 
 from __future__ import annotations
 
+from launch.backends.standard_files import open_standard_files
 from launch.backends.stop import stop_signals
 
-if __name__ == "__main__":
-    stop_signals.listen()  # before the imports below
+if __name__ == "__main__":  # before the imports below
+    open_standard_files()
+    stop_signals.listen()
 
 import argparse
 import atexit
-import contextlib
 import gc
 import json
 import logging
@@ -53,11 +54,11 @@ GROUPS = {  # what `pldr --help` shows, by what one is about to do
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. argv: None for that of this process, which ends with it."""
+    open_standard_files()
     if argv is not None or not stop_signals.listens:
         stop_signals.listen()
     if argv is None:
         atexit.register(stop_signals.ignore)  # the last thing that is done
-    _open_standard_files()
     try:
         with Display(hurried=lambda: bool(stop_signals.names)) as display:
             return _run(parse(argv), display)
@@ -113,16 +114,6 @@ def _fail(arguments: argparse.Namespace, display: Display, message: str, exit_co
     if arguments.json:
         display.result(json.dumps(_finite({"error": message, "exit_code": exit_code, **details}), ensure_ascii=False))
     return exit_code
-
-
-def _open_standard_files() -> None:
-    """Open what was closed at the start (`>&-`) as /dev/null: no file of ours may get the number that others print to."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.open(os.devnull, os.O_RDWR)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -20,7 +20,6 @@ from pydantic import ValidationError
 from pipeline.config.run import RunConfig
 from pipeline.config.section import section_in
 from pipeline.errors import ConfigError
-from pipeline.io.storage import parse_json
 from pipeline.io.urls import without_secrets
 from pldr_model.config import ModelConfig
 
@@ -152,6 +151,8 @@ def _with_deepspeed_keys(config: RunConfig) -> RunConfig:
     named = config.train.deepspeed
     if not isinstance(named, str):
         return config
+    from pipeline.io.storage import parse_json  # imports fsspec, which a wrong key must not wait for
+
     name = named.replace("{stage}", str(config.train.zero_stage))
     shipped = SHIPPED / f"{name}.json"
     file = shipped if name in {one.stem for one in SHIPPED.glob("*.json")} else Path(name)

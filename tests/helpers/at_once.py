@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ def at_once() -> AtOnce:
     returned, in order of (turn, number). The processes are forked: what the test has imported and opened, they have too."""
 
     def run(work: Callable[[int, int], Any], *, rounds: int = 1, processes: int = PROCESSES) -> list[Any]:
+        forkserver._forkserver._stop()  # an earlier test's, which forked processes would take for their own
         barrier, results = fork.Barrier(processes), fork.Queue()
         started = [fork.Process(target=_work, args=(work, n, rounds, barrier, results)) for n in range(processes)]
         for process in started:

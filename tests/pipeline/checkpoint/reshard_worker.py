@@ -53,9 +53,8 @@ def resumed(folder, case):
     start = folder / f"w{source}" / "checkpoints" / HALF
     while not (start / "COMMITTED").exists():  # the other job is writing it
         time.sleep(0.05)
-    own = folder / f"split-{dist.get_rank()}.json"
-    own.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 10}}')
-    train = {"micro_batch": int(micro), "deepspeed": str(own) if how == ["split"] else None}
+    split = {"zero_optimization": {"stage3_param_persistence_threshold": 10}}
+    train = {"micro_batch": int(micro), "deepspeed": split if how == ["split"] else None}
     config = settings(folder / f"to-{dist.get_world_size()}-{case.replace(':', '-')}", target, **train)
     with lost_moments() if how == ["lost"] else contextlib.nullcontext():
         seen = losses(run(config, HELD_OUT, resume_from=start))
