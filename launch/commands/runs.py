@@ -80,6 +80,7 @@ def _report(arguments: Any, report: Report) -> Result:
     from pipeline.report.training import write_run_report
     from pipeline.tracking.query import read_run
     from pipeline.tracking.run import known_run
+    from pipeline.tracking.run_record import RUN_FILE
 
     given = Path(arguments.run)
     if given.suffix in (".yaml", ".yml") or given.is_dir():
@@ -87,7 +88,9 @@ def _report(arguments: Any, report: Report) -> Result:
         paths = RunPaths(config.run_dir)
         run = known_run(config, paths)
         if run is None or run.record.run_id is None:
-            raise UserError(f"{config.run_dir}: MLflow has no run of it yet; train first, or `pldr track replay`")
+            raise UserError(
+                f"{paths.root / RUN_FILE}: missing, or names no run in MLflow yet; train first, or `pldr track replay`"
+            )
         run.require_store()
         uri, run_id = run.uri, run.record.run_id
         target = paths.root / "report" / "training.html"

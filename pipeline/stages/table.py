@@ -252,6 +252,7 @@ STAGES = (
         inputs=settings_inputs("tokenize"),
         outputs=_tokens,
         run=_tokenize,
+        untouched=("tokenizer",),
         data="tokens",
         has_dry_run=True,
     ),

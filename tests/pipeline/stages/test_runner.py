@@ -200,6 +200,16 @@ def test_a_changed_digit_in_a_stage_record_is_not_told_as_a_result(make, tmp_pat
         assert make()[0].record("tokenize") is None
 
 
+def test_another_tokenizer_than_its_stage_wrote_is_not_used(make, tmp_path):
+    """A vocabulary with one changed byte may still be one."""
+    data_stages(make()[0])
+    file = tmp_path / "run" / "tokenizer" / "tokenizer.model"
+    at = file.read_bytes().index(b"al")
+    file.write_bytes(file.read_bytes()[:at] + b"bl" + file.read_bytes()[at + 2 :])
+    with pytest.raises(UserError, match=r"tokenizer.model: changed since `pldr tokenizer` wrote it"):
+        make()[0].stage("tokenize", force=True)
+
+
 def test_a_changed_count_of_a_task_is_counted_again(make, tmp_path):
     """Killed after the last task: the index is made of what the tasks have left."""
     data_stages(make()[0])
