@@ -49,7 +49,8 @@ class Tokenizer:
         processor = sentencepiece.SentencePieceProcessor()
         try:
             loaded = processor.LoadFromSerializedProto(data) if data else False
-        except RuntimeError:
+            processor.id_to_piece(list(range(processor.get_piece_size())))  # each of them is UTF-8
+        except Exception:  # a damaged model fails in any way: RuntimeError, KeyError, ValueError
             loaded = False
         if not loaded:
             raise UserError(f"{path}: not a SentencePiece model; tokenizer.model must name a .model file")

@@ -60,6 +60,20 @@ def test_a_truncated_model_and_a_missing_one(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+def test_any_changed_byte_is_refused_or_leaves_a_model(tmp_path: Path) -> None:
+    """SentencePiece fails in several ways, and may take pieces that are no UTF-8."""
+    path = train(tmp_path / "t.model")
+    data, refused = path.read_bytes(), 0
+    for at in range(0, 900):
+        path.write_bytes(data[:at] + b"\x95" + data[at + 1 :])
+        try:
+            tokenizer = Tokenizer.load(path)
+            assert all(tokenizer.piece(token) for token in range(tokenizer.vocab_size))
+        except UserError as error:
+            refused += "t.model" in str(error)
+    assert refused > 100
+
+
 def test_other_special_ids_are_refused(tmp_path: Path) -> None:
     path = train(tmp_path / "t.model", pad_id=-1, unk_id=0, bos_id=1, eos_id=2)
     with pytest.raises(UserError, match=r"special ids are .*'pad': -1.* must be .*'pad': 0"):

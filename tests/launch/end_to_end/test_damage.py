@@ -1,6 +1,7 @@
 """Random damage to any file of a finished run: an error that names the file, or a correct result (damage_cases.py).
 
-FUZZ_FIRST=17 FUZZ_CASES=1 pytest -m slow -s tests/launch/end_to_end/test_damage.py     # one case again
+FUZZ_FIRST=17 FUZZ_CASES=1 pytest -m slow -s tests/launch/end_to_end/test_damage.py     # case 17 of a new run
+python -m tests.launch.end_to_end.damage_cases FOLDER 17 1                              # of the run that was damaged before
 """
 
 import json
@@ -41,6 +42,6 @@ def cases(folder, first, count):
 def test_damage_is_named_or_does_no_harm(folder):
     found = cases(folder, FIRST, CASES)
     table = Counter((case["area"], case["outcome"]) for case in found)
-    print(f"seeds {FIRST} to {FIRST + CASES - 1}:", *sorted(table.items()), sep="\n")
+    print(f"{folder}, seeds {FIRST} to {FIRST + CASES - 1}:", *sorted(table.items()), sep="\n")
     assert len(found) == CASES
     assert not [case for case in found if case["outcome"] == "WRONG"]
