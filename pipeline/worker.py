@@ -42,7 +42,7 @@ from pipeline.errors import UserError, first_line
 from pipeline.io import locks, storage
 from pipeline.io.sealed import read_sealed
 from pipeline.train import signals
-from pipeline.train.console import FAILURE, LISTENING, STOPPED, print_line
+from pipeline.train.console import FAILURE, LISTENING, PHASE, STOPPED, print_line
 from pipeline.train.heartbeat import Heartbeat, blame
 
 if TYPE_CHECKING:
@@ -155,9 +155,12 @@ class Data:
 def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     """Train as the job file says: read it, join the other ranks, open the data and the tracking, train, close."""
     job = read_job(job_file)
+    _enter(job, "waiting for all ranks to meet")
     join(job, heart, stop)
+    _enter(job, "opening the data")
     data = open_data(job)
     tracker, publisher = open_tracking(job)
+    _enter(job, "building the model" if job.start is None else f"building the model, reading {job.start.name}")
     status, wait_s = "FAILED", STOPPED_WAIT_S
     try:
         if train(job, data, tracker, publisher, heart, stop) == job.config.train.steps:
@@ -302,7 +305,14 @@ def train(
         stop=stop,
     )
     stop.leaving(None)
+    _enter(job, "compiling, and the first step" if job.config.train.compile else "the first step")
     return trainer.train().step
+
+
+def _enter(job: Job, phase: str) -> None:
+    """Rank 0 says what all ranks do now."""
+    if job.rank == 0:
+        print_line(f"{PHASE}{phase}")
 
 
 def leave(heart: Heartbeat) -> None:

@@ -33,10 +33,11 @@ from typing import IO
 import psutil
 
 from launch.backends.reaction import Reaction
+from launch.backends.startup import Startup
 from launch.backends.stop import AGAIN_S, Interrupted, stop_signals
 from pipeline.config.paths import RunPaths
 from pipeline.errors import Stopped, UserError
-from pipeline.train.console import FAILURE, LISTENING, STATUS, STOPPED
+from pipeline.train.console import FAILURE, LISTENING, PHASE, STATUS, STOPPED
 from pipeline.train.signals import Head
 
 WORKER = "pipeline.worker"
@@ -161,7 +162,14 @@ class _Job:
     def read(self, process: subprocess.Popen[bytes], log_file: IO[bytes], report: Report) -> None:
         """Read the job's output to its end."""
         assert process.stdout is not None
-        for raw in process.stdout:
+        startup = Startup(self.num_ranks, report)
+        try:
+            self._read(process.stdout, log_file, report, startup)
+        finally:
+            startup.over()
+
+    def _read(self, output: IO[bytes], log_file: IO[bytes], report: Report, startup: Startup) -> None:
+        for raw in output:
             line = raw.decode("utf-8", "replace").rstrip("\n")
             try:
                 log_file.write(raw)
@@ -169,7 +177,12 @@ class _Job:
             except OSError as error:  # a full disk must not end a run
                 log.debug("%s", error)
             if STATUS in line:
-                report(line.partition(STATUS)[2])
+                text = line.partition(STATUS)[2]
+                if text.startswith("step "):
+                    startup.over()
+                report(text)
+            elif PHASE in line:
+                startup.enter(line.partition(PHASE)[2])
             elif LISTENING in line:
                 self.listening += line.count(LISTENING)
             elif STOPPED in line:

@@ -14,6 +14,9 @@ from pipeline.config.run import RunConfig
 STATUS = "pldr-status| "
 FAILURE = "pldr-failure| "  # followed by an exit code, a space, and one line
 STOPPED = "pldr-stopped| "
+PHASE = (
+    "pldr-phase| "  # what ranks do until their first step; shown with the time it takes (launch/backends/startup.py)
+)
 LISTENING = "pldr-listening| "  # this rank now saves and stops when it gets a signal
 
 
@@ -27,6 +30,11 @@ class Progress:
         self._validated = 0
         if start_step:
             _print(f"resumed at step {start_step} of {self._steps}")
+
+    def first_step(self, step: int) -> None:
+        """The first step of this start is done, which nobody may wait for in silence (log_every can be long)."""
+        if step == self._start_step + 1:
+            _print(f"step {step}/{self._steps}")
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Print the newest values, as of this step."""

@@ -187,6 +187,8 @@ class Trainer:
         state.tokens_consumed += outcome.targets
         self.throughput.add(outcome.targets)
         self.measures.step()
+        if self.progress is not None:
+            self.progress.first_step(state.step)
 
     def _is_last(self) -> bool:
         return self.state.step == self.settings.steps or self.stopped is not None

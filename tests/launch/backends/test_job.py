@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.backends import startup
 from launch.backends.job import is_rank, run_job
 from pipeline.errors import UserError
 
@@ -99,3 +100,23 @@ def test_a_reader_that_stands_still_does_not_hold_up_the_ranks(tmp_path):
     os.close(write)
     assert done.returncode == 0 and len((tmp_path / "train.log").read_text().splitlines()) == 5000
     os.close(read)
+
+
+def test_until_the_first_step_it_is_told_what_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(startup, "TELL_S", 0.1)
+    ranks = (
+        "import time; time.sleep(0.5); print('pldr-phase| opening the data', flush=True); time.sleep(0.5)\n"
+        "print('pldr-status| resumed at step 3 of 9', flush=True); time.sleep(0.5)\n"
+        "print('pldr-status| step 4/9', flush=True); time.sleep(0.5)"
+    )
+    said = []
+    run_job(
+        [sys.executable, "-c", ranks],
+        environment=dict(os.environ),
+        ranks=2,
+        log_file=tmp_path / "train.log",
+        report=said.append,
+    )
+    assert said[0] == "starting 2 ranks: 0 s" and said[-1] == "step 4/9"
+    told = said[said.index("opening the data: 0 s") :]
+    assert told.index("resumed at step 3 of 9") < len(told) - 2  # and it went on behind that
