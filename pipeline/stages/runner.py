@@ -28,6 +28,7 @@ from pipeline.stages.replace import SETTINGS, only_writer, require_replaceable, 
 from pipeline.stages.resume import names_run
 from pipeline.stages.table import NAMES, Stage, Work, stage_named, stages_before
 from pipeline.stages.train import Launch
+from pipeline.tracking.run_record import RUN_FILE
 
 SCHEMA_VERSION = 2
 LOCK = ".lock"  # its presence marks a run directory
@@ -208,7 +209,8 @@ def _open_lock(root: Path) -> IO[str]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         filled = any(path.name != LOCK for path in root.iterdir())
-        if filled and not (root / LOCK).exists():  # asked last: a run that begins now makes it before any other file
+        ours = any((root / name).exists() for name in (LOCK, RUN_FILE))
+        if filled and not ours:  # asked last: a run that begins now makes the lock before any other file
             raise ConfigError(f"run_dir {root}: holds files that are no run's; name a new or empty folder")
         return open(root / LOCK, "a+", encoding="utf-8")
     except OSError as error:
