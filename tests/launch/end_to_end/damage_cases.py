@@ -3,8 +3,7 @@
     python -m tests.launch.end_to_end.damage_cases FOLDER FIRST COUNT
 
 FOLDER holds tiny.yaml and its finished run (`prepare` makes it ready). Case N of a folder is the same whenever it is run: its
-number is the seed. Each is a process of its own, forked after the imports, with limits of time and memory. One JSON line a
-case.
+number is the seed. Each is a process of its own, forked after the imports, with limits of time and memory; one JSON line each.
 """
 
 from __future__ import annotations
