@@ -21,6 +21,7 @@ tokens.tokenize.TokenizeShard
 
 def test_a_class_that_pickles_name_has_not_moved_without_a_new_version() -> None:
     import pipeline.data.documents.shard
+    import pipeline.data.executor.slurm
     import pipeline.data.tokens.tokenize  # noqa: F401
 
     def below(base: type) -> set[type]:
