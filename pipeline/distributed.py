@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,6 +21,18 @@ from pipeline.errors import UserError, first_line
 T = TypeVar("T")
 M = TypeVar("M")
 OUTSIDE = "192.0.2.1"  # reserved for documentation (RFC 5737): it is reached by the default route
+
+
+def end_with_parent() -> None:
+    """From now on, end this process when the one that started it is gone: the other end of our stdin, a pipe, closes. A killed
+    run leaves no orphans that go on writing."""
+
+    def watch() -> None:
+        while os.read(0, 4096):  # unbuffered: a thread inside sys.stdin cannot be left at interpreter shutdown
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def has_gpu() -> bool:

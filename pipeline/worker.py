@@ -24,7 +24,6 @@ import logging
 import os
 import socket
 import sys
-import threading
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from pipeline.checkpoint.format import TRAINING_LOCK, checkpoint_bytes
 from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths, staging_folder, tokens_folder
 from pipeline.config.run import RunConfig
-from pipeline.distributed import agreement, choose_interface, on_every_rank
+from pipeline.distributed import agreement, choose_interface, end_with_parent, on_every_rank
 from pipeline.environment import omp_threads
 from pipeline.errors import UserError, first_line
 from pipeline.io import locks, storage
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> int:
     print_line(LISTENING)
     STOP.leaving(_leave)
     if os.environ.get(PARENT_PIPE) == "1":
-        threading.Thread(target=_die_with_parent, daemon=True).start()
+        end_with_parent()
     job_file = Path(next(a for a in argv if not a.startswith("--local_rank")))
     heart = Heartbeat()
     try:
@@ -336,13 +335,6 @@ def require_disk(config: RunConfig, paths: RunPaths, rank: int) -> None:
         storage.publish_bytes(staging.parent / f".probe-{rank}", b"")
         (staging.parent / f".probe-{rank}").unlink()
         storage.require_free_space(staging, share, "train.staging: this rank's part of a checkpoint")
-
-
-def _die_with_parent() -> None:
-    """End this process when the launching one is gone: its end of our stdin closes. A killed run leaves no orphans."""
-    while os.read(0, 4096):  # unbuffered: a thread inside sys.stdin cannot be left at interpreter shutdown
-        pass
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def rank_environment(ranks: int) -> dict[str, str]:
     if "CUDA_VISIBLE_DEVICES" in environment:
         environment[VISIBLE_DEVICES] = environment["CUDA_VISIBLE_DEVICES"]
     if not has_gpu():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
+        environment["DS_ACCELERATOR"] = "cpu"
         if omp_threads(environment) is None:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
     return environment

@@ -162,7 +162,7 @@ def _prepare(pipeline: Pipeline, arguments: Any, report: Report) -> Result:
         report=report,
         force=arguments.force,
     )
-    command = f"deepspeed --hostfile HOSTFILE --module pipeline.worker {shlex.quote(str(job.file))}"
+    command = f"PYTHONSAFEPATH=1 deepspeed --hostfile HOSTFILE --module pipeline.worker {shlex.quote(str(job.file))}"
     report(f"start       {command}\nthen        pldr run {arguments.config}")
     start = None if job.start is None else job.start.name
     return {"job": str(job.file), "run_id": job.run.id, "resumed_from": start, "command": command}

@@ -57,9 +57,12 @@ def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certifi
                     "weight_format": parts.weight_format,
                     **{key: str(lineage[key]) for key in LINEAGE_TAGS if lineage.get(key) is not None},
                 }
-                version = _create_version(
+                made = _create_version(
                     client, name, source, run_id=run_id, tags=tags, description=parts.certificate["statement"]
                 )
+                version = _find_version(client, name, run_id, digest) or made
+                if version != made:  # another process was registering the same bundle
+                    client.delete_model_version(name, made)
             if certified:
                 _set_alias(client, name, version)
         except Exception as error:  # a damaged SQLite file raises SQLAlchemy's own
@@ -105,11 +108,10 @@ def _upload(client: Any, bundle: Path, run_id: str, *, folder_name: str) -> str:
 
 
 def _find_version(client: Any, name: str, run_id: str, digest: str) -> str | None:
-    """The version of this model that already has this bundle from this run."""
-    for version in client.search_model_versions(f"name = '{name}'"):
-        if version.run_id == run_id and version.tags.get("bundle_sha256") == digest:
-            return str(version.version)
-    return None
+    """The first version of this model that has this bundle from this run."""
+    found = client.search_model_versions(f"name = '{name}'")
+    same = [int(one.version) for one in found if one.run_id == run_id and one.tags.get("bundle_sha256") == digest]
+    return str(min(same)) if same else None
 
 
 def _ensure_model(client: Any, name: str) -> None:

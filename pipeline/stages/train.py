@@ -141,6 +141,11 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, repo
     today = {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256}
     start = find_start(config, paths, resume, today=today, force=force, report=report)
     outbox.begin(start.run)
+    if config.train.precision == "bf16" and config.train.zero_stage == 0:
+        report(
+            "bf16 at ZeRO stage 0: gradients are accumulated in bf16, and a resumed run is not bit-equal; "
+            "use train.zero_stage=1"
+        )
     if start.checkpoint is not None:
         changed = changes(start.state, config, ranks)
         for key, change in changed.items():

@@ -19,7 +19,7 @@ from typing import IO, Any
 from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
-from pipeline.distributed import free_port, has_gpu, num_devices
+from pipeline.distributed import end_with_parent, free_port, has_gpu, num_devices
 from pipeline.environment import without_other_jobs
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
@@ -27,6 +27,7 @@ from pipeline.stages.records import require_as_recorded
 from pipeline.tracking.outbox import log_files
 from pipeline.tracking.run import TrackedRun, known_run, require_no_copy, run_named
 from pipeline.tracking.run_record import VERDICT_TAG
+from pipeline.train.signals import PARENT_PIPE
 
 log = logging.getLogger(__name__)
 
@@ -175,18 +176,22 @@ def _judge_on(ranks: int, config: RunConfig, paths: RunPaths) -> None:
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     common = {"OMP_NUM_THREADS": threads, **without_other_jobs(os.environ)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    common |= {"GLOO_SOCKET_IFNAME": "lo", PARENT_PIPE: "1"}
     processes: list[subprocess.Popen[bytes]] = []
     with open(paths.logs / "validate.log", "wb") as stream:
         try:
             for rank in range(ranks):
                 environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 command = [sys.executable, "-m", "pipeline.stages.validate", str(job)]
-                processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=stream))
+                pipe = subprocess.PIPE  # its end here closes with this process (end_with_parent)
+                processes.append(subprocess.Popen(command, env=environment, stdin=pipe, stdout=stream, stderr=stream))
             _wait(processes)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
+                if process.stdin is not None:
+                    process.stdin.close()
     if any(process.returncode for process in processes):
         lines = (paths.logs / "validate.log").read_text(errors="replace").strip().splitlines()
         error = next((line for line in lines if line.startswith("pldr: error: ")), lines[-1] if lines else "no message")
@@ -208,6 +213,8 @@ def main(argv: list[str], err: IO[str] = sys.stderr) -> int:
     """One rank."""
     import torch.distributed as dist
 
+    if os.environ.get(PARENT_PIPE) == "1":
+        end_with_parent()
     job = storage.read_json(argv[0], schema_version=1)
     config = parse_config(job["config"], where=argv[0])
     paths = RunPaths(config.run_dir)

@@ -164,10 +164,6 @@ def build_engine(model: PLDRModel, train: TrainConfig, world_size: int) -> Any:
     """The DeepSpeed engine around the model, with our optimizer."""
     import deepspeed
 
-    if train.precision == "bf16" and train.zero_stage == 0:
-        log.warning(
-            "bf16 at ZeRO stage 0: gradients are accumulated in bf16, a resumed run is not bit-equal; use train.zero_stage=1"
-        )
     set_activation_checkpointing(model, train.activation_checkpointing)
     if train.compile:  # by layer: one graph for all of them, and ZeRO-3's hooks stay outside
         for layer in model.layers:

@@ -64,7 +64,12 @@ class Stamps:
     """
 
     def __init__(self, job: str, folder: Path | None = None) -> None:
-        parent = (node_folder() if folder is None else folder) / "stamps"
+        self._folder: Path | None = None
+        try:
+            parent = (node_folder() if folder is None else folder) / "stamps"
+        except UserError as error:
+            log.warning("%s; each rank checks for itself", error)
+            return
         self._folder = parent / hashlib.sha256(f"{socket.gethostname()}|{job}".encode()).hexdigest()[:24]
         old = time.time() - STAMPS_LIVE_S
         for other in parent.glob("*"):
@@ -77,6 +82,8 @@ class Stamps:
 
         A check that raises leaves no stamp. If nothing can be written, every rank checks for itself.
         """
+        if self._folder is None:
+            return check()
         with contextlib.ExitStack() as stack:
             try:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -89,3 +89,14 @@ def test_a_damaged_bundle_is_not_registered(store: SimpleNamespace, make_bundle:
     torch.save({}, bundle / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors"):
         register(bundle, tracking_uri=store.uri, run_id=store.run_id, name="pldr", certified=True)
+
+
+def test_one_bundle_registered_by_several_at_once_is_one_version(
+    store: SimpleNamespace, make_bundle: Make, at_once: Callable[..., list[dict[str, str]]]
+) -> None:
+    good = make_bundle("good")
+    where = {"tracking_uri": store.uri, "run_id": store.run_id, "name": "pldr", "certified": True}
+    found = at_once(lambda turn, number: register(good, **where), processes=3)
+    assert [one["version"] for one in found] == ["1"] * 3
+    assert [str(one.version) for one in store.client.search_model_versions("name = 'pldr'")] == ["1"]
+    assert str(store.client.get_model_version_by_alias("pldr", "certified").version) == "1"

@@ -1,12 +1,19 @@
-"""Stage `validate`: the SDPA twin that its page shows."""
+"""Stage `validate`: the SDPA twin that its page shows, and its ranks."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from pipeline.config.run import RunConfig
+from pipeline.distributed import free_port
 from pipeline.io.storage import publish_json
 from pipeline.stages.validate import _twin
 
@@ -26,3 +33,24 @@ def test_the_twin_is_shown_and_marked_when_its_prompts_differ(
     assert found["loss"] == certificate["measures"]["losses"]["block"] and "over the same prompts" in found["note"]
     publish_json(target, {**certificate, "prompts": {**certificate["prompts"], "sha256": "0" * 64}})
     assert "cannot be compared" in twin(twin=str(tmp_path))["note"]
+
+
+def test_a_rank_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """It waits for a second rank that never comes; killed, its parent would leave it to write the certificate later."""
+    config = {"name": "x", "run_dir": str(tmp_path), "data": {"sources": ["x.txt"]},
+              "model": {"vocab_size": 9, "num_layers": 1, "num_heads": 1, "head_dim": 4, "context_length": 8}}  # fmt: skip
+    (tmp_path / "job.json").write_text(json.dumps({"schema_version": 1, "config": config}))
+    environment = {
+        **os.environ,
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    command = [sys.executable, "-m", "pipeline.stages.validate", str(tmp_path / "job.json")]
+    with subprocess.Popen(command, env={**environment, "PLDR_PARENT_PIPE": "1"}, stdin=subprocess.PIPE) as rank:
+        with pytest.raises(subprocess.TimeoutExpired):
+            rank.wait(3)
+        assert rank.stdin is not None
+        rank.stdin.close()
+        assert rank.wait(60) == 1

@@ -267,6 +267,15 @@ def test_without_a_folder_for_stamps_every_rank_checks(tmp_path: Path, caplog: p
     assert len(calls) == 2 and "each rank checks for itself" in caplog.text
 
 
+def test_without_any_folder_of_the_user_every_rank_checks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    calls: list[int] = []
+    Stamps("job").once("shard", lambda: calls.append(1))
+    assert calls == [1] and "/proc/nowhere/pldr: cannot be used as the cache" in caplog.text
+
+
 def test_stamps_of_old_jobs_are_removed(tmp_path: Path) -> None:
     Stamps("old", tmp_path).once("shard", lambda: None)
     old = next((tmp_path / "stamps").iterdir())
