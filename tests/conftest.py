@@ -16,6 +16,9 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # these tests are for a CPU, also on a machine with GPUs
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+ROOT = Path(__file__).resolve().parents[1]
+# Workers are modules of `tests`, and children do not look for modules in the working directory (pipeline/environment.py).
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # Fixtures that several folders share.
 pytest_plugins = [
@@ -28,8 +31,6 @@ pytest_plugins = [
     "tests.helpers.ranks",
     "tests.helpers.runs",
 ]
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")

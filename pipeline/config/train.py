@@ -154,7 +154,7 @@ class TrainConfig(Section):
     @property
     def decay_begins(self) -> int:
         """With schedule wsd: the first step, from 0, after which the rate is below max_lr."""
-        return self.steps - round(self.decay_share * self.steps)
+        return self.steps - max(1, round(self.decay_share * self.steps))
 
     @property
     def metric_decay(self) -> float:

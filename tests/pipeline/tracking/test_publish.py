@@ -143,8 +143,9 @@ def test_training_does_not_wait_for_removals(tmp_path):
     caller.start()
     caller.join(5)
     assert not caller.is_alive() and len(format.committed(folder)) == 3
-    with open(state, "r+b", buffering=0):  # the disk answers: there is nothing in the file
-        state.rename(folder / "pipe")
+    state.rename(folder / "pipe")  # before the removal goes on, which removes it
+    with open(folder / "pipe", "r+b", buffering=0):  # the disk answers: there is nothing in the file
+        pass
     wait_for(lambda: [c.name for c in format.committed(folder)] == ["step-000002", "step-000003"])
 
 
