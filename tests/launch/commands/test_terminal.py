@@ -133,7 +133,7 @@ def test_a_disk_with_room_again_gets_the_count(tmp_path):
 def test_output_that_is_gone_is_silence(repository, tmp_path, to):
     """The exit code is the command's own, and there is no traceback."""
     config = repository / "configs" / "quickstart.yaml"
-    line = f'cd "$0"; {{ "$1" -m launch.cli plan "$2" --json; echo $? > code; }} {to}'
+    line = f'cd "$0"; {{ "$1" -m launch.cli plan "$2" --devices 8 --json; echo $? > code; }} {to}'
     words = ["bash", "-c", line, str(tmp_path), sys.executable, str(config)]
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
     assert (tmp_path / "code").read_text() == "0\n" and done.stderr == ""
@@ -143,7 +143,7 @@ def test_a_closed_stdout_is_not_taken_by_a_file_of_ours(repository, tmp_path):
     """Else what a library prints would be written into it."""
     code = (
         "import os, sys; from launch.cli import main\n"
-        "main(['plan', sys.argv[1]]); os.write(1, b'x' * 9)\n"
+        "main(['plan', sys.argv[1], '--devices', '8']); os.write(1, b'x' * 9)\n"
         "print(os.readlink('/proc/self/fd/1'), file=sys.stderr)"
     )
     words = [

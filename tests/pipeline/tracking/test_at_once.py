@@ -75,6 +75,7 @@ def test_a_new_store_is_complete_or_not_there(tmp_path, at_once, empty_store):
     assert at_once(make, processes=3) == [tables(empty_store)] * 3
 
 
+@pytest.mark.slow
 def test_models_versions_and_an_alias_of_several(tmp_path, at_once, empty_store):
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     uri, mlflow = uri_of(tmp_path / "mlflow.db"), None

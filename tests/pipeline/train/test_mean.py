@@ -69,6 +69,7 @@ def test_the_gradient_is_that_of_the_mean_over_targets_of_the_global_batch(two_r
     assert ((ours - right).norm() / right.norm()).item() < 1e-6
 
 
+@pytest.mark.slow
 def test_losses_and_validations_do_not_depend_on_micro_batches_or_ranks(two_ranks, one_rank):
     runs = [run for ranks in (two_ranks, one_rank) for name, run in ranks.items() if name.isdigit()]
     assert len(runs) == 7
@@ -82,6 +83,7 @@ def test_losses_and_validations_do_not_depend_on_micro_batches_or_ranks(two_rank
                 assert run[step][key] == pytest.approx(runs[0][step][key], rel=tolerance, abs=1e-12), (step, key)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_plain_pytorch(one_rank):
     """Step 1 has learning rate 0, so its validation is that of the first weights."""
     model, config = first_model()
@@ -105,14 +107,19 @@ def test_the_numbers_are_those_of_plain_pytorch(one_rank):
     assert scored == np.count_nonzero(held_out()[1:, 1:])
 
 
-def test_bf16_gradients_are_accumulated_in_fp32(two_ranks, one_rank):
+def test_bf16_gradients_are_accumulated_in_fp32(two_ranks):
     """Over 16 micro batches; in bf16 the error is 0.5 %. Stage 0 cannot (docs/compatibility.md)."""
     assert 1e-3 < two_ranks["bf16-0"] < 1e-2
-    assert max(two_ranks["bf16-1"], two_ranks["bf16-2"], two_ranks["bf16-3"], one_rank["bf16-1"]) < 1e-6
+    assert max(two_ranks["bf16-1"], two_ranks["bf16-2"], two_ranks["bf16-3"]) < 1e-6
 
 
-def test_the_mean_g_of_a_freeze_masks_padding(two_ranks, one_rank):
-    assert max(two_ranks["mean_g"], one_rank["mean_g"]) < 1e-6
+def test_the_mean_g_of_a_freeze_masks_padding(two_ranks):
+    assert two_ranks["mean_g"] < 1e-6
+
+
+@pytest.mark.slow
+def test_on_one_rank_too(one_rank):
+    assert max(one_rank["bf16-1"], one_rank["mean_g"]) < 1e-6
 
 
 def test_a_batch_of_padding_alone_is_skipped_and_told_as_that(two_ranks):
