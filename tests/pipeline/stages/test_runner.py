@@ -2,63 +2,13 @@
 
 import json
 import os
-import random
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import yaml
 
-from pipeline.config.load import load_config
-from pipeline.config.paths import RunPaths
-from pipeline.data.inspect.verify import verify
 from pipeline.errors import ConfigError, UserError
-from pipeline.stages.runner import LOCK, Pipeline, exclusive
 from pipeline.stages.train import ranks_on_this_node
 from pipeline.tracking.client import client, tracking_uri
-
-
-def corpus(path, word, documents=40):
-    with open(path, "w") as stream:
-        for number in range(documents):
-            rng = random.Random(f"{word}{number}")
-            words = ["".join(rng.choices("abcdefghijklm", k=rng.randint(2, 6))) for _ in range(200)]
-            text = f"{word} " + " ".join(words)
-            stream.write(json.dumps({"text": text}) + "\n")
-
-
-def no_launch(config, job_file, ranks):
-    raise AssertionError("nothing here trains")
-
-
-@pytest.fixture
-def make(tmp_path):
-    corpus(tmp_path / "corpus.jsonl", "alpha")
-    tree = {
-        "name": "t",
-        "run_dir": str(tmp_path / "run"),
-        "data": {"sources": [{"url": str(tmp_path / "corpus.jsonl")}], "val_fraction": 0.2, "test_fraction": 0.1},
-        "model": {"vocab_size": 320, "num_layers": 1, "num_heads": 1, "head_dim": 4, "context_length": 16},
-        "train": {"steps": 4, "warmup_steps": 1, "global_batch": 4, "micro_batch": 2, "ranks": 2, "precision": "fp32"},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree))
-
-    def make_pipeline(*overrides, launch=no_launch):
-        reported = []
-        return Pipeline(load_config(path, list(overrides)), launch=launch, report=reported.append), reported
-
-    return make_pipeline
-
-
-def data_stages(pipeline, *, replace=False):
-    return {name: pipeline.stage(name, replace=replace)["skipped"] for name in ("shard", "tokenizer", "tokenize")}
-
-
-def files_of(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+from tests.helpers.stages import corpus, data_stages
 
 
 def test_same_inputs_skip_and_changed_inputs_do_not(make, tmp_path):
@@ -72,85 +22,6 @@ def test_same_inputs_skip_and_changed_inputs_do_not(make, tmp_path):
     }
     corpus(tmp_path / "corpus.jsonl", "beta")
     assert not any(data_stages(make("tokens.remainder=pad")[0]).values())
-
-
-@pytest.mark.parametrize(
-    ("stage", "override", "held"),
-    [
-        ("shard", "data.min_characters=5", "documents"),
-        ("tokenizer", "model.vocab_size=330", "a tokenizer"),
-        ("tokenize", "tokens.remainder=pad", "tokens"),
-    ],
-)
-def test_data_of_another_configuration_are_replaced_only_when_that_is_asked_for(make, tmp_path, stage, override, held):
-    data_stages(make()[0])
-    before = files_of(tmp_path / "run")
-    for force in (False, True):
-        with pytest.raises(
-            ConfigError, match=f"holds {held} that another run or configuration made; .*--replace.* lost"
-        ):
-            make(override)[0].stage(stage, force=force)
-    with pytest.raises(ConfigError, match="--replace"):
-        make(override)[0].run()
-    assert files_of(tmp_path / "run") == before
-    assert make(override)[0].stage(stage, replace=True)["skipped"] is False
-
-
-def trained(root, step=4):
-    """As if a model had been trained there."""
-    checkpoint = root / "checkpoints" / f"step-{step:06d}"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "COMMITTED").write_text("x")
-
-
-def test_data_that_a_model_was_trained_with_stay_when_their_source_changes(make, tmp_path):
-    data_stages(make()[0])
-    trained(tmp_path / "run")
-    before = files_of(tmp_path / "run")
-    corpus(tmp_path / "corpus.jsonl", "beta")
-    with pytest.raises(ConfigError, match=r"came of other input.* step-000004 in .* --replace.* neither be resumed"):
-        make()[0].stage("shard")
-    assert files_of(tmp_path / "run") == before
-    assert make()[0].stage("shard", replace=True)["skipped"] is False
-    with pytest.raises(ConfigError, match="--replace"):
-        make()[0].stage("tokenizer")
-
-
-def test_what_is_made_again_is_told_before_also_with_records_that_know_no_settings(make, tmp_path):
-    pipeline = make()[0]
-    data_stages(pipeline)
-    trained(tmp_path / "run")
-    file = tmp_path / "run" / "stages" / "shard.json"
-    record = json.loads(file.read_text())
-    file.write_text(json.dumps({key: value for key, value in record.items() if key not in ("settings", "digest")}))
-    job = {"schema_version": 1, "config": pipeline.config.as_dict()}
-    (tmp_path / "run" / "logs").mkdir(exist_ok=True)
-    (tmp_path / "run" / "logs" / "job.json").write_text(json.dumps(job))
-    corpus(tmp_path / "corpus.jsonl", "beta")
-    pipeline, reported = make()
-    pipeline.stage("shard")
-    said = next(line for line in reported if "makes documents again" in line)
-    assert "the input has changed since; step-000004 in" in said and reported.index(said) == 0
-
-
-def test_data_that_a_model_was_trained_with_can_be_mended(make, tmp_path):
-    data_stages(make()[0])
-    trained(tmp_path / "run")
-    first = files_of(tmp_path / "run" / "tokens")
-    next((tmp_path / "run" / "tokens").glob("train-*.tar")).unlink()
-    assert data_stages(make()[0]) == {"shard": True, "tokenizer": True, "tokenize": False}
-    assert files_of(tmp_path / "run" / "tokens") == first
-
-
-def test_data_of_another_run_in_a_shared_folder_are_not_replaced(make, tmp_path):
-    shared = f"data.output={tmp_path / 'shared'}"
-    make(shared)[0].stage("shard")
-    before = files_of(tmp_path / "shared")
-    corpus(tmp_path / "other.jsonl", "beta")
-    other = (shared, f"run_dir={tmp_path / 'other'}", f"data.sources=[{{url: {tmp_path / 'other.jsonl'}}}]")
-    with pytest.raises(ConfigError, match=r"shared: holds documents that another run .*--replace"):
-        make(*other)[0].stage("shard")
-    assert files_of(tmp_path / "shared") == before
 
 
 def test_a_given_tokenizer_does_not_hide_a_changed_corpus(make, tmp_path):
@@ -237,17 +108,6 @@ def test_a_stage_called_by_name_replaces_a_file_with_a_flipped_bit(make, tmp_pat
     os.utime(tar, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     assert make()[0].stage("tokenize")["skipped"] is False
     assert tar.read_bytes() == intact
-
-
-def test_a_folder_with_other_files_is_no_run_directory(make, tmp_path):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("mine")
-    with (
-        pytest.raises(ConfigError, match="holds files that are no run's"),
-        exclusive(make(f"run_dir={tmp_path / 'home'}")[0].paths, print),
-    ):
-        raise AssertionError("not reached")
-    assert [p.name for p in (tmp_path / "home").iterdir()] == ["thesis.txt"]
 
 
 def test_a_stage_needs_the_one_before(make):
@@ -341,92 +201,3 @@ def test_deepspeeds_json_counts_by_what_it_holds_and_not_by_its_path(make, tmp_p
         return make(f"train.deepspeed={tmp_path / name}")[0].inputs("train")
 
     assert inputs("a.json", '{"a": 1}') == inputs("b.json", '{ "a": 1 }\n') != inputs("b.json", '{"a": 2}')
-
-
-def test_a_process_that_holds_nodes_does_not_wait_for_ever(tmp_path):
-    paths = RunPaths(tmp_path / "run")
-    paths.root.mkdir()
-    holds = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
-    command = [sys.executable, "-c", holds, str(paths.root / LOCK)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        said = []
-        with (
-            pytest.raises(UserError, match="works here; it did not end in 0.1 s"),
-            exclusive(paths, said.append, wait_s=0.1),
-        ):
-            pass
-        assert "waiting for it to end" in said[0]
-        other.communicate("\n")
-    with exclusive(paths, said.append, wait_s=0.1):
-        pass
-
-
-def test_five_that_begin_at_once_in_a_new_run_directory_work_one_after_another(tmp_path, at_once):
-    def work(turn, number):
-        paths, reported = RunPaths(str(tmp_path / f"run{turn}")), []
-        with exclusive(paths, reported.append):
-            inside = paths.root / "inside"
-            inside.touch(exist_ok=False)
-            inside.unlink()
-            (paths.root / f"made-by-{number}").touch()
-        return reported
-
-    reports = at_once(work, rounds=20)
-    assert all(line.endswith("works here; waiting for it to end") for reported in reports for line in reported)
-
-
-def test_whoever_waited_for_a_removed_run_directory_begins_anew(make, tmp_path, at_once):
-    pipeline, root = make()[0], tmp_path / "run"
-
-    def work(turn, number):
-        if number == 0:
-            with exclusive(pipeline.paths, print):
-                (tmp_path / "begun").touch()
-                while not (tmp_path / "waiting").exists():
-                    pass
-                shutil.rmtree(root)
-            return None
-        while not (tmp_path / "begun").exists():
-            pass
-        with exclusive(pipeline.paths, lambda line: (tmp_path / "waiting").touch()):
-            return (root / ".lock").exists()
-
-    assert at_once(work, processes=2) == [None, True]
-
-
-def test_a_folder_for_documents_has_one_writer_and_the_others_are_told(make, tmp_path, at_once):
-    folder = tmp_path / "shared" / "documents"
-
-    def shard(turn, number):
-        pipeline = make(f"run_dir={tmp_path}/run{turn}.{number}", f"data.output={folder}")[0]
-        with exclusive(pipeline.paths, print):
-            try:
-                return "done" if pipeline.stage("shard") else None
-            except UserError as error:
-                return str(error)
-
-    said = at_once(shard)
-    assert said.count("done") == 1, said
-    told = ("writes documents there; wait for it, or name another folder in data.output", "that another run or")
-    assert all(any(words in one for words in told) for one in said if one != "done"), said
-    assert verify(f"{folder}", None, print)["documents"]["files"]
-
-
-def test_a_run_that_begins_while_another_looks_at_its_new_directory_is_no_foreign_one(tmp_path, monkeypatch):
-    """The other one makes its lock, then its files, between two looks of ours."""
-    root, listing = tmp_path / "run", Path.iterdir
-
-    def begun_meanwhile(folder):
-        (root / ".lock").touch()
-        (root / "logs").mkdir(exist_ok=True)
-        return listing(folder)
-
-    monkeypatch.setattr(Path, "iterdir", begun_meanwhile)
-    with exclusive(RunPaths(str(root)), print):
-        pass
-    monkeypatch.undo()
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match="no run's"), exclusive(RunPaths(str(tmp_path / "foreign")), print):
-        pass
