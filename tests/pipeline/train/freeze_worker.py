@@ -1,7 +1,6 @@
 """One rank of test_freeze.py. Usage: freeze_worker.py FOLDER STAGES PRECISION. Rank 0 writes FOLDER/result.json."""
 
 import gc
-import json
 import sys
 import weakref
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.config.train import FreezeConfig
 from pipeline.train.engine import init_distributed, release
 from pipeline.train.freeze import freeze
 from pldr_model.model import PLDRModel, g_shape
+from tests.helpers.worker import finish
 from tests.pipeline.train.zero_worker import configuration, run, with_train
 
 SWITCH = 4
@@ -106,10 +106,7 @@ def main() -> None:
         "moved": bool(state.tensor("layers.0.attention.plga.G_LM", MOMENTS[0]).any()),
     }  # fmt: skip
     results["by_order"] = run(by_order, held_out).points
-    if dist.get_rank() == 0:
-        (folder / "result.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(folder, results)
 
 
 if __name__ == "__main__":

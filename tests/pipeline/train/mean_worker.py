@@ -7,7 +7,6 @@ refuses fp64: plain attention, whose gradient is well-conditioned, in fp32.
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from pipeline.train.step import global_step
 from pipeline.train.telemetry import Stopwatch
 from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel
+from tests.helpers.worker import finish
 from tests.pipeline.train.zero_worker import Batches, configuration, make_trainer, with_train
 
 CPU = torch.device("cpu")
@@ -141,10 +141,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             torch.save(found, folder / f"gradient-{stage}.pt")
         results[f"bf16-{stage}"] = bf16_error(folder, stage, accumulation=16)
-    if dist.get_rank() == 0:
-        (folder / "result.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(folder, results)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pipeline.train.signals import StopRequest
 from pipeline.train.step import global_step
 from pipeline.train.telemetry import Stopwatch
 from pldr_model.model import PLDRModel
+from tests.helpers.worker import finish
 from tests.pipeline.train.zero_worker import Batches, configuration, with_train
 
 # In bf16 a loss has to fall far to exceed round-off; in fp32 round-off grows with every step.
@@ -68,10 +69,7 @@ def main() -> None:
         gc.collect()
         if dist.get_rank() == 0:
             print(cell, results[-1], flush=True)
-    if dist.get_rank() == 0:
-        (folder / "result.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(folder, results)
 
 
 if __name__ == "__main__":

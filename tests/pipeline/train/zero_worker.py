@@ -3,7 +3,6 @@
 Usage: zero_worker.py FOLDER STAGES(comma-separated) PRECISION. Rank 0 writes FOLDER/result.json.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.train.engine import init_distributed
 from pipeline.train.state import Lineage
 from pipeline.train.trainer import Trainer
+from tests.helpers.worker import finish
 
 STEPS = 6
 
@@ -198,10 +198,7 @@ def main() -> None:
     watched = with_train(watched, profile_steps=(2, 3), staging=str(folder / "nvme"))
     Batches.slow = {1: 0.1}
     results["watched"] = run(watched, held_out).points
-    if dist.get_rank() == 0:
-        (folder / "result.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(folder, results)
 
 
 if __name__ == "__main__":
