@@ -39,36 +39,39 @@ class Finding:
 
 def preflight(config: RunConfig, *, done: Collection[str] = ()) -> list[Finding]:
     """Every finding about a run. done: its stages that are complete."""
-    text_bytes = [0]
-    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = []
-    if "shard" not in done:
-        checks.append(("sources", lambda: _sources(config, text_bytes)))
-    if "tokenizer" not in done:
-        checks.append(("tokenizer", lambda: _tokenizer(config)))
-    if "train" not in done:
-        checks += [
-            ("batch", lambda: _batch(config)),
-            ("memory", lambda: _memory(config)),
-            ("budget", lambda: _budget(config)),
-        ]
-    checks += [("disk", lambda: _disk(config, text_bytes[0], done)), ("MLflow", lambda: _mlflow(config))]
     found: list[Finding] = []
-    for about, check in checks:
+
+    def check(about: str, work: Callable[[], Iterator[Finding]]) -> None:
         try:
-            found += check()
+            found.extend(work())
         except (UserError, OSError) as error:
             found.append(Finding(about, "FAIL", str(error)))
+
+    text_bytes = 0
+    if "shard" not in done:
+        try:
+            files, text_bytes = _files_and_text(config)
+            found.append(Finding("sources", "ok", f"{files:,} files, about {_size(text_bytes)} of text"))
+        except (UserError, OSError) as error:
+            found.append(Finding("sources", "FAIL", str(error)))
+    if "tokenizer" not in done:
+        check("tokenizer", lambda: _tokenizer(config))
+    if "train" not in done:
+        check("batch", lambda: _batch(config))
+        check("memory", lambda: _memory(config))
+        check("budget", lambda: _budget(config))
+    check("disk", lambda: _disk(config, text_bytes, done))
+    check("MLflow", lambda: _mlflow(config))
     return found
 
 
-def _sources(config: RunConfig, text_bytes: list[int]) -> Iterator[Finding]:
-    """Also sets text_bytes to the estimated bytes of text."""
+def _files_and_text(config: RunConfig) -> tuple[int, int]:
+    """The number of files that the sources name, and estimated bytes of text in them."""
     from pipeline.data.readers.sources import list_sources
     from pipeline.data.readers.units import plan_units
 
     files = list_sources(config.data.sources, outputs=[config.run_dir]).files
-    text_bytes[0] = sum(unit.size for unit in plan_units(files))
-    yield Finding("sources", "ok", f"{len(files):,} files, about {_size(text_bytes[0])} of text")
+    return len(files), sum(unit.size for unit in plan_units(files))
 
 
 def _tokenizer(config: RunConfig) -> Iterator[Finding]:
