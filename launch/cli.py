@@ -99,9 +99,8 @@ def _run(arguments: argparse.Namespace, display: Display) -> int:
     except Exception:
         if not stop_signals.names:
             raise
-        return interrupted(
-            stop_signals.names[0]
-        )  # an import that was cut may be tried again, and fail otherwise (numpy)
+        # An import that was cut may be tried again, and fail otherwise (numpy).
+        return interrupted(stop_signals.names[0])
     if arguments.json:
         display.result(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
     return exit_code

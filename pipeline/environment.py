@@ -63,10 +63,8 @@ def _search_path(environment: MutableMapping[str, str]) -> None:
     if "" in given and (here := os.getcwd()) not in entries:
         sys.path[1:] = [entry for entry in sys.path[1:] if entry != here]
     root = str(Path(__file__).parents[1])
-    if sys.path[0] == root and root not in (
-        *sys.path[1:],
-        *entries,
-    ):  # `python -m launch.cli` in a checkout
+    # `python -m launch.cli` in a checkout
+    if sys.path[0] == root and root not in (*sys.path[1:], *entries):
         entries.append(root)
     environment["PYTHONSAFEPATH"] = "1"
     if entries:

@@ -13,10 +13,12 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.errors import UserError
 
 ANSWER_S = 120.0  # squeue itself gives up earlier; a hanging file system or plugin does not
+SURE = 3  # looks in a row with a reason that never passes: the scheduler changes its mind while nodes boot
 TAIL_BYTES = 100_000  # of a job's output
 ENDED = {
     "BOOT_FAIL",
@@ -105,9 +107,15 @@ def never_starts(reason: str) -> bool:
     return _NEVER.match(reason) is not None
 
 
-def is_held(reason: str) -> bool:
-    """Whether it waits for `scontrol release`."""
-    return _HELD.search(reason) is not None
+def release_hint(job: str, reason: str) -> str:
+    """What to do about a held job; empty for another reason."""
+    return f"; it is held: scontrol release {job}" if _HELD.search(reason) else ""
+
+
+def give_up(name: str, jobs: Sequence[str], reason: str, fixes: Mapping[str, str]) -> NoReturn:
+    """Cancel jobs that can never start. Raises UserError with the reason and the fix."""
+    cancel(jobs)
+    raise UserError(f"{name} can never start ({reason}) and was canceled; {fix_of(reason, fixes)}")
 
 
 def fix_of(words: str, fixes: Mapping[str, str]) -> str:
@@ -118,10 +126,15 @@ def fix_of(words: str, fixes: Mapping[str, str]) -> str:
     return fixes[""]
 
 
+def submit_command(script: Path, arguments: Sequence[str] = ()) -> list[str]:
+    """The command that submits a script and prints the job's id."""
+    return ["sbatch", "--parsable", *arguments, str(script)]
+
+
 def submit(script: Path, arguments: Sequence[str], fixes: Mapping[str, str]) -> str:
     """Submit a script; returns the job's id. Raises UserError with sbatch's words and the fix."""
     try:
-        done = _run(["sbatch", "--parsable", *arguments, str(script)], environment=environment())
+        done = _run(submit_command(script, arguments), environment=environment())
     except FileNotFoundError:
         raise UserError(f"sbatch is not installed here; on a login node of the cluster: sbatch {script}") from None
     if done.returncode:
@@ -171,9 +184,8 @@ def _state_written(output: Path) -> str | None:
             text = stream.read().decode("utf-8", "replace")
     except OSError:
         return None
-    lines = [
-        line for line in text.splitlines() if re.search(r"slurm|oom", line)
-    ]  # the programs' own output does not count
+    # The programs' own output does not count.
+    lines = [line for line in text.splitlines() if re.search(r"slurm|oom", line)]
     for state, pattern in _WRITTEN.items():
         if any(re.search(pattern, line, re.IGNORECASE) for line in lines):
             return state

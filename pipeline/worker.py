@@ -12,8 +12,7 @@ the rank that was waited for.
 
 from __future__ import annotations
 
-from pipeline.train.signals import PARENT_PIPE as PARENT_PIPE
-from pipeline.train.signals import STOP, StopRequest
+from pipeline.train.signals import PARENT_PIPE, STOP, StopRequest
 
 if __name__ == "__main__":
     STOP.listen()  # before the imports below, which take seconds

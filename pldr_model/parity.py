@@ -3,8 +3,8 @@
 A case is a folder with the reference's own `config.json`, `state_dict.safetensors`, `expected.safetensors`
 (logits, losses, deductive outputs, gradients), `trajectory.json` (losses of 12 AdamW steps) and
 `generation.json` (greedy tokens with KV- and G-cache). fp64 cases agree to 1e-9 in everything. In fp32 only
-logits are meant to be judged: gradients are ill-conditioned near the 1e-9 floor of A_LM (the reference's own
-fp32 ones are percents off its fp64 ones).
+logits, the loss and greedy tokens are judged (`LIMITS`): gradients are ill-conditioned near the 1e-9 floor of
+A_LM (the reference's own fp32 ones are percents off its fp64 ones).
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ _FILES = (
 )
 
 
-# Largest differences that rounding explains. In fp32 the deductive outputs and gradients differ with the order of sums, powers
-# A_LM ** P magnify it, and a trajectory more so: only what a user sees is judged.
+# Largest differences that rounding explains, by precision. In fp32 only what a user sees is judged (see above).
 LIMITS: dict[torch.dtype, dict[str, float]] = {
     torch.float64: dict.fromkeys(
         ("logits", *DeductiveOutputs._fields, "loss", "total_loss", "dag", "gradients", "trajectory", "cached_logits"),

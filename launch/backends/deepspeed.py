@@ -30,7 +30,8 @@ from pipeline.errors import Stopped, UserError
 from pipeline.io import storage
 from pipeline.stages.runner import Pipeline, exclusive
 from pipeline.train import signals
-from pipeline.worker import ENVIRONMENT_FILE, PARENT_PIPE
+from pipeline.train.signals import PARENT_PIPE
+from pipeline.worker import ENVIRONMENT_FILE
 
 PORT_TAKEN = "EADDRINUSE"
 RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]
@@ -41,10 +42,8 @@ def launch(config: RunConfig, job_file: Path, ranks: int, *, report: Report) -> 
 
     Raises Stopped and UserError as `run_job` does.
     """
-    environment = {
-        **rank_environment(ranks),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }  # a shell may name an interface for other hosts
+    # A shell may name an interface for other hosts.
+    environment = rank_environment(ranks) | {"GLOO_SOCKET_IFNAME": "lo"}
     log_file = RunPaths(config.run_dir).logs / "train.log"
 
     def run() -> None:

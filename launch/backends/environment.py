@@ -6,15 +6,15 @@ import os
 
 from pipeline.distributed import has_gpu
 from pipeline.environment import omp_threads, without_other_jobs
-from pipeline.train.signals import HEAD_FILE
-from pipeline.worker import ENVIRONMENT_FILE, PARENT_PIPE, VISIBLE_DEVICES
+from pipeline.train.signals import HEAD_FILE, PARENT_PIPE
+from pipeline.worker import ENVIRONMENT_FILE, VISIBLE_DEVICES
 
-ANOTHER_STARTS = (HEAD_FILE, ENVIRONMENT_FILE, VISIBLE_DEVICES)
+SET_AT_A_START = (HEAD_FILE, ENVIRONMENT_FILE, VISIBLE_DEVICES)  # by an outer pldr, for its own ranks
 
 
 def rank_environment(ranks: int) -> dict[str, str]:
     """The environment of ranks on this node: this process's without those of other jobs, and what makes a CPU node work."""
-    environment = {k: v for k, v in without_other_jobs(os.environ).items() if k not in ANOTHER_STARTS}
+    environment = {k: v for k, v in without_other_jobs(os.environ).items() if k not in SET_AT_A_START}
     environment |= {
         PARENT_PIPE: "1",
         "PYTHONUNBUFFERED": "1",

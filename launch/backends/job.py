@@ -84,7 +84,7 @@ def run_job(
 
     def receive(number: signal.Signals, at_once: bool) -> None:
         if at_once:
-            raise Interrupted(number.name)
+            raise Interrupted(stop_signals.names[0])  # the first is the one that is named
         job.forward(number)  # before anything is printed
         report(f"{number.name}: the ranks save and stop; Ctrl-C after {AGAIN_S:g} s more kills them")
 
@@ -271,7 +271,7 @@ class _Job:
 
 @contextlib.contextmanager
 def stopped_exit_code(exit_code: int) -> Iterator[None]:
-    """A job stopped by a signal exits with this code, also when the signal came while no rank ran (launch/cli.py)."""
+    """Stopped gets this exit code. A signal while no rank runs is Interrupted, for which launch/cli.py has the same code."""
     try:
         yield
     except Stopped as stop:

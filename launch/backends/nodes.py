@@ -105,7 +105,7 @@ def _lead(
         code, message, stopped = job.stopped_code, str(stop), True
         raise
     except KeyboardInterrupt as interrupted:
-        code, message, stopped = job.stopped_code, f"training was stopped by {interrupted} before a step was done", True
+        code, message, stopped = job.stopped_code, f"training was stopped by {interrupted}", True
         raise
     except UserError as error:
         code, message = error.exit_code, str(error)

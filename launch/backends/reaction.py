@@ -24,7 +24,9 @@ class Reaction:
         self._folder = heartbeats
         self._asked = self._since = time.monotonic()
         self._limit_s = LIMIT_S
-        self._seen: dict[int, tuple[int, float | None]] = {}  # rank -> its last beat; when that changed while we looked
+        self._seen: dict[
+            int, tuple[float, float | None]
+        ] = {}  # rank -> its last beat; when that changed while we looked
 
     def overdue(self) -> bool:
         """Whether they have had their time."""

@@ -26,6 +26,7 @@ from launch.backends.scheduled import ScheduledJob, fill_in
 from pipeline import slurm
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
+from pipeline.environment import search_path
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import locks, storage
 from pipeline.stages.train import check as check_training
@@ -34,7 +35,6 @@ PLDR = [sys.executable, "-m", "launch.cli"]
 MARGIN_S = 120  # Slurm sends its signal up to a minute early, and ranks take a while to start
 LOOK_S = 15.0  # after submission, for the first reason why the job waits
 POLL_S = 1.0
-SURE = 3  # looks in a row with a reason that never passes
 SUBMITTED = "slurm.json"  # in logs/: the job that was submitted last
 SET_HERE = {"job-name", "nodes", "ntasks-per-node", "signal", "requeue", "open-mode", "output", "array", "parsable"}
 
@@ -66,7 +66,9 @@ def launch_slurm(
     new = file.with_name(f"{file.name}.new")  # beside it: a refused one must not replace the script of a job
     check(script, new)
     if dry:
-        return dry_run({new: script}, [command(new), ["mv", str(new), str(file)]], slurm.environment(), report=report)
+        return dry_run(
+            {new: script}, [slurm.submit_command(new), ["mv", str(new), str(file)]], slurm.environment(), report=report
+        )
     with _alone(paths):
         _refuse_second(paths, report)
         storage.publish_bytes(new, script.encode())
@@ -115,7 +117,7 @@ def _first_state(job_id: str, fixes: dict[str, str]) -> str:
     """RUNNING, or why the job waits. Raises UserError when it can never start: then it is canceled."""
     state, looks = "PENDING", 0
     end = time.monotonic() + LOOK_S
-    while looks < SURE and time.monotonic() < end:
+    while looks < slurm.SURE and time.monotonic() < end:
         time.sleep(POLL_S)
         try:
             job = next((job for job in slurm.queue() if job.id == job_id), None)
@@ -126,10 +128,8 @@ def _first_state(job_id: str, fixes: dict[str, str]) -> str:
         looks = looks + 1 if state == job.why != "PENDING" else 1
         state = job.why
     if slurm.never_starts(state):
-        slurm.cancel([job_id])
-        fix = slurm.fix_of(state, fixes)
-        raise UserError(f"Slurm job {job_id} can never start ({state}) and was canceled; {fix}")
-    return f"waits ({state})" + (f"; it is held: scontrol release {job_id}" if slurm.is_held(state) else "")
+        slurm.give_up(f"Slurm job {job_id}", [job_id], state, fixes)
+    return f"waits ({state}){slurm.release_hint(job_id, state)}"
 
 
 def _fixes(job: ScheduledJob, options: SlurmOptions) -> dict[str, str]:
@@ -192,7 +192,7 @@ def render(
             "logs": str(logs),
             "checkpoints": str(paths.checkpoints),
             "cwd": os.getcwd(),
-            "python_path": os.environ.get("PYTHONPATH"),
+            "python_path": search_path()["PYTHONPATH"],
             "bin": str(Path(sys.executable).parent),
             "pldr": _inside(PLDR),
             "arguments": _inside(arguments),
@@ -226,8 +226,3 @@ def check(script: str, where: Path) -> None:
     parsed = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     if parsed.returncode:
         raise UserError(f"{where}: not a bash script ({' '.join(parsed.stderr.split())[:200]}); fix the template")
-
-
-def command(script: Path) -> list[str]:
-    """The command that submits it."""
-    return ["sbatch", "--parsable", str(script)]

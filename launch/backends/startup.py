@@ -1,4 +1,4 @@
-"""What ranks do until their first step, told every few seconds: importing libraries, meeting, reading a checkpoint and
+"""What ranks do until their first step, reported every few seconds: importing libraries, meeting, reading a checkpoint and
 compiling can each take minutes, and silence looks like a hang."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Signals that ask `pldr` to stop: SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1, all alike.
 
-`listen` comes before everything else, imports included. From then on a signal is
+`listen` comes before the imports of the command line; only launch/__init__.py runs earlier. From then on a signal is
 
 - kept, while the command line is read, and raised by `begin`;
 - raised as `Interrupted`, while no ranks run: a stage leaves what is complete and goes on at the next start;
@@ -27,8 +27,8 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 AGAIN_S = 3.0
 LIMIT_S = 20.0
-Tell = Callable[[str], object]
-END_S = 0.5  # for what is told at the end
+Announce = Callable[[str], object]  # gets the name of the signal
+END_S = 0.5  # for the last line to be written
 Receive = Callable[[signal.Signals, bool], None]  # the signal; whether everything is to end at once
 
 
@@ -46,7 +46,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.names: list[str] = []
         self._exit_code = 1  # of an end at once
-        self._tell: Tell | None = None
+        self._announce: Announce | None = None
         self._first_at, self._raises, self._raised = 0.0, False, False
         self._receive: Receive | None = None
         self._before: dict[signal.Signals, Any] = {}
@@ -77,9 +77,9 @@ class StopSignals:
             os.close(self._pipe[1])  # its thread ends
             self._before, self._pipe = {}, None
 
-    def begin(self, exit_code: int, tell: Tell) -> None:
-        """Raise from now on, and at once what came before. exit_code, tell: of an end at once; told is the signal's name."""
-        self._raises, self._exit_code, self._tell = True, exit_code, tell
+    def begin(self, exit_code: int, announce: Announce) -> None:
+        """Raise from now on, and at once what came before. exit_code, announce: for an end at once."""
+        self._raises, self._exit_code, self._announce = True, exit_code, announce
         if self.names:
             self._raise()
 
@@ -146,8 +146,8 @@ class StopSignals:
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.kill()
-        if self._tell is not None:
-            self._tell(name)
+        if self._announce is not None:
+            self._announce(name)
         time.sleep(END_S)
         os._exit(self._exit_code)
 

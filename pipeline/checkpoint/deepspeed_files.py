@@ -48,7 +48,7 @@ class _Piece(NamedTuple):
 class ZeroState:
     """A checkpoint's parameters and moments. `shapes`: by name, in the order of the optimizer; `buffers`: the model's;
     `adam_step`: updates that Adam has made; `zero`: DeepSpeed's `zero_optimization` settings; `counters`: its step counts;
-    `usual_optimizer`: not BF16_Optimizer, which older runs had at stage 1 if train.deepspeed set data_types.grad_accum_dtype.
+    `bf16_optimizer`: whether it is BF16_Optimizer's, as of older runs at stage 1 with data_types.grad_accum_dtype.
 
     Raises UserError naming the folder or file that is missing, damaged, holds more than tensors, or is of an unknown layout.
     """
@@ -59,7 +59,7 @@ class ZeroState:
             raise UserError(f"{folder}: no such folder; this checkpoint has no weights: name another one")
         self._pieces: dict[str, list[_Piece]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.usual_optimizer = True
+        self.bf16_optimizer = False
         steps: set[float] = set()
         try:
             model = _model_states(folder)
@@ -73,7 +73,7 @@ class ZeroState:
             else:
                 groups = [{n: tuple(shape) for n, shape in group.items()} for group in model["param_shapes"]]
                 self.shapes = {name: shape for group in groups for name, shape in group.items()}
-                self.usual_optimizer = "zero_stage" in partitions[0]
+                self.bf16_optimizer = "zero_stage" not in partitions[0]
                 stage = int(partitions[0].get("zero_stage", 1))
                 read = self._read_stage_3 if stage == 3 else self._read_stages_1_2
                 for partition in partitions:

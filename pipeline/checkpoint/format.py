@@ -125,8 +125,8 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 def removed(checkpoint: Path) -> UserError:
     """The error of whoever reads a checkpoint that its own run removes meanwhile, as its retention says."""
     return UserError(
-        f"{checkpoint}: was removed while it was read, because its run goes on; name a newer one, or one that is kept "
-        "(train.keep_checkpoints, train.keep_every)"
+        f"{checkpoint}: was removed while it was read, because its run is still training; name a newer one, or one that is "
+        "kept (train.keep_checkpoints, train.keep_every)"
     )
 
 
@@ -201,7 +201,7 @@ def adopt(checkpoint: Path, folder: Path, *, mlflow_run_id: str) -> Path:
         raise UserError(
             f"{folder}: {checkpoint} could not be copied: {error}; free some space or fix the disk"
         ) from error
-    if not _is_whole(staging):
+    if not _is_complete(staging):
         shutil.rmtree(staging, ignore_errors=True)
         raise removed(checkpoint)
     (staging / COMMITTED).unlink()
@@ -217,7 +217,7 @@ def adopt(checkpoint: Path, folder: Path, *, mlflow_run_id: str) -> Path:
     return folder / checkpoint.name
 
 
-def _is_whole(copy: Path) -> bool:
+def _is_complete(copy: Path) -> bool:
     """Whether every file of a checkpoint was still there when it was copied."""
     if not (copy / COMMITTED).is_file() or not (copy / storage.MANIFEST).is_file():
         return False

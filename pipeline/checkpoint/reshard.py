@@ -29,7 +29,7 @@ def fits(engine: Any, old: ZeroState, *, world_size: int, precision: str, curren
     world_size, precision: of the job that saved it; current: this job's precision.
     """
     same_ranks = world_size == dist.get_world_size()
-    same_zero = old.zero == engine.config["zero_optimization"] and old.usual_optimizer
+    same_zero = old.zero == engine.config["zero_optimization"] and not old.bf16_optimizer
     return bool(same_ranks and precision == current and same_zero)
 
 

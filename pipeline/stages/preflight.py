@@ -1,7 +1,7 @@
 """What can be known before anything starts: `pldr check`, and the first act of `pldr run`.
 
-Every finding is told at once, each with its fix, in two seconds: nothing is read but names and sizes, and what takes longer is
-left to the stages, which check it again. What a finished stage needed is not asked for.
+All findings are reported together, each with its fix. It must be quick: no document is read, and what takes longer is left to
+the stages, which check it again. What a finished stage needed is not asked for.
 """
 
 from __future__ import annotations
@@ -48,12 +48,14 @@ def preflight(config: RunConfig, *, done: Collection[str] = ()) -> list[Finding]
             found.append(Finding(about, "FAIL", str(error)))
 
     text_bytes = 0
+
+    def sources() -> Iterator[Finding]:
+        nonlocal text_bytes
+        files, text_bytes = _files_and_text(config)
+        yield Finding("sources", "ok", f"{files:,} files, about {_size(text_bytes)} of text")
+
     if "shard" not in done:
-        try:
-            files, text_bytes = _files_and_text(config)
-            found.append(Finding("sources", "ok", f"{files:,} files, about {_size(text_bytes)} of text"))
-        except (UserError, OSError) as error:
-            found.append(Finding("sources", "FAIL", str(error)))
+        check("sources", sources)
     if "tokenizer" not in done:
         check("tokenizer", lambda: _tokenizer(config))
     if "train" not in done:
@@ -132,7 +134,8 @@ def _budget(config: RunConfig) -> Iterator[Finding]:
 
 
 def _disk(config: RunConfig, text_bytes: int, done: Collection[str]) -> Iterator[Finding]:
-    """Space for every stage that is left, on the disk that it writes to."""
+    """Space for the stages that are left, on the disks that they write to. Tokens count only while `shard` is left, too: the
+    size of the text is known from its sources."""
     paths = RunPaths(config.run_dir)
     weights = 4 * config.model.num_parameters()["total"]
     token = 2 if config.model.vocab_size <= 1 << 16 else 4

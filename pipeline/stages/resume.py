@@ -127,7 +127,7 @@ def _checkpoint_in(path: Path, report: Report) -> Path:
         return path
     folders, seen = [path, path / "checkpoints"], set[Path]()
     while found := [c for folder in folders for c in reversed(committed(folder)) if c not in seen]:
-        for candidate in found:  # its run may go on: then there are others afterwards
+        for candidate in found:  # if its run is still training, there may be newer ones by then
             try:
                 verify(candidate)
                 return candidate

@@ -2,9 +2,9 @@
 
 A stage that finished leaves a record `stages/NAME.json`: a digest of its inputs (the configuration it reads and the
 results of the stages before), the names, sizes and hashes of its output files, its result and the seconds it took. It is
-skipped when the inputs are today's and the outputs are still there. It carries a digest of all but the outputs, which are
-compared with the files. Without a record, what a killed stage left is made again
-(the stages themselves keep what is safe to keep).
+skipped when the inputs are today's and the outputs are still there. The record carries a digest of all but the outputs,
+which are compared with the files. Without a record, what a killed stage left is made again (the stages themselves keep what
+is safe to keep).
 """
 
 from __future__ import annotations

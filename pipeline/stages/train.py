@@ -5,7 +5,6 @@ The work is done by `pipeline.worker` on every rank; starting those is the launc
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,9 +224,7 @@ def _wait_for_old_ranks(paths: RunPaths) -> None:
     Raises UserError after 30 s: ranks that still run are a job that must not be disturbed."""
     paths.logs.mkdir(parents=True, exist_ok=True)
     with open(paths.logs / TRAINING_LOCK, "a+", encoding="utf-8") as stream:
-        for _ in range(100):
-            if locks.lock(stream):
-                return
-            time.sleep(0.3)
+        if locks.lock_within(stream, 30.0):
+            return
         holder = locks.lock_holder(stream)
     raise UserError(f"{paths.root}: process {holder} trains here; wait for it or stop it")

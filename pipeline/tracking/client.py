@@ -100,8 +100,8 @@ def is_unreachable(uri: str, error: Exception) -> bool:
 
 
 def contended(action: Callable[[], Result]) -> Result:
-    """The result of a change of what several jobs share, such as an alias. MLflow looks first and writes then, so of several
-    that begin at once it refuses all but one; those are repeated."""
+    """The result of changing something that several jobs share, such as an alias. MLflow checks first and writes afterwards,
+    so of several jobs at once all but one are refused; those are retried."""
     for attempt in range(ATTEMPTS - 1):
         try:
             return action()

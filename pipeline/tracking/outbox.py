@@ -29,7 +29,7 @@ from pipeline.tracking.run_record import RUN_FILE
 
 log = logging.getLogger(__name__)
 
-CHANGING = ".pending.lock"  # in the run directory: held by whoever changes the next
+CHANGING = ".pending.lock"  # in the run directory: held while pending.json is read or changed
 PENDING = "pending.json"  # in logs/
 DAMAGED = "pending.json.damaged"  # a damaged one, set aside
 OLD_PENDING = "owed.json"  # its name until November 2026: still read, then replaced
@@ -148,7 +148,7 @@ def leave(config: RunConfig, paths: RunPaths) -> None:
         if client(run.uri).get_run(run.record.run_id).info.status == "RUNNING":
             mark(run, "KILLED")
     except Exception as error:
-        log.warning("MLflow was not told that the run has ended: %s", first_line(error))
+        log.warning("the end of the run could not be reported to MLflow: %s", first_line(error))
 
 
 def set_tags(run: TrackedRun, tags: dict[str, str]) -> None:
@@ -193,15 +193,11 @@ def evidence(paths: RunPaths) -> Evidence:
 def keep_evidence(paths: RunPaths, *, before: Evidence) -> None:
     """What is new in the evidence or was changed since `before` is sent with the run's end."""
     new = [file for file, facts in evidence(paths).items() if before.get(file) != facts]
-    if new:
-        in_profiles = paths.profiles
-        _defer(
-            paths,
-            files={
-                str(file): f"profile/{file.parent.name}" if file.is_relative_to(in_profiles) else "failure"
-                for file in new
-            },
-        )
+    folders = {
+        str(file): f"profile/{file.parent.name}" if file.is_relative_to(paths.profiles) else "failure" for file in new
+    }
+    if folders:
+        _defer(paths, files=folders)
 
 
 def replay(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
@@ -302,7 +298,8 @@ def _file(paths: RunPaths, kept: str) -> Path:
 
 def _flush(run: TrackedRun, mlflow_id: str) -> bool:
     """Send what is pending. Returns whether MLflow took all of it."""
-    pending = Pending.read(run.paths)
+    with locked(run.paths.root / CHANGING):  # reading sets a damaged file aside
+        pending = Pending.read(run.paths)
     try:
         mlflow = client(run.uri)
         for path, folder in pending.files.items():

@@ -14,8 +14,9 @@ Its oddities, explained once (measured on DeepSpeed 0.19.8):
   last: a tenth of the step of a small model on a CPU. On a GPU the copies save memory and are left as they are.
 - bf16 at stage 0 runs through a wrapper whose Adam step count is off by one after a resume, and which cannot accumulate in
   fp32: use stage 1.
-- With gradients accumulated in fp32, bf16 at stage 1 gets another optimizer (BF16_Optimizer), whose checkpoints the usual one
-  cannot load. The usual one can do it too (it does with offload), and the sums are the same, so it is always that.
+- With gradients accumulated in fp32, bf16 at stage 1 gets another optimizer (BF16_Optimizer), whose checkpoints the ZeRO
+  optimizer cannot load. That one supports fp32 accumulation too (it is used with offload) and gives the same sums, so it is
+  used always.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ OURS = {  # DeepSpeed keys that our configuration sets, and where
     "scheduler": "train.schedule and train.warmup_steps",
     "activation_checkpointing": "train.activation_checkpointing",
 }
-# Sums of bf16 gradients over micro batches and ranks. In bf16 their error is 0.4 % over 8 micro batches, 0.9 % over 64.
+# Sums of bf16 gradients over micro batches and ranks. In bf16 their error grows with the number of micro batches
+# (docs/compatibility.md).
 WIDE_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 
 
@@ -65,8 +67,9 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
     """
     assert not isinstance(train.deepspeed, str), "load_config puts the keys in place of their file's name"
     own: dict[str, Any] = dict(train.deepspeed or {})
-    if not isinstance(own.get("zero_optimization", {}), dict):
-        raise ConfigError("train.deepspeed: zero_optimization must be a mapping of DeepSpeed's keys")
+    for key in ("zero_optimization", "data_types"):
+        if not isinstance(own.get(key, {}), dict):
+            raise ConfigError(f"train.deepspeed: {key} must be a mapping of DeepSpeed's keys")
     for key, ours in OURS.items():
         if key in own:
             raise ConfigError(f"train.deepspeed: {key} is set by {ours}; remove it there")
@@ -168,7 +171,7 @@ def build_engine(model: PLDRModel, train: TrainConfig, world_size: int) -> Any:
     if train.compile:  # by layer: one graph for all of them, and ZeRO-3's hooks stay outside
         for layer in model.layers:
             layer.compile()
-    with _usual_optimizer():
+    with _without_bf16_optimizer():
         engine, _, _, _ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, train), config=deepspeed_config(train, world_size)
         )
@@ -177,8 +180,8 @@ def build_engine(model: PLDRModel, train: TrainConfig, world_size: int) -> Any:
 
 
 @contextlib.contextmanager
-def _usual_optimizer() -> Iterator[None]:
-    """Inside, bf16 at stage 1 gets DeepSpeed's usual optimizer also when gradients are accumulated in fp32."""
+def _without_bf16_optimizer() -> Iterator[None]:
+    """Inside, bf16 at stage 1 gets DeepSpeed's ZeRO optimizer even when gradients are accumulated in fp32."""
     from deepspeed.runtime import engine
 
     choose = engine.DeepSpeedEngine._do_optimizer_sanity_check

@@ -100,10 +100,16 @@ def beats(folder: Path) -> dict[int, dict[str, Any]]:
     found = {}
     for file in folder.glob("rank-*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            written = file.stat().st_mtime_ns
-            record = json.loads(file.read_text())
-            found[int(record["rank"])] = {**record, "written": written, "phase": str(record["phase"])}
+            record = _load(file)
+            found[int(record["rank"])] = {**record, "phase": str(record["phase"])}
     return found
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """A heartbeat; "written": when its file was, in seconds by the file system's clock."""
+    with open(file, encoding="utf-8") as stream:
+        record: dict[str, Any] = json.load(stream)
+        return record | {"written": os.fstat(stream.fileno()).st_mtime}
 
 
 def blame(folder: Path, job: str, *, me: int, world: int, closed: bool = False) -> str:
@@ -169,8 +175,7 @@ def _write(folder: Path, rank: int, record: dict[str, Any]) -> None:
 
 def _read(folder: Path, rank: int, job: str) -> dict[str, Any] | None:
     try:
-        with open(_file(folder, rank), encoding="utf-8") as stream:
-            record = json.load(stream) | {"written": os.fstat(stream.fileno()).st_mtime}
+        record = _load(_file(folder, rank))
         return record if record["job"] == job else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

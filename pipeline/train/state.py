@@ -51,7 +51,7 @@ class TrainState:
 
     sequences_consumed: the position in the data order. It includes sequences_left_out: those that could not be read, and
     those that a rollback skipped.
-    tokens_consumed: targets trained on, without padding. Older checkpoints counted padding too; the count goes on from there.
+    tokens_consumed: targets trained on, without padding. Older checkpoints counted padding too; the count continues from there.
     val_loss_cached: of the newest validation, at val_step; None before the first one and when it is not finite.
     """
 

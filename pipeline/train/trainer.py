@@ -207,11 +207,13 @@ class Trainer:
 
     def _stop_is_asked(self) -> bool:
         """Whether a rank was asked to stop, so that validation ends; not after the last step, which no start follows."""
-        if self.stopped is None and self.state.step < self.settings.steps:
+        if self.state.step == self.settings.steps:
+            return False
+        if self.stopped is None:
             flags = torch.tensor(self.stop.flags(), dtype=torch.float64).to(self.device)
             dist.all_reduce(flags)
             self.stopped = signal_name(flags.tolist())
-        return self.stopped is not None and self.state.step < self.settings.steps
+        return self.stopped is not None
 
     def _saves_now(self) -> bool:
         due = self.state.step % self.settings.checkpoint_every == 0 or self._is_last()

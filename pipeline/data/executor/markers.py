@@ -177,13 +177,8 @@ def _is_intact(work: Path, output: Path | str, rank: int) -> bool:
         read_record(work, STATS, rank)
         files = read_record(work, RECORDS, rank)["files"]
         return all(_is_unchanged(join(output, name), facts) for name, facts in files.items())
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # a UserError is a ValueError: files that cannot be read are made again
+    # A UserError is a ValueError. Files that cannot be read are made again.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

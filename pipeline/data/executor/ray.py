@@ -68,10 +68,8 @@ class RayExecutor(Reporting, RayPipelineExecutor):  # type: ignore[misc]  # data
         self.dump(self.in_process)
         with _connected(self.address), _quiet():
             _check_nodes(self.work)
-            with (
-                _telling_waits(self.work),
-                contextlib.suppress(FileNotFoundError),
-            ):  # in the end it adds up statistics, which failed tasks do not have
+            # In the end it adds up statistics, which failed tasks do not have.
+            with _telling_waits(self.work), contextlib.suppress(FileNotFoundError):
                 self.run()
         raise_error(self.work)
         if missing := self.get_incomplete_ranks(ranks):

@@ -13,7 +13,6 @@ from pipeline.data.executor.progress import tell
 from pipeline.errors import UserError
 
 TELL_SECONDS = 60.0  # between two lines about the same
-SURE = 3  # looks in a row with a reason that never passes: the scheduler changes its mind while nodes boot
 PATIENCE = 60  # looks in a row that squeue may fail: controllers restart
 
 
@@ -40,7 +39,7 @@ class Watch:
             self._failures += 1
             if self._failures == PATIENCE:
                 raise
-            self._say(f"Slurm does not answer, what runs goes on: {error}", same="no answer")
+            self._say(f"Slurm is unreachable, running tasks continue: {error}", same="no answer")
             return None
         self._failures = 0
         self._note_ended(ours)
@@ -59,7 +58,7 @@ class Watch:
             if job.ended and job.element not in self.ended:
                 self.ended[job.element] = job.state
                 if job.state in ("TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL") and self._first(job.state):
-                    tell(f"Slurm job {job.element} ended as {job.state}: {self._ends[job.state]}; the others go on")
+                    tell(f"Slurm job {job.element} ended as {job.state}: {self._ends[job.state]}; the others continue")
 
     def _first(self, state: str) -> bool:
         return list(self.ended.values()).count(state) == 1
@@ -69,12 +68,9 @@ class Watch:
         job = next((job for job in waiting if job.why != "Dependency"), waiting[0])
         again = self._said == job.why
         self._never = (self._never if again else 0) + 1 if slurm.never_starts(job.why) else 0
-        if self._never == SURE:
-            slurm.cancel(sorted(self._ids))
-            raise UserError(
-                f"{self._name} can never start ({job.why}) and was canceled; {slurm.fix_of(job.why, self._fixes)}"
-            )
-        fix = f"; it is held: scontrol release {job.id}" if slurm.is_held(job.why) else ""
+        if self._never == slurm.SURE:
+            slurm.give_up(self._name, sorted(self._ids), job.why, self._fixes)
+        fix = slurm.release_hint(job.id, job.why)
         since = tqdm.format_interval(time.monotonic() - self._quiet_since)
         self._say(f"{self._name} waits ({job.why}) for {since}{fix}", same=job.why)
 

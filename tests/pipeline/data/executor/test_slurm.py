@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from pipeline import slurm as scheduler
 from pipeline.config.data import Slurm
-from pipeline.data.executor import slurm, watch
+from pipeline.data.executor import slurm
 from pipeline.data.executor.jobs import DryRun, Engine
 from pipeline.data.executor.markers import PICKLE_VERSION
 from pipeline.errors import UserError
@@ -183,7 +184,7 @@ class TestSlurm:
         assert len(job(slurm_engine(), tasks=1)) == 1 and published(tmp_path) == expected(1)
         said = capsys.readouterr().err
         assert "Slurm job 40 submitted: 1 tasks" in said and "Slurm job 40 runs" in said
-        assert [said.count(words) for words in ("(PENDING)", "(Priority)", "(Resources)", "does not answer")] == [
+        assert [said.count(words) for words in ("(PENDING)", "(Priority)", "(Resources)", "is unreachable")] == [
             0,
             1,
             1,
@@ -193,7 +194,7 @@ class TestSlurm:
 
     def test_an_array_that_can_never_start(self, job: Callable[..., Any], commands: Path) -> None:
         install(commands, sbatch=QUEUED, squeue=SQUEUE, scancel='echo "$@" > "$(dirname "$0")/canceled"')
-        reasons = ["PENDING|PartitionConfig", *["PENDING|PartitionTimeLimit"] * watch.SURE]
+        reasons = ["PENDING|PartitionConfig", *["PENDING|PartitionTimeLimit"] * scheduler.SURE]
         (commands / "queue").write_text("\n".join(["", "", *reasons, ""]))
         message = r"job 40 can never start .PartitionTimeLimit. and was canceled; lower data.slurm.time .now 24:00:00"
         with pytest.raises(UserError, match=message):
