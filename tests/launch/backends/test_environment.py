@@ -61,3 +61,13 @@ def test_a_port_that_was_taken_in_between_is_tried_again_once(monkeypatch, make_
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
     deepspeed.launch(load_config(make_run(tmp_path)), tmp_path / "job.json", 2, report=said.append)
     assert len(set(ports)) == 2 and "another port" in said[0]
+
+    def taken(command, **options):
+        ports.append(command)
+        raise UserError(deepspeed.PORT_TAKEN)
+
+    ports.clear()
+    monkeypatch.setattr(deepspeed, "run_job", taken)
+    with pytest.raises(UserError, match=deepspeed.PORT_TAKEN):
+        deepspeed.launch(load_config(make_run(tmp_path)), tmp_path / "job.json", 2, report=said.append)
+    assert len(ports) == 2

@@ -139,7 +139,7 @@ def _judge(area: Area, found: dict[str, Any], reference: dict[str, Any]) -> dict
     wrong."""
     if "died" in found:
         return {"outcome": "WRONG", "why": found["died"]}
-    told, refused = False, False
+    told, refused, older = False, False, False
     for done, expected in zip(found["commands"], reference["commands"], strict=True):
         where, lines = done["words"], [x for x in done["err"].splitlines() if x.startswith("pldr: error: ")]
         if "Traceback" in done["err"] or done["code"] not in (0, 1, 2, 3):
@@ -153,13 +153,14 @@ def _judge(area: Area, found: dict[str, Any], reference: dict[str, Any]) -> dict
             continue
         leave_out = VOLATILE if "--prepare" in where else (*VOLATILE, *REMADE)
         ours, theirs = _result(done["out"], leave_out), _result(expected["out"], leave_out)
-        if area.covered and ours != theirs and not refused and "is damaged and left out" not in done["out"]:
+        older |= "is damaged and left out" in done["out"]  # the checkpoint before it is right, too
+        if area.covered and ours != theirs and not (refused or older):
             return {"outcome": "WRONG", "why": f"{where}: {_first_difference(ours, theirs)}"}
-        if "is damaged and left out" in done["out"]:  # the checkpoint before it is right, too
-            return {"outcome": "healed"}
         told |= bool(done["err"].strip()) or done["out"].count("skipped") != expected["out"].count("skipped")
     if refused:
         return {"outcome": "named"}
+    if older:
+        return {"outcome": "healed"}
     if area.covered and found["content"] != reference["content"]:
         return {"outcome": "WRONG", "why": f"content: {_first_difference(found['content'], reference['content'])}"}
     return {"outcome": "healed" if told else "right"}

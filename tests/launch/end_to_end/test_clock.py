@@ -36,6 +36,7 @@ def test_a_training_whose_clock_is_set_back_ends_with_sane_numbers(tmp_path, mak
         training = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=err)
         while training.poll() is None and not (tmp_path / "run/checkpoints/step-000040/COMMITTED").exists():
             time.sleep(0.05)
+        assert training.poll() is None, "it ended before its clock was set back"
         (tmp_path / "set-back").touch()
         out = training.communicate()[0]
     assert training.returncode == 0, (tmp_path / "err").read_text()

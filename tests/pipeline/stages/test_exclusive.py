@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,14 @@ def test_five_that_begin_at_once_in_a_new_run_directory_work_one_after_another(t
         with exclusive(paths, reported.append):
             inside = paths.root / "inside"
             inside.touch(exist_ok=False)
+            time.sleep(0.002)  # long enough for another one to be seen
             inside.unlink()
             (paths.root / f"made-by-{number}").touch()
         return reported
 
     reports = at_once(work, rounds=20)
     assert all(line.endswith("works here; waiting for it to end") for reported in reports for line in reported)
+    assert all(len(list((tmp_path / f"run{turn}").glob("made-by-*"))) == 5 for turn in range(20))
 
 
 def test_whoever_waited_for_a_removed_run_directory_begins_anew(make, tmp_path, at_once):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from pipeline.config.run import RunConfig
-from pipeline.distributed import free_port
 from pipeline.io.storage import publish_json
 from pipeline.stages.validate import _twin
 
@@ -40,17 +38,18 @@ def test_a_rank_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     config = {"name": "x", "run_dir": str(tmp_path), "data": {"sources": ["x.txt"]},
               "model": {"vocab_size": 9, "num_layers": 1, "num_heads": 1, "head_dim": 4, "context_length": 8}}  # fmt: skip
     (tmp_path / "job.json").write_text(json.dumps({"schema_version": 1, "config": config}))
-    environment = {
-        **os.environ,
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
     command = [sys.executable, "-m", "pipeline.stages.validate", str(tmp_path / "job.json")]
-    with subprocess.Popen(command, env={**environment, "PLDR_PARENT_PIPE": "1"}, stdin=subprocess.PIPE) as rank:
-        with pytest.raises(subprocess.TimeoutExpired):
-            rank.wait(3)
-        assert rank.stdin is not None
-        rank.stdin.close()
-        assert rank.wait(60) == 1
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.settimeout(60)
+        port = str(other.getsockname()[1])
+        environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **environment, "PLDR_PARENT_PIPE": "1"}
+        with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as rank:
+            try:
+                connection, _ = other.accept()  # it has come as far as the rendezvous
+                with connection:
+                    assert rank.poll() is None and rank.stdin is not None
+                    rank.stdin.close()
+                    assert rank.wait(60) == 1
+            finally:
+                rank.kill()
