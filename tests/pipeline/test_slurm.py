@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import slurm
 from pipeline.errors import UserError
-from tests.slurm_commands import FORGOTTEN, NO_ACCOUNTING, NO_ANSWER, install, scontrol_show
+from tests.helpers.slurm_commands import FORGOTTEN, NO_ACCOUNTING, NO_ANSWER, install, scontrol_show
 
 STEPD = "slurmstepd-sl1: error: *** JOB 44 ON sl1 CANCELLED AT 2026-11-28T09:31:20"
 KERNEL = (
@@ -67,7 +67,7 @@ def test_a_state_that_is_not_the_end_says_nothing(commands: Path, tmp_path: Path
     assert slurm.state_at_end("40_1", tmp_path / "none.out", "PENDING") == "unknown"
 
 
-def test_the_queue(commands: Path) -> None:
+def test_the_queue_is_parsed_and_a_silent_controller_is_an_error(commands: Path) -> None:
     install(
         commands,
         squeue="echo '2|2_[5-9%2]|PENDING|ReqNodeNotAvail, UnavailableNodes:sl1|a|b.sh'; echo '3|3|RUNNING|None|x'",

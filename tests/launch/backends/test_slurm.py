@@ -17,7 +17,7 @@ from launch.cli import main
 from pipeline.config.load import load_config
 from pipeline.config.paths import RunPaths
 from pipeline.errors import ConfigError
-from tests.slurm_commands import NO_ANSWER, NO_GPUS, install
+from tests.helpers.slurm_commands import NO_ANSWER, NO_GPUS, install
 
 SIZES = ("--nodes", "1", "--ranks-per-node", "1", "--gpus-per-node", "0")
 

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from pipeline.checkpoint.format import committed, verify
-from tests.launch.end_to_end.test_faults import PLDR, Training, mlflow_run, steps_saved, tokens, work  # noqa: F401
+from tests.launch.end_to_end.training import PLDR, Training, mlflow_run, steps_saved
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
@@ -33,7 +33,7 @@ def ended(training: Training, since: float) -> int:
 
 
 @pytest.mark.parametrize("number", ALL, ids=lambda number: number.name)
-def test_each_signal_to_the_whole_group_saves_and_stops(work, number):  # noqa: F811
+def test_each_signal_to_the_whole_group_saves_and_stops(work, number):
     """As a terminal sends it, and twice: a wrapper may pass on what `pldr` has got already."""
     with Training(work, *LONG, group=True) as training:
         training.wait_for(lambda: "step 10/" in training.output)
@@ -51,7 +51,7 @@ def test_each_signal_to_the_whole_group_saves_and_stops(work, number):  # noqa: 
 
 
 @pytest.mark.parametrize("number", ALL, ids=lambda number: number.name)
-def test_each_signal_ends_ranks_that_have_not_met(work, number):  # noqa: F811
+def test_each_signal_ends_ranks_that_have_not_met(work, number):
     """Rank 1 never comes: it is suspended as soon as it is there."""
     with Training(work, *LONG) as training:
         training.wait_for(lambda: "1" in training.job())
@@ -64,7 +64,7 @@ def test_each_signal_ends_ranks_that_have_not_met(work, number):  # noqa: F811
     assert mlflow_run(work)[1].info.status == "KILLED" and not steps_saved(work)
 
 
-def test_a_rank_that_hangs_does_not_keep_the_others_from_stopping(work):  # noqa: F811
+def test_a_rank_that_hangs_does_not_keep_the_others_from_stopping(work):
     with Training(work, *LONG, "train.timeout_s=600") as training:
         training.wait_for(lambda: "step 10/" in training.output)
         os.kill(training.job()["1"], signal.SIGSTOP)
@@ -74,7 +74,7 @@ def test_a_rank_that_hangs_does_not_keep_the_others_from_stopping(work):  # noqa
         assert "SIGINT, but the ranks did not save and stop within" in training.result["stopped"]
 
 
-def test_ctrl_c_with_tee_saves_and_stops(work):  # noqa: F811
+def test_ctrl_c_with_tee_saves_and_stops(work):
     command = shlex.join([*PLDR, "train", "tiny.yaml", f"run_dir={work / 'run'}", *LONG])
     line = f"trap : INT; {command} 2>err | tee out > /dev/null; echo ${{PIPESTATUS[0]}} > code"
     shell = subprocess.Popen(["bash", "-c", line], cwd=work, start_new_session=True)
@@ -91,7 +91,7 @@ def test_ctrl_c_with_tee_saves_and_stops(work):  # noqa: F811
     assert (work / "code").read_text() == "0\n" and len(steps_saved(work)) == 1
 
 
-def test_a_reader_that_stands_still_stops_neither_training_nor_its_stop(work):  # noqa: F811
+def test_a_reader_that_stands_still_stops_neither_training_nor_its_stop(work):
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     often = ("train.log_every=1", "train.checkpoint_every=400", "train.ranks=1", "model.g_source=identity")
@@ -106,7 +106,7 @@ def test_a_reader_that_stands_still_stops_neither_training_nor_its_stop(work):  
     os.close(read)
 
 
-def test_a_stop_ends_a_long_validation_and_the_next_start_does_it_first(work):  # noqa: F811
+def test_a_stop_ends_a_long_validation_and_the_next_start_does_it_first(work):
     often = ("train.steps=30", "train.warmup_steps=2", "train.validate_every=10", "train.checkpoint_every=1000",
              "train.val_sequences=400", "train.micro_batch=1")  # fmt: skip
     beat = work / "run" / "logs" / "ranks" / "rank-0.json"
@@ -124,7 +124,7 @@ def test_a_stop_ends_a_long_validation_and_the_next_start_does_it_first(work):  
 
 
 @pytest.mark.parametrize("number", ALL, ids=lambda number: number.name)
-def test_a_data_stage_ends_with_one_line_and_goes_on_next_time(work, number):  # noqa: F811
+def test_a_data_stage_ends_with_one_line_and_goes_on_next_time(work, number):
     command = [*PLDR, "tokenize", "tiny.yaml", f"run_dir={work / 'run'}", "--force"]
     process = subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("tokenize")
@@ -134,7 +134,7 @@ def test_a_data_stage_ends_with_one_line_and_goes_on_next_time(work, number):  #
     assert subprocess.run(command, cwd=work, capture_output=True).returncode == 0
 
 
-def test_a_signal_in_the_first_moments_is_no_traceback(work):  # noqa: F811
+def test_a_signal_in_the_first_moments_is_no_traceback(work):
     """Also before Python has read the command line, as far as a program can help it."""
     told = 0
     for after_s in (0.2, 0.5, 1.0, 2.0):

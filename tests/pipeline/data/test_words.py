@@ -59,7 +59,7 @@ def test_evaluation_texts_that_are_too_short_are_told(tmp_path: Path, caplog: py
 
 
 @pytest.mark.parametrize("language", ALPHABETS)
-def test_near_duplicates(language: str) -> None:
+def test_near_duplicates_have_like_signatures_in_scripts_without_spaces(language: str) -> None:
     text = say(language, 600, 1)
     hasher = MinHasher(5, 112)
     same, changed, other = (

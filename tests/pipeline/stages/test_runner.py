@@ -120,6 +120,8 @@ def test_a_stage_needs_the_one_before(make):
     [
         ("train.micro_batch=4", "train.global_batch 4 is not a multiple of micro_batch 4 x 2 ranks"),
         ("train.deepspeed=/nowhere.json", "no such file"),
+        ("train.deepspeed={data_types: fp32}", "data_types must be a mapping"),
+        ("train.deepspeed={zero_optimization: 1}", "zero_optimization must be a mapping"),
     ],
 )
 def test_a_mistake_in_the_training_is_reported_before_anything_starts(make, override, message):

@@ -32,13 +32,6 @@ def configuration(run_dir, uri=None, experiment="new"):
     return parse_config({**TREE, "run_dir": str(run_dir), "tracking": tracking}, where="test")
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    make_store(file)
-    return file
-
-
 @pytest.mark.parametrize("own_tmpdir", [False, True])  # a Slurm job has a TMPDIR of its own: MLflow's locks are there
 @pytest.mark.slow
 def test_all_start_with_one_new_sqlite_file(tmp_path, at_once, own_tmpdir):

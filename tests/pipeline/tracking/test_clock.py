@@ -13,7 +13,6 @@ from pipeline.tracking.client import client
 from pipeline.tracking.clock import now_ms
 from pipeline.tracking.query import read_run
 from pipeline.tracking.run import open_run
-from pipeline.tracking.sqlite_store import make_store
 
 HOUR = 3600.0
 
@@ -29,13 +28,6 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(time, "time", lambda: real() + off)
     return set_clock
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    make_store(file)
-    return file
 
 
 @pytest.fixture

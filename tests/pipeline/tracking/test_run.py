@@ -27,11 +27,8 @@ TREE = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def empty_store(tmp_path_factory):
-    """MLflow takes seconds to make a SQLite file; the tests copy one."""
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    client(f"sqlite:///{file}").search_experiments()
-    configuration.store = file
+def store(empty_store):
+    configuration.store = empty_store
 
 
 def configuration(folder, **sections):

@@ -29,14 +29,6 @@ TREE = {
 ODD = ["run%20x", "what?", "a#b", "a b", "ünïcode", "100%", "%3F", "a::b", "star*", "br[x]", "$HOME", "quote'\""]
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """MLflow takes seconds to make a SQLite file; the tests copy one."""
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    client(uri_of(file)).search_experiments()
-    return file
-
-
 @pytest.fixture
 def make(empty_store):
     def make_configuration(folder, *, store=None, **sections):

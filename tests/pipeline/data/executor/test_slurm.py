@@ -17,8 +17,8 @@ from pipeline.data.executor import slurm
 from pipeline.data.executor.jobs import DryRun, Engine
 from pipeline.data.executor.markers import PICKLE_VERSION
 from pipeline.errors import UserError
+from tests.helpers.slurm_commands import FORGOTTEN, NO_ACCOUNTING, NO_ANSWER, NO_GPUS, install, scontrol_show
 from tests.pipeline.data.executor.engine_steps import TASKS, expected, published
-from tests.slurm_commands import FORGOTTEN, NO_ACCOUNTING, NO_ANSWER, NO_GPUS, install, scontrol_show
 
 
 def slurm_engine(*, dry_run: bool = False, **settings: Any) -> Engine:

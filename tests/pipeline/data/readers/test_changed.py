@@ -97,7 +97,7 @@ def test_a_torn_line_is_not_blamed_on_the_file(tmp_path: Path) -> None:
             assert not isinstance(item, Rejected), item
 
 
-def test_a_link_and_a_parquet_file(tmp_path: Path) -> None:
+def test_a_parquet_file_behind_a_link_that_changes_is_an_error(tmp_path: Path) -> None:
     write_parquet(tmp_path / "real.parquet", pa.array(["old"] * 5))
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link.parquet").symlink_to(tmp_path / "real.parquet")
@@ -111,7 +111,9 @@ def test_a_link_and_a_parquet_file(tmp_path: Path) -> None:
         list(items)
 
 
-def test_an_evaluation_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_file_that_changes_while_it_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines("some words that are not enough to be a run of thirteen of them or so", 5))
     time.sleep(0.02)

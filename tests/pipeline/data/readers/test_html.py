@@ -95,7 +95,7 @@ def test_a_page_that_declares_nothing(tmp_path: Path) -> None:
     assert "schön" in text_of(tmp_path, page(TEXTS["de"] * 20, "").encode("cp1252"))  # guessed
 
 
-def test_byte_order_marks(tmp_path: Path) -> None:
+def test_a_byte_order_mark_counts_more_than_the_declared_charset(tmp_path: Path) -> None:
     for bom, codec in (
         (codecs.BOM_UTF16_LE, "utf-16-le"),
         (codecs.BOM_UTF16_BE, "utf-16-be"),
@@ -120,7 +120,7 @@ def test_a_page_that_contradicts_itself_is_refused_by_name(tmp_path: Path) -> No
         assert bad.reason == "wrong_charset" and "says utf-8, but" in bad.message
 
 
-def test_labels() -> None:
+def test_only_known_charsets_in_a_declaration_count() -> None:
     for label in (b"foo", b"utf-7", b"rot13", b"hex", b"unicode_escape", b"idna", b"zlib", b"undefined"):
         assert declared_charset(b"<meta charset='" + label + b"'>") is None, label
     assert declared_charset(b"<?xml version='1.0' encoding='koi8-r'?><html>") == "koi8_r"
@@ -137,7 +137,7 @@ def test_characters_that_xml_forbids_are_dropped_and_not_the_page(tmp_path: Path
 
 
 @pytest.mark.parametrize("tag", ["div", "span", "b", "font", "blockquote"])
-def test_deep_pages(tmp_path: Path, tag: str) -> None:
+def test_deep_pages_are_read_and_deeper_ones_are_named(tmp_path: Path, tag: str) -> None:
     def deep(depth: int) -> str:
         inner = f"<{tag}>" * depth + "<p>INSIDE of it all there is some text, too.</p>" + f"</{tag}>" * depth
         return page("Some text that is long enough to count as the main text of a page.", "").replace(
