@@ -1,5 +1,5 @@
-"""What a process has to know about its ranks: the device (CUDA if there is one, unless DS_ACCELERATOR=cpu, as DeepSpeed
-decides too), the network interface for gloo, this rank's share of the work, and collectives over plain values."""
+"""What a process has to know about its ranks: the network interface for gloo, this rank's share of the work, and collectives
+over plain values."""
 
 from __future__ import annotations
 
@@ -33,16 +33,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
-
-
-def has_gpu() -> bool:
-    """Whether this process computes on a CUDA device."""
-    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-
-
-def num_devices() -> int:
-    """Ranks that fit on this node: its visible GPUs, or 2 on a CPU."""
-    return torch.cuda.device_count() if has_gpu() else 2
 
 
 def free_port() -> int:

@@ -195,7 +195,7 @@ def join(job: Job, heart: Heartbeat, stop: StopRequest) -> None:
     """
     import torch
 
-    from pipeline.distributed import has_gpu
+    from pipeline.devices import has_gpu
     from pipeline.train.engine import init_distributed
 
     if not has_gpu():

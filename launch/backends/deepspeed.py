@@ -24,7 +24,8 @@ from launch.backends.hosts import (
 from launch.backends.job import WORKER, Report, run_job, stopped_exit_code
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
-from pipeline.distributed import free_port, has_gpu
+from pipeline.devices import has_gpu
+from pipeline.distributed import free_port
 from pipeline.environment import search_path, without_other_jobs
 from pipeline.errors import Stopped, UserError
 from pipeline.io import storage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from pipeline.distributed import has_gpu
+from pipeline.devices import has_gpu
 from pipeline.environment import omp_threads, without_other_jobs
 from pipeline.train.signals import HEAD_FILE, PARENT_PIPE
 from pipeline.worker import ENVIRONMENT_FILE, VISIBLE_DEVICES

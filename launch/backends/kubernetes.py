@@ -25,7 +25,7 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
-from pipeline.train.engine import accumulation_steps
+from pipeline.train.deepspeed_config import accumulation_steps
 
 NAME = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 

@@ -73,12 +73,13 @@ def _pipeline(arguments: Any, report: Report) -> Pipeline:
     config = load_config(
         arguments.config, arguments.overrides
     )  # first: a wrong key must not wait for the imports below
-    from launch.backends.deepspeed import launch
     from pipeline.stages.runner import Pipeline
 
     live = status_lines(json=arguments.json)
 
     def start(config: RunConfig, job_file: Path, ranks: int) -> None:
+        from launch.backends.deepspeed import launch  # imports torch
+
         launch(config, job_file, ranks, report=live)
 
     return Pipeline(config, launch=start, report=report)
@@ -185,7 +186,7 @@ def _plan(arguments: Any, report: Report) -> Result:
 
 def _flops_of_this_cpu(config: RunConfig) -> float | None:
     """What training reaches here; None where there is a GPU."""
-    from pipeline.distributed import has_gpu
+    from pipeline.devices import has_gpu
     from pldr_model.bench import training_flops_per_second
 
     if has_gpu():

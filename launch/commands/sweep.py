@@ -61,7 +61,7 @@ def _on_hosts(arguments: Any, children: list[RunConfig], report: Report) -> tupl
     child is done here. Raises ConfigError."""
     from launch.backends.deepspeed import SshJob, launch_over_ssh
     from launch.backends.hosts import address_of, read_hostfile, require_tools
-    from pipeline.train.engine import accumulation_steps
+    from pipeline.train.deepspeed_config import accumulation_steps
 
     hosts = read_hostfile(arguments.hostfile)
     ranks = sum(host.slots for host in hosts)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.distributed import has_gpu
+from pipeline.devices import has_gpu
 from pipeline.errors import UserError, first_line
 from pldr_model.model import is_metric_parameter
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pipeline.checkpoint.deepspeed_files import ZeroState, safe_load
 from pipeline.checkpoint.format import checkpoint_name
 from pipeline.checkpoint.reshard import carry_over, check_shapes, fits
-from pipeline.distributed import has_gpu
+from pipeline.devices import has_gpu
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)

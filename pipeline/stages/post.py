@@ -31,7 +31,7 @@ def consolidate_newest(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
 
 def extract(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     """G_LM of the weights over held-out prompts -> `g_lm/`."""
-    from pipeline.distributed import has_gpu
+    from pipeline.devices import has_gpu
     from pipeline.post.extract import extract_g, save_g
     from pipeline.post.weights import load_weights
 

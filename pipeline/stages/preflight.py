@@ -6,25 +6,31 @@ the stages, which check it again. What a finished stage needed is not asked for.
 
 from __future__ import annotations
 
+import sqlite3
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import psutil
 
-from pipeline.config.paths import RunPaths, documents_folder, tokens_folder
+from pipeline.checkpoint.format import checkpoint_bytes
+from pipeline.config.paths import RunPaths, documents_folder, staging_folder, tokens_folder
 from pipeline.config.plan import activation_bytes, state_bytes
 from pipeline.config.run import RunConfig
 from pipeline.config.schedule import BUDGET_PUBLISHED, budget_verdict, planned_budget
+from pipeline.devices import gpu_bytes
 from pipeline.errors import UserError
 from pipeline.io.storage import Need, require_space
 from pipeline.io.urls import is_http, is_local, local_path, without_secrets
 from pipeline.stages.train import disk_needed, ranks_on_this_node
-from pipeline.tracking.client import tracking_uri
+from pipeline.tracking.client import tracking_uri, why
+from pipeline.tracking.sqlite_store import file_of, require_usable
 
 TEXT_PER_TOKEN = 2.5  # bytes of text, at least; a token takes 2 bytes up to 65,536 pieces, else 4
+SPOOL = 0.5  # bytes of cleaned documents that wait to be written, per byte of text
 MLFLOW_S = 1.0
 
 
@@ -37,8 +43,9 @@ class Finding:
     text: str
 
 
-def preflight(config: RunConfig, *, done: Collection[str] = ()) -> list[Finding]:
-    """Every finding about a run. done: its stages that are complete."""
+def preflight(config: RunConfig, *, done: Mapping[str, dict[str, Any]] | None = None) -> list[Finding]:
+    """Every finding about a run. done: the results of its stages that are complete, by name."""
+    done = done or {}
     found: list[Finding] = []
 
     def check(about: str, work: Callable[[], Iterator[Finding]]) -> None:
@@ -47,7 +54,7 @@ def preflight(config: RunConfig, *, done: Collection[str] = ()) -> list[Finding]
         except (UserError, OSError) as error:
             found.append(Finding(about, "FAIL", str(error)))
 
-    text_bytes = 0
+    text_bytes = sum(split["text_bytes"] for split in done.get("shard", {}).get("splits", {}).values())
 
     def sources() -> Iterator[Finding]:
         nonlocal text_bytes
@@ -93,7 +100,7 @@ def _tokenizer(config: RunConfig) -> Iterator[Finding]:
 
 
 def _batch(config: RunConfig) -> Iterator[Finding]:
-    from pipeline.train.engine import accumulation_steps, deepspeed_config
+    from pipeline.train.deepspeed_config import accumulation_steps, deepspeed_config
 
     train, ranks = config.train, ranks_on_this_node(config)
     deepspeed_config(train, ranks)
@@ -104,15 +111,9 @@ def _batch(config: RunConfig) -> Iterator[Finding]:
 
 def _memory(config: RunConfig) -> Iterator[Finding]:
     """Model states and activations of the ranks on this node against its GPUs, or its memory."""
-    import torch
-
-    from pipeline.distributed import has_gpu
-
     ranks, stage = ranks_on_this_node(config), config.train.zero_stage
-    if has_gpu():
-        has, each, where = torch.cuda.get_device_properties(0).total_memory, 1, "a GPU"
-    else:
-        has, each, where = psutil.virtual_memory().total, ranks, "this machine"
+    gpu = gpu_bytes()
+    has, each, where = (psutil.virtual_memory().total, ranks, "this machine") if gpu is None else (gpu, 1, "a GPU")
     needs = {zero: each * (state_bytes(config, zero, ranks) + activation_bytes(config)) for zero in (0, 1, 2, 3)}
     text = f"about {_size(needs[stage])} of {_size(has)} of {where} ({ranks} ranks, ZeRO {stage})"
     if needs[stage] <= 0.8 * has:
@@ -133,31 +134,39 @@ def _budget(config: RunConfig) -> Iterator[Finding]:
     yield Finding("budget", status, f"invariance budget {budget:.2f}: {budget_verdict(budget)}")
 
 
-def _disk(config: RunConfig, text_bytes: int, done: Collection[str]) -> Iterator[Finding]:
-    """Space for the stages that are left, on the disks that they write to. Tokens count only while `shard` is left, too: the
-    size of the text is known from its sources."""
+def _disk(config: RunConfig, text_bytes: int, done: Mapping[str, dict[str, Any]]) -> Iterator[Finding]:
+    """Space for each stage that is left, on the disk that it writes to."""
     paths = RunPaths(config.run_dir)
     weights = 4 * config.model.num_parameters()["total"]
     token = 2 if config.model.vocab_size <= 1 << 16 else 4
     needs = []
-    if "shard" not in done and is_local(documents_folder(config)):
-        folder = local_path(documents_folder(config)).absolute()
-        needs.append(Need(folder, 2 * text_bytes, "documents", "set data.output to another disk"))
-    if "tokenize" not in done and is_local(tokens_folder(config)):
-        tokens = int(text_bytes / TEXT_PER_TOKEN * token)
-        folder = local_path(tokens_folder(config)).absolute()
-        needs.append(Need(folder, tokens, "tokens", "set tokens.output to another disk"))
+
+    def need(stage: str, folder: str | Path, size: float, what: str, key: str = "run_dir") -> None:
+        if stage not in done and is_local(folder):
+            needs.append(Need(local_path(folder).absolute(), int(size), what, f"set {key} to another disk"))
+
+    need("shard", paths.logs, SPOOL * text_bytes, "cleaned text until it is written")
+    need("shard", documents_folder(config), 1.1 * text_bytes, "documents", "data.output")
+    need("tokenize", tokens_folder(config), text_bytes / TEXT_PER_TOKEN * token, "tokens", "tokens.output")
     if "train" not in done:
-        needs.append(Need(paths.root, disk_needed(config, paths), "checkpoints", "set run_dir to another disk"))
-    if "bundle" not in done:
-        needs.append(Need(paths.root, 4 * weights, "weights and the bundle", "set run_dir to another disk"))
+        need("train", paths.root, disk_needed(config, paths), "checkpoints")
+        if (staging := staging_folder(config)) is not None:
+            need("train", staging, checkpoint_bytes(config.model), "a checkpoint in train.staging", "train.staging")
+    need("consolidate", paths.root, weights, "weights")
+    need("bundle", paths.root, 3 * weights, "the bundle")  # while it is written, and its copy in MLflow
     require_space(needs)
-    yield Finding("disk", "ok", f"about {_size(sum(need.bytes for need in needs))} will be written")
+    yield Finding("disk", "ok", f"about {_size(sum(one.bytes for one in needs))} will be written")
 
 
 def _mlflow(config: RunConfig) -> Iterator[Finding]:
     uri = tracking_uri(config)
     shown = without_secrets(uri)
+    if (file := file_of(uri)) is not None:
+        try:
+            require_usable(file)
+        except sqlite3.Error as error:
+            yield Finding("MLflow", "FAIL", f"{shown}: {why(uri, error)}")
+            return
     if not is_http(uri):
         yield Finding("MLflow", "ok", shown)
         return

@@ -116,15 +116,23 @@ class Pipeline:
             raise ConfigError(f"stage {needed_by}: {name} has not finished; run `pldr {name}` first")
         return record
 
-    def finished(self) -> list[str]:
-        """The stages, from the first on, that have finished for today's inputs; their outputs are not looked at."""
-        names: list[str] = []
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """The results of the stages, from the first on, that have finished for today's inputs; their outputs are not looked
+        at."""
+        results: dict[str, dict[str, Any]] = {}
         for name in NAMES:
             known = self.record(name)
-            if known is None or known["inputs"] != storage.sha256_json(self.inputs(name)):
+            if known is None or not self._has_inputs(name, known["inputs"]):
                 break
-            names.append(name)
-        return names
+            results[name] = known["result"]
+        return results
+
+    def _has_inputs(self, name: str, digest: str) -> bool:
+        """Whether a stage's inputs are those of a record; False also where they cannot be found."""
+        try:
+            return storage.sha256_json(self.inputs(name)) == digest
+        except (UserError, OSError):
+            return False
 
     def inputs(self, name: str) -> dict[str, Any]:
         """Everything that decides a stage's output. Raises ConfigError when the stage before it has not finished."""

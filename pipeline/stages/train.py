@@ -172,7 +172,7 @@ def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
     """
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.tokenizer import Tokenizer
-    from pipeline.train.engine import deepspeed_config
+    from pipeline.train.deepspeed_config import deepspeed_config
 
     deepspeed_config(config.train, ranks)
     index = TokenIndex.load(tokens_folder(config))
@@ -189,7 +189,7 @@ def ranks_on_this_node(config: RunConfig, *, nodes: int = 1) -> int:
 
     Raises ConfigError.
     """
-    from pipeline.distributed import has_gpu, num_devices
+    from pipeline.devices import has_gpu, num_devices
 
     devices, train = num_devices(), config.train
     if train.ranks is not None:

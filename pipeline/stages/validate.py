@@ -19,7 +19,8 @@ from typing import IO, Any
 from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
-from pipeline.distributed import end_with_parent, free_port, has_gpu, num_devices
+from pipeline.devices import has_gpu, num_devices
+from pipeline.distributed import end_with_parent, free_port
 from pipeline.environment import without_other_jobs
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage

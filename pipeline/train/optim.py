@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.config.train import TrainConfig
+from pipeline.train.deepspeed_config import optimizer_clips_norm
 from pldr_model.model import is_metric_parameter
 
 
@@ -88,11 +89,6 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> ClippedAdamW:
         betas=train.betas,
         eps=train.eps,
     )
-
-
-def optimizer_clips_norm(train: TrainConfig) -> bool:
-    """Whether the optimizer clips by norm (else DeepSpeed does)."""
-    return train.clip_by == "norm" and train.zero_stage == 0 and train.precision == "fp32"
 
 
 def gradient_norm(optimizer: ClippedAdamW) -> float:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pipeline.distributed import has_gpu
+from pipeline.devices import has_gpu
 from pipeline.errors import first_line
 
 TABLE_ROWS = 60

@@ -23,7 +23,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed import has_gpu
+from pipeline.devices import has_gpu
 
 PEAK_FLOPS = {  # dense bf16, vendors' data sheets
     "H200": 989e12,

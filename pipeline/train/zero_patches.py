@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.distributed import has_gpu
+from pipeline.devices import has_gpu
 
 
 def skip_redundant_work(engine: Any, zero_stage: int, world_size: int) -> None:

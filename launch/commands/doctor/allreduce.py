@@ -15,7 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed import choose_interface, has_gpu
+from pipeline.devices import has_gpu
+from pipeline.distributed import choose_interface
 
 TIMEOUT_S = 60.0
 WARM_UP, TIMED = 2, 5

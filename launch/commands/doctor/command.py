@@ -38,7 +38,7 @@ def _doctor(arguments: Any, report: Report) -> Result:
     from launch.commands.doctor.collect import collect
     from launch.commands.doctor.connect import LOCAL
     from launch.commands.doctor.findings import as_json, table
-    from pipeline.distributed import num_devices
+    from pipeline.devices import num_devices
     from pipeline.stages.train import ranks_on_this_node
 
     if arguments.hostfile is not None:

@@ -1,6 +1,8 @@
 """What `pldr check` finds before anything starts."""
 
 import http.server
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ def check(tmp_path, monkeypatch, make_run):
     monkeypatch.chdir(tmp_path)
     yaml = make_run(tmp_path)
 
-    def found(*overrides, done=()):
+    def found(*overrides, done=None):
         findings = preflight(load_config(yaml, list(overrides)), done=done)
         return {finding.about: finding for finding in findings}
 
@@ -55,7 +57,7 @@ def test_one_mistake_is_the_error_itself(check, capsys):
 
 
 def test_what_a_finished_stage_needed_is_not_asked_for(check):
-    found = check("data.sources=gone.jsonl", done=("shard", "tokenizer", "tokenize", "train"))
+    found = check("data.sources=gone.jsonl", done=dict.fromkeys(("shard", "tokenizer", "tokenize", "train"), {}))
     assert set(found) == {"disk", "MLflow"} and {finding.status for finding in found.values()} == {"ok"}
 
 
@@ -70,6 +72,47 @@ def test_a_full_disk_and_little_memory_are_found(check, monkeypatch):
     found = check()
     assert found["disk"].status == "FAIL" and "free some space or set" in found["disk"].text
     assert found["memory"].status == "FAIL" and "train.activation_checkpointing=layer" in found["memory"].text
+
+
+def test_each_stage_needs_space_on_the_disk_that_it_writes_to(check, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "require_space", lambda needs: asked.extend((n.folder, n.what, n.bytes) for n in needs))
+    check(f"data.output={tmp_path}/d", f"tokens.output={tmp_path}/t", f"train.staging={tmp_path}/s")
+    where = {what: folder for folder, what, _ in asked}
+    run = tmp_path / "run"
+    assert where["documents"] == tmp_path / "d" and where["tokens"] == tmp_path / "t"
+    assert where["a checkpoint in train.staging"].parent == tmp_path / "s"
+    assert {where[what] for what in ("checkpoints", "weights", "the bundle")} == {run}
+    assert all(size > 0 for *_, size in asked)
+    asked.clear()
+    check(done={"shard": {"splits": {"train": {"text_bytes": 9000}, "val": {"text_bytes": 1000}}}})
+    assert ("tokens", 8000) in [(what, size) for _, what, size in asked]  # of what `shard` wrote, not of the sources
+
+
+def test_a_damaged_mlflow_file_is_found(check, tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
+    found = check(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")["MLflow"]
+    assert found.status == "FAIL" and "put a backup in its place" in found.text
+
+
+def test_sources_that_are_gone_do_not_hide_the_other_findings(check, capsys):
+    """Also where an earlier start has read them."""
+    assert main(["shard", str(check.yaml)]) == 0
+    wrong = ["data.sources=gone.jsonl", "train.ranks=3"]
+    assert main(["check", str(check.yaml), *wrong]) == 2
+    assert "2 things would fail later: sources, batch" in capsys.readouterr().err
+
+
+def test_a_check_does_not_wait_for_large_imports(check):
+    """It is the first act of `pldr run`; torch alone takes 1.5 s to import."""
+    code = (
+        "import sys; from launch.cli import main; code = main(sys.argv[1:]);"
+        "print([name for name in ('torch', 'deepspeed', 'mlflow', 'datatrove') if name in sys.modules], code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "check", str(check.yaml)], capture_output=True, text=True, timeout=600
+    )
+    assert done.stdout.splitlines()[-1] == "[] 0", done
 
 
 def test_mlflow_is_asked_whether_it_answers(check):
