@@ -27,7 +27,7 @@ def add_init_verb(verbs: Verbs) -> None:
 
 def _init(arguments: Any, report: Report) -> Result:
     from pipeline.config.load import load_config
-    from pipeline.config.starter import starter_yaml
+    from pipeline.config.starter import FEW_TOKENS, TOKENS_PER_PARAMETER, per_parameter, starter_yaml
 
     name, file = arguments.name, Path(f"{arguments.name}.yaml")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -38,9 +38,12 @@ def _init(arguments: Any, report: Report) -> Result:
     with open(file, "x", encoding="utf-8") as stream:
         stream.write(text)
     config = load_config(file)
-    report(
-        f"{file}: {arguments.size}, {config.train.steps:,} steps\nlook        pldr plan {file}\nstart       pldr run {file}"
-    )
+    report(f"{file}: {arguments.size}, {config.train.steps:,} steps")
+    if (share := per_parameter(config)) < FEW_TOKENS:
+        fix = "add text" if arguments.size == "tiny" else "add text, or take a smaller --size"
+        enough = f"{share:.2g} tokens a parameter where {TOKENS_PER_PARAMETER} would do"
+        report(f"note        the corpus is small for this model: {enough}; {fix}")
+    report(f"look        pldr check {file}; pldr plan {file}\nstart       pldr run {file}")
     return {"config": str(file), "steps": config.train.steps}
 
 
@@ -51,6 +54,8 @@ def _look_at(urls: list[str]) -> Corpus:
 
     from pipeline.config.data import Source
     from pipeline.config.starter import Corpus
+    from pipeline.data.documents.spool import split_key
+    from pipeline.data.documents.write import hash_position
     from pipeline.data.readers.sources import list_sources
     from pipeline.data.readers.text import read_unit
     from pipeline.data.readers.units import Text, plan_units
@@ -60,12 +65,16 @@ def _look_at(urls: list[str]) -> Corpus:
     found = (
         item.text for unit in units for item in read_unit(unit, max_document_bytes=64 << 20) if isinstance(item, Text)
     )
-    texts = list(islice(found, SAMPLED))
+    texts = list(islice(found, SAMPLED + 1))
     if not texts:
         raise ConfigError(f"init: {', '.join(urls)}: no text in {files[0].shown}; see docs/data.md for what is read")
+    sizes = [len(text.encode("utf-8", "replace")) for text in texts]
+    if len(texts) <= SAMPLED:  # that was all
+        documents = dict(zip(map(split_key, texts), sizes, strict=True))  # equal texts are in one split
+        positions = tuple((hash_position(key), size) for key, size in documents.items())
+        return Corpus(urls, sum(sizes), len(texts), _prompt(texts), positions)
     total = sum(unit.size for unit in units)
-    mean = sum(len(text.encode("utf-8", "replace")) for text in texts) / len(texts)
-    return Corpus(urls, total, max(1, int(total / max(mean, 1))), _prompt(texts))
+    return Corpus(urls, total, max(1, int(total * len(sizes) / max(sum(sizes), 1))), _prompt(texts))
 
 
 def _prompt(texts: list[str]) -> str:

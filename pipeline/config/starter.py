@@ -11,12 +11,14 @@ import json
 import math
 from dataclasses import dataclass
 
+from pipeline.config.run import RunConfig
 from pipeline.config.schedule import invariance_budget
 from pipeline.config.train import TrainConfig
 from pipeline.errors import ConfigError
 from pldr_model.config import ModelConfig
 
 TOKENS_PER_PARAMETER = 20
+FEW_TOKENS = 15  # a parameter: fewer are told
 EPOCHS = 4
 BUDGET = 10.0
 HELD_OUT_SEQUENCES = 4 * (128 + 64)  # of the certificate and of validation, with room: splits are by whole documents
@@ -54,12 +56,17 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is known of a corpus before it is read: its URLs, estimated bytes of text and documents, the start of one."""
+    """What is known of a corpus before it is read: its URLs, estimated bytes of text and documents, the start of one.
+
+    positions: (hash position, bytes) of every document, where there are so few that all were read: which of them a share holds
+    out is then known. Empty: they are many.
+    """
 
     urls: list[str]
     text_bytes: int
     documents: int
     prompt: str
+    positions: tuple[tuple[float, int], ...] = ()
 
 
 def starter_yaml(name: str, corpus: Corpus, size_name: str) -> str:
@@ -70,6 +77,11 @@ def starter_yaml(name: str, corpus: Corpus, size_name: str) -> str:
             f"init: the corpus has about {_count(corpus.text_bytes)}B of text; {_count(LEAST_BYTES)}B is the least that a "
             "tokenizer and held-out text can be made from; name more files"
         )
+    if len(corpus.positions) == 1:
+        raise ConfigError(
+            "init: the corpus is one document, and whole documents are held out to judge with; name more files, or cut it: "
+            "split -C 50k --additional-suffix=.txt FILE part-"
+        )
     model, tokens = size.model, int(corpus.text_bytes / size.bytes_per_token)
     parameters = model.num_parameters()["total"]
     per_step = size.global_batch * model.context_length
@@ -77,15 +89,15 @@ def starter_yaml(name: str, corpus: Corpus, size_name: str) -> str:
     steps = _round(max(300, wanted / per_step))
     warmup = min(2000, _round(steps / 20))
     decay = _metric_decay(steps, warmup)
-    held_out = _held_out(corpus, tokens, model.context_length)
+    val, test = _held_out(corpus, tokens, model.context_length)
     every = max(10, _round(steps / 12))
     urls = "\n".join(f"    - {_quoted(url)}" for url in corpus.urls)
     accelerated = ""
     if decay is not None:
         why = f"raised from the papers' 0.1: invariance budget {BUDGET:g} in {steps:,} steps"
         accelerated = f"\n  metric_weight_decay: {decay:g}   # {why}"
-    passes, per_parameter = steps * per_step / tokens, steps * per_step / parameters
-    note = f" {TOKENS_PER_PARAMETER} would be better: the corpus is small for this model." if per_parameter < 15 else ""
+    passes, share = steps * per_step / tokens, steps * per_step / parameters
+    note = f" {TOKENS_PER_PARAMETER} would be better: the corpus is small for this model." if share < FEW_TOKENS else ""
     return f"""\
 # Made by `pldr init`. Every key: pldr config {name}.yaml; what it costs: pldr plan {name}.yaml; go: pldr run {name}.yaml
 name: {name}
@@ -95,8 +107,8 @@ seed: 1
 data:
   sources:   # about {_count(corpus.text_bytes)}B of text, {_count(tokens)} tokens; paths are relative to the working directory
 {urls}
-  val_fraction: {held_out:g}    # of documents: losses and the certificate's prompts come from it
-  test_fraction: {held_out / 2:g}
+  val_fraction: {val:g}    # of documents: losses and the certificate's prompts come from it
+  test_fraction: {test:g}
   # clean: {{exact_duplicates: true, near_duplicates: true, quality: true, language: true}}   # docs/data.md
 
 model:   # {size_name}: {_count(parameters)} parameters
@@ -108,7 +120,7 @@ model:   # {size_name}: {_count(parameters)} parameters
   A_dff: {model.A_dff}
 
 train:
-  # {passes:.1f} passes over the corpus, {per_parameter:.1f} tokens a parameter.{note}
+  # {passes:.1f} passes over the corpus, {share:.1f} tokens a parameter.{note}
   steps: {steps}   # of {per_step:,} tokens
   global_batch: {size.global_batch}
   micro_batch: {size.micro_batch}
@@ -128,6 +140,12 @@ post:
 """
 
 
+def per_parameter(config: RunConfig) -> float:
+    """Tokens that a run is trained on, per parameter."""
+    train, model = config.train, config.model
+    return train.steps * train.global_batch * model.context_length / model.num_parameters()["total"]
+
+
 def _metric_decay(steps: int, warmup: int) -> float | None:
     """What brings the budget to BUDGET; None where the papers' 0.1 is enough. Two digits, rounded up."""
     usual = invariance_budget(TrainConfig(steps=steps, warmup_steps=warmup, global_batch=4, micro_batch=4))
@@ -138,10 +156,36 @@ def _metric_decay(steps: int, warmup: int) -> float | None:
     return round(math.ceil(exact / unit) * unit, 6)
 
 
-def _held_out(corpus: Corpus, tokens: int, context: int) -> float:
-    """The share of documents for validation: enough sequences, from more than a few documents, and at most a fifth."""
-    share = max(HELD_OUT_SEQUENCES * context / max(tokens, 1), LEAST_HELD_OUT_DOCUMENTS / max(corpus.documents, 1))
-    return float(f"{min(0.2, max(0.001, share)):.1g}")
+def _held_out(corpus: Corpus, tokens: int, context: int) -> tuple[float, float]:
+    """The shares of documents for validation and test: enough sequences, from more than a few documents, and at most a fifth
+    for validation. Where documents are few, shares that select some."""
+    of_text, of_documents = (
+        min(0.2, max(0.001, share))
+        for share in (
+            HELD_OUT_SEQUENCES * context / max(tokens, 1),
+            LEAST_HELD_OUT_DOCUMENTS / max(corpus.documents, 1),
+        )
+    )
+    if not corpus.positions:
+        val = float(f"{max(of_text, of_documents):.1g}")
+        return val, val / 2
+    lowest_first = sorted(corpus.positions)
+    highest_first = [(1 - position, size) for position, size in reversed(lowest_first)]
+    count, val = _select(lowest_first, of_text, of_documents, most=len(lowest_first) - 1)
+    _, test = _select(highest_first, of_text / 2, of_documents / 2, most=len(lowest_first) - count - 1)
+    return val, test
+
+
+def _select(ordered: list[tuple[float, int]], of_text: float, of_documents: float, *, most: int) -> tuple[int, float]:
+    """How many documents, from the lowest position on, are shares of the text and of the documents, and the fraction that
+    selects them."""
+    wanted, count, size = of_text * sum(size for _, size in ordered), 0, 0
+    while count < most and (size < wanted or count < math.floor(of_documents * len(ordered))):
+        size, count = size + ordered[count][1], count + 1
+    if not count:
+        return 0, 0.0
+    low, high = ordered[count - 1][0], ordered[count][0]
+    return count, next(x for digits in range(2, 16) if low < (x := round((low + high) / 2, digits)) < high)
 
 
 def _round(value: float) -> int:

@@ -1,5 +1,7 @@
 """`pldr init` writes a YAML that runs."""
 
+import json
+
 import pytest
 import yaml
 
@@ -25,8 +27,33 @@ def test_the_yaml_loads_and_fits_the_corpus(corpus, capsys):
     config = load_config("mine.yaml")
     assert [source.url for source in config.data.sources] == ["texts/*.txt"]
     assert config.post.sample_prompt == "It was the number"
-    assert config.data.val_fraction == 0.2 and config.run_dir == "runs/mine"
+    assert config.run_dir == "runs/mine"
     assert config.train.warmup_steps < config.train.steps and planned_budget(config.train) > BUDGET_PUBLISHED
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 40])
+def test_a_few_documents_are_in_all_splits(corpus, count):
+    """A share of few documents can select none; whole documents are chosen by a hash."""
+    names = [name for number in range(count) for name in ("--corpus", f"texts/{number}.txt")]
+    for number in range(count):
+        (corpus / "texts" / f"{number}.txt").write_text(
+            f"It was the number {number} that nobody had heard of.\n" * 9000
+        )
+    assert main(["init", "mine", *names]) == 0 and main(["shard", "mine.yaml"]) == 0
+    splits = json.loads((corpus / "runs" / "mine" / "documents" / "index.json").read_text())["splits"]
+    assert splits["train"]["documents"] >= splits["val"]["documents"] >= 1
+    assert (splits["test"]["documents"] > 0) is (count > 2)
+
+
+def test_a_corpus_that_is_small_for_the_model_is_told(corpus, capsys):
+    assert main(["init", "large", "--corpus", "texts", "--size", "30m"]) == 0
+    assert "small for this model" in capsys.readouterr().out
+
+
+def test_one_long_document_is_to_be_cut(corpus, capsys):
+    (corpus / "all.txt").write_text("To be, or not to be, that is the question.\n" * 20000)
+    assert main(["init", "mine", "--corpus", "all.txt"]) == 2
+    assert "split -C 50k" in capsys.readouterr().err
 
 
 def test_a_yaml_that_is_there_is_not_replaced(corpus, capsys):
