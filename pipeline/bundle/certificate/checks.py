@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pipeline.config.post import PostConfig
-from pipeline.config.schedule import BUDGET_INVARIANT
+from pipeline.config.schedule import BUDGET_PUBLISHED, BUDGET_TABLE, MORE_BUDGET
 
 Tier = Literal["variant", "approximate", "invariant", "at round-off", "constant by construction", "unknown"]
 
@@ -72,16 +72,18 @@ def make_checks(
 ) -> list[Check]:
     """Every judged measure, rounded. `measures` and `controls` as in the certificate; `variant`: g_source; `num_prompts`:
     distinct held-out prompts among those measured."""
-    more = "train longer or raise train.metric_weight_decay"
-    if budget is not None:
+    if budget is not None and budget >= BUDGET_PUBLISHED:
         enough = (
-            f"the invariance budget was {budget:.2f}, but {BUDGET_INVARIANT:g} or more is needed: {more}"
-            if budget < BUDGET_INVARIANT
-            else f"the invariance budget of {budget:.2f} should have been enough: look for a loss spike, lower train.max_lr, "
-            f"or {more}"
+            f"the invariance budget of {budget:.2f} should have been enough: look for a loss spike, lower train.max_lr, train "
+            f"longer or raise train.metric_weight_decay ({BUDGET_TABLE})"
         )
     else:
-        enough = f"the invariance budget (pldr plan) must be {BUDGET_INVARIANT:g} or more: {more}"
+        spent = (
+            "the invariance budget (pldr plan) is too small"
+            if budget is None
+            else f"the invariance budget was {budget:.2f}"
+        )
+        enough = f"{spent}: {MORE_BUDGET} ({BUDGET_TABLE})"
     not_finite = measures["not_finite"]
     losses, agreement = measures["losses"], measures["agreement"].get("cached", {})
     cached = losses.get("cached")

@@ -2,9 +2,19 @@
 
 import pytest
 
+from pipeline.bundle.certificate.checks import make_checks
 from pipeline.config.load import load_config
 from pipeline.config.plan import duration, plan, plan_lines, state_bytes
-from pipeline.config.schedule import budget_verdict
+from pipeline.config.post import PostConfig
+from pipeline.config.schedule import (
+    BUDGET_APPROXIMATE,
+    BUDGET_INVARIANT,
+    BUDGET_PUBLISHED,
+    BUDGET_TABLE,
+    MORE_BUDGET,
+    budget_verdict,
+)
+from pipeline.config.starter import Corpus, starter_yaml
 
 
 def test_the_papers_110m_recipe(repository):
@@ -25,6 +35,34 @@ def test_the_sub_critical_recipe_is_warned_of(repository):
     config = load_config(repository / "configs" / "pldr-110m.yaml", ["train.max_lr=3e-5"])
     assert "NOT invariant" in plan(config)["invariance_verdict"]
     assert budget_verdict(4.1).startswith("at best approximately")
+
+
+def test_all_texts_about_budgets_say_the_same(repository):
+    """What is predicted at a budget has its limits and its words in one place, and texts cite the table in docs/."""
+    table = (repository / "docs" / "certificate.md").read_text().partition("## The invariance budget\n")[2]
+    assert BUDGET_TABLE == 'docs/certificate.md, "The invariance budget"' and table
+    low, middle, high = (f"{limit:g}" for limit in (BUDGET_APPROXIMATE, BUDGET_INVARIANT, BUDGET_PUBLISHED))
+    rows = [line.split(" | ")[:2] for line in table.splitlines() if line.startswith("| ")]
+    assert rows[1:5] == [
+        [f"| below {low}", "not invariant expected"],
+        [f"| {low} to {middle}", "at best approximately invariant"],
+        [f"| {middle} to {high}", "perhaps invariant"],
+        [f"| {high} or more", "invariant expected"],
+    ]
+    for budget, (where, verdict) in zip((1.0, 4.1, 8.2, 13.0), rows[1:5], strict=True):
+        said = budget_verdict(budget)
+        assert said.lower().startswith(verdict) and where.removeprefix("| ") in said
+        assert (BUDGET_TABLE in said and MORE_BUDGET in said) is (budget < BUDGET_PUBLISHED)
+    measures, post = {"not_finite": [], "losses": {}, "agreement": {}, "leak": {}, "greedy": {}}, PostConfig()
+    for budget in (None, 1.0, 8.2, 13.0):
+        checks = make_checks(
+            {**measures, "relative_deviation_g": 0.1}, {}, post, variant="learned", num_prompts=100, budget=budget
+        )
+        fix = next(check.fix for check in checks if check.measure == "relative_deviation_g")
+        assert BUDGET_TABLE in fix and ("should have been enough" in fix) is (budget == 13.0)
+        assert (MORE_BUDGET in fix) is (budget != 13.0)
+    yaml = starter_yaml("x", Corpus(["a"], 10**6, 1000, "a"), "tiny")
+    assert f"{high} or more is enough: {BUDGET_TABLE}" in yaml
 
 
 def test_the_budget_stops_where_g_is_frozen(repository):

@@ -62,7 +62,7 @@ def test_a_model_trained_with_the_papers_metric_weight_decay_for_a_few_steps_is_
 
 @pytest.mark.slow
 def test_the_same_training_is_invariant_or_not_by_its_metric_weight_decay(tiny: SimpleNamespace) -> None:
-    """So small a metric learner stops at 1e-5 (docs/certificate.md, "the budget is not the whole story"): one tier short."""
+    """So small a metric learner stops at 1e-5 (docs/certificate.md, "The invariance budget"): one tier short."""
     config = replace(tiny.config, head_dim=16, num_reslayerA=8)
     post = tiny.post.model_copy(update={"max_relative_deviation_g": 1e-4})
     found = {}

@@ -57,7 +57,7 @@ def test_one_mistake_is_the_error_itself(check, capsys):
 
 
 def test_what_a_finished_stage_needed_is_not_asked_for(check):
-    found = check("data.sources=gone.jsonl", done=dict.fromkeys(("shard", "tokenizer", "tokenize", "train"), {}))
+    found = check("data.sources=gone.jsonl", done={name: {} for name in ("shard", "tokenizer", "tokenize", "train")})
     assert set(found) == {"disk", "MLflow"} and {finding.status for finding in found.values()} == {"ok"}
 
 
