@@ -23,6 +23,7 @@ EPOCHS = 4
 BUDGET = BUDGET_PUBLISHED + 1  # the decay is rounded, and steps may be lowered a little
 HELD_OUT_SEQUENCES = 4 * (128 + 64)  # of the certificate and of validation, with room: splits are by whole documents
 LEAST_HELD_OUT_DOCUMENTS = 8
+LEAST_FOR_TEST = 5  # documents: of fewer, none can be spared
 LEAST_BYTES = 500_000  # of text: SentencePiece has to find its pieces in it
 
 
@@ -173,6 +174,8 @@ def _held_out(corpus: Corpus, tokens: int, context: int) -> tuple[float, float]:
     lowest_first = sorted(corpus.positions)
     highest_first = [(1 - position, size) for position, size in reversed(lowest_first)]
     count, val = _select(lowest_first, of_text, of_documents, most=len(lowest_first) - 1)
+    if len(lowest_first) < LEAST_FOR_TEST:
+        return val, 0.0
     _, test = _select(highest_first, of_text / 2, of_documents / 2, most=len(lowest_first) - count - 1)
     return val, test
 

@@ -286,10 +286,10 @@ def require_space(needs: Iterable[Need]) -> None:
         needed, largest = sum(need.bytes for need in there), max(there, key=lambda need: need.bytes)
         free = shutil.disk_usage(_existing(largest.folder)).free
         if free < needed:
-            what = " and ".join(need.what for need in sorted(there, key=lambda need: -need.bytes) if need.bytes)
+            named = [need.what for need in sorted(there, key=lambda need: -need.bytes) if need.bytes]
             raise UserError(
-                f"{largest.folder}: {what} needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
-                f"free some space or {largest.fix}"
+                f"{largest.folder}: about {needed / 1e6:,.0f} MB are needed for {', '.join(named)}, {free / 1e6:,.0f} MB are "
+                f"free; free some space or {largest.fix}"
             )
 
 

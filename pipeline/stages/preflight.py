@@ -25,6 +25,7 @@ from pipeline.devices import gpu_bytes
 from pipeline.errors import UserError
 from pipeline.io.storage import Need, require_space
 from pipeline.io.urls import is_http, is_local, local_path, without_secrets
+from pipeline.stages.table import require_given
 from pipeline.stages.train import disk_needed, ranks_on_this_node
 from pipeline.tracking.client import tracking_uri, why
 from pipeline.tracking.sqlite_store import file_of, require_usable
@@ -90,6 +91,7 @@ def _tokenizer(config: RunConfig) -> Iterator[Finding]:
         return
     from pipeline.tokenizer import Tokenizer
 
+    require_given(config)
     has = Tokenizer.load(given).vocab_size
     if has > wanted:
         fix = f"set model.vocab_size={has}"

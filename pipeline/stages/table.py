@@ -127,10 +127,15 @@ def _tokenizer_inputs(config: RunConfig) -> dict[str, Any]:
     inputs = {"config": of_stage(config, "tokenizer")}
     if config.tokenizer.model is None:
         return inputs
-    given = Path(config.tokenizer.model)
+    require_given(config)
+    return {**inputs, "given": sha256_file(config.tokenizer.model)}
+
+
+def require_given(config: RunConfig) -> None:
+    """Raise ConfigError unless `tokenizer.model` is a file."""
+    given = Path(str(config.tokenizer.model))
     if not given.is_file():
         raise ConfigError(f"tokenizer.model: {given}: no such file; name a SentencePiece .model, or null to train one")
-    return {**inputs, "given": sha256_file(given)}
 
 
 def _tokenizer(work: Work) -> Result:

@@ -42,7 +42,7 @@ def test_a_few_documents_are_in_all_splits(corpus, count):
     assert main(["init", "mine", *names]) == 0 and main(["shard", "mine.yaml"]) == 0
     splits = json.loads((corpus / "runs" / "mine" / "documents" / "index.json").read_text())["splits"]
     assert splits["train"]["documents"] >= splits["val"]["documents"] >= 1
-    assert (splits["test"]["documents"] > 0) is (count > 2)
+    assert (splits["test"]["documents"] > 0) is (count > 3)
 
 
 def test_a_corpus_that_is_small_for_the_model_is_told(corpus, capsys):

@@ -65,7 +65,7 @@ def failures(folder: Path) -> list[str]:
     ("lacks", "mount", "message"),
     [
         ("data", "mount -t tmpfs -o size=64k tmpfs run/tokens", "no finished tokens"),
-        ("disk", "mount -t tmpfs -o size=64k tmpfs run/checkpoints", "this rank's part of a checkpoint needs about"),
+        ("disk", "mount -t tmpfs -o size=64k tmpfs run/checkpoints", "are needed for this rank's part of a checkpoint"),
     ],
 )
 def test_a_rank_without_data_or_disk_fails_before_training(tokens, tmp_path, lacks, mount, message):

@@ -142,10 +142,10 @@ def test_space_is_asked_of_each_disk_for_all_that_is_written_to_it(tmp_path, mon
 
     storage.require_space(needs(("a", 60, "one"), ("b", 900, "two"), ("a", 40, "three")))
     with pytest.raises(
-        UserError, match=r"a/x: one and three needs about 101 MB, 100 MB are free; free some space or set one"
+        UserError, match=r"a/x: about 101 MB are needed for one, three, 100 MB are free; free some space or set one"
     ):
         storage.require_space(needs(("a", 60, "one"), ("b", 900, "two"), ("a", 41, "three")))
-    with pytest.raises(UserError, match=r"b/x: two needs about 1,001 MB"):
+    with pytest.raises(UserError, match=r"b/x: about 1,001 MB are needed for two"):
         storage.require_space(needs(("a", 60, "one"), ("b", 1001, "two")))
 
 
