@@ -33,10 +33,10 @@ from typing import IO
 import psutil
 
 from launch.backends.reaction import Reaction
-from launch.backends.startup import Startup
 from launch.backends.stop import AGAIN_S, Interrupted, stop_signals
 from pipeline.config.paths import RunPaths
 from pipeline.errors import Stopped, UserError
+from pipeline.stages.still import Still
 from pipeline.train.console import FAILURE, LISTENING, PHASE, STATUS, STOPPED
 from pipeline.train.signals import Head
 
@@ -162,13 +162,13 @@ class _Job:
     def read(self, process: subprocess.Popen[bytes], log_file: IO[bytes], report: Report) -> None:
         """Read the job's output to its end."""
         assert process.stdout is not None
-        startup = Startup(self.num_ranks, report)
+        startup = Still(f"starting {self.num_ranks} ranks" if self.num_ranks > 1 else "starting the rank", report)
         try:
             self._read(process.stdout, log_file, report, startup)
         finally:
             startup.over()
 
-    def _read(self, output: IO[bytes], log_file: IO[bytes], report: Report, startup: Startup) -> None:
+    def _read(self, output: IO[bytes], log_file: IO[bytes], report: Report, startup: Still) -> None:
         for raw in output:
             line = raw.decode("utf-8", "replace").rstrip("\n")
             try:

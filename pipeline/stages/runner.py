@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +26,7 @@ from pipeline.stages.compatible import Report
 from pipeline.stages.records import FREE, are_outputs, first_changed
 from pipeline.stages.replace import SETTINGS, only_writer, require_replaceable, settings_digest
 from pipeline.stages.resume import names_run
+from pipeline.stages.still import Still
 from pipeline.stages.table import NAMES, Stage, Work, stage_named, stages_before
 from pipeline.stages.train import Launch
 from pipeline.tracking.run_record import RUN_FILE
@@ -150,7 +151,8 @@ class Pipeline:
         old, file = self.record(stage.name), self._record_file(stage.name)
         file.unlink(missing_ok=True)
         try:
-            result = stage.run(self._work(resume=resume, force=force, uncertified=uncertified))
+            with Still(stage.name, lambda text: self._report(f"  {text}")) if stage.is_silent else nullcontext():
+                result = stage.run(self._work(resume=resume, force=force, uncertified=uncertified))
         except ConfigError:  # refused: what was there is as complete as it was, for its own inputs
             if old:
                 publish_sealed(file, old, free=FREE)

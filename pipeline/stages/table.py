@@ -55,6 +55,7 @@ class Stage:
     untouched: earlier stages whose outputs must be as they were written.
     data: what the stage makes for training, which is replaced only with `--replace` (replace.py).
     has_dry_run: whether the work can be a job of `data.executor`, which `--dry-run` only writes.
+    is_silent: whether the work reports nothing itself.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Stage:
     untouched: tuple[str, ...] = ()
     data: str | None = None
     has_dry_run: bool = False
+    is_silent: bool = False
 
 
 def settings_inputs(stage: str, form: int | None = None) -> Callable[[RunConfig], dict[str, Any]]:
@@ -250,6 +252,7 @@ STAGES = (
         outputs=lambda config, paths: files_in(paths.tokenizer.parent, paths),
         run=_tokenizer,
         data="a tokenizer",
+        is_silent=True,
     ),
     Stage(
         name="tokenize",
@@ -275,6 +278,7 @@ STAGES = (
         outputs=lambda config, paths: files_in(paths.weights, paths),
         run=_consolidate,
         untouched=("train",),
+        is_silent=True,
     ),
     Stage(
         name="extract",
@@ -283,6 +287,7 @@ STAGES = (
         outputs=lambda config, paths: files_in(paths.g_lm, paths),
         run=_extract,
         untouched=("consolidate",),
+        is_silent=True,
     ),
     Stage(
         name="validate",
@@ -293,6 +298,7 @@ STAGES = (
         untouched=("consolidate", "extract"),
         check=_require_certified,
         needs=("verdict",),
+        is_silent=True,
     ),
     Stage(
         name="bundle",
@@ -301,6 +307,7 @@ STAGES = (
         outputs=lambda config, paths: files_in(paths.bundle, paths),
         run=_bundle,
         untouched=("consolidate", "extract", "validate"),
+        is_silent=True,
     ),
 )
 NAMES = tuple(stage.name for stage in STAGES)

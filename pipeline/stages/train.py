@@ -19,6 +19,7 @@ from pipeline.io import locks, storage
 from pipeline.io.sealed import publish_sealed
 from pipeline.stages.compatible import Report, changes
 from pipeline.stages.resume import find_start
+from pipeline.stages.still import Still
 from pipeline.tracking import outbox
 from pipeline.tracking.client import tracking_uri
 from pipeline.tracking.run import TrackedRun
@@ -134,12 +135,15 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, repo
 
     ranks: how many there will be, on all nodes. Raises UserError or ConfigError, one line.
     """
-    index = check(config, paths, ranks=ranks)
-    _wait_for_old_ranks(paths)
-    storage.require_free_space(paths.root, disk_needed(config, paths), "training (its checkpoints)")
-    today = {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256}
-    start = find_start(config, paths, resume, today=today, force=force, report=report)
-    outbox.begin(start.run)
+    with Still("checking the tokens", lambda text: report(f"  {text}")) as still:
+        index = check(config, paths, ranks=ranks)
+        still.enter("waiting for ranks of an earlier start")
+        _wait_for_old_ranks(paths)
+        storage.require_free_space(paths.root, disk_needed(config, paths), "training (its checkpoints)")
+        today = {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256}
+        still.enter("opening MLflow, and checking the checkpoint to continue from")
+        start = find_start(config, paths, resume, today=today, force=force, report=report)
+        outbox.begin(start.run)
     if config.train.precision == "bf16" and config.train.zero_stage == 0:
         report(
             "bf16 at ZeRO stage 0: gradients are accumulated in bf16, and a resumed run is not bit-equal; "

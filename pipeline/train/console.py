@@ -14,9 +14,7 @@ from pipeline.config.run import RunConfig
 STATUS = "pldr-status| "
 FAILURE = "pldr-failure| "  # followed by an exit code, a space, and one line
 STOPPED = "pldr-stopped| "
-PHASE = (
-    "pldr-phase| "  # what ranks do until their first step; shown with the time it takes (launch/backends/startup.py)
-)
+PHASE = "pldr-phase| "  # what ranks do until their first step; shown with the time it takes (pipeline/stages/still.py)
 LISTENING = "pldr-listening| "  # this rank now saves and stops when it gets a signal
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.backends import startup
 from launch.backends.job import is_rank, run_job
 from pipeline.errors import UserError
+from pipeline.stages import still
 
 LAUNCH = "tests.launch.backends.launch_worker"
 ROOT = Path(__file__).resolve().parents[3]
@@ -103,7 +103,7 @@ def test_a_reader_that_stands_still_does_not_hold_up_the_ranks(tmp_path):
 
 
 def test_until_the_first_step_it_is_told_what_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(startup, "TELL_S", 0.1)
+    monkeypatch.setattr(still, "TELL_S", 0.1)
     ranks = (
         "import time; time.sleep(0.5); print('pldr-phase| opening the data', flush=True); time.sleep(0.5)\n"
         "print('pldr-status| resumed at step 3 of 9', flush=True); time.sleep(0.5)\n"
