@@ -61,7 +61,7 @@ def _model(arguments: Any, report: Report) -> Result:
     except ValueError as error:
         raise ConfigError(f"{arguments.config}: bench: {error}") from None
     for key, value in result.items():
-        report(f"{key:<32} {value:,.4g}" if isinstance(value, float) else f"{key:<32} {value}")
+        report(f"{key:<32} {_number(value)}")
     return result
 
 
@@ -77,8 +77,15 @@ def _train(arguments: Any, report: Report) -> Result:
 
     result = bench(config, port=free_port(), steps=arguments.steps or 20, batch=arguments.batch)
     for key, value in result.items():
-        report(f"{key:<32} {value:.4g}" if isinstance(value, float) else f"{key:<32} {value}")
+        report(f"{key:<32} {_number(value)}")
     return result
+
+
+def _number(value: Any) -> str:
+    """Four digits of a measurement, and a count in full."""
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def _data(arguments: Any, report: Report) -> Result:

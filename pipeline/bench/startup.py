@@ -1,7 +1,7 @@
 """How fast the command line starts: whole `pldr` commands, each in a new process, interleaved; the median counts.
 
-The commands are those that do little work, so that imports are most of their time: `--help`, a run with a wrong key, `runs`
-on a store with one run, and, with a bundle, `bundle verify` (less the time to hash the bundle's files here).
+The commands are those that do little work, so that imports are most of their time: `--help`, a run with a wrong key,
+`check`, `runs` on a store with one run, and, with a bundle, `bundle verify` (less the time to hash the bundle's files here).
 On a busy machine look at the processor's seconds. `python -X importtime -m launch.cli ...` shows which import takes how long.
 """
 
@@ -25,13 +25,14 @@ PLDR = [sys.executable, "-m", "launch.cli"]
 LIMITS_S = {
     "help": 0.3,
     "wrong_key": 1.0,
+    "check": 2.0,
     "runs": 3.0,
     "bundle_verify": 3.0,
 }  # on an idle machine with a warm disk cache
 CONFIG = """
 name: startup
 run_dir: {folder}/run
-data: {{sources: [{{url: corpus.txt}}]}}
+data: {{sources: [{{url: {folder}/corpus.txt}}]}}
 model: {{vocab_size: 420, context_length: 48, num_layers: 2, num_heads: 2, head_dim: 16}}
 train: {{steps: 10, warmup_steps: 1}}
 """
@@ -48,6 +49,7 @@ def bench(*, bundle: str | None, repeats: int, report: Callable[[str], None]) ->
         commands = {
             "help": (["--help"], 0),
             "wrong_key": (["run", str(config), "trian.steps=3"], 2),
+            "check": (["check", str(config)], 0),
             "runs": (["runs", str(config)], 0),
         }
         if bundle is not None:
@@ -77,6 +79,7 @@ def bench(*, bundle: str | None, repeats: int, report: Callable[[str], None]) ->
 def _make_run(folder: Path) -> Path:
     """The YAML of a run, with an MLflow store that has one training run."""
     config = folder / "startup.yaml"
+    (folder / "corpus.txt").write_text("To be, or not to be, that is the question.\n", encoding="utf-8")
     config.write_text(CONFIG.format(folder=folder), encoding="utf-8")
     mlflow = client(f"sqlite:///{folder / 'run' / 'mlflow.db'}")
     run = mlflow.create_run(mlflow.create_experiment("pldr"))

@@ -113,7 +113,7 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
         f"{report['tokens_per_parameter']:.1f} a parameter",
         f"time                about {duration(report['hours'] * 3600)} on {where}",
         f"activations         {size(report['activation_bytes_per_micro_batch'])} a micro batch (estimate)",
-        "states per rank     " + "".join(f"{f'{w} ranks':>12}" for w in WORLD_SIZES),
+        "states per rank     " + "".join(f"{'1 rank' if w == 1 else f'{w} ranks':>12}" for w in WORLD_SIZES),
     ]
     for stage, row in report["state_bytes_per_rank"].items():
         lines.append(f"  {stage:<18}" + "".join(f"{size(row[str(w)]):>12}" for w in WORLD_SIZES))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.config.run import RunConfig
 from pipeline.config.schedule import BUDGET_PUBLISHED, BUDGET_TABLE, invariance_budget
@@ -17,6 +18,7 @@ from pipeline.config.train import TrainConfig
 from pipeline.errors import ConfigError
 from pldr_model.config import ModelConfig
 
+SCHEMA = Path(__file__).parent / "schema.json"  # editors complete keys by it
 TOKENS_PER_PARAMETER = 20
 FEW_TOKENS = 15  # a parameter: fewer are told
 EPOCHS = 4
@@ -101,6 +103,7 @@ def starter_yaml(name: str, corpus: Corpus, size_name: str) -> str:
     passes, share = steps * per_step / tokens, steps * per_step / parameters
     note = f" {TOKENS_PER_PARAMETER} would be better: the corpus is small for this model." if share < FEW_TOKENS else ""
     return f"""\
+# yaml-language-server: $schema={SCHEMA}
 # Made by `pldr init`. Every key: pldr config {name}.yaml; what it costs: pldr plan {name}.yaml; go: pldr run {name}.yaml
 name: {name}
 run_dir: runs/{name}

@@ -60,7 +60,9 @@ def preflight(config: RunConfig, *, done: Mapping[str, dict[str, Any]] | None = 
     def sources() -> Iterator[Finding]:
         nonlocal text_bytes
         files, text_bytes = _files_and_text(config)
-        yield Finding("sources", "ok", f"{files:,} files, about {_size(text_bytes)} of text")
+        yield Finding(
+            "sources", "ok", f"{files:,} {'file' if files == 1 else 'files'}, about {_size(text_bytes)} of text"
+        )
 
     if "shard" not in done:
         check("sources", sources)
@@ -107,7 +109,7 @@ def _batch(config: RunConfig) -> Iterator[Finding]:
     train, ranks = config.train, ranks_on_this_node(config)
     deepspeed_config(train, ranks)
     steps = accumulation_steps(train, ranks)
-    text = f"{train.global_batch} sequences a step: {ranks} ranks x micro batch {train.micro_batch} x {steps}"
+    text = f"{train.global_batch} sequences a step: {_ranks(ranks)} x micro batch {train.micro_batch} x {steps}"
     yield Finding("batch", "ok", text)
 
 
@@ -117,7 +119,7 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
     gpu = gpu_bytes()
     has, each, where = (psutil.virtual_memory().total, ranks, "this machine") if gpu is None else (gpu, 1, "a GPU")
     needs = {zero: each * (state_bytes(config, zero, ranks) + activation_bytes(config)) for zero in (0, 1, 2, 3)}
-    text = f"about {_size(needs[stage])} of {_size(has)} of {where} ({ranks} ranks, ZeRO {stage})"
+    text = f"about {_size(needs[stage])} of {_size(has)} of {where} ({_ranks(ranks)}, ZeRO {stage})"
     if needs[stage] <= 0.8 * has:
         yield Finding("memory", "ok", text)
         return
@@ -183,6 +185,10 @@ def _mlflow(config: RunConfig) -> Iterator[Finding]:
         yield Finding("MLflow", "warn", text)
         return
     yield Finding("MLflow", "ok", f"{shown} answers")
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 def _size(value: float) -> str:

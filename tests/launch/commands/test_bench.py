@@ -42,5 +42,5 @@ def test_startup_times_every_command(capsys):
     code, out, errors = run(capsys, "bench", "startup", "--repeats", "1", "--json")
     assert code == 0, errors
     result = json.loads(out.splitlines()[-1])
-    assert list(result) == ["help", "wrong_key", "runs"]
+    assert list(result) == ["help", "wrong_key", "check", "runs"]
     assert all(row["seconds"] > 0 and row["limit_s"] > 0 for row in result.values())

@@ -1,6 +1,7 @@
 """`pldr init` writes a YAML that runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -25,6 +26,8 @@ def test_the_yaml_loads_and_fits_the_corpus(corpus, capsys):
     assert main(["init", "mine", "--corpus", "texts/*.txt"]) == 0
     assert "pldr run mine.yaml" in capsys.readouterr().out
     config = load_config("mine.yaml")
+    first = (corpus / "mine.yaml").read_text().splitlines()[0]
+    assert first.startswith("# yaml-language-server: ") and Path(first.partition("$schema=")[2]).is_file()
     assert [source.url for source in config.data.sources] == ["texts/*.txt"]
     assert config.post.sample_prompt == "It was the number"
     assert config.run_dir == "runs/mine"

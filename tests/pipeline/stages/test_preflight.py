@@ -34,7 +34,7 @@ def test_a_run_that_can_start_has_no_failure(check):
     assert list(found) == ["sources", "tokenizer", "batch", "memory", "budget", "disk", "MLflow"]
     assert {finding.status for finding in found.values()} == {"ok"}
     assert (
-        "1 files" in found["sources"].text and "8 sequences a step: 2 ranks x micro batch 4 x 1" in found["batch"].text
+        "1 file," in found["sources"].text and "8 sequences a step: 2 ranks x micro batch 4 x 1" in found["batch"].text
     )
 
 
