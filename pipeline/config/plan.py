@@ -85,11 +85,11 @@ def activation_bytes(config: RunConfig) -> int:
 
 
 def duration(seconds: float) -> str:
-    """Two digits in the unit that fits."""
+    """Two digits in the unit that fits: "about 4 minutes"."""
     for unit, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if seconds >= 2 * unit:
-            return f"{float(f'{seconds / unit:.2g}'):,g} {name}"
-    return f"{float(f'{seconds:.2g}'):g} seconds"
+            return f"about {float(f'{seconds / unit:.2g}'):,g} {name}"
+    return "less than a second" if seconds < 1 else f"about {float(f'{seconds:.2g}'):g} seconds"
 
 
 def plan_lines(report: dict[str, Any]) -> list[str]:
@@ -102,7 +102,8 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
     assumed = report["assumed"]
     where = "this machine's CPU, where a few training steps were timed"
     if assumed is not None:
-        where = f"{assumed['devices']} devices of {assumed['peak_tflops']:g} TFLOP/s at {assumed['mfu']:.0%} MFU"
+        devices = "1 device" if assumed["devices"] == 1 else f"{assumed['devices']} devices"
+        where = f"{devices} of {assumed['peak_tflops']:g} TFLOP/s at {assumed['mfu']:.0%} MFU"
     included = " with padding" if report["padded"] else ""
     lines = [
         f"parameters          {report['parameters']:,}",
@@ -111,7 +112,7 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
         f"{report['flops_per_token_forward']:.4g} forward",
         f"tokens              {report['tokens']:,}{included} ({report['steps']:,} steps of {report['tokens_per_step']:,}), "
         f"{report['tokens_per_parameter']:.1f} a parameter",
-        f"time                about {duration(report['hours'] * 3600)} on {where}",
+        f"time                {duration(report['hours'] * 3600)} on {where}",
         f"activations         {size(report['activation_bytes_per_micro_batch'])} a micro batch (estimate)",
         "states per rank     " + "".join(f"{'1 rank' if w == 1 else f'{w} ranks':>12}" for w in WORLD_SIZES),
     ]

@@ -234,6 +234,7 @@ def _identity(result: dict[str, Any]) -> dict[str, Any]:
 def _brief(result: dict[str, Any]) -> str:
     """The few plain values of a result, for one line."""
     plain = {k: v for k, v in result.items() if isinstance(v, int | float | str) and not isinstance(v, bool)}
+    plain.pop("schema_version", None)
     return "  ".join([f"{key}={_short(value)}" for key, value in plain.items()][:6])
 
 

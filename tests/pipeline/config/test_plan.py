@@ -85,7 +85,13 @@ def test_zero_memory_follows_what_each_stage_shards(repository):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.5, "0.5 seconds"), (90, "90 seconds"), (240, "4 minutes"), (7300, "2 hours"), (1e7, "120 days")],
+    [
+        (0.0098, "less than a second"),
+        (1.5, "about 1.5 seconds"),
+        (240, "about 4 minutes"),
+        (7300, "about 2 hours"),
+        (1e7, "about 120 days"),
+    ],
 )
 def test_a_duration_is_in_the_unit_that_fits(seconds, text):
     assert duration(seconds) == text
