@@ -1,7 +1,7 @@
 """A first YAML for a corpus: `pldr init`. Sizes, steps, warm-up, held-out share and budget that fit what there is to read.
 
-Decisions: tokens are 20 a parameter (Hoffmann et al. 2022), but at most four passes over the corpus (Muennighoff et al. 2023
-saw little loss up to there). The metric learner's weight decay is raised above the papers' 0.1 where a short run would end
+Decisions: tokens are 20 a parameter (Hoffmann et al. 2022), but at most four passes over the training split (Muennighoff et al.
+2023 saw little loss up to there). The metric learner's weight decay is raised above the papers' 0.1 where a short run would end
 below the invariance budget that is enough (docs/certificate.md, "The invariance budget").
 """
 
@@ -88,11 +88,12 @@ def starter_yaml(name: str, corpus: Corpus, size_name: str) -> str:
     model, tokens = size.model, int(corpus.text_bytes / size.bytes_per_token)
     parameters = model.num_parameters()["total"]
     per_step = size.global_batch * model.context_length
-    wanted = min(TOKENS_PER_PARAMETER * parameters, EPOCHS * tokens)
+    val, test = _held_out(corpus, tokens, model.context_length)
+    trained_on = tokens * _train_share(corpus, val, test)
+    wanted = min(TOKENS_PER_PARAMETER * parameters, EPOCHS * trained_on)
     steps = _round(max(300, wanted / per_step))
     warmup = min(2000, _round(steps / 20))
     decay = _metric_decay(steps, warmup)
-    val, test = _held_out(corpus, tokens, model.context_length)
     every = max(10, _round(steps / 12))
     urls = "\n".join(f"    - {_quoted(url)}" for url in corpus.urls)
     accelerated = ""
@@ -100,7 +101,7 @@ def starter_yaml(name: str, corpus: Corpus, size_name: str) -> str:
         why = f"raised from the papers' 0.1: invariance budget {BUDGET:g} in {steps:,} steps"
         table = f"# {BUDGET_PUBLISHED:g} or more is enough: {BUDGET_TABLE}"
         accelerated = f"\n  metric_weight_decay: {decay:g}   # {why}\n  {table}"
-    passes, share = steps * per_step / tokens, steps * per_step / parameters
+    passes, share = steps * per_step / trained_on, steps * per_step / parameters
     note = f" {TOKENS_PER_PARAMETER} would be better: the corpus is small for this model." if share < FEW_TOKENS else ""
     return f"""\
 # yaml-language-server: $schema={SCHEMA}
@@ -125,7 +126,7 @@ model:   # {size_name}: {_count(parameters)} parameters
   A_dff: {model.A_dff}
 
 train:
-  # {passes:.1f} passes over the corpus, {share:.1f} tokens a parameter.{note}
+  # {passes:.1f} passes over the training split, {share:.1f} tokens a parameter.{note}
   steps: {steps}   # of {per_step:,} tokens
   global_batch: {size.global_batch}
   micro_batch: {size.micro_batch}
@@ -143,6 +144,14 @@ post:
   prompts: 128   # held-out; a certificate asks for 100 or more
   sample_prompt: {_quoted(corpus.prompt)}
 """
+
+
+def _train_share(corpus: Corpus, val: float, test: float) -> float:
+    """The share of the text that is left to train on."""
+    if not corpus.positions:
+        return 1 - val - test
+    left = sum(size for position, size in corpus.positions if val <= position < 1 - test)
+    return left / sum(size for _, size in corpus.positions)
 
 
 def per_parameter(config: RunConfig) -> float:

@@ -48,6 +48,15 @@ def test_a_few_documents_are_in_all_splits(corpus, count):
     assert (splits["test"]["documents"] > 0) is (count > 3)
 
 
+def test_passes_are_counted_over_the_training_split(tmp_path):
+    """Of three documents one is held out, and may be the longest."""
+    corpus = Corpus(["a"], 3_000_000, 3, "He said", ((0.3, 2_000_000), (0.6, 500_000), (0.9, 500_000)))
+    text = starter_yaml("x", corpus, "tiny")
+    tokens = 1_000_000 / SIZES["tiny"].bytes_per_token
+    assert yaml.safe_load(text)["train"]["steps"] * 512 == pytest.approx(EPOCHS * tokens, rel=0.03)
+    assert "4.0 passes over the training split" in text
+
+
 def test_a_corpus_that_is_small_for_the_model_is_told(corpus, capsys):
     assert main(["init", "large", "--corpus", "texts", "--size", "30m"]) == 0
     assert "small for this model" in capsys.readouterr().out
