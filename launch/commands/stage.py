@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.commands.terminal import status_lines
 from launch.commands.verbs import Report, Result, Verbs, add_config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UserError
 from pipeline.stages.table import STAGES
 
 if TYPE_CHECKING:
@@ -74,11 +74,13 @@ def _pipeline(arguments: Any, report: Report) -> Pipeline:
         arguments.config, arguments.overrides
     )  # first: a wrong key must not wait for the imports below
     from pipeline.stages.runner import Pipeline
+    from pipeline.stages.still import Still
 
     live = status_lines(json=arguments.json)
 
     def start(config: RunConfig, job_file: Path, ranks: int) -> None:
-        from launch.backends.deepspeed import launch  # imports torch
+        with Still("loading torch and DeepSpeed's launcher", live):
+            from launch.backends.deepspeed import launch
 
         launch(config, job_file, ranks, report=live)
 
@@ -117,16 +119,18 @@ def _preflight(pipeline: Pipeline) -> list[Finding]:
 
 
 def _require_ready(findings: list[Finding], report: Report) -> None:
-    """Tell what failed, all at once. Raises ConfigError if anything did."""
+    """Tell what failed, all at once. Raises UserError if anything did."""
     from pipeline.stages.preflight import lines
 
     failed = [finding for finding in findings if finding.status == "FAIL"]
-    if len(failed) == 1:
-        raise ConfigError(failed[0].text)
-    for line in lines(failed):
-        report(line)
-    if failed:
-        raise ConfigError(f"{len(failed)} things would fail later: {', '.join(one.about for one in failed)}; see above")
+    if not failed:
+        return
+    text = failed[0].text
+    if len(failed) > 1:
+        for line in lines(failed):
+            report(line)
+        text = f"{len(failed)} things would fail later: {', '.join(one.about for one in failed)}; see above"
+    raise UserError(text, exit_code=2, details={"findings": [asdict(finding) for finding in findings]})
 
 
 def _stage(arguments: Any, report: Report) -> Result:

@@ -136,14 +136,21 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, repo
     ranks: how many there will be, on all nodes. Raises UserError or ConfigError, one line.
     """
     with Still("checking the tokens", lambda text: report(f"  {text}")) as still:
-        index = check(config, paths, ranks=ranks)
-        still.enter("waiting for ranks of an earlier start")
-        _wait_for_old_ranks(paths)
-        storage.require_free_space(paths.root, disk_needed(config, paths), "training (its checkpoints)")
-        today = {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256}
-        still.enter("opening MLflow, and checking the checkpoint to continue from")
-        start = find_start(config, paths, resume, today=today, force=force, report=report)
-        outbox.begin(start.run)
+        return _prepare(config, paths, resume=resume, ranks=ranks, report=report, force=force, still=still)
+
+
+def _prepare(
+    config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, report: Report, force: bool, still: Still
+) -> Job:
+    index = check(config, paths, ranks=ranks)
+    still.enter("waiting for ranks of an earlier start")
+    _wait_for_old_ranks(paths)
+    storage.require_free_space(paths.root, disk_needed(config, paths), "training (its checkpoints)")
+    today = {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256}
+    still.enter("opening MLflow, and checking the checkpoint to continue from")
+    start = find_start(config, paths, resume, today=today, force=force, report=report)
+    still.enter("writing to MLflow")
+    outbox.begin(start.run)
     if config.train.precision == "bf16" and config.train.zero_stage == 0:
         report(
             "bf16 at ZeRO stage 0: gradients are accumulated in bf16, and a resumed run is not bit-equal; "

@@ -1,6 +1,7 @@
 """What `pldr check` finds before anything starts."""
 
 import http.server
+import json
 import subprocess
 import sys
 import threading
@@ -52,8 +53,11 @@ def test_all_mistakes_are_told_at_once_each_with_its_fix(check, capsys):
 
 
 def test_one_mistake_is_the_error_itself(check, capsys):
-    assert main(["check", str(check.yaml), "train.ranks=3"]) == 2
-    assert "train.global_batch 8 is not a multiple of micro_batch 4 x 3 ranks" in capsys.readouterr().err
+    assert main(["check", str(check.yaml), "train.ranks=3", "--json"]) == 2
+    out, errors = capsys.readouterr()
+    assert "train.global_batch 8 is not a multiple of micro_batch 4 x 3 ranks" in errors
+    status = {finding["about"]: finding["status"] for finding in json.loads(out.splitlines()[-1])["findings"]}
+    assert status["batch"] == "FAIL" and status["sources"] == "ok"  # for programs, all of them
 
 
 def test_what_a_finished_stage_needed_is_not_asked_for(check):
