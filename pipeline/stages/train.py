@@ -147,7 +147,7 @@ def _prepare(
     _wait_for_old_ranks(paths)
     storage.require_free_space(paths.root, disk_needed(config, paths), "training (its checkpoints)")
     today = {"data_fingerprint": index.fingerprint, "tokenizer_sha256": index.tokenizer_sha256}
-    still.enter("opening MLflow, and checking the checkpoint to continue from")
+    still.enter("opening MLflow, and looking for a checkpoint")
     start = find_start(config, paths, resume, today=today, force=force, report=report)
     still.enter("writing to MLflow")
     outbox.begin(start.run)

@@ -41,4 +41,4 @@ def test_a_training_says_what_it_waits_for_before_its_ranks_start(often, make, m
     monkeypatch.setattr(module, "find_start", slow)
     with pytest.raises(ValueError):
         pipeline.stage("train")
-    assert any(line.startswith("  opening MLflow, and checking the checkpoint") for line in reported)
+    assert any(line.startswith("  opening MLflow, and looking for a checkpoint") for line in reported)
