@@ -80,7 +80,7 @@ def _report(arguments: Any, report: Report) -> Result:
     from pipeline.report.training import write_run_report
     from pipeline.tracking.query import read_run
     from pipeline.tracking.run import known_run
-    from pipeline.tracking.run_record import RUN_FILE
+    from pipeline.tracking.sqlite_store import RUN_FILE
 
     given = Path(arguments.run)
     if given.suffix in (".yaml", ".yml") or given.is_dir():
@@ -162,6 +162,7 @@ def _config_of(given: str, overrides: list[str], *, verb: str) -> RunConfig:
     from pipeline.config.load import load_config, parse_config
     from pipeline.config.paths import RunPaths
     from pipeline.io.sealed import read_sealed
+    from pipeline.tracking.default_store import job_uri
 
     folder = Path(given)
     if not folder.is_dir():
@@ -172,20 +173,7 @@ def _config_of(given: str, overrides: list[str], *, verb: str) -> RunConfig:
     if not job.exists():
         raise UserError(f"{job}: missing; no training was started in {folder}: name the YAML of the run")
     config = parse_config(read_sealed(job, schema_version=1).get("config") or {}, where=str(job))
-    uri = _moved_along(config, folder)
+    if (uri := config.tracking.uri) is not None:
+        uri = job_uri(RunPaths(folder).root, uri, RunPaths(config.run_dir).root)
     tracking = config.tracking.model_copy(update={"uri": uri})
     return config.model_copy(update={"run_dir": str(folder), "tracking": tracking})
-
-
-def _moved_along(config: RunConfig, folder: Path) -> str | None:
-    """The store that a job names. Where the run directory was moved or copied together with its database (a sweep's, above
-    the children), it is the database that lies there now as it did before."""
-    from pipeline.config.paths import RunPaths
-    from pipeline.tracking.sqlite_store import file_of, uri_of
-
-    uri, here = config.tracking.uri, RunPaths(folder).root
-    file = None if uri is None else file_of(uri)
-    if file is None or os.path.realpath(config.run_dir) == os.path.realpath(here):
-        return uri
-    now = Path(os.path.normpath(here / os.path.relpath(file, RunPaths(config.run_dir).root)))
-    return uri_of(now) if now.exists() else uri

@@ -130,12 +130,19 @@ def test_a_copy_does_not_write_to_the_store_of_the_original(make, tmp_path):
     for attached in (certify, partial(package, uncertified=True)):  # refused before anything is measured or packaged
         with pytest.raises(ConfigError, match="is a copy of"):
             attached(copy, RunPaths(copy.run_dir))
-    own = make(tmp_path / "copy", train={"publish_to": str(tmp_path / "published")})  # with a database of its own
-    require_own_run(own, RunPaths(own.run_dir))
     assert opened(copy, run_id=run_id).id == run_id  # asked for by name
     assert opened(copy).id == run_id
     shutil.move(tmp_path / "run", tmp_path / "moved")
     assert opened(make(tmp_path / "moved", **shared)).id == run_id
+
+
+def test_a_copy_with_a_store_of_its_own_may_still_publish_beside_the_original(make, tmp_path):
+    opened(make(tmp_path / "run"))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    own = make(tmp_path / "copy", train={"publish_to": str(tmp_path / "published")})
+    require_own_run(own, RunPaths(own.run_dir))
+    with pytest.raises(ConfigError, match="is a copy of"):
+        opened(own)
 
 
 def test_what_is_pending_is_found_after_a_move(make, tmp_path):
