@@ -42,6 +42,13 @@ def job_uri(root: Path, uri: str, run_dir: Path) -> str:
     return uri if now is None or not now.exists() else uri_of(now)
 
 
+def stores_of(folder: Path) -> list[str]:
+    """The URIs of the stores in a folder of runs: the shared one first, then those of sweeps and of earlier versions' runs,
+    which are in the folders below."""
+    found = [file for pattern in (OWN, f"*/{OWN}", f"*/*/{OWN}") for file in sorted(folder.glob(pattern))]
+    return [uri_of(file.absolute()) for file in found]
+
+
 def why_inside(root: Path) -> str | None:
     """Why the store of a new run lies in its run directory; None: it lies beside it."""
     file = _beside(root)

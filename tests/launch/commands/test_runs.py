@@ -29,7 +29,7 @@ def runs(tmp_path_factory, make_run):
     path = make_run(folder)
     first = load_config(path)
     uri = tracking_uri(first)
-    second = load_config(path, [f"run_dir={folder / 'second'}", f"tracking.uri={uri}", "name=second"])
+    second = load_config(path, [f"run_dir={folder / 'second'}", "name=second"])
     ids = []
     for config, loss in ((first, 2.0), (second, 3.0)):
         run = open_run(config, RunPaths(config.run_dir))
@@ -134,7 +134,7 @@ def test_a_report_by_the_folder_of_a_run_that_was_copied_with_its_sweep(capsys, 
     shutil.copytree(file_of(uri).parent, sweep)
     child = sweep / "children" / "second"
     config = load_config(path, [f"run_dir={child}", f"tracking.uri={uri_of(sweep / 'mlflow.db')}", "name=second"])
-    record = json.loads((file_of(uri).parent.parent / "second" / "run.json").read_text())
+    record = json.loads((file_of(uri).parent / "second" / "run.json").read_text())
     storage.publish_json(child / "run.json", {**record, "tracking_uri": uri_of(sweep / "mlflow.db")})
     storage.publish_json(child / "logs" / "job.json", {"schema_version": 1, "config": config.as_dict()})
     other = tmp_path / "other"

@@ -31,11 +31,26 @@ ODD = ["run%20x", "what?", "a#b", "a b", "ünïcode", "100%", "%3F", "a::b", "st
 
 @pytest.fixture
 def make(empty_store):
+    """A run with its store in its directory, as earlier versions made them."""
+
     def make_configuration(folder, *, store=None, **sections):
         folder.mkdir(parents=True, exist_ok=True)
         file = store or folder / "mlflow.db"
         if not file.exists():
             shutil.copy(empty_store, file)
+        return parse_config({**TREE, "run_dir": str(folder), **sections}, where="test")
+
+    return make_configuration
+
+
+@pytest.fixture
+def make_shared(empty_shared_store):
+    """A run with its store beside its directory."""
+
+    def make_configuration(folder, **sections):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder.parent / "mlflow.db").exists():
+            shutil.copy(empty_shared_store, folder.parent)
         return parse_config({**TREE, "run_dir": str(folder), **sections}, where="test")
 
     return make_configuration
