@@ -7,6 +7,7 @@ reads at each request, and threads share it: `patience` counts who needs it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -14,6 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -22,7 +24,7 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig, TrackingConfig
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.tracking.default_store import VARIABLE, default_uri
-from pipeline.tracking.sqlite_store import file_of, make_store, require_usable, uri_of
+from pipeline.tracking.sqlite_store import file_of, make_store, merge_log, require_usable, uri_of
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 SHORT_S, PATIENT_S = "3", "600"
@@ -47,6 +49,7 @@ CONTENDED = (*LOCKED, "unique", "duplicate", "giving up after")  # another proce
 ATTEMPTS, WAIT_S = 8, 0.1  # the first wait; it doubles
 OTHER_VERSION = ("out-of-date", "can't locate revision", "no such column", "no such table")
 Result = TypeVar("Result")
+_used: set[Path] = set()  # stores of this process
 _lock, _patient = threading.Lock(), 0
 _before: str | None = None  # TIMEOUT before the first of those who are patient
 
@@ -95,6 +98,9 @@ def client(uri: str) -> Any:
         file.parent.mkdir(parents=True, exist_ok=True)
         make_store(file)
         require_usable(file)
+        if file not in _used:
+            _used.add(file)
+            atexit.register(merge_log, file)
         if "%" in uri:  # MLflow would also make a folder of the quoted name
             from mlflow.store.db import utils
 

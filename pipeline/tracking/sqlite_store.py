@@ -69,11 +69,12 @@ def _same_file(a: Path, b: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[sqlite3.Connection]:
+def _opened(file: Path, *, wait_s: float | None = None) -> Iterator[sqlite3.Connection]:
     """An existing database. Not `mode=ro`: what a killed process left half-written must be rolled back first. In a folder
     where nothing can be written, and so by nobody else, it is read as it is."""
     mode = "mode=rw" if writable(file.parent) else "immutable=1"
-    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?{mode}", uri=True, timeout=WAIT_S)) as database:
+    timeout = WAIT_S if wait_s is None else wait_s
+    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?{mode}", uri=True, timeout=timeout)) as database:
         yield database
 
 
@@ -91,7 +92,9 @@ def make_store(file: Path) -> None:
     """Make an empty store, unless there is a file: complete or not at all. MLflow's own way fails where several processes
     begin with one new file, and leaves half of the tables where one is killed."""
     log = file.with_name(f"{file.name}-wal")
-    if log.exists() and not file.exists():  # in this order: who makes the file now, makes its log later
+    if (
+        log.exists() and log.stat().st_size and not file.exists()
+    ):  # in this order: who makes the file, makes its log later
         raise UserError(f"{log}: the end of a database that is gone; put {file.name} back, or move this file away")
     if file.exists():
         return
@@ -109,6 +112,12 @@ def make_store(file: Path) -> None:
         _name_unless_taken(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def merge_log(file: Path) -> None:
+    """Write the log of a store into its file, as far as nobody else is at work there: somebody may copy only that."""
+    with contextlib.suppress(sqlite3.Error), _opened(file, wait_s=0) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _name_unless_taken(temporary: Path, file: Path) -> None:
