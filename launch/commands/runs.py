@@ -130,7 +130,7 @@ def _table(rows: list[Result]) -> list[str]:
     cells = [HEADER, *(_cells(row) for row in rows)]
     if len(set(experiments)) > 1:
         cells = [(*row, experiment) for row, experiment in zip(cells, ["experiment", *experiments], strict=True)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 

@@ -161,7 +161,8 @@ def test_a_report_by_the_folder_of_a_run_that_was_copied_with_its_sweep(capsys, 
     child = sweep / "children" / "second"
     config = load_config(path, [f"run_dir={child}", f"tracking.uri={uri_of(sweep / 'mlflow.db')}", "name=second"])
     record = json.loads((file_of(uri).parent / "second" / "run.json").read_text())
-    storage.publish_json(child / "run.json", {**record, "tracking_uri": uri_of(sweep / "mlflow.db")})
+    begun = {"tracking_uri": uri_of(sweep / "mlflow.db"), "tags": {**record["tags"], "pldr.run_dir": str(child)}}
+    storage.publish_json(child / "run.json", {key: v for key, v in {**record, **begun}.items() if key != "digest"})
     storage.publish_json(child / "logs" / "job.json", {"schema_version": 1, "config": config.as_dict()})
     other = tmp_path / "other"
     shutil.copytree(sweep, other)
