@@ -88,6 +88,7 @@ def _deepspeed(arguments: Any, report: Report) -> Result:
     from pipeline.config.load import load_config
     from pipeline.config.paths import RunPaths
     from pipeline.stages.train import check
+    from pipeline.tracking.default_store import for_several_nodes
 
     config, known = load_config(arguments.config, arguments.overrides), hosts.read_hostfile(arguments.hostfile)
     if arguments.no_ssh != (arguments.node_rank is not None):
@@ -111,6 +112,7 @@ def _deepspeed(arguments: Any, report: Report) -> Result:
     if arguments.dry_run:
         return job.dry_run(paths.logs, report)
     hosts.require_tools("ssh", "pdsh")
+    config = for_several_nodes(config, len(known))
     return deepspeed.train_over_ssh(
         config,
         job,
@@ -157,12 +159,15 @@ def _on_node(job: NodeJob, config: RunConfig, arguments: Any, report: Report) ->
     from launch.backends.nodes import run_node
     from pipeline.config.paths import RunPaths
     from pipeline.stages.train import check
+    from pipeline.tracking.default_store import for_several_nodes
 
     paths = RunPaths(config.run_dir)
     check(config, paths, ranks=job.ranks)
     if arguments.dry_run:
         return job.dry_run(paths.logs, report)
     live = status_lines(json=arguments.json)
+    if job.node == 0:  # the one that logs
+        config = for_several_nodes(config, job.nodes)
     return run_node(config, paths, job, resume=arguments.resume, force=arguments.force, report=report, live=live)
 
 

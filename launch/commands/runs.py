@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from pipeline.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from pipeline.config.run import RunConfig
 
+RUNS = "runs"  # the folder of runs, in the working directory
 HEADER = ("run", "name", "status", "step", "loss", "cached", "order par.", "budget", "checkpoints", "verdict")
 
 
@@ -23,12 +23,12 @@ def add_run_verbs(verbs: Verbs) -> None:
     sub = verbs.add("runs", _runs, "training runs, their checkpoints and verdicts, from MLflow, newest first")
     sub.add_argument("config", nargs="?", metavar="CONFIG", help="YAML of a run: its store and experiment")
     add_overrides(sub, "override a key of the YAML")
-    sub.add_argument("--uri", help="an MLflow server or sqlite:///PATH (else MLFLOW_TRACKING_URI)")
+    sub.add_argument("--uri", help="an MLflow server or sqlite:///PATH (else MLFLOW_TRACKING_URI, runs/)")
     sub.add_argument("--experiment", metavar="NAME", help="only this one (with CONFIG: its own; without: all)")
     sub = verbs.add("report", _report, "one HTML page of a run's curves, from MLflow")
     sub.add_argument("run", metavar="CONFIG|RUN_DIR|RUN_ID", help="YAML of a run, its run directory, or an MLflow id")
     add_overrides(sub, "override a key of the YAML")
-    sub.add_argument("--uri", help="with RUN_ID: an MLflow server or sqlite:///PATH (else MLFLOW_TRACKING_URI)")
+    sub.add_argument("--uri", help="with RUN_ID: an MLflow server or sqlite:///PATH (else MLFLOW_TRACKING_URI, runs/)")
     sub.add_argument(
         "--output", metavar="FILE", help="where to write it (else report/training.html of the run, or RUN_ID.html)"
     )
@@ -48,17 +48,32 @@ def _runs(arguments: Any, report: Report) -> Result:
 
         uri = arguments.uri or tracking_uri(config)
         experiment = arguments.experiment or config.tracking.experiment
+        uris = [uri]
     else:
-        uri, experiment = arguments.uri or os.environ.get("MLFLOW_TRACKING_URI"), arguments.experiment
-        if not uri:
-            raise ConfigError("runs: name the YAML of a run, or --uri http://HOST:PORT or sqlite:///PATH")
+        uris, experiment = _stores(arguments.uri), arguments.experiment
+        if not uris:
+            raise ConfigError(
+                f"runs: no {RUNS}/mlflow.db in the working directory; name the YAML of a run, or --uri http://HOST:PORT or "
+                "sqlite:///PATH"
+            )
     with _without_gc():
-        from pipeline.tracking.query import list_runs
+        from pipeline.tracking.query import list_all_runs
 
-        rows = list_runs(uri, experiment)
+        rows = list_all_runs(uris, experiment)
     for line in _table(rows):
         report(line)
-    return {"uri": uri, "runs": rows}
+    for uri in uris if len(uris) > 1 else []:
+        report(f"{sum(row['uri'] == uri for row in rows)} of {uri}")
+    return {"uri": uris[0], "runs": rows}
+
+
+def _stores(given: str | None) -> list[str]:
+    """The stores that are meant without a YAML: the one that is named, or those in `runs/` of the working directory."""
+    from pipeline.tracking.client import variable
+    from pipeline.tracking.default_store import stores_of
+
+    uri = given or variable()
+    return stores_of(Path(RUNS)) if uri is None else [uri]
 
 
 @contextlib.contextmanager
@@ -80,7 +95,7 @@ def _report(arguments: Any, report: Report) -> Result:
     from pipeline.report.training import write_run_report
     from pipeline.tracking.query import read_run
     from pipeline.tracking.run import known_run
-    from pipeline.tracking.run_record import RUN_FILE
+    from pipeline.tracking.sqlite_store import RUN_FILE, holds_run
 
     given = Path(arguments.run)
     if given.suffix in (".yaml", ".yml") or given.is_dir():
@@ -95,11 +110,12 @@ def _report(arguments: Any, report: Report) -> Result:
         uri, run_id = run.uri, run.record.run_id
         target = paths.root / "report" / "training.html"
     else:
-        uri, run_id = arguments.uri or os.environ.get("MLFLOW_TRACKING_URI", ""), arguments.run
-        if not uri or arguments.overrides:
+        uris, run_id = _stores(arguments.uri), arguments.run
+        if not uris or arguments.overrides:
             raise ConfigError(
                 "report: an MLflow run id goes with --uri http://HOST:PORT or sqlite:///PATH, and nothing else"
             )
+        uri = next((one for one in uris if holds_run(one, run_id)), uris[0])
         target = Path(f"{run_id}.html")
     row, data, histories = read_run(uri, run_id)
     facts = {**{key: row[key] for key in ("name", "status", "started", "verdict", "checkpoints")}, "run_id": run_id}
@@ -110,8 +126,11 @@ def _report(arguments: Any, report: Report) -> Result:
 
 
 def _table(rows: list[Result]) -> list[str]:
+    experiments = [row["experiment"] for row in rows]
     cells = [HEADER, *(_cells(row) for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
+    if len(set(experiments)) > 1:
+        cells = [(*row, experiment) for row, experiment in zip(cells, ["experiment", *experiments], strict=True)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
@@ -162,6 +181,7 @@ def _config_of(given: str, overrides: list[str], *, verb: str) -> RunConfig:
     from pipeline.config.load import load_config, parse_config
     from pipeline.config.paths import RunPaths
     from pipeline.io.sealed import read_sealed
+    from pipeline.tracking.default_store import job_uri
 
     folder = Path(given)
     if not folder.is_dir():
@@ -172,20 +192,7 @@ def _config_of(given: str, overrides: list[str], *, verb: str) -> RunConfig:
     if not job.exists():
         raise UserError(f"{job}: missing; no training was started in {folder}: name the YAML of the run")
     config = parse_config(read_sealed(job, schema_version=1).get("config") or {}, where=str(job))
-    uri = _moved_along(config, folder)
+    if (uri := config.tracking.uri) is not None:
+        uri = job_uri(RunPaths(folder).root, uri, RunPaths(config.run_dir).root)
     tracking = config.tracking.model_copy(update={"uri": uri})
     return config.model_copy(update={"run_dir": str(folder), "tracking": tracking})
-
-
-def _moved_along(config: RunConfig, folder: Path) -> str | None:
-    """The store that a job names. Where the run directory was moved or copied together with its database (a sweep's, above
-    the children), it is the database that lies there now as it did before."""
-    from pipeline.config.paths import RunPaths
-    from pipeline.tracking.sqlite_store import file_of, uri_of
-
-    uri, here = config.tracking.uri, RunPaths(folder).root
-    file = None if uri is None else file_of(uri)
-    if file is None or os.path.realpath(config.run_dir) == os.path.realpath(here):
-        return uri
-    now = Path(os.path.normpath(here / os.path.relpath(file, RunPaths(config.run_dir).root)))
-    return uri_of(now) if now.exists() else uri

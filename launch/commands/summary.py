@@ -52,6 +52,8 @@ def summary(pipeline: Pipeline, records: dict[str, dict[str, Any]], report: Repo
     )
     if config.post.register_as is not None:
         body = json.dumps({"dataframe_split": {"columns": ["prompt"], "data": [["To be"]]}})
+        load = f"import mlflow; mlflow.set_tracking_uri({uri!r}); model = mlflow.pyfunc.load_model({model!r})"
+        report(f"in Python   {load}")
         report(f"serve       {environment} {serve}")
         report(
             f"  and ask   curl -s 127.0.0.1:5001/invocations -H 'Content-Type: application/json' -d {shlex.quote(body)}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from launch.commands.verbs import Report, Result, Verbs, add_config
 
 if TYPE_CHECKING:
+    from launch.backends.hosts import Host
     from pipeline.config.run import RunConfig
     from pipeline.stages.train import Launch
 
@@ -31,14 +32,16 @@ def add_sweep_verb(verbs: Verbs) -> None:
 
 
 def _sweep(arguments: Any, report: Report) -> Result:
+    from launch.backends.hosts import read_hostfile
     from pipeline.sweep.report import table_lines
     from pipeline.sweep.sweep import Sweep
 
-    sweep = Sweep(arguments.config, arguments.overrides)
-    if arguments.hostfile is None:
-        start, ranks = _here(report), None
+    hosts = [] if arguments.hostfile is None else read_hostfile(arguments.hostfile)
+    sweep = Sweep(arguments.config, arguments.overrides, nodes=max(1, len(hosts)))
+    if hosts:
+        start, ranks = _on_hosts(arguments, hosts, [child.config for child in sweep.children], report)
     else:
-        start, ranks = _on_hosts(arguments, [child.config for child in sweep.children], report)
+        start, ranks = _here(report), None
     result = sweep.run(launch=start, report=report, ranks=ranks)
     for line in table_lines(list(sweep.settings.grid), result["table"]):
         report(line)
@@ -56,14 +59,13 @@ def _here(report: Report) -> Launch:
     return start
 
 
-def _on_hosts(arguments: Any, children: list[RunConfig], report: Report) -> tuple[Launch, int]:
+def _on_hosts(arguments: Any, hosts: list[Host], children: list[RunConfig], report: Report) -> tuple[Launch, int]:
     """Train over ssh on the hosts of a hostfile, all of them for each child; how many ranks that are. Everything else of a
     child is done here. Raises ConfigError."""
     from launch.backends.deepspeed import SshJob, launch_over_ssh
-    from launch.backends.hosts import address_of, read_hostfile, require_tools
+    from launch.backends.hosts import address_of, require_tools
     from pipeline.train.deepspeed_config import accumulation_steps
 
-    hosts = read_hostfile(arguments.hostfile)
     ranks = sum(host.slots for host in hosts)
     for config in children:
         accumulation_steps(config.train, ranks)  # raises when they do not divide

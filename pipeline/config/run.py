@@ -39,9 +39,9 @@ MODEL_KEYS = {
 
 
 class TrackingConfig(Section):
-    """MLflow. `uri: null` is SQLite inside the run directory; any server by URI."""
+    """MLflow. `uri: null` is SQLite beside the run directory; any server by URI."""
 
-    uri: str | None = registry(None, "SQLite or a server; null: MLFLOW_TRACKING_URI, or SQLite inside run_dir")
+    uri: str | None = registry(None, "SQLite or a server; null: MLFLOW_TRACKING_URI, or SQLite beside run_dir")
     experiment: str = registry("pldr", "MLflow experiment")
     parent_run: str | None = registry(None, "MLflow id of the run that a new one is a child of; `pldr sweep` sets it")
 

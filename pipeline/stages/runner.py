@@ -29,7 +29,7 @@ from pipeline.stages.resume import names_run
 from pipeline.stages.still import Still
 from pipeline.stages.table import NAMES, Stage, Work, stage_named, stages_before
 from pipeline.stages.train import Launch
-from pipeline.tracking.run_record import RUN_FILE
+from pipeline.tracking.sqlite_store import RUN_FILE
 
 SCHEMA_VERSION = 2
 LOCK = ".lock"  # its presence marks a run directory

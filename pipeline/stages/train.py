@@ -16,6 +16,7 @@ from pipeline.config.paths import RunPaths, tokens_folder
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io import locks, storage
+from pipeline.io.mounts import same_disk
 from pipeline.io.sealed import publish_sealed
 from pipeline.stages.compatible import Report, changes
 from pipeline.stages.resume import find_start
@@ -23,6 +24,7 @@ from pipeline.stages.still import Still
 from pipeline.tracking import outbox
 from pipeline.tracking.client import tracking_uri
 from pipeline.tracking.run import TrackedRun
+from pipeline.tracking.sqlite_store import file_of
 
 if TYPE_CHECKING:
     from pipeline.data.tokens.index import TokenIndex
@@ -161,9 +163,9 @@ def _prepare(
         for key, change in changed.items():
             report(f"changed     {key} {change}")
         outbox.set_tags(start.run, {f"resumed.{step_of(start.checkpoint)}.{k}": v for k, v in changed.items()})
-    job_file, tracking = paths.logs / "job.json", config.tracking
-    if tracking.uri is not None:  # a relative sqlite:///, for whoever reads the job in another folder
-        tracking = tracking.model_copy(update={"uri": tracking_uri(config)})
+    job_file = paths.logs / "job.json"
+    # Decided once: ranks, and whoever reads the job later, may be in another folder and have other variables.
+    tracking = config.tracking.model_copy(update={"uri": start.run.uri})
     publish_sealed(
         job_file,
         {
@@ -219,14 +221,19 @@ def ranks_on_this_node(config: RunConfig, *, nodes: int = 1) -> int:
 
 
 def disk_needed(config: RunConfig, paths: RunPaths) -> int:
-    """Bytes that training still needs in the run directory: the checkpoints kept, one being staged, and MLflow's copies where
-    its store is there too; less what is there already."""
+    """Bytes that training still needs on the run directory's disk: the checkpoints kept, one being staged, and MLflow's copies
+    where its store is there too; less what is there already."""
     size = checkpoint_bytes(config.model)
     keep = policy_of(config.train).at_most(config.train.steps, config.train.checkpoint_every)
     # One being staged, one being uploaded while a newer one is already there.
-    copies = keep + 2 + (keep if config.tracking.uri is None and config.train.publish_to is None else 0)
+    copies = keep + 2 + (keep if config.train.publish_to is None and _has_store_on_same_disk(config, paths) else 0)
     held = sum(f.stat().st_size for c in committed(paths.checkpoints) for f in c.rglob("*") if f.is_file())
     return max(size, copies * size - held)
+
+
+def _has_store_on_same_disk(config: RunConfig, paths: RunPaths) -> bool:
+    store = file_of(tracking_uri(config))
+    return store is not None and same_disk(store.parent, paths.root)
 
 
 def _wait_for_old_ranks(paths: RunPaths) -> None:

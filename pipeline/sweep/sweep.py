@@ -40,7 +40,7 @@ from pipeline.sweep.report import write_sweep_report
 from pipeline.tracking.client import client, tracking_uri, why
 from pipeline.tracking.clock import now_ms
 from pipeline.tracking.query import read_run
-from pipeline.tracking.run import TrackedRun, known_run
+from pipeline.tracking.run import TrackedRun, known_run, report_store
 from pipeline.tracking.run_record import new_record
 
 DATA_STAGES = ("shard", "tokenizer", "tokenize")
@@ -52,9 +52,11 @@ log = logging.getLogger(__name__)
 class Sweep:
     """A checked sweep: every child's configuration has been read before any of them starts."""
 
-    def __init__(self, path: str | Path, overrides: list[str]) -> None:
-        """Raises ConfigError, one line, for a mistake in the sweep's YAML or in any child's configuration."""
-        self.settings, self.config, self.children = read(Path(path), overrides)
+    def __init__(self, path: str | Path, overrides: list[str], *, nodes: int = 1) -> None:
+        """nodes: how many train each child.
+
+        Raises ConfigError, one line, for a mistake in the sweep's YAML or in any child's configuration."""
+        self.settings, self.config, self.children = read(Path(path), overrides, nodes=nodes)
         self.paths = RunPaths(self.config.run_dir)
 
     def run(self, *, launch: Launch, report: Report, ranks: int | None = None) -> Result:
@@ -148,6 +150,7 @@ class Sweep:
         """The id of the MLflow run whose children these are: made once, also when a start was killed."""
         run = known_run(self.config, self.paths)
         if run is None:
+            report_store(self.config, self.paths)
             settings = flatten({"sweep": self.settings.model_dump(mode="json")})
             run = TrackedRun(self.config, self.paths, new_record(self.config, self.paths, params=settings))
             run.write()

@@ -7,6 +7,7 @@ reads at each request, and threads share it: `patience` counts who needs it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -14,12 +15,16 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from pipeline.config.paths import RunPaths
-from pipeline.config.run import RunConfig
-from pipeline.errors import UserError, first_line
-from pipeline.tracking.sqlite_store import OWN, file_of, make_store, require_usable, uri_of
+from pipeline.config.run import RunConfig, TrackingConfig
+from pipeline.errors import ConfigError, UserError, first_line
+from pipeline.tracking.default_store import VARIABLE, default_uri
+from pipeline.tracking.sqlite_store import file_of, make_store, merge_log, require_usable, uri_of
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 SHORT_S, PATIENT_S = "3", "600"
@@ -44,16 +49,34 @@ CONTENDED = (*LOCKED, "unique", "duplicate", "giving up after")  # another proce
 ATTEMPTS, WAIT_S = 8, 0.1  # the first wait; it doubles
 OTHER_VERSION = ("out-of-date", "can't locate revision", "no such column", "no such table")
 Result = TypeVar("Result")
+_used: set[Path] = set()  # stores of this process
 _lock, _patient = threading.Lock(), 0
 _before: str | None = None  # TIMEOUT before the first of those who are patient
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """The configured server, or a SQLite file in the run directory. Of a SQLite file the path is absolute."""
-    if config.tracking.uri is None:
-        return uri_of(RunPaths(config.run_dir).root / OWN)
-    file = file_of(config.tracking.uri)
-    return config.tracking.uri if file is None or "?" in config.tracking.uri else uri_of(file)
+    """The store of a run: `tracking.uri`, else MLFLOW_TRACKING_URI, else what default_store.py decides. Of a SQLite file the
+    path is absolute. Raises ConfigError for a variable that is no URI of ours."""
+    uri = config.tracking.uri or variable()
+    if uri is None:
+        return default_uri(RunPaths(config.run_dir).root)
+    file = file_of(uri)
+    return uri if file is None or "?" in uri else uri_of(file)
+
+
+def is_named(config: RunConfig) -> bool:
+    """Whether the user names the store."""
+    return config.tracking.uri is not None or variable() is not None
+
+
+def variable() -> str | None:
+    """MLFLOW_TRACKING_URI, checked as `tracking.uri` is; None where it is not set."""
+    uri = os.environ.get(VARIABLE) or None
+    try:
+        return TrackingConfig(uri=uri).uri
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{VARIABLE}: {reason}; or unset it") from None
 
 
 def import_mlflow() -> Any:
@@ -75,6 +98,9 @@ def client(uri: str) -> Any:
         file.parent.mkdir(parents=True, exist_ok=True)
         make_store(file)
         require_usable(file)
+        if file not in _used:
+            _used.add(file)
+            atexit.register(merge_log, file)
         if "%" in uri:  # MLflow would also make a folder of the quoted name
             from mlflow.store.db import utils
 
@@ -118,14 +144,14 @@ def fix_for(uri: str, error: Exception) -> str:
     file = file_of(uri)
     if file is None:
         if is_unreachable(uri, error):
-            return "start the server, or set tracking.uri=null"
+            return "start the server, or log elsewhere: tracking.uri, MLFLOW_TRACKING_URI"
         return "look at tracking.uri, and at the user's rights there"
     if _says(error, *LOCKED):
         return f"another program holds {file}: wait until it is done (`fuser {file}` names it), then start again"
     if _says(error, *DAMAGED):
         return (
-            f"{file} is damaged, or no database; it may hold other runs too, so keep it: put a backup in its place, or what "
-            f"`sqlite3 {file} .recover | sqlite3 NEW.db` saves. {from_checkpoints('RUN_DIR')}"
+            f"{file} is damaged, or no database; it may hold other runs too, so keep it, and {file.name}-wal: put in their place "
+            f"a backup, or what `sqlite3 {file} .recover | sqlite3 NEW.db` saves. {from_checkpoints('RUN_DIR')}"
         )
     if _says(error, *OTHER_VERSION):
         return f"copy {file} as a backup, then `mlflow db upgrade {uri}`, or use the version of MLflow that made it"

@@ -25,7 +25,7 @@ from pipeline.tracking.clock import now_ms
 from pipeline.tracking.metrics import CLOSE_S, Tracker, take_over, what_is_lost
 from pipeline.tracking.publish import open_publisher
 from pipeline.tracking.run import TrackedRun, known_run, require_no_copy
-from pipeline.tracking.run_record import RUN_FILE
+from pipeline.tracking.sqlite_store import RUN_FILE
 
 log = logging.getLogger(__name__)
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
+import shutil
+import tempfile
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, UserError, first_line
+from pipeline.io.mounts import writable
 from pipeline.tracking.client import client, latest_points, why
 from pipeline.tracking.publish import CHECKPOINTS_TAG
 from pipeline.tracking.run_record import LOCAL_TAG, PUBLISH_TAG, VERDICT_TAG
-from pipeline.tracking.sqlite_store import file_of, keep_home
+from pipeline.tracking.sqlite_store import file_of, keep_home, uri_of
 from pipeline.tracking.stores import MlflowStore, names_in
 
+log = logging.getLogger(__name__)
 COLUMNS = {  # metric -> key of a row
     "train/loss": "loss",
     "val/loss_cached": "val_loss_cached",
@@ -20,10 +27,26 @@ COLUMNS = {  # metric -> key of a row
 }
 
 
+def list_all_runs(uris: list[str], experiment: str | None) -> list[dict[str, Any]]:
+    """`list_runs` of several stores, newest first. One that fails is a warning, and an error only where all do."""
+    rows: list[dict[str, Any]] = []
+    failures: list[UserError] = []
+    for uri in uris:
+        try:
+            rows += list_runs(uri, experiment)
+        except UserError as error:
+            failures.append(error)
+    if len(failures) == len(uris):
+        raise failures[0]
+    for failure in failures:
+        log.warning("%s", failure)
+    return sorted(rows, key=lambda row: str(row["started"]), reverse=True)
+
+
 def list_runs(uri: str, experiment: str | None) -> list[dict[str, Any]]:
     """One row per training run of an experiment (None: of all), newest first.
 
-    Keys: id, name, experiment, status, started, step, loss, val_loss_cached, order_parameter, budget, checkpoints (names),
+    Keys: uri, id, name, experiment, status, started, step, loss, val_loss_cached, order_parameter, budget, checkpoints (names),
     published_to, verdict; None where a run has none. Raises ConfigError for an experiment that does not exist, UserError
     when MLflow is unreachable.
     """
@@ -73,10 +96,23 @@ def read_run(uri: str, run_id: str) -> tuple[dict[str, Any], Any, dict[str, list
 def _open(uri: str) -> Any:
     """A client for reading: it makes no store. Raises UserError where there is none."""
     file = file_of(uri)
-    if file is not None and not file.exists():
+    if file is None:
+        return client(uri)
+    if not file.exists():
         raise UserError(f"{file}: no such file; nothing was logged there, or it was moved: name the store with --uri")
+    if not writable(file.parent):  # where SQLite cannot make the files that reading needs
+        return client(uri_of(_copied(file)))
     keep_home(uri)
     return client(uri)
+
+
+def _copied(file: Path) -> Path:
+    """A store in a temporary folder, which is removed with this process."""
+    folder = tempfile.TemporaryDirectory(prefix="pldr-store-")
+    atexit.register(folder.cleanup)
+    for part in file.parent.glob(f"{file.name}*"):
+        shutil.copy(part, folder.name)
+    return Path(folder.name) / file.name
 
 
 def _runs(mlflow: Any, experiments: list[str]) -> list[Any]:
@@ -103,6 +139,7 @@ def _row(uri: str, run: Any, experiments: dict[str, str], verdicts: dict[str, st
     if checkpoints is None and LOCAL_TAG not in tags:  # begun before runs had this tag
         checkpoints = ",".join(reversed(names_in(MlflowStore(uri, info.run_id))))
     return {
+        "uri": uri,
         "id": info.run_id,
         "name": info.run_name,
         "experiment": experiments[info.experiment_id],

@@ -21,12 +21,20 @@ from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io.locks import locked
 from pipeline.io.urls import without_secrets
-from pipeline.tracking.client import client, fix_for, from_checkpoints, is_unreachable, patience, tracking_uri, why
+from pipeline.tracking.client import (
+    client,
+    fix_for,
+    from_checkpoints,
+    is_named,
+    is_unreachable,
+    patience,
+    tracking_uri,
+    why,
+)
+from pipeline.tracking.default_store import RUN_DIR_TAG, VARIABLE, report_inside, why_inside
 from pipeline.tracking.run_record import (
     LOCAL_PREFIX,
     LOCAL_TAG,
-    RUN_DIR_TAG,
-    RUN_FILE,
     RunRecord,
     new_record,
     original_of,
@@ -36,7 +44,7 @@ from pipeline.tracking.run_record import (
     run_of_checkpoints,
     write_record,
 )
-from pipeline.tracking.sqlite_store import file_of, keep_home
+from pipeline.tracking.sqlite_store import OWN, RUN_FILE, file_of, keep_home
 
 MAKING = ".run.lock"  # in the run directory: held by whoever makes its run in MLflow
 log = logging.getLogger(__name__)
@@ -160,6 +168,7 @@ def open_run(config: RunConfig, paths: RunPaths, *, run_id: str | None = None, f
     if record is None:
         _require_no_other(config, paths)
         record = new_record(config, paths)
+        report_store(config, paths)
     run = TrackedRun(config, paths, record)
     if run_id is None:
         require_no_copy(run)
@@ -194,6 +203,12 @@ def open_run(config: RunConfig, paths: RunPaths, *, run_id: str | None = None, f
     return run
 
 
+def report_store(config: RunConfig, paths: RunPaths) -> None:
+    """A warning where a new run's store lies in its run directory because it cannot lie beside it."""
+    if not is_named(config) and (reason := why_inside(paths.root)):
+        report_inside(paths.root, reason)
+
+
 def _record_named(config: RunConfig, paths: RunPaths, run_id: str) -> RunRecord:
     """The record of a run that is named and is not this directory's at this server."""
     known = read_any_record(config, paths)
@@ -212,7 +227,7 @@ def _require_no_other(config: RunConfig, paths: RunPaths) -> None:
     uri, known = tracking_uri(config), read_any_record(config, paths)
     if known is not None:
         raise ConfigError(
-            f"tracking.uri={without_secrets(uri)}: {paths.root / RUN_FILE} names MLflow run {known.id} at "
+            f"{_named_by(config)}={without_secrets(uri)}: {paths.root / RUN_FILE} names MLflow run {known.id} at "
             f"{without_secrets(known.tracking_uri)}; set that URI, or, if the run is now at the new one, --resume {known.id}, "
             "or use another run_dir"
         )
@@ -222,6 +237,11 @@ def _require_no_other(config: RunConfig, paths: RunPaths) -> None:
             f"{committed(paths.checkpoints)[-1]}: belongs to MLflow run {owner}, and {RUN_FILE} is missing; use another "
             f"run_dir, or continue with --resume {owner}"
         )
+
+
+def _named_by(config: RunConfig) -> str:
+    """What names the store, for messages."""
+    return VARIABLE if config.tracking.uri is None and is_named(config) else "tracking.uri"
 
 
 def require_no_copy(run: TrackedRun, *, publishes: bool = True) -> None:
@@ -298,10 +318,9 @@ def _find_or_make_report_run(mlflow: Any, config: RunConfig, paths: RunPaths) ->
     experiment_id = _experiment(mlflow, tracking_uri(config), here.experiment, here.artifact_location)
     root = here.tags[RUN_DIR_TAG]
     for run in mlflow.search_runs([experiment_id], "tags.`mlflow.runName` = 'data-report'"):
-        # The store of the run directory itself has no other's reports, whatever the directory was called.
-        if config.tracking.uri is None or os.path.realpath(run.data.tags.get(RUN_DIR_TAG, "")) == os.path.realpath(
-            root
-        ):
+        # The store in the run directory has no other's reports, whatever the directory was called.
+        own = file_of(tracking_uri(config)) == paths.root / OWN
+        if own or os.path.realpath(run.data.tags.get(RUN_DIR_TAG, "")) == os.path.realpath(root):
             return str(run.info.run_id)
     run = mlflow.create_run(experiment_id, run_name="data-report", tags={RUN_DIR_TAG: root})
     mlflow.set_terminated(run.info.run_id)

@@ -22,14 +22,13 @@ from pipeline.errors import UserError
 from pipeline.io import storage
 from pipeline.io.sealed import publish_sealed, read_sealed
 from pipeline.io.urls import is_local, join, local_path
-from pipeline.tracking.client import tracking_uri
+from pipeline.tracking.client import is_named, tracking_uri
 from pipeline.tracking.clock import now_ms
-from pipeline.tracking.sqlite_store import OWN, artifacts_beside, file_of, holds_run, same_store
+from pipeline.tracking.default_store import FREE, RUN_DIR_TAG
+from pipeline.tracking.sqlite_store import RUN_FILE, artifacts_beside, file_of, holds_run, same_store
 
-RUN_FILE = "run.json"
 LOCAL_PREFIX = "local-"
-FREE = ("tracking_uri",)  # may be edited: a store that has not got the run is refused
-RUN_DIR_TAG, LOCAL_TAG, PUBLISH_TAG = "pldr.run_dir", "pldr.local_id", "pldr.publish_to"
+LOCAL_TAG, PUBLISH_TAG = "pldr.local_id", "pldr.publish_to"
 VERDICT_TAG = "pldr.verdict"
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name: its page shows the run below that one
 log = logging.getLogger(__name__)
@@ -111,8 +110,8 @@ def read_record(config: RunConfig, paths: RunPaths) -> RunRecord | None:
         before, now = file_of(record.tracking_uri), file_of(uri)
         if before is None or now is None:
             return None
-        own = config.tracking.uri is None and before == Path(record.tags.get(RUN_DIR_TAG, "")) / OWN
-        if own or same_store(record.tracking_uri, uri) or holds_run(uri, record.run_id):
+        # Where the user names no store, run.json has been asked for it.
+        if not is_named(config) or same_store(record.tracking_uri, uri) or holds_run(uri, record.run_id):
             return replace(record, tracking_uri=uri)
         return None
     # MLflow never made it, so it is not bound to a server: that may have been a mistyped one.

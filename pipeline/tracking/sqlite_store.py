@@ -1,8 +1,12 @@
 """A SQLite file as MLflow's store: its name as a URI, whether it can be opened, and where its artifacts lie.
 
-MLflow records artifacts by their absolute path, so the store of a run directory that was copied or moved still names the old
-place. `keep_home` sets that right: such artifacts lie in `mlartifacts/` beside the database, wherever that is now. Otherwise
-whoever works on a copy would write into the original.
+MLflow records artifacts by their absolute path, so a store that was copied or moved still names the old place. `keep_home` sets
+that right: such artifacts lie in `mlartifacts/` beside the database, wherever that is now. Otherwise whoever works on a copy
+would write into the original.
+
+A store that several runs share is in WAL mode, so that those who read (`pldr runs`, MLflow's page) and the one who writes do
+not wait for each other. The mode is in the file. Processes share memory for it, so that a store on a network file system, or
+of one run, whose ranks may be on other machines, does without.
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import UserError, first_line
+from pipeline.io.mounts import network_file_system, writable
 
-OWN = "mlflow.db"  # of a run directory
+OWN = "mlflow.db"  # of a run directory, or beside several
+RUN_FILE = "run.json"  # of a run directory: its MLflow run
 ARTIFACTS = "mlartifacts"  # beside the database
 WAIT_S = 5.0  # for a locked database, as long as SQLAlchemy waits
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///([^?]+)")
@@ -63,9 +69,12 @@ def _same_file(a: Path, b: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[sqlite3.Connection]:
-    """An existing database. Not `mode=ro`: what a killed process left half-written must be rolled back first."""
-    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=WAIT_S)) as database:
+def _opened(file: Path, *, wait_s: float | None = None) -> Iterator[sqlite3.Connection]:
+    """An existing database. Not `mode=ro`: what a killed process left half-written must be rolled back first. In a folder
+    where nothing can be written, and so by nobody else, it is read as it is."""
+    mode = "mode=rw" if writable(file.parent) else "immutable=1"
+    timeout = WAIT_S if wait_s is None else wait_s
+    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?{mode}", uri=True, timeout=timeout)) as database:
         yield database
 
 
@@ -74,11 +83,19 @@ def require_usable(file: Path) -> None:
     if file.exists():
         with _opened(file) as database:
             database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if writable(file) and writable(file.parent):  # in WAL mode, reading does not show that another one writes
+                database.execute("BEGIN IMMEDIATE")
+                database.rollback()
 
 
 def make_store(file: Path) -> None:
     """Make an empty store, unless there is a file: complete or not at all. MLflow's own way fails where several processes
     begin with one new file, and leaves half of the tables where one is killed."""
+    log = file.with_name(f"{file.name}-wal")
+    if (
+        log.exists() and log.stat().st_size and not file.exists()
+    ):  # in this order: who makes the file, makes its log later
+        raise UserError(f"{log}: the end of a database that is gone; put {file.name} back, or move this file away")
     if file.exists():
         return
     import sqlalchemy
@@ -89,9 +106,18 @@ def make_store(file: Path) -> None:
     try:
         _initialize_tables(engine)
         engine.dispose()
+        if not _is_of_one_run(file) and network_file_system(file) is None:
+            with contextlib.closing(sqlite3.connect(temporary)) as database:
+                database.execute("PRAGMA journal_mode = WAL")
         _name_unless_taken(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def merge_log(file: Path) -> None:
+    """Write the log of a store into its file, as far as nobody else is at work there: somebody may copy only that."""
+    with contextlib.suppress(sqlite3.Error), _opened(file, wait_s=0) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _name_unless_taken(temporary: Path, file: Path) -> None:
@@ -162,8 +188,12 @@ def _is_elsewhere(home: str, file: Path) -> bool:
     there, here = Path(unquote(urlsplit(home).path)), file.parent / ARTIFACTS
     if _same_file(there.parent, here.parent):
         return False
-    own = file.name == OWN and (file.parent / "run.json").exists()
-    return own or here.is_dir() or not there.exists()
+    return _is_of_one_run(file) or here.is_dir() or not there.exists()
+
+
+def _is_of_one_run(file: Path) -> bool:
+    """Whether it is the store in a run directory."""
+    return file.name == OWN and (file.parent / RUN_FILE).exists()
 
 
 def _has(database: sqlite3.Connection, table: str, column: str) -> bool:

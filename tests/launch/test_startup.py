@@ -43,7 +43,7 @@ def test_runs_imports_mlflow_but_not_torch(tmp_path, make_run):
     config = make_run(tmp_path)
     code = "import sys; from pipeline.tracking.client import client; client(sys.argv[1]).create_experiment('pldr')"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    store = f"sqlite:///{tmp_path / 'run' / 'mlflow.db'}"
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     subprocess.run([sys.executable, "-c", code, store], check=True, env=environment)
     heavy = ["mlflow", "torch", "deepspeed", "datatrove", "webdataset"]
     assert loaded(heavy, "runs", str(config), exit_code=0) == ["mlflow"]

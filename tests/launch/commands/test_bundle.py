@@ -10,6 +10,7 @@ import pytest
 
 from launch.cli import main
 from pipeline.io.storage import MANIFEST
+from pipeline.tracking.sqlite_store import merge_log
 
 
 def test_bundle_verify_is_verify_and_an_error_is_one_line(capsys, tmp_path):
@@ -44,8 +45,10 @@ def test_the_same_checkpoint_gives_the_same_bytes_elsewhere_and_later(capsys, mo
         assert main([stage, str(path)]) == 0, capsys.readouterr().err
     other = tmp_path / "copies" / "other"
     shutil.copytree(tmp_path / "run", other)
+    merge_log(tmp_path / "mlflow.db")
+    shutil.copy(tmp_path / "mlflow.db", other.parent)  # with its store: else it would be refused as a copy
     settings = ["post.max_format_loss=1", "post.register_as=null"]
-    moved = [f"run_dir={other}", f"tracking.uri=sqlite:///{tmp_path}/run/mlflow.db"]
+    moved = [f"run_dir={other}"]
     environment = {**os.environ, "PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo"}
     for weight_format in ("int8", "fp32"):
         words = [sys.executable, "-c", AGAIN, str(path), *settings, f"post.weight_format={weight_format}"]

@@ -13,7 +13,7 @@ from pipeline.io import storage
 from pipeline.tracking import outbox
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.run import open_run
-from pipeline.tracking.sqlite_store import file_of, uri_of
+from pipeline.tracking.sqlite_store import file_of, merge_log, uri_of
 
 
 def run(capsys, *arguments):
@@ -29,7 +29,7 @@ def runs(tmp_path_factory, make_run):
     path = make_run(folder)
     first = load_config(path)
     uri = tracking_uri(first)
-    second = load_config(path, [f"run_dir={folder / 'second'}", f"tracking.uri={uri}", "name=second"])
+    second = load_config(path, [f"run_dir={folder / 'second'}", "name=second"])
     ids = []
     for config, loss in ((first, 2.0), (second, 3.0)):
         run = open_run(config, RunPaths(config.run_dir))
@@ -74,6 +74,32 @@ def test_the_table_has_every_run_newest_first(capsys, runs):
     assert json.loads(run(capsys, "runs", "--uri", uri, "--json")[1].splitlines()[-1])["runs"] == rows
 
 
+def test_without_a_yaml_the_stores_in_runs_are_listed(capsys, runs, tmp_path, monkeypatch):
+    """The shared one, and below it those of earlier versions' runs and of sweeps. One that is damaged is named."""
+    path, uri, ids = runs
+    (tmp_path / "runs" / "broken").mkdir(parents=True)
+    (tmp_path / "runs" / "broken" / "mlflow.db").write_bytes(b"no database" * 1000)
+    old = load_config(path, [f"run_dir={tmp_path / 'runs' / 'old'}", "name=old", "tracking.experiment=other"])
+    old = old.model_copy(
+        update={"tracking": old.tracking.model_copy(update={"uri": uri_of(Path(old.run_dir, "mlflow.db"))})}
+    )
+    old_id = open_run(old, RunPaths(old.run_dir)).id
+    merge_log(file_of(uri))
+    shutil.copy(file_of(uri), tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    code, out, errors = run(capsys, "runs", "--json")
+    assert code == 0 and "broken/mlflow.db is damaged" in errors
+    lines = out.splitlines()
+    assert [row["id"] for row in json.loads(lines[-1])["runs"]] == [old_id, *ids[::-1]]
+    assert [line.split()[-1] for line in lines[:4]] == ["experiment", "other", "pldr", "pldr"]
+    assert lines[4:7] == [f"{n} of {uri_of(tmp_path / 'runs' / name)}"
+                          for n, name in ((2, "mlflow.db"), (0, "broken/mlflow.db"), (1, "old/mlflow.db"))]  # fmt: skip
+    code, out, errors = run(capsys, "report", old_id)
+    assert code == 0 and "old" in (tmp_path / f"{old_id}.html").read_text(), errors
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri_of(tmp_path / "runs" / "old" / "mlflow.db"))
+    assert [row["id"] for row in json.loads(run(capsys, "runs", "--json")[1].splitlines()[-1])["runs"]] == [old_id]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -87,7 +113,7 @@ def test_the_table_has_every_run_newest_first(capsys, runs):
     ],
 )
 def test_wrong_use_is_one_line(capsys, runs, tmp_path, monkeypatch, arguments, code, message):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
     words = [word.replace("CONFIG", str(runs[0])).replace("TMP", str(tmp_path)) for word in arguments]
     got, _, errors = run(capsys, *words)
     assert got == code and message in errors and "Traceback" not in errors
@@ -120,8 +146,8 @@ def test_a_report_by_yaml_and_by_id(capsys, runs, tmp_path):
         (["report", "/nowhere.yaml"], "no such file"),
     ],
 )
-def test_a_report_of_nothing_is_one_line(capsys, runs, arguments, message, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_a_report_of_nothing_is_one_line(capsys, runs, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code, _, errors = run(capsys, *[runs[1] if word == "URI" else word for word in arguments])
     assert code in (1, 2) and message in errors and errors.count("\n") == 1
 
@@ -134,8 +160,9 @@ def test_a_report_by_the_folder_of_a_run_that_was_copied_with_its_sweep(capsys, 
     shutil.copytree(file_of(uri).parent, sweep)
     child = sweep / "children" / "second"
     config = load_config(path, [f"run_dir={child}", f"tracking.uri={uri_of(sweep / 'mlflow.db')}", "name=second"])
-    record = json.loads((file_of(uri).parent.parent / "second" / "run.json").read_text())
-    storage.publish_json(child / "run.json", {**record, "tracking_uri": uri_of(sweep / "mlflow.db")})
+    record = json.loads((file_of(uri).parent / "second" / "run.json").read_text())
+    begun = {"tracking_uri": uri_of(sweep / "mlflow.db"), "tags": {**record["tags"], "pldr.run_dir": str(child)}}
+    storage.publish_json(child / "run.json", {key: v for key, v in {**record, **begun}.items() if key != "digest"})
     storage.publish_json(child / "logs" / "job.json", {"schema_version": 1, "config": config.as_dict()})
     other = tmp_path / "other"
     shutil.copytree(sweep, other)

@@ -41,7 +41,7 @@ def test_a_training_whose_clock_is_set_back_ends_with_sane_numbers(tmp_path, mak
         out = training.communicate()[0]
     assert training.returncode == 0, (tmp_path / "err").read_text()
     result = json.loads(out.splitlines()[-1])["result"]
-    mlflow = client(f"sqlite:///{tmp_path}/run/mlflow.db")
+    mlflow = client(f"sqlite:///{tmp_path}/mlflow.db")
     info = mlflow.get_run(result["run_id"]).info
     assert info.status == "FINISHED" and 0 < info.end_time - info.start_time < 3600_000
     points = {key: mlflow.get_metric_history(info.run_id, key) for key in ("train/loss", "train/tokens_per_second")}

@@ -12,6 +12,8 @@ from collections import Counter
 
 import pytest
 
+from pipeline.io import storage
+from pipeline.tracking.sqlite_store import make_store
 from tests.launch.end_to_end.damage_cases import NO_COMMIT, prepare
 
 FIRST, CASES = int(os.environ.get("FUZZ_FIRST", "0")), int(os.environ.get("FUZZ_CASES", "1000"))
@@ -22,6 +24,12 @@ def folder(tmp_path_factory, make_run):
     """A finished run on one rank, kept as it is."""
     folder = tmp_path_factory.mktemp("damage")
     config = make_run(folder, ranks=1, checkpoint_every=250)
+    (folder / "run").mkdir()
+    storage.publish_json(
+        folder / "run" / "run.json", {}
+    )  # a store in the run directory, so that a copy has one of its own
+    make_store(folder / "run" / "mlflow.db")
+    (folder / "run" / "run.json").unlink()
     command = [sys.executable, "-m", "launch.cli", "run", str(config)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, **NO_COMMIT})
     assert done.returncode == 0, done.stderr[-3000:]

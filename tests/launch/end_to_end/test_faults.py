@@ -156,7 +156,7 @@ def outcome(folder: Path) -> tuple[dict[str, dict[str, bytes]], list[tuple[int, 
     client, run = mlflow_run(folder)
     assert run.info.status == "FINISHED"
     losses = sorted((p.step, p.value) for p in client.get_metric_history(run.info.run_id, "train/loss"))
-    published = published_checkpoints(f"sqlite:///{folder / 'run' / 'mlflow.db'}", run.info.run_id)
+    published = published_checkpoints(f"sqlite:///{folder / 'mlflow.db'}", run.info.run_id)
     return kept, losses, set(published)
 
 

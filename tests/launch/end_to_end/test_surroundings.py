@@ -29,7 +29,6 @@ ODD = {
     "CROSS_SIZE": "2",
     "MLFLOW_RUN_ID": "0" * 32,
     "MLFLOW_EXPERIMENT_ID": "77",
-    "MLFLOW_TRACKING_URI": "http://192.0.2.1:5000",
     "MLFLOW_REGISTRY_URI": "http://192.0.2.1:5000",
     "http_proxy": "http://192.0.2.1:3128",
 }

@@ -112,7 +112,7 @@ def test_a_killed_sweep_goes_on_where_it_was_and_ends_with_one_table(tmp_path, m
     assert strong["relative_deviation_g"] < 0.2 * weak["relative_deviation_g"]
     assert weak["data_fingerprint"] == strong["data_fingerprint"]
     assert "<circle" in Path(result["files"]["page"]).read_text()
-    mlflow = client(f"sqlite:///{tmp_path}/sweep/mlflow.db")
+    mlflow = client(f"sqlite:///{tmp_path}/mlflow.db")
     parent = mlflow.get_run(result["run_id"])
     runs = mlflow.search_runs([parent.info.experiment_id])
     assert {run.info.run_id for run in runs} == {parent.info.run_id, weak["run_id"], strong["run_id"]}

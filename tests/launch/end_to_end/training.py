@@ -78,6 +78,6 @@ def steps_saved(folder: Path) -> list[int]:
 
 def mlflow_run(folder: Path):
     """MLflow's client and its only run."""
-    server = client(f"sqlite:///{folder / 'run' / 'mlflow.db'}")
+    server = client(f"sqlite:///{folder / 'mlflow.db'}")
     [run] = server.search_runs([server.get_experiment_by_name("pldr").experiment_id])
     return server, run

@@ -23,13 +23,12 @@ def store(tmp_path: Path) -> Iterator[SimpleNamespace]:
     """An SQLite store with local artifacts and a training run in it that is still running."""
     import mlflow
 
-    before = mlflow.get_tracking_uri()
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = mlflow.MlflowClient(uri, uri)
     experiment = client.create_experiment("x", artifact_location=str(tmp_path / "artifacts"))
     run_id = client.create_run(experiment).info.run_id
     yield SimpleNamespace(uri=uri, client=client, run_id=run_id)
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # which also unsets the variable
 
 
 def test_a_registered_bundle_is_loaded_by_alias_and_generates(

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.publish import open_publisher, published_checkpoints
 from pipeline.tracking.run import run_named
 from pipeline.tracking.run_record import new_record, write_record
+from pipeline.tracking.sqlite_store import file_of
 
 UNREACHABLE = "http://127.0.0.1:9"  # nobody listens there
 TODAY = {"data_fingerprint": "d" * 64, "tokenizer_sha256": "t" * 64}
@@ -222,7 +225,8 @@ def test_another_tracking_uri_is_refused_and_changes_nothing(run):
 
 
 def test_a_run_whose_server_has_moved_is_resumed_when_it_is_named(run, tmp_path):
-    shutil.copy(run.uri.removeprefix("sqlite:///"), tmp_path / "moved.db")
+    with closing(sqlite3.connect(file_of(run.uri))) as before, closing(sqlite3.connect(tmp_path / "moved.db")) as after:
+        before.backup(after)
     run.uri = f"sqlite:///{tmp_path / 'moved.db'}"
     spool = outbox.spool_of(run.tracked(run.id))
     for text in (run.id, "auto"):

@@ -65,7 +65,7 @@ def test_every_combination_is_a_child_with_a_place_of_its_own(make_sweep, tmp_pa
         train = child.config.train
         assert (train.steps, train.warmup_steps, child.config.model.rope_style) == (9, 3, "half")
         assert child.config.run_dir == str(tmp_path / "sweep" / "children" / child.name)
-        assert child.config.tracking.uri == f"sqlite:///{tmp_path}/sweep/mlflow.db"
+        assert child.config.tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
     assert [(c.config.train.metric_decay, c.config.seed) for c in sweep.children] == [
         (0.5, 1),
         (0.5, 2),
@@ -149,7 +149,7 @@ def test_children_share_the_first_ones_data_and_mlflow_knows_their_parent(make_s
     assert fingerprints["seed-1.remainder-drop"] == fingerprints["seed-2.remainder-drop"]
     assert fingerprints["seed-1.remainder-drop"] != fingerprints["seed-1.remainder-pad"]
 
-    client = MlflowClient(f"sqlite:///{tmp_path}/sweep/mlflow.db")
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("pldr").experiment_id])}
     parent = runs.pop("s")
     assert parent.info.status == "FAILED" and parent.data.params["sweep.until"] == "validate"
@@ -159,7 +159,7 @@ def test_children_share_the_first_ones_data_and_mlflow_knows_their_parent(make_s
         "sweep.json",
         "sweep.html",
     }
-    assert parent.info.artifact_uri.startswith(f"file://{tmp_path}/sweep/mlartifacts")
+    assert parent.info.artifact_uri.startswith(f"file://{tmp_path}/mlartifacts")
     table = json.loads((tmp_path / "sweep" / "report" / "sweep.json").read_bytes())
     assert [row["status"] for row in table["rows"]] == ["failed"] * 4
     assert table["rows"][0]["data_fingerprint"] == fingerprints["seed-1.remainder-drop"]
@@ -259,7 +259,7 @@ def test_a_stop_ends_the_sweep_at_once_and_leaves_the_parent_killed(make_sweep, 
     with pytest.raises(Stopped):
         make_sweep().run(launch=stop, report=lambda text: None)
     assert len(launched) == 1
-    client = MlflowClient(f"sqlite:///{tmp_path}/sweep/mlflow.db")
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("pldr").experiment_id])
     assert {run.info.run_name: run.info.status for run in runs}["s"] == "KILLED"
 

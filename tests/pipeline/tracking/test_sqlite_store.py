@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,7 @@ from pipeline.stages.validate import certify, require_own_run
 from pipeline.tracking import outbox
 from pipeline.tracking.client import TIMEOUT, client, import_mlflow, patience, tracking_uri
 from pipeline.tracking.run import known_run, log_report, open_run
-from pipeline.tracking.sqlite_store import file_of, same_store, uri_of
+from pipeline.tracking.sqlite_store import file_of, make_store, merge_log, same_store, uri_of
 
 TREE = {
     "name": "t",
@@ -31,11 +32,26 @@ ODD = ["run%20x", "what?", "a#b", "a b", "ünïcode", "100%", "%3F", "a::b", "st
 
 @pytest.fixture
 def make(empty_store):
+    """A run with its store in its directory, as earlier versions made them."""
+
     def make_configuration(folder, *, store=None, **sections):
         folder.mkdir(parents=True, exist_ok=True)
         file = store or folder / "mlflow.db"
         if not file.exists():
             shutil.copy(empty_store, file)
+        return parse_config({**TREE, "run_dir": str(folder), **sections}, where="test")
+
+    return make_configuration
+
+
+@pytest.fixture
+def make_shared(empty_shared_store):
+    """A run with its store beside its directory."""
+
+    def make_configuration(folder, **sections):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder.parent / "mlflow.db").exists():
+            shutil.copy(empty_shared_store, folder.parent)
         return parse_config({**TREE, "run_dir": str(folder), **sections}, where="test")
 
     return make_configuration
@@ -130,12 +146,19 @@ def test_a_copy_does_not_write_to_the_store_of_the_original(make, tmp_path):
     for attached in (certify, partial(package, uncertified=True)):  # refused before anything is measured or packaged
         with pytest.raises(ConfigError, match="is a copy of"):
             attached(copy, RunPaths(copy.run_dir))
-    own = make(tmp_path / "copy", train={"publish_to": str(tmp_path / "published")})  # with a database of its own
-    require_own_run(own, RunPaths(own.run_dir))
     assert opened(copy, run_id=run_id).id == run_id  # asked for by name
     assert opened(copy).id == run_id
     shutil.move(tmp_path / "run", tmp_path / "moved")
     assert opened(make(tmp_path / "moved", **shared)).id == run_id
+
+
+def test_a_copy_with_a_store_of_its_own_may_still_publish_beside_the_original(make, tmp_path):
+    opened(make(tmp_path / "run"))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    own = make(tmp_path / "copy", train={"publish_to": str(tmp_path / "published")})
+    require_own_run(own, RunPaths(own.run_dir))
+    with pytest.raises(ConfigError, match="is a copy of"):
+        opened(own)
 
 
 def test_what_is_pending_is_found_after_a_move(make, tmp_path):
@@ -187,10 +210,11 @@ def locked(file):
         yield
 
 
-def test_a_locked_store_is_waited_for_with_the_spool(make, tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_locked_store_is_waited_for_with_the_spool(make, make_shared, tmp_path, caplog, monkeypatch, is_shared):
     monkeypatch.setattr("pipeline.tracking.sqlite_store.WAIT_S", 0.1)
-    config = make(tmp_path / "run")
-    with locked(tmp_path / "run" / "mlflow.db"):
+    config = (make_shared if is_shared else make)(tmp_path / "run")
+    with locked(file_of(tracking_uri(config))):
         run = opened(config)
         assert run.id.startswith("local-") and "database is locked" in caplog.text
         tracker = outbox.open_tracker(run)
@@ -214,22 +238,27 @@ def of_another_version(file):
         database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (damage, r"not a database; .*is damaged, or no database; .*keep it.* \.recover .* --resume"),
+        (damage, r"(not a database|malformed); .*is damaged, or no database; .*keep it.* \.recover .* --resume"),
         (cut, r"malformed; .*is damaged, or no database; .*keep it.* \.recover .* --resume"),
         (os.unlink, r"mlflow.db: no such file, and .*run.json names MLflow run .* put the database back.* --resume"),
         (of_another_version, r"out-of-date .*copy .*mlflow.db as a backup, then `mlflow db upgrade"),
     ],
 )
-def test_what_is_wrong_with_a_store_is_told_and_nothing_is_changed(make, tmp_path, fault, message):
-    config = make(tmp_path / "run")
+def test_what_is_wrong_with_a_store_is_told_and_nothing_is_changed(
+    make, make_shared, tmp_path, fault, message, is_shared
+):
+    run_dir = Path("a" if is_shared else "")
+    config = (make_shared if is_shared else make)(tmp_path / "run" / run_dir)
     run_id, file = opened(config).id, tmp_path / "run" / "mlflow.db"
+    merge_log(file)
     fault(file)
     (tmp_path / "run").rename(tmp_path / "moved")  # MLflow looks at the version of a store only once
     before = tree(tmp_path / "moved")
-    config = config.model_copy(update={"run_dir": str(tmp_path / "moved")})
+    config = config.model_copy(update={"run_dir": str(tmp_path / "moved" / run_dir)})
     for refused in (lambda: opened(config), lambda: opened(config, run_id=run_id)):
         with pytest.raises(UserError, match=message) as caught:
             refused()
@@ -237,6 +266,8 @@ def test_what_is_wrong_with_a_store_is_told_and_nothing_is_changed(make, tmp_pat
         after = tree(tmp_path / "moved")
         if fault is of_another_version:  # its paths were set right
             after["mlflow.db"] = before["mlflow.db"]
+        for part in ("mlflow.db-wal", "mlflow.db-shm"):  # SQLite's own: the log was merged
+            after.pop(part, None), before.pop(part, None)
         assert after == before and not (tmp_path / "run").exists()
 
 
@@ -284,14 +315,33 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_what_a_killed_process_left_half_written_is_rolled_back(make, tmp_path):
-    config = make(tmp_path / "run")
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_what_a_killed_process_left_half_written_is_rolled_back(make, make_shared, tmp_path, is_shared):
+    config = (make_shared if is_shared else make)(tmp_path / "run")
     run = opened(config)
     file = file_of(tracking_uri(config))
     subprocess.run([sys.executable, "-c", KILLED_IN_A_TRANSACTION, str(file)])
-    journal = file.with_name(f"{file.name}-journal")
+    journal = file.with_name(f"{file.name}-{'wal' if is_shared else 'journal'}")
     assert journal.stat().st_size > 512  # hot: whoever opens the database next has to roll it back
     assert opened(config).id == run.id
+    merge_log(file)
     assert not journal.exists() or journal.stat().st_size == 0
     with contextlib.closing(sqlite3.connect(file)) as database:
         assert not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'half_written'").fetchall()
+
+
+@pytest.mark.slow
+def test_the_file_of_a_shared_store_alone_is_a_copy_of_it(make_shared, tmp_path):
+    """Once the processes that used it have ended: what is in the log, they write into the file."""
+    make_shared(tmp_path / "run")
+    script = "import sys; from pipeline.tracking.client import client; client(sys.argv[1]).create_experiment('late')"
+    subprocess.run([sys.executable, "-c", script, uri_of(tmp_path / "mlflow.db")], check=True)
+    shutil.copy(tmp_path / "mlflow.db", tmp_path / "copy.db")
+    assert client(uri_of(tmp_path / "copy.db")).get_experiment_by_name("late") is not None
+
+
+def test_the_log_of_a_store_that_is_gone_is_not_given_to_a_new_one(tmp_path):
+    (tmp_path / "mlflow.db-wal").write_bytes(b"frames")
+    with pytest.raises(UserError, match="mlflow.db-wal: the end of a database that is gone; put mlflow.db back"):
+        make_store(tmp_path / "mlflow.db")
+    assert os.listdir(tmp_path) == ["mlflow.db-wal"]
