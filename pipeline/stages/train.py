@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.format import TRAINING_LOCK, checkpoint_bytes, committed, step_of, verify
 from pipeline.checkpoint.retention import policy_of
-from pipeline.config.paths import RunPaths, tokens_folder
+from pipeline.config.paths import RunPaths, data_paths, tokens_folder
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io import locks, storage
@@ -179,7 +179,7 @@ def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
     index.check(
         context_length=config.model.context_length,
         vocab_size=config.model.vocab_size,
-        tokenizer_sha256=Tokenizer.load(paths.tokenizer).sha256,
+        tokenizer_sha256=Tokenizer.load(data_paths(config).tokenizer).sha256,
     )
     return index
 
