@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.format import TRAINING_LOCK, checkpoint_bytes, committed, step_of, verify
 from pipeline.checkpoint.retention import policy_of
+from pipeline.config.continued import budget_line, schedule_before, schedule_line
 from pipeline.config.paths import RunPaths, data_paths, tokens_folder
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, Stopped, UserError
@@ -146,6 +147,8 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, repo
             "use train.zero_stage=1"
         )
     if start.checkpoint is not None:
+        for line in _going_on(config, start.state):
+            report(line)
         changed = changes(start.state, config, ranks)
         for key, change in changed.items():
             report(f"changed     {key} {change}")
@@ -163,6 +166,18 @@ def prepare(config: RunConfig, paths: RunPaths, *, resume: str, ranks: int, repo
         },
     )
     return Job(job_file, start.run, start.checkpoint)
+
+
+def _going_on(config: RunConfig, state: dict[str, Any]) -> list[str]:
+    """What is decided about the learning rate and the invariance budget where a run goes on with another schedule."""
+    train = config.train
+    schedule = schedule_line(schedule_before(state["config"]["train"], train), train, state["step"])
+    if schedule is None:
+        return []
+    lines = [f"schedule    {schedule}"]
+    if config.model.g_source == "learned":
+        lines.append(f"budget      {budget_line(train, state)}")
+    return lines
 
 
 def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:

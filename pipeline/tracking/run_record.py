@@ -31,6 +31,7 @@ LOCAL_PREFIX = "local-"
 FREE = ("tracking_uri",)  # may be edited: a store that has not got the run is refused
 RUN_DIR_TAG, LOCAL_TAG, PUBLISH_TAG = "pldr.run_dir", "pldr.local_id", "pldr.publish_to"
 VERDICT_TAG = "pldr.verdict"
+CONTINUED_TAG = "pldr.continued_from"  # the checkpoint of another run that this one began with
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name: its page shows the run below that one
 log = logging.getLogger(__name__)
 
