@@ -20,7 +20,8 @@ MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.w
               "train.deepspeed", "train.compile", "train.activation_", "train.offload", "train.peak_tflops",
               "train.val_sequences", "train.zero_stage",
               "train.micro_batch", "train.precision", "train.profile_steps", "train.memory_history",
-              "data.on_bad_shard", "data.cache_gigabytes", "data.of", "data.executor", "data.slurm.", "data.ray_address")  # fmt: skip
+              "data.on_bad_shard", "data.cache_gigabytes", "data.executor", "data.slurm.", "data.ray_address",
+              "data.of")  # fmt: skip
 FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
 RECORDED = ("seed", "data.", "tokens.", "tokenizer.", "model.", "train.")
 OF_BUNDLE = ("weight_format", "max_format_loss", "register_as")
