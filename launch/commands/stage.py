@@ -205,7 +205,7 @@ def _plan(arguments: Any, report: Report) -> Result:
     if arguments.anneal_from is not None:
         from pipeline.stages.anneal import branch
 
-        begins = branch(arguments.config, arguments.overrides, arguments.anneal_from, report)
+        begins = branch(arguments.config, arguments.overrides, arguments.anneal_from, report, fetch=False)
         config, from_step = begins.config, begins.step
     else:
         config, from_step = load_config(arguments.config, arguments.overrides), None

@@ -41,9 +41,9 @@ class Branch:
     resume: str
 
 
-def branch(file: str, overrides: Sequence[str], text: str, report: Report) -> Branch:
+def branch(file: str, overrides: Sequence[str], text: str, report: Report, *, fetch: bool = True) -> Branch:
     """The run that `--anneal-from` begins, or continues. `overrides`: of the branch; those of OF_BRANCH are not of the run it
-    branches from.
+    branches from. fetch: whether a checkpoint that only MLflow has is brought here.
 
     Raises UserError or ConfigError, one line, for a checkpoint that is not there or not in the stable part of a schedule.
     """
@@ -64,7 +64,7 @@ def branch(file: str, overrides: Sequence[str], text: str, report: Report) -> Br
     if begun is not None and begun.name == name:
         checkpoint = begun
     elif run_id is not None:
-        checkpoint = _of_run(run_id, name, parent, paths, report)
+        checkpoint = _of_run(run_id, name, parent, paths if fetch else None, report)
     else:
         checkpoint = RunPaths(parent.run_dir).checkpoints / name if text == name else expanded(text, "--anneal-from")
     if checkpoint.parent == paths.checkpoints:
@@ -118,8 +118,8 @@ def _begun(paths: RunPaths) -> Path | None:
         return None
 
 
-def _of_run(run_id: str, name: str, parent: RunConfig, paths: RunPaths, report: Report) -> Path:
-    """A checkpoint of an MLflow run: where that was trained, or fetched."""
+def _of_run(run_id: str, name: str, parent: RunConfig, paths: RunPaths | None, report: Report) -> Path:
+    """A checkpoint of an MLflow run: where that was trained, or fetched into the branch's run directory (None: not at all)."""
     own = known_run(parent, RunPaths(parent.run_dir))
     homes = [RunPaths(parent.run_dir)] if own is not None and own.record.answers_to(run_id) else []
     try:
@@ -128,6 +128,8 @@ def _of_run(run_id: str, name: str, parent: RunConfig, paths: RunPaths, report: 
         for home in homes:
             if (home.checkpoints / name).is_dir():
                 return home.checkpoints / name
+        if paths is None:
+            raise UserError("it is not on this machine; `pldr train` brings it")
         paths.root.mkdir(parents=True, exist_ok=True)
         publish_bytes(paths.root / LOCK, b"")  # a run directory, which the fetched one may be in
         fetched = fetch_checkpoint(tracking_uri(parent), run_id, name, paths.root / FETCHED)
