@@ -206,11 +206,11 @@ def _plan(arguments: Any, report: Report) -> Result:
         from pipeline.stages.anneal import branch
 
         begins = branch(arguments.config, arguments.overrides, arguments.anneal_from, report, fetch=False)
-        config, from_step = begins.config, begins.step
+        config, state = begins.config, begins.state
     else:
-        config, from_step = load_config(arguments.config, arguments.overrides), None
+        config, state = load_config(arguments.config, arguments.overrides), None
     flops_here = None if assumed else _flops_of_this_cpu(config)
-    result = plan(config, **assumed, flops_here=flops_here, from_step=from_step)
+    result = plan(config, **assumed, flops_here=flops_here, begins=state or None)
     report("\n".join(plan_lines(result)))
     return result
 

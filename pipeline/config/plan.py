@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config.continued import budget_to_come
+from pipeline.config.continued import budget_after, budget_of
 from pipeline.config.run import RunConfig
 from pipeline.config.schedule import budget_verdict, planned_budget
 
@@ -23,20 +23,21 @@ def plan(
     peak_tflops: float = 989.0,
     devices: int = 8,
     flops_here: float | None = None,
-    from_step: int | None = None,
+    begins: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Parameters, FLOPs, memory, tokens, time and the invariance budget of a run.
 
     mfu: model FLOPs utilization to assume, 0..1. peak_tflops: dense peak of one device (989: H100/H200 bf16).
     flops_here: FLOP/s that training was measured to reach on this machine, instead of devices * peak * mfu.
-    from_step: of the checkpoint that the run begins with (`--anneal-from`): tokens, FLOPs and time are those of the steps left.
+    begins: state.json of the checkpoint that the run begins with (`--anneal-from`): tokens and time are of the steps left.
     """
     model, train = config.model, config.train
     parameters = model.num_parameters()
     flops = model.flops_per_token(training=True)
+    from_step = None if begins is None else int(begins["step"])
     steps = train.steps - (from_step or 0)
     tokens = steps * train.global_batch * model.context_length
-    budget = planned_budget(train)
+    budget = planned_budget(train) if begins is None else budget_after(train, begins)
     return {
         "parameters": parameters["total"],
         "parameters_by_part": {k: v for k, v in parameters.items() if k != "total"},
@@ -47,7 +48,7 @@ def plan(
         "steps": steps,
         "from_step": from_step,
         "tokens_per_step": train.global_batch * model.context_length,
-        "tokens_per_parameter": tokens / parameters["total"],
+        "tokens_per_parameter": train.steps * train.global_batch * model.context_length / parameters["total"],
         "activation_bytes_per_micro_batch": activation_bytes(config),
         "state_bytes_per_rank": {
             f"zero{stage}": {str(world): state_bytes(config, stage, world) for world in WORLD_SIZES}
@@ -60,7 +61,7 @@ def plan(
         "schedule": train.schedule,
         "invariance_budget": budget if model.g_source == "learned" else None,
         "invariance_budget_before": (
-            None if from_step is None or model.g_source != "learned" else budget - budget_to_come(train, from_step)
+            None if begins is None or model.g_source != "learned" else budget_of(begins, train)
         ),
         "frozen_at": None if train.freeze_g is None else train.freeze_g.at_step,
         "invariance_verdict": (
@@ -131,7 +132,7 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
     else:
         until = "" if report["frozen_at"] is None else f" when G is frozen, at step {report['frozen_at']:,}"
         before = report["invariance_budget_before"]
-        spent = "" if before is None else f", {before:.2f} of it before"
+        spent = "" if before is None else f", {before:.2f} of it up to step {report['from_step']:,}"
         budget = f"{report['invariance_budget']:.2f} ({report['schedule']} schedule){until}{spent}"
         lines.append(f"invariance budget   {budget}: {report['invariance_verdict']}")
     return lines

@@ -10,8 +10,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pipeline.checkpoint.format import is_checkpoint_name, read_state, step_of
+from pipeline.checkpoint.format import is_checkpoint_name, newest_in, read_state, step_of
 from pipeline.config.continued import schedule_before, stable_until
 from pipeline.config.load import load_config
 from pipeline.config.paths import RunPaths, expanded
@@ -33,11 +34,12 @@ FETCHED = "annealed"  # in the branch's run directory: the checkpoint, where onl
 
 @dataclass(frozen=True)
 class Branch:
-    """A decay: its configuration, where it begins, and what `--resume` it stands for."""
+    """A decay: its configuration, where it begins, the state.json there (or of its own newest checkpoint), and the `--resume`
+    that it stands for."""
 
     config: RunConfig
     checkpoint: Path
-    step: int
+    state: dict[str, Any]
     resume: str
 
 
@@ -71,8 +73,11 @@ def branch(file: str, overrides: Sequence[str], text: str, report: Report, *, fe
         raise ConfigError(
             f"--anneal-from {text}: begins a run of its own; set run_dir to another one than the checkpoint's"
         )
-    if checkpoint != begun:
-        _require_stable(checkpoint, parent)
+    if checkpoint == begun:
+        adopted = newest_in(paths.root)
+        state = {} if adopted is None else read_state(adopted)
+    else:
+        state = _stable(checkpoint, parent)
     if "train.steps" in given:
         steps = load_config(file, [*shared, f"train.steps={given['train.steps']}"]).train.steps
     else:
@@ -87,7 +92,7 @@ def branch(file: str, overrides: Sequence[str], text: str, report: Report, *, fe
     decay = {"train.schedule": "wsd", "train.steps": str(steps), "train.decay_share": repr((steps - step) / steps)}
     config = load_config(file, [f"{key}={value}" for key, value in (given | where | decay).items()])
     assert config.train.decay_begins == step
-    return Branch(config, checkpoint, step, AUTO if checkpoint == begun else str(checkpoint))
+    return Branch(config, checkpoint, state, AUTO if checkpoint == begun else str(checkpoint))
 
 
 def _name_of(text: str) -> tuple[str, str | None]:
@@ -141,14 +146,14 @@ def _of_run(run_id: str, name: str, parent: RunConfig, paths: RunPaths | None, r
     return fetched
 
 
-def _require_stable(checkpoint: Path, parent: RunConfig) -> None:
-    """Raise ConfigError unless the rate at a checkpoint is that of a stable part."""
+def _stable(checkpoint: Path, parent: RunConfig) -> dict[str, Any]:
+    """The state.json of a checkpoint. Raises ConfigError unless the rate there is that of a stable part."""
     if not checkpoint.is_dir():
         raise ConfigError(f"--anneal-from: {checkpoint}: no such checkpoint; `pldr runs CONFIG` lists those of a run")
     state = read_state(checkpoint)
     step, train = state["step"], schedule_before(state["config"]["train"], parent.train)
     if stable_until(train, step) is not None:
-        return
+        return state
     if train.schedule == "cosine":
         raise ConfigError(
             f"--anneal-from: {checkpoint}: was trained with a cosine schedule, which has no stable part to decay from; train "

@@ -49,7 +49,7 @@ def test_it_decays_over_its_share_in_a_run_of_its_own(parent, tmp_path, schedule
     text = text.replace("TMP", f"{tmp_path}/runs/long/checkpoints")
     begun = begin(file, text)
     train = begun.config.train
-    assert (train.schedule, train.steps, train.decay_begins, begun.step) == ("wsd", 3750, 3000, 3000)
+    assert (train.schedule, train.steps, train.decay_begins, begun.state["step"]) == ("wsd", 3750, 3000, 3000)
     assert begun.config.name == "long-anneal-3000"
     assert RunPaths(begun.config.run_dir).root == tmp_path / "runs" / "long-anneal-3000"
     assert begun.resume == str(RunPaths("runs/long").checkpoints / "step-003000")
