@@ -20,6 +20,7 @@ from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io.sealed import read_sealed
 from pipeline.io.storage import publish_bytes
+from pipeline.stages.borrow import with_data_of
 from pipeline.stages.compatible import Report
 from pipeline.stages.resume import AUTO, ORIGIN
 from pipeline.stages.runner import LOCK
@@ -62,11 +63,11 @@ def branch(file: str, overrides: Sequence[str], text: str, report: Report, *, fe
     step = step_of(Path(name))
     where = {"name": f"{parent.name}-anneal-{step}", "run_dir": f"{_home(text, parent)}-anneal-{step}"} | given
     paths = RunPaths(where["run_dir"])
-    begun = _begun(paths)
+    begun, home = _begun(paths), None
     if begun is not None and begun.name == name:
         checkpoint = begun
     elif run_id is not None:
-        checkpoint = _of_run(run_id, name, parent, paths if fetch else None, report)
+        checkpoint, home = _of_run(run_id, name, parent, paths if fetch else None, report)
     else:
         checkpoint = RunPaths(parent.run_dir).checkpoints / name if text == name else expanded(text, "--anneal-from")
     if checkpoint.parent == paths.checkpoints:
@@ -92,6 +93,8 @@ def branch(file: str, overrides: Sequence[str], text: str, report: Report, *, fe
     decay = {"train.schedule": "wsd", "train.steps": str(steps), "train.decay_share": repr((steps - step) / steps)}
     config = load_config(file, [f"{key}={value}" for key, value in (given | where | decay).items()])
     assert config.train.decay_begins == step
+    if home is not None:
+        config = with_data_of(config, home, report)
     return Branch(config, checkpoint, state, AUTO if checkpoint == begun else str(checkpoint))
 
 
@@ -123,8 +126,11 @@ def _begun(paths: RunPaths) -> Path | None:
         return None
 
 
-def _of_run(run_id: str, name: str, parent: RunConfig, paths: RunPaths | None, report: Report) -> Path:
-    """A checkpoint of an MLflow run: where that was trained, or fetched into the branch's run directory (None: not at all)."""
+def _of_run(
+    run_id: str, name: str, parent: RunConfig, paths: RunPaths | None, report: Report
+) -> tuple[Path, Path | None]:
+    """A checkpoint of an MLflow run: where that was trained, or fetched into the branch's run directory (None: not at all); and
+    the run directory where it was trained, if that is here."""
     own = known_run(parent, RunPaths(parent.run_dir))
     homes = [RunPaths(parent.run_dir)] if own is not None and own.record.answers_to(run_id) else []
     try:
@@ -132,7 +138,7 @@ def _of_run(run_id: str, name: str, parent: RunConfig, paths: RunPaths | None, r
         homes += [RunPaths(tags[RUN_DIR_TAG])] if RUN_DIR_TAG in tags else []
         for home in homes:
             if (home.checkpoints / name).is_dir():
-                return home.checkpoints / name
+                return home.checkpoints / name, home.root
         if paths is None:
             raise UserError("it is not on this machine; `pldr train` brings it")
         paths.root.mkdir(parents=True, exist_ok=True)
@@ -143,7 +149,7 @@ def _of_run(run_id: str, name: str, parent: RunConfig, paths: RunPaths | None, r
             f"--anneal-from runs:/{run_id}/checkpoints/{name}: cannot be fetched: {first_line(error)}"
         ) from error
     report(f"{name} of MLflow run {run_id} fetched")
-    return fetched
+    return fetched, next((home.root for home in homes if home.root.is_dir()), None)
 
 
 def _stable(checkpoint: Path, parent: RunConfig) -> dict[str, Any]:

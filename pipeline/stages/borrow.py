@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.checkpoint.format import committed
 from pipeline.config.keys import all_kinds
@@ -24,6 +24,8 @@ from pipeline.stages.records import FREE, first_changed, identity, record_file, 
 from pipeline.stages.replace import made_with
 from pipeline.stages.table import STAGES, Stage
 
+# At which outputs: of all the hash; of all the size and time; or that without the shards in an object store, many requests.
+Look = Literal["thorough", "all", "quick"]
 DATA_STAGES = tuple(stage for stage in STAGES if stage.data is not None)
 
 
@@ -40,18 +42,16 @@ def explicit(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"of": of})})
 
 
-def take(config: RunConfig, paths: RunPaths, theirs: RunPaths, stage: Stage, *, thorough: bool) -> dict[str, Any]:
-    """The record of a data stage of another run, which is copied into this run directory.
-
-    thorough: every file is hashed. Raises UserError or ConfigError, one line, for data that are not there, not as they were
-    written, of other settings than the configuration's, or others than a model here was trained with.
-    """
+def take(config: RunConfig, paths: RunPaths, theirs: RunPaths, stage: Stage, *, look: Look) -> dict[str, Any]:
+    """The record of a data stage of another run, which is copied into this run directory. Raises UserError or ConfigError, one
+    line, for data that are not there, not as they were written, of other settings than the configuration's, or others than a
+    model here was trained with."""
     own = record_of(paths, stage)
     if own is not None and OF not in own:
         raise ConfigError(
             f"data.of {theirs.root}: {paths.root} has {stage.data} of its own; use another run_dir, or remove data.of"
         )
-    found = require(config, theirs, stage, thorough=thorough)
+    found = require(config, theirs, stage, look=look)
     trained = committed(paths.checkpoints)
     if own is not None and identity(own) != identity(found) and trained:
         raise ConfigError(
@@ -65,7 +65,7 @@ def take(config: RunConfig, paths: RunPaths, theirs: RunPaths, stage: Stage, *, 
     return record
 
 
-def require(config: RunConfig, theirs: RunPaths, stage: Stage, *, thorough: bool) -> dict[str, Any]:
+def require(config: RunConfig, theirs: RunPaths, stage: Stage, *, look: Look = "quick") -> dict[str, Any]:
     """The record of a finished data stage of a run directory whose outputs are as they were written, with the settings of this
     configuration. Raises UserError or ConfigError, one line."""
     found = record_of(theirs, stage)
@@ -79,7 +79,12 @@ def require(config: RunConfig, theirs: RunPaths, stage: Stage, *, thorough: bool
             f"data.of {theirs.root}: made its {stage.data} with other settings{_difference(config, theirs, stage)}; set them "
             "here, too, or remove data.of to make data of this run's own"
         )
-    if changed := first_changed(found["outputs"], theirs.root, thorough=thorough):
+    outputs = {
+        name: facts
+        for name, facts in found["outputs"].items()
+        if look != "quick" or is_local(name) or name.endswith("/index.json")
+    }
+    if changed := first_changed(outputs, theirs.root, thorough=look == "thorough"):
         raise UserError(
             f"{_absolute(changed, theirs.root)}: missing, or changed since `pldr {stage.name}` wrote it; this run uses it in "
             f"place (data.of {theirs.root}): make it again there"
@@ -99,7 +104,7 @@ def with_data_of(config: RunConfig, resumed: Path, report: Report) -> RunConfig:
     theirs = RunPaths(borrowed_from(RunPaths(home)) or home)
     try:
         for stage in DATA_STAGES:
-            require(config, theirs, stage, thorough=False)
+            require(config, theirs, stage)
     except UserError as error:
         report(f"this run makes its own data: {error}")
         return config

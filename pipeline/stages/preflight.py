@@ -87,7 +87,7 @@ def _borrowed(config: RunConfig) -> Iterator[Finding]:
     theirs = lender(config)
     assert theirs is not None
     for stage in DATA_STAGES:
-        require(config, theirs, stage, thorough=False)
+        require(config, theirs, stage)
     yield Finding("data", "ok", f"documents, tokenizer and tokens of {theirs.root}, used in place")
 
 

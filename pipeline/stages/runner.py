@@ -63,7 +63,7 @@ class Pipeline:
         it would replace data of another configuration or of a trained run, unless `replace`."""
         stage = stage_named(name)
         if self._lender is not None:
-            taken = self._borrow(name, thorough=thorough and stage.data is not None, make=force or replace)
+            taken = self._borrow(name, look="thorough" if thorough else "all", make=force or replace)
             if stage.data is not None:
                 return {**taken, "skipped": True}
         inputs = self.inputs(name)
@@ -134,7 +134,7 @@ class Pipeline:
         identities = [identity(record) for record in records if record is not None]
         return {**stage_named(name).inputs(self.config), "before": identities}
 
-    def _borrow(self, name: str, *, thorough: bool, make: bool) -> dict[str, Any]:
+    def _borrow(self, name: str, *, look: borrow.Look, make: bool) -> dict[str, Any]:
         """Take another run's data, up to this stage's, or see that those which were taken are as they were; the last record."""
         assert self._lender is not None
         taken: dict[str, Any] = {}
@@ -142,7 +142,9 @@ class Pipeline:
             if make and stage.name == name:
                 raise ConfigError(f"{name}: uses {stage.data} of {self._lender.root} (data.of); make them again there")
             before = self.record(stage.name)
-            taken = borrow.take(self.config, self.paths, self._lender, stage, thorough=thorough)
+            taken = borrow.take(
+                self.config, self.paths, self._lender, stage, look=look if stage.name == name else "quick"
+            )
             if before is None or stage.name == name:
                 self._report(f"{stage.name:<12} {stage.data} of {self._lender.root}, used in place")
         return taken
