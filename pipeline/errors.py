@@ -43,3 +43,11 @@ class ConfigError(UserError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, exit_code=2)
+
+
+class AnotherRunError(ConfigError):
+    """The configuration is that of another run than the one in its run directory: `key` has another value."""
+
+    def __init__(self, message: str, *, key: str) -> None:
+        super().__init__(message)
+        self.key = key

@@ -28,6 +28,7 @@ def add_data_verbs(verbs: Verbs) -> None:
     sub = inner.add("show", _show, "print a stored sequence decoded, with document ends")
     sub.add_argument("index", metavar="INDEX", help="tokens folder or its index.json (path, URL), or YAML of a run")
     sub.add_argument("number", metavar="NUMBER", type=int, help="which sequence of the split, from 0")
+    add_overrides(sub, "override a key of the YAML")
     sub.add_argument("--split", default="train", help="train, val or test (train)")
     sub.add_argument("--ids", action="store_true", help="print the token ids too")
 
@@ -94,7 +95,11 @@ def _show(arguments: Any, report: Report) -> Result:
     from pipeline.data.tokens.index import TokenIndex
 
     given = arguments.index
-    folder = tokens_folder(load_config(given)) if _is_config(given) else folder_of(given)
+    if _is_config(given):
+        folder = tokens_folder(load_config(given, arguments.overrides))
+    else:
+        _no_overrides(arguments)
+        folder = folder_of(given)
     index = TokenIndex.load(folder)
     sequence = read_sequence(index, arguments.split, arguments.number)
     tokenizer = tokenizer_of(index)
@@ -121,4 +126,6 @@ def _is_config(argument: str) -> bool:
 
 def _no_overrides(arguments: Any) -> None:
     if arguments.overrides:
-        raise ConfigError(f"verify: {arguments.overrides[0]} goes with the YAML of a run, not with a folder")
+        raise ConfigError(
+            f"{arguments.data_verb}: {arguments.overrides[0]} goes with the YAML of a run, not with a folder"
+        )

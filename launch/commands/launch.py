@@ -82,15 +82,24 @@ def add_launch_verbs(verbs: Verbs) -> None:
     sub.add_argument("--max-restarts", type=int, default=10, metavar="N", help="of all pods (10)")
 
 
+def _config(arguments: Any, report: Report) -> RunConfig:
+    """The configuration, with the data of the run that `--resume PATH` goes on from."""
+    from pipeline.config.load import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from launch.commands.going_on import with_data
+
+    return with_data(config, arguments, report)
+
+
 def _deepspeed(arguments: Any, report: Report) -> Result:
     from launch.backends import deepspeed, hosts
     from launch.backends.nodes import NodeJob
-    from pipeline.config.load import load_config
     from pipeline.config.paths import RunPaths
     from pipeline.stages.train import check
     from pipeline.tracking.default_store import for_several_nodes
 
-    config, known = load_config(arguments.config, arguments.overrides), hosts.read_hostfile(arguments.hostfile)
+    config, known = _config(arguments, report), hosts.read_hostfile(arguments.hostfile)
     if arguments.no_ssh != (arguments.node_rank is not None):
         raise ConfigError("launch deepspeed: --no-ssh and --node-rank I go together")
     hostfile = str(Path(arguments.hostfile).absolute())
@@ -127,10 +136,9 @@ def _deepspeed(arguments: Any, report: Report) -> Result:
 def _torchrun(arguments: Any, report: Report) -> Result:
     from launch.backends import torchrun
     from launch.backends.nodes import NodeJob
-    from pipeline.config.load import load_config
     from pipeline.stages.train import ranks_on_this_node
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = _config(arguments, report)
     if arguments.nodes < 1:
         raise ConfigError(f"--nodes {arguments.nodes}: at least 1")
     _check_node(arguments.node_rank, arguments.nodes)

@@ -15,7 +15,19 @@ if TYPE_CHECKING:
     from pipeline.config.run import RunConfig
 
 RUNS = "runs"  # the folder of runs, in the working directory
-HEADER = ("run", "name", "status", "step", "loss", "cached", "order par.", "budget", "checkpoints", "verdict")
+HEADER = (
+    "run",
+    "name",
+    "status",
+    "step",
+    "loss",
+    "cached",
+    "order par.",
+    "budget",
+    "checkpoints",
+    "verdict",
+    "began with",
+)
 
 
 def add_run_verbs(verbs: Verbs) -> None:
@@ -151,7 +163,16 @@ def _cells(row: Result) -> tuple[str, ...]:
         number("budget", ".2f"),
         shown or "-",
         row["verdict"] or "-",
+        _origin(row["continued_from"]),
     )
+
+
+def _origin(checkpoint: str | None) -> str:
+    """`old/step-000500` of the checkpoint of another run that a run began with: its run directory and its step."""
+    if checkpoint is None:
+        return "-"
+    path = Path(checkpoint)
+    return f"{path.parent.parent.name}/{path.name}" if path.parent.name == "checkpoints" else path.name
 
 
 def _replay(arguments: Any, report: Report) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 def add_stage_verbs(verbs: Verbs) -> None:
     """The verb `run`, one for each stage, and `plan`."""
-    add_config(verbs.add("run", _run, "the whole pipeline, from corpora to a certified bundle", is_work=True))
+    sub = verbs.add("run", _run, "the whole pipeline, from corpora to a certified bundle", is_work=True)
+    add_config(sub)
+    _add_going_on(sub)
     add_config(
         verbs.add("check", _check, "what would fail later: sources, tokenizer, batch, memory, disk, MLflow, budget")
     )
@@ -44,12 +47,7 @@ def add_stage_verbs(verbs: Verbs) -> None:
                 help="data.executor=slurm: write the job's script, check it, submit nothing",
             )
         if name == "train":
-            sub.add_argument(
-                "--resume",
-                default="auto",
-                metavar="auto|RUN_ID|runs:/RUN_ID[/checkpoints/step-000500]|PATH",
-                help="continue from a run's newest checkpoint (auto), from that one, or in a new run from PATH",
-            )
+            _add_going_on(sub)
             sub.add_argument(
                 "--prepare",
                 type=int,
@@ -62,19 +60,44 @@ def add_stage_verbs(verbs: Verbs) -> None:
             )
     sub = verbs.add("plan", _plan, "parameters, FLOPs, memory, time and invariance budget of a run")
     add_config(sub)
+    _add_anneal(sub)
     sub.add_argument("--mfu", type=float, help="model FLOPs utilization to assume (0.4)")
     sub.add_argument("--peak-tflops", type=float, help="dense peak of one device (989: H100/H200, bf16)")
     sub.add_argument("--devices", type=int, help="how many (8; without a GPU and these options: this machine's CPU)")
 
 
+def _add_going_on(sub: argparse.ArgumentParser) -> None:
+    """Where training begins."""
+    begins = sub.add_mutually_exclusive_group()
+    begins.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|RUN_ID|runs:/RUN_ID[/checkpoints/step-000500]|PATH",
+        help="continue from a run's newest checkpoint (auto), from that one, or in a new run from PATH, with its data",
+    )
+    _add_anneal(begins)
+
+
+def _add_anneal(sub: argparse._ActionsContainer) -> None:
+    sub.add_argument(
+        "--anneal-from",
+        metavar="step-000500|PATH|runs:/RUN_ID/checkpoints/step-000500",
+        help="the decay of a WSD schedule, from that checkpoint of its stable part on, as a run of its own",
+    )
+
+
 def _pipeline(arguments: Any, report: Report) -> Pipeline:
     from pipeline.config.load import load_config
 
-    config = load_config(
-        arguments.config, arguments.overrides
-    )  # first: a wrong key must not wait for the imports below
+    anneals = getattr(arguments, "anneal_from", None) is not None
+    if not anneals:  # first: a wrong key must not wait for the imports below
+        config = load_config(arguments.config, arguments.overrides)
+    from launch.commands.going_on import annealed, with_data
     from pipeline.stages.runner import Pipeline
     from pipeline.stages.still import Still
+
+    config = annealed(arguments, report) if anneals else config
+    config = with_data(config, arguments, report)
 
     live = status_lines(json=arguments.json)
 
@@ -89,16 +112,18 @@ def _pipeline(arguments: Any, report: Report) -> Pipeline:
 
 def _run(arguments: Any, report: Report) -> Result:
     pipeline = _pipeline(arguments, report)
+    from launch.commands.going_on import with_command
     from launch.commands.summary import summary
     from pipeline.stages.preflight import lines
+    from pipeline.stages.resume import parse_resume
     from pipeline.stages.runner import exclusive
 
-    findings = _preflight(pipeline)
+    findings = _preflight(pipeline, begins=parse_resume(arguments.resume).path)
     for line in lines([finding for finding in findings if finding.status == "warn"]):
         report(line)
     _require_ready(findings, report)
-    with exclusive(pipeline.paths, report):
-        records = pipeline.run()
+    with exclusive(pipeline.paths, report), with_command(pipeline, arguments):
+        records = pipeline.run(resume=arguments.resume)
         return summary(pipeline, records, report)
 
 
@@ -112,10 +137,10 @@ def _check(arguments: Any, report: Report) -> Result:
     return {"findings": [asdict(finding) for finding in findings]}
 
 
-def _preflight(pipeline: Pipeline) -> list[Finding]:
+def _preflight(pipeline: Pipeline, *, begins: Path | None = None) -> list[Finding]:
     from pipeline.stages.preflight import preflight
 
-    return preflight(pipeline.config, done=pipeline.finished())
+    return preflight(pipeline.config, done=pipeline.finished(), begins=begins)
 
 
 def _require_ready(findings: list[Finding], report: Report) -> None:
@@ -135,9 +160,10 @@ def _require_ready(findings: list[Finding], report: Report) -> None:
 
 def _stage(arguments: Any, report: Report) -> Result:
     pipeline = _pipeline(arguments, report)
+    from launch.commands.going_on import with_command
     from pipeline.stages.runner import exclusive
 
-    with exclusive(pipeline.paths, report):
+    with exclusive(pipeline.paths, report), with_command(pipeline, arguments):
         if getattr(arguments, "prepare", None) is not None:
             return _prepare(pipeline, arguments, report)
         if getattr(arguments, "dry_run", False):
@@ -181,9 +207,15 @@ def _plan(arguments: Any, report: Report) -> Result:
     assumed = {key: value for key, value in given.items() if value is not None}
     if any(value <= 0 for value in assumed.values()) or assumed.get("mfu", 1) > 1:
         raise ConfigError("plan: --mfu is between 0 and 1, --devices and --peak-tflops are positive")
-    config = load_config(arguments.config, arguments.overrides)
+    if arguments.anneal_from is not None:
+        from pipeline.stages.anneal import branch
+
+        begins = branch(arguments.config, arguments.overrides, arguments.anneal_from, report, fetch=False)
+        config, state = begins.config, begins.state
+    else:
+        config, state = load_config(arguments.config, arguments.overrides), None
     flops_here = None if assumed else _flops_of_this_cpu(config)
-    result = plan(config, **assumed, flops_here=flops_here)
+    result = plan(config, **assumed, flops_here=flops_here, begins=state or None)
     report("\n".join(plan_lines(result)))
     return result
 

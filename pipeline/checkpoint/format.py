@@ -58,6 +58,14 @@ def committed(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def newest_in(path: Path) -> Path | None:
+    """The newest committed checkpoint that a path leads to: itself, or in a folder of them, or in a run directory."""
+    if _NAME.fullmatch(path.name):
+        return path if (path / COMMITTED).is_file() else None
+    found = sorted([*committed(path), *committed(path / "checkpoints")], key=step_of)
+    return found[-1] if found else None
+
+
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     match = _NAME.fullmatch(checkpoint.name)

@@ -18,6 +18,9 @@ pieces = Kind("needs force", ("tokenizer",), result=True)
 packed = Kind("needs force", ("tokenize",), result=True)
 documents = Kind("needs force", ("shard", "tokenizer", "tokenize"), result=("shard",))  # where they are
 tokens = Kind("needs force", ("tokenize", "train", "extract", "validate", "bundle"), result=("tokenize",))
+borrowed = Kind(  # whose they are
+    "may change", ("shard", "tokenizer", "tokenize", "train", "extract", "validate", "bundle"), result=False, added=True
+)
 engine = Kind("may change", ("shard", "tokenize"), result=False)  # who does the work: the same files come of it
 shard_work = replace(engine, stages=("shard",))
 tokenize_work = replace(engine, stages=("tokenize",))
@@ -136,6 +139,9 @@ class DataConfig(Section):
     max_document_megabytes: int = corpus(64, "a longer line, file or cell is bad input, and is never in memory", ge=1)
     on_bad_input: Literal["error", "skip"] = corpus("error", "what a line, file or cell that cannot be read does")
     output: Url | None = documents(None, "folder or fsspec URL of the document tars; null: run_dir/documents")
+    of: str | None = borrowed(
+        None, "run directory whose documents, tokenizer and tokens are used in place; null: the run makes its own"
+    )
     executor: Literal["local", "slurm", "ray"] = engine("local", "who runs the tasks of `shard` and `tokenize`")
     slurm: Slurm = Slurm()
     ray_address: str = engine("auto", "of the cluster, for executor ray")

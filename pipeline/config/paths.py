@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from pipeline.config.run import RunConfig
-from pipeline.errors import ConfigError
-from pipeline.io.storage import sha256_json
+from pipeline.errors import ConfigError, UserError
+from pipeline.io.storage import read_json, sha256_json
+
+OF = "of"  # in a stage's record: the run directory that its outputs are in, when it is another run's
 
 
 class RunPaths:
@@ -41,14 +44,34 @@ def expanded(path: str | Path, key: str) -> Path:
         raise ConfigError(f"{key} {path}: this user has no home directory; set HOME, or write the path out") from None
 
 
+def data_paths(config: RunConfig) -> RunPaths:
+    """The run directory with a run's documents, tokenizer and tokens: its own, or another run's, whose data it uses in place
+    (`data.of`; without it what the run took before)."""
+    own = RunPaths(config.run_dir)
+    if config.data.of is None:
+        return RunPaths(borrowed_from(own) or own.root)
+    theirs = RunPaths(expanded(config.data.of, "data.of"))
+    return RunPaths(borrowed_from(theirs) or theirs.root)
+
+
+def borrowed_from(paths: RunPaths) -> str | None:
+    """The run directory whose data a run directory uses in place, by its stage records (pipeline/stages/borrow.py)."""
+    for stage in ("shard", "tokenizer", "tokenize"):
+        with contextlib.suppress(UserError, OSError, AttributeError):  # damaged: found by whoever needs the record
+            of = read_json(paths.stages / f"{stage}.json").get(OF)
+            if isinstance(of, str):
+                return of
+    return None
+
+
 def documents_folder(config: RunConfig) -> str:
     """Where the document tars are: a path, or the URL `data.output`."""
-    return config.data.output or str(RunPaths(config.run_dir).documents)
+    return config.data.output or str(data_paths(config).documents)
 
 
 def tokens_folder(config: RunConfig) -> str:
     """Where the token tars are: a path, or the URL `tokens.output`."""
-    return config.tokens.output or str(RunPaths(config.run_dir).tokens)
+    return config.tokens.output or str(data_paths(config).tokens)
 
 
 def staging_folder(config: RunConfig) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.config.continued import budget_after, budget_of
 from pipeline.config.run import RunConfig
 from pipeline.config.schedule import budget_verdict, planned_budget
 
@@ -22,17 +23,21 @@ def plan(
     peak_tflops: float = 989.0,
     devices: int = 8,
     flops_here: float | None = None,
+    begins: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Parameters, FLOPs, memory, tokens, time and the invariance budget of a run.
 
     mfu: model FLOPs utilization to assume, 0..1. peak_tflops: dense peak of one device (989: H100/H200 bf16).
     flops_here: FLOP/s that training was measured to reach on this machine, instead of devices * peak * mfu.
+    begins: state.json of the checkpoint that the run begins with (`--anneal-from`): tokens and time are of the steps left.
     """
     model, train = config.model, config.train
     parameters = model.num_parameters()
     flops = model.flops_per_token(training=True)
-    tokens = train.steps * train.global_batch * model.context_length
-    budget = planned_budget(train)
+    from_step = None if begins is None else int(begins["step"])
+    steps = train.steps - (from_step or 0)
+    tokens = steps * train.global_batch * model.context_length
+    budget = planned_budget(train) if begins is None else budget_after(train, begins)
     return {
         "parameters": parameters["total"],
         "parameters_by_part": {k: v for k, v in parameters.items() if k != "total"},
@@ -40,9 +45,10 @@ def plan(
         "flops_per_token_training": flops,
         "tokens": tokens,  # positions: how many of them are padding is known only once they are packed
         "padded": config.tokens.packing != "concat" or config.tokens.remainder == "pad",
-        "steps": train.steps,
+        "steps": steps,
+        "from_step": from_step,
         "tokens_per_step": train.global_batch * model.context_length,
-        "tokens_per_parameter": tokens / parameters["total"],
+        "tokens_per_parameter": train.steps * train.global_batch * model.context_length / parameters["total"],
         "activation_bytes_per_micro_batch": activation_bytes(config),
         "state_bytes_per_rank": {
             f"zero{stage}": {str(world): state_bytes(config, stage, world) for world in WORLD_SIZES}
@@ -54,6 +60,9 @@ def plan(
         "hours": flops * tokens / (flops_here or peak_tflops * 1e12 * mfu * devices) / 3600,
         "schedule": train.schedule,
         "invariance_budget": budget if model.g_source == "learned" else None,
+        "invariance_budget_before": (
+            None if begins is None or model.g_source != "learned" else budget_of(begins, train)
+        ),
         "frozen_at": None if train.freeze_g is None else train.freeze_g.at_step,
         "invariance_verdict": (
             budget_verdict(budget) if model.g_source == "learned" else "G_LM is constant by construction"
@@ -100,6 +109,7 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
 
     parts = "  ".join(f"{k} {v:,}" for k, v in report["parameters_by_part"].items() if v)
     assumed = report["assumed"]
+    begins = "" if report["from_step"] is None else f" after step {report['from_step']:,}"
     where = "this machine's CPU, where a few training steps were timed"
     if assumed is not None:
         devices = "1 device" if assumed["devices"] == 1 else f"{assumed['devices']} devices"
@@ -110,8 +120,8 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
         f"                    {parts}",
         f"FLOPs per token     {report['flops_per_token_training']:.4g} training, "
         f"{report['flops_per_token_forward']:.4g} forward",
-        f"tokens              {report['tokens']:,}{included} ({report['steps']:,} steps of {report['tokens_per_step']:,}), "
-        f"{report['tokens_per_parameter']:.1f} a parameter",
+        f"tokens              {report['tokens']:,}{included} ({report['steps']:,} steps of {report['tokens_per_step']:,}"
+        f"{begins}), {report['tokens_per_parameter']:.1f} a parameter",
         f"time                {duration(report['hours'] * 3600)} on {where}",
         f"activations         {size(report['activation_bytes_per_micro_batch'])} a micro batch (estimate)",
         "states per rank     " + "".join(f"{'1 rank' if w == 1 else f'{w} ranks':>12}" for w in WORLD_SIZES),
@@ -122,6 +132,8 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"invariance          {report['invariance_verdict']}")
     else:
         until = "" if report["frozen_at"] is None else f" when G is frozen, at step {report['frozen_at']:,}"
-        budget = f"{report['invariance_budget']:.2f} ({report['schedule']} schedule){until}"
+        before = report["invariance_budget_before"]
+        spent = "" if before is None else f", {before:.2f} of it up to step {report['from_step']:,}"
+        budget = f"{report['invariance_budget']:.2f} ({report['schedule']} schedule){until}{spent}"
         lines.append(f"invariance budget   {budget}: {report['invariance_verdict']}")
     return lines

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.checkpoint.format import committed
-from pipeline.config.paths import RunPaths
+from pipeline.config.paths import RunPaths, data_paths
 from pipeline.config.run import RunConfig
 from pipeline.errors import UserError
 from pipeline.stages.trained import as_trained, held_out, lineage, notes
@@ -72,7 +72,7 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
         model,
         g_lm,
         certificate=certificate,
-        tokenizer=paths.tokenizer,
+        tokenizer=data_paths(config).tokenizer,
         out=paths.bundle,
         lineage=lineage(source),
         notes=notes(config, source),

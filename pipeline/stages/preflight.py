@@ -6,6 +6,7 @@ the stages, which check it again. What a finished stage needed is not asked for.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import urllib.error
 import urllib.request
@@ -16,7 +17,8 @@ from typing import Any, Literal
 
 import psutil
 
-from pipeline.checkpoint.format import checkpoint_bytes
+from pipeline.checkpoint.format import checkpoint_bytes, newest_in, read_state
+from pipeline.config.continued import budget_after
 from pipeline.config.paths import RunPaths, documents_folder, staging_folder, tokens_folder
 from pipeline.config.plan import activation_bytes, state_bytes
 from pipeline.config.run import RunConfig
@@ -25,6 +27,7 @@ from pipeline.devices import gpu_bytes
 from pipeline.errors import UserError
 from pipeline.io.storage import Need, require_space
 from pipeline.io.urls import is_http, is_local, local_path, without_secrets
+from pipeline.stages.borrow import DATA_STAGES, lender, require
 from pipeline.stages.table import require_given
 from pipeline.stages.train import disk_needed, ranks_on_this_node
 from pipeline.tracking.client import tracking_uri, why
@@ -44,8 +47,10 @@ class Finding:
     text: str
 
 
-def preflight(config: RunConfig, *, done: Mapping[str, dict[str, Any]] | None = None) -> list[Finding]:
-    """Every finding about a run. done: the results of its stages that are complete, by name."""
+def preflight(
+    config: RunConfig, *, done: Mapping[str, dict[str, Any]] | None = None, begins: Path | None = None
+) -> list[Finding]:
+    """Every finding about a run. done: the results of its stages that are complete, by name. begins: what `--resume PATH` names."""
     done = done or {}
     found: list[Finding] = []
 
@@ -64,6 +69,8 @@ def preflight(config: RunConfig, *, done: Mapping[str, dict[str, Any]] | None = 
             "sources", "ok", f"{files:,} {'file' if files == 1 else 'files'}, about {_size(text_bytes)} of text"
         )
 
+    if lender(config) is not None:
+        check("data", lambda: _borrowed(config))
     if "shard" not in done:
         check("sources", sources)
     if "tokenizer" not in done:
@@ -71,7 +78,7 @@ def preflight(config: RunConfig, *, done: Mapping[str, dict[str, Any]] | None = 
     if "train" not in done:
         check("batch", lambda: _batch(config))
         check("memory", lambda: _memory(config))
-        check("budget", lambda: _budget(config))
+        check("budget", lambda: _budget(config, begins))
     check("disk", lambda: _disk(config, text_bytes, done))
     check("MLflow", lambda: _mlflow(config))
     return found
@@ -84,6 +91,14 @@ def _files_and_text(config: RunConfig) -> tuple[int, int]:
 
     files = list_sources(config.data.sources, outputs=[config.run_dir]).files
     return len(files), sum(unit.size for unit in plan_units(files))
+
+
+def _borrowed(config: RunConfig) -> Iterator[Finding]:
+    theirs = lender(config)
+    assert theirs is not None
+    for stage in DATA_STAGES:
+        require(config, theirs, stage)
+    yield Finding("data", "ok", f"documents, tokenizer and tokens of {theirs.root}, used in place")
 
 
 def _tokenizer(config: RunConfig) -> Iterator[Finding]:
@@ -130,10 +145,14 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
     yield Finding("memory", status, f"{text}; try {', '.join(fixes)}")
 
 
-def _budget(config: RunConfig) -> Iterator[Finding]:
+def _budget(config: RunConfig, begins: Path | None) -> Iterator[Finding]:
     if config.model.g_source != "learned":
         return
     budget = planned_budget(config.train)
+    newest = newest_in(RunPaths(config.run_dir).root) or (begins and newest_in(begins))
+    if newest:
+        with contextlib.suppress(UserError, OSError, KeyError):  # damaged: training says so
+            budget = budget_after(config.train, read_state(newest))
     status: Literal["ok", "warn"] = "ok" if budget >= BUDGET_PUBLISHED else "warn"
     yield Finding("budget", status, f"invariance budget {budget:.2f}: {budget_verdict(budget)}")
 

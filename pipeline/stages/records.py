@@ -1,10 +1,10 @@
-"""Output files of a stage: size, time and sha256 of each, and whether they are unchanged."""
+"""Records of finished stages, and their output files: size, time and sha256 of each, and whether they are unchanged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from pipeline.config.paths import RunPaths
 from pipeline.errors import UserError
@@ -12,6 +12,12 @@ from pipeline.io import remote, storage
 from pipeline.io.sealed import read_sealed
 from pipeline.io.urls import is_local, join
 
+if TYPE_CHECKING:
+    from pipeline.stages.table import Stage
+
+SCHEMA_VERSION = 2
+# What of a result identifies a stage's output to the stages after it.
+IDENTITY = ("fingerprint", "sha256", "checkpoint", "run_id", "weights_sha256", "g_lm_sha256", "certificate_sha256")
 FREE = ("outputs",)  # of a record: not in its digest, but compared with the files
 Facts = tuple[int, int, str]  # size, time of the last change (ns; 0 of remote files), sha256
 
@@ -28,6 +34,30 @@ def are_outputs(value: Any) -> TypeGuard[dict[str, Facts]]:
     )
 
 
+def record_file(paths: RunPaths, stage: str) -> Path:
+    """Where a stage's record is."""
+    return paths.stages / f"{stage}.json"
+
+
+def record_of(paths: RunPaths, stage: Stage) -> dict[str, Any] | None:
+    """What a finished stage left, None when it has not finished."""
+    file = record_file(paths, stage.name)
+    if not file.exists():
+        return None
+    try:
+        record = read_sealed(file, schema_version=SCHEMA_VERSION, free=FREE)
+    except (UserError, OSError):  # damaged, or of another version: the stage is done again
+        return None
+    complete = isinstance(record.get("inputs"), str) and isinstance(record.get("result"), dict)
+    complete = complete and are_outputs(record.get("outputs")) and record.get("stage", stage.name) == stage.name
+    return record if complete and all(key in record["result"] for key in stage.needs) else None
+
+
+def identity(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says its stage's output is."""
+    return {key: record["result"][key] for key in IDENTITY if key in record["result"]}
+
+
 def remote_outputs(folder: str) -> dict[str, Facts]:
     """The files that an index in an object store lists, and the index itself; only the index is read."""
     url = join(folder, "index.json")
@@ -39,7 +69,7 @@ def remote_outputs(folder: str) -> dict[str, Facts]:
 
 def require_as_recorded(paths: RunPaths, stage: str) -> None:
     """Raise UserError naming an output of a run's stage that was changed since. Without a record nothing is known."""
-    file = paths.stages / f"{stage}.json"
+    file = record_file(paths, stage)
     outputs = read_sealed(file, free=FREE).get("outputs") if file.exists() else {}
     if not are_outputs(outputs):
         raise UserError(f"{file}: damaged; run `pldr {stage} CONFIG` again")

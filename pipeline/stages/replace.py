@@ -43,7 +43,7 @@ def require_replaceable(
         return
     checkpoints = committed(paths.checkpoints)
     trained = checkpoints[-1].name if checkpoints else None
-    ours = _made_with(config, paths, stage, record)
+    ours = made_with(config, paths, stage, record)
     if ours and (trained is None or _is_old(record)):
         if record is not None:
             lost = "" if trained is None else f"; {trained} in {paths.checkpoints} was trained with what is there now"
@@ -95,7 +95,7 @@ def _output_of(config: RunConfig, stage: Stage) -> str | None:
     return {"shard": config.data.output, "tokenize": config.tokens.output}.get(stage.name)
 
 
-def _made_with(config: RunConfig, paths: RunPaths, stage: Stage, record: dict[str, Any] | None) -> bool:
+def made_with(config: RunConfig, paths: RunPaths, stage: Stage, record: dict[str, Any] | None) -> bool:
     """Whether what is there was made with today's configuration. Records of before December 2026 do not say: there, and
     without a record, the configuration of the last training here decides."""
     if record is not None and SETTINGS in record:

@@ -32,7 +32,7 @@ from pipeline.io.sealed import publish_sealed, read_sealed
 from pipeline.stages.compatible import Report, State, check_inputs
 from pipeline.tracking import outbox, publish
 from pipeline.tracking.run import TrackedRun, open_run
-from pipeline.tracking.run_record import restored_when_refused
+from pipeline.tracking.run_record import CONTINUED_TAG, restored_when_refused
 from pipeline.tracking.stores import CheckpointStore
 
 Check = Callable[[Path, State], None]  # raises ConfigError when training must not resume from a checkpoint
@@ -167,7 +167,7 @@ def _begin_from(
         facts = {"schema_version": SCHEMA_VERSION, "checkpoint": str(source), "manifest_sha256": sha256}
         publish_sealed(origin, {**facts, "mlflow_run_id": state["mlflow_run_id"]})
         adopt(source, paths.checkpoints, mlflow_run_id=run.id)
-        outbox.set_tags(run, {"pldr.continued_from": str(source)})
+        outbox.set_tags(run, {CONTINUED_TAG: str(source)})
         report(f"{source} begins this run; it continues from step {step_of(source)}")
     found = _newest(run, check if own else None, report)
     assert found is not None

@@ -21,9 +21,10 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import locks, storage
-from pipeline.io.sealed import publish_sealed, read_sealed
+from pipeline.io.sealed import publish_sealed
+from pipeline.stages import borrow
 from pipeline.stages.compatible import Report
-from pipeline.stages.records import FREE, are_outputs, first_changed
+from pipeline.stages.records import FREE, SCHEMA_VERSION, first_changed, identity, record_file, record_of
 from pipeline.stages.replace import SETTINGS, only_writer, require_replaceable, settings_digest
 from pipeline.stages.resume import names_run
 from pipeline.stages.still import Still
@@ -31,10 +32,7 @@ from pipeline.stages.table import NAMES, Stage, Work, stage_named, stages_before
 from pipeline.stages.train import Launch
 from pipeline.tracking.sqlite_store import RUN_FILE
 
-SCHEMA_VERSION = 2
 LOCK = ".lock"  # its presence marks a run directory
-# What of a result identifies a stage's output to the stages after it.
-IDENTITY = ("fingerprint", "sha256", "checkpoint", "run_id", "weights_sha256", "g_lm_sha256", "certificate_sha256")
 
 
 class Pipeline:
@@ -42,13 +40,15 @@ class Pipeline:
     `ranks`: how many train, on all nodes (None: what this node has)."""
 
     def __init__(self, config: RunConfig, *, launch: Launch, report: Report, ranks: int | None = None) -> None:
-        self.config, self.paths = config, RunPaths(config.run_dir)
+        self.config, self.paths = borrow.explicit(config), RunPaths(config.run_dir)
+        self._lender = borrow.lender(config)
         self._launch, self._report, self._ranks = launch, report, ranks
 
-    def run(self) -> dict[str, dict[str, Any]]:
-        """Every stage; returns their records by name. Raises UserError (exit code 3 when the certificate failed)."""
+    def run(self, *, resume: str = "auto") -> dict[str, dict[str, Any]]:
+        """Every stage; returns their records by name. `resume`: where training continues (resume.py). Raises UserError (exit
+        code 3 when the certificate failed)."""
         self._clean()
-        return {name: self.stage(name, thorough=False) for name in NAMES}
+        return {name: self.stage(name, resume=resume if name == "train" else "auto", thorough=False) for name in NAMES}
 
     def stage(
         self,
@@ -63,6 +63,10 @@ class Pipeline:
         """Run one stage, or skip it; returns its record. Raises UserError when the stage before it is not complete, and when
         it would replace data of another configuration or of a trained run, unless `replace`."""
         stage = stage_named(name)
+        if self._lender is not None:
+            taken = self._borrow(name, look="thorough" if thorough else "all", make=force or replace)
+            if stage.data is not None:
+                return {**taken, "skipped": True}
         inputs = self.inputs(name)
         if uncertified:
             inputs["uncertified"] = True
@@ -97,20 +101,11 @@ class Pipeline:
 
     def record(self, name: str) -> dict[str, Any] | None:
         """What a finished stage left, None when it has not finished."""
-        path = self._record_file(name)
-        if not path.exists():
-            return None
-        try:
-            record = read_sealed(path, schema_version=SCHEMA_VERSION, free=FREE)
-        except (UserError, OSError):  # damaged, or of another version: the stage is done again
-            return None
-        complete = isinstance(record.get("inputs"), str) and isinstance(record.get("result"), dict)
-        complete = complete and are_outputs(record.get("outputs")) and record.get("stage", name) == name
-        return record if complete and all(key in record["result"] for key in stage_named(name).needs) else None
+        return record_of(self.paths, stage_named(name))
 
     def _require_finished(self, name: str, needed_by: str) -> dict[str, Any]:
         """An earlier stage's record. Raises ConfigError where there is none."""
-        record, file = self.record(name), self._record_file(name)
+        record, file = self.record(name), record_file(self.paths, name)
         if record is None and file.exists():
             raise ConfigError(f"{file}: damaged, or of another version; run `pldr {name} CONFIG` again")
         if record is None:
@@ -122,6 +117,9 @@ class Pipeline:
         at."""
         results: dict[str, dict[str, Any]] = {}
         for name in NAMES:
+            if self._lender is not None and stage_named(name).data is not None:
+                names.append(name)
+                continue
             known = self.record(name)
             if known is None or not self._has_inputs(name, known["inputs"]):
                 break
@@ -142,13 +140,28 @@ class Pipeline:
             return stage_named(name).inputs(self.config)
         self._require_finished(before[-1].name, name)
         records = [self.record(stage.name) for stage in before]
-        identities = [_identity(record["result"]) for record in records if record is not None]
+        identities = [identity(record) for record in records if record is not None]
         return {**stage_named(name).inputs(self.config), "before": identities}
+
+    def _borrow(self, name: str, *, look: borrow.Look, make: bool) -> dict[str, Any]:
+        """Take another run's data, up to this stage's, or see that those which were taken are as they were; the last record."""
+        assert self._lender is not None
+        taken: dict[str, Any] = {}
+        for stage in [one for one in (*stages_before(name), stage_named(name)) if one.data is not None]:
+            if make and stage.name == name:
+                raise ConfigError(f"{name}: uses {stage.data} of {self._lender.root} (data.of); make them again there")
+            before = self.record(stage.name)
+            taken = borrow.take(
+                self.config, self.paths, self._lender, stage, look=look if stage.name == name else "quick"
+            )
+            if before is None or stage.name == name:
+                self._report(f"{stage.name:<12} {stage.data} of {self._lender.root}, used in place")
+        return taken
 
     def _run(self, stage: Stage, digest: str, *, resume: str, force: bool, uncertified: bool) -> dict[str, Any]:
         """Do a stage's work; returns its new record, which is also written."""
         started = time.perf_counter()
-        old, file = self.record(stage.name), self._record_file(stage.name)
+        old, file = self.record(stage.name), record_file(self.paths, stage.name)
         file.unlink(missing_ok=True)
         try:
             with Still(stage.name, lambda text: self._report(f"  {text}")) if stage.is_silent else nullcontext():
@@ -171,9 +184,6 @@ class Pipeline:
 
     def _work(self, **options: Any) -> Work:
         return Work(self.config, self.paths, self._launch, self._report, self._ranks, **options)
-
-    def _record_file(self, name: str) -> Path:
-        return self.paths.stages / f"{name}.json"
 
     def _clean(self) -> None:
         """Remove what killed stages left half-written beside their outputs."""
@@ -225,10 +235,6 @@ def _open_lock(root: Path) -> IO[str]:
         return open(root / LOCK, "a+", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"run_dir {root}: {error.strerror}; set run_dir to a folder that can be written") from error
-
-
-def _identity(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: result[key] for key in IDENTITY if key in result}
 
 
 def _brief(result: dict[str, Any]) -> str:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.format import TRAINING_LOCK, checkpoint_bytes, committed, step_of, verify
 from pipeline.checkpoint.retention import policy_of
-from pipeline.config.paths import RunPaths, tokens_folder
+from pipeline.config.continued import budget_line, schedule_before, schedule_line
+from pipeline.config.paths import RunPaths, data_paths, tokens_folder
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io import locks, storage
@@ -159,6 +160,8 @@ def _prepare(
             "use train.zero_stage=1"
         )
     if start.checkpoint is not None:
+        for line in _going_on(config, start.state):
+            report(line)
         changed = changes(start.state, config, ranks)
         for key, change in changed.items():
             report(f"changed     {key} {change}")
@@ -178,6 +181,18 @@ def _prepare(
     return Job(job_file, start.run, start.checkpoint)
 
 
+def _going_on(config: RunConfig, state: dict[str, Any]) -> list[str]:
+    """What is decided about the learning rate and the invariance budget where a run goes on with another schedule."""
+    train = config.train
+    schedule = schedule_line(schedule_before(state["config"]["train"], train), train, state["step"])
+    if schedule is None:
+        return []
+    lines = [f"schedule    {schedule}"]
+    if config.model.g_source == "learned":
+        lines.append(f"budget      {budget_line(train, state)}")
+    return lines
+
+
 def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
     """Check that tokens, tokenizer, model and batch sizes fit together; returns the tokens to train on. Writes nothing.
 
@@ -192,7 +207,7 @@ def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
     index.check(
         context_length=config.model.context_length,
         vocab_size=config.model.vocab_size,
-        tokenizer_sha256=Tokenizer.load(paths.tokenizer).sha256,
+        tokenizer_sha256=Tokenizer.load(data_paths(config).tokenizer).sha256,
     )
     return index
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.config.load import parse_config
-from pipeline.config.paths import RunPaths
+from pipeline.config.paths import RunPaths, data_paths
 from pipeline.config.run import RunConfig
 from pipeline.devices import has_gpu, num_devices
 from pipeline.distributed import end_with_parent, free_port
@@ -118,7 +118,7 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any], 
         model.cuda()
     shown = []
     if not certificate["measures"]["not_finite"]:
-        tokenizer = Tokenizer.load(paths.tokenizer)
+        tokenizer = Tokenizer.load(data_paths(config).tokenizer)
         text = held_out(config, paths, half=1, limit=SHOWN_PROMPTS)
         text = text[:SHOWN_PROMPTS, : max(1, model.config.context_length // 4)]
         prompts = [*text.tolist(), tokenizer.encode(config.post.sample_prompt)]

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io.mounts import writable
 from pipeline.tracking.client import client, latest_points, why
 from pipeline.tracking.publish import CHECKPOINTS_TAG
-from pipeline.tracking.run_record import LOCAL_TAG, PUBLISH_TAG, VERDICT_TAG
+from pipeline.tracking.run_record import CONTINUED_TAG, LOCAL_TAG, PUBLISH_TAG, VERDICT_TAG
 from pipeline.tracking.sqlite_store import file_of, keep_home, uri_of
 from pipeline.tracking.stores import MlflowStore, names_in
 
@@ -47,8 +47,8 @@ def list_runs(uri: str, experiment: str | None) -> list[dict[str, Any]]:
     """One row per training run of an experiment (None: of all), newest first.
 
     Keys: uri, id, name, experiment, status, started, step, loss, val_loss_cached, order_parameter, budget, checkpoints (names),
-    published_to, verdict; None where a run has none. Raises ConfigError for an experiment that does not exist, UserError
-    when MLflow is unreachable.
+    published_to, continued_from, verdict; None where a run has none. Raises ConfigError for an experiment that does not exist,
+    UserError when MLflow is unreachable.
     """
     try:
         mlflow = _open(uri)
@@ -149,5 +149,6 @@ def _row(uri: str, run: Any, experiments: dict[str, str], verdicts: dict[str, st
         **{key: points[metric][1] if metric in points else None for metric, key in COLUMNS.items()},
         "checkpoints": [name for name in (checkpoints or "").split(",") if name],
         "published_to": tags.get(PUBLISH_TAG) or None,
+        "continued_from": tags.get(CONTINUED_TAG),
         "verdict": tags.get(VERDICT_TAG) or verdicts.get(info.run_id),
     }

@@ -18,7 +18,7 @@ from pipeline.checkpoint.format import committed
 from pipeline.config.keys import on_resume
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
-from pipeline.errors import ConfigError, UserError, first_line
+from pipeline.errors import AnotherRunError, ConfigError, UserError, first_line
 from pipeline.io.locks import locked
 from pipeline.io.urls import without_secrets
 from pipeline.tracking.client import (
@@ -283,10 +283,10 @@ def _compare(params: dict[str, str], run_id: str, config: RunConfig, force: bool
             if force and rule == "needs force":
                 log.warning("forced: MLflow run %s was made with %s=%s, now %s", run_id, key, params[key], value)
                 continue
-            raise ConfigError(
-                f"MLflow run {run_id} was made with {key}={params[key]}, this configuration has {value}; "
-                "use another run_dir for another run" + (", or --force" if rule == "needs force" else "")
-            )
+            problem = f"MLflow run {run_id} was made with {key}={params[key]}, this configuration has {value}; "
+            if rule == "needs force":
+                raise ConfigError(f"{problem}use another run_dir for another run, or --force")
+            raise AnotherRunError(f"{problem}use another run_dir for another run", key=key)
 
 
 def log_report(config: RunConfig, paths: RunPaths, report: Path) -> str | None:

@@ -30,6 +30,7 @@ from pipeline.tracking.sqlite_store import RUN_FILE, artifacts_beside, file_of, 
 LOCAL_PREFIX = "local-"
 LOCAL_TAG, PUBLISH_TAG = "pldr.local_id", "pldr.publish_to"
 VERDICT_TAG = "pldr.verdict"
+CONTINUED_TAG = "pldr.continued_from"  # the checkpoint of another run that this one began with
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name: its page shows the run below that one
 log = logging.getLogger(__name__)
 

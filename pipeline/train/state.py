@@ -15,8 +15,8 @@ from torch import Tensor
 from pipeline.checkpoint import load
 from pipeline.checkpoint.deepspeed_files import ZeroState
 from pipeline.checkpoint.format import checkpoint_name, verify
+from pipeline.config.continued import budget_of
 from pipeline.config.run import RunConfig
-from pipeline.config.schedule import invariance_budget
 from pipeline.config.train import TrainConfig
 from pipeline.train.engine import build_engine, release, set_recipe
 from pipeline.train.spikes import Guard
@@ -117,7 +117,7 @@ def _load(engine: Any, folder: Path, saved: dict[str, Any], settings: TrainConfi
     if _threshold(saved["config"]["train"]) != _threshold(settings.model_dump()):
         saved["evaluations_below"] = 0  # they were below another threshold
     saved.setdefault("val_step", saved["step"])  # no validation was left then
-    saved.setdefault("budget", invariance_budget(settings, saved["step"]) - saved.get("budget_skipped", 0.0))
+    saved["budget"] = budget_of(saved, settings)
     known = {key: saved[key] for key in TrainState.__dataclass_fields__ if key in saved}
     return TrainState(**{**known, "guard": Guard(**saved.get("guard", {}))})
 

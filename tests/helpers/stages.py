@@ -3,6 +3,11 @@
 import json
 import random
 
+import yaml
+
+from pipeline.config.load import load_config
+from pipeline.stages.runner import Pipeline
+
 
 def corpus(path, word, documents=40):
     with open(path, "w") as stream:
@@ -30,3 +35,23 @@ def trained(root, step=4):
     checkpoint = root / "checkpoints" / f"step-{step:06d}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "COMMITTED").write_text("x")
+
+
+def make_in(folder):
+    """A function that makes a pipeline of one configuration, with its corpus in this folder, and what the pipeline reports."""
+    corpus(folder / "corpus.jsonl", "alpha")
+    tree = {
+        "name": "t",
+        "run_dir": str(folder / "run"),
+        "data": {"sources": [{"url": str(folder / "corpus.jsonl")}], "val_fraction": 0.2, "test_fraction": 0.1},
+        "model": {"vocab_size": 320, "num_layers": 1, "num_heads": 1, "head_dim": 4, "context_length": 16},
+        "train": {"steps": 4, "warmup_steps": 1, "global_batch": 4, "micro_batch": 2, "ranks": 2, "precision": "fp32"},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+
+    def make(*overrides, launch=no_launch):
+        reported = []
+        return Pipeline(load_config(path, list(overrides)), launch=launch, report=reported.append), reported
+
+    return make

@@ -42,6 +42,7 @@ def runs(tmp_path_factory, make_run):
     mlflow.set_tag(ids[0], "pldr.verdict", "certified")
     mlflow.set_tag(ids[0], "pldr.checkpoints", "step-000010,step-000020")
     mlflow.delete_tag(ids[1], "pldr.local_id")
+    mlflow.set_tag(ids[1], "pldr.continued_from", "/disk/runs/old/checkpoints/step-000010")
     committed = folder / "COMMITTED"
     committed.write_text("x")
     mlflow.log_artifact(ids[1], str(committed), "checkpoints/step-000020")
@@ -70,6 +71,7 @@ def test_the_table_has_every_run_newest_first(capsys, runs):
     assert newest["checkpoints"] == ["step-000020"]
     header, second, first = out.splitlines()[:3]
     assert header.split()[:3] == ["run", "name", "status"]
+    assert second.split()[-1] == "old/step-000010" and first.split()[-1] == "-"
     assert ids[1] in second and "10,20" in first and "1.0e-07" in first and "certified" in first
     assert json.loads(run(capsys, "runs", "--uri", uri, "--json")[1].splitlines()[-1])["runs"] == rows
 

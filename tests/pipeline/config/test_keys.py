@@ -20,12 +20,13 @@ MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.w
               "train.deepspeed", "train.compile", "train.activation_", "train.offload", "train.peak_tflops",
               "train.val_sequences", "train.zero_stage",
               "train.micro_batch", "train.precision", "train.profile_steps", "train.memory_history",
-              "data.on_bad_shard", "data.cache_gigabytes", "data.executor", "data.slurm.", "data.ray_address")  # fmt: skip
+              "data.on_bad_shard", "data.cache_gigabytes", "data.executor", "data.slurm.", "data.ray_address",
+              "data.of")  # fmt: skip
 FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
 RECORDED = ("seed", "data.", "tokens.", "tokenizer.", "model.", "train.")
 OF_BUNDLE = ("weight_format", "max_format_loss", "register_as")
 ADDED = ("schedule", "decay_share", "decay_shape")  # since; in a digest only with another value than the default
-NOT_IN_RESULT = ("workers", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
+NOT_IN_RESULT = ("workers", "of", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
 RECIPE = (
     *("steps", "global_batch", "max_lr", "warmup_steps", *ADDED, "min_lr_ratio", "betas", "eps", "weight_decay"),
     *("metric_weight_decay", "clip_by", "clip", "precision", "freeze_g"),

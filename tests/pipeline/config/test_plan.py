@@ -107,3 +107,18 @@ def test_a_constant_g_has_no_budget(repository):
     config = load_config(repository / "configs" / "quickstart.yaml", ["model.g_source=identity"])
     report = plan(config)
     assert report["invariance_budget"] is None and report["parameters_by_part"]["metric_learner"] == 0
+
+
+def test_a_plan_from_a_checkpoint_is_of_the_steps_left_and_of_the_budget_spent(repository):
+    overrides = ["train.schedule=wsd", "train.steps=3750"]
+    config = load_config(repository / "configs" / "quickstart.yaml", overrides)
+    whole = plan(config)
+    begins = {"step": 3000, "budget": 7.0, "config": config.as_dict()}
+    rest = plan(config, begins=begins)
+    assert rest["steps"] == 750 and rest["tokens"] * 5 == whole["tokens"]
+    assert rest["hours"] == pytest.approx(whole["hours"] / 5)
+    assert rest["invariance_budget_before"] == 7.0
+    decay = rest["invariance_budget"] - 7.0
+    assert 0 < decay < whole["invariance_budget"] / 5
+    text = "\n".join(plan_lines(rest))
+    assert "(750 steps of 512 after step 3,000)" in text and "7.00 of it up to step 3,000" in text

@@ -11,6 +11,7 @@ import pytest
 
 from launch.cli import main
 from pipeline.config.load import load_config
+from pipeline.config.schedule import invariance_budget
 from pipeline.io import storage
 from pipeline.stages import preflight as module
 from pipeline.stages.preflight import preflight
@@ -22,8 +23,8 @@ def check(tmp_path, monkeypatch, make_run):
     monkeypatch.chdir(tmp_path)
     yaml = make_run(tmp_path)
 
-    def found(*overrides, done=None):
-        findings = preflight(load_config(yaml, list(overrides)), done=done)
+    def found(*overrides, done=None, begins=None):
+        findings = preflight(load_config(yaml, list(overrides)), done=done, begins=begins)
         return {finding.about: finding for finding in findings}
 
     found.yaml = yaml
@@ -68,6 +69,27 @@ def test_what_a_finished_stage_needed_is_not_asked_for(check):
 def test_a_small_budget_is_a_warning(check):
     assert check("train.metric_weight_decay=1")["budget"].status == "warn"
     assert "budget" not in check("model.g_source=identity")
+
+
+def test_the_budget_of_a_run_that_goes_on_is_what_was_spent_and_what_is_added(check, tmp_path):
+    def commit(folder, budget):
+        checkpoint = folder / "checkpoints" / "step-000300"
+        state = {"schema_version": 2, "step": 300, "budget": budget, "config": load_config(check.yaml).as_dict()}
+        storage.publish_json(checkpoint / "state.json", state)
+        (checkpoint / "COMMITTED").write_text("x")
+
+    added = invariance_budget(load_config(check.yaml).train) - invariance_budget(load_config(check.yaml).train, 300)
+    commit(tmp_path / "old", 1.0)
+    found = check(begins=tmp_path / "old")["budget"]
+    assert found.status == "warn" and f"invariance budget {1 + added:.2f}" in found.text
+    commit(tmp_path / "run", 20.0)  # its own checkpoint is where it goes on
+    found = check(begins=tmp_path / "old")["budget"]
+    assert found.status == "ok" and f"invariance budget {20 + added:.2f}" in found.text
+
+
+def test_the_data_of_another_run_must_be_there(check):
+    found = check("data.of=nowhere", done=("shard", "tokenizer", "tokenize"))["data"]
+    assert found.status == "FAIL" and "nowhere: has no finished documents" in found.text
 
 
 def test_a_full_disk_and_little_memory_are_found(check, monkeypatch):

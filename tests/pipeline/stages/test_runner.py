@@ -6,6 +6,7 @@ import os
 import pytest
 
 from pipeline.errors import ConfigError, UserError
+from pipeline.stages.runner import Pipeline
 from pipeline.stages.train import ranks_on_this_node
 from pipeline.tracking.client import client, tracking_uri
 from tests.helpers.stages import corpus, data_stages
@@ -203,3 +204,10 @@ def test_deepspeeds_json_counts_by_what_it_holds_and_not_by_its_path(make, tmp_p
         return make(f"train.deepspeed={tmp_path / name}")[0].inputs("train")
 
     assert inputs("a.json", '{"a": 1}') == inputs("b.json", '{ "a": 1 }\n') != inputs("b.json", '{"a": 2}')
+
+
+def test_a_run_resumes_its_training_where_it_is_asked_to(make, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(Pipeline, "stage", lambda self, name, *, resume, thorough: asked.update({name: resume}))
+    make()[0].run(resume="runs/old")
+    assert asked.pop("train") == "runs/old" and set(asked.values()) == {"auto"}
