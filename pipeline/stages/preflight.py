@@ -50,7 +50,8 @@ class Finding:
 def preflight(
     config: RunConfig, *, done: Mapping[str, dict[str, Any]] | None = None, begins: Path | None = None
 ) -> list[Finding]:
-    """Every finding about a run. done: the results of its stages that are complete, by name. begins: what `--resume PATH` names."""
+    """Every finding about a run. done: the results of its stages that are complete, by name. begins: what `--resume PATH`
+    names."""
     done = done or {}
     found: list[Finding] = []
 

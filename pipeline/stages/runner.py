@@ -118,7 +118,8 @@ class Pipeline:
         results: dict[str, dict[str, Any]] = {}
         for name in NAMES:
             if self._lender is not None and stage_named(name).data is not None:
-                names.append(name)
+                theirs = record_of(self._lender, stage_named(name))
+                results[name] = {} if theirs is None else theirs["result"]
                 continue
             known = self.record(name)
             if known is None or not self._has_inputs(name, known["inputs"]):
