@@ -7,11 +7,10 @@ wait in a spool (metrics.py), checkpoints in the run directory (publish.py), and
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import shlex
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.format import committed
@@ -21,7 +20,7 @@ from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io.locks import locked
 from pipeline.io.urls import without_secrets
-from pipeline.tracking.client import client, fix_for, from_checkpoints, is_unreachable, patience, tracking_uri, why
+from pipeline.tracking.client import client, fix_for, from_checkpoints, is_unreachable, tracking_uri, why
 from pipeline.tracking.run_record import (
     LOCAL_PREFIX,
     LOCAL_TAG,
@@ -38,6 +37,10 @@ from pipeline.tracking.run_record import (
 )
 from pipeline.tracking.sqlite_store import file_of, keep_home
 
+KIND_TAG, KIND = (
+    "mlflow.experimentKind",
+    "custom_model_development",
+)  # MLflow's own; without it a page for LLM apps opens
 MAKING = ".run.lock"  # in the run directory: held by whoever makes its run in MLflow
 log = logging.getLogger(__name__)
 
@@ -239,7 +242,9 @@ def _check_same(run: TrackedRun, force: bool) -> dict[str, str]:
     """The tags of a run that MLflow has, when it was not deleted and was made by this configuration."""
     try:
         run.require_alive()
-        data = client(run.uri).get_run(run.id).data
+        mlflow = client(run.uri)
+        found = mlflow.get_run(run.id)
+        _open_on_runs(mlflow, mlflow.get_experiment(found.info.experiment_id))
     except UserError:
         raise
     except Exception as error:
@@ -251,8 +256,8 @@ def _check_same(run: TrackedRun, force: bool) -> dict[str, str]:
             f"MLflow run {run.id}: not found at {without_secrets(run.uri)}; give the id of a run there, or put back the store "
             f"that has it. {from_checkpoints(run.paths.root)}"
         ) from error
-    _compare(data.params, run.id, run.config, force)
-    return dict(data.tags)
+    _compare(found.data.params, run.id, run.config, force)
+    return dict(found.data.tags)
 
 
 def _compare(params: dict[str, str], run_id: str, config: RunConfig, force: bool) -> None:
@@ -269,57 +274,26 @@ def _compare(params: dict[str, str], run_id: str, config: RunConfig, force: bool
             )
 
 
-def log_report(config: RunConfig, paths: RunPaths, report: Path) -> str | None:
-    """Attach a data report to the run directory's run, or, before there is one, to a run of its own named `data-report`.
-
-    The id of that run; None, with a warning, when MLflow is unreachable: the report stays where it is.
-    """
-    try:
-        keep_home(tracking_uri(config))
-        mlflow, run = client(tracking_uri(config)), known_run(config, paths)
-        # Not `create`: a training in progress may be making its run at this moment.
-        run_id = run.record.run_id if run is not None and run.record.run_id else _report_run(mlflow, config, paths)
-        with patience():
-            mlflow.log_artifact(run_id, str(report), "data")
-        return run_id
-    except Exception as error:
-        log.warning("MLflow did not take %s: %s", report, first_line(error))
-        return None
-
-
-def _report_run(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
-    """The run that this run directory's earlier reports went to, or a new one."""
-    with locked(paths.root / MAKING):
-        return _find_or_make_report_run(mlflow, config, paths)
-
-
-def _find_or_make_report_run(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
-    here = new_record(config, paths)
-    experiment_id = _experiment(mlflow, tracking_uri(config), here.experiment, here.artifact_location)
-    root = here.tags[RUN_DIR_TAG]
-    for run in mlflow.search_runs([experiment_id], "tags.`mlflow.runName` = 'data-report'"):
-        # The store of the run directory itself has no other's reports, whatever the directory was called.
-        if config.tracking.uri is None or os.path.realpath(run.data.tags.get(RUN_DIR_TAG, "")) == os.path.realpath(
-            root
-        ):
-            return str(run.info.run_id)
-    run = mlflow.create_run(experiment_id, run_name="data-report", tags={RUN_DIR_TAG: root})
-    mlflow.set_terminated(run.info.run_id)
-    return str(run.info.run_id)
-
-
 def _experiment(mlflow: Any, uri: str, name: str, artifact_location: str | None) -> str:
     """The experiment's id; it is made when it does not exist. Raises ConfigError for one that was deleted."""
     found = mlflow.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(mlflow.create_experiment(name, artifact_location=artifact_location))
+            return str(mlflow.create_experiment(name, artifact_location=artifact_location, tags={KIND_TAG: KIND}))
         except Exception:
             found = mlflow.get_experiment_by_name(name)  # another job has made it meanwhile
             if found is None:
                 raise
     _require_not_deleted(found, uri)
+    _open_on_runs(mlflow, found)
     return str(found.experiment_id)
+
+
+def _open_on_runs(mlflow: Any, experiment: Any) -> None:
+    """Let MLflow's page of an experiment open on its training runs, unless somebody has decided what it opens on."""
+    if KIND_TAG not in experiment.tags:
+        with contextlib.suppress(Exception):  # the user may not be allowed to
+            mlflow.set_experiment_tag(experiment.experiment_id, KIND_TAG, KIND)
 
 
 def _require_not_deleted(experiment: Any, uri: str) -> None:

@@ -24,13 +24,16 @@ from pipeline.io.sealed import publish_sealed, read_sealed
 from pipeline.io.urls import is_local, join, local_path
 from pipeline.tracking.client import tracking_uri
 from pipeline.tracking.clock import now_ms
+from pipeline.tracking.origin import origin_tags
 from pipeline.tracking.sqlite_store import OWN, artifacts_beside, file_of, holds_run, same_store
 
 RUN_FILE = "run.json"
 LOCAL_PREFIX = "local-"
 FREE = ("tracking_uri",)  # may be edited: a store that has not got the run is refused
 RUN_DIR_TAG, LOCAL_TAG, PUBLISH_TAG = "pldr.run_dir", "pldr.local_id", "pldr.publish_to"
-VERDICT_TAG = "pldr.verdict"
+VERDICT_TAG, TIER_TAG = "pldr.verdict", "pldr.tier"
+NOTE_TAG = "mlflow.note.content"  # MLflow's own name: a run's description
+NOTE_BEGINS = "PLDR-LLM"  # one that begins otherwise is a user's, and stays
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name: its page shows the run below that one
 log = logging.getLogger(__name__)
 
@@ -80,7 +83,7 @@ def new_record(
         started_ms=now_ms(),
         params={key: value[:6000] for key, value in (config.flat() if params is None else params).items()},
     )
-    tags = {RUN_DIR_TAG: str(paths.root), LOCAL_TAG: record.folder}
+    tags = {**origin_tags(), RUN_DIR_TAG: str(paths.root), LOCAL_TAG: record.folder}
     if config.tracking.parent_run is not None:
         tags[PARENT_TAG] = config.tracking.parent_run
     url = publish_url(config, record)
