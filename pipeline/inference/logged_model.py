@@ -6,6 +6,7 @@ name it as an output of the run.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 from collections.abc import Callable
@@ -21,12 +22,15 @@ NO_NAME = re.compile(r"[/:.%\"']")  # what MLflow allows in the name of a regist
 Save = Callable[..., None]  # write the bundle as an MLflow model to a new folder
 
 
-def log_model(
-    client: Any, parts: BundleParts, save: Save, *, run_id: str, name: str, tags: dict[str, str]
-) -> str | None:
-    """The id of a new logged model of the run; None where the server has none. Raises what MLflow raises."""
+def log_model(client: Any, parts: BundleParts, save: Save, *, run_id: str, name: str, tags: dict[str, str]) -> Any:
+    """The logged model of the run that has this bundle (of a registration that was interrupted), or a new one; None where the
+    server is older than those. Raises what MLflow raises."""
     run = client.get_run(run_id)
     try:
+        same = f"tags.bundle_sha256 = '{tags['bundle_sha256']}'"
+        for known in client.search_logged_models([run.info.experiment_id], same):
+            if known.source_run_id == run_id and known.status == "READY":
+                return known
         model = client.create_logged_model(
             run.info.experiment_id,
             name=NO_NAME.sub("-", name),
@@ -41,7 +45,8 @@ def log_model(
     try:
         _fill(client, model, parts, save, run)
     except BaseException:
-        client.finalize_logged_model(model.model_id, "FAILED")
+        with contextlib.suppress(Exception):  # the server is gone: it stays PENDING
+            client.finalize_logged_model(model.model_id, "FAILED")
         raise
     return client.finalize_logged_model(model.model_id, "READY")
 
@@ -93,8 +98,9 @@ def _metrics(run: Any, parts: BundleParts, model_id: str, step: int) -> list[Any
 
 
 def _certified(certificate: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a certificate that compare models: the deviation of G_LM, and the held-out losses by where G is from."""
+    """The numbers of a certificate that compare models: how much G_LM deviates, and the held-out loss, live and cached."""
     measures = certificate["measures"]
+    losses = measures["losses"] or {}
     found = {"relative_deviation_g": measures["relative_deviation_g"]}
-    found |= {f"loss_{kind}": loss for kind, loss in (measures["losses"] or {}).items()}
+    found |= {f"loss_{kind}": losses.get(kind) for kind in ("block", "cached")}
     return {f"certificate/{key}": float(value) for key, value in found.items() if isinstance(value, int | float)}

@@ -81,6 +81,7 @@ def save_pyfunc(bundle: Path, folder: Path, *, mlflow_model: Any = None) -> None
 
 def _register(client: Any, bundle: Path, parts: BundleParts, *, run_id: str, name: str, certified: bool) -> str:
     """A new version, with its logged model; where another process registers the same bundle, the version that was first."""
+    from mlflow.exceptions import MlflowException
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
     digest, lineage = parts.manifest["bundle_sha256"], parts.manifest["lineage"]
@@ -101,9 +102,11 @@ def _register(client: Any, bundle: Path, parts: BundleParts, *, run_id: str, nam
     made = _create_version(client, name, source, run_id=run_id, tags=tags, description=parts.certificate["statement"])
     version = _find_version(client, name, run_id, digest) or made
     if version != made:  # another process was registering the same bundle
+        first = client.get_model_version(name, version).tags.get("logged_model")
         client.delete_model_version(name, made)
-        if model is not None:
-            client.delete_logged_model(model.model_id)
+        if model is not None and model.model_id != first:
+            with contextlib.suppress(MlflowException):  # a third process has deleted it
+                client.delete_logged_model(model.model_id)
     elif model is not None:  # as MLflow's own `register_model` does: the model's page then names its version
         of_model = json.dumps([{"name": name, "version": int(version)}])
         client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: of_model})

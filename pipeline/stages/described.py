@@ -23,15 +23,17 @@ USES = {"training": "train", "validation": "val"}  # MLflow's word -> our split
 MAX_DIGEST = 36  # characters, MLflow's limit
 
 
-def sentence(config: RunConfig, *, trained_on: int | None = None, statement: str | None = None) -> str:
-    """A run's description: model, tokens, verdict. trained_on: tokens, where training is over; statement: the certificate's."""
+def sentence(config: RunConfig, certificate: dict[str, Any] | None = None) -> str:
+    """A run's description: model, tokens, verdict. certificate: None before there is one."""
     train, model = config.train, config.model
-    if trained_on is None:
+    if certificate is None:
         planned = train.steps * train.global_batch * model.context_length
-        tokens = f"in training, {planned:,} tokens are planned"
-    else:
-        tokens = f"trained on {trained_on:,} tokens"
-    return f"{NOTE_BEGINS} {_sizes(model)}, {tokens}: {statement or 'no verdict yet'}."
+        return f"{NOTE_BEGINS} {_sizes(model)}: in training, {planned:,} tokens are planned; no verdict yet."
+    trained_on = certificate["lineage"].get("tokens_consumed")  # older checkpoints may not know it
+    tokens = "" if trained_on is None else f", trained on {trained_on:,} tokens"
+    failed = ", ".join(failure["measure"] for failure in certificate["failed"])
+    verdict = f"not certified, failed {failed}" if failed else f"certified, G_LM is {certificate['tier']}"
+    return f"{NOTE_BEGINS} {_sizes(model)}{tokens}: {verdict}."
 
 
 def _sizes(model: ModelConfig) -> str:
@@ -67,10 +69,3 @@ def data_sets(config: RunConfig, index: TokenIndex) -> dict[str, dict[str, str]]
         }
 
     return {use: of_split(split) for use, split in USES.items() if split in index.splits}
-
-
-def judged(config: RunConfig, certificate: dict[str, Any]) -> str:
-    """The description of a run whose weights were judged."""
-    statement = str(certificate["statement"])
-    tokens = certificate["lineage"].get("tokens_consumed")
-    return sentence(config, trained_on=tokens, statement=statement[:1].lower() + statement[1:])

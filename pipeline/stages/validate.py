@@ -23,7 +23,7 @@ from pipeline.distributed import end_with_parent, free_port, has_gpu, num_device
 from pipeline.environment import without_other_jobs
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
-from pipeline.stages.described import judged
+from pipeline.stages.described import sentence
 from pipeline.stages.records import require_as_recorded
 from pipeline.tracking.outbox import log_files
 from pipeline.tracking.run import TrackedRun, known_run, require_no_copy, run_named
@@ -50,7 +50,7 @@ def certify(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
         tags={
             VERDICT_TAG: certificate["verdict"],
             TIER_TAG: certificate["tier"],
-            NOTE_TAG: judged(config, certificate),
+            NOTE_TAG: sentence(config, certificate),
         },
     )
     return {

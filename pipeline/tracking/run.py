@@ -40,7 +40,7 @@ from pipeline.tracking.sqlite_store import file_of, keep_home
 KIND_TAG, KIND = (
     "mlflow.experimentKind",
     "custom_model_development",
-)  # MLflow's own; without it a page for LLM apps opens
+)  # MLflow's own, for its page of the experiment
 MAKING = ".run.lock"  # in the run directory: held by whoever makes its run in MLflow
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,15 @@ class TrackedRun:
     def publish_url(self) -> str | None:
         """Where the run's checkpoints are published; None: among its MLflow artifacts."""
         return publish_url(self.config, self.record)
+
+    def page(self, server: str) -> str:
+        """The address of the experiment's training runs at an MLflow server; that of the run where the experiment is not known.
+
+        MLflow's pages (3.17) open on those for LLM apps unless the address, or a switch that the browser keeps, says otherwise.
+        """
+        if self.record.experiment_id is None:
+            return f"{server.rstrip('/')}/#/runs/{self.id}"
+        return f"{server.rstrip('/')}/#/experiments/{self.record.experiment_id}?workflowType=machine_learning"
 
     def write(self) -> None:
         """Write run.json."""
@@ -128,7 +137,7 @@ class TrackedRun:
         params = [Param(key, value) for key, value in record.params.items() if key not in run.data.params]
         for start in range(0, len(params), 100):
             mlflow.log_batch(run.info.run_id, params=params[start : start + 100])
-        self.record = replace(record, run_id=str(run.info.run_id))
+        self.record = replace(record, run_id=str(run.info.run_id), experiment_id=experiment_id)
         self.write()
         return str(run.info.run_id)
 
@@ -290,7 +299,7 @@ def _experiment(mlflow: Any, uri: str, name: str, artifact_location: str | None)
 
 
 def _open_on_runs(mlflow: Any, experiment: Any) -> None:
-    """Let MLflow's page of an experiment open on its training runs, unless somebody has decided what it opens on."""
+    """Say that an experiment is one of training runs, on which its page then opens, unless somebody has said what it is."""
     if KIND_TAG not in experiment.tags:
         with contextlib.suppress(Exception):  # the user may not be allowed to
             mlflow.set_experiment_tag(experiment.experiment_id, KIND_TAG, KIND)

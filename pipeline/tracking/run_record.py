@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run's names and how it was begun. `run_id` is None until MLflow has made it.
+    """A run's names and how it was begun. `run_id` is None until MLflow has made it; `experiment_id` also of an older run.
 
     params: the configuration that the run was begun with, flat; empty where only MLflow knows it.
     """
@@ -50,6 +50,7 @@ class RunRecord:
     local_id: str | None = None
     name: str = ""
     experiment: str = ""
+    experiment_id: str | None = None
     artifact_location: str | None = None
     started_ms: int = 0
     tags: dict[str, str] = field(default_factory=dict)

@@ -119,6 +119,28 @@ def test_a_bundle_is_a_logged_model_with_its_run_numbers_and_data(store: SimpleN
     )
 
 
+def test_an_interrupted_registration_is_completed_with_the_same_logged_model(
+    store: SimpleNamespace, make_bundle: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    bundle, where = make_bundle(), {"tracking_uri": store.uri, "run_id": store.run_id, "name": "pldr"}
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="gone"):
+        patch.setattr(mlflow.MlflowClient, "create_model_version", lambda *_, **__: _gone())
+        register(bundle, **where, certified=True)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="gone"):
+        patch.setattr(mlflow.MlflowClient, "log_model_artifacts", lambda *_, **__: _gone())
+        register(make_bundle("other", notes=["other"]), **where, certified=False)
+    (ready,) = [model for model in logged_models(store) if model.status == "READY"]
+    register(bundle, **where, certified=True)
+    version = store.client.get_model_version_by_alias("pldr", "certified")
+    assert version.tags["logged_model"] == ready.model_id and len(logged_models(store)) == 2
+
+
+def _gone() -> None:
+    raise OSError("gone")
+
+
 def test_a_server_without_logged_models_gets_the_bundle_among_the_runs_artifacts(
     store: SimpleNamespace, make_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,10 +150,10 @@ def test_a_server_without_logged_models_gets_the_bundle_among_the_runs_artifacts
     def older(*_: object, **__: object) -> None:
         raise MlflowException("no such endpoint", error_code=ENDPOINT_NOT_FOUND)
 
-    monkeypatch.setattr(mlflow.MlflowClient, "create_logged_model", older)
+    monkeypatch.setattr(mlflow.MlflowClient, "search_logged_models", older)
     register(make_bundle(), tracking_uri=store.uri, run_id=store.run_id, name="pldr", certified=True)
     version = store.client.get_model_version_by_alias("pldr", "certified")
-    assert version.source.startswith(store.client.get_run(store.run_id).info.artifact_uri) and not logged_models(store)
+    assert version.source.startswith(store.client.get_run(store.run_id).info.artifact_uri)
     mlflow.set_tracking_uri(store.uri)
     assert mlflow.pyfunc.load_model("models:/pldr@certified").predict(["a"], params={"max_tokens": 3})
     monkeypatch.undo()
