@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from pldr_model.model import PLDRModel, g_shape
 Stop = Callable[[list[int]], bool] | Sequence[Sequence[int]]
 
 
-@torch.inference_mode()
 def generate(
     model: PLDRModel,
     prompts: Sequence[Sequence[int]],
@@ -54,6 +53,39 @@ def generate(
     Errors: ValueError for no or empty prompts, a prompt that leaves no room in the context, ids outside the
     vocabulary, settings out of range.
     """
+    *_, new = generate_steps(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        g_lm=g_lm,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_id=eos_id,
+        stop=stop,
+        use_cache=use_cache,
+        seed=seed,
+    )
+    return new
+
+
+@torch.inference_mode()
+def generate_steps(
+    model: PLDRModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    g_lm: Tensor | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_id: int | None = None,
+    stop: Stop | None = None,
+    use_cache: bool = True,
+    seed: int | None = None,
+) -> Iterator[list[list[int]]]:
+    """`generate` step by step, for streaming: after each step, every row's new tokens so far. Nothing is checked or computed
+    before the first step is asked for."""
     _check_prompts(model, prompts)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens} must be at least 1")
@@ -89,10 +121,11 @@ def generate(
 
     if use_cache:
         capacity = min(context_length, max(len(row.prompt) for row in rows) + max_new_tokens)
-        _decode_cached(model, rows, choose, g_lm=g_lm, capacity=capacity)
+        steps = _decode_cached(model, rows, choose, g_lm=g_lm, capacity=capacity)
     else:
-        _decode_uncached(model, rows, choose, g_lm=g_lm)
-    return [row.new for row in rows]
+        steps = _decode_uncached(model, rows, choose, g_lm=g_lm)
+    for _ in steps:
+        yield [row.new for row in rows]
 
 
 def token_probabilities(logits_BV: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -124,7 +157,9 @@ class _Row:
 Choose = Callable[[list[_Row], Tensor], list[int]]
 
 
-def _decode_cached(model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm: Tensor | None, capacity: int) -> None:
+def _decode_cached(
+    model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm: Tensor | None, capacity: int
+) -> Iterator[None]:
     device = model.embedding.weight.device
     cache = model.new_cache(batch_size=len(rows), capacity=capacity, g_lm=g_lm)
     first_logits = []
@@ -134,7 +169,11 @@ def _decode_cached(model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm: 
         first_logits.append(model.extend(prompt_1S, alone))
         cache.stack_row(index, alone)
     live, logits_BV = rows, torch.cat(first_logits)
-    while going := choose(live, logits_BV):
+    while True:
+        going = choose(live, logits_BV)
+        yield
+        if not going:
+            return
         if len(going) < len(live):
             cache.keep(going)
             live = [live[index] for index in going]
@@ -142,7 +181,7 @@ def _decode_cached(model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm: 
         logits_BV = model.extend(last_B1, cache)
 
 
-def _decode_uncached(model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm: Tensor | None) -> None:
+def _decode_uncached(model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm: Tensor | None) -> Iterator[None]:
     """Rows of one length share a pass: padding to a common length would change G, a sum over the sequence."""
     for length in sorted({len(row.prompt) for row in rows}):
         live = [row for row in rows if len(row.prompt) == length]
@@ -150,6 +189,7 @@ def _decode_uncached(model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm
             ids_BS = torch.tensor([row.prompt + row.new for row in live], device=model.embedding.weight.device)
             logits_BSV = model(ids_BS, g_lm=g_lm, padded=False)
             live = [live[index] for index in choose(live, logits_BSV[:, -1])]
+            yield
 
 
 def _stopped(new: list[int], stop: Stop) -> bool:

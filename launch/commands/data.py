@@ -38,7 +38,7 @@ def _report(arguments: Any, report: Report) -> Result:
     from pipeline.config.paths import RunPaths, documents_folder, tokens_folder
     from pipeline.data.inspect.report import write_report
     from pipeline.stages.runner import LOCK
-    from pipeline.tracking.run import log_report
+    from pipeline.tracking.outbox import log_report
 
     config = load_config(arguments.config, arguments.overrides)
     paths = RunPaths(config.run_dir)

@@ -13,6 +13,7 @@ from pipeline.inference.runtime import Bundle
 from pipeline.post.certificate.build import summary_lines
 from pipeline.stages.table import NAMES
 from pipeline.tracking.client import tracking_uri
+from pipeline.tracking.run import known_run
 
 if TYPE_CHECKING:
     from pipeline.stages.runner import Pipeline
@@ -37,16 +38,16 @@ def summary(pipeline: Pipeline, records: dict[str, dict[str, Any]], report: Repo
     uri = tracking_uri(config)
     tools = os.path.relpath(os.path.dirname(sys.executable))
     tools = tools if not tools.startswith("..") else os.path.dirname(sys.executable)
-    view = (
-        f"{tools}/mlflow ui --backend-store-uri {shlex.quote(uri)} --port 5000"
-        if uri.startswith("sqlite")
-        else f"open {uri}"
-    )
+    run, served = known_run(config, paths), uri.startswith("http")
+    page = run.page(uri if served else "http://127.0.0.1:5000") if run is not None else uri
+    view = f"open {page}" if served else f"{tools}/mlflow ui --backend-store-uri {shlex.quote(uri)} --port 5000"
     model = f"models:/{config.post.register_as}@certified"
     serve = f"mlflow models serve -m {model} --env-manager local --port 5001"
     environment = f"PATH={tools}:$PATH MLFLOW_TRACKING_URI={shlex.quote(uri)}"  # mlflow starts uvicorn by name
     report(f"\nbundle      {paths.bundle}")
     report(f"look        {view}    (run {records['train']['result']['run_id']})")
+    if not served and run is not None:
+        report(f"  and open  {page}")
     report(
         f"generate    {tools}/pldr generate {shlex.quote(str(paths.bundle))} --prompt 'To be, or not to be' --temperature 0.8"
     )

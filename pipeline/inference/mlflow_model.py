@@ -2,19 +2,26 @@
 
 The bundle is the model's artifact `bundle`, verified when it is loaded. Input of `predict`: a list of texts, a list
 of `{"prompt": text}`, or a DataFrame with a column `prompt` (or with one column only). Output: a list of completions.
-Parameters are those of `Bundle.generate`, with `stop` a list of strings.
+Parameters are those of `Bundle.generate`, with `stop` a list of strings, and `max_tokens` for `max_new_tokens`, as MLflow's
+gateway and OpenAI's API call it. `predict_stream` gives the completion of one prompt in pieces.
+
+What is wrong with a request is MLflow's INVALID_PARAMETER_VALUE: its server answers 400 with one line, not with a traceback.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import mlflow
 import pandas  # type: ignore[import-untyped]
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel
 
 from pipeline.errors import UserError
+from pipeline.inference.parameters import read_settings, refuse_unknown
 from pipeline.inference.runtime import Bundle
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -26,14 +33,35 @@ class BundleModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
     def load_context(self, context: Any) -> None:
         """Verify and load the bundle."""
         self.bundle = Bundle.load(context.artifacts["bundle"])
+        refuse_unknown()
 
     def predict(self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
-        """Completions of the prompts, in their order. Raises UserError for input that holds no prompts.
+        """Completions of the prompts, in their order. Raises MlflowException for a request that cannot be answered.
 
         From this type hint on `model_input` MLflow infers no schema and raises no warning; every form that `read_prompts`
         accepts gets through.
         """
-        return self.bundle.generate(read_prompts(model_input), **(params or {}))
+        with _refusals():
+            return self.bundle.generate(read_prompts(model_input), **read_settings(params))
+
+    def predict_stream(
+        self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
+    ) -> Iterator[str]:
+        """The completion of one prompt, in pieces; MLflow allows no more than one here."""
+        with _refusals():
+            prompts = read_prompts(model_input)
+            if len(prompts) != 1:
+                raise UserError(f"input: {len(prompts)} texts; a stream continues one, `predict` several")
+            yield from self.bundle.stream(prompts[0], **read_settings(params))
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """A user's mistake as MLflow's."""
+    try:
+        yield
+    except UserError as error:
+        raise MlflowException.invalid_parameter_value(str(error)) from None
 
 
 def read_prompts(model_input: Any) -> list[str]:
@@ -44,14 +72,23 @@ def read_prompts(model_input: Any) -> list[str]:
         if column not in columns:
             raise UserError(f"input: no column 'prompt' among {', '.join(map(str, columns))}; name one so")
         model_input = model_input[column]
-    if isinstance(model_input, dict):
-        model_input = model_input.get("prompt")
-    model_input = _plain(model_input)
+    model_input = _plain(_prompt_of(model_input))
     items = model_input if isinstance(model_input, list) else [model_input]
-    prompts = [_plain(item.get("prompt")) if isinstance(item, dict) else item for item in items]
+    prompts = [_plain(_prompt_of(item)) for item in items]
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError('input: no texts; pass them as ["The "] or [{"prompt": "The "}]')
     return [str(prompt) for prompt in prompts]
+
+
+def _prompt_of(item: Any) -> Any:
+    """What a mapping has under `prompt`; anything else as it is. Raises UserError for other keys: nobody would read them."""
+    if not isinstance(item, dict):
+        return item
+    if others := item.keys() - {"prompt"}:
+        raise UserError(
+            f"input: there is no {', '.join(sorted(map(str, others)))} beside 'prompt'; settings go into `params`"
+        )
+    return item.get("prompt")
 
 
 def _plain(value: Any) -> Any:

@@ -1,23 +1,26 @@
 """Register a bundle in MLflow: a model version with its lineage, and the alias `certified` only for a certified bundle.
 
-Decision: the wrapper is saved to a local folder and uploaded to the training run by the client, so that nothing here starts,
-ends or renames a run, or changes the global tracking URI. The version names the run; its tags name the checkpoint, the data
-and the verdict. Registering the same bundle twice gives the same version.
+Decision: the wrapper is saved to a local folder and uploaded by the client, as a logged model of the training run, so that
+nothing here starts, ends or renames a run, or changes the global tracking URI. The version names the run; its tags name the
+logged model, the checkpoint, the data and the verdict. Registering the same bundle twice gives the same version.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.bundle.read import read_bundle
+from pipeline.bundle.read import BundleParts, read_bundle
 from pipeline.errors import UserError
+from pipeline.inference.logged_model import log_model
 from pipeline.tracking.client import client as open_client
 from pipeline.tracking.client import contended, patience, why
 from pipeline.tracking.sqlite_store import keep_home
@@ -27,7 +30,7 @@ LINEAGE_TAGS = ("checkpoint", "step", "data_fingerprint", "tokenizer_sha256", "g
 
 
 def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certified: bool) -> dict[str, Any]:
-    """Upload the bundle to the run, register it as a version of the model `name`; returns {"version", "uri", "alias"}.
+    """Log the bundle as a model of the run, register it as a version of the model `name`; returns {"version", "uri", "alias"}.
 
     certified: move the alias `certified` to this version. An uncertified version never gets it and never removes it from
     another. `uri` is `models:/NAME/VERSION`. Raises UserError when `certified` is requested for an uncertified bundle, when
@@ -38,31 +41,14 @@ def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certifi
         raise UserError(
             f"{bundle}: its certificate did not pass, so it cannot be registered as certified; use certified=False"
         )
-    digest = parts.manifest["bundle_sha256"]
     with _quiet(), patience():
         try:
             keep_home(tracking_uri)
             client = open_client(tracking_uri)
-            version = _find_version(client, name, run_id, digest)
+            version = _find_version(client, name, run_id, parts.manifest["bundle_sha256"])
             if version is None:
-                # One folder per bundle of a run: a later bundle must not change what an earlier version serves.
-                source = _upload(client, bundle, run_id, folder_name=f"bundle-{digest[:16]}")
                 _ensure_model(client, name)
-                lineage = parts.manifest["lineage"]
-                tags = {
-                    "bundle_sha256": digest,
-                    "verdict": parts.certificate["verdict"],
-                    "tier": parts.certificate["tier"],
-                    "certified": str(certified).lower(),
-                    "weight_format": parts.weight_format,
-                    **{key: str(lineage[key]) for key in LINEAGE_TAGS if lineage.get(key) is not None},
-                }
-                made = _create_version(
-                    client, name, source, run_id=run_id, tags=tags, description=parts.certificate["statement"]
-                )
-                version = _find_version(client, name, run_id, digest) or made
-                if version != made:  # another process was registering the same bundle
-                    client.delete_model_version(name, made)
+                version = _register(client, bundle, parts, run_id=run_id, name=name, certified=certified)
             if certified:
                 _set_alias(client, name, version)
         except Exception as error:  # a damaged SQLite file raises SQLAlchemy's own
@@ -72,34 +58,63 @@ def register(bundle: Path, *, tracking_uri: str, run_id: str, name: str, certifi
     return {"version": str(version), "uri": f"models:/{name}/{version}", "alias": ALIAS if certified else None}
 
 
-def save_pyfunc(bundle: Path, folder: Path) -> None:
-    """Write the bundle as an MLflow model (models from code, no pickle) to a new local folder."""
+def save_pyfunc(bundle: Path, folder: Path, *, mlflow_model: Any = None) -> None:
+    """Write the bundle as an MLflow model (models from code, no pickle) to a new local folder. mlflow_model: what its MLmodel
+    says beside that."""
     import mlflow
     from mlflow.models import ModelSignature
-    from mlflow.types import ParamSchema, ParamSpec
 
-    parameters = [
-        ParamSpec("max_new_tokens", "long", 128),
-        ParamSpec("temperature", "double", 0.0),
-        ParamSpec("top_k", "long", 0),
-        ParamSpec("top_p", "double", 1.0),
-        ParamSpec("stop", "string", [], shape=(-1,)),
-        ParamSpec("seed", "long", 0),
-    ]
+    from pipeline.inference.parameters import SCHEMA
+
     packages = Path(__file__).resolve().parents[2]
     mlflow.pyfunc.save_model(
         path=folder,
+        mlflow_model=mlflow_model,
         python_model=str(Path(__file__).with_name("mlflow_model.py")),
         artifacts={"bundle": str(bundle)},
         # No input schema: it would reject a plain list of texts.
-        signature=ModelSignature(params=ParamSchema(parameters)),
+        signature=ModelSignature(params=SCHEMA),
         code_paths=[str(packages / "pipeline"), str(packages / "pldr_model")],
         pip_requirements=_requirements(),
     )
 
 
-def _upload(client: Any, bundle: Path, run_id: str, *, folder_name: str) -> str:
-    """Save and upload the model; returns its URL among the run's artifacts."""
+def _register(client: Any, bundle: Path, parts: BundleParts, *, run_id: str, name: str, certified: bool) -> str:
+    """A new version, with its logged model; where another process registers the same bundle, the version that was first."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+    digest, lineage = parts.manifest["bundle_sha256"], parts.manifest["lineage"]
+    tags = {
+        "bundle_sha256": digest,
+        "verdict": parts.certificate["verdict"],
+        "tier": parts.certificate["tier"],
+        "certified": str(certified).lower(),
+        "weight_format": parts.weight_format,
+        **{key: str(lineage[key]) for key in LINEAGE_TAGS if lineage.get(key) is not None},
+    }
+    model = log_model(client, parts, partial(save_pyfunc, bundle), run_id=run_id, name=name, tags=tags)
+    # Without logged models, one folder per bundle of a run: a later bundle must not change what an earlier version serves.
+    # With one, not `models:/ID`: MLflow would look that up in the global store.
+    source = model.artifact_location if model else _upload(client, bundle, run_id, f"bundle-{digest[:16]}")
+    if model is not None:
+        tags["logged_model"] = model.model_id
+    made = _create_version(client, name, source, run_id=run_id, tags=tags, description=parts.certificate["statement"])
+    version = _find_version(client, name, run_id, digest) or made
+    if version != made:  # another process was registering the same bundle
+        first = client.get_model_version(name, version).tags.get("logged_model")
+        client.delete_model_version(name, made)
+        if model is not None and model.model_id != first:
+            with contextlib.suppress(MlflowException):  # a third process has deleted it
+                client.delete_logged_model(model.model_id)
+    elif model is not None:  # as MLflow's own `register_model` does: the model's page then names its version
+        of_model = json.dumps([{"name": name, "version": int(version)}])
+        client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: of_model})
+    return version
+
+
+def _upload(client: Any, bundle: Path, run_id: str, folder_name: str) -> str:
+    """Save and upload the model to the run; returns its URL among the run's artifacts."""
     with tempfile.TemporaryDirectory(prefix="pldr-register-") as temporary:
         folder = Path(temporary) / folder_name
         save_pyfunc(bundle, folder)

@@ -8,14 +8,16 @@ text and not in tokens: a stop string may begin inside one token and end inside 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.bundle.read import BundleParts, read_bundle
 from pipeline.errors import UserError
-from pldr_model.generation import generate
+from pldr_model.generation import generate_steps
 from pldr_model.model import PLDRModel
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class Bundle:
@@ -61,6 +63,44 @@ class Bundle:
         gives the same text; None draws a new one. Prompts of a batch do not affect each other.
         Raises UserError for empty prompts, prompts that leave no room in the context, and settings out of range.
         """
+        *_, new = self._steps(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=stop,
+            seed=seed,
+        )
+        return [self._cut(ids, stop) for ids in new]
+
+    def stream(self, prompt: str, *, stop: Sequence[str] = (), **settings: Any) -> Iterator[str]:
+        """The completion that `generate` gives for one prompt, in pieces as they come. Settings and errors are those of
+        `generate`; errors come with the first piece.
+
+        A piece never ends inside a character, nor in what may become a stop string.
+        """
+        sent = text = ""
+        for (ids,) in self._steps([prompt], stop=stop, **settings):
+            text = self._cut(ids, stop)
+            if piece := settled(text, stop)[len(sent) :]:
+                sent += piece
+                yield piece
+        if text != sent:
+            yield text[len(sent) :]
+
+    def _steps(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int | None = 0,
+    ) -> Iterator[list[list[int]]]:
+        """The new tokens of every prompt after each step."""
         if isinstance(prompts, str):
             raise UserError("prompts: a list of texts is needed, not one text; write [text]")
         if isinstance(stop, str) or not all(stop):
@@ -81,7 +121,7 @@ class Bundle:
                     f"{self.config.context_length}; shorten it"
                 )
         try:
-            new = generate(
+            yield from generate_steps(
                 self.model,
                 encoded,
                 max_new_tokens=max_new_tokens,
@@ -94,8 +134,11 @@ class Bundle:
             )
         except ValueError as error:
             raise UserError(f"generate: {error}") from None
-        texts = [self._text(ids) for ids in new]
-        return [text[: _find(text, stop)] for text in texts]
+
+    def _cut(self, new_ids: list[int], stop: Sequence[str]) -> str:
+        """The text of these ids, up to the first stop string."""
+        text = self._text(new_ids)
+        return text[: _find(text, stop)]
 
     def _text(self, new_ids: list[int]) -> str:
         """The text that these ids add to a text before them."""
@@ -116,3 +159,11 @@ class Bundle:
 def _find(text: str, stop: Sequence[str]) -> int | None:
     """Where the first stop string begins; None when there is none."""
     return min((start for start in (text.find(ending) for ending in stop) if start >= 0), default=None)
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """The beginning of a growing text that no further token changes: without a character whose bytes are not all there (they
+    are decoded as U+FFFD), and without an end that may become a stop string."""
+    text = text.rstrip(INCOMPLETE)
+    held = (size for ending in stop for size in range(1, len(ending)) if text.endswith(ending[:size]))
+    return text[: len(text) - max(held, default=0)]

@@ -25,9 +25,9 @@ from pipeline.stages.compatible import Report
 from pipeline.stages.resume import AUTO, ORIGIN
 from pipeline.stages.runner import LOCK
 from pipeline.tracking.client import client, tracking_uri
+from pipeline.tracking.default_store import RUN_DIR_TAG
 from pipeline.tracking.publish import fetch_checkpoint
 from pipeline.tracking.run import known_run
-from pipeline.tracking.default_store import RUN_DIR_TAG
 
 OF_BRANCH = ("name", "run_dir", "train.steps", "train.schedule", "train.decay_share", "train.decay_shape")
 FETCHED = "annealed"  # in the branch's run directory: the checkpoint, where only MLflow has it

@@ -20,11 +20,13 @@ from pipeline.io import locks, storage
 from pipeline.io.mounts import same_disk
 from pipeline.io.sealed import publish_sealed
 from pipeline.stages.compatible import Report, changes
+from pipeline.stages.described import data_sets, sentence
 from pipeline.stages.resume import find_start
 from pipeline.stages.still import Still
 from pipeline.tracking import outbox
 from pipeline.tracking.client import tracking_uri
 from pipeline.tracking.run import TrackedRun
+from pipeline.tracking.run_record import NOTE_TAG
 from pipeline.tracking.sqlite_store import file_of
 
 if TYPE_CHECKING:
@@ -154,6 +156,9 @@ def _prepare(
     start = find_start(config, paths, resume, today=today, force=force, report=report)
     still.enter("writing to MLflow")
     outbox.begin(start.run)
+    outbox.log_data_sets(start.run, data_sets(config, index))
+    if start.checkpoint is None or step_of(start.checkpoint) < config.train.steps:
+        outbox.set_tags(start.run, {NOTE_TAG: sentence(config)})
     if config.train.precision == "bf16" and config.train.zero_stage == 0:
         report(
             "bf16 at ZeRO stage 0: gradients are accumulated in bf16, and a resumed run is not bit-equal; "

@@ -6,9 +6,6 @@ itself.
 
 from __future__ import annotations
 
-import os
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +16,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.schedule import planned_budget
 from pipeline.config.train import FreezeConfig, TrainConfig
 from pipeline.errors import ConfigError, UserError
+from pipeline.tracking.origin import git_commit
 from pldr_model.config import ModelConfig
 
 
@@ -135,16 +133,3 @@ def notes(config: RunConfig, source: dict[str, Any]) -> list[str]:
             "the twin (model.g_source=identity) before drawing conclusions."
         )
     return lines
-
-
-def git_commit() -> str | None:
-    """The commit of the code, None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()

@@ -24,10 +24,11 @@ from pipeline.distributed import end_with_parent, free_port
 from pipeline.environment import without_other_jobs
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
+from pipeline.stages.described import sentence
 from pipeline.stages.records import require_as_recorded
 from pipeline.tracking.outbox import log_files
 from pipeline.tracking.run import TrackedRun, known_run, require_no_copy, run_named
-from pipeline.tracking.run_record import VERDICT_TAG
+from pipeline.tracking.run_record import NOTE_TAG, TIER_TAG, VERDICT_TAG
 from pipeline.train.signals import PARENT_PIPE
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,11 @@ def certify(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     log_files(
         run,
         {str(target): "certificate", str(page): "certificate"},
-        tags={VERDICT_TAG: certificate["verdict"]},
+        tags={
+            VERDICT_TAG: certificate["verdict"],
+            TIER_TAG: certificate["tier"],
+            NOTE_TAG: sentence(config, certificate),
+        },
     )
     return {
         "verdict": certificate["verdict"],

@@ -46,6 +46,7 @@ TRANSIENT = (
 LOCKED = ("database is locked", "table is locked")
 DAMAGED = ("not a database", "malformed", "is encrypted", "disk i/o error")
 CONTENDED = (*LOCKED, "unique", "duplicate", "giving up after")  # another process was faster
+OLDER_SERVER = ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED")  # a call that a server of another version has not got
 ATTEMPTS, WAIT_S = 8, 0.1  # the first wait; it doubles
 OTHER_VERSION = ("out-of-date", "can't locate revision", "no such column", "no such table")
 Result = TypeVar("Result")

@@ -1,4 +1,4 @@
-"""What MLflow has not taken yet: metrics, files, tags and the run's end, kept in the run directory and sent later.
+"""What MLflow has not taken yet: metrics, files, tags, data sets and the run's end, kept in the run directory and sent later.
 
 Metrics wait in the run's spool (metrics.py), checkpoints in `checkpoints/` (publish.py), and the rest in `logs/pending.json`.
 `settle` sends all of it: at the end of every training, and as `pldr track replay`.
@@ -20,12 +20,13 @@ from pipeline.errors import UserError, first_line
 from pipeline.io import storage
 from pipeline.io.locks import locked
 from pipeline.io.sealed import publish_sealed, read_sealed
-from pipeline.tracking.client import client, tracking_uri, why
+from pipeline.tracking.client import OLDER_SERVER, client, tracking_uri, why
 from pipeline.tracking.clock import now_ms
 from pipeline.tracking.metrics import CLOSE_S, Tracker, take_over, what_is_lost
 from pipeline.tracking.publish import open_publisher
 from pipeline.tracking.run import TrackedRun, known_run, require_no_copy
-from pipeline.tracking.sqlite_store import RUN_FILE
+from pipeline.tracking.run_record import NOTE_BEGINS, NOTE_TAG
+from pipeline.tracking.sqlite_store import RUN_FILE, keep_home
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +43,11 @@ _TRACEBACK = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n
 @dataclass
 class Pending:
     """What a run's MLflow side still lacks: artifacts (path, below the run directory relative to it -> artifact folder), tags,
-    and its end: the status, and when (ms of the epoch)."""
+    data sets (what each is for -> MLflow's fields of it), and its end: the status, and when (ms of the epoch)."""
 
     files: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    data_sets: dict[str, dict[str, str]] = field(default_factory=dict)
     status: str | None = None
     ended_ms: int | None = None
 
@@ -65,18 +67,20 @@ class Pending:
     def _add(self, known: dict[str, Any]) -> None:
         files, tags = dict(known.get("files", {})), dict(known.get("tags", {}))
         self.files, self.tags = {**self.files, **files}, {**self.tags, **tags}
+        self.data_sets |= dict(known.get("data_sets", {}))
         self.status, self.ended_ms = known.get("status", self.status), known.get("ended_ms", self.ended_ms)
 
     def without(self, sent: Pending) -> Pending:
         """What was deferred since `sent` was read."""
         files = {path: folder for path, folder in self.files.items() if sent.files.get(path) != folder}
         tags = {key: value for key, value in self.tags.items() if sent.tags.get(key) != value}
+        data_sets = {use: data_set for use, data_set in self.data_sets.items() if sent.data_sets.get(use) != data_set}
         ended = (self.status, self.ended_ms) == (sent.status, sent.ended_ms)
-        return Pending(files, tags, None if ended else self.status, None if ended else self.ended_ms)
+        return Pending(files, tags, data_sets, None if ended else self.status, None if ended else self.ended_ms)
 
     def write(self, paths: RunPaths) -> None:
         """Replace what is on disk; without anything pending there is no file."""
-        if self.files or self.tags or self.status:
+        if self.files or self.tags or self.data_sets or self.status:
             publish_sealed(paths.logs / PENDING, {"schema_version": SCHEMA_VERSION, **asdict(self)})
         else:
             (paths.logs / PENDING).unlink(missing_ok=True)
@@ -165,6 +169,25 @@ def log_files(run: TrackedRun, files: dict[str, str], *, tags: dict[str, str] | 
         _flush(run, run.create())
     except Exception as error:
         log.warning("MLflow did not take %s: %s", ", ".join(files), first_line(error))
+
+
+def log_data_sets(run: TrackedRun, data_sets: dict[str, dict[str, str]]) -> None:
+    """Show what a run trains on: `training` or `validation` -> the fields of MLflow's Dataset. Sent with what is sent next."""
+    _defer(run.paths, data_sets=data_sets)
+
+
+def log_report(config: RunConfig, paths: RunPaths, report: Path) -> str | None:
+    """Attach a data report to the run directory's run; before MLflow has one, to the run that training begins here.
+
+    The run's id in MLflow, None while there is none.
+    """
+    _defer(paths, files={str(report): "data"})
+    run = known_run(config, paths)
+    if run is None or run.record.run_id is None:  # not `create`: a training may be making its run at this moment
+        return None
+    keep_home(run.uri)
+    _flush(run, run.record.run_id)
+    return run.record.run_id
 
 
 def fail(run: TrackedRun, error: BaseException, *, log_from: int) -> None:
@@ -269,6 +292,7 @@ def _defer(
     *,
     files: dict[str, str] | None = None,
     tags: dict[str, str] | None = None,
+    data_sets: dict[str, dict[str, str]] | None = None,
     status: str | None = None,
 ) -> None:
     """Write down, on top of what is pending, what is to be sent."""
@@ -276,6 +300,7 @@ def _defer(
         pending = Pending.read(paths)
         pending.files |= {_below(paths, path): folder for path, folder in (files or {}).items()}
         pending.tags |= tags or {}
+        pending.data_sets |= data_sets or {}
         if status is not None:
             pending.status, pending.ended_ms = status, now_ms()
         pending.write(paths)
@@ -306,7 +331,10 @@ def _flush(run: TrackedRun, mlflow_id: str) -> bool:
             if (file := _file(run.paths, path)).exists():
                 mlflow.log_artifact(mlflow_id, str(file), folder)
         for key, value in pending.tags.items():
-            mlflow.set_tag(mlflow_id, key, value)
+            if key != NOTE_TAG or _is_ours(mlflow.get_run(mlflow_id).data.tags.get(NOTE_TAG, "")):
+                mlflow.set_tag(mlflow_id, key, value)
+        if pending.data_sets:
+            _send_data_sets(mlflow, mlflow_id, pending.data_sets)
         if pending.status and (info := mlflow.get_run(mlflow_id).info).status != pending.status:  # else it has its end
             ended = max(pending.ended_ms or now_ms(), info.start_time or 0)  # the clock may have been set back since
             mlflow.set_terminated(mlflow_id, status=pending.status, end_time=ended)
@@ -316,3 +344,24 @@ def _flush(run: TrackedRun, mlflow_id: str) -> bool:
     with locked(run.paths.root / CHANGING):
         Pending.read(run.paths).without(pending).write(run.paths)
     return True
+
+
+def _is_ours(note: str) -> bool:
+    """Whether a run's description is ours to replace, and not a user's."""
+    return not note or note.startswith(NOTE_BEGINS)
+
+
+def _send_data_sets(mlflow: Any, mlflow_id: str, data_sets: dict[str, dict[str, str]]) -> None:
+    """Log data sets as inputs of the run; sent again they are the same inputs. A server that knows none goes without."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+    inputs = [
+        DatasetInput(Dataset(**fields), [InputTag(MLFLOW_DATASET_CONTEXT, use)]) for use, fields in data_sets.items()
+    ]
+    try:
+        mlflow.log_inputs(mlflow_id, inputs)
+    except Exception as error:
+        if getattr(error, "error_code", None) not in OLDER_SERVER:
+            raise
+        log.warning("MLflow run %s shows no data sets: its server knows none (%s)", mlflow_id, first_line(error))

@@ -7,11 +7,10 @@ wait in a spool (metrics.py), checkpoints in the run directory (publish.py), and
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import shlex
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.format import committed
@@ -21,16 +20,7 @@ from pipeline.config.run import RunConfig
 from pipeline.errors import AnotherRunError, ConfigError, UserError, first_line
 from pipeline.io.locks import locked
 from pipeline.io.urls import without_secrets
-from pipeline.tracking.client import (
-    client,
-    fix_for,
-    from_checkpoints,
-    is_named,
-    is_unreachable,
-    patience,
-    tracking_uri,
-    why,
-)
+from pipeline.tracking.client import client, fix_for, from_checkpoints, is_named, is_unreachable, tracking_uri, why
 from pipeline.tracking.default_store import RUN_DIR_TAG, VARIABLE, report_inside, why_inside
 from pipeline.tracking.run_record import (
     LOCAL_PREFIX,
@@ -44,8 +34,12 @@ from pipeline.tracking.run_record import (
     run_of_checkpoints,
     write_record,
 )
-from pipeline.tracking.sqlite_store import OWN, RUN_FILE, file_of, keep_home
+from pipeline.tracking.sqlite_store import RUN_FILE, file_of, keep_home
 
+KIND_TAG, KIND = (
+    "mlflow.experimentKind",
+    "custom_model_development",
+)  # MLflow's own, for its page of the experiment
 MAKING = ".run.lock"  # in the run directory: held by whoever makes its run in MLflow
 log = logging.getLogger(__name__)
 
@@ -69,6 +63,15 @@ class TrackedRun:
     def publish_url(self) -> str | None:
         """Where the run's checkpoints are published; None: among its MLflow artifacts."""
         return publish_url(self.config, self.record)
+
+    def page(self, server: str) -> str:
+        """The address of the experiment's training runs at an MLflow server; that of the run where the experiment is not known.
+
+        MLflow's pages (3.17) open on those for LLM apps unless the address, or a switch that the browser keeps, says otherwise.
+        """
+        if self.record.experiment_id is None:
+            return f"{server.rstrip('/')}/#/runs/{self.id}"
+        return f"{server.rstrip('/')}/#/experiments/{self.record.experiment_id}?workflowType=machine_learning"
 
     def write(self) -> None:
         """Write run.json."""
@@ -133,7 +136,7 @@ class TrackedRun:
         params = [Param(key, value) for key, value in record.params.items() if key not in run.data.params]
         for start in range(0, len(params), 100):
             mlflow.log_batch(run.info.run_id, params=params[start : start + 100])
-        self.record = replace(record, run_id=str(run.info.run_id))
+        self.record = replace(record, run_id=str(run.info.run_id), experiment_id=experiment_id)
         self.write()
         return str(run.info.run_id)
 
@@ -259,7 +262,9 @@ def _check_same(run: TrackedRun, force: bool) -> dict[str, str]:
     """The tags of a run that MLflow has, when it was not deleted and was made by this configuration."""
     try:
         run.require_alive()
-        data = client(run.uri).get_run(run.id).data
+        mlflow = client(run.uri)
+        found = mlflow.get_run(run.id)
+        _open_on_runs(mlflow, mlflow.get_experiment(found.info.experiment_id))
     except UserError:
         raise
     except Exception as error:
@@ -271,8 +276,8 @@ def _check_same(run: TrackedRun, force: bool) -> dict[str, str]:
             f"MLflow run {run.id}: not found at {without_secrets(run.uri)}; give the id of a run there, or put back the store "
             f"that has it. {from_checkpoints(run.paths.root)}"
         ) from error
-    _compare(data.params, run.id, run.config, force)
-    return dict(data.tags)
+    _compare(found.data.params, run.id, run.config, force)
+    return dict(found.data.tags)
 
 
 def _compare(params: dict[str, str], run_id: str, config: RunConfig, force: bool) -> None:
@@ -289,56 +294,26 @@ def _compare(params: dict[str, str], run_id: str, config: RunConfig, force: bool
             raise AnotherRunError(f"{problem}use another run_dir for another run", key=key)
 
 
-def log_report(config: RunConfig, paths: RunPaths, report: Path) -> str | None:
-    """Attach a data report to the run directory's run, or, before there is one, to a run of its own named `data-report`.
-
-    The id of that run; None, with a warning, when MLflow is unreachable: the report stays where it is.
-    """
-    try:
-        keep_home(tracking_uri(config))
-        mlflow, run = client(tracking_uri(config)), known_run(config, paths)
-        # Not `create`: a training in progress may be making its run at this moment.
-        run_id = run.record.run_id if run is not None and run.record.run_id else _report_run(mlflow, config, paths)
-        with patience():
-            mlflow.log_artifact(run_id, str(report), "data")
-        return run_id
-    except Exception as error:
-        log.warning("MLflow did not take %s: %s", report, first_line(error))
-        return None
-
-
-def _report_run(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
-    """The run that this run directory's earlier reports went to, or a new one."""
-    with locked(paths.root / MAKING):
-        return _find_or_make_report_run(mlflow, config, paths)
-
-
-def _find_or_make_report_run(mlflow: Any, config: RunConfig, paths: RunPaths) -> str:
-    here = new_record(config, paths)
-    experiment_id = _experiment(mlflow, tracking_uri(config), here.experiment, here.artifact_location)
-    root = here.tags[RUN_DIR_TAG]
-    for run in mlflow.search_runs([experiment_id], "tags.`mlflow.runName` = 'data-report'"):
-        # The store in the run directory has no other's reports, whatever the directory was called.
-        own = file_of(tracking_uri(config)) == paths.root / OWN
-        if own or os.path.realpath(run.data.tags.get(RUN_DIR_TAG, "")) == os.path.realpath(root):
-            return str(run.info.run_id)
-    run = mlflow.create_run(experiment_id, run_name="data-report", tags={RUN_DIR_TAG: root})
-    mlflow.set_terminated(run.info.run_id)
-    return str(run.info.run_id)
-
-
 def _experiment(mlflow: Any, uri: str, name: str, artifact_location: str | None) -> str:
     """The experiment's id; it is made when it does not exist. Raises ConfigError for one that was deleted."""
     found = mlflow.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(mlflow.create_experiment(name, artifact_location=artifact_location))
+            return str(mlflow.create_experiment(name, artifact_location=artifact_location, tags={KIND_TAG: KIND}))
         except Exception:
             found = mlflow.get_experiment_by_name(name)  # another job has made it meanwhile
             if found is None:
                 raise
     _require_not_deleted(found, uri)
+    _open_on_runs(mlflow, found)
     return str(found.experiment_id)
+
+
+def _open_on_runs(mlflow: Any, experiment: Any) -> None:
+    """Say that an experiment is one of training runs, on which its page then opens, unless somebody has said what it is."""
+    if KIND_TAG not in experiment.tags:
+        with contextlib.suppress(Exception):  # the user may not be allowed to
+            mlflow.set_experiment_tag(experiment.experiment_id, KIND_TAG, KIND)
 
 
 def _require_not_deleted(experiment: Any, uri: str) -> None:

@@ -25,19 +25,22 @@ from pipeline.io.urls import is_local, join, local_path
 from pipeline.tracking.client import is_named, tracking_uri
 from pipeline.tracking.clock import now_ms
 from pipeline.tracking.default_store import FREE, RUN_DIR_TAG
+from pipeline.tracking.origin import origin_tags
 from pipeline.tracking.sqlite_store import RUN_FILE, artifacts_beside, file_of, holds_run, same_store
 
 LOCAL_PREFIX = "local-"
 LOCAL_TAG, PUBLISH_TAG = "pldr.local_id", "pldr.publish_to"
-VERDICT_TAG = "pldr.verdict"
+VERDICT_TAG, TIER_TAG = "pldr.verdict", "pldr.tier"
 CONTINUED_TAG = "pldr.continued_from"  # the checkpoint of another run that this one began with
+NOTE_TAG = "mlflow.note.content"  # MLflow's own name: a run's description
+NOTE_BEGINS = "PLDR-LLM"  # one that begins otherwise is a user's, and stays
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name: its page shows the run below that one
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run's names and how it was begun. `run_id` is None until MLflow has made it.
+    """A run's names and how it was begun. `run_id` is None until MLflow has made it; `experiment_id` also of an older run.
 
     params: the configuration that the run was begun with, flat; empty where only MLflow knows it.
     """
@@ -47,6 +50,7 @@ class RunRecord:
     local_id: str | None = None
     name: str = ""
     experiment: str = ""
+    experiment_id: str | None = None
     artifact_location: str | None = None
     started_ms: int = 0
     tags: dict[str, str] = field(default_factory=dict)
@@ -80,7 +84,7 @@ def new_record(
         started_ms=now_ms(),
         params={key: value[:6000] for key, value in (config.flat() if params is None else params).items()},
     )
-    tags = {RUN_DIR_TAG: str(paths.root), LOCAL_TAG: record.folder}
+    tags = {**origin_tags(), RUN_DIR_TAG: str(paths.root), LOCAL_TAG: record.folder}
     if config.tracking.parent_run is not None:
         tags[PARENT_TAG] = config.tracking.parent_run
     url = publish_url(config, record)

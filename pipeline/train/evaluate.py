@@ -38,8 +38,8 @@ def validate(
 
     Sequence 0 only lends its G (the "other prompt"), the others are scored, each once. Losses in nats per token: means over
     their targets that are not padding. Order parameters: RMS(X_i - X_0) / RMS(X_i) over sequences, layers, heads and entries,
-    for X = A, A_LM, A_P, G_LM. `attention_alive`: what the loss gains over G = 0 and over G = identity (the smaller), from the
-    cached loss.
+    for X = A, A_LM, A_P, G_LM; and their log10, for charts without a logarithmic axis (zero has none: that point is left out).
+    `attention_alive`: what the loss gains over G = 0 and over G = identity (the smaller), from the cached loss.
     stopped: collective; when it says so, validation ends without a result.
     """
     assert len(sequences) > 1, "nothing to score"
@@ -91,7 +91,10 @@ def validate(
     if learned:
         squares = sums[-8:].view(4, 2).tolist()
         for name, (difference, total) in zip(("A", "A_LM", "A_P", "G"), squares, strict=True):
-            result[f"invariance/order_parameter_{name}"] = math.sqrt(difference / total) if total else math.nan
+            order = math.sqrt(difference / total) if total else math.nan
+            result[f"invariance/order_parameter_{name}"] = order
+            if order > 0:
+                result[f"invariance/log10_order_parameter_{name}"] = math.log10(order)
         result["invariance/attention_alive"] = min(named["zero"], named["identity"]) - cached
     return result
 

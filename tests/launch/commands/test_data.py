@@ -11,6 +11,7 @@ import pytest
 from launch.cli import main
 from pipeline.config.load import load_config
 from pipeline.config.paths import RunPaths
+from pipeline.tracking import outbox
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.run import open_run
 
@@ -38,28 +39,30 @@ def there(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(config.parent)  # sources are relative
 
 
-def test_a_report_is_written_and_logged_to_a_run_of_its_own_then_to_the_training_run(capsys, config: Path) -> None:
+def test_a_report_is_no_run_and_goes_to_the_training_run(capsys, config: Path) -> None:
     code, out, errors = run(capsys, "data", "report", config, "--json")
     assert code == 0, errors
     result = json.loads(out.splitlines()[-1])
     page = config.parent / "run" / "report" / "data.html"
     assert result["report"] == str(page) and page.read_text().startswith("<!doctype html>") and result["tokens"] > 0
     settings = load_config(config)
+    paths = RunPaths(settings.run_dir)
+    assert result["run_id"] is None and not (paths.root / "run.json").exists()
+    training = open_run(settings, paths)
+    outbox.set_tags(training, {"x": "y"})  # as a start of training does
     mlflow = client(tracking_uri(settings))
-    assert mlflow.get_run(result["run_id"]).info.run_name == "data-report"
-    assert [file.path for file in mlflow.list_artifacts(result["run_id"], "data")] == ["data/data.html"]
-    again = json.loads(run(capsys, "data", "report", config, "--json")[1].splitlines()[-1])
-    assert again == result, "the same page, the same run"
-    training = open_run(settings, RunPaths(settings.run_dir)).id
-    assert training != result["run_id"]
+    assert [file.path for file in mlflow.list_artifacts(training.id, "data")] == ["data/data.html"]
+    experiment = mlflow.get_run(training.id).info.experiment_id
+    assert [one.info.run_id for one in mlflow.search_runs([experiment])] == [training.id]
     later = json.loads(run(capsys, "data", "report", config, "--json")[1].splitlines()[-1])
-    assert later["run_id"] == training and mlflow.list_artifacts(training, "data")
-    assert mlflow.get_run(training).info.status == "RUNNING", "a report does not end a training"
+    assert later["run_id"] == training.id and not (paths.logs / "pending.json").exists()
+    assert mlflow.get_run(training.id).info.status == "RUNNING", "a report does not end a training"
 
 
-def test_a_report_survives_a_dead_server(capsys, config: Path, caplog: pytest.LogCaptureFixture) -> None:
-    code, out, _ = run(capsys, "data", "report", config, "tracking.uri=http://127.0.0.1:9", "--json")
-    assert code == 0 and json.loads(out.splitlines()[-1])["run_id"] is None and "did not take" in caplog.text
+def test_a_report_survives_a_dead_server(capsys, config: Path) -> None:
+    options = ("tracking.uri=http://127.0.0.1:9", "--json")
+    code, out, _ = run(capsys, "data", "report", config, *options)
+    assert code == 0 and json.loads(out.splitlines()[-1])["run_id"] is None
 
 
 def test_verify_takes_a_configuration_or_a_folder_and_names_damage(capsys, config: Path) -> None:

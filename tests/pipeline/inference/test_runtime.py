@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 
 from pipeline.errors import UserError
 from pipeline.inference.runtime import Bundle
+from pipeline.tokenizer import Tokenizer
 from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
 
@@ -74,6 +76,55 @@ def test_the_space_after_the_prompt_is_kept(bundle: Bundle) -> None:
     start = bundle.tokenizer.encode("the")
     assert ids[: len(start)] == start
     assert bundle._text(ids[len(start) :]) == " lazy dog"
+
+
+@pytest.mark.parametrize("stop", [(), ("e ",), ("qu", "the l"), ("\x00never",)])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_is_the_completion_in_pieces(bundle: Bundle, stop: tuple[str, ...], seed: int) -> None:
+    settings = {"max_new_tokens": 28, "temperature": 1.0, "seed": seed, "stop": stop}
+    (full,) = bundle.generate(["the"], **settings)
+    pieces = list(bundle.stream("the", **settings))
+    assert "".join(pieces) == full and all(pieces)
+    assert stop or len(pieces) > 5
+
+
+@pytest.mark.parametrize(
+    ("steps", "stop", "pieces"),
+    [
+        (["a", "a\ufffd", "a\ufffd\ufffd", "a€", "a€b"], (), ["a", "€", "b"]),
+        (["\ufffd", "\ufffda"], (), ["\ufffda"]),  # bytes that are no character stay what they are
+        (["a\ufffd"], (), ["a", "\ufffd"]),
+        (["ab", "abst", "absto", "abstop", "abstop!"], ("stop",), ["ab"]),
+        (["ab", "abst", "absto", "abstone"], ("stop",), ["ab", "stone"]),
+        (["st", "sst", "sstop"], ("stop",), ["s"]),
+        (["s", "so", "son", "sonn", "sonny"], ("sonx", "nny"), ["so"]),
+        (["xab", "xabab", "xababc"], ("ababc", "bad"), ["x"]),
+    ],
+)
+def test_no_piece_holds_half_a_character_or_the_beginning_of_a_stop_string(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, steps: list[str], stop: tuple[str, ...], pieces: list[str]
+) -> None:
+    """The text after each token, given."""
+    monkeypatch.setattr(bundle, "_steps", lambda *_, **__: iter([[[n]] for n in range(len(steps))]))
+    monkeypatch.setattr(bundle, "_text", lambda ids: steps[ids[0]])
+    assert list(bundle.stream("x", stop=stop)) == pieces
+
+
+def test_characters_of_several_byte_tokens_are_streamed_whole(tmp_path: Path, bundle: Bundle) -> None:
+    """A tokenizer with byte pieces, as `pldr tokenizer` trains it, that knows neither character."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, byte_fallback=True,
+        hard_vocab_limit=False, pad_id=0, unk_id=1, bos_id=2, eos_id=3, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.model")
+    ids = tokenizer.encode("the €ö 🦊 fox")
+    assert len(ids) > 12
+    bundle.tokenizer, bundle._anchor = tokenizer, tokenizer.encode("a")[-1:]
+    bundle._steps = lambda *_, **__: ([ids[: n + 1]] for n in range(len(ids)))  # type: ignore[method-assign]
+    pieces = list(bundle.stream("x"))
+    assert "".join(pieces) == bundle._text(ids) and "€" in pieces and "🦊" in "".join(pieces)
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_eos_ends_a_completion_and_is_not_in_it(make_bundle: Callable[..., Path], bundle: Bundle) -> None:

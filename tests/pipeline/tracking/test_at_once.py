@@ -15,7 +15,7 @@ from pipeline.inference import register
 from pipeline.tracking import outbox
 from pipeline.tracking.client import client, import_mlflow
 from pipeline.tracking.outbox import Pending
-from pipeline.tracking.run import TrackedRun, known_run, log_report, open_run
+from pipeline.tracking.run import TrackedRun, known_run, open_run
 from pipeline.tracking.run_record import new_record
 from pipeline.tracking.sqlite_store import make_store, uri_of
 
@@ -100,19 +100,12 @@ def test_a_run_is_made_once_by_the_processes_of_one_run_directory(tmp_path, at_o
     config = configuration(tmp_path)
     paths = RunPaths(config.run_dir)
     TrackedRun(config, paths, new_record(config, paths)).write()
-    page = tmp_path / "data.html"
-    page.write_text("page")
 
-    def make(turn, number):
-        run = known_run(config, paths)
-        return run.create(), log_report(configuration(tmp_path / "other", uri_of(tmp_path / "mlflow.db")), other, page)
-
-    other = RunPaths(tmp_path / "other")
-    made = at_once(make)
+    made = at_once(lambda turn, number: known_run(config, paths).create())
     assert len(set(made)) == 1, made
     mlflow = client(uri_of(tmp_path / "mlflow.db"))
     experiment = mlflow.get_experiment_by_name("new")
-    assert sorted(run.info.run_name for run in mlflow.search_runs([experiment.experiment_id])) == ["data-report", "t"]
+    assert [run.info.run_name for run in mlflow.search_runs([experiment.experiment_id])] == ["t"]
 
 
 def test_what_is_deferred_while_something_is_sent_is_not_lost(tmp_path, at_once):

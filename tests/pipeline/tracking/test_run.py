@@ -17,7 +17,8 @@ from pipeline.io.sealed import read_sealed
 from pipeline.tracking import outbox
 from pipeline.tracking.client import client, tracking_uri
 from pipeline.tracking.metrics import Tracker
-from pipeline.tracking.run import open_run, run_named
+from pipeline.tracking.origin import command, git_commit
+from pipeline.tracking.run import _experiment, open_run, run_named
 
 TREE = {
     "name": "t",
@@ -336,7 +337,79 @@ def test_an_old_pending_file_is_kept_under_the_new_name_while_mlflow_is_unreacha
     )
     outbox.set_tags(run, {"two": "2"})
     assert not (tmp_path / "logs" / "owed.json").exists()
-    kept = {"schema_version": 1, "files": {"/a": "x"}, "tags": {"one": "1", "two": "2"}}
+    kept = {"schema_version": 1, "files": {"/a": "x"}, "tags": {"one": "1", "two": "2"}, "data_sets": {}}
     assert read_sealed(tmp_path / "logs" / "pending.json") == {**kept, "status": "KILLED", "ended_ms": None}
     outbox.begin(run)  # the run is resumed: its end is no longer pending
     assert read_sealed(tmp_path / "logs" / "pending.json") == {**kept, "status": None, "ended_ms": None}
+
+
+def test_a_run_shows_who_began_it_and_its_experiment_opens_on_runs(tmp_path):
+    config = configuration(tmp_path)
+    mlflow = client(tracking_uri(config))
+    old = mlflow.create_experiment("pldr")  # as an older version of pldr made it
+    run = opened(config)
+    tags = mlflow.get_run(run.id).data.tags
+    assert tags["mlflow.user"] and tags["mlflow.source.type"] == "LOCAL" and tags["mlflow.source.name"]
+    assert tags["mlflow.source.git.commit"] == git_commit()
+    assert mlflow.get_experiment(old).tags == {"mlflow.experimentKind": "custom_model_development"}
+    assert run.page("http://h:5000/") == f"http://h:5000/#/experiments/{old}?workflowType=machine_learning"
+    mlflow.set_experiment_tag(old, "mlflow.experimentKind", "genai_development")  # somebody's decision
+    assert opened(config).id == run.id
+    assert mlflow.get_experiment(old).tags["mlflow.experimentKind"] == "genai_development"
+    new = mlflow.get_experiment(_experiment(mlflow, run.uri, "new", str(tmp_path / "artifacts")))
+    assert new.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (["/venv/bin/pldr", "run", "configs/quickstart.yaml", "train.steps=5", "--json"], "pldr run quickstart.yaml"),
+        (["/x/launch/cli.py", "train", "a.yaml", "tracking.uri=http://me:secret@host"], "pldr train a.yaml"),
+        (["/usr/bin/pytest"], "pytest"),
+    ],
+)
+def test_a_runs_source_is_the_command_without_its_values(argv, shown):
+    assert command(argv) == shown
+
+
+FIELDS = {"name": "x train", "digest": "f00d", "source_type": "local", "source": "{}", "schema": "{}", "profile": "{}"}
+
+
+def test_data_sets_and_description_arrive_after_an_outage_and_once(tmp_path):
+    away = configuration(tmp_path, tracking={"uri": "http://127.0.0.1:9"})
+    run = opened(away)
+    outbox.log_data_sets(run, {"training": FIELDS, "validation": {**FIELDS, "name": "x val"}})
+    outbox.set_tags(run, {"mlflow.note.content": "PLDR-LLM in training"})
+    here = configuration(tmp_path, tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    outbox.replay(here, run.paths)
+    run = opened(here)
+    mlflow = client(run.uri)
+
+    def shown():
+        stored = mlflow.get_run(run.id)
+        inputs = {(one.dataset.name, one.dataset.digest, one.tags[0].value) for one in stored.inputs.dataset_inputs}
+        assert len(inputs) == len(stored.inputs.dataset_inputs)
+        return stored.data.tags["mlflow.note.content"], inputs
+
+    inputs = {("x train", "f00d", "training"), ("x val", "f00d", "validation")}
+    assert shown() == ("PLDR-LLM in training", inputs)
+    outbox.log_data_sets(run, {"training": FIELDS})  # a second start
+    outbox.set_tags(run, {"mlflow.note.content": "PLDR-LLM: certified"})
+    assert shown() == ("PLDR-LLM: certified", inputs)
+    mlflow.set_tag(run.id, "mlflow.note.content", "the one for the paper")
+    outbox.set_tags(run, {"mlflow.note.content": "PLDR-LLM: failed"})
+    assert shown() == ("the one for the paper", inputs), "what a user wrote stays"
+
+
+def test_a_server_that_knows_no_data_sets_takes_the_rest(tmp_path, monkeypatch):
+    import mlflow
+    from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
+
+    def older(*_, **__):
+        raise mlflow.MlflowException("no such endpoint", error_code=ENDPOINT_NOT_FOUND)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", older)
+    run = opened(configuration(tmp_path))
+    outbox.log_data_sets(run, {"training": FIELDS})
+    assert outbox.settle(run, status="FINISHED")["complete"] and not (tmp_path / "logs" / "pending.json").exists()
+    assert client(run.uri).get_run(run.id).info.status == "FINISHED"

@@ -19,7 +19,8 @@ from pipeline.stages.post import package
 from pipeline.stages.validate import certify, require_own_run
 from pipeline.tracking import outbox
 from pipeline.tracking.client import TIMEOUT, client, import_mlflow, patience, tracking_uri
-from pipeline.tracking.run import known_run, log_report, open_run
+from pipeline.tracking.outbox import log_report
+from pipeline.tracking.run import known_run, open_run
 from pipeline.tracking.sqlite_store import file_of, make_store, merge_log, same_store, uri_of
 
 TREE = {

@@ -104,6 +104,7 @@ def test_the_numbers_are_those_of_plain_pytorch(one_rank):
     assert logged["val/bits_per_byte"] == pytest.approx(cached.item() / math.log(2) / 2.0, rel=1e-12)
     off = ((g_lm[:, 1:] - g_lm[:, :1]) ** 2).sum() / (g_lm[:, 1:] ** 2).sum()
     assert logged["invariance/order_parameter_G"] == pytest.approx(off.sqrt().item(), rel=1e-9)
+    assert logged["invariance/log10_order_parameter_G"] == pytest.approx(off.log10().item() / 2, rel=1e-9)
     assert scored == np.count_nonzero(held_out()[1:, 1:])
 
 

@@ -102,6 +102,7 @@ def test_what_is_logged(fp32):
         "val/loss_block", "val/loss_cached", "val/leak_gap", "val/bits_per_byte",
         "invariance/budget", "invariance/order_parameter_A", "invariance/order_parameter_A_LM",
         "invariance/order_parameter_A_P", "invariance/order_parameter_G", "invariance/attention_alive",
+        *(f"invariance/log10_order_parameter_{name}" for name in ("A", "A_LM", "A_P", "G")),
     }  # fmt: skip
     assert points["6"]["invariance/budget"] == pytest.approx(fp32["1-norm"]["budget"], rel=1e-12)
     last = points["6"]
