@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.commands.verbs import Report, Result, Verbs, add_config, add_overrides
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from pipeline.config.run import RunConfig
@@ -37,8 +38,10 @@ def _report(arguments: Any, report: Report) -> Result:
     from pipeline.config.load import load_config
     from pipeline.config.paths import RunPaths, documents_folder, tokens_folder
     from pipeline.data.inspect.report import write_report
+    from pipeline.report.links import DATA, links, mlflow_link
     from pipeline.stages.runner import LOCK
     from pipeline.tracking.outbox import log_report
+    from pipeline.tracking.run import known_run
 
     config = load_config(arguments.config, arguments.overrides)
     paths = RunPaths(config.run_dir)
@@ -46,8 +49,12 @@ def _report(arguments: Any, report: Report) -> Result:
     if not root.exists() or not any(root.iterdir()):  # the documents lie elsewhere; a stage must find a run's folder
         root.mkdir(parents=True, exist_ok=True)
         (root / LOCK).touch()
-    target = root / "report" / "data.html"
-    result = write_report(config.name, documents_folder(config), tokens_folder(config), target)
+    target, mlflow = root / DATA, None
+    with contextlib.suppress(UserError):  # a damaged run.json: `log_report` warns about it
+        run = known_run(config, paths)
+        mlflow = None if run is None else mlflow_link(run.uri, run.record.run_id)
+    pages = links(target, root, mlflow=mlflow, in_sweep=config.tracking.parent_run is not None)
+    result = write_report(config.name, documents_folder(config), tokens_folder(config), target, pages)
     run_id = log_report(config, paths, target)
     report(str(target))
     numbers = f"{result['documents']:,} documents, {result['text_bytes']:,} bytes"

@@ -104,12 +104,13 @@ def _without_gc() -> Iterator[None]:
 def _report(arguments: Any, report: Report) -> Result:
     from pipeline.config.paths import RunPaths
     from pipeline.io.urls import without_secrets
+    from pipeline.report.links import TRAINING, links, mlflow_link
     from pipeline.report.training import write_run_report
     from pipeline.tracking.query import read_run
     from pipeline.tracking.run import known_run
     from pipeline.tracking.sqlite_store import RUN_FILE, holds_run
 
-    given = Path(arguments.run)
+    given, root, in_sweep = Path(arguments.run), None, False
     if given.suffix in (".yaml", ".yml") or given.is_dir():
         config = _config_of(arguments.run, arguments.overrides, verb="report")
         paths = RunPaths(config.run_dir)
@@ -120,7 +121,8 @@ def _report(arguments: Any, report: Report) -> Result:
             )
         run.require_store()
         uri, run_id = run.uri, run.record.run_id
-        target = paths.root / "report" / "training.html"
+        root, in_sweep = paths.root, config.tracking.parent_run is not None
+        target = root / TRAINING
     else:
         uris, run_id = _stores(arguments.uri), arguments.run
         if not uris or arguments.overrides:
@@ -131,8 +133,11 @@ def _report(arguments: Any, report: Report) -> Result:
         target = Path(f"{run_id}.html")
     row, data, histories = read_run(uri, run_id)
     facts = {**{key: row[key] for key in ("name", "status", "started", "verdict", "checkpoints")}, "run_id": run_id}
-    target = Path(arguments.output) if arguments.output else target
-    result = write_run_report({**facts, "uri": without_secrets(uri)}, data.params, data.tags, histories, target)
+    target = Path(arguments.output).absolute() if arguments.output else target
+    mlflow = mlflow_link(uri, run_id)
+    pages = [mlflow] if root is None else links(target, root, mlflow=mlflow, in_sweep=in_sweep)
+    facts |= {"uri": without_secrets(uri), "pages": pages}
+    result = write_run_report(facts, data.params, data.tags, histories, target)
     report(result["report"])
     return result
 

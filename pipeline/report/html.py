@@ -13,12 +13,17 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-STYLE = Path(__file__).with_name("page.css")
+HERE = Path(__file__).parent  # page.css and parts.html, which all pages share
 
 
 def render(template: Path, content: dict[str, Any], filters: dict[str, Callable[[Any], str]]) -> str:
-    """The template filled with `content` and with `style`, which all pages share. Raises for unknown names in the template."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    """The template filled with `content` and with `style`; it may import `parts.html`. Raises for unknown names in it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, HERE]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
     environment.filters |= filters
-    style = Markup(STYLE.read_text(encoding="utf-8"))  # our own file, no user's text
-    return environment.from_string(template.read_text(encoding="utf-8")).render({**content, "style": style})
+    style = Markup((HERE / "page.css").read_text(encoding="utf-8"))  # our own file, no user's text
+    return environment.get_template(template.name).render({**content, "style": style})

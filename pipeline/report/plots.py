@@ -1,44 +1,57 @@
-"""Line plots for SVG: only the geometry (scales, lines, labels), templates draw it."""
+"""Line plots for SVG: only the geometry (scales, lines, labels); `parts.html` draws it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pipeline.report.numbers import MLFLOW_INFINITY, number, scientific, tick
 
 Points = list[tuple[int, float]]
 Tree = dict[str, Any]
 MAX_POINTS = 400  # of a curve: about one per pixel
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 480.0, 200.0, 52.0, 8.0, 22.0  # of a plot, in the SVG's units
+STYLES = 4  # colors, each with dashes of its own
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 480.0, 226.0, 52.0, 24.0, 38.0  # of a plot, in the SVG's units
+APART = 2.0  # curves nearer than this everywhere are named: one hides the other
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A threshold, drawn as a line across the plot."""
+
+    value: float
+    label: str
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot: its title, its metrics (patterns), and whether the axis is logarithmic."""
+    """One plot: its title, its metrics (patterns), what its axes are called, and whether the vertical one is logarithmic."""
 
     title: str
     metrics: tuple[str, ...]
+    unit: str = ""
     log: bool = False
     note: str = ""
+    limits: tuple[Limit, ...] = ()
+    from_zero: bool = False
+    along: str = "training step"
 
 
-def draw(plot: Plot, curves: dict[str, Points], steps: int) -> Tree | None:
-    """Lines, axes and labels of a plot; None if there is nothing to draw. Values that are not finite, or not positive on a
-    logarithmic axis, are gaps in the line."""
+def draw(plot: Plot, curves: dict[str, Points], steps: int, events: Sequence[tuple[int, str]] = ()) -> Tree | None:
+    """Lines, axes, thresholds and labels of a plot; None if there is nothing to draw. events: (step, what happened). Values
+    that are not finite, or not positive on a logarithmic axis, are gaps in the line."""
     scale: Callable[[float], float] = math.log10 if plot.log else float
 
     def good(value: float) -> bool:
-        return math.isfinite(value) and abs(value) < 1e300 and (value > 0 or not plot.log)  # MLflow's inf is 1.8e308
+        return math.isfinite(value) and abs(value) < MLFLOW_INFINITY and (value > 0 or not plot.log)
 
     values = [scale(value) for points in curves.values() for _, value in points if good(value)]
     if not values:
         return None
-    low, high = min(values), max(values)
-    if plot.log:
-        low, high = math.floor(low), math.ceil(high)
-    if high - low < 1e-12 * max(1.0, abs(high)):
-        low, high = low - 0.5, high + 0.5
+    limits = [limit for limit in plot.limits if good(limit.value)]
+    low, high = _span([*values, *(scale(limit.value) for limit in limits), *([0.0, 1.0] * plot.from_zero)], plot.log)
 
     def x(step: int) -> float:
         return round(LEFT + (WIDTH - LEFT) * step / max(1, steps), 1)
@@ -47,25 +60,71 @@ def draw(plot: Plot, curves: dict[str, Points], steps: int) -> Tree | None:
         return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low), 1)
 
     lines = []
-    for number, (metric, points) in enumerate(curves.items()):
+    for place, (metric, points) in enumerate(curves.items()):
         pieces: list[list[str]] = [[]]
         for step, value in thinned(points):
             if good(value):
                 pieces[-1].append(f"{x(step)},{y(scale(value))}")
             elif pieces[-1]:
                 pieces.append([])
-        newest = f"{points[-1][1]:.4g}"
         drawn = [" ".join(piece) for piece in pieces if len(piece) > 1]
         alone = [piece[0].split(",") for piece in pieces if len(piece) == 1]
-        lines.append({"name": metric, "number": number, "newest": newest, "pieces": drawn, "dots": alone})
-    marks = [(y(mark), f"{10**mark:.0e}" if plot.log else f"{mark:.4g}") for mark in ticks(low, high, whole=plot.log)]
+        newest = number(points[-1][1])
+        lines.append({"name": metric, "style": place % STYLES, "newest": newest, "pieces": drawn, "dots": alone})
+    heights = {name: {step: y(scale(v)) for step, v in points if good(v)} for name, points in curves.items()}
     return {
         "title": plot.title,
+        "unit": plot.unit + (", logarithmic" if plot.log and plot.unit else ""),
+        "along": plot.along,
         "note": plot.note,
         "lines": lines,
-        "marks": marks,
-        "steps": [(x(step), f"{step:,}") for step in sorted({0, steps // 2, steps})],
+        "same": _same(heights, {name: dict(points) for name, points in curves.items()}, log=plot.log),
+        "marks": [(y(mark), tick(mark, log=plot.log)) for mark in ticks(low, high, whole=plot.log or plot.from_zero)],
+        "limits": [
+            {"y": y(scale(one.value)), "label": one.label, "left": _is_freer_left(heights, y(scale(one.value)), steps)}
+            for one in limits
+        ],
+        "events": [{"x": x(step), "label": label, "end": step > steps / 2} for step, label in events if step <= steps],
+        "steps": [(x(step), tick(step, log=False)) for step in sorted({0, steps // 2, steps})],
     }
+
+
+def _span(values: list[float], log: bool) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if log:
+        low, high = math.floor(low), math.ceil(high)
+    if high - low < 1e-12 * max(1.0, abs(high)):
+        low, high = low - 0.5, high + 0.5
+    return low, high
+
+
+def _is_freer_left(heights: dict[str, dict[int, float]], y: float, steps: int) -> bool:
+    """Whether the label of a line at the height `y` is farther from the curves at the left end than at the right one."""
+
+    def nearest(*, left: bool) -> float:
+        seen = (at for curve in heights.values() for step, at in curve.items() if (step < 0.4 * steps) is left)
+        return min((abs(at - (y - 6)) for at in seen), default=math.inf)
+
+    return nearest(left=True) > nearest(left=False)
+
+
+def _same(heights: dict[str, dict[int, float]], values: dict[str, dict[int, float]], *, log: bool) -> list[str]:
+    """A sentence for each curve that lies on an earlier one, at every step that both have."""
+    notes, names = [], list(heights)
+    for place, name in enumerate(names):
+        for other in names[:place]:
+            shared = heights[name].keys() & heights[other].keys()
+            if not shared or max(abs(heights[name][s] - heights[other][s]) for s in shared) > APART:
+                continue
+            if log:
+                ratios = [values[name][s] / values[other][s] for s in shared]
+                apart = f"by a factor of {max(*ratios, *(1 / ratio for ratio in ratios)):.3g} at most"
+            else:
+                gap = max(abs(values[name][s] - values[other][s]) for s in shared)
+                apart = f"by {scientific(gap)} at most" if gap else ""
+            notes.append(f"{name} lies on {other}: " + (f"they differ {apart}." if apart else "they are equal."))
+            break
+    return notes
 
 
 def thinned(points: Points) -> Points:

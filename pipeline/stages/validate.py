@@ -113,6 +113,7 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any], 
     from pipeline.post.extract import load_g
     from pipeline.post.measure.generation import samples
     from pipeline.post.weights import load_weights
+    from pipeline.report.links import links, mlflow_link
     from pipeline.stages.trained import as_trained, held_out, notes
     from pipeline.tokenizer import Tokenizer
 
@@ -130,6 +131,8 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any], 
         num_tokens = min(SHOWN_TOKENS, config.post.generate_tokens)
         made = samples(model, extracted.g_lm, [p for p in prompts if p], num_tokens=num_tokens, seed=config.seed)
         shown = [show_sample(one.how, (one.prompt, one.cached, one.live), tokenizer.decode) for one in made]
+    target = paths.certificate / PAGE
+    mlflow = mlflow_link(run.uri, run.record.run_id)
     evidence = Evidence(
         name=config.name,
         g_lm=extracted.g_lm,
@@ -138,8 +141,8 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any], 
         samples=shown,
         twin=_twin(config, certificate),
         notes=notes(config, source),
+        pages=links(target, paths.root, mlflow=mlflow, in_sweep=config.tracking.parent_run is not None),
     )
-    target = paths.certificate / PAGE
     storage.publish_bytes(target, certificate_page(certificate, evidence).encode("utf-8", errors="replace"))
     return target
 

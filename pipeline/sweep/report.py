@@ -3,25 +3,54 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline.io.storage import publish_bytes, publish_json
 from pipeline.report.html import render
-from pipeline.report.plots import ticks
+from pipeline.report.links import CERTIFICATE, TRAINING, Link, link, mlflow_link
+from pipeline.report.numbers import number, scientific
+from pipeline.report.plots import Limit
+from pipeline.report.terms import explained
+from pipeline.report.training import BUDGET_LIMITS
+from pipeline.sweep.plot import scatter
 
 SCHEMA_VERSION = 1
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 640.0, 320.0, 64.0, 12.0, 34.0  # of the plot, in the SVG's units
 MOST_WANTED = ("budget", "order_parameter", "relative_deviation_g", "held_out_cached", "tier", "verdict", "status")
+TERMS = (
+    "G_LM",
+    "live, cached",
+    "relative deviation",
+    "order parameter",
+    "tier",
+    "round-off",
+    "budget",
+    "nats",
+    "fingerprint",
+)
+MEANINGS = {
+    "order_parameter": "of G_LM, at the last validation of the training",
+    "relative_deviation_g": "of the certificate: the worst head on the worst kind of prompts",
+    "held_out_cached": "held-out loss with a cached G_LM, nats per token",
+    "held_out_block": "held-out loss with the live G_LM, nats per token",
+    "loss": "of the last training step, nats per token",
+    "val_loss_cached": "held-out loss at the last validation, cached G_LM, nats per token",
+    "budget": "invariance budget that the training has spent",
+    "data_fingerprint": "equal for children that trained on the same tokens",
+}
 Row = dict[str, Any]
 Result = dict[str, Any]
 
 
-def write_sweep_report(facts: Result, rows: list[Row], folder: Path) -> Result:
+def write_sweep_report(
+    facts: Result, rows: list[Row], folder: Path, *, limit: float | None = None, uri: str | None = None
+) -> Result:
     """Write both files; returns {"table": rows, "plot", "files": {"table": path, "page": path}}.
 
-    facts: name, run_id, config, set, grid (its keys), children (how many there will be), plot (x, y, log_x, log_y).
+    facts: name, run_id, config, set, grid (its keys), children (how many there will be), plot (x, y, log_x, log_y). limit: the
+    largest deviation that is certified; None where children differ in it. uri: the MLflow store.
     """
     plain = [{key: _finite(value) for key, value in row.items()} for row in rows]
     files = {"table": str(folder / "sweep.json"), "page": str(folder / "sweep.html")}
@@ -29,11 +58,49 @@ def write_sweep_report(facts: Result, rows: list[Row], folder: Path) -> Result:
     first = [*facts["grid"], *MOST_WANTED]
     keys = [*first, *(key for key in (plain[0] if plain else {}) if key not in first)]
     columns = [key for key in dict.fromkeys(keys) if any(row.get(key) is not None for row in plain)]
-    content = {"facts": facts, "columns": columns, "rows": plain, "drawn": scatter(plain, **facts["plot"])}
+    deviation = [] if limit is None else [Limit(limit, f"{scientific(limit)}: certified below")]
+    limits = {"budget": BUDGET_LIMITS, "order_parameter": deviation, "relative_deviation_g": deviation}
+    content = {
+        "facts": facts,
+        "headline": headline(plain, facts["children"]),
+        "columns": sorted((key for key in columns if key != "child"), key=lambda key: key != "verdict"),
+        "meanings": {key: text for key, text in MEANINGS.items() if key in columns},
+        "rows": plain,
+        "links": [_links(row, folder, uri) for row in plain],
+        "pages": [] if uri is None else [mlflow_link(uri, facts["run_id"])],
+        "drawn": scatter(plain, **facts["plot"], grid=facts["grid"], limits=limits),
+        "terms": explained(*TERMS),
+    }
     filters: dict[str, Callable[[Any], str]] = {"cell": cell}
     source = Path(__file__).with_name("report.html")
     publish_bytes(files["page"], render(source, content, filters).encode("utf-8", errors="replace"))
     return {"table": plain, "files": files}
+
+
+def headline(rows: list[Row], children: int) -> str:
+    """How many children were certified, and what became of the others."""
+    verdicts = Counter(row.get("verdict") for row in rows if row["status"] != "failed")
+    broken, waiting = sum(row["status"] == "failed" for row in rows), children - len(rows)
+    finished = f"{verdicts['certified']} of {children} certified"
+    if not verdicts["certified"] and not verdicts["failed"]:
+        finished = f"{sum(verdicts.values())} of {children} finished; none was judged"
+    parts = [
+        finished,
+        f"{verdicts['failed']} did not pass" if verdicts["failed"] else "",
+        f"{broken} broke off with an error" if broken else "",
+        f"{waiting} to come" if waiting > 0 else "",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _links(row: Row, folder: Path, uri: str | None) -> list[Link]:
+    """A child's certificate and run report where they are, and its run at an MLflow server."""
+    root = folder.parent / "children" / row["child"]
+    pages = [("certificate", root / CERTIFICATE), ("run report", root / TRAINING)]
+    found = [link(label, folder / "sweep.html", target, "") for label, target in pages if target.exists()]
+    if uri is not None and row.get("run_id") and (run := mlflow_link(uri, row["run_id"])).href:
+        found.append(run)
+    return found
 
 
 def table_lines(grid: list[str], rows: list[Row]) -> list[str]:
@@ -44,58 +111,11 @@ def table_lines(grid: list[str], rows: list[Row]) -> list[str]:
     return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
-def scatter(rows: list[Row], *, x: str, y: str, log_x: bool, log_y: bool) -> Result | None:
-    """Points, axes and labels; None where no row has both numbers. What does not fit the axes (not a number, or not
-    positive on a logarithmic one), and every child that failed, is left out and counted."""
-    scales = [math.log10 if log else float for log in (log_x, log_y)]
-
-    def fits(row: Row, key: str, log: bool) -> bool:
-        value = row.get(key)
-        return isinstance(value, int | float) and math.isfinite(value) and (value > 0 or not log)
-
-    finished = [row for row in rows if row["status"] != "failed"]
-    shown = [row for row in finished if fits(row, x, log_x) and fits(row, y, log_y)]
-    if not shown:
-        return None
-    spans = []
-    for key, scale, log in ((x, scales[0], log_x), (y, scales[1], log_y)):
-        values = [scale(row[key]) for row in shown]
-        low, high = (math.floor(min(values)), math.ceil(max(values))) if log else (min(values), max(values))
-        margin = 0.5 if high - low < 1e-12 else 0.0 if log else 0.05 * (high - low)
-        spans.append((low - margin, high + margin))
-    (left, right), (low, high) = spans
-
-    def at_x(value: float) -> float:
-        return round(LEFT + (WIDTH - LEFT) * (value - left) / (right - left), 1)
-
-    def at_y(value: float) -> float:
-        return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low), 1)
-
-    def label(mark: float, log: bool) -> str:
-        return f"{10**mark:.0e}" if log else f"{mark:.4g}"
-
-    return {
-        "x": x,
-        "y": y,
-        "left_out": len(rows) - len(shown),
-        "points": [
-            {
-                "x": at_x(scales[0](row[x])),
-                "y": at_y(scales[1](row[y])),
-                "title": f"{row['child']}: {cell(row[x])}, {cell(row[y])}",
-            }
-            for row in shown
-        ],
-        "x_marks": [(at_x(mark), label(mark, log_x)) for mark in ticks(left, right, whole=log_x)],
-        "y_marks": [(at_y(mark), label(mark, log_y)) for mark in ticks(low, high, whole=log_y)],
-    }
-
-
 def cell(value: Any) -> str:
     """A value of the table for a person."""
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def _finite(value: Any) -> Any:

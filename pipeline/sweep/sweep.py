@@ -119,7 +119,14 @@ class Sweep:
     def _write_report(self, parent: str, rows: list[Result]) -> Result:
         """Write the table and the page, here and in MLflow. On a full disk there are none: a later start writes them."""
         try:
-            report = write_sweep_report(self._facts(parent), rows, self._folder())
+            allowed = {child.config.post.max_relative_deviation_g for child in self.children}
+            report = write_sweep_report(
+                self._facts(parent),
+                rows,
+                self._folder(),
+                limit=allowed.pop() if len(allowed) == 1 else None,
+                uri=tracking_uri(self.config),
+            )
         except OSError as error:
             log.warning("%s: the table could not be written: %s", self._folder(), error)
             return {"table": rows, "files": {}}

@@ -1,7 +1,7 @@
 """The data report: one HTML page of the sources, what each cleaning step removed, and what a model will see.
 
 Documents are untrusted input: values are escaped (pipeline/report/html.py), and control characters become symbols. Equal data
-give an equal page.
+and links give an equal page.
 
 Only the indexes, the lists of removed documents and a few blocks of tokens are read, so a report of a large corpus is fast: the
 lists are read until each reason has ten examples.
@@ -10,7 +10,7 @@ lists are read until each reason has ten examples.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,9 +23,13 @@ from pipeline.io.storage import exists, publish_bytes
 from pipeline.io.urls import join, public_url
 from pipeline.report import html
 from pipeline.report.histogram import charts
+from pipeline.report.links import Link
+from pipeline.report.numbers import short, size
+from pipeline.report.terms import explained
 
 EXAMPLES = 10  # of each reason
 DASH = "\u2013"
+TERMS = ("split", "shard", "packing", "fertility", "near-duplicate", "fingerprint")
 SAMPLES = {"train": 3, "val": 1, "test": 1}
 CANDIDATES = 32  # following sequences searched for one with a document end in it
 EXACT, NEAR, PARAGRAPHS = "exact_duplicate", "near_duplicate", "paragraph_duplicates"  # two reasons, one step
@@ -33,14 +37,14 @@ EXACT, NEAR, PARAGRAPHS = "exact_duplicate", "near_duplicate", "paragraph_duplic
 Tree = dict[str, Any]
 
 
-def write_report(title: str, documents: str, tokens: str | None, target: Path) -> Tree:
-    """Write the page to `target`; `tokens`: None or a folder without an index if there are none yet.
+def write_report(title: str, documents: str, tokens: str | None, target: Path, pages: Sequence[Link] = ()) -> Tree:
+    """Write the page to `target`; `tokens`: None or a folder without an index if there are none yet. pages: the run's others.
 
     Returns the headline numbers. Raises UserError if there are no documents, or a file is damaged.
     """
     index = DocumentIndex.load(documents)
     made = TokenIndex.load(tokens) if tokens is not None and exists(join(tokens, "index.json")) else None
-    publish_bytes(target, render(page(title, index, made)).encode("utf-8", errors="replace"))
+    publish_bytes(target, render({**page(title, index, made), "pages": pages}).encode("utf-8", errors="replace"))
     return {"report": str(target), **headline(index, made)}
 
 
@@ -64,11 +68,11 @@ def headline(index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
 
 
 def render(content: Tree) -> str:
-    """The HTML of the content that `page` returns."""
+    """The HTML of the content that `page` returns, and of `pages`."""
     filters: dict[str, Callable[[Any], str]] = {
         "count": lambda number: f"{number:,}",
         "count_or_dash": lambda number: DASH if number is None else f"{number:,}",
-        "size": _size,
+        "size": size,
         "percent": lambda share: f"{share:.1%}",
         "ratio": lambda number: DASH if number is None else f"{number:.3f}",
     }
@@ -108,6 +112,7 @@ def page(title: str, index: DocumentIndex, tokens: TokenIndex | None) -> Tree:
         "samples": list(_samples(tokens)) if tokens else [],
         "identity": _identity(index, tokens),
         "settings": list(_flat("", tree["settings"])),
+        "terms": explained(*TERMS),
     }
 
 
@@ -120,7 +125,7 @@ def _warnings(index: DocumentIndex, tokens: TokenIndex | None) -> list[str]:
 def _tiles(numbers: Tree, tokens: TokenIndex | None) -> list[dict[str, str]]:
     tiles = [
         _tile("documents", numbers["documents"]),
-        {"label": "of UTF-8 text", "value": _size(numbers["text_bytes"]), "exact": f"{numbers['text_bytes']:,} bytes"},
+        {"label": "of UTF-8 text", "value": size(numbers["text_bytes"]), "exact": f"{numbers['text_bytes']:,} bytes"},
         _tile("words", numbers["words"]),
     ]
     if tokens is None:
@@ -135,7 +140,7 @@ def _tiles(numbers: Tree, tokens: TokenIndex | None) -> list[dict[str, str]]:
 
 
 def _tile(label: str, number: int) -> dict[str, str]:
-    return {"label": label, "value": _short(number), "exact": f"{number:,}"}
+    return {"label": label, "value": short(number), "exact": f"{number:,}"}
 
 
 def _sources(sources: list[Tree]) -> list[Tree]:
@@ -288,17 +293,3 @@ def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
     else:
         shown = ", ".join(map(str, value)) if isinstance(value, list) else "on" if value is True else str(value)
         yield prefix, visible("off" if value is None or value is False else shown)
-
-
-def _size(number: int) -> str:
-    return f"{_short(number)}B" if number >= 10_000 else f"{number:,} bytes"
-
-
-def _short(number: int) -> str:
-    """Three digits and a decimal unit, for ten thousand and more."""
-    if number < 10_000:
-        return f"{number:,}"
-    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return f"{number / 1e3:.3g} k"

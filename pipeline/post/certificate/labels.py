@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from pipeline.bundle.certificate.verdict import looser
+from pipeline.report.numbers import number
 
 Tree = dict[str, Any]
 CHECK_LABELS = {
@@ -23,6 +23,22 @@ CHECK_LABELS = {
     "greedy_agreement": "share of greedy decisions equal to those without any cache",
     "negative_control": "how much the untrained model's G_LM changes (must be large)",
 }
+FAILED_WHY = {  # what it means that a check failed
+    "held_out_prompts": "too few different texts were held out to prove anything",
+    "not_finite": "there is NaN or infinity in the model, so nothing could be measured",
+    "relative_deviation_g": "G_LM still changes with the input, so a cached one is not the one that the model computes",
+    "attention_effect_zero": "the model predicts as well without G_LM: its attention is dead, and agreement proves nothing",
+    "attention_effect_identity": "the model predicts as well with plain attention: G_LM does nothing",
+    "leak_gap": "the live G_LM has seen the tokens to be predicted, and the loss shows it",
+    "leak_effect": "later tokens change the predictions of earlier ones",
+    "cache_gap": "caching G_LM changes the held-out loss",
+    "random_tokens_gap": "G_LM of random tokens gives another loss than G_LM of text, so it is no constant",
+    "kl": "caching G_LM changes the probabilities of the next token",
+    "top1_agreement": "caching G_LM changes which next token is the most likely",
+    "greedy_agreement": "caching G_LM changes generated text",
+    "negative_control": "the untrained model passes this measure too, so the measure proves nothing",
+}
+FOLLOWS = "fix relative_deviation_g first"  # how the fix of a failure ends that follows from that one (checks.py)
 LOSS_LABELS = {
     "block": "live: deduced from the whole sequence (sees future tokens unless invariant)",
     "cached": "cached: what the bundle serves",
@@ -48,16 +64,47 @@ def plain_verdict(certificate: Tree) -> Tree:
         if loose:
             why += f" The thresholds are looser than the defaults: {loose}."
         return {"passed": True, "title": "Certified: G_LM may be cached", "why": why}
-    failed = [CHECK_LABELS.get(failure["measure"], failure["measure"]) for failure in certificate["failed"]]
-    if [failure["measure"] for failure in certificate["failed"]] == ["held_out_prompts"]:
-        why = "No measurement speaks against it, but there were too few prompts to prove anything."
-    else:
-        why = "A cached G_LM would change the model's outputs, or it could not be shown that it would not."
-    return {
-        "passed": False,
-        "title": "Not certified: G_LM must not be cached",
-        "why": f"{why} Failed: {'; '.join(failed)}.",
-    }
+    return {"passed": False, "title": "Not certified: G_LM must not be cached", "why": _why_not(certificate)}
+
+
+def _why_not(certificate: Tree) -> str:
+    """Why a certificate failed, in a sentence or two."""
+    names = [failure["measure"] for failure in certificate["failed"]]
+    if names == ["held_out_prompts"]:
+        return "No measurement speaks against it, but there were too few prompts to prove anything."
+    if "not_finite" in names:
+        return "The model has NaN or infinity in it, so it cannot be shown that caching would not change its outputs."
+    if "relative_deviation_g" in names:
+        deviation = certificate["measures"]["relative_deviation_g"]
+        if deviation is None:
+            return "How much G_LM changes with the input could not be measured."
+        share = f"{deviation:.0%}" if deviation >= 0.01 else number(deviation)
+        return (
+            f"G_LM changes with the input by {share} of its size in the worst head. Computed once, it would be another one "
+            "than the model computes, so a cache would change the outputs."
+        )
+    return "A cached G_LM would change the model's outputs, or it could not be shown that it would not."
+
+
+def failures(certificate: Tree) -> list[Tree]:
+    """What failed: label, why in plain words, value, what is required, fix (none where another failure is the cause)."""
+    found = [check for check in certificate["checks"] if not check["passed"]]
+    return [
+        {
+            "measure": check["measure"],
+            "label": CHECK_LABELS.get(check["measure"], check["measure"]),
+            "why": FAILED_WHY.get(check["measure"], ""),
+            "value": "not measured" if check["value"] is None else number(check["value"]),
+            "required": required(check),
+            "fix": "" if check["fix"].endswith(FOLLOWS) else check["fix"],
+        }
+        for check in found
+    ]
+
+
+def required(check: Tree) -> str:
+    """The bound of a check."""
+    return f"{'≤' if check['bound'] == '<=' else '≥'} {number(check['threshold'])}"
 
 
 def _effect_on_outputs(certificate: Tree, loose: str) -> str:
@@ -72,12 +119,3 @@ def _effect_on_outputs(certificate: Tree, loose: str) -> str:
             "token on"
         )
     return "and the outputs stay the same"
-
-
-def number(value: Any) -> str:
-    """A number for a table: short; a dash for a missing one."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "-"
-    if isinstance(value, int) or (value == int(value) and abs(value) < 1e6):
-        return f"{int(value):,}"
-    return f"{value:.1e}".replace(".0e", "e") if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:.4g}"

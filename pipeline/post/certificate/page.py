@@ -16,15 +16,20 @@ import torch
 from torch import Tensor
 
 from pipeline.bundle.certificate.verdict import FULL_PROMPTS, looser
-from pipeline.post.certificate.labels import CHECK_LABELS, LOSS_LABELS, Tree, number, plain_verdict
+from pipeline.post.certificate.labels import CHECK_LABELS, LOSS_LABELS, Tree, failures, plain_verdict, required
 from pipeline.post.certificate.png import png_uri, scale_of
 from pipeline.post.measure.generation import first_difference
 from pipeline.report.html import render
+from pipeline.report.links import Link
+from pipeline.report.numbers import number
 from pipeline.report.plots import Plot, Points, draw
-from pipeline.report.training import PLOTS
+from pipeline.report.terms import explained
+from pipeline.report.training import invariance_plots, limits_of
 
 MAX_MAPS = 128  # heads whose G_LM is drawn; of more, those with the largest deviation
-OVER_TRAINING = ("Order parameters", "Invariance budget", "What attention is worth (nats)", "Leak gap (nats)")
+HOT = 0.63  # a cell that is colored more strongly has dark text in both color schemes
+TERMS = ("A", "A_LM", "A_P", "G_LM", "live, cached", "relative deviation", "tier", "round-off", "leak gap", "attention effect",
+         "KL", "top-1 agreement", "greedy agreement", "budget", "order parameter", "nats")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Shown:
 @dataclass(frozen=True)
 class Evidence:
     """What the page shows beside the certificate. g_lm, spread: [L,H,K,K]; histories: metric -> (step, value) points of the
-    training; twin: the SDPA twin's `loss` (None without one) and a `note` about it."""
+    training; twin: the SDPA twin's `loss` (None without one) and a `note` about it; pages: the run's other pages."""
 
     name: str
     g_lm: Tensor
@@ -50,6 +55,7 @@ class Evidence:
     samples: Sequence[Shown] = ()
     twin: Tree = field(default_factory=lambda: {"loss": None, "note": None})
     notes: Sequence[str] = ()
+    pages: Sequence[Link] = ()
 
 
 def show_sample(how: str, ids: tuple[list[int], list[int], list[int]], decode: Callable[[list[int]], str]) -> Shown:
@@ -73,14 +79,19 @@ def _content(certificate: Tree, evidence: Evidence) -> Tree:
         "name": evidence.name,
         "c": certificate,
         "m": measures,
+        "pages": evidence.pages,
         "verdict": plain_verdict(certificate),
+        "failures": failures(certificate),
         "looser": looser(certificate),
         "full_prompts": FULL_PROMPTS,
-        "checks": [{**check, "label": CHECK_LABELS.get(check["measure"], "")} for check in certificate["checks"]],
+        "checks": [
+            {**check, "label": CHECK_LABELS.get(check["measure"], ""), "required": required(check)}
+            for check in sorted(certificate["checks"], key=lambda check: check["passed"])
+        ],
         "tiles": _tiles(certificate),
         "losses": _losses(measures["losses"], evidence.twin),
         "twin": evidence.twin,
-        "grids": _grids(measures["deviations"]),
+        "grids": _grids(measures["deviations"], certificate["thresholds"]["max_relative_deviation_g"]),
         "kinds": _kinds(certificate),
         "maps": _maps(evidence.g_lm, measures["deviations"].get("fp32", {}).get("G_LM")),
         "maps_left_out": max(0, evidence.g_lm.shape[0] * evidence.g_lm.shape[1] - MAX_MAPS),
@@ -90,9 +101,8 @@ def _content(certificate: Tree, evidence: Evidence) -> Tree:
         "shapes": _shapes(measures),
         "plots": [
             drawn
-            for plot in PLOTS
-            if plot.title in OVER_TRAINING
-            and (
+            for plot in invariance_plots(limits_of(certificate["thresholds"]))
+            if (
                 drawn := draw(
                     plot, {m: sorted(evidence.histories[m]) for m in plot.metrics if evidence.histories.get(m)}, steps
                 )
@@ -101,22 +111,31 @@ def _content(certificate: Tree, evidence: Evidence) -> Tree:
         "orders": measures["order_parameter"],
         "samples": evidence.samples,
         "notes": evidence.notes,
+        "terms": explained(*TERMS),
     }
 
 
 def _tiles(certificate: Tree) -> list[Tree]:
+    """The numbers most asked for: of a failed certificate what failed, and nothing that sounds like a success."""
     measures, losses = certificate["measures"], certificate["measures"]["losses"]
+    passed = certificate["verdict"] == "certified"
     tiles = [
-        {"value": found["tier"], "label": f"tier in {name}: {number(found['relative_deviation_g'])}"}
-        for name, found in certificate["precision"].items()
+        {"value": one["value"], "label": f"{one['label']}; required {one['required']}", "bad": True}
+        for one in failures(certificate)[:4]
     ]
+    if passed:
+        tiles = [
+            {"value": found["tier"], "label": f"tier in {name}: deviation {number(found['relative_deviation_g'])}"}
+            for name, found in certificate["precision"].items()
+        ]
     count, length = certificate["prompts"]["kinds"]["text"]
     tiles.append({"value": f"{count} x {length}", "label": "held-out prompts x tokens"})
     if losses:
         tiles.append({"value": f"{losses['cached']:.4f}", "label": "held-out loss, cached (nats)"})
+    if losses and passed:
         gap = next(check["value"] for check in certificate["checks"] if check["measure"] == "cache_gap")
         tiles.append({"value": number(gap), "label": "cost of caching (nats)"})
-    if measures["greedy"]:
+    if measures["greedy"] and passed:
         greedy = measures["greedy"]
         tiles.append(
             {"value": f"{greedy['per_decision']:.2%}", "label": f"of {greedy['decisions']:,} greedy tokens agree"}
@@ -144,12 +163,17 @@ def _losses(losses: Tree, twin: Tree) -> list[Tree]:
     return rows
 
 
-def _grids(deviations: Tree) -> list[Tree]:
-    """Relative deviation by layer and head of each tensor and precision, as colored cells."""
+def _grids(deviations: Tree, allowed: float) -> list[Tree]:
+    """Relative deviation by layer and head of each tensor and precision, as colored cells. `over`: G_LM above `allowed`."""
+
+    def cell(value: float | None, tensor: str) -> Tree:
+        over = tensor == "G_LM" and (value is None or value > allowed)
+        return {"text": _short(value), "shade": _shade(value), "hot": _shade(value) > HOT, "over": over}
+
     out = []
     for precision, tensors in deviations.items():
         for tensor, found in tensors.items():
-            rows = [[{"text": _short(x), "shade": _shade(x)} for x in row] for row in found["per_head"]]
+            rows = [[cell(x, tensor) for x in row] for row in found["per_head"]]
             grid = {"title": f"{tensor}, {precision}", "rows": rows, "wide": len(rows[0]) > 5}
             out.append({**grid, "max": found["max"], "worst": found["worst"], "delta": found["max_abs_delta"]})
     return sorted(out, key=lambda grid: (not grid["title"].startswith("G_LM"), grid["title"]))
@@ -206,7 +230,10 @@ def _spectra(g_LHKK: Tensor) -> list[Tree]:
             f"head {head}": [(i, max(value, 1e-12)) for i, value in enumerate(row)]
             for head, row in enumerate(values_HK.tolist())
         }
-        if drawn := draw(Plot(f"Layer {layer}", (), log=True), curves, g_HKK.shape[-1] - 1):
+        plot = Plot(
+            f"Layer {layer}", (), "singular value / largest", log=True, along="rank of the singular value, from 0"
+        )
+        if drawn := draw(plot, curves, g_HKK.shape[-1] - 1):
             out.append(drawn)
     return out
 

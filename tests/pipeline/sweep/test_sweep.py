@@ -13,7 +13,6 @@ from pipeline.config.schedule import invariance_budget
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io.storage import publish_json
 from pipeline.stages.runner import Pipeline
-from pipeline.sweep.report import scatter, table_lines, write_sweep_report
 from pipeline.sweep.sweep import Sweep, data_of
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -213,7 +212,7 @@ def test_a_stop_is_no_failure_of_a_child(make_sweep, tmp_path, stages, stop):
 
 
 def test_a_table_that_cannot_be_written_is_reported_at_the_end(make_sweep, tmp_path, stages, monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pipeline.sweep.sweep.write_sweep_report", full)
@@ -277,47 +276,6 @@ def test_the_table_has_the_values_that_were_trained_with(make_sweep):
         {"train.max_lr": 0.002, "train.metric_weight_decay": None},
     ]
     assert sweep.children[0].name == "max_lr-1e-3.metric_weight_decay-None"
-
-
-def row(child, x, y, **more):
-    return {"child": child, "seed": 1, "budget": x, "relative_deviation_g": y, "status": "finished", **more}
-
-
-def test_the_plot_places_points_by_hand_computed_geometry_and_counts_what_has_no_place(tmp_path):
-    rows = [row("a", 0.0, 1e-1), row("b", 10.0, 1e-5), row("c", 5.0, 0.0), row("d", None, 1e-3), row("e", 5.0, 1e-3)]
-    drawn = scatter(rows, x="budget", y="relative_deviation_g", log_x=False, log_y=True)
-    assert drawn["left_out"] == 2
-    points = [(p["x"], p["y"]) for p in drawn["points"]]
-    # x: [-0.5, 10.5] on 64..640; y: log10 in [-5, -1] on 286..12.
-    assert points == [(90.2, 12.0), (613.8, 286.0), (352.0, 149.0)]
-    assert [label for _, label in drawn["y_marks"]] == ["1e-05", "1e-04", "1e-03", "1e-02", "1e-01"]
-    failed = row("f", 7.0, 1e-9, status="failed")
-    assert scatter([*rows, failed], x="budget", y="relative_deviation_g", log_x=False, log_y=True) == {
-        **drawn,
-        "left_out": 3,
-    }
-    assert scatter([row("a", None, 1.0)], x="budget", y="relative_deviation_g", log_x=False, log_y=True) is None
-
-
-def test_the_page_escapes_what_it_shows_and_loads_nothing(tmp_path):
-    rows = [row("<script>alert(1)</script>", 1.0, float("nan")), row("b", 2.0, 1e-3)]
-    facts = {
-        "name": "s",
-        "run_id": "r",
-        "config": "base.yaml",
-        "set": {"train.steps": "5"},
-        "grid": ["seed"],
-        "children": 2,
-    }
-    plot = {"x": "budget", "y": "relative_deviation_g", "log_x": False, "log_y": True}
-    result = write_sweep_report({**facts, "plot": plot}, rows, tmp_path)
-    page = Path(result["files"]["page"]).read_text()
-    assert "<script" not in page and "&lt;script&gt;" in page and "http" not in page.replace("http-equiv", "")
-    assert "<circle" in page and "default-src 'none'" in page
-    table = json.loads(Path(result["files"]["table"]).read_text())
-    assert table["rows"][0]["relative_deviation_g"] is None and table["rows"][1]["relative_deviation_g"] == 1e-3
-    lines = table_lines(["seed"], rows)
-    assert len(lines) == 3 and lines[0].split()[:2] == ["seed", "budget"] and "0.001" in lines[2]
 
 
 def test_the_shipped_sweep_spans_variant_to_invariant_budgets(tmp_path):

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -18,30 +17,14 @@ from pipeline.data.documents.shard import shard_documents
 from pipeline.data.inspect.report import headline, write_report
 from pipeline.data.tokens.tokenize import tokenize_documents
 from pipeline.errors import UserError
+from pipeline.report.links import DATA, links, mlflow_link
+from tests.helpers.html_page import Page, browser, too_wide
 
 MakeConfig = Callable[..., RunConfig]
 EVIL = "<script>alert(1)</script>"
 PROSE = (
     "The sea was calm that morning, and nobody on the pier spoke of <b>storms</b> & {{ 7 * 7 }} or of the {} before. "
 )
-
-
-class Page(HTMLParser):
-    """Tags, their attributes, and the text a reader sees."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +72,7 @@ def test_no_document_becomes_markup(run: RunConfig, tmp_path: Path) -> None:
     write_report(EVIL, str(paths.documents), str(paths.tokens), tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     page = Page(text)
-    assert not {"script", "img", "link", "iframe", "object", "b onmouseover"} & set(page.tags)
+    assert not page.faults and not {"script", "img", "link", "iframe", "object", "b onmouseover"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.text.count(EVIL) == 12, "title, heading and ten excerpts are to be read as they are"
     assert "<img src=x onerror=alert(1)>.jsonl" in page.text and '"><script>' in page.text
@@ -146,3 +129,36 @@ def test_documents_that_a_step_checked_in_part_are_on_the_page(tmp_path: Path, m
     shard_documents(config, paths)
     write_report("run", str(paths.documents), str(paths.tokens), tmp_path / "page.html")
     assert "60 documents were checked in part" in " ".join(Page((tmp_path / "page.html").read_text()).text.split())
+
+
+def test_the_other_pages_of_the_run_are_linked_and_words_explained(run: RunConfig, tmp_path: Path) -> None:
+    pages = links(tmp_path / DATA, tmp_path, mlflow=mlflow_link("http://host", "abc"))
+    write_report("run", str(RunPaths(run.run_dir).documents), None, tmp_path / DATA, pages)
+    page = Page((tmp_path / DATA).read_text())
+    assert (
+        page.links["Certificate"] == "../certificate/certificate.html" and page.links["Run report"] == "training.html"
+    )
+    assert "not made yet: pldr validate CONFIG" in page.words() and page.links["MLflow"] == "http://host/#/runs/abc"
+    assert (
+        "share of documents" in page.text
+        and "length in characters" in page.text
+        and "a hash of everything" in page.text
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser() is None, reason="no Chromium")
+@pytest.mark.parametrize("width", [420, 1280])
+def test_nothing_is_wider_than_its_place(tmp_path: Path, make_config: MakeConfig, width: int) -> None:
+    long = "a_long_word" * 20
+    lines = [json.dumps({"text": long * (2 + number % 9)}) for number in range(60)] + ["bad " + long]
+    sources = []
+    for number in range(40):
+        (tmp_path / f"{long}-{number}.jsonl").write_text("\n".join(lines) + "\n")
+        sources.append({"url": f"{tmp_path}/{long}-{number}.jsonl", "license": long})
+    cleaning = {"exact_duplicates": True, "quality": True}
+    config = make_config(tmp_path / "run", sources, data={"on_bad_input": "skip", "clean": cleaning, "workers": 1})
+    paths = RunPaths(config.run_dir)
+    shard_documents(config, paths)
+    write_report(long, str(paths.documents), str(paths.tokens), tmp_path / "page.html")
+    assert too_wide(tmp_path / "page.html", width, tmp_path) == "none"

@@ -13,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.post.certificate.page import MAX_MAPS, Evidence, Shown, certificate_page, show_sample
+from pipeline.post.certificate.labels import CHECK_LABELS, FAILED_WHY
+from pipeline.post.certificate.page import MAX_MAPS, TERMS, Evidence, Shown, certificate_page, show_sample
 from pipeline.post.extract import extract_g
 from pipeline.post.validate import validate
+from pipeline.report.links import CERTIFICATE, Link, links, mlflow_link
 from pldr_model.model import PLDRModel
+from tests.helpers.html_page import Page, browser, too_wide
 
 REAL_G = Path("/work/shared/reference/PLDRv51-110M-1.G_LM.safetensors")
 HISTORIES = {
@@ -42,7 +45,10 @@ def test_a_certified_page_has_everything_and_loads_nothing(
     assert verdict_of(page) == "Certified: G_LM may be cached"
     assert page.index("verdict yes") < page.index(">Checks</h2>")
     assert page.count('<img src="data:image/png;base64,') == 4  # a head each
-    assert page.count("<svg") == 2 + 2  # spectra by layer; order parameters and budget
+    read = Page(page)
+    assert not read.faults and page.count('role="img"') == 2 + 2  # spectra by layer; order parameters and budget
+    for word in ("1e-5: certified below", "9: invariance is expected", "singular value / largest", *TERMS):
+        assert word in read.text, word
     for words in (
         "relative_deviation_g",
         "Judged on only 16",
@@ -52,7 +58,8 @@ def test_a_certified_page_has_everything_and_loads_nothing(
     ):
         assert words in page, words
     assert "<script" not in page and "&lt;script&gt;" in page
-    assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "url(" not in page and "@import" not in page
+    assert all(str(address).startswith("data:image/png") for address in read.loaded)
+    assert "url(" not in page and "@import" not in page
     assert "img-src data:" in page and "default-src 'none'" in page
     assert "Thresholds looser than the defaults: min_prompts 16 (default 100)" in page
     assert certificate["prompts"]["sha256"] in page and "No SDPA twin is configured" in page
@@ -63,10 +70,48 @@ def test_a_failed_page_says_so_first_and_shows_every_fix(tiny: SimpleNamespace) 
     certificate = tiny.certify(model, tiny.sample_text(model), budget=0.16)
     page = page_of(certificate, torch.randn(2, 2, 8, 8), twin={"loss": 4.2, "note": "The SDPA twin is runs/twin"})
     assert verdict_of(page) == "Not certified: G_LM must not be cached"
+    read = Page(page)
+    assert not read.faults
+    deviation = certificate["measures"]["relative_deviation_g"]
+    top = read.text[: read.text.index("Cost of caching")]  # the links below the numbers
+    assert f"by {deviation:.0%} of its size in the worst head" in top and "the invariance budget was 0.16" in top
     for failure in certificate["failed"]:
-        assert failure["measure"] in page
+        assert CHECK_LABELS[failure["measure"]] in top and FAILED_WHY[failure["measure"]] in top
+    assert (
+        "greedy tokens agree" not in page
+        and "tier in" not in page
+        and "100" not in read.text[: read.text.index("What failed")]
+    )
+    first = [check["measure"] for check in certificate["checks"] if not check["passed"]]
+    assert re.findall(r"<code>(\w+)</code><br>", page)[: len(first)] == first
     assert "train.metric_weight_decay" in page and "The SDPA twin is runs/twin" in page and "4.2000" in page
     assert "MLflow had no metrics" in page
+
+
+def test_every_check_has_its_words(certificate: dict[str, Any]) -> None:
+    names = [check["measure"] for check in certificate["checks"]]
+    assert names == list(CHECK_LABELS) == list(FAILED_WHY)
+
+
+def test_the_other_pages_of_the_run_are_linked(certificate: dict[str, Any], tmp_path: Path) -> None:
+    pages = links(tmp_path / CERTIFICATE, tmp_path, mlflow=mlflow_link("http://host:5000", "abc"))
+    read = Page(page_of(certificate, torch.eye(8).expand(2, 2, 8, 8), pages=[*pages, Link("<b>", None, "<i>", "<s>")]))
+    assert read.links["Run report"] == "../report/training.html" and read.links["Data report"] == "../report/data.html"
+    assert read.links["MLflow"] == "http://host:5000/#/runs/abc" and "not made yet: pldr report CONFIG" in read.words()
+    assert "<b>" in read.text and "<i>" in read.text and not read.faults
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser() is None, reason="no Chromium")
+@pytest.mark.parametrize("width", [420, 1280])
+def test_nothing_is_wider_than_its_place(tiny: SimpleNamespace, tmp_path: Path, width: int) -> None:
+    model, long = tiny.make_model(gain=1.0), "a_long_word" * 40
+    text = tiny.sample_text(model)
+    certificate = tiny.certify(model, text, lineage={**tiny.lineage, "checkpoint": long}, budget=0.16)
+    pages = links(tmp_path / "page.html", tmp_path, mlflow=mlflow_link(f"sqlite:////{long}", long), in_sweep=True)
+    more = {"pages": pages, "samples": [Shown("greedy", long, long, long, 3)], "notes": [long], "histories": HISTORIES}
+    (tmp_path / "page.html").write_text(page_of(certificate, torch.randn(2, 2, 8, 8), **more))
+    assert too_wide(tmp_path / "page.html", width, tmp_path) == "none"
 
 
 def test_a_page_of_what_could_not_be_measured(tiny: SimpleNamespace, text: torch.Tensor) -> None:
