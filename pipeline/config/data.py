@@ -6,10 +6,11 @@ changes one. The order of the steps is fixed (docs/data.md), whatever the order 
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from pipeline.config.section import Kind, Section, Switch, Url
 
@@ -37,8 +38,30 @@ class Source(Section):
         None, "of the source in document ids; null: from the url", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
     )
     text_key: str = corpus("text", "field or column with the text")
+    split_at: str | None = corpus(
+        None,
+        "regular expression: a txt or md file is cut before each match, and each part is a document; null: not cut",
+    )
     weight: float = corpus(1.0, "2.5: every training document twice, and a hash-chosen half once more", gt=0, le=1000)
     license: str | None = corpus(None, "recorded with the documents")
+
+    @field_validator("split_at")
+    @classmethod
+    def _is_a_pattern(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            try:
+                found = re.compile(pattern, re.MULTILINE)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}; fix it") from None
+            if found.match(""):
+                raise ValueError(f"{pattern!r} matches nothing at all, so everywhere; name what a document begins with")
+        return pattern
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `split_at` where it is not set: the recorded sources of runs from before it compare equal."""
+        tree: dict[str, Any] = handler(self)
+        return {key: value for key, value in tree.items() if key != "split_at" or value is not None}
 
 
 def _as_sources(value: object) -> object:

@@ -81,6 +81,7 @@ def _source(number: int, files: list[InputFile], data: DataConfig, records: list
         "weight": source.weight,
         "license": source.license,
         "text_key": source.text_key,
+        **({"split_at": source.split_at} if source.split_at is not None else {}),
         "files": len(own),
         "documents": sum(documents for documents, _ in written),
         "text_bytes": sum(size for _, size in written),

@@ -53,6 +53,7 @@ class _Evaluation:
     name: str | None = None
     text_key: str = "text"
     license: str | None = None
+    split_at: str | None = None
 
 
 _INVISIBLE = regex.compile(f"[{INVISIBLE}]+")

@@ -56,12 +56,15 @@ class SourceConfig(Protocol):
     def text_key(self) -> str: ...
     @property
     def license(self) -> str | None: ...
+    @property
+    def split_at(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
 class InputFile:
     """One file to read. `source`: index in data.sources. `size`: bytes as stored, 0 if a server does not report it.
-    `identity` changes when the file does: a hash of its size, times, or a store's etag. `state`: `state_of` a local one."""
+    `identity` changes when the file does: a hash of its size, times, or a store's etag. `state`: `state_of` a local one.
+    `split_at`: what begins a document in a file of several (text only)."""
 
     url: str
     name: str
@@ -74,6 +77,7 @@ class InputFile:
     source: int
     source_name: str
     state: tuple[int, ...] = ()
+    split_at: str | None = None
 
     @property
     def shown(self) -> str:
@@ -147,6 +151,10 @@ def list_sources(sources: Iterable[SourceConfig], *, outputs: Iterable[str] = ()
                 if how != "folder":
                     raise UserError(f"{public_url(match.url)}: unknown extension; data.sources reads {KNOWN}")
                 ignored += 1
+            elif source.split_at is not None and kind not in ("text", NOT_A_FILE):
+                raise UserError(
+                    f"data.sources: {public_url(match.url)}: split_at cuts txt and md only; remove it or name only those"
+                )
             elif match.url not in files:
                 files[match.url] = InputFile(
                     url=match.url,
@@ -160,6 +168,7 @@ def list_sources(sources: Iterable[SourceConfig], *, outputs: Iterable[str] = ()
                     source=number,
                     source_name=names[number],
                     state=state_of(match.url),
+                    split_at=source.split_at,
                 )
         if len(files) == before and ignored == ignored_before:
             shown = public_url(source.url)

@@ -7,7 +7,8 @@ UTF-8, and continues.
 Texts (.txt, .md) of at most `max_document_bytes` are one document. A larger one is many: there is a grid point every TEXT_PIECE
 bytes (half of `max_document_bytes` if that is less), and a document ends at the first paragraph end after each grid point; if
 there is no blank line before the next one, at the first line end; otherwise between two characters. Only the file and the two
-sizes decide this, not how the file is cut into units.
+sizes decide this, not how the file is cut into units. With `split_at` a text is cut before each match instead, and a larger one
+is rejected.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import pairwise
 
 import orjson
 
@@ -121,6 +123,8 @@ def _read(unit: Unit, limit: int) -> Iterator[Text | Rejected]:
                 yield Rejected(None, "not_utf8", unit.file.shown, f"UTF-16, not UTF-8, by its first bytes; {fix}")
         elif unit.file.kind == "html":
             yield _read_html(unit, stream, limit)
+        elif unit.file.split_at is not None:
+            yield from _read_split(unit, stream, unit.file.split_at, limit)
         elif unit.file.kind == "text":
             yield from _read_text(unit, stream, start, limit)
         else:
@@ -253,6 +257,23 @@ def _read_html(unit: Unit, stream: io.BufferedReader, limit: int) -> Text | Reje
         return Text(0, text)
     problem = f"no main text found in this page; remove the file, provide its text as .txt {SKIP}"
     return Rejected(0, "no_main_text", unit.file.shown, problem)
+
+
+def _read_split(unit: Unit, stream: io.BufferedReader, split_at: str, limit: int) -> Iterator[Text | Rejected]:
+    """The parts of a text, each from one match of `split_at` to the next; also what is before the first. White space alone is
+    no document."""
+    data = stream.read(limit + 1)
+    if len(data) > limit:
+        yield Rejected(0, "too_long_file", unit.file.shown, too_long(limit))
+        return
+    whole = _decode(unit, data, record=0, position=0)
+    if isinstance(whole, Rejected):
+        yield whole
+        return
+    begins = [match.start() for match in re.finditer(split_at, whole.text, re.MULTILINE)]
+    bounds = sorted({0, *begins, len(whole.text)})
+    parts = (whole.text[begin:end] for begin, end in pairwise(bounds))
+    yield from (Text(number, part) for number, part in enumerate(parts, 1) if part.strip())
 
 
 def _read_text(unit: Unit, stream: io.BufferedReader, start: int, limit: int) -> Iterator[Text | Rejected]:

@@ -7,7 +7,7 @@ A small file is one unit, a huge one many:
                              the records that begin in its chunks: chunk i of STREAM_CHUNK decompressed bytes belongs to part
                              i % parts, so the parsing is shared, if not the decompression
     .parquet                 byte ranges of RANGE; a row group belongs to the range in which it begins
-    .html, .parquet that has to be copied first, files of unknown size    one unit
+    .html, text that is split (split_at), .parquet that has to be copied first, files of unknown size    one unit
 
 Units are numbered through the corpus and depend only on the files, never on tasks or workers: a document's ordinal (unit,
 record) is its position in the corpus, the same on every run. text.py and parquet.py read them.
@@ -105,7 +105,7 @@ def is_copied(file: InputFile) -> bool:
 
 
 def _parts(file: InputFile) -> int:
-    if file.kind not in ("jsonl", "text", "parquet"):
+    if file.kind not in ("jsonl", "text", "parquet") or file.split_at is not None:
         return 1
     if file.compression is None:
         return 1 if is_copied(file) else max(1, -(-file.size // RANGE))

@@ -41,7 +41,7 @@ def load(tmp_path):
 
 
 def test_every_variant_is_there_and_differs_from_its_twin_in_the_source_of_g_alone(load):
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(VARIANTS)
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*VARIANTS, "base"}
     twin = load("sdpa").as_dict()
     for name, variant in VARIANTS.items():
         config = load(name)
@@ -60,15 +60,15 @@ def test_every_variant_is_there_and_differs_from_its_twin_in_the_source_of_g_alo
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_is_the_quickstart_but_for_the_keys_that_it_names(load, name):
-    quickstart = load_config(FOLDER.parent / "quickstart.yaml").flat()
+def test_a_variant_is_the_base_but_for_the_keys_that_it_names(load, name):
+    base = load("base").flat()
     ours = load(name).flat()
-    assert ours.keys() == quickstart.keys()
-    differ = {key for key in ours if ours[key] != quickstart[key]}
+    assert ours.keys() == base.keys()
+    differ = {key for key in ours if ours[key] != base[key]}
     named = {f"model.{key}" for key, value in VARIANTS[name].items() if (key, value) != ("g_source", "learned")}
     named |= {"name", "run_dir"} | (set() if name == "sdpa" else {"post.twin"})
     assert differ == named | ({"model.g_file"} if name == "transferred" else set())
-    assert "extends: ../quickstart.yaml" in (FOLDER / f"{name}.yaml").read_text()
+    assert "extends: base.yaml" in (FOLDER / f"{name}.yaml").read_text()
 
 
 def test_plan_counts_each_variant_exactly(load):

@@ -154,6 +154,27 @@ def test_a_source_may_be_a_plain_path(given):
     assert source == RunConfig.model_validate(TREE).data.sources[0]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("^(#", r"'\^\(#' is not a regular expression: missing \), .*; fix it"),
+        ("^(# .*)?", ".* matches nothing at all"),
+    ],
+)
+def test_what_cannot_split_a_text_is_refused(pattern, problem):
+    tree = {**TREE, "data": {"sources": [{"url": "x.md", "split_at": pattern}]}}
+    with pytest.raises(ConfigError, match=rf"data.sources.0.split_at: {problem}"):
+        parse_config(tree, where="x")
+
+
+def test_a_source_that_is_not_split_is_written_as_before_the_key_was_there():
+    """Runs of earlier versions recorded it: another form could not be resumed without --force, and would be sharded again."""
+    sources = [{"url": "x.txt"}, {"url": "y.md", "split_at": "^# "}]
+    written = parse_config({**TREE, "data": {"sources": sources}}, where="x").as_dict()["data"]["sources"]
+    assert sorted(written[0]) == ["license", "name", "text_key", "url", "weight"]
+    assert written[1]["split_at"] == "^# " and "split_at" not in json.dumps(written[0])
+
+
 def test_flat_names_every_leaf():
     flat = RunConfig.model_validate(TREE).flat()
     assert flat["train.metric_weight_decay"] == "null" and flat["model.head_dim"] == "4"

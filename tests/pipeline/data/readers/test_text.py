@@ -17,8 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.config.data import Source
 from pipeline.data.readers import text as read
 from pipeline.data.readers import units
+from pipeline.data.readers.sources import find_files
 from pipeline.data.readers.text import bad_input_error, read_unit
 from pipeline.data.readers.units import Rejected, Text
 from pipeline.errors import UserError
@@ -56,6 +58,46 @@ def test_another_text_key(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x", "text": 3}\n')
     write_parquet(tmp_path / "b.parquet", pa.array(["y"]), key="body")
     assert texts(read_all(tmp_path, "body")) == ["x", "y"]
+
+
+PLAY = "# Play\r\n\n## ACT I\n\n### SCENE I\n\nA: ### no\n\n### SCENE II\n\nB\n\n## ACT II\n\n### SCENE I\n\nC\n"
+
+
+def split(path: Path, split_at: str) -> list[tuple[str, Text | Rejected]]:
+    planned = units.plan_units(find_files([Source(url=str(path), split_at=split_at)])[0])
+    items = [(unit, item) for unit in planned for item in read_unit(unit, max_document_bytes=MB)]
+    return [(unit.document_id(item.record or 0), item) for unit, item in items]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_text_is_cut_before_each_match_and_nothing_of_it_is_lost(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.md{ending}"
+    path.write_bytes(COMPRESS[ending](PLAY.encode()))
+    with small_parts(20, 20):  # a heading may lie anywhere: such a file is one unit
+        named = split(path, r"^(## .*\n+)?### ")
+    assert [name for name, _ in named] == [f"a/a.md{ending}#{number}" for number in (1, 2, 3, 4)]
+    found = texts([item for _, item in named])
+    assert "".join(found) == PLAY
+    assert [text.split()[:3] for text in found[1:]] == [["##", "ACT", "I"], ["###", "SCENE", "II"], ["##", "ACT", "II"]]
+
+
+def test_a_text_without_a_match_is_one_document_and_white_space_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("\n \n# a\n# b\n")
+    assert [item for _, item in split(tmp_path / "a.md", "^# ")] == [Text(2, "# a\n"), Text(3, "# b\n")]
+    assert [item for _, item in split(tmp_path / "a.md", "^x")] == [Text(1, "\n \n# a\n# b\n")]
+
+
+def test_a_text_that_cannot_be_cut_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_bytes(b"# a\n" * (MB // 4 + 1))
+    (tmp_path / "latin.txt").write_bytes(b"# a\n# caf\xe9")
+    reasons = [item.reason for _, item in split(tmp_path, "^# ") if isinstance(item, Rejected)]
+    assert reasons == ["not_utf8", "too_long_file"]
+
+
+def test_only_texts_are_cut(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "# a"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl: split_at cuts txt and md only; remove it or name only those"):
+        split(tmp_path, "^# ")
 
 
 def test_s3_is_read_despite_faults_and_in_parts(

