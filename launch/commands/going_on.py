@@ -12,6 +12,7 @@ from launch.commands.verbs import Report
 from pipeline.checkpoint.format import committed
 from pipeline.errors import AnotherRunError, ConfigError
 from pipeline.stages.borrow import with_data_of
+from pipeline.stages.compatible import newest_stable
 from pipeline.stages.resume import parse_resume
 
 if TYPE_CHECKING:
@@ -45,9 +46,11 @@ def with_command(pipeline: Pipeline, arguments: Any) -> Iterator[None]:
             raise
         own = [word for word in arguments.overrides if word.partition("=")[0] != "run_dir"]
         old = pipeline.config.run_dir.rstrip("/")
-        words = [arguments.config, *own, f"run_dir={_free(old, error.key, pipeline.config)}", "--resume", old]
+        stable = newest_stable(pipeline.paths.checkpoints, pipeline.config.train)
+        source, what = (old, "") if stable is None else (f"{old}/checkpoints/{stable.name}", " of the stable part")
+        words = [arguments.config, *own, f"run_dir={_free(old, error.key, pipeline.config)}", "--resume", source]
         command = f"pldr {arguments.verb} {shlex.join(words)}"
-        raise ConfigError(f"{error}; to go on from its newest checkpoint with the same data: {command}") from None
+        raise ConfigError(f"{error}; to go on from its newest checkpoint{what} with the same data: {command}") from None
 
 
 def _free(run_dir: str, key: str, config: RunConfig) -> str:

@@ -25,10 +25,13 @@ def stable_until(train: TrainConfig, step: int) -> int | None:
     return end if step <= end else None
 
 
-def schedule_line(before: TrainConfig, now: TrainConfig, step: int) -> str | None:
-    """How the learning rate goes on at a checkpoint's step, one line; None when the schedule is as it was."""
-    if all(getattr(before, key) == getattr(now, key) for key in OF_SCHEDULE):
-        return None
+def same_schedule(before: TrainConfig, now: TrainConfig) -> bool:
+    """Whether a run goes on as it was planned."""
+    return all(getattr(before, key) == getattr(now, key) for key in OF_SCHEDULE)
+
+
+def schedule_line(before: TrainConfig, now: TrainConfig, step: int) -> str:
+    """How the learning rate goes on at a checkpoint's step, one line."""
     return f"{_name(before, now)}: {_here(before, now, step)}{_to_come(now, step)}"
 
 

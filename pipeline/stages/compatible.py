@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.format import committed, model_of, step_of
+from pipeline.checkpoint.format import committed, model_of, read_state, step_of
+from pipeline.config.continued import schedule_before, stable_until
 from pipeline.config.keys import is_of_training
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig, flatten
-from pipeline.errors import ConfigError
+from pipeline.config.train import TrainConfig
+from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pldr_model.config import ModelConfig
 
@@ -59,6 +62,21 @@ def check_inputs(
         )
     for difference in differ:
         report(f"FORCED      {checkpoint.name} was trained with {difference}")
+
+
+def newest_stable(folder: Path, train: TrainConfig) -> Path | None:
+    """The newest checkpoint in the stable part of the WSD schedule that it was trained with, from where `train` goes on at the
+    same rate; None where there is none, or the newest is it."""
+    found = committed(folder)
+    for checkpoint in reversed(found):
+        with contextlib.suppress(UserError, OSError, KeyError, TypeError):  # damaged: not one to name
+            state = read_state(checkpoint)
+            before = schedule_before(state["config"]["train"], train)
+            if before.schedule != "wsd":
+                return None
+            if stable_until(before, state["step"]) is not None and stable_until(train, state["step"]) is not None:
+                return None if checkpoint == found[-1] else checkpoint
+    return None
 
 
 def changes(state: State, config: RunConfig, ranks: int) -> dict[str, str]:

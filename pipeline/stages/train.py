@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.format import TRAINING_LOCK, checkpoint_bytes, committed, step_of, verify
 from pipeline.checkpoint.retention import policy_of
-from pipeline.config.continued import budget_line, schedule_before, schedule_line
+from pipeline.config.continued import budget_line, same_schedule, schedule_before, schedule_line, stable_until
 from pipeline.config.paths import RunPaths, data_paths, tokens_folder
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io import locks, storage
 from pipeline.io.mounts import same_disk
 from pipeline.io.sealed import publish_sealed
-from pipeline.stages.compatible import Report, changes
+from pipeline.stages.compatible import Report, changes, newest_stable
 from pipeline.stages.described import data_sets, sentence
-from pipeline.stages.resume import find_start
+from pipeline.stages.resume import find_start, parse_resume
 from pipeline.stages.still import Still
 from pipeline.tracking import outbox
 from pipeline.tracking.client import tracking_uri
@@ -165,7 +165,7 @@ def _prepare(
             "use train.zero_stage=1"
         )
     if start.checkpoint is not None:
-        for line in _going_on(config, start.state):
+        for line in _going_on(config, start.state, parse_resume(resume).path):
             report(line)
         changed = changes(start.state, config, ranks)
         for key, change in changed.items():
@@ -186,13 +186,17 @@ def _prepare(
     return Job(job_file, start.run, start.checkpoint)
 
 
-def _going_on(config: RunConfig, state: dict[str, Any]) -> list[str]:
-    """What is decided about the learning rate and the invariance budget where a run goes on with another schedule."""
+def _going_on(config: RunConfig, state: dict[str, Any], source: Path | None) -> list[str]:
+    """What is decided about the learning rate and the invariance budget where a run begins at another one's checkpoint (source:
+    what `--resume PATH` names), or goes on with another schedule."""
     train = config.train
-    schedule = schedule_line(schedule_before(state["config"]["train"], train), train, state["step"])
-    if schedule is None:
+    before = schedule_before(state["config"]["train"], train)
+    if same_schedule(before, train) and source is None:
         return []
-    lines = [f"schedule    {schedule}"]
+    lines = [f"schedule    {schedule_line(before, train, state['step'])}"]
+    stable = None if source is None else newest_stable(source / "checkpoints", train)
+    if stable is not None and stable_until(before, state["step"]) is None:
+        lines.append(f"            without that jump: --resume {stable}")
     if config.model.g_source == "learned":
         lines.append(f"budget      {budget_line(train, state)}")
     return lines

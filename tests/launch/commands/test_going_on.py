@@ -10,6 +10,7 @@ from launch.commands.going_on import with_command
 from pipeline.config.load import load_config
 from pipeline.config.paths import RunPaths
 from pipeline.errors import AnotherRunError, ConfigError
+from pipeline.io import storage
 from tests.helpers.stages import trained
 
 
@@ -36,6 +37,19 @@ def test_another_recipe_is_refused_with_the_command_that_goes_on(make_run, tmp_p
         (tmp_path / "my runs" / taken).mkdir()
     assert f"run_dir={old}-60-2" in shlex.split(refused(config, where, "train.steps=60"))
     assert f"run_dir={old}-3" in shlex.split(refused(config, where, "seed=5", key="seed"))
+
+
+def test_a_wsd_run_goes_on_from_its_stable_part(make_run, tmp_path):
+    config = make_run(tmp_path, steps=50, schedule="wsd", warmup_steps=5)
+    for step in (20, 40, 50):
+        checkpoint = RunPaths(tmp_path / "run").checkpoints / f"step-{step:06d}"
+        state = {"schema_version": 2, "step": step, "config": load_config(config).as_dict()}
+        storage.publish_json(checkpoint / "state.json", state)
+        (checkpoint / "COMMITTED").write_text("x")
+    said = refused(config, "train.steps=100")
+    assert "of the stable part" in said and said.endswith(f"--resume {tmp_path}/run/checkpoints/step-000040")
+    assert said.count("step-0000") == 1
+    assert refused(config, "train.steps=100", "train.schedule=cosine").endswith(f"--resume {tmp_path}/run")
 
 
 def test_a_run_begins_at_one_place(capsys):

@@ -2,7 +2,15 @@
 
 import pytest
 
-from pipeline.config.continued import budget_after, budget_line, budget_of, schedule_before, schedule_line, stable_until
+from pipeline.config.continued import (
+    budget_after,
+    budget_line,
+    budget_of,
+    same_schedule,
+    schedule_before,
+    schedule_line,
+    stable_until,
+)
 from pipeline.config.schedule import invariance_budget
 from pipeline.config.train import FreezeConfig, TrainConfig
 
@@ -14,8 +22,7 @@ def recipe(**keys):
 @pytest.mark.parametrize(
     ("before", "now", "step", "said"),
     [
-        ({}, {}, 500, None),
-        ({}, {"metric_weight_decay": 5.0}, 500, None),
+        ({}, {}, 1000, "cosine: goes on at step 1,000 with rate 8.0e-4, then down to 1.0e-4 at step 3,000"),
         (
             {},
             {"steps": 6000},
@@ -51,8 +58,13 @@ def recipe(**keys):
         ({"steps": 6000}, {"steps": 3000}, 3000, "cosine shortened over 3,000 steps: nothing is left after step 3,000"),
     ],
 )
-def test_the_schedule_is_said_when_it_is_another_one(before, now, step, said):
+def test_what_is_said_of_the_schedule(before, now, step, said):
     assert schedule_line(recipe(**before), recipe(**now), step) == said
+
+
+def test_which_keys_make_another_schedule():
+    assert same_schedule(recipe(), recipe(metric_weight_decay=5.0, checkpoint_every=7))
+    assert not any(same_schedule(recipe(), recipe(**keys)) for keys in ({"steps": 6000}, {"schedule": "constant"}))
 
 
 def test_the_schedule_of_a_checkpoint_is_its_own_and_older_ones_were_cosines():
