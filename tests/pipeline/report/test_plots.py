@@ -79,11 +79,8 @@ def test_labels_do_not_repeat_or_cover_one_another() -> None:
     six, nine = drawn["limits"]
     assert nine["text_y"] < nine["y"] < six["y"] < six["text_y"]
     flat = draw(Plot("t", ("a",)), {"a": [(0, 12345.6), (9, 12345.6)]}, 9)
-    assert (
-        flat is not None
-        and [label for _, label in flat["marks"]][0] == "12,345.2"
-        and flat["lines"][0]["newest"] == "12,346"
-    )
+    assert flat is not None
+    assert flat["marks"][0][1] == "12,345.2" and flat["lines"][0]["newest"] == "12,346"
 
 
 def test_an_event_is_a_line_at_its_step() -> None:
