@@ -87,8 +87,8 @@ def _why_not(certificate: Tree) -> str:
 
 
 def failures(certificate: Tree) -> list[Tree]:
-    """What failed: label, why in plain words, value, what is required, fix (none where another failure is the cause). Nothing is
-    claimed of what could not be measured."""
+    """What failed: label, why in plain words, value, what is required, fix (none where another failure is the cause).
+    Nothing is claimed of what could not be measured."""
     found = [check for check in certificate["checks"] if not check["passed"]]
     broken = any(check["measure"] == "not_finite" for check in found)  # the cause of whatever has no value
     return [
