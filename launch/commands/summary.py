@@ -44,7 +44,10 @@ def summary(pipeline: Pipeline, records: dict[str, dict[str, Any]], report: Repo
     model = f"models:/{config.post.register_as}@certified"
     serve = f"mlflow models serve -m {model} --env-manager local --port 5001"
     environment = f"PATH={tools}:$PATH MLFLOW_TRACKING_URI={shlex.quote(uri)}"  # mlflow starts uvicorn by name
-    report(f"\nbundle      {paths.bundle}")
+    report(
+        f"\ncertificate {paths.certificate / 'certificate.html'}    (open it in a browser: verdict, evidence, samples)"
+    )
+    report(f"bundle      {paths.bundle}")
     report(f"look        {view}    (run {records['train']['result']['run_id']})")
     if not served and run is not None:
         report(f"  and open  {page}")

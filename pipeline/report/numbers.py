@@ -17,7 +17,14 @@ def number(value: Any) -> str:
         return "infinite"
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e6):
         return f"{int(value):,}"
-    return scientific(value) if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:.4g}"
+    if abs(value) < 1e-2 or abs(value) >= 1e5:
+        return scientific(value)
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def fixed(value: float, digits: int) -> str:
+    """With this many decimals, where that is not a long number."""
+    return f"{value:.{digits}f}" if abs(value) < 1e5 else number(value)
 
 
 def scientific(value: float, digits: int = 1) -> str:

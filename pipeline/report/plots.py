@@ -72,6 +72,7 @@ def draw(plot: Plot, curves: dict[str, Points], steps: int, events: Sequence[tup
         newest = number(points[-1][1])
         lines.append({"name": metric, "style": place % STYLES, "newest": newest, "pieces": drawn, "dots": alone})
     heights = {name: {step: y(scale(v)) for step, v in points if good(v)} for name, points in curves.items()}
+    marks = ticks(low, high, whole=plot.log or plot.from_zero)
     return {
         "title": plot.title,
         "unit": plot.unit + (", logarithmic" if plot.log and plot.unit else ""),
@@ -79,11 +80,8 @@ def draw(plot: Plot, curves: dict[str, Points], steps: int, events: Sequence[tup
         "note": plot.note,
         "lines": lines,
         "same": _same(heights, {name: dict(points) for name, points in curves.items()}, log=plot.log),
-        "marks": [(y(mark), tick(mark, log=plot.log)) for mark in ticks(low, high, whole=plot.log or plot.from_zero)],
-        "limits": [
-            {"y": y(scale(one.value)), "label": one.label, "left": _is_freer_left(heights, y(scale(one.value)), steps)}
-            for one in limits
-        ],
+        "marks": [(y(mark), label) for mark, label in zip(marks, _labels(marks, log=plot.log), strict=True)],
+        "limits": _drawn_limits([(y(scale(one.value)), one.label) for one in limits], heights, steps),
         "events": [{"x": x(step), "label": label, "end": step > steps / 2} for step, label in events if step <= steps],
         "steps": [(x(step), tick(step, log=False)) for step in sorted({0, steps // 2, steps})],
     }
@@ -98,6 +96,20 @@ def _span(values: list[float], log: bool) -> tuple[float, float]:
     return low, high
 
 
+def _drawn_limits(limits: list[tuple[float, str]], heights: dict[str, dict[int, float]], steps: int) -> list[Tree]:
+    """Thresholds with their labels: above the line, or below it where another one is close above."""
+    tops = [at for at, _ in limits]
+    return [
+        {
+            "y": at,
+            "label": label,
+            "left": _is_freer_left(heights, at, steps),
+            "text_y": round(at + 10 if any(0 < at - other < 14 for other in tops) else at - 4, 1),
+        }
+        for at, label in limits
+    ]
+
+
 def _is_freer_left(heights: dict[str, dict[int, float]], y: float, steps: int) -> bool:
     """Whether the label of a line at the height `y` is farther from the curves at the left end than at the right one."""
 
@@ -109,22 +121,34 @@ def _is_freer_left(heights: dict[str, dict[int, float]], y: float, steps: int) -
 
 
 def _same(heights: dict[str, dict[int, float]], values: dict[str, dict[int, float]], *, log: bool) -> list[str]:
-    """A sentence for each curve that lies on an earlier one, at every step that both have."""
-    notes, names = [], list(heights)
-    for place, name in enumerate(names):
-        for other in names[:place]:
+    """A sentence for each curve on which later ones lie, at every step that both have."""
+    found: dict[str, list[str]] = {}
+    apart: dict[str, float] = {}  # the largest factor on a logarithmic axis, else the largest difference
+    for name in heights:
+        for other in heights:
+            if other == name:
+                break
             shared = heights[name].keys() & heights[other].keys()
             if not shared or max(abs(heights[name][s] - heights[other][s]) for s in shared) > APART:
                 continue
-            if log:
-                ratios = [values[name][s] / values[other][s] for s in shared]
-                apart = f"by a factor of {max(*ratios, *(1 / ratio for ratio in ratios)):.3g} at most"
-            else:
-                gap = max(abs(values[name][s] - values[other][s]) for s in shared)
-                apart = f"by {scientific(gap)} at most" if gap else ""
-            notes.append(f"{name} lies on {other}: " + (f"they differ {apart}." if apart else "they are equal."))
+            pairs = [(values[name][s], values[other][s]) for s in shared]
+            gap = max(max(a / b, b / a) for a, b in pairs) if log else max(abs(a - b) for a, b in pairs)
+            found.setdefault(other, []).append(name)
+            apart[other] = max(gap, apart.get(other, 0.0))
             break
+    notes = []
+    for other, names in found.items():
+        gap = apart[other]
+        differ = f"by a factor of {gap:.4g} at most" if log else f"by {scientific(gap)} at most"
+        end = "they are equal." if gap == log else f"they differ {differ}."  # a factor of 1, a difference of 0
+        notes.append(f"{', '.join(names)} {'lies' if len(names) == 1 else 'lie'} on {other}: {end}")
     return notes
+
+
+def _labels(marks: list[float], *, log: bool) -> list[str]:
+    """Of ticks: all different, with more digits where it takes them."""
+    labels = [tick(mark, log=log) for mark in marks]
+    return labels if len(set(labels)) == len(labels) else [f"{mark:,.10g}" for mark in marks]
 
 
 def thinned(points: Points) -> Points:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.config.schedule import BUDGET_INVARIANT, BUDGET_PUBLISHED
 from pipeline.io.storage import publish_bytes
 from pipeline.io.urls import without_secrets
 from pipeline.report.html import render
-from pipeline.report.numbers import number, scientific, short
+from pipeline.report.numbers import fixed, number, scientific, short
 from pipeline.report.plots import Limit, Plot, Points, Tree, draw
 from pipeline.report.terms import explained
 
@@ -30,12 +31,12 @@ TERMS = ("A", "A_LM", "A_P", "G_LM", "live, cached", "block loss", "cached loss"
 TILES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("data/tokens", "training tokens", lambda value: short(round(value))),
     ("data/padding_share", "padding", "{:.1%}".format),
-    ("train/loss", "training loss, nats", "{:.4f}".format),
-    ("val/loss_cached", "held-out loss, cached G_LM, nats", "{:.4f}".format),
+    ("train/loss", "training loss, nats", partial(fixed, digits=4)),
+    ("val/loss_cached", "held-out loss, cached G_LM, nats", partial(fixed, digits=4)),
     ("val/leak_gap", "leak gap, nats", number),
-    ("val/bits_per_byte", "held-out bits per byte", "{:.4f}".format),
+    ("val/bits_per_byte", "held-out bits per byte", partial(fixed, digits=4)),
     ("invariance/order_parameter_G", "order parameter of G_LM", number),
-    ("invariance/budget", "invariance budget", "{:.2f}".format),
+    ("invariance/budget", "invariance budget", partial(fixed, digits=2)),
 )
 NOT_VALIDATED = "No validation yet: held-out loss, order parameters and leak gap come with train.validate_every."
 

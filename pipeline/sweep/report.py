@@ -40,6 +40,7 @@ MEANINGS = {
     "budget": "invariance budget that the training has spent",
     "data_fingerprint": "equal for children that trained on the same tokens",
 }
+LONGEST = 16  # letters of a cell: ids and fingerprints are known by their beginning
 Row = dict[str, Any]
 Result = dict[str, Any]
 
@@ -71,7 +72,10 @@ def write_sweep_report(
         "drawn": scatter(plain, **facts["plot"], grid=facts["grid"], limits=limits),
         "terms": explained(*TERMS),
     }
-    filters: dict[str, Callable[[Any], str]] = {"cell": cell}
+    filters: dict[str, Callable[[Any], str]] = {
+        "cell": cell,
+        "shortened": lambda text: text if len(text) <= LONGEST else f"{text[:LONGEST]}\u2026",
+    }
     source = Path(__file__).with_name("report.html")
     publish_bytes(files["page"], render(source, content, filters).encode("utf-8", errors="replace"))
     return {"table": plain, "files": files}

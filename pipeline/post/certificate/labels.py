@@ -87,16 +87,18 @@ def _why_not(certificate: Tree) -> str:
 
 
 def failures(certificate: Tree) -> list[Tree]:
-    """What failed: label, why in plain words, value, what is required, fix (none where another failure is the cause)."""
+    """What failed: label, why in plain words, value, what is required, fix (none where another failure is the cause).
+    Nothing is claimed of what could not be measured."""
     found = [check for check in certificate["checks"] if not check["passed"]]
+    broken = any(check["measure"] == "not_finite" for check in found)  # the cause of whatever has no value
     return [
         {
             "measure": check["measure"],
             "label": CHECK_LABELS.get(check["measure"], check["measure"]),
-            "why": FAILED_WHY.get(check["measure"], ""),
+            "why": "" if check["value"] is None else FAILED_WHY.get(check["measure"], ""),
             "value": "not measured" if check["value"] is None else number(check["value"]),
             "required": required(check),
-            "fix": "" if check["fix"].endswith(FOLLOWS) else check["fix"],
+            "fix": "" if check["fix"].endswith(FOLLOWS) or (check["value"] is None and broken) else check["fix"],
         }
         for check in found
     ]

@@ -121,7 +121,7 @@ def _tiles(certificate: Tree) -> list[Tree]:
     passed = certificate["verdict"] == "certified"
     tiles = [
         {"value": one["value"], "label": f"{one['label']}; required {one['required']}", "bad": True}
-        for one in failures(certificate)[:4]
+        for one in [one for one in failures(certificate) if one["why"]][:4]
     ]
     if passed:
         tiles = [

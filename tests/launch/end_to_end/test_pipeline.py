@@ -139,8 +139,10 @@ def test_the_run_in_mlflow_knows_its_nodes_and_has_the_trace(finished):
 
 
 def test_the_certificate_says_how_few_prompts_there_were_and_its_page_shows_the_training(finished):
-    _, run_dir, _, _ = finished
+    _, run_dir, output, _ = finished
     certificate = read_certificate(run_dir / "certificate" / "certificate.json")
+    last = output[output.index("\ntotal ") :]
+    assert 0 < last.index(f"certificate {run_dir / 'certificate' / 'certificate.html'}") < last.index("\nbundle ")
     assert certificate["measures"]["losses"]["zero"] > certificate["measures"]["losses"]["cached"] + 0.05
     assert "judged by 8 held-out prompts only" in certificate["statement"]
     assert certificate["controls"]["untrained"]["relative_deviation_g"] > 1e-2

@@ -68,6 +68,19 @@ def test_curves_that_hide_one_another_are_named() -> None:
     assert [label for _, label in equal["marks"]] == ["0", "1"]
     ratio = draw(Plot("t", ("a", "b"), log=True), {"a": [(0, 1.0), (9, 1e-8)], "b": [(0, 1.0), (9, 1.01e-8)]}, 9)
     assert ratio is not None and ratio["same"] == ["b lies on a: they differ by a factor of 1.01 at most."]
+    both = {"a": [(0, 1.0), (9, 0.1)], "b": [(0, 1.0), (9, 0.1)], "c": [(0, 1.0), (9, 0.1)]}
+    three = draw(Plot("t", ("a",), log=True), both, 9)
+    assert three is not None and three["same"] == ["b, c lie on a: they are equal."]
+
+
+def test_labels_do_not_repeat_or_cover_one_another() -> None:
+    drawn = draw(Plot("t", ("a",), limits=(Limit(6.0, "6"), Limit(9.0, "9"))), {"a": [(0, 0.0), (9, 60.0)]}, 9)
+    assert drawn is not None
+    six, nine = drawn["limits"]
+    assert nine["text_y"] < nine["y"] < six["y"] < six["text_y"]
+    flat = draw(Plot("t", ("a",)), {"a": [(0, 12345.6), (9, 12345.6)]}, 9)
+    assert flat is not None
+    assert flat["marks"][0][1] == "12,345.2" and flat["lines"][0]["newest"] == "12,346"
 
 
 def test_an_event_is_a_line_at_its_step() -> None:

@@ -151,13 +151,13 @@ def test_the_other_pages_of_the_run_are_linked_and_words_explained(run: RunConfi
 @pytest.mark.parametrize("width", [420, 1280])
 def test_nothing_is_wider_than_its_place(tmp_path: Path, make_config: MakeConfig, width: int) -> None:
     long = "a_long_word" * 20
-    lines = [json.dumps({"text": long * (2 + number % 9)}) for number in range(60)] + ["bad " + long]
+    lines = [json.dumps({"text": f"{number} {long * (2 + number % 9)}"}) for number in range(60)] + ["bad " + long]
     sources = []
     for number in range(40):
         (tmp_path / f"{long}-{number}.jsonl").write_text("\n".join(lines) + "\n")
         sources.append({"url": f"{tmp_path}/{long}-{number}.jsonl", "license": long})
-    cleaning = {"exact_duplicates": True, "quality": True}
-    config = make_config(tmp_path / "run", sources, data={"on_bad_input": "skip", "clean": cleaning, "workers": 1})
+    data = {"on_bad_input": "skip", "min_characters": 1000, "clean": {"exact_duplicates": True}, "workers": 1}
+    config = make_config(tmp_path / "run", sources, data=data)
     paths = RunPaths(config.run_dir)
     shard_documents(config, paths)
     write_report(long, str(paths.documents), str(paths.tokens), tmp_path / "page.html")

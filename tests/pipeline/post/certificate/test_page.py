@@ -124,6 +124,9 @@ def test_a_page_of_what_could_not_be_measured(tiny: SimpleNamespace, text: torch
     page = page_of(validate(model, bad_g, text, tiny.post), bad_g)
     assert verdict_of(page).startswith("Not certified") and "not finite" in page
     assert "A_P, layer 1, head 0" in page and "Not measured" in page
+    top = Page(page).text.partition("Cost of caching")[0]
+    assert FAILED_WHY["not_finite"] in top and "use an earlier checkpoint" in top and top.count("Fix:") == 1
+    assert FAILED_WHY["relative_deviation_g"] not in top and CHECK_LABELS["kl"] + ": not measured" in top
 
 
 def test_too_few_prompts_are_named_in_plain_words(
