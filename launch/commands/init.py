@@ -27,7 +27,7 @@ def add_init_verb(verbs: Verbs) -> None:
 
 def _init(arguments: Any, report: Report) -> Result:
     from pipeline.config.load import load_config
-    from pipeline.config.starter import FEW_TOKENS, TOKENS_PER_PARAMETER, per_parameter, starter_yaml
+    from pipeline.config.starter import FEW_STEPS, FEW_TOKENS, TOKENS_PER_PARAMETER, per_parameter, starter_yaml
 
     name, file = arguments.name, Path(f"{arguments.name}.yaml")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -43,6 +43,11 @@ def _init(arguments: Any, report: Report) -> Result:
         fix = "add text" if arguments.size == "tiny" else "add text, or take a smaller --size"
         enough = f"{share:.2g} tokens a parameter where {TOKENS_PER_PARAMETER} would do"
         report(f"note        the corpus is small for this model: {enough}; {fix}")
+    if config.train.steps < FEW_STEPS:
+        report(
+            f"note        {config.train.steps:,} steps are few: attention may stay dead, and the certificate then fails "
+            '(docs/certificate.md, "When it fails")'
+        )
     report(f"look        pldr check {file}; pldr plan {file}\nstart       pldr run {file}")
     return {"config": str(file), "steps": config.train.steps}
 

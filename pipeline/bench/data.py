@@ -42,6 +42,7 @@ from pipeline.data.tokens.index import TokenIndex, dtype_for
 from pipeline.data.tokens.tokenize import TokenizeShard
 from pipeline.data.tokens.train_tokenizer import train
 from pipeline.io.storage import publish_bytes
+from pipeline.stages.still import Still
 from pipeline.tokenizer import Tokenizer
 
 Report = Callable[[str], None]
@@ -81,8 +82,9 @@ def bench(
         report(f"load {load:.1f} on {cores} cores: other processes are running, so two workers cannot be twice as fast")
     with tempfile.TemporaryDirectory(prefix="pldr-bench-") as folder:
         work = Path(folder)
-        texts, source = read_text(text, megabytes * 10**6)
-        model = _tokenizer(texts, tokenizer, work)
+        with Still("  the text and its tokenizer", report):
+            texts, source = read_text(text, megabytes * 10**6)
+            model = _tokenizer(texts, tokenizer, work)
         report(f"text: {source}, {megabytes} MB")
         report(f"tokenizer: {tokenizer or 'trained on the text'}, {model.vocab_size} pieces")
         result: dict[str, Any] = {"text": source, "load_average": round(load, 2), "cores": cores}
@@ -95,7 +97,8 @@ def bench(
         }
         for name, part in parts.items():
             report(f"{name} ...")
-            numbers = part()
+            with Still("  measuring", report):
+                numbers = part()
             result |= numbers
             report("\n".join(line(name, value) for name, value in numbers.items()))
     return result

@@ -77,7 +77,7 @@ def state_bytes(config: RunConfig, stage: int, world: int) -> int:
     masters = 4 if config.train.precision == "bf16" or stage > 0 else 0
     weight, gradient, optimizer = (2, 2, 8 + masters) if config.train.precision == "bf16" else (4, 4, 8 + masters)
     if stage > 0 and config.train.global_batch > config.train.micro_batch * world:
-        gradient = 4  # accumulated in fp32 (pipeline/train/engine.py)
+        gradient = 4  # accumulated in fp32 (pipeline/train/deepspeed_config.py)
     shards = [world if stage >= s else 1 for s in (3, 2, 1)]
     return sum(count * size // n for size, n in zip((weight, gradient, optimizer), shards, strict=True))
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -165,7 +165,7 @@ class Pipeline:
         old, file = self.record(stage.name), record_file(self.paths, stage.name)
         file.unlink(missing_ok=True)
         try:
-            with Still(stage.name, lambda text: self._report(f"  {text}")) if stage.is_silent else nullcontext():
+            with self._told(stage):
                 result = stage.run(self._work(resume=resume, force=force, uncertified=uncertified))
         except ConfigError:  # refused: what was there is as complete as it was, for its own inputs
             if old:
@@ -182,6 +182,12 @@ class Pipeline:
         }
         publish_sealed(file, new, free=FREE)
         return new
+
+    def _told(self, stage: Stage) -> AbstractContextManager[Any]:
+        """For a stage that reports nothing itself: that it still works."""
+        if not stage.is_silent:
+            return nullcontext()
+        return Still(stage.name, lambda text: self._report(f"  {text}"), times=3)
 
     def _work(self, **options: Any) -> Work:
         return Work(self.config, self.paths, self._launch, self._report, self._ranks, **options)

@@ -12,10 +12,10 @@ TELL_S = 5.0
 
 
 class Still:
-    """A thread that reports what is done, until `over` or the end of the block."""
+    """A thread that reports what is done, every `times` TELL_S, until `over` or the end of the block."""
 
-    def __init__(self, doing: str, report: Callable[[str], None]) -> None:
-        self._report, self._over = report, threading.Event()
+    def __init__(self, doing: str, report: Callable[[str], None], *, times: int = 1) -> None:
+        self._report, self._over, self._times = report, threading.Event(), times
         self._doing, self._since = doing, time.monotonic()
         threading.Thread(target=self._tell, name="still", daemon=True).start()
 
@@ -36,6 +36,6 @@ class Still:
         self._over.set()
 
     def _tell(self) -> None:
-        while not self._over.wait(TELL_S):
+        while not self._over.wait(self._times * TELL_S):
             doing, since = self._doing, self._since
             self._report(f"{doing}: {time.monotonic() - since:.0f} s")

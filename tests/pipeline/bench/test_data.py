@@ -17,6 +17,7 @@ from pipeline.config.run import RunConfig
 from pipeline.data.documents.read import DocumentIndex, read_shard
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.errors import UserError
+from pipeline.stages import still
 
 KEYS = (
     *("tokenize_ratio_to_sentencepiece", "tokenize_scaling_2", "loader_tokens_per_second", "loader_flat_shards"),
@@ -30,6 +31,7 @@ def test_every_measurement_is_reported(
     monkeypatch.setattr(benches, "ROUNDS", 1)
     monkeypatch.setattr(benches, "RATIO_ROUNDS", 2)
     monkeypatch.setattr(benches, "SHARDS", 2)
+    monkeypatch.setattr(still, "TELL_S", 0.05)
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": part}) + "\n" for part in generated(300_000)))
     said: list[str] = []
@@ -38,6 +40,7 @@ def test_every_measurement_is_reported(
     assert 1_000_000 <= result["tokenize_text_bytes"] < 1_500_000, "the small file is repeated"
     assert result["order_bytes"] < 2_000_000
     assert all(key in "\n".join(said) for key in KEYS)
+    assert any(text.startswith("  measuring: ") for text in said), "what takes a minute is heard of"
 
 
 def test_a_line_shows_whether_the_target_is_met() -> None:
