@@ -97,19 +97,23 @@ def _register(client: Any, bundle: Path, parts: BundleParts, *, run_id: str, nam
     # Without logged models, one folder per bundle of a run: a later bundle must not change what an earlier version serves.
     # With one, not `models:/ID`: MLflow would look that up in the global store.
     source = model.artifact_location if model else _upload(client, bundle, run_id, f"bundle-{digest[:16]}")
-    if model is not None:
-        tags["logged_model"] = model.model_id
-    made = _create_version(client, name, source, run_id=run_id, tags=tags, description=parts.certificate["statement"])
+    model_id = None if model is None else str(model.model_id)
+    if model_id is not None:
+        tags["logged_model"] = model_id
+    about = {"run_id": run_id, "model_id": model_id, "description": parts.certificate["statement"]}
+    made = _create_version(client, name, source, tags=tags, **about)
     version = _find_version(client, name, run_id, digest) or made
+    first = client.get_model_version(name, version).tags.get("logged_model")
     if version != made:  # another process was registering the same bundle
-        first = client.get_model_version(name, version).tags.get("logged_model")
         client.delete_model_version(name, made)
-        if model is not None and model.model_id != first:
-            with contextlib.suppress(MlflowException):  # a third process has deleted it
-                client.delete_logged_model(model.model_id)
-    elif model is not None:  # as MLflow's own `register_model` does: the model's page then names its version
+    if (
+        model_id is not None and model_id == first
+    ):  # as `mlflow.register_model` does: the model's page then names its version
         of_model = json.dumps([{"name": name, "version": int(version)}])
-        client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: of_model})
+        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: of_model})
+    elif model_id is not None:
+        with contextlib.suppress(MlflowException):  # a third process has deleted it
+            client.delete_logged_model(model_id)
     return version
 
 

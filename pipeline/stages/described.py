@@ -28,7 +28,7 @@ def sentence(config: RunConfig, certificate: dict[str, Any] | None = None) -> st
     train, model = config.train, config.model
     if certificate is None:
         planned = train.steps * train.global_batch * model.context_length
-        return f"{NOTE_BEGINS} {_sizes(model)}: in training, {planned:,} tokens are planned; no verdict yet."
+        return f"{NOTE_BEGINS} {_sizes(model)}, {planned:,} tokens planned: no verdict yet."
     trained_on = certificate["lineage"].get("tokens_consumed")  # older checkpoints may not know it
     tokens = "" if trained_on is None else f", trained on {trained_on:,} tokens"
     failed = ", ".join(failure["measure"] for failure in certificate["failed"])

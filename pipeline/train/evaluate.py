@@ -89,14 +89,20 @@ def validate(
         "val/bits_per_byte": cached / math.log(2) / bytes_per_token,
     }
     if learned:
-        squares = sums[-8:].view(4, 2).tolist()
-        for name, (difference, total) in zip(("A", "A_LM", "A_P", "G"), squares, strict=True):
-            order = math.sqrt(difference / total) if total else math.nan
-            result[f"invariance/order_parameter_{name}"] = order
-            if order > 0:
-                result[f"invariance/log10_order_parameter_{name}"] = math.log10(order)
+        result |= order_parameters(sums[-8:].view(4, 2).tolist())
         result["invariance/attention_alive"] = min(named["zero"], named["identity"]) - cached
     return result
+
+
+def order_parameters(squares: list[list[float]]) -> dict[str, float]:
+    """The metrics of A, A_LM, A_P and G_LM from the sums of squares of (X - X_0) and of X."""
+    found = {}
+    for name, (difference, total) in zip(("A", "A_LM", "A_P", "G"), squares, strict=True):
+        order = math.sqrt(difference / total) if total else math.nan
+        found[f"invariance/order_parameter_{name}"] = order
+        if order > 0:
+            found[f"invariance/log10_order_parameter_{name}"] = math.log10(order)
+    return found
 
 
 def _share(sequences: np.ndarray, pad_id: int) -> tuple[np.ndarray, int]:

@@ -136,6 +136,24 @@ def test_an_interrupted_registration_is_completed_with_the_same_logged_model(
     assert version.tags["logged_model"] == ready.model_id and len(logged_models(store)) == 2
 
 
+@pytest.mark.slow
+def test_a_server_takes_the_bundle_and_gives_it_back(server: Any, make_bundle: Make) -> None:
+    """A server checks that a version's files are those of its run or logged model."""
+    import mlflow
+
+    server.start()
+    client, before = mlflow.MlflowClient(server.uri, server.uri), mlflow.get_tracking_uri()
+    run_id = client.create_run(client.create_experiment("x")).info.run_id
+    register(make_bundle(), tracking_uri=server.uri, run_id=run_id, name="pldr", certified=True)
+    (model,) = client.search_logged_models([client.get_run(run_id).info.experiment_id])
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "pldr", "version": 1}]
+    mlflow.set_tracking_uri(server.uri)
+    try:
+        assert mlflow.pyfunc.load_model("models:/pldr@certified").predict(["a"], params={"max_tokens": 3})
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
 def _gone() -> None:
     raise OSError("gone")
 
@@ -163,17 +181,18 @@ def test_a_server_without_logged_models_gets_the_bundle_among_the_runs_artifacts
 
 
 @pytest.fixture
-def served(store: SimpleNamespace, make_bundle: Make) -> Any:
+def served(tmp_path: Path, make_bundle: Make) -> Any:
     """The model as MLflow loads it."""
     import mlflow
 
-    save_pyfunc(make_bundle(), Path(store.uri.removeprefix("sqlite:///")).parent / "model")
-    return mlflow.pyfunc.load_model(str(Path(store.uri.removeprefix("sqlite:///")).parent / "model"))
+    save_pyfunc(make_bundle(), tmp_path / "model")
+    return mlflow.pyfunc.load_model(str(tmp_path / "model"))
 
 
-@pytest.mark.parametrize(
-    ("asked", "params", "message"),
-    [
+def test_a_request_that_cannot_be_answered_is_refused_as_mlflow_refuses(served: Any) -> None:
+    from mlflow.exceptions import MlflowException
+
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
         ([], {}, "input: no texts"),
         ([3], {}, "input: no texts"),
         (pd.DataFrame({"a": ["x"], "b": ["y"]}), {}, "input: no column 'prompt' among a, b"),
@@ -191,20 +210,15 @@ def served(store: SimpleNamespace, make_bundle: Make) -> Any:
         (["a"], {"temperature": -1.0}, "temperature: -1.0 must be 0"),
         (["a"], {"stop": [""]}, "stop: a list of non-empty strings"),
         (["the quick brown fox " * 9], {}, r"prompts\[0\]: \d+ tokens leave no room"),
-    ],
-)
-def test_a_request_that_cannot_be_answered_is_refused_as_mlflow_refuses(
-    served: Any, asked: Any, params: dict[str, Any], message: str
-) -> None:
-    from mlflow.exceptions import MlflowException
-
-    calls = [served.predict]
-    if isinstance(asked, list) and len(asked) == 1:
-        calls.append(lambda *args, **kwargs: list(served.predict_stream(*args, **kwargs)))
-    for call in calls:
-        with pytest.raises(MlflowException, match=message) as caught:
-            call(asked, params=params)
-        assert caught.value.get_http_status_code() == 400 and "\n" not in caught.value.message
+    ]
+    for asked, params, message in wrong:
+        calls = [served.predict]
+        if isinstance(asked, list) and len(asked) == 1:
+            calls.append(lambda *args, **kwargs: list(served.predict_stream(*args, **kwargs)))
+        for call in calls:
+            with pytest.raises(MlflowException, match=message) as caught:
+                call(asked, params=params)
+            assert caught.value.get_http_status_code() == 400 and "\n" not in caught.value.message
 
 
 def test_max_tokens_is_another_name_and_a_stream_is_the_text_in_pieces(served: Any) -> None:

@@ -24,7 +24,7 @@ FAILED = [{"measure": "leak_gap"}, {"measure": "kl"}]
 @pytest.mark.parametrize(
     ("certificate", "end"),
     [
-        (None, ": in training, 320 tokens are planned; no verdict yet."),
+        (None, ", 320 tokens planned: no verdict yet."),
         (
             {"verdict": "certified", "tier": "invariant", "failed": [], "lineage": {"tokens_consumed": 1234}},
             ", trained on 1,234 tokens: certified, G_LM is invariant.",
