@@ -150,8 +150,8 @@ def fix_for(uri: str, error: Exception) -> str:
         return f"another program holds {file}: wait until it is done (`fuser {file}` names it), then start again"
     if _says(error, *DAMAGED):
         return (
-            f"{file} is damaged, or no database; it may hold other runs too, so keep it, and {file.name}-wal: put in their place "
-            f"a backup, or what `sqlite3 {file} .recover | sqlite3 NEW.db` saves. {from_checkpoints('RUN_DIR')}"
+            f"{file} is damaged, or no database; it may hold other runs too, so keep it, and {file.name}-wal: put in their "
+            f"place a backup, or what `sqlite3 {file} .recover | sqlite3 NEW.db` saves. {from_checkpoints('RUN_DIR')}"
         )
     if _says(error, *OTHER_VERSION):
         return f"copy {file} as a backup, then `mlflow db upgrade {uri}`, or use the version of MLflow that made it"
