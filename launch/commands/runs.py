@@ -106,7 +106,7 @@ def _report(arguments: Any, report: Report) -> Result:
             raise UserError(
                 f"{paths.root / RUN_FILE}: missing, or names no run in MLflow yet; train first, or `pldr track replay`"
             )
-        run.require_store()
+        run.require_store_exists()
         uri, run_id = run.uri, run.record.run_id
         target = paths.root / "report" / "training.html"
     else:

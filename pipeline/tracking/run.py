@@ -81,9 +81,13 @@ class TrackedRun:
             self.record = record
 
     def require_store(self) -> None:
-        """Set right where a store that was moved has its artifacts. Raises UserError where a SQLite store that has the run is
-        gone: MLflow would make an empty one, in which there is no run."""
+        """Set right where a store that was moved has its artifacts. Raises UserError where there is none, too."""
         keep_home(self.uri)
+        self.require_store_exists()
+
+    def require_store_exists(self) -> None:
+        """Raise UserError where a SQLite store that has the run is gone: MLflow would make an empty one, in which there is no
+        run."""
         file = file_of(self.uri)
         if self.record.run_id is not None and file is not None and not file.exists():
             raise UserError(
