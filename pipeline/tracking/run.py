@@ -28,10 +28,11 @@ from pipeline.tracking.client import (
     is_named,
     is_unreachable,
     patience,
+    report_store,
     tracking_uri,
     why,
 )
-from pipeline.tracking.default_store import RUN_DIR_TAG, VARIABLE, report_inside, why_inside
+from pipeline.tracking.default_store import RUN_DIR_TAG, VARIABLE
 from pipeline.tracking.run_record import (
     LOCAL_PREFIX,
     LOCAL_TAG,
@@ -205,12 +206,6 @@ def open_run(config: RunConfig, paths: RunPaths, *, run_id: str | None = None, f
         )
     run.write()
     return run
-
-
-def report_store(config: RunConfig, paths: RunPaths) -> None:
-    """A warning where a new run's store lies in its run directory because it cannot lie beside it."""
-    if not is_named(config) and (reason := why_inside(paths.root)):
-        report_inside(paths.root, reason)
 
 
 def _record_named(config: RunConfig, paths: RunPaths, run_id: str) -> RunRecord:
