@@ -119,7 +119,7 @@ def _report(arguments: Any, report: Report) -> Result:
             raise UserError(
                 f"{paths.root / RUN_FILE}: missing, or names no run in MLflow yet; train first, or `pldr track replay`"
             )
-        run.require_store()
+        run.require_store_exists()
         uri, run_id = run.uri, run.record.run_id
         root, in_sweep = paths.root, config.tracking.parent_run is not None
         target = root / TRAINING

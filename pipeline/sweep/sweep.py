@@ -37,10 +37,10 @@ from pipeline.stages.table import NAMES
 from pipeline.stages.train import Launch
 from pipeline.sweep.config import COLUMNS, Child, read
 from pipeline.sweep.report import write_sweep_report
-from pipeline.tracking.client import client, tracking_uri, why
+from pipeline.tracking.client import client, report_store, tracking_uri, why
 from pipeline.tracking.clock import now_ms
 from pipeline.tracking.query import read_run
-from pipeline.tracking.run import TrackedRun, known_run, report_store
+from pipeline.tracking.run import TrackedRun, known_run
 from pipeline.tracking.run_record import new_record
 
 DATA_STAGES = ("shard", "tokenizer", "tokenize")

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig, TrackingConfig
 from pipeline.errors import ConfigError, UserError, first_line
-from pipeline.tracking.default_store import VARIABLE, default_uri
+from pipeline.tracking.default_store import VARIABLE, default_uri, report_inside, why_inside
 from pipeline.tracking.sqlite_store import file_of, make_store, merge_log, require_usable, uri_of
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
@@ -68,6 +68,12 @@ def tracking_uri(config: RunConfig) -> str:
 def is_named(config: RunConfig) -> bool:
     """Whether the user names the store."""
     return config.tracking.uri is not None or variable() is not None
+
+
+def report_store(config: RunConfig, paths: RunPaths) -> None:
+    """A warning where a new run's store lies in its run directory because it cannot lie beside it."""
+    if not is_named(config) and (reason := why_inside(paths.root)):
+        report_inside(paths.root, reason)
 
 
 def variable() -> str | None:

@@ -20,8 +20,17 @@ from pipeline.config.run import RunConfig
 from pipeline.errors import AnotherRunError, ConfigError, UserError, first_line
 from pipeline.io.locks import locked
 from pipeline.io.urls import without_secrets
-from pipeline.tracking.client import client, fix_for, from_checkpoints, is_named, is_unreachable, tracking_uri, why
-from pipeline.tracking.default_store import RUN_DIR_TAG, VARIABLE, report_inside, why_inside
+from pipeline.tracking.client import (
+    client,
+    fix_for,
+    from_checkpoints,
+    is_named,
+    is_unreachable,
+    report_store,
+    tracking_uri,
+    why,
+)
+from pipeline.tracking.default_store import RUN_DIR_TAG, VARIABLE
 from pipeline.tracking.run_record import (
     LOCAL_PREFIX,
     LOCAL_TAG,
@@ -84,9 +93,13 @@ class TrackedRun:
             self.record = record
 
     def require_store(self) -> None:
-        """Set right where a store that was moved has its artifacts. Raises UserError where a SQLite store that has the run is
-        gone: MLflow would make an empty one, in which there is no run."""
+        """Set right where a store that was moved has its artifacts. Raises UserError where there is none, too."""
         keep_home(self.uri)
+        self.require_store_exists()
+
+    def require_store_exists(self) -> None:
+        """Raise UserError where a SQLite store that has the run is gone: MLflow would make an empty one, in which there is no
+        run."""
         file = file_of(self.uri)
         if self.record.run_id is not None and file is not None and not file.exists():
             raise UserError(
@@ -204,12 +217,6 @@ def open_run(config: RunConfig, paths: RunPaths, *, run_id: str | None = None, f
         )
     run.write()
     return run
-
-
-def report_store(config: RunConfig, paths: RunPaths) -> None:
-    """A warning where a new run's store lies in its run directory because it cannot lie beside it."""
-    if not is_named(config) and (reason := why_inside(paths.root)):
-        report_inside(paths.root, reason)
 
 
 def _record_named(config: RunConfig, paths: RunPaths, run_id: str) -> RunRecord:

@@ -76,7 +76,7 @@ def test_the_table_has_every_run_newest_first(capsys, runs):
     assert json.loads(run(capsys, "runs", "--uri", uri, "--json")[1].splitlines()[-1])["runs"] == rows
 
 
-def test_without_a_yaml_the_stores_in_runs_are_listed(capsys, runs, tmp_path, monkeypatch):
+def test_without_a_yaml_the_stores_in_runs_are_listed(capsys, caplog, runs, tmp_path, monkeypatch):
     """The shared one, and below it those of earlier versions' runs and of sweeps. One that is damaged is named."""
     path, uri, ids = runs
     (tmp_path / "runs" / "broken").mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_without_a_yaml_the_stores_in_runs_are_listed(capsys, runs, tmp_path, mo
     shutil.copy(file_of(uri), tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     code, out, errors = run(capsys, "runs", "--json")
-    assert code == 0 and "broken/mlflow.db is damaged" in errors
+    assert code == 0 and "broken/mlflow.db is damaged" in caplog.text, errors
     lines = out.splitlines()
     assert [row["id"] for row in json.loads(lines[-1])["runs"]] == [old_id, *ids[::-1]]
     assert [line.split()[-1] for line in lines[:4]] == ["experiment", "other", "pldr", "pldr"]

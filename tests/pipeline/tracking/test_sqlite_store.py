@@ -346,3 +346,35 @@ def test_the_log_of_a_store_that_is_gone_is_not_given_to_a_new_one(tmp_path):
     with pytest.raises(UserError, match="mlflow.db-wal: the end of a database that is gone; put mlflow.db back"):
         make_store(tmp_path / "mlflow.db")
     assert os.listdir(tmp_path) == ["mlflow.db-wal"]
+
+
+READ_ONLY = """
+import json, sys
+from pipeline.tracking.query import list_runs, read_run
+[row] = list_runs(sys.argv[1], None)
+print(row["id"], read_run(sys.argv[1], row["id"])[0]["name"])
+"""
+
+
+@pytest.mark.slow
+def test_a_shared_store_that_cannot_be_written_is_read(make_shared, tmp_path):
+    """Also one that was moved; with nothing left beside it."""
+    if subprocess.run(["unshare", "-U", "--map-user=54321", "true"], capture_output=True).returncode:
+        pytest.skip("unshare -U is not possible here")
+    run = opened(make_shared(tmp_path / "runs" / "a"))
+    merge_log(tmp_path / "runs" / "mlflow.db")
+    (tmp_path / "moved").mkdir()
+    shutil.copy(tmp_path / "runs" / "mlflow.db", tmp_path / "moved")
+    (tmp_path / "moved").chmod(0o555)
+    command = [
+        "unshare",
+        "-U",
+        "--map-user=54321",
+        sys.executable,
+        "-c",
+        READ_ONLY,
+        uri_of(tmp_path / "moved/mlflow.db"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == [run.id, "t"], done.stderr
+    assert os.listdir(tmp_path / "moved") == ["mlflow.db"]
