@@ -27,6 +27,8 @@ OTHER_JOBS = re.compile(
     # a run that another process logs to
     r"|MLFLOW_RUN_ID"
 )
+ENVIRONMENT_FILE = "PLDR_ENVIRONMENT_FILE"  # names a JSON file of variables that must not appear in a command line
+VISIBLE_DEVICES = "PLDR_VISIBLE_DEVICES"  # the CUDA_VISIBLE_DEVICES that the launching process has
 LOCAL = ("127.0.0.1", "localhost", "::1")
 log = logging.getLogger(__name__)
 

@@ -34,11 +34,12 @@ from pipeline.checkpoint.format import TRAINING_LOCK, checkpoint_bytes
 from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths, staging_folder, tokens_folder
 from pipeline.config.run import RunConfig
-from pipeline.distributed import agreement, choose_interface, end_with_parent, on_every_rank
-from pipeline.environment import omp_threads
+from pipeline.distributed import agreement, end_with_parent, on_every_rank
+from pipeline.environment import ENVIRONMENT_FILE, VISIBLE_DEVICES, omp_threads
 from pipeline.errors import UserError, first_line
 from pipeline.io import locks, storage
 from pipeline.io.sealed import read_sealed
+from pipeline.network import choose_interface
 from pipeline.train import signals
 from pipeline.train.console import FAILURE, LISTENING, PHASE, STOPPED, print_line
 from pipeline.train.heartbeat import Heartbeat, blame
@@ -53,8 +54,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 STOPPED_WAIT_S = 5.0  # for uploads, when training ends before its last step
-ENVIRONMENT_FILE = "PLDR_ENVIRONMENT_FILE"  # names a JSON file of variables that must not appear in a command line
-VISIBLE_DEVICES = "PLDR_VISIBLE_DEVICES"  # the CUDA_VISIBLE_DEVICES that the launching process has
 
 
 def main(argv: list[str]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -25,17 +27,17 @@ from launch.backends.job import WORKER, Report, run_job, stopped_exit_code
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.devices import has_gpu
-from pipeline.distributed import free_port
-from pipeline.environment import search_path, without_other_jobs
+from pipeline.environment import ENVIRONMENT_FILE, search_path, without_other_jobs
 from pipeline.errors import Stopped, UserError
 from pipeline.io import storage
+from pipeline.network import free_port
 from pipeline.stages.runner import Pipeline, exclusive
 from pipeline.train import signals
 from pipeline.train.signals import PARENT_PIPE
-from pipeline.worker import ENVIRONMENT_FILE
 
 PORT_TAKEN = "EADDRINUSE"
 RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]
+LAUNCHER = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]  # what the runner starts on each node
 
 
 def launch(config: RunConfig, job_file: Path, ranks: int, *, report: Report) -> None:
@@ -62,15 +64,16 @@ def launch(config: RunConfig, job_file: Path, ranks: int, *, report: Report) -> 
 def command(job_file: Path, ranks: int) -> list[str]:
     """The launcher's command line for one node, run with this Python.
 
-    With `--num_gpus` DeepSpeed ignores CUDA_VISIBLE_DEVICES and uses the first GPUs, so the chosen ones are named.
+    Without the runner (`deepspeed`), which on one node only starts this: it would hold 260 MB, import torch for seconds, and
+    take the job for one over ssh where a cloud has put a /job/hostfile. The launcher sets CUDA_VISIBLE_DEVICES to the devices
+    that it is told, so the chosen ones are named.
     """
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    chosen, devices = os.environ.get("CUDA_VISIBLE_DEVICES", ""), list(range(ranks))
     if has_gpu() and chosen.replace(",", "").isdigit():
-        where = ["--include", f"localhost:{','.join(chosen.split(',')[:ranks])}"]
-    else:
-        where = ["--num_gpus", str(ranks)]
-    here = ["--hostfile", os.devnull]  # otherwise /job/hostfile, which clouds put there, makes it a job over ssh
-    return [*RUNNER, *here, *where, *_rendezvous("127.0.0.1", free_port()), "--module", WORKER, str(job_file)]
+        devices = [int(device) for device in chosen.split(",")[:ranks]]
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+    where = [f"--world_info={world}", *_rendezvous("127.0.0.1", free_port())]
+    return [*LAUNCHER, *where, "--module", "--log_level=info", WORKER, str(job_file)]
 
 
 def ssh_command(job_file: Path, *, hostfile: str, address: str, port: int, ssh_port: int | None) -> list[str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 
 from pipeline.devices import has_gpu
-from pipeline.environment import omp_threads, without_other_jobs
+from pipeline.environment import ENVIRONMENT_FILE, VISIBLE_DEVICES, omp_threads, without_other_jobs
 from pipeline.train.signals import HEAD_FILE, PARENT_PIPE
-from pipeline.worker import ENVIRONMENT_FILE, VISIBLE_DEVICES
 
 SET_AT_A_START = (HEAD_FILE, ENVIRONMENT_FILE, VISIBLE_DEVICES)  # by an outer pldr, for its own ranks
 

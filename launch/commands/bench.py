@@ -73,7 +73,7 @@ def _train(arguments: Any, report: Report) -> Result:
         raise ConfigError("bench train: name one YAML: pldr bench train CONFIG [key=value ...]")
     config = load_config(files[0], [word for word in arguments.overrides if "=" in word])
     from pipeline.bench.train import bench
-    from pipeline.distributed import free_port
+    from pipeline.network import free_port
 
     result = bench(config, port=free_port(), steps=arguments.steps or 20, batch=arguments.batch)
     for key, value in result.items():

@@ -94,7 +94,6 @@ def _pipeline(arguments: Any, report: Report) -> Pipeline:
         config = load_config(arguments.config, arguments.overrides)
     from launch.commands.going_on import annealed, with_data
     from pipeline.stages.runner import Pipeline
-    from pipeline.stages.still import Still
 
     config = annealed(arguments, report) if anneals else config
     config = with_data(config, arguments, report)
@@ -102,8 +101,7 @@ def _pipeline(arguments: Any, report: Report) -> Pipeline:
     live = status_lines(json=arguments.json)
 
     def start(config: RunConfig, job_file: Path, ranks: int) -> None:
-        with Still("loading torch and DeepSpeed's launcher", live):
-            from launch.backends.deepspeed import launch
+        from launch.backends.deepspeed import launch
 
         launch(config, job_file, ranks, report=live)
 

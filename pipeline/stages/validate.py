@@ -20,10 +20,11 @@ from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths, data_paths
 from pipeline.config.run import RunConfig
 from pipeline.devices import has_gpu, num_devices
-from pipeline.distributed import end_with_parent, free_port
+from pipeline.distributed import end_with_parent
 from pipeline.environment import without_other_jobs
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.io import storage
+from pipeline.network import free_port
 from pipeline.stages.described import sentence
 from pipeline.stages.records import require_as_recorded
 from pipeline.tracking.outbox import log_files

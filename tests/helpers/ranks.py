@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.distributed import free_port
+from pipeline.network import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.devices import has_gpu
-from pipeline.distributed import choose_interface
+from pipeline.network import choose_interface
 
 TIMEOUT_S = 60.0
 WARM_UP, TIMED = 2, 5

@@ -20,9 +20,9 @@ from launch.commands.doctor.probe import token_file
 from pipeline.checkpoint.format import checkpoint_bytes
 from pipeline.config.paths import RunPaths, staging_folder, tokens_folder
 from pipeline.config.run import RunConfig
-from pipeline.distributed import free_port
 from pipeline.errors import ConfigError
 from pipeline.io.urls import is_local, without_secrets
+from pipeline.network import free_port
 from pipeline.stages.train import disk_needed
 from pipeline.tracking.client import tracking_uri
 

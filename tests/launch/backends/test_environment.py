@@ -1,5 +1,7 @@
 """launch/backends/environment.py and the command lines of DeepSpeed: a local training takes nothing of other jobs."""
 
+import base64
+import json
 import os
 from pathlib import Path
 
@@ -31,9 +33,19 @@ def test_ranks_on_a_cpu_share_its_cores_when_the_number_of_threads_is_none(monke
     assert int(rank_environment(1)["OMP_NUM_THREADS"]) == os.cpu_count()
 
 
-def test_a_local_training_does_not_take_the_hostfile_of_a_cloud_image():
+@pytest.mark.parametrize(
+    ("gpus", "visible", "devices"),
+    [(True, "4,5,6", [4, 5]), (True, "GPU-8932f937", [0, 1]), (True, "", [0, 1]), (False, "4,5,6", [0, 1])],
+    ids=["chosen", "by UUID", "all", "CPU"],
+)
+def test_ranks_of_one_node_get_the_chosen_devices(monkeypatch, gpus, visible, devices):
+    """And no runner, which would take the hostfile of a cloud image."""
+    monkeypatch.setattr(deepspeed, "has_gpu", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     words = deepspeed.command(Path("job.json"), 2)
-    assert words[words.index("--hostfile") + 1] == os.devnull  # not a file: DeepSpeed stays on this host
+    [world] = [word.removeprefix("--world_info=") for word in words if word.startswith("--world_info=")]
+    assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": devices}
+    assert "deepspeed.launcher.runner" not in words
 
 
 def test_ranks_on_other_hosts_find_modules_where_this_process_does(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from launch.cli import main
 from pipeline.checkpoint.format import committed
-from pipeline.distributed import free_port
+from pipeline.network import free_port
 
 pytestmark = [
     pytest.mark.slow,

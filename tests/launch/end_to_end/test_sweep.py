@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from launch.cli import main
-from pipeline.distributed import free_port
+from pipeline.network import free_port
 from pipeline.tracking.client import client
 
 PLDR = [sys.executable, "-m", "launch.cli"]

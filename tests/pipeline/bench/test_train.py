@@ -11,7 +11,7 @@ import torch
 
 from pipeline.bench import train
 from pipeline.config.run import RunConfig
-from pipeline.distributed import free_port
+from pipeline.network import free_port
 
 # In its own process, since it joins a process group; it also prints the folders that were saved to.
 SCRIPT = """

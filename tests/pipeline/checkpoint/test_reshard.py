@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.distributed import free_port
+from pipeline.network import free_port
 
 WORKER = "tests.pipeline.checkpoint.reshard_worker"
 # By world size; the selection for the default suite. Sources: 0, 1 and 3 of two ranks, 2 of one.

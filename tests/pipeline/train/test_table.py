@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from pipeline.config.schedule import learning_rate
-from pipeline.distributed import free_port
+from pipeline.network import free_port
 from pipeline.train.optim import parameter_groups
 from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel

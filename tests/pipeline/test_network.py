@@ -1,4 +1,4 @@
-"""pipeline/distributed.py: the network interface that gloo uses, and a port."""
+"""pipeline/network.py: the network interface that gloo uses, and a port."""
 
 import os
 import socket
@@ -6,8 +6,8 @@ import socket
 import pytest
 import torch.distributed as dist
 
-from pipeline import distributed
-from pipeline.distributed import free_port, interface_towards
+from pipeline import network
+from pipeline.network import free_port, interface_towards
 
 
 def test_interface_of_the_loopback():
@@ -31,9 +31,9 @@ def test_several_nodes_do_not_talk_through_the_loopback(monkeypatch, nodes, defa
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "taken back after the test")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setattr(
-        distributed, "interface_towards", {"127.0.1.1": "lo", "127.0.0.1": "lo", distributed.OUTSIDE: default}.get
+        network, "interface_towards", {"127.0.1.1": "lo", "127.0.0.1": "lo", network.OUTSIDE: default}.get
     )
-    distributed.choose_interface()
+    network.choose_interface()
     assert os.environ["GLOO_SOCKET_IFNAME"] == chosen
 
 
