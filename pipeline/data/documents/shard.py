@@ -127,8 +127,8 @@ def stage_inputs(config: RunConfig) -> dict[str, Any]:
 
 
 def _identities(files: list[InputFile]) -> list[dict[str, Any]]:
-    """What identifies files; `state` is for reading, `identity` says the same."""
-    return [{key: value for key, value in asdict(file).items() if key != "state"} for file in files]
+    """What identifies files; `state` is for reading, `identity` says the same. `split_at` is among the settings."""
+    return [{key: value for key, value in asdict(file).items() if key not in ("state", "split_at")} for file in files]
 
 
 def _outputs(config: RunConfig) -> list[str]:

@@ -111,7 +111,7 @@ def test_a_constant_g_has_no_budget(repository):
 
 def test_a_plan_from_a_checkpoint_is_of_the_steps_left_and_of_the_budget_spent(repository):
     overrides = ["train.schedule=wsd", "train.steps=3750"]
-    config = load_config(repository / "configs" / "quickstart.yaml", overrides)
+    config = load_config(repository / "configs" / "ablations" / "base.yaml", overrides)
     whole = plan(config)
     begins = {"step": 3000, "budget": 7.0, "config": config.as_dict()}
     rest = plan(config, begins=begins)

@@ -43,7 +43,7 @@ def test_nothing_is_made_or_copied_and_the_run_directory_remembers(make, tmp_pat
     assert files_of(lender) == before
     assert sorted(files_of(tmp_path / "new")) == [f"stages/{name}.json" for name in ("shard", "tokenize", "tokenizer")]
     without = borrower(make, tmp_path)[0]  # no data.of: the records say it
-    assert without.config.data.of == str(lender) and without.finished() == ["shard", "tokenizer", "tokenize"]
+    assert without.config.data.of == str(lender) and list(without.finished()) == ["shard", "tokenizer", "tokenize"]
     config = borrower(make, tmp_path)[0].config.model_copy(update={"data": make()[0].config.data})
     assert config.data.of is None and data_paths(config).tokenizer.is_file()
     assert documents_folder(config) == str(lender / "documents") and tokens_folder(config) == str(lender / "tokens")
