@@ -111,7 +111,6 @@ def _pipeline(arguments: Any, report: Report) -> Pipeline:
 def _run(arguments: Any, report: Report) -> Result:
     pipeline = _pipeline(arguments, report)
     from launch.commands.going_on import with_command
-    from launch.commands.summary import summary
     from pipeline.stages.preflight import lines
     from pipeline.stages.resume import parse_resume
     from pipeline.stages.runner import exclusive
@@ -122,6 +121,8 @@ def _run(arguments: Any, report: Report) -> Result:
     _require_ready(findings, report)
     with exclusive(pipeline.paths, report), with_command(pipeline, arguments):
         records = pipeline.run(resume=arguments.resume)
+        from launch.commands.summary import summary  # with torch, 250 MB that training does not need here
+
         return summary(pipeline, records, report)
 
 

@@ -49,6 +49,17 @@ def test_runs_imports_mlflow_but_not_torch(tmp_path, make_run):
     assert loaded(heavy, "runs", str(config), exit_code=0) == ["mlflow"]
 
 
+def test_the_process_that_waits_for_ranks_has_no_torch():
+    """It would hold 250 MB for as long as training takes."""
+    code = (
+        "import sys, pipeline.stages.runner, pipeline.stages.train, launch.backends.deepspeed, launch.commands.going_on\n"
+        "print([name for name in ('torch', 'deepspeed') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_verifying_a_bundle_does_not_import_the_compiler(repository):
     """On the meta device a model's own initialization imports torch._dynamo, which takes as long as torch itself."""
     code = (
