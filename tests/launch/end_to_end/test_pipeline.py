@@ -162,16 +162,15 @@ def test_a_checkpoint_of_another_model_is_not_validated(finished):
 @pytest.mark.slow
 def test_two_ranks_validate_to_the_verdict_of_one(finished, tmp_path):
     path, run_dir, _, _ = finished
-    shutil.copytree(run_dir, tmp_path / "copy")
-    code, _, errors = pldr("validate", path, "--force", "post.ranks=2", f"run_dir={tmp_path / 'copy'}")
+    copy = tmp_path / "copy" / run_dir.name
+    shutil.copytree(run_dir.parent, copy.parent)  # with MLflow's store
+    code, _, errors = pldr("validate", path, "--force", "post.ranks=2", f"run_dir={copy}")
     assert code == 0, errors
-    one, two = (
-        read_certificate(folder / "certificate" / "certificate.json") for folder in (run_dir, tmp_path / "copy")
-    )
+    one, two = (read_certificate(folder / "certificate" / "certificate.json") for folder in (run_dir, copy))
     assert (one["verdict"], one["tier"], one["prompts"]) == (two["verdict"], two["tier"], two["prompts"])
     assert two["measures"]["losses"]["block"] == pytest.approx(one["measures"]["losses"]["block"], rel=1e-5)
-    (tmp_path / "copy" / "weights" / "model.safetensors").write_bytes(b"")
-    code, _, errors = pldr("validate", path, "--force", "post.ranks=2", f"run_dir={tmp_path / 'copy'}")
+    (copy / "weights" / "model.safetensors").write_bytes(b"")
+    code, _, errors = pldr("validate", path, "--force", "post.ranks=2", f"run_dir={copy}")
     assert code == 1 and "model.safetensors" in errors and "Traceback" not in errors
 
 
