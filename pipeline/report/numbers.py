@@ -22,6 +22,14 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
+def beside(value: float | None, threshold: float) -> str:
+    """A measured value for a line that also names its threshold: three digits, or as many as tell the two apart."""
+    if value is None:
+        return "not measured"
+    digits = next((n for n in range(3, 10) if value == threshold or float(f"{value:.{n}g}") != threshold), 9)
+    return f"{value:.{digits}g}"
+
+
 def fixed(value: float, digits: int) -> str:
     """With this many decimals, where that is not a long number."""
     return f"{value:.{digits}f}" if abs(value) < 1e5 else number(value)

@@ -97,17 +97,13 @@ def _span(values: list[float], log: bool) -> tuple[float, float]:
 
 
 def _drawn_limits(limits: list[tuple[float, str]], heights: dict[str, dict[int, float]], steps: int) -> list[Tree]:
-    """Thresholds with their labels: above the line, or below it where another one is close above."""
-    tops = [at for at, _ in limits]
-    return [
-        {
-            "y": at,
-            "label": label,
-            "left": _is_freer_left(heights, at, steps),
-            "text_y": round(at + 10 if any(0 < at - other < 14 for other in tops) else at - 4, 1),
-        }
-        for at, label in limits
-    ]
+    """Thresholds with their labels: above the line, or below it where another one, or the axis's name, is close above."""
+    drawn = []
+    for at, label in limits:
+        left = _is_freer_left(heights, at, steps)
+        crowded = any(0 < at - other < 14 for other, _ in limits) or (left and at < TOP + 4)
+        drawn.append({"y": at, "label": label, "left": left, "text_y": round(at + 10 if crowded else at - 4, 1)})
+    return drawn
 
 
 def _is_freer_left(heights: dict[str, dict[int, float]], y: float, steps: int) -> bool:

@@ -36,6 +36,7 @@ from pipeline.tracking.sqlite_store import file_of, require_usable
 TEXT_PER_TOKEN = 2.5  # bytes of text, at least; a token takes 2 bytes up to 65,536 pieces, else 4
 SPOOL = 0.5  # bytes of cleaned documents that wait to be written, per byte of text
 MLFLOW_S = 1.0
+FIXED_PIECES = 260  # of a vocabulary that is trained: 256 bytes, four special pieces
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,11 @@ def _borrowed(config: RunConfig) -> Iterator[Finding]:
 def _tokenizer(config: RunConfig) -> Iterator[Finding]:
     given, wanted = config.tokenizer.model, config.model.vocab_size
     if given is None:
-        yield Finding("tokenizer", "ok", f"SentencePiece with {wanted:,} pieces is trained on the corpus")
+        if wanted <= FIXED_PIECES:
+            why = f"bytes and special pieces are {FIXED_PIECES}, and each character needs one more"
+            yield Finding("tokenizer", "FAIL", f"model.vocab_size {wanted} is too small: {why}; set it to 400 or more")
+        else:
+            yield Finding("tokenizer", "ok", f"SentencePiece with {wanted:,} pieces is trained on the corpus")
         return
     from pipeline.tokenizer import Tokenizer
 

@@ -60,6 +60,10 @@ def require_replaceable(
     if trained is not None:
         problem += f", and {trained} in {paths.checkpoints} was trained with"
         lost += f", and {trained} can neither be resumed nor validated without it"
+    if ours and stage.name == "shard":  # a file is known by its path, size and times
+        lost = (
+            f"nothing changes if the same files only have other times or paths (a new .venv, a copy); otherwise {lost}"
+        )
     raise ConfigError(f"{problem}; use another run_dir, or `pldr {stage.name} CONFIG --replace`: {lost}")
 
 

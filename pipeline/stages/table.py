@@ -225,7 +225,9 @@ def _failed_check(failure: dict[str, Any]) -> str:
     """A measure with its value and threshold; records of before November 2026 have neither."""
     if "threshold" not in failure:
         return str(failure["measure"])
-    value = "not measured" if failure.get("value") is None else f"{failure['value']:.3g}"
+    from pipeline.report.numbers import beside
+
+    value = beside(failure.get("value"), failure["threshold"])
     return f"{failure['measure']} is {value}, its threshold {failure['threshold']:g}"
 
 

@@ -22,6 +22,7 @@ from pipeline.bundle.certificate.verdict import SETTINGS, THRESHOLDS, judged, pl
 from pipeline.bundle.format import certified_files
 from pipeline.config.post import PostConfig
 from pipeline.errors import UserError, first_line
+from pipeline.report.numbers import beside
 from pldr_model.model import PLDRModel
 
 PACKAGES = ("torch", "safetensors", "sentencepiece", "pldr")
@@ -83,7 +84,7 @@ def summary_lines(certificate: dict[str, Any]) -> list[str]:
             mark, detail = "skip", check["skipped"]
         else:
             mark = " ok " if check["passed"] else "FAIL"
-            value = "not measured" if check["value"] is None else f"{check['value']:.3g}"
+            value = beside(check["value"], check["threshold"])
             detail = f"{value} (needs {check['bound']} {check['threshold']:g})"
         lines.append(f"  {mark}  {check['measure']:<26} {detail}")
     losses = certificate["measures"]["losses"]

@@ -78,6 +78,9 @@ def test_labels_do_not_repeat_or_cover_one_another() -> None:
     assert drawn is not None
     six, nine = drawn["limits"]
     assert nine["text_y"] < nine["y"] < six["y"] < six["text_y"]
+    late = draw(Plot("t", ("a",), "share", limits=(Limit(9.0, "9"),)), {"a": [(6, 1.0), (9, 2.0)]}, 9)
+    assert late is not None and late["limits"][0]["left"]
+    assert late["limits"][0]["text_y"] > late["limits"][0]["y"]  # above the line is the name of the axis
     flat = draw(Plot("t", ("a",)), {"a": [(0, 12345.6), (9, 12345.6)]}, 9)
     assert flat is not None
     assert flat["marks"][0][1] == "12,345.2" and flat["lines"][0]["newest"] == "12,346"

@@ -14,7 +14,8 @@ from pipeline.config.load import load_config
 from pipeline.config.schedule import invariance_budget
 from pipeline.io import storage
 from pipeline.stages import preflight as module
-from pipeline.stages.preflight import preflight
+from pipeline.stages.preflight import FIXED_PIECES, preflight
+from pipeline.tokenizer import SPECIAL_IDS
 
 
 @pytest.fixture
@@ -161,3 +162,10 @@ def test_mlflow_is_asked_whether_it_answers(check):
 def test_a_tokenizer_larger_than_the_model_is_refused_before_the_corpus_is_read(check, larger_tokenizer):
     found = check(f"tokenizer.model={larger_tokenizer}", "model.vocab_size=50")["tokenizer"]
     assert found.status == "FAIL" and "set model.vocab_size=" in found.text
+
+
+def test_a_vocabulary_smaller_than_the_pieces_that_are_always_there_is_refused_before_the_corpus_is_read(check):
+    assert 256 + len(SPECIAL_IDS) == FIXED_PIECES
+    found = check(f"model.vocab_size={FIXED_PIECES}")["tokenizer"]
+    assert found.status == "FAIL" and "set it to 400 or more" in found.text
+    assert check(f"model.vocab_size={FIXED_PIECES + 1}")["tokenizer"].status == "ok"

@@ -1,6 +1,7 @@
 """What replaces documents, a tokenizer or tokens that are there, and who may write them."""
 
 import json
+import os
 
 import pytest
 
@@ -43,6 +44,20 @@ def test_data_that_a_model_was_trained_with_stay_when_their_source_changes(make,
     assert make()[0].stage("shard", replace=True)["skipped"] is False
     with pytest.raises(ConfigError, match="--replace"):
         make()[0].stage("tokenizer")
+
+
+def test_the_same_files_with_other_times_give_the_same_data_and_the_error_says_so(make, tmp_path):
+    data_stages(make()[0])
+    trained(tmp_path / "run")
+    before = files_of(tmp_path / "run" / "tokens")
+    os.utime(tmp_path / "corpus.jsonl", (1, 1))
+    with pytest.raises(
+        ConfigError, match=r"--replace`: nothing changes if the same files only have other times or paths"
+    ):
+        make()[0].stage("shard")
+    assert make()[0].stage("shard", replace=True)["skipped"] is False
+    assert data_stages(make()[0]) == {"shard": True, "tokenizer": True, "tokenize": True}
+    assert files_of(tmp_path / "run" / "tokens") == before
 
 
 def test_what_is_made_again_is_told_before_also_with_records_that_know_no_settings(make, tmp_path):

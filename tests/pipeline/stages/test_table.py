@@ -109,6 +109,12 @@ def test_a_failed_certificate_ends_the_run_with_the_fixes_also_of_an_older_recor
     assert caught.value.exit_code == 3 and caught.value.details == {"failed": result["failed"]}
 
 
+def test_a_value_that_rounds_to_its_threshold_has_the_digits_that_tell_them_apart(pipeline):
+    failed = [{"measure": "top1_agreement", "fix": "f", "value": 0.99890625, "threshold": 0.999}]
+    with pytest.raises(UserError, match=r"top1_agreement is 0\.9989, its threshold 0\.999\n"):
+        stage_named("validate").check(pipeline().paths, {"verdict": "failed", "failed": failed})
+
+
 def test_the_table_imports_no_floor():
     """`pldr --help` reads the table: mlflow and datatrove are imported by the stage that needs them."""
     code = "import json, sys, pipeline.stages.table; print(json.dumps(sorted(sys.modules)))"
