@@ -162,7 +162,9 @@ class _Job:
     def read(self, process: subprocess.Popen[bytes], log_file: IO[bytes], report: Report) -> None:
         """Read the job's output to its end."""
         assert process.stdout is not None
-        startup = Still(f"starting {self.num_ranks} ranks" if self.num_ranks > 1 else "starting the rank", report)
+        doing = f"starting {self.num_ranks} ranks" if self.num_ranks > 1 else "starting the rank"
+        report(doing)
+        startup = Still(doing, report)
         try:
             self._read(process.stdout, log_file, report, startup)
         finally:

@@ -117,6 +117,6 @@ def test_until_the_first_step_it_is_told_what_goes_on(tmp_path, monkeypatch):
         log_file=tmp_path / "train.log",
         report=said.append,
     )
-    assert said[0].startswith("starting 2 ranks: ") and said[-1] == "step 4/9"
+    assert said[0] == "starting 2 ranks" and said[1].startswith("starting 2 ranks: ") and said[-1] == "step 4/9"
     told = said[next(i for i, line in enumerate(said) if line.startswith("opening the data: ")) :]
     assert told.index("resumed at step 3 of 9") < len(told) - 2  # and it went on behind that
