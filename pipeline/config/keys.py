@@ -71,6 +71,18 @@ def all_kinds() -> dict[str, Kind]:
     return {key: kind for key, kind in found.items() if kind is not None}
 
 
+def added_defaults() -> dict[str, Any]:
+    """The default of each key that is later than the first records (`Kind.added`): what a run from before it had."""
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    return {
+        f"{name}.{key}": field.default
+        for name, section in sections.items()
+        if isinstance(section, type) and issubclass(section, BaseModel)
+        for key, field in section.model_fields.items()
+        if (kind := kind_of(field)) is not None and kind.added
+    }
+
+
 def walk(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Kind | None]]:
     """Every key below a section with its kind; None for a key without one. A section that is always there has none itself."""
     for name, field in section.model_fields.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.checkpoint.format import committed, model_of, read_state, step_of
 from pipeline.config.continued import schedule_before, stable_until
-from pipeline.config.keys import is_of_training
+from pipeline.config.keys import added_defaults, is_of_training
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig, flatten
 from pipeline.config.train import TrainConfig
@@ -82,7 +82,8 @@ def newest_stable(folder: Path, train: TrainConfig) -> Path | None:
 def changes(state: State, config: RunConfig, ranks: int) -> dict[str, str]:
     """`key -> "old -> new"` of every setting of the training that is not as it was when the checkpoint was saved."""
     today = json.loads(storage.canonical_json(config.as_dict()))  # keys in the order of state.json, also inside lists
-    before = {**flatten(state["config"]), "train.ranks": str(state["world_size"])}
+    # A key that did not exist when the checkpoint was saved had its default's meaning.
+    before = {**flatten(added_defaults()), **flatten(state["config"]), "train.ranks": str(state["world_size"])}
     now = {**flatten(today), "train.ranks": str(ranks)}
     keys = [key for key in {**before, **now} if is_of_training(key) and before.get(key) != now.get(key)]
     return {key: f"{before.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in keys}

@@ -10,10 +10,12 @@ import getpass
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 USER_TAG, SOURCE_TAG, SOURCE_TYPE_TAG = "mlflow.user", "mlflow.source.name", "mlflow.source.type"
 COMMIT_TAG = "mlflow.source.git.commit"
+YAMLS = (".yaml", ".yml")
 
 
 def origin_tags() -> dict[str, str]:
@@ -23,10 +25,14 @@ def origin_tags() -> dict[str, str]:
 
 
 def command(argv: list[str]) -> str:
-    """The command in short: `pldr run quickstart.yaml`. Options and overrides are left out: the run's parameters have their
-    values, and MLflow shows what stands after the last slash."""
+    """The command in short: `pldr run quickstart.yaml`. Options and overrides are left out, also the word after an option
+    unless it is a YAML: the run's parameters have their values, and MLflow shows what stands after the last slash."""
     program = Path(argv[0]).name
-    words = [Path(word).name for word in argv[1:] if not word.startswith("-") and "=" not in word]
+    words = [
+        Path(word).name
+        for before, word in pairwise(argv)
+        if not word.startswith("-") and "=" not in word and (not before.startswith("-") or word.endswith(YAMLS))
+    ]
     return " ".join(["pldr" if program.endswith(".py") else program, *words])
 
 

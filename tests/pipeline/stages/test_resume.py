@@ -1,5 +1,6 @@
 """What `--resume` names, which checkpoint it finds, and what it refuses: real folders and real MLflow stores, no training."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -389,6 +390,10 @@ def test_what_changed_is_reported_and_becomes_tags(run):
         "train.ranks": "2 -> 1",
     }
     assert changes(start.state, run.config(), ranks=2) == {}
+    old = copy.deepcopy(start.state)  # of before there were schedules and data of other runs
+    del old["config"]["train"]["schedule"], old["config"]["data"]["of"]
+    assert changes(old, run.config(), ranks=2) == {}
+    assert changes(old, run.config(train={"schedule": "constant"}), ranks=2) == {"train.schedule": "cosine -> constant"}
     outbox.set_tags(run.tracked(run.id), {f"resumed.6.{key}": value for key, value in changed.items()})
     stored = client(tracking_uri(run.config())).get_run(run.id)
     assert stored.data.tags["resumed.6.train.zero_stage"] == "1 -> 3"

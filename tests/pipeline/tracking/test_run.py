@@ -365,6 +365,8 @@ def test_a_run_shows_who_began_it_and_its_experiment_opens_on_runs(tmp_path):
     [
         (["/venv/bin/pldr", "run", "configs/quickstart.yaml", "train.steps=5", "--json"], "pldr run quickstart.yaml"),
         (["/x/launch/cli.py", "train", "a.yaml", "tracking.uri=http://me:secret@host"], "pldr train a.yaml"),
+        (["/venv/bin/pldr", "train", "a.yaml", "--anneal-from", "runs/a/checkpoints/step-000016"], "pldr train a.yaml"),
+        (["/venv/bin/pldr", "run", "--resume", "runs/a", "--force", "b/a.yaml", "seed=2"], "pldr run a.yaml"),
         (["/usr/bin/pytest"], "pytest"),
     ],
 )
