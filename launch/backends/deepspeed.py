@@ -68,9 +68,10 @@ def command(job_file: Path, ranks: int) -> list[str]:
     take the job for one over ssh where a cloud has put a /job/hostfile. The launcher sets CUDA_VISIBLE_DEVICES to the devices
     that it is told, so the chosen ones are named.
     """
-    chosen, devices = os.environ.get("CUDA_VISIBLE_DEVICES", ""), list(range(ranks))
-    if has_gpu() and chosen.replace(",", "").isdigit():
-        devices = [int(device) for device in chosen.split(",")[:ranks]]
+    chosen = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    devices: list[int | str] = list(range(ranks))
+    if has_gpu() and chosen:  # numbers, or GPU-… and MIG-… names
+        devices = [int(name) if name.isdigit() else name for name in chosen[:ranks]]
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     where = [f"--world_info={world}", *_rendezvous("127.0.0.1", free_port())]
     return [*LAUNCHER, *where, "--module", "--log_level=info", WORKER, str(job_file)]

@@ -46,6 +46,16 @@ def with_command(pipeline: Pipeline, arguments: Any) -> Iterator[None]:
             raise
         own = [word for word in arguments.overrides if word.partition("=")[0] != "run_dir"]
         old = pipeline.config.run_dir.rstrip("/")
+        if branched := getattr(arguments, "anneal_from", None):  # without it the rate would not decay from there
+            words = [
+                arguments.config,
+                *own,
+                f"run_dir={_free(old, error.key, pipeline.config)}",
+                "--anneal-from",
+                branched,
+            ]
+            command = f"pldr {arguments.verb} {shlex.join(words)}"
+            raise ConfigError(f"{error}; to decay from {branched} once more: {command}") from None
         stable = newest_stable(pipeline.paths.checkpoints, pipeline.config.train)
         source, what = (old, "") if stable is None else (f"{old}/checkpoints/{stable.name}", " of the stable part")
         words = [arguments.config, *own, f"run_dir={_free(old, error.key, pipeline.config)}", "--resume", source]

@@ -35,7 +35,12 @@ def test_ranks_on_a_cpu_share_its_cores_when_the_number_of_threads_is_none(monke
 
 @pytest.mark.parametrize(
     ("gpus", "visible", "devices"),
-    [(True, "4,5,6", [4, 5]), (True, "GPU-8932f937", [0, 1]), (True, "", [0, 1]), (False, "4,5,6", [0, 1])],
+    [
+        (True, "4,5,6", [4, 5]),
+        (True, "GPU-8932f937,MIG-1f", ["GPU-8932f937", "MIG-1f"]),
+        (True, "", [0, 1]),
+        (False, "4,5,6", [0, 1]),
+    ],
     ids=["chosen", "by UUID", "all", "CPU"],
 )
 def test_ranks_of_one_node_get_the_chosen_devices(monkeypatch, gpus, visible, devices):

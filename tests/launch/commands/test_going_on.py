@@ -52,6 +52,15 @@ def test_a_wsd_run_goes_on_from_its_stable_part(make_run, tmp_path):
     assert refused(config, "train.steps=100", "train.schedule=cosine").endswith(f"--resume {tmp_path}/run")
 
 
+def test_another_decay_is_refused_with_the_command_that_decays(make_run, tmp_path):
+    config = make_run(tmp_path, steps=50, warmup_steps=5)
+    old = f"{tmp_path}/run-anneal-20"
+    trained(tmp_path / "run-anneal-20", step=50)
+    said = refused(config, "train.steps=30", f"run_dir={old}", "--anneal-from", "step-000020")
+    command = ["pldr", "run", str(config), "train.steps=30", f"run_dir={old}-30", "--anneal-from", "step-000020"]
+    assert shlex.split(said.partition("once more: ")[2]) == command
+
+
 def test_a_run_begins_at_one_place(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["run", "x.yaml", "--resume", "runs/old", "--anneal-from", "step-000500"])
