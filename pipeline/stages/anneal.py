@@ -155,7 +155,10 @@ def _of_run(
 def _stable(checkpoint: Path, parent: RunConfig) -> dict[str, Any]:
     """The state.json of a checkpoint. Raises ConfigError unless the rate there is that of a stable part."""
     if not checkpoint.is_dir():
-        raise ConfigError(f"--anneal-from: {checkpoint}: no such checkpoint; `pldr runs CONFIG` lists those of a run")
+        raise ConfigError(
+            f"--anneal-from: {checkpoint}: no such checkpoint; `pldr runs CONFIG` lists those of a run, and a run directory "
+            "that the YAML does not name takes a path (run_dir=… on the command line is the branch's)"
+        )
     state = read_state(checkpoint)
     step, train = state["step"], schedule_before(state["config"]["train"], parent.train)
     if stable_until(train, step) is not None:

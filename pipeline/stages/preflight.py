@@ -36,6 +36,7 @@ from pipeline.tracking.sqlite_store import file_of, require_usable
 TEXT_PER_TOKEN = 2.5  # bytes of text, at least; a token takes 2 bytes up to 65,536 pieces, else 4
 SPOOL = 0.5  # bytes of cleaned documents that wait to be written, per byte of text
 MLFLOW_S = 1.0
+MLFLOW_KINDS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 FIXED_PIECES = 260  # of a vocabulary that is trained: 256 bytes, four special pieces
 
 
@@ -196,6 +197,10 @@ def _mlflow(config: RunConfig) -> Iterator[Finding]:
         except sqlite3.Error as error:
             yield Finding("MLflow", "FAIL", f"{shown}: {why(uri, error)}")
             return
+    if uri.partition(":")[0].partition("+")[0] not in MLFLOW_KINDS:
+        kinds = ", ".join(f"{kind}:" for kind in MLFLOW_KINDS)
+        yield Finding("MLflow", "FAIL", f"{shown}: no store that MLflow knows; set tracking.uri to one of {kinds}")
+        return
     if not is_http(uri):
         yield Finding("MLflow", "ok", shown)
         return

@@ -26,7 +26,7 @@ from pipeline.stages.still import Still
 from pipeline.tracking import outbox
 from pipeline.tracking.client import tracking_uri
 from pipeline.tracking.run import TrackedRun
-from pipeline.tracking.run_record import NOTE_TAG
+from pipeline.tracking.run_record import NOTE_TAG, TIER_TAG, VERDICT_TAG
 from pipeline.tracking.sqlite_store import file_of
 
 if TYPE_CHECKING:
@@ -158,7 +158,8 @@ def _prepare(
     outbox.begin(start.run)
     outbox.log_data_sets(start.run, data_sets(config, index))
     if start.checkpoint is None or step_of(start.checkpoint) < config.train.steps:
-        outbox.set_tags(start.run, {NOTE_TAG: sentence(config)})
+        before = {} if start.checkpoint is None else {VERDICT_TAG: "", TIER_TAG: ""}  # of the model as it was
+        outbox.set_tags(start.run, {NOTE_TAG: sentence(config), **before})
     if config.train.precision == "bf16" and config.train.zero_stage == 0:
         report(
             "bf16 at ZeRO stage 0: gradients are accumulated in bf16, and a resumed run is not bit-equal; "

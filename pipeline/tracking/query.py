@@ -150,5 +150,5 @@ def _row(uri: str, run: Any, experiments: dict[str, str], verdicts: dict[str, st
         "checkpoints": [name for name in (checkpoints or "").split(",") if name],
         "published_to": tags.get(PUBLISH_TAG) or None,
         "continued_from": tags.get(CONTINUED_TAG),
-        "verdict": tags.get(VERDICT_TAG) or verdicts.get(info.run_id),
+        "verdict": (tags[VERDICT_TAG] or None) if VERDICT_TAG in tags else verdicts.get(info.run_id),
     }

@@ -76,6 +76,15 @@ def test_the_table_has_every_run_newest_first(capsys, runs):
     assert json.loads(run(capsys, "runs", "--uri", uri, "--json")[1].splitlines()[-1])["runs"] == rows
 
 
+def test_a_run_that_trains_on_has_no_verdict_yet(capsys, runs):
+    """Training empties the tag; the registry still has the verdict on the model as it was."""
+    _, uri, ids = runs
+    client(uri).set_tag(ids[1], "pldr.verdict", "")
+    _, out, _ = run(capsys, "runs", "--uri", uri, "--json")
+    assert json.loads(out.splitlines()[-1])["runs"][0]["verdict"] is None
+    client(uri).delete_tag(ids[1], "pldr.verdict")
+
+
 def test_without_a_yaml_the_stores_in_runs_are_listed(capsys, caplog, runs, tmp_path, monkeypatch):
     """The shared one, and below it those of earlier versions' runs and of sweeps. One that is damaged is named."""
     path, uri, ids = runs

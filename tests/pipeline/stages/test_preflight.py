@@ -159,6 +159,11 @@ def test_mlflow_is_asked_whether_it_answers(check):
     assert gone.status == "warn" and "pldr track replay" in gone.text
 
 
+@pytest.mark.parametrize(("uri", "status"), [("ftp://x/y", "FAIL"), ("postgresql+psycopg2://host/db", "ok")])
+def test_a_kind_of_store_that_mlflow_does_not_know_is_found(check, uri, status):
+    assert check(f"tracking.uri={uri}")["MLflow"].status == status
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused_before_the_corpus_is_read(check, larger_tokenizer):
     found = check(f"tokenizer.model={larger_tokenizer}", "model.vocab_size=50")["tokenizer"]
     assert found.status == "FAIL" and "set model.vocab_size=" in found.text
