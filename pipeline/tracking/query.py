@@ -144,7 +144,7 @@ def _row(uri: str, run: Any, experiments: dict[str, str], verdicts: dict[str, st
         "name": info.run_name,
         "experiment": experiments[info.experiment_id],
         "status": info.status,
-        "started": datetime.fromtimestamp(info.start_time / 1000, UTC).isoformat(timespec="seconds"),
+        "started": datetime.fromtimestamp(info.start_time / 1000, UTC).isoformat(timespec="milliseconds"),
         "step": max((step for step, _ in points.values()), default=None),
         **{key: points[metric][1] if metric in points else None for metric, key in COLUMNS.items()},
         "checkpoints": [name for name in (checkpoints or "").split(",") if name],

@@ -37,6 +37,7 @@ def check(results: dict, stage: str) -> None:
     assert result["moved"]["6"]["train/loss"] == pytest.approx(straight["6"]["train/loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_frozen_run_continues_without_its_metric_learner_and_resumes_bit_equal(start_ranks, tmp_path):
     results = start_ranks(WORKER, tmp_path, "1", "fp32")
     check(results, "1")
