@@ -128,7 +128,15 @@ def stage_inputs(config: RunConfig) -> dict[str, Any]:
 
 def _identities(files: list[InputFile]) -> list[dict[str, Any]]:
     """What identifies files; `state` is for reading, `identity` says the same. `split_at` is among the settings."""
-    return [{key: value for key, value in asdict(file).items() if key not in ("state", "split_at")} for file in files]
+    left_out = {"state", "split_at", "packaged"}
+    return [
+        {
+            key: value
+            for key, value in asdict(file).items()
+            if key not in left_out and not (key == "url" and file.packaged)
+        }
+        for file in files
+    ]
 
 
 def _outputs(config: RunConfig) -> list[str]:

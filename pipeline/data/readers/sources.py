@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.data.readers.left_out import LeftOut, LocalFolders, below
 from pipeline.errors import UserError, first_line
 from pipeline.io.remote import filesystem_of, retrying
-from pipeline.io.storage import explain_os_error
+from pipeline.io.storage import explain_os_error, sha256_file
 from pipeline.io.urls import check_url, is_http, is_local, local_path, public_url
 
 FORMATS = {
@@ -63,8 +63,9 @@ class SourceConfig(Protocol):
 @dataclass(frozen=True)
 class InputFile:
     """One file to read. `source`: index in data.sources. `size`: bytes as stored, 0 if a server does not report it.
-    `identity` changes when the file does: a hash of its size, times, or a store's etag. `state`: `state_of` a local one.
-    `split_at`: what begins a document in a file of several (text only)."""
+    `identity` changes when the file does: a hash of its size, times, or a store's etag; of its content in a package, which has
+    other paths and times wherever it is installed. `state`: `state_of` a local one. `split_at`: what begins a document in a
+    file of several (text only)."""
 
     url: str
     name: str
@@ -78,6 +79,7 @@ class InputFile:
     source_name: str
     state: tuple[int, ...] = ()
     split_at: str | None = None
+    packaged: bool = False
 
     @property
     def shown(self) -> str:
@@ -145,6 +147,7 @@ def list_sources(sources: Iterable[SourceConfig], *, outputs: Iterable[str] = ()
     ignored = 0
     for number, (source, (how, matches)) in enumerate(zip(listed, found, strict=True)):
         before, ignored_before = len(files), ignored
+        packaged = source.url.startswith(PACKAGE)
         for match in matches:
             kind, compression = _format(match)
             if kind is None:
@@ -164,11 +167,12 @@ def list_sources(sources: Iterable[SourceConfig], *, outputs: Iterable[str] = ()
                     text_key=source.text_key,
                     license=source.license,
                     size=int(match.info.get("size") or 0),
-                    identity=_identity(match.info),
+                    identity=_identity(match, packaged),
                     source=number,
                     source_name=names[number],
                     state=state_of(match.url),
                     split_at=source.split_at,
+                    packaged=packaged,
                 )
         if len(files) == before and ignored == ignored_before:
             shown = public_url(source.url)
@@ -308,8 +312,10 @@ def _extension(name: str) -> tuple[str | None, str | None]:
     return FORMATS.get(extension), compression
 
 
-def _identity(info: dict[str, Any]) -> str:
-    facts = sorted((key, str(value)) for key, value in info.items() if key not in ("name", "url", "Key"))
+def _identity(match: _Found, packaged: bool) -> str:
+    if packaged and (file := local_path(match.url)).is_file():
+        return sha256_file(file)
+    facts = sorted((key, str(value)) for key, value in match.info.items() if key not in ("name", "url", "Key"))
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 

@@ -16,7 +16,7 @@ import webdataset
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.data.documents.read import DocumentIndex, read_removed, read_shard
-from pipeline.data.documents.shard import shard_documents
+from pipeline.data.documents.shard import shard_documents, stage_inputs
 from pipeline.data.documents.spool import split_key
 from pipeline.data.documents.write import copies, split_of
 from pipeline.errors import UserError
@@ -322,3 +322,20 @@ def test_a_corpus_in_memory_is_read_where_it_is(
     assert found == {name: data for name, data in contents(here.documents).items() if not name.startswith(".")}
     with pytest.raises(UserError, match="visible to one process only"):
         run(make_config(tmp_path / "ray", "memory://shard/x.txt", data={"executor": "ray"}))
+
+
+def test_a_package_that_is_installed_again_is_the_same_input(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another venv its files have other paths and times."""
+    inputs = []
+    for venv, text in (("one", "a text"), ("two", "a text"), ("three", "b text")):
+        package = tmp_path / venv / "packaged_texts"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "a.txt").write_text(text)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(package.parent)
+            config = make_config(tmp_path / "run", [{"url": "package://packaged_texts/*.txt"}])
+            inputs.append(stage_inputs(config))
+    assert inputs[0] == inputs[1] != inputs[2]
