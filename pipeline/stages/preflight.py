@@ -108,8 +108,8 @@ def _tokenizer(config: RunConfig) -> Iterator[Finding]:
     given, wanted = config.tokenizer.model, config.model.vocab_size
     if given is None:
         if wanted <= FIXED_PIECES:
-            why = f"bytes and special pieces are {FIXED_PIECES}, and each character needs one more"
-            yield Finding("tokenizer", "FAIL", f"model.vocab_size {wanted} is too small: {why}; set it to 400 or more")
+            needed = f"bytes and special pieces are {FIXED_PIECES}, and each character needs one more"
+            yield Finding("tokenizer", "FAIL", f"model.vocab_size {wanted} is too small: {needed}; set it to 400 or more")
         else:
             yield Finding("tokenizer", "ok", f"SentencePiece with {wanted:,} pieces is trained on the corpus")
         return
