@@ -109,7 +109,9 @@ def _tokenizer(config: RunConfig) -> Iterator[Finding]:
     if given is None:
         if wanted <= FIXED_PIECES:
             needed = f"bytes and special pieces are {FIXED_PIECES}, and each character needs one more"
-            yield Finding("tokenizer", "FAIL", f"model.vocab_size {wanted} is too small: {needed}; set it to 400 or more")
+            yield Finding(
+                "tokenizer", "FAIL", f"model.vocab_size {wanted} is too small: {needed}; set it to 400 or more"
+            )
         else:
             yield Finding("tokenizer", "ok", f"SentencePiece with {wanted:,} pieces is trained on the corpus")
         return
