@@ -78,10 +78,11 @@ def tier_of(deviation: float | None, config: Tiers, *, constant: bool) -> Tier:
 def tier_with_proof(measures: dict[str, Any], config: PostConfig, *, constant: bool) -> Tier:
     """The tier of `relative_deviation_g`; `proven` where a bound over every input there is, not only over the prompts, is
     small enough and nothing that was measured speaks against it."""
-    tier, proof = tier_of(measures["relative_deviation_g"], config, constant=constant), measures["proof"]
-    if tier not in ("invariant", "at round-off") or measures["not_finite"] or not proof or not proof["closed"]:
+    tier, proof = tier_of(measures["relative_deviation_g"], config, constant=constant), measures.get("proof")
+    bound = proof["bound"] if proof and proof["closed"] else None
+    if tier not in ("invariant", "at round-off") or measures["not_finite"] or bound is None:
         return tier
-    return "proven" if proof["bound"] <= config.max_worst_row_deviation else tier
+    return "proven" if bound <= config.max_worst_row_deviation else tier
 
 
 def make_checks(
