@@ -24,14 +24,17 @@ from pipeline.bundle.certificate.checks import make_checks
 from pipeline.bundle.certificate.verdict import largest
 from pipeline.config.post import PostConfig
 from pipeline.post.certificate.build import make_certificate
-from pipeline.post.measure import downstream
+from pipeline.post.measure.downstream import Outputs
+from pipeline.post.measure.effects import compare_losses, effects_by_layer, estimated
 from pipeline.post.measure.generation import greedy_agreement, order_parameters
-from pipeline.post.measure.observe import TENSORS, Observation, observe
+from pipeline.post.measure.observe import TENSORS, Observation, batches, observe
+from pipeline.post.measure.parts import part
 from pipeline.post.measure.prompts import PromptKind, few_of, held_out_text, make_kinds, num_distinct, sha256_kinds
 from pipeline.post.measure.statistics import effective_rank, numerical_rank, relative_deviation
 from pldr_model.model import PLDRModel, g_shape
 
 CONTROL_PROMPTS = 8  # of every kind
+FP64_EFFECT_PROMPTS = 4  # of the losses with another G, which fp64 only repeats
 
 
 def validate(
@@ -58,16 +61,20 @@ def validate(
     kinds = make_kinds(text_NT, model.config, seed=seed)
     learned = model.config.g_source == "learned"
 
-    measures = _measure(model, g_LHKK, text_NT, kinds, seed=seed)
-    _measure_fp64(measures, model, g_LHKK, text_NT, kinds, config, seed=seed)
+    measures = _measure(model, g_LHKK, text_NT, kinds, config, seed=seed)
+    with part("fp64"):
+        _measure_fp64(measures, model, g_LHKK, text_NT, kinds, config, seed=seed)
     if not measures["not_finite"]:
         num = {"num_tokens": config.generate_tokens, "num_prompts": config.generate_prompts}
-        measures["greedy"] = greedy_agreement(model, g_LHKK, text_NT, **num)
-        if learned:
-            measures["order_parameter"] = order_parameters(model, text_NT, **num, seed=seed)
+        with part("generation"):
+            measures["greedy"] = greedy_agreement(model, g_LHKK, text_NT, **num, seed=seed)
+        if learned and config.order_parameter:
+            with part("order parameter"):
+                measures["order_parameter"] = order_parameters(model, text_NT, **num, seed=seed)
     controls: dict[str, Any] = {"random_tokens": _random_tokens_control(measures)}
     if learned:
-        controls["untrained"] = _untrained_control(model, text_NT, kinds, config, seed=seed)
+        with part("control"):
+            controls["untrained"] = _untrained_control(model, text_NT, kinds, config, seed=seed)
     return make_certificate(
         model,
         g_LHKK,
@@ -86,32 +93,37 @@ def validate(
 
 
 def _measure(
-    model: PLDRModel, g_LHKK: Tensor | None, text_NT: Tensor, kinds: list[PromptKind], *, seed: int
+    model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, kinds: list[PromptKind], config: PostConfig, *, seed: int
 ) -> dict[str, Any]:
-    """Everything measured by passes over the prompts in the model's own precision, without generation.
-
-    g_LHKK None: use the mean over the text prompts themselves.
-    """
-    seen = observe(model, kinds)
+    """Everything measured by passes over the prompts in the model's own precision, without generation."""
+    outputs = Outputs(model, g_LHKK, text_NT, seed=seed)
+    with part("observation"):
+        seen = observe(model, kinds, [outputs])
+    found = outputs.merge_ranks()
     not_finite = list(seen.not_finite)
     not_finite += [f"weight {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
-    if g_LHKK is not None:
-        not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
+    not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
     deviations = _deviations(seen, g_LHKK)
     measures: dict[str, Any] = {
         "not_finite": not_finite,
         "relative_deviation_g": deviations["G_LM"]["max"] if "G_LM" in deviations else None,
         "deviations": {"fp32": deviations},
         **_shape_measures(seen, model.config.head_dim),
-        "cached_rank": None if g_LHKK is None or not_finite else _rank_of(g_LHKK),
-        **{"losses": {}, "prefix": {}, "agreement": {}, "leak": {}, "greedy": {}, "order_parameter": {}, "fp64": {}},
+        "cached_rank": None if not_finite else _rank_of(g_LHKK),
+        **{"losses": {}, "prefix": {}, "effects": {}, "agreement": {}, "leak": {}, "greedy": {}},
+        **{"order_parameter": {}, "fp64": {}},
     }
     if not not_finite:
-        by_kind = seen.spreads["G_LM"]
-        given = {"cached": by_kind["text"].mean_LHKK if g_LHKK is None else g_LHKK}
-        given |= {"mean": by_kind["text"].mean_LHKK, "random_tokens": by_kind["random"].mean_LHKK}
-        measures.update(downstream.compare_losses(model, given, text_NT))
-        measures["leak"] = downstream.leak_test(model, given["cached"], text_NT, seed=seed)
+        few_NT, random_LHKK = text_NT[: config.effect_prompts], seen.spreads["G_LM"]["random"].mean_LHKK
+        with part("effects"):
+            few = compare_losses(model, g_LHKK, few_NT, random_LHKK=random_LHKK)
+            measures["effects"] = effects_by_layer(
+                model, g_LHKK, few_NT, few["losses"], min_effect=config.min_attention_effect
+            )
+        measures["losses"] = estimated(found["losses"], few["losses"])
+        measures["prefix"] = few["prefix"]
+        measures["agreement"] = found["agreement"] | few["agreement"]
+        measures["leak"] = found["leak"]
     return measures
 
 
@@ -127,15 +139,19 @@ def _measure_fp64(
 ) -> None:
     """Add the measures of the same weights in fp64, over the first prompts of every kind; the larger deviation is judged."""
     double = copy.deepcopy(model).double()
-    deviations = _deviations(observe(double, few_of(kinds, config.fp64_prompts)), g_LHKK, drift=True)
+    outputs = Outputs(double, g_LHKK, text_NT, seed=seed)
+    deviations = _deviations(observe(double, few_of(kinds, config.fp64_prompts), [outputs]), g_LHKK, drift=True)
+    seen = outputs.merge_ranks()
     measures["deviations"]["fp64"] = deviations
     found = [d["G_LM"]["max"] if "G_LM" in d else None for d in measures["deviations"].values()]
     measures["relative_deviation_g"] = largest(found)
     if not measures["not_finite"]:
-        text_NT = text_NT[: config.fp64_prompts]
+        few = compare_losses(double, g_LHKK, text_NT[: min(FP64_EFFECT_PROMPTS, config.fp64_prompts)])
         measures["fp64"] = {
-            **downstream.compare_losses(double, {"cached": g_LHKK.double()}, text_NT),
-            "leak": downstream.leak_test(double, g_LHKK.double(), text_NT, seed=seed),
+            "losses": estimated(seen["losses"], few["losses"]),
+            "prefix": few["prefix"],
+            "agreement": seen["agreement"],
+            "leak": seen["leak"],
         }
 
 
@@ -183,7 +199,10 @@ def _untrained_control(
         fresh = PLDRModel(model.config).eval()
     weight = model.embedding.weight
     fresh.to(device=weight.device, dtype=weight.dtype)
-    measures = _measure(fresh, None, text_NT[:CONTROL_PROMPTS], few_of(kinds, CONTROL_PROMPTS), seed=seed)
+    text_NT = text_NT[:CONTROL_PROMPTS]
+    with torch.inference_mode():
+        g_LHKK = torch.cat([fresh.compute_g(ids_BS, padded=False) for ids_BS in batches(text_NT[:, :-1], fresh)], dim=1)
+    measures = _measure(fresh, g_LHKK.mean(dim=1), text_NT, few_of(kinds, CONTROL_PROMPTS), config, seed=seed)
     checks = make_checks(
         measures, {}, config, variant=model.config.g_source, num_prompts=config.min_prompts, budget=None
     )
