@@ -38,10 +38,10 @@ ON_BLOCK = ("random_tokens", "other")  # judged beside the live loss; the effect
 def plain_part(g_LHKK: Tensor, config: ModelConfig) -> Tensor:
     """The orthogonal projection of G_LM on the matrices that commute with RoPE at every position: plain attention.
 
-    Such a C can be folded into W_q: a rotated query q R has q R C = q C R. C_ij, its 2 x 2 block of frequencies i and j, commutes
+    Such a C can be folded into W_q: a rotated query q R has q R C = q C R. Its 2 x 2 block C_ij of frequencies i and j commutes
     when R(i)^T C_ij R(j) = C_ij at every position. Proof: the mean of R(i)^T G_ij R(j) over positions is the orthogonal
-    projection on what no position changes, and with frequencies in (0, 1] that mean is [[a, -b], [b, a]], a = (G_00 + G_11) / 2
-    and b = (G_10 - G_01) / 2, where i and j are equal, and 0 where they differ (they are all equal with `rope_base` 1).
+    projection on what no position changes, and with frequencies in (0, 1] that mean is [[a, -b], [b, a]] where i and j are
+    equal, with a = (G_00 + G_11) / 2 and b = (G_10 - G_01) / 2, and 0 where they differ (`rope_base` 1 has but one).
     """
     half = config.head_dim // 2
     pairs = torch.arange(config.head_dim, device=g_LHKK.device)
