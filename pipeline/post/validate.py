@@ -62,8 +62,8 @@ def validate(
     learned = model.config.g_source == "learned"
 
     measures = _measure(model, g_LHKK, text_NT, kinds, config, seed=seed)
-    with part("fp64"):
-        _measure_fp64(measures, model, g_LHKK, text_NT, kinds, config, seed=seed)
+    with part("fp64", whole=True):
+        measure_fp64(measures, model, g_LHKK, text_NT, kinds, config, seed=seed)
     if not measures["not_finite"]:
         num = {"num_tokens": config.generate_tokens, "num_prompts": config.generate_prompts}
         with part("generation"):
@@ -73,8 +73,8 @@ def validate(
                 measures["order_parameter"] = order_parameters(model, text_NT, **num, seed=seed)
     controls: dict[str, Any] = {"random_tokens": _random_tokens_control(measures)}
     if learned:
-        with part("control"):
-            controls["untrained"] = _untrained_control(model, text_NT, kinds, config, seed=seed)
+        with part("control", whole=True):
+            controls["untrained"] = untrained_control(model, text_NT, kinds, config, seed=seed)
     return make_certificate(
         model,
         g_LHKK,
@@ -127,7 +127,7 @@ def _measure(
     return measures
 
 
-def _measure_fp64(
+def measure_fp64(
     measures: dict[str, Any],
     model: PLDRModel,
     g_LHKK: Tensor,
@@ -190,7 +190,7 @@ def _deviations(seen: Observation, g_LHKK: Tensor | None, *, drift: bool = False
     return out
 
 
-def _untrained_control(
+def untrained_control(
     model: PLDRModel, text_NT: Tensor, kinds: list[PromptKind], config: PostConfig, *, seed: int
 ) -> dict[str, Any]:
     """The same measures on the model before training, initialized again from its seed. It must fail."""

@@ -136,7 +136,7 @@ class Outputs:
                 self._leak("last_token", live, cached_BSV, live.ids_BS[:, -1:] + 1)
                 last = max(1, S // 4)
                 self._leak("last_quarter", live, cached_BSV, self._others_NS[rows, -last:].to(live.ids_BS.device))
-            elif 1 < S <= SHORT:
+            if 1 < S <= SHORT:
                 self._leak("short", live, cached_BSV, live.ids_BS[:, -1:] + 1)
 
     def _leak(self, what: str, live: LivePass, cached_BSV: Tensor, new_BE: Tensor) -> None:
@@ -148,15 +148,19 @@ class Outputs:
             (live.ids_BS[:, :start], torch.where(new_BE == config.pad_id, new_BE + 1, new_BE)), dim=1
         )
         few = max(0, CAUSAL_PROMPTS - live.start)
-        for name, g, before_BSV in (("live", None, live.logits_BSV), ("cached", self._g_LHKK, cached_BSV[:few])):
-            if not len(before_BSV):
-                continue
-            moved_BSV = logits(self._model, changed_BS[: len(before_BSV)], g)
-            for moved_RV, before_RV in zip(_slices(moved_BSV[:, :start]), _slices(before_BSV[:, :start]), strict=True):
-                delta_RV = moved_RV - before_RV
-                self._totals.take(f"{what} {name}", largest_size(delta_RV))
-                self._totals.add(f"{what} {name}", squares(delta_RV))
-                self._totals.add(f"{what} {name} count", delta_RV.numel())
+        self._moved(f"{what} live", live.logits_BSV[:, :start], changed_BS, None)
+        if few:
+            with part("causality"):
+                self._moved(f"{what} cached", cached_BSV[:few, :start], changed_BS[:few], self._g_LHKK)
+
+    def _moved(self, name: str, before_BPV: Tensor, changed_BS: Tensor, g: Tensor | None) -> None:
+        """Add how much logits move."""
+        moved_BPV = logits(self._model, changed_BS, g)[:, : before_BPV.shape[1]]
+        for moved_RV, before_RV in zip(_slices(moved_BPV), _slices(before_BPV), strict=True):
+            delta_RV = moved_RV - before_RV
+            self._totals.take(name, largest_size(delta_RV))
+            self._totals.add(name, squares(delta_RV))
+            self._totals.add(f"{name} count", delta_RV.numel())
 
     def merge_ranks(self) -> dict[str, Any]:
         """`losses` (block, cached), in nats per token; `agreement` (cached, short); `leak`, by what was changed: `last_token`

@@ -60,7 +60,6 @@ def greedy_agreement(
         totals.add("prompts", len(prompts))
         totals.take("tokens", new_BM.shape[1])
         totals.take("prompt", len(prompts[0]))
-        totals.take("checks", len(checked))
     totals = merged(totals)
     sums = totals.sums
     return {
@@ -70,7 +69,7 @@ def greedy_agreement(
         "prompt_length": int(totals.largest["prompt"]),
         "num_tokens": int(totals.largest["tokens"]),
         "decisions": sums["decisions"],
-        "live_checks": int(totals.largest["checks"]),
+        "live_checks": sums["decisions"],
     }
 
 

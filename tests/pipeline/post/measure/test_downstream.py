@@ -144,7 +144,7 @@ def test_greedy_choices_are_those_of_the_live_model_at_the_prefixes(
     g_lm = extract_g(model, text[:, :-1], "mean").g_lm
     sizes = {"num_tokens": 12, "num_prompts": 4, "seed": 3}
     found = greedy_agreement(model, g_lm, text, **sizes)
-    assert found["decisions"] == 4 * 12 and found["live_checks"] == 12 and found["num_tokens"] == 12
+    assert found["decisions"] == found["live_checks"] == 4 * 12 and found["num_tokens"] == 12
     prompts = text[:4, : found["prompt_length"]].tolist()
     wrong = []
     for prompt, new in zip(prompts, generate(model, prompts, max_new_tokens=12, g_lm=g_lm), strict=True):
