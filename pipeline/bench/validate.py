@@ -1,8 +1,8 @@
 """Where a validation's time goes, and how long one would take: `pldr bench validate [CONFIG]`.
 
 On a model of the configuration's sizes with random weights (its G_LM does not depend on the input, as after training) and
-random tokens. Every part of `validate` is run with few prompts, all parts in turn, again and again, so that a busy machine slows
-all alike. The cost of a part is taken to be linear in the prompts that it is given: fixed + each * prompts, by least squares.
+random tokens. Every part of `validate` is run with few prompts, all parts in turn, again and again, so that a busy machine
+slows all alike. The cost of a part is taken to be linear in the prompts that it is given: fixed + each * prompts, by least squares.
 With these, its cost at the configured number of prompts follows.
 
 Decision (the error): how much a measurement scatters is taken to be a share of it, the same for all parts, and estimated from
@@ -39,11 +39,11 @@ CLOCKS = ("seconds", "cpu_seconds")
 
 
 class Work(NamedTuple):
-    """A piece of a validation. `run` does it with so many prompts; a validation gives it `count`."""
+    """A piece of a validation. `run` does it with so many prompts; a validation gives it `prompts`."""
 
     name: str
     run: Callable[[int], None]
-    count: int
+    prompts: int
 
 
 class Line(NamedTuple):
@@ -58,7 +58,7 @@ def bench(config: ModelConfig, post: PostConfig, *, prompts: int = 1, rounds: in
 
     Returns `parts`: part -> `prompts` (the number that a validation gives it), and for `seconds` and `cpu_seconds` each
     `fixed`, `each` (of a prompt), `total` (at that number) and `error` (standard error of the total); `seconds` and
-    `cpu_seconds`: `total` and `error` of all parts; `scatter`: standard deviation of one measurement as a share of it, by clock;
+    `cpu_seconds`: `total` and `error` of all parts; `scatter`: standard deviation of a measurement as a share of it, by clock;
     `measured`: how often each part was run, and `measured_prompts` over all of them; `parameters`, `threads`, `device`.
     """
     model = _model(config)
@@ -73,7 +73,7 @@ def bench(config: ModelConfig, post: PostConfig, *, prompts: int = 1, rounds: in
                 for name, wall in counted.wall.items():
                     label = f"{name}, {work.name}" if len(counted.wall) > 1 or name != work.name else name
                     points.setdefault(label, []).append((count, wall, counted.cpu[name]))
-                    of_part[label] = min(CAUSAL_PROMPTS, work.count) if name == "causality" else work.count
+                    of_part[label] = min(CAUSAL_PROMPTS, work.prompts) if name == "causality" else work.prompts
     counts = np.array([count for _ in range(rounds) for count in (prompts, 2 * prompts)], dtype=float)
     result: dict[str, Any] = {"parts": {name: {"prompts": of_part[name]} for name in points}, "scatter": {}}
     for index, clock in enumerate(CLOCKS, start=1):
