@@ -2,7 +2,7 @@
 
 On a model of the configuration's sizes with random weights (its G_LM does not depend on the input, as after training) and
 random tokens. Every part of `validate` is run with few prompts, all parts in turn, again and again, so that a busy machine
-slows all alike. The cost of a part is taken to be linear in the prompts that it is given: fixed + each * prompts, by least squares.
+slows all alike. The cost of a part is taken to be linear in its prompts: fixed + each * prompts, by least squares.
 With these, its cost at the configured number of prompts follows.
 
 Decision (the error): how much a measurement scatters is taken to be a share of it, the same for all parts, and estimated from
