@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed import bounds, gathered, merged, share
+from pipeline.post.measure.passes import Watcher, live_pass
 from pipeline.post.measure.prompts import PromptKind
 from pipeline.post.measure.statistics import Scalars, Spread, log_abs_det, numerical_rank, row_variance_ratio
 from pldr_model.config import ModelConfig
@@ -78,15 +79,21 @@ class Observation:
 
 
 @torch.inference_mode()
-def observe(model: PLDRModel, kinds: Sequence[PromptKind]) -> Observation:
-    """Every deductive output of every prompt, streamed into accumulators. Collective where there are several ranks."""
+def observe(model: PLDRModel, kinds: Sequence[PromptKind], watchers: Sequence[Watcher] = ()) -> Observation:
+    """Every deductive output of every prompt, streamed into accumulators. Collective where there are several ranks.
+
+    watchers: see each live pass too, so that what they measure needs no pass of its own.
+    """
     seen = Observation(model.config, [kind.name for kind in kinds])
     for kind in kinds:
-        ranked = RANKED_PROMPTS - bounds(len(kind.ids_NS))[0]
+        start = bounds(len(kind.ids_NS))[0]
         for ids_BS in batches(share(kind.ids_NS), model):
-            for name, x_BLHKK in deduce(model, ids_BS, padded=kind.padded).items():
-                seen.update(name, kind.name, x_BLHKK, ranked=ranked)
-            ranked -= len(ids_BS)
+            live = live_pass(model, kind, start, ids_BS)
+            for name, x_BLHKK in live.tensors.items():
+                seen.update(name, kind.name, x_BLHKK, ranked=RANKED_PROMPTS - start)
+            for watch in watchers:
+                watch(live)
+            start += len(ids_BS)
     seen.merge_ranks()
     return seen
 
