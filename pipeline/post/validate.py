@@ -21,14 +21,16 @@ import torch
 from torch import Tensor
 
 from pipeline.bundle.certificate.checks import make_checks
-from pipeline.bundle.certificate.consistency import largest
 from pipeline.config.post import PostConfig
 from pipeline.post.certificate.build import make_certificate
+from pipeline.post.every_input.search import search_worst_rows
 from pipeline.post.measure import downstream
+from pipeline.post.measure.closely import CloseLook
+from pipeline.post.measure.deviation import PromptDeviations, deviations, means
 from pipeline.post.measure.generation import greedy_agreement, order_parameters
-from pipeline.post.measure.observe import TENSORS, Observation, observe
+from pipeline.post.measure.observe import Observation, observe
 from pipeline.post.measure.prompts import PromptKind, few_of, held_out_text, make_kinds, num_distinct, sha256_kinds
-from pipeline.post.measure.statistics import effective_rank, numerical_rank, relative_deviation
+from pipeline.post.measure.statistics import effective_rank, numerical_rank
 from pldr_model.model import PLDRModel, g_shape
 
 CONTROL_PROMPTS = 8  # of every kind
@@ -58,8 +60,11 @@ def validate(
     kinds = make_kinds(text_NT, model.config, seed=seed)
     learned = model.config.g_source == "learned"
 
-    measures = _measure(model, g_LHKK, text_NT, kinds, seed=seed)
-    _measure_fp64(measures, model, g_LHKK, text_NT, kinds, config, seed=seed)
+    found = _prompt_deviations(g_LHKK, kinds, config)
+    measures = _measure(model, g_LHKK, text_NT, kinds, found, seed=seed)
+    chosen = [found.worst_and_first(kind, config.fp64_prompts) for kind in kinds]
+    few = [kind._replace(ids_NS=kind.ids_NS[these]) for kind, these in zip(kinds, chosen, strict=True)]
+    _measure_fp64(measures, model, g_LHKK, text_NT[chosen[0]], few, config, seed=seed)
     if not measures["not_finite"]:
         num = {"num_tokens": config.generate_tokens, "num_prompts": config.generate_prompts}
         measures["greedy"] = greedy_agreement(model, g_LHKK, text_NT, **num)
@@ -78,6 +83,8 @@ def validate(
             "sha256": sha256_kinds([*kinds, PromptKind("targets", text_NT)]),
             "kinds": {kind.name: list(kind.ids_NS.shape) for kind in kinds},
             "distinct": num_distinct(text_NT),
+            "documents": None,
+            "deviating": found.by_kind["text"].num_above,
             "left_out_padded": num_padded,
             "seed": seed,
         },
@@ -86,29 +93,34 @@ def validate(
 
 
 def _measure(
-    model: PLDRModel, g_LHKK: Tensor | None, text_NT: Tensor, kinds: list[PromptKind], *, seed: int
+    model: PLDRModel,
+    g_LHKK: Tensor,
+    text_NT: Tensor,
+    kinds: list[PromptKind],
+    found: PromptDeviations,
+    *,
+    seed: int,
 ) -> dict[str, Any]:
-    """Everything measured by passes over the prompts in the model's own precision, without generation.
-
-    g_LHKK None: use the mean over the text prompts themselves.
-    """
-    seen = observe(model, kinds)
+    """Everything measured by passes over the prompts in the model's own precision, without generation. `found` is filled."""
+    seen = observe(model, kinds, [found])
+    found.merge_ranks()
     not_finite = list(seen.not_finite)
     not_finite += [f"weight {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
-    if g_LHKK is not None:
-        not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
-    deviations = _deviations(seen, g_LHKK)
+    not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
+    by_tensor = deviations(seen, found)
     measures: dict[str, Any] = {
         "not_finite": not_finite,
-        "relative_deviation_g": deviations["G_LM"]["max"] if "G_LM" in deviations else None,
-        "deviations": {"fp32": deviations},
+        "relative_deviation_g": None,
+        "relative_deviation_g_fp32": by_tensor.get("G_LM", {}).get("max"),
+        "deviations": {"fp32": by_tensor},
         **_shape_measures(seen, model.config.head_dim),
-        "cached_rank": None if g_LHKK is None or not_finite else _rank_of(g_LHKK),
+        "cached_rank": None if not_finite else _rank_of(g_LHKK),
         **{"losses": {}, "prefix": {}, "agreement": {}, "leak": {}, "greedy": {}, "order_parameter": {}, "fp64": {}},
+        **{"query_deviation": {}, "worst_row": {}},
     }
     if not not_finite:
         by_kind = seen.spreads["G_LM"]
-        given = {"cached": by_kind["text"].mean_LHKK if g_LHKK is None else g_LHKK}
+        given = {"cached": g_LHKK}
         given |= {"mean": by_kind["text"].mean_LHKK, "random_tokens": by_kind["random"].mean_LHKK}
         measures.update(downstream.compare_losses(model, given, text_NT))
         measures["leak"] = downstream.leak_test(model, given["cached"], text_NT, seed=seed)
@@ -125,53 +137,35 @@ def _measure_fp64(
     *,
     seed: int,
 ) -> None:
-    """Add the measures of the same weights in fp64, over the first prompts of every kind; the larger deviation is judged."""
+    """Add the measures of the same weights in fp64 over these prompts; G_LM's deviation there is judged, and the worst rows.
+
+    What the prompts move is measured from their own mean in fp64: the distance between the precisions is not variation. The
+    search is against the cached G.
+    """
     double = copy.deepcopy(model).double()
-    deviations = _deviations(observe(double, few_of(kinds, config.fp64_prompts)), g_LHKK, drift=True)
-    measures["deviations"]["fp64"] = deviations
-    found = [d["G_LM"]["max"] if "G_LM" in d else None for d in measures["deviations"].values()]
-    measures["relative_deviation_g"] = largest(found)
+    references = means(double, kinds[0])
+    found = _prompt_deviations(references["G_LM"], kinds, config)
+    if model.config.g_source == "learned" and not measures["not_finite"]:
+        close = CloseLook(double, references, kinds)
+        with close.queries():
+            seen = observe(double, kinds, [close, found])
+        close.merge_ranks()
+        measures["query_deviation"] = close.query_deviation()
+        measures["worst_row"] = search_worst_rows(double, g_LHKK, seed=seed, prompts=close.prompt_rows())
+    else:
+        seen = observe(double, kinds, [found])
+    found.merge_ranks()
+    measures["deviations"]["fp64"] = deviations(seen, found)
+    measures["relative_deviation_g"] = measures["deviations"]["fp64"].get("G_LM", {}).get("max")
     if not measures["not_finite"]:
-        text_NT = text_NT[: config.fp64_prompts]
         measures["fp64"] = {
             **downstream.compare_losses(double, {"cached": g_LHKK.double()}, text_NT),
             "leak": downstream.leak_test(double, g_LHKK.double(), text_NT, seed=seed),
         }
 
 
-def _deviations(seen: Observation, g_LHKK: Tensor | None, *, drift: bool = False) -> dict[str, Any]:
-    """Relative deviation over inputs of each tensor: `max` over kinds, layers and heads, where it is, and all of it.
-
-    G_LM is compared with the G to be cached (None: its own mean over the prompts), the other tensors with their mean over
-    all prompts. The scale is the head's RMS over all prompts. `drift`: the observation is in another precision than the
-    cached G, so compare G_LM with its own mean, which leaves out the difference between the precisions.
-    """
-    out: dict[str, Any] = {}
-    for tensor in TENSORS:
-        pooled = seen.pooled(tensor)
-        if pooled is None:
-            continue
-        given = g_LHKK is not None and tensor == "G_LM" and not drift
-        reference = g_LHKK.detach().cpu().double() if given and g_LHKK is not None else pooled.mean_LHKK
-        scale_LH = pooled.rms()
-        by_kind = {
-            kind: relative_deviation(spread, reference, scale_LH=scale_LH)
-            for kind, spread in seen.spreads[tensor].items()
-            if spread.count
-        }
-        per_head_LH = torch.stack(list(by_kind.values())).amax(dim=0)
-        kind, where = max(by_kind.items(), key=lambda item: float(item[1].max()))
-        layer, head = divmod(int(where.argmax()), where.shape[1])
-        out[tensor] = {
-            "max": float(per_head_LH.max()),
-            "worst": {"kind": kind, "layer": layer, "head": head},
-            "by_kind": {kind: float(value.max()) for kind, value in by_kind.items()},
-            "per_head": per_head_LH.tolist(),
-            "max_abs_delta": float(pooled.max_from(reference).max()),
-            "max_abs_delta_per_head": pooled.max_from(reference).tolist(),
-            "rms": scale_LH.tolist(),
-        }
-    return out
+def _prompt_deviations(reference_LHKK: Tensor, kinds: list[PromptKind], config: PostConfig) -> PromptDeviations:
+    return PromptDeviations(reference_LHKK, kinds, keep=config.fp64_prompts, above=config.max_relative_deviation_g)
 
 
 def _untrained_control(
@@ -183,7 +177,10 @@ def _untrained_control(
         fresh = PLDRModel(model.config).eval()
     weight = model.embedding.weight
     fresh.to(device=weight.device, dtype=weight.dtype)
-    measures = _measure(fresh, None, text_NT[:CONTROL_PROMPTS], few_of(kinds, CONTROL_PROMPTS), seed=seed)
+    text_NT, kinds = text_NT[:CONTROL_PROMPTS], few_of(kinds, CONTROL_PROMPTS)
+    g_LHKK = means(fresh, kinds[0])["G_LM"]
+    measures = _measure(fresh, g_LHKK, text_NT, kinds, _prompt_deviations(g_LHKK, kinds, config), seed=seed)
+    measures["relative_deviation_g"] = measures["relative_deviation_g_fp32"]
     checks = make_checks(
         measures, {}, config, variant=model.config.g_source, num_prompts=config.min_prompts, budget=None
     )

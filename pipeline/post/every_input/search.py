@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.distributed import bounds, gathered
 from pipeline.post.every_input.rows import RowFunction, learned_layers, poles, project
 from pldr_model.model import PLDRModel
 
@@ -48,15 +49,17 @@ def search_worst_rows(
     model: PLDRModel, g_LHKK: Tensor, *, seed: int, prompts: PromptRows | None = None
 ) -> dict[str, Any]:
     """The largest deviation found: `max`, where (`worst`), `per_head`, and how it was searched. The same seed gives the same
-    digits on the same machine. A deviation that is not finite is infinite. Only for a model that learns its G."""
-    generator = torch.Generator().manual_seed(seed)
-    per_head_LH = []
-    for layer, plga in enumerate(learned_layers(model)):
-        search = _Search(RowFunction(plga), g_LHKK[layer].to(plga.W.device).double(), generator)
+    digits on the same machine. A deviation that is not finite is infinite. Only for a model that learns its G. Collective: each
+    rank searches some of the layers."""
+    plgas = learned_layers(model)
+    mine = []
+    for layer in range(*bounds(len(plgas))):
+        generator = torch.Generator().manual_seed(seed + layer)  # so that the result does not depend on the ranks
+        search = _Search(RowFunction(plgas[layer]), g_LHKK[layer].to(plgas[layer].W.device).double(), generator)
         singles = [prompts.single[layer]] if prompts is not None else []
         sets = [prompts.sets_LHKK[layer].unsqueeze(0)] if prompts is not None else []
-        per_head_LH.append(search.run(singles, sets).cpu())
-    worst_LH = torch.stack(per_head_LH)
+        mine.append(search.run(singles, sets).tolist())
+    worst_LH = torch.tensor([of_layer for part in gathered(mine) for of_layer in part], dtype=torch.float64)
     layer, head = divmod(int(worst_LH.argmax()), worst_LH.shape[1])
     return {
         "max": float(worst_LH.max()),

@@ -40,11 +40,8 @@ class PromptDeviations:
         """Add what the other ranks have seen. Collective."""
         self.by_kind = {kind: merged(worst) for kind, worst in self.by_kind.items()}
 
-    def worst_and_first(self, kinds: Sequence[PromptKind], count: int) -> list[PromptKind]:
-        """Of every kind `count` prompts, in their order: one half the worst, the rest the first of the others."""
-        return [kind._replace(ids_NS=kind.ids_NS[self._chosen(kind, count)]) for kind in kinds]
-
-    def _chosen(self, kind: PromptKind, count: int) -> list[int]:
+    def worst_and_first(self, kind: PromptKind, count: int) -> list[int]:
+        """The indices, in order, of `count` prompts of a kind: one half the worst, the rest the first of the others."""
         worst = self.by_kind[kind.name].prompts.beside
         indices = [] if worst is None else worst[: count // 2].tolist()
         return sorted(list(dict.fromkeys([*indices, *range(len(kind.ids_NS))]))[:count])

@@ -157,8 +157,8 @@ class Pair:
 
 
 class Top:
-    """The `keep` largest of a stream of values, each with something beside it (a prompt's index, a row); of equal ones the first.
-    NaN counts as larger than any number."""
+    """The `keep` largest of a stream of values, each with something beside it (a prompt's index, a row); of equal ones the
+    first. NaN counts as larger than any number."""
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
@@ -207,8 +207,8 @@ class Worst:
 
 
 class QueryRatio:
-    """Streaming RMS(q dG) / RMS(q G) per head: above, the largest over prompts of the RMS over a prompt's tokens; below, the RMS
-    over all tokens."""
+    """Streaming RMS(q dG) / RMS(q G) per head: above, the largest over prompts of the RMS over a prompt's tokens; below, the
+    RMS over all tokens."""
 
     def __init__(self) -> None:
         self.count = 0
