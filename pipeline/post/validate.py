@@ -15,6 +15,7 @@ Shapes: N prompts, T = S+1 tokens, L layers, H heads, K head dim.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +26,18 @@ from pipeline.bundle.certificate.verdict import largest
 from pipeline.config.post import PostConfig
 from pipeline.post.certificate.build import make_certificate
 from pipeline.post.measure import downstream
+from pipeline.post.measure.coverage import Piece, check_finite, coverage
 from pipeline.post.measure.generation import greedy_agreement, order_parameters
 from pipeline.post.measure.observe import TENSORS, Observation, observe
-from pipeline.post.measure.prompts import PromptKind, few_of, held_out_text, make_kinds, num_distinct, sha256_kinds
+from pipeline.post.measure.prompts import (
+    EXTRA,
+    PromptKind,
+    few_of,
+    held_out_text,
+    make_kinds,
+    num_distinct,
+    sha256_kinds,
+)
 from pipeline.post.measure.statistics import effective_rank, numerical_rank, relative_deviation
 from pldr_model.model import PLDRModel, g_shape
 
@@ -43,22 +53,30 @@ def validate(
     lineage: dict[str, Any] | None = None,
     budget: float | None = None,
     seed: int = 0,
+    documents: int | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+    piece: Piece | None = None,
 ) -> dict[str, Any]:
     """The certificate of `model` with the cached G_LM `g_LHKK`: a plain dict, ready for JSON (docs/certificate.md).
 
     sequences_NT: held-out token sequences [N, S+1]; the first `config.prompts` without padding are used. lineage: what
     the certificate records about the origin of the weights. budget: the run's invariance budget, for the fixes. seed: that of
-    the training, from which the untrained control is initialized. Collective where torch.distributed has several ranks:
-    each measures its share, and all return the same. Raises UserError for fewer than two different usable prompts, prompts that
-    do not fit the model, or thresholds that no configuration may have.
+    the training, from which the untrained control is initialized. documents: how many the sequences come from.
+    extra: more kinds of prompts by name, [N, <= context] (prompts.py, `joined`). piece: the text of an id, to name it.
+    Collective where torch.distributed has several ranks: each measures its share, and all return the same. Raises UserError for
+    fewer than two different usable prompts, prompts that do not fit the model, or thresholds that no configuration may have.
     """
     assert tuple(g_LHKK.shape) == g_shape(model.config), "G_LM of another model"
     model.eval()
     text_NT, num_padded = held_out_text(sequences_NT, model.config, limit=config.prompts)
-    kinds = make_kinds(text_NT, model.config, seed=seed)
+    kinds = make_kinds(text_NT, model.config, seed=seed, extra=extra)
     learned = model.config.g_source == "learned"
 
-    measures = _measure(model, g_LHKK, text_NT, kinds, seed=seed)
+    random = next(kind for kind in kinds if kind.name == "random")
+    given = [kind for kind in kinds if kind.name.startswith(EXTRA)]
+    bad_logits = [bad for kind in (random, *given) for bad in check_finite(model, kind, piece)]
+    measures = _measure(model, g_LHKK, text_NT, kinds, seed=seed, bad_logits=bad_logits)
+    measures["coverage"] = coverage(model, random)
     _measure_fp64(measures, model, g_LHKK, text_NT, kinds, config, seed=seed)
     if not measures["not_finite"]:
         num = {"num_tokens": config.generate_tokens, "num_prompts": config.generate_prompts}
@@ -78,6 +96,7 @@ def validate(
             "sha256": sha256_kinds([*kinds, PromptKind("targets", text_NT)]),
             "kinds": {kind.name: list(kind.ids_NS.shape) for kind in kinds},
             "distinct": num_distinct(text_NT),
+            "documents": documents,
             "left_out_padded": num_padded,
             "seed": seed,
         },
@@ -86,14 +105,20 @@ def validate(
 
 
 def _measure(
-    model: PLDRModel, g_LHKK: Tensor | None, text_NT: Tensor, kinds: list[PromptKind], *, seed: int
+    model: PLDRModel,
+    g_LHKK: Tensor | None,
+    text_NT: Tensor,
+    kinds: list[PromptKind],
+    *,
+    seed: int,
+    bad_logits: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything measured by passes over the prompts in the model's own precision, without generation.
 
-    g_LHKK None: use the mean over the text prompts themselves.
+    g_LHKK None: use the mean over the text prompts themselves. bad_logits: what is known to be not finite (coverage.py).
     """
     seen = observe(model, kinds)
-    not_finite = list(seen.not_finite)
+    not_finite = [*bad_logits, *seen.not_finite]
     not_finite += [f"weight {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
     if g_LHKK is not None:
         not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
