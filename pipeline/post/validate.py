@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.bundle.certificate.checks import make_checks
-from pipeline.bundle.certificate.verdict import largest
+from pipeline.bundle.certificate.consistency import largest
 from pipeline.config.post import PostConfig
 from pipeline.post.certificate.build import make_certificate
 from pipeline.post.measure import downstream

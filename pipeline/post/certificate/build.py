@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.bundle.certificate.schema import SCHEMA_VERSION, Certificate, first_fault
-from pipeline.bundle.certificate.verdict import SETTINGS, THRESHOLDS, judged, plain
+from pipeline.bundle.certificate.verdict import TODAY, judged, plain
 from pipeline.bundle.format import certified_files
 from pipeline.config.post import PostConfig
 from pipeline.errors import UserError, first_line
@@ -47,8 +47,8 @@ def make_certificate(
             "schema_version": SCHEMA_VERSION,
             "measures": measures,
             "controls": controls,
-            "thresholds": {name: getattr(config, name) for name in THRESHOLDS},
-            "settings": {name: getattr(config, name) for name in SETTINGS},
+            "thresholds": {name: getattr(config, name) for name in TODAY.thresholds},
+            "settings": {name: getattr(config, name) for name in TODAY.settings},
             "prompts": prompts,
             "model": {**model.config.to_dict(), "num_parameters": model.config.num_parameters()["total"]},
             "files": certified_files(model, g_LHKK),

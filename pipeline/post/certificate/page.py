@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.bundle.certificate.verdict import FULL_PROMPTS, looser
+from pipeline.bundle.certificate.rules import FULL_PROMPTS
+from pipeline.bundle.certificate.verdict import looser
 from pipeline.post.certificate.labels import CHECK_LABELS, LOSS_LABELS, Tree, failures, plain_verdict, required
 from pipeline.post.certificate.png import png_uri, scale_of
 from pipeline.post.measure.generation import first_difference
