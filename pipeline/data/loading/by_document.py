@@ -51,8 +51,30 @@ class SplitDocuments:
         return documents
 
     def count(self, chosen: Indices) -> int:
-        """How many different documents these sequences surely come from."""
-        return max(len(self.of(chosen)), min(1, len(chosen)))
+        """From how many documents these sequences are samples: how many of them can be given a document each, all different
+        (the largest matching). A page of a hundred short documents and a hundred pages of a book are two, not 101.
+
+        At least 1 of any sequences."""
+        held: dict[int, list[int]] = {number: [] for number in chosen.tolist()}
+        for number, document in self.pairs[np.isin(self.pairs[:, 0], chosen)].tolist():
+            if document != UNKNOWN:
+                held[number].append(document)
+        given: dict[int, int] = {}  # to each document its sequence
+        of: dict[int, int] = {}  # and the other way round
+        for first in held:
+            asked, reached = [first], dict[int, int]()
+            for number in asked:  # breadth first, until one has a free document; the others on the way pass theirs on
+                new = [document for document in held[number] if document not in reached]
+                reached |= dict.fromkeys(new, number)
+                free = next((document for document in new if document not in given), None)
+                if free is not None:
+                    while free is not None:
+                        document, taker = free, reached[free]
+                        free = of.get(taker)
+                        given[document], of[taker] = taker, document
+                    break
+                asked += [given[document] for document in new]
+        return max(len(given), min(1, len(chosen)))
 
     def holding(self, documents: Indices) -> Indices:
         """The sequences that hold any of these documents."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from pipeline.config.load import parse_config
 from pipeline.errors import ConfigError
 from pipeline.post.measure.prompts import END
 from pipeline.stages import extra_prompts
 from pipeline.stages.extra_prompts import extra_files, read_extra
+from pipeline.stages.table import stage_named
 from pipeline.tokenizer import Tokenizer
 
 
@@ -89,3 +93,21 @@ def test_the_files_are_known_by_their_content(tmp_path: Path, monkeypatch: pytes
     for name in ("gone.txt", "."):
         with pytest.raises(ConfigError, match=rf"post.extra_prompts.code: {name}: no such file; name a text file"):
             extra_files({"code": name})
+
+
+def test_other_files_are_other_inputs_of_the_stage(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    file = tmp_path / "code.txt"
+
+    def inputs(**post: Any) -> dict[str, Any]:
+        tree = {"name": "x", "run_dir": "x", "data": {"sources": [{"url": "x"}]}, "model": tiny.config, "post": post}
+        return stage_named("validate").inputs(parse_config(tree, where="x.yaml"))
+
+    file.write_text("a fox")
+    before = inputs(extra_prompts={"code": str(file)})
+    assert before == inputs(extra_prompts={"code": str(file)})
+    file.write_text("a dog")
+    assert before != inputs(extra_prompts={"code": str(file)})
+    assert "extra_prompts" not in inputs()  # what was validated without them stays
+    with pytest.raises(ConfigError, match=r"^x.yaml: post.extra_prompts.*Extra:Code") as caught:
+        inputs(extra_prompts={"Extra:Code": str(file)})
+    assert "\n" not in str(caught.value)

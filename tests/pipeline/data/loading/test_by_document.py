@@ -78,8 +78,32 @@ def test_the_documents_of_every_sequence(shards: Shards, packing: str, context: 
             assert len(found) == len(inside)
             assert all(name.setdefault(theirs, ours) == ours for theirs, ours in zip(inside, found, strict=True))
     everything = split.sequences
-    there = len(set().union(*(reader.inside(number) for number in everything)))
-    assert split.count(everything) <= max(1, there) and (packing == "best-fit" or split.count(everything) == there)
+    there = set().union(*(reader.inside(number) for number in everything))
+    assert len(split.of(everything)) <= len(there) and (
+        packing == "best-fit" or len(split.of(everything)) == len(there)
+    )
+    assert split.count(everything) == max(1, matched([found_in(split, number) for number in everything]))
+
+
+def matched(sets: list[set[int]]) -> int:
+    """How many of the sets can be given one of their elements each, all different; the textbook's recursion."""
+    taken: dict[int, int] = {}
+
+    def give(number: int, seen: set[int]) -> bool:
+        for element in sets[number] - seen:
+            seen.add(element)
+            if element not in taken or give(taken[element], seen):
+                taken[element] = number
+                return True
+        return False
+
+    return sum(give(number, set()) for number in range(len(sets)))
+
+
+def test_sequences_that_share_their_document_are_one_sample() -> None:
+    split = documents(Reader([[1] * 40, [4000]], context=100))
+    assert len(split.of(split.sequences)) == 41 and split.count(split.sequences) == 2
+    assert len(split.of(split.sequences[:1])) == 40 and split.count(split.sequences[:1]) == 1
 
 
 SIZES = [[400, 7, 9], [200, 8]]  # five documents; a choice by place alone sees the long ones
@@ -88,9 +112,9 @@ SIZES = [[400, 7, 9], [200, 8]]  # five documents; a choice by place alone sees 
 def test_the_choice_covers_all_documents_before_it_takes_a_second_sequence_of_any() -> None:
     split = documents(Reader(SIZES))
     evenly = split.sequences[np.linspace(0, len(split.sequences) - 1, 5).astype(int)]
-    assert split.count(evenly) < 5
+    assert len(split.of(evenly)) < 5
     chosen = spread(split, split.sequences, 5)
-    assert split.count(chosen) == 5 and len(set(chosen.tolist())) == 5
+    assert len(split.of(chosen)) == split.count(chosen) == len(set(chosen.tolist())) == 5
     assert chosen.tolist() == spread(split, split.sequences, 5).tolist()
     assert spread(split, split.sequences, 12)[:5].tolist() == chosen.tolist()
     rest = spread(split, split.sequences, 40)[10:]  # of the two long ones, in turn, and from all over them
@@ -107,7 +131,7 @@ def test_of_more_documents_than_are_wanted_each_sequence_brings_a_new_one() -> N
     for number in chosen.tolist():
         assert found_in(split, number) - seen
         seen |= found_in(split, number)
-    assert split.count(chosen) == len(seen) >= 20
+    assert split.count(chosen) == 20 <= len(seen)
     assert chosen.min() < 20 and chosen.max() > 130  # from all over the split
 
 
