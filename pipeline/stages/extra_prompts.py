@@ -27,15 +27,13 @@ MOST_BYTES = 1 << 26  # of a file, which is read whole
 BLANK = re.compile(r"\n[ \t\r\f\v]*\n")
 
 
-def extra_files(given: Mapping[str, str] | None) -> dict[str, str]:
+def extra_files(given: Mapping[str, str]) -> dict[str, str]:
     """The sha256 of each file of `post.extra_prompts`, by its kind. Raises ConfigError for one that cannot be read."""
-    return {name: _reading(name, path, sha256_file) for name, path in (given or {}).items()}
+    return {name: _reading(name, path, sha256_file) for name, path in given.items()}
 
 
-def read_extra(
-    given: Mapping[str, str] | None, tokenizer: Tokenizer, *, context_length: int, limit: int
-) -> dict[str, Tensor]:
-    """The prompts of each kind as ids [N, <= context_length] (measure/prompts.py, `joined`).
+def read_extra(given: Mapping[str, str], tokenizer: Tokenizer, *, context_length: int, limit: int) -> dict[str, Tensor]:
+    """The prompts of each kind as ids [N, <= context_length] (`joined` in pipeline/post/measure/prompts.py).
 
     Raises ConfigError naming the key and the file: it cannot be read, is too large, not UTF-8, not JSON lines, or without text.
     """
@@ -44,14 +42,23 @@ def read_extra(
     from pipeline.post.measure.prompts import joined
 
     kinds = {}
-    for name, path in (given or {}).items():
-        texts = _texts(name, path)
-        texts = [texts[len(texts) * i // limit] for i in range(limit)] if len(texts) > limit else texts
-        prompts = [ids[:context_length] for ids in tokenizer.encode_batch(texts) if ids]
+    for name, texts in texts_of(given).items():
+        few = [texts[len(texts) * i // limit] for i in range(limit)] if len(texts) > limit else texts
+        prompts = [ids[:context_length] for ids in tokenizer.encode_batch(few) if ids]
         if not prompts:
-            raise ConfigError(f"{_where(name, path)}: no text in it; write a prompt into each paragraph")
+            raise ConfigError(f"post.extra_prompts.{name}: no tokens in it; write a prompt into each paragraph")
         kinds[name] = joined([torch.tensor(ids) for ids in prompts])
     return kinds
+
+
+def texts_of(given: Mapping[str, str]) -> dict[str, list[str]]:
+    """The texts of each kind, at least one. Raises ConfigError like `read_extra`."""
+    found = {}
+    for name, path in given.items():
+        found[name] = _texts(name, path)
+        if not found[name]:
+            raise ConfigError(f"{_where(name, path)}: no text in it; write a prompt into each paragraph")
+    return found
 
 
 def _texts(name: str, path: str) -> list[str]:

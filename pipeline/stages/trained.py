@@ -62,7 +62,7 @@ def require_same(config: RunConfig, paths: RunPaths, model: ModelConfig, source:
 
 
 class HeldOut(NamedTuple):
-    """Held-out sequences [n, S+1], and from how many documents those without padding are samples (data/loading/by_document.py;
+    """Held-out sequences [n, S+1], and from how many documents those without padding are samples (pipeline/data/loading/by_document.py;
     with packing best-fit a lower bound)."""
 
     sequences_NT: torch.Tensor

@@ -37,7 +37,7 @@ def test_paragraphs_and_json_lines_are_prompts(tokenizer: Tokenizer, tmp_path: P
     expected = [ids[:12] for ids in tokenizer.encode_batch(texts)]
     assert read(tokenizer, plain) == read(tokenizer, lines) == expected
     assert max(map(len, expected)) == 12 and min(map(len, expected)) < 12
-    assert read_extra(None, tokenizer, context_length=12, limit=5) == {}
+    assert read_extra({}, tokenizer, context_length=12, limit=5) == {}
 
 
 def test_of_many_prompts_some_are_taken_from_all_over_the_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_files_are_known_by_their_content(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     assert extra_files({"code": "code.txt"}) == before  # relative to where pldr is called, as other paths are
     file.write_text("a dog")
-    assert extra_files({"code": "code.txt"}) != before and extra_files(None) == {}
+    assert extra_files({"code": "code.txt"}) != before and extra_files({}) == {}
     for name in ("gone.txt", "."):
         with pytest.raises(ConfigError, match=rf"post.extra_prompts.code: {name}: no such file; name a text file"):
             extra_files({"code": name})
