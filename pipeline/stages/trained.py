@@ -62,8 +62,8 @@ def require_same(config: RunConfig, paths: RunPaths, model: ModelConfig, source:
 
 
 class HeldOut(NamedTuple):
-    """Held-out sequences [n, S+1], and from how many documents those without padding are samples (pipeline/data/loading/by_document.py;
-    with packing best-fit a lower bound)."""
+    """Held-out sequences [n, S+1], and from how many documents those without padding are samples; with packing best-fit a
+    lower bound (pipeline/data/loading/by_document.py)."""
 
     sequences_NT: torch.Tensor
     documents: int
