@@ -15,6 +15,7 @@ Shapes: N prompts, T = S+1 tokens, L layers, H heads, K head dim.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from pipeline.config.post import PostConfig
 from pipeline.post.certificate.build import make_certificate
 from pipeline.post.every_input.search import search_worst_rows
 from pipeline.post.measure.closely import CloseLook
+from pipeline.post.measure.coverage import FiniteLogits, Piece, coverage
 from pipeline.post.measure.deviation import PromptDeviations, deviations, means
 from pipeline.post.measure.downstream import Outputs
 from pipeline.post.measure.effects import compare_losses, effects_by_layer, estimated
@@ -48,23 +50,28 @@ def validate(
     lineage: dict[str, Any] | None = None,
     budget: float | None = None,
     seed: int = 0,
+    documents: int | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+    piece: Piece | None = None,
 ) -> dict[str, Any]:
     """The certificate of `model` with the cached G_LM `g_LHKK`: a plain dict, ready for JSON (docs/certificate.md).
 
     sequences_NT: held-out token sequences [N, S+1]; the first `config.prompts` without padding are used. lineage: what
     the certificate records about the origin of the weights. budget: the run's invariance budget, for the fixes. seed: that of
-    the training, from which the untrained control is initialized. Collective where torch.distributed has several ranks:
-    each measures its share, and all return the same. Raises UserError for fewer than two different usable prompts, prompts that
-    do not fit the model, or thresholds that no configuration may have.
+    the training, from which the untrained control is initialized. documents: how many the sequences come from.
+    extra: more kinds of prompts by name, [N, <= context] (prompts.py, `joined`). piece: the text of an id, to name it.
+    Collective where torch.distributed has several ranks: each measures its share, and all return the same. Raises UserError for
+    fewer than two different usable prompts, prompts that do not fit the model, or thresholds that no configuration may have.
     """
     assert tuple(g_LHKK.shape) == g_shape(model.config), "G_LM of another model"
     model.eval()
     text_NT, num_padded = held_out_text(sequences_NT, model.config, limit=config.prompts)
-    kinds = make_kinds(text_NT, model.config, seed=seed)
+    kinds = make_kinds(text_NT, model.config, seed=seed, extra=extra)
     learned = model.config.g_source == "learned"
 
     found = _prompt_deviations(g_LHKK, kinds, config)
-    measures = _measure(model, g_LHKK, text_NT, kinds, found, config, seed=seed)
+    measures = _measure(model, g_LHKK, text_NT, kinds, found, config, seed=seed, piece=piece)
+    measures["coverage"] = coverage(model, next(kind for kind in kinds if kind.name == "random"))
     with part("fp64", whole=True):
         chosen = [found.worst_and_first(kind, config.fp64_prompts) for kind in kinds]
         few = [kind._replace(ids_NS=kind.ids_NS[these]) for kind, these in zip(kinds, chosen, strict=True)]
@@ -94,7 +101,7 @@ def validate(
             "sha256": sha256_kinds([*kinds, PromptKind("targets", text_NT)]),
             "kinds": {kind.name: list(kind.ids_NS.shape) for kind in kinds},
             "distinct": num_distinct(text_NT),
-            "documents": None,
+            "documents": documents,
             "deviating": found.by_kind["text"].num_above,
             "left_out_padded": num_padded,
             "seed": seed,
@@ -112,14 +119,15 @@ def _measure(
     config: PostConfig,
     *,
     seed: int,
+    piece: Piece | None = None,
 ) -> dict[str, Any]:
     """Everything measured by passes over the prompts in the model's own precision, without generation. `found` is filled."""
-    watched = Outputs(model, g_LHKK, text_NT, seed=seed)
+    watched, finite = Outputs(model, g_LHKK, text_NT, seed=seed), FiniteLogits(model, piece)
     with part("observation"):
-        seen = observe(model, kinds, [found, watched])
+        seen = observe(model, kinds, [finite, found, watched])
     found.merge_ranks()
     outputs = watched.merge_ranks()
-    not_finite = list(seen.not_finite)
+    not_finite = [*finite.merge_ranks(), *seen.not_finite]
     not_finite += [f"weight {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
     not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
     by_tensor = deviations(seen, found)

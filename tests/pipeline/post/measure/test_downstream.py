@@ -14,7 +14,7 @@ from pipeline.post.extract import extract_g
 from pipeline.post.measure import observe
 from pipeline.post.measure.downstream import CAUSAL_PROMPTS, Agreement, Outputs, compare
 from pipeline.post.measure.generation import _one_in_each_part, greedy_agreement
-from pipeline.post.measure.prompts import PromptKind, make_kinds
+from pipeline.post.measure.prompts import PromptKind, equal_lengths, make_kinds
 from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
 
@@ -73,9 +73,8 @@ def test_what_live_passes_show_is_what_passes_one_by_one_show(
         for name, g in (("block", None), ("cached", g_lm)):
             direct = [F.cross_entropy(model(row[None, :-1], g_lm=g)[0], row[1:]) for row in text]
             assert found["losses"][name] == pytest.approx(float(torch.stack(direct).mean()), abs=1e-5), name
-        short = [
-            row[None, :length] for length in (15, 7, 16, 4, 1) for row in text
-        ]  # 31 // 2, 31 // 4, and the short ones
+        kinds = [kind for kind in make_kinds(text, model.config, seed=0) if kind.name.startswith(("text_", "lengths"))]
+        short = [row.unsqueeze(0) for kind in kinds for same in equal_lengths(kind.ids_NS) for row in same]
         pairs = [(model(ids), model(ids, g_lm=g_lm)) for ids in short]
     expected = agreement_of(*pairs)
     for key, value in expected.items():
