@@ -89,7 +89,7 @@ def _deviation(head: Head, rows: Ellipsoid, g_KK: Tensor) -> arb:
     """An upper bound of |G - cached G| (Frobenius) over all K rows of A in the ellipsoid, the smaller of two.
 
     p(u) - p(u_0) = p'(u_0) du + r with du = W dA, and |r| <= |p' - p'(u_0)| |du| over the range of u.
-    Entry by entry: |dG_ij| <= sum_k |a_ik| |p'_kj| |du_kj|.
+    Entry by entry: |dG_ij| <= sum_k |a_ik| |dp_kj|, and |dp_kj| <= |p'_kj| |du_kj| or the range of p, whichever is less.
     By column j, T_j = a diag(p'_j) W: |dG|^2 <= sum_j |T_j|^2 |dA_j|^2, and every row of dA is of the ellipsoid, so that
     this is at most K times the largest eigenvalue of the shape with its entries times |T_i| |T_j|.
     """
@@ -98,14 +98,16 @@ def _deviation(head: Head, rows: Ellipsoid, g_KK: Tensor) -> arb:
     u = head.W * ones * rows.center.transpose() + head.b
     du = each(magnitude, head.W) * ones * rows.half_widths().transpose()
     u_all = each(_spread, u, du)
-    center = head.a * each(_potential, u, head.P) + head.b_a - exact(g_KK)
+    p = each(_potential, u, head.P)
+    center = head.a * p + head.b_a - exact(g_KK)
     slope, slope_all = each(_potential_slope, u, head.P), each(_potential_slope, u_all, head.P)
     a = each(magnitude, head.a)
-    by_entry = rooted_squares(a * each(_reach, slope_all, du))
+    dp = each(_least, each(_reach, slope_all, du), each(magnitude, each(_potential, u_all, head.P) - p))
+    by_entry = rooted_squares(a * dp)
     bend = rooted_squares(a * each(_reach, slope_all - slope, du))
     stretch = diagonal([_stretch(head, slope, j) for j in range(size)])
     by_column = root(largest_eigenvalue(stretch * rows.shape * stretch) * size) + bend
-    return magnitude(rooted_squares(center) + (by_column if by_column < by_entry else by_entry))
+    return magnitude(rooted_squares(center) + _least(by_column, by_entry))
 
 
 def _stretch(head: Head, slope: arb_mat, j: int) -> arb:
@@ -120,6 +122,10 @@ def _spread(center: arb, radius: arb) -> arb:
 
 def _reach(slope: arb, radius: arb) -> arb:
     return magnitude(slope) * radius
+
+
+def _least(x: arb, y: arb) -> arb:
+    return x if x < y else y
 
 
 def _metric(u: arb) -> arb:
