@@ -24,6 +24,7 @@ from torch import Tensor
 from pipeline.bundle.certificate.checks import make_checks
 from pipeline.config.post import PostConfig
 from pipeline.post.certificate.build import make_certificate
+from pipeline.post.every_input.proof import prove
 from pipeline.post.every_input.search import search_worst_rows
 from pipeline.post.measure.closely import CloseLook
 from pipeline.post.measure.coverage import FiniteLogits, Piece, coverage
@@ -80,6 +81,9 @@ def validate(
         with part("search"):
             rows = close.prompt_rows()
             measures["worst_row"] = search_worst_rows(model, g_LHKK, seed=seed, prompts=rows)
+        if config.prove:
+            with part("proof"):
+                measures["proof"] = prove(model, g_LHKK)
     if not measures["not_finite"]:
         num = {"num_tokens": config.generate_tokens, "num_prompts": config.generate_prompts}
         with part("generation"):
@@ -139,7 +143,7 @@ def _measure(
         **_shape_measures(seen, model.config.head_dim),
         "cached_rank": None if not_finite else _rank_of(g_LHKK),
         **{"losses": {}, "prefix": {}, "effects": {}, "agreement": {}, "leak": {}, "greedy": {}},
-        **{"order_parameter": {}, "fp64": {}, "query_deviation": {}, "worst_row": {}},
+        **{"order_parameter": {}, "fp64": {}, "query_deviation": {}, "worst_row": {}, "proof": {}},
     }
     if not not_finite:
         few_NT, random_LHKK = text_NT[: config.effect_prompts], seen.spreads["G_LM"]["random"].mean_LHKK
