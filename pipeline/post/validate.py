@@ -150,8 +150,9 @@ def _measure_fp64(
         with close.queries():
             seen = observe(double, kinds, [close, found])
         close.merge_ranks()
-        measures["query_deviation"] = close.query_deviation()
-        measures["worst_row"] = search_worst_rows(double, g_LHKK, seed=seed, prompts=close.prompt_rows())
+        searched = search_worst_rows(double, g_LHKK, close.seen(), seed=seed)
+        measures["worst_row"] = searched.record
+        measures["query_deviation"] = close.query_deviation(searched)
     else:
         seen = observe(double, kinds, [found])
     found.merge_ranks()
