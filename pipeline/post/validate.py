@@ -15,6 +15,7 @@ Shapes: N prompts, T = S+1 tokens, L layers, H heads, K head dim.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,17 +24,22 @@ from torch import Tensor
 from pipeline.bundle.certificate.checks import make_checks
 from pipeline.config.post import PostConfig
 from pipeline.post.certificate.build import make_certificate
+from pipeline.post.every_input.proof import prove
 from pipeline.post.every_input.search import search_worst_rows
-from pipeline.post.measure import downstream
 from pipeline.post.measure.closely import CloseLook
+from pipeline.post.measure.coverage import FiniteLogits, Piece, coverage
 from pipeline.post.measure.deviation import PromptDeviations, deviations, means
+from pipeline.post.measure.downstream import Outputs
+from pipeline.post.measure.effects import compare_losses, effects_by_layer, estimated
 from pipeline.post.measure.generation import greedy_agreement, order_parameters
 from pipeline.post.measure.observe import Observation, observe
+from pipeline.post.measure.parts import part
 from pipeline.post.measure.prompts import PromptKind, few_of, held_out_text, make_kinds, num_distinct, sha256_kinds
 from pipeline.post.measure.statistics import effective_rank, numerical_rank
 from pldr_model.model import PLDRModel, g_shape
 
 CONTROL_PROMPTS = 8  # of every kind
+FP64_EFFECT_PROMPTS = 4  # of the losses with another G, which fp64 only repeats
 
 
 def validate(
@@ -45,34 +51,51 @@ def validate(
     lineage: dict[str, Any] | None = None,
     budget: float | None = None,
     seed: int = 0,
+    documents: int | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+    piece: Piece | None = None,
 ) -> dict[str, Any]:
     """The certificate of `model` with the cached G_LM `g_LHKK`: a plain dict, ready for JSON (docs/certificate.md).
 
     sequences_NT: held-out token sequences [N, S+1]; the first `config.prompts` without padding are used. lineage: what
     the certificate records about the origin of the weights. budget: the run's invariance budget, for the fixes. seed: that of
-    the training, from which the untrained control is initialized. Collective where torch.distributed has several ranks:
-    each measures its share, and all return the same. Raises UserError for fewer than two different usable prompts, prompts that
-    do not fit the model, or thresholds that no configuration may have.
+    the training, from which the untrained control is initialized. documents: how many the sequences come from.
+    extra: more kinds of prompts by name, [N, <= context] (prompts.py, `joined`). piece: the text of an id, to name it.
+    Collective where torch.distributed has several ranks: each measures its share, and all return the same. Raises UserError for
+    fewer than two different usable prompts, prompts that do not fit the model, or thresholds that no configuration may have.
     """
     assert tuple(g_LHKK.shape) == g_shape(model.config), "G_LM of another model"
     model.eval()
     text_NT, num_padded = held_out_text(sequences_NT, model.config, limit=config.prompts)
-    kinds = make_kinds(text_NT, model.config, seed=seed)
+    kinds = make_kinds(text_NT, model.config, seed=seed, extra=extra)
     learned = model.config.g_source == "learned"
 
     found = _prompt_deviations(g_LHKK, kinds, config)
-    measures = _measure(model, g_LHKK, text_NT, kinds, found, seed=seed)
-    chosen = [found.worst_and_first(kind, config.fp64_prompts) for kind in kinds]
-    few = [kind._replace(ids_NS=kind.ids_NS[these]) for kind, these in zip(kinds, chosen, strict=True)]
-    _measure_fp64(measures, model, g_LHKK, text_NT[chosen[0]], few, config, seed=seed)
+    measures = _measure(model, g_LHKK, text_NT, kinds, found, config, seed=seed, piece=piece)
+    measures["coverage"] = coverage(model, next(kind for kind in kinds if kind.name == "random"))
+    with part("fp64", whole=True):
+        chosen = [found.worst_and_first(kind, config.fp64_prompts) for kind in kinds]
+        few = [kind._replace(ids_NS=kind.ids_NS[these]) for kind, these in zip(kinds, chosen, strict=True)]
+        close = measure_fp64(measures, model, g_LHKK, text_NT[chosen[0]], few, config, seed=seed)
+    if close is not None:
+        with part("search"):
+            searched = search_worst_rows(model, g_LHKK, close.seen(), seed=seed)
+            measures["worst_row"] = searched.record
+            measures["query_deviation"] = close.query_deviation(searched)
+        if config.prove:
+            with part("proof"):
+                measures["proof"] = prove(model, g_LHKK)
     if not measures["not_finite"]:
         num = {"num_tokens": config.generate_tokens, "num_prompts": config.generate_prompts}
-        measures["greedy"] = greedy_agreement(model, g_LHKK, text_NT, **num)
-        if learned:
-            measures["order_parameter"] = order_parameters(model, text_NT, **num, seed=seed)
+        with part("generation"):
+            measures["greedy"] = greedy_agreement(model, g_LHKK, text_NT, **num, seed=seed)
+        if learned and config.order_parameter:
+            with part("order parameter"):
+                measures["order_parameter"] = order_parameters(model, text_NT, **num, seed=seed)
     controls: dict[str, Any] = {"random_tokens": _random_tokens_control(measures)}
     if learned:
-        controls["untrained"] = _untrained_control(model, text_NT, kinds, config, seed=seed)
+        with part("control", whole=True):
+            controls["untrained"] = untrained_control(model, text_NT, kinds, config, seed=seed)
     return make_certificate(
         model,
         g_LHKK,
@@ -83,7 +106,7 @@ def validate(
             "sha256": sha256_kinds([*kinds, PromptKind("targets", text_NT)]),
             "kinds": {kind.name: list(kind.ids_NS.shape) for kind in kinds},
             "distinct": num_distinct(text_NT),
-            "documents": None,
+            "documents": documents,
             "deviating": found.by_kind["text"].num_above,
             "left_out_padded": num_padded,
             "seed": seed,
@@ -98,15 +121,22 @@ def _measure(
     text_NT: Tensor,
     kinds: list[PromptKind],
     found: PromptDeviations,
+    config: PostConfig,
     *,
     seed: int,
+    piece: Piece | None = None,
 ) -> dict[str, Any]:
     """Everything measured by passes over the prompts in the model's own precision, without generation. `found` is filled."""
-    seen = observe(model, kinds, [found])
+    watched, finite = Outputs(model, g_LHKK, text_NT, seed=seed), FiniteLogits(model, piece)
+    with part("observation"):
+        seen = observe(model, kinds, [finite, found, watched])
     found.merge_ranks()
-    not_finite = list(seen.not_finite)
+    outputs = watched.merge_ranks()
+    bad_ids, bad_prompts = finite.merge_ranks()
+    not_finite = [*bad_ids, *seen.not_finite]
     not_finite += [f"weight {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
     not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
+    not_finite = not_finite or bad_prompts
     by_tensor = deviations(seen, found)
     measures: dict[str, Any] = {
         "not_finite": not_finite,
@@ -115,19 +145,24 @@ def _measure(
         "deviations": {"fp32": by_tensor},
         **_shape_measures(seen, model.config.head_dim),
         "cached_rank": None if not_finite else _rank_of(g_LHKK),
-        **{"losses": {}, "prefix": {}, "agreement": {}, "leak": {}, "greedy": {}, "order_parameter": {}, "fp64": {}},
-        **{"query_deviation": {}, "worst_row": {}},
+        **{"losses": {}, "prefix": {}, "effects": {}, "agreement": {}, "leak": {}, "greedy": {}},
+        **{"order_parameter": {}, "fp64": {}, "query_deviation": {}, "worst_row": {}, "proof": {}},
     }
     if not not_finite:
-        by_kind = seen.spreads["G_LM"]
-        given = {"cached": g_LHKK}
-        given |= {"mean": by_kind["text"].mean_LHKK, "random_tokens": by_kind["random"].mean_LHKK}
-        measures.update(downstream.compare_losses(model, given, text_NT))
-        measures["leak"] = downstream.leak_test(model, given["cached"], text_NT, seed=seed)
+        few_NT, random_LHKK = text_NT[: config.effect_prompts], seen.spreads["G_LM"]["random"].mean_LHKK
+        with part("effects"):
+            few = compare_losses(model, g_LHKK, few_NT, random_LHKK=random_LHKK)
+            measures["effects"] = effects_by_layer(
+                model, g_LHKK, few_NT, few["losses"], min_effect=config.min_attention_effect
+            )
+        measures["losses"] = estimated(outputs["losses"], few["losses"])
+        measures["prefix"] = few["prefix"]
+        measures["agreement"] = outputs["agreement"] | few["agreement"]
+        measures["leak"] = outputs["leak"]
     return measures
 
 
-def _measure_fp64(
+def measure_fp64(
     measures: dict[str, Any],
     model: PLDRModel,
     g_LHKK: Tensor,
@@ -136,40 +171,43 @@ def _measure_fp64(
     config: PostConfig,
     *,
     seed: int,
-) -> None:
-    """Add the measures of the same weights in fp64 over these prompts; G_LM's deviation there is judged, and the worst rows.
+) -> CloseLook | None:
+    """Add the measures of the same weights in fp64 over these prompts, of which the first kind is that of `text_NT`. Returns
+    the queries and rows that the search for the worst rows needs; None where G_LM is not deduced, or something was not finite.
 
-    What the prompts move is measured from their own mean in fp64: the distance between the precisions is not variation. The
-    search is against the cached G.
+    What the prompts move is measured from their own mean in fp64: the distance between the precisions is not variation.
     """
     double = copy.deepcopy(model).double()
     references = means(double, kinds[0])
     found = _prompt_deviations(references["G_LM"], kinds, config)
+    outputs = Outputs(double, g_LHKK, text_NT, seed=seed)
+    close = None
     if model.config.g_source == "learned" and not measures["not_finite"]:
         close = CloseLook(double, references, kinds)
         with close.queries():
-            seen = observe(double, kinds, [close, found])
+            seen = observe(double, kinds, [close, found, outputs])
         close.merge_ranks()
-        searched = search_worst_rows(double, g_LHKK, close.seen(), seed=seed)
-        measures["worst_row"] = searched.record
-        measures["query_deviation"] = close.query_deviation(searched)
     else:
-        seen = observe(double, kinds, [found])
+        seen = observe(double, kinds, [found, outputs])
     found.merge_ranks()
+    of_outputs = outputs.merge_ranks()
     measures["deviations"]["fp64"] = deviations(seen, found)
     measures["relative_deviation_g"] = measures["deviations"]["fp64"].get("G_LM", {}).get("max")
     if not measures["not_finite"]:
+        few = compare_losses(double, g_LHKK, text_NT[:FP64_EFFECT_PROMPTS])
         measures["fp64"] = {
-            **downstream.compare_losses(double, {"cached": g_LHKK.double()}, text_NT),
-            "leak": downstream.leak_test(double, g_LHKK.double(), text_NT, seed=seed),
+            **of_outputs,
+            "losses": estimated(of_outputs["losses"], few["losses"]),
+            "prefix": few["prefix"],
         }
+    return close
 
 
 def _prompt_deviations(reference_LHKK: Tensor, kinds: list[PromptKind], config: PostConfig) -> PromptDeviations:
     return PromptDeviations(reference_LHKK, kinds, keep=config.fp64_prompts, above=config.max_relative_deviation_g)
 
 
-def _untrained_control(
+def untrained_control(
     model: PLDRModel, text_NT: Tensor, kinds: list[PromptKind], config: PostConfig, *, seed: int
 ) -> dict[str, Any]:
     """The same measures on the model before training, initialized again from its seed. It must fail."""
@@ -180,7 +218,8 @@ def _untrained_control(
     fresh.to(device=weight.device, dtype=weight.dtype)
     text_NT, kinds = text_NT[:CONTROL_PROMPTS], few_of(kinds, CONTROL_PROMPTS)
     g_LHKK = means(fresh, kinds[0])["G_LM"]
-    measures = _measure(fresh, g_LHKK, text_NT, kinds, _prompt_deviations(g_LHKK, kinds, config), seed=seed)
+    found = _prompt_deviations(g_LHKK, kinds, config)
+    measures = _measure(fresh, g_LHKK, text_NT, kinds, found, config, seed=seed)
     measures["relative_deviation_g"] = measures["relative_deviation_g_fp32"]
     checks = make_checks(
         measures, {}, config, variant=model.config.g_source, num_prompts=config.min_prompts, budget=None

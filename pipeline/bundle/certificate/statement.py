@@ -53,7 +53,8 @@ def sampled(certificate: Tree) -> str:
     origin = "" if documents is None else f" from {_count(documents, 'document')}"
     what = "of documents do" if documents is not None and documents < prompts["distinct"] else "of such prompts do"
     share = highest_share(min(deviating, number), number)
-    where = " in fp32" if deviating else ""  # all prompts are measured in the model's precision, and some in fp64
+    largest = certificate["measures"]["relative_deviation_g_fp32"]  # all prompts are measured so, and only some in fp64
+    where = f" in fp32, by up to {largest:.1e}" if deviating and largest is not None else ""
     bound = f"with 95 % confidence fewer than {100 * share:.3g} % {what}" if share < 1 else "nothing bounds their share"
     count = prompts["kinds"]["text"][0]
     return f"{deviating} of {count} text prompts{origin} deviated by more than {allowed:g}{where}: {bound}"
@@ -72,7 +73,7 @@ def _verdict(certificate: Tree, tier: Tier, failed: list[str]) -> str:
         f"and over the worst rows that a search found by {row['max']:.1e}"
     )
     if tier == "proven":
-        return f"G_LM may be cached: {EXACT} {_up(proof['bound'])} (proven); {found.replace('proven; ', '')}"
+        return f"G_LM may be cached: {EXACT} {rounded_up(proof['bound']):.1e} (proven); {found.replace('proven; ', '')}"
     return f"G_LM may be cached: {found}"
 
 
@@ -133,9 +134,9 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _up(value: float) -> str:
+def rounded_up(value: float) -> float:
     """Two digits, rounded up: what holds of a bound holds of a larger one."""
-    return f"{float(Context(prec=2, rounding=ROUND_CEILING).create_decimal(repr(value))):.1e}"
+    return float(Context(prec=2, rounding=ROUND_CEILING).create_decimal(repr(value)))
 
 
 def _at_most(count: int, number: int, share: float) -> float:
