@@ -101,8 +101,8 @@ def _glu(glu: GLU, x: Tangent, domain: Ellipsoid) -> Tangent:
         + each(product, opened_reach, value_reach)
     )
     slope = scale_rows(opened, value.slope) + scale_rows(each(product, value.value, steepness), gate.slope)
-    product = Tangent(each(product, opened, value.value), slope, rest)
-    return product.linear(exact(glu.w3.weight), exact(glu.w3.bias))
+    gated = Tangent(each(product, opened, value.value), slope, rest)
+    return gated.linear(exact(glu.w3.weight), exact(glu.w3.bias))
 
 
 def _silu(x: arb) -> arb:
