@@ -66,11 +66,10 @@ def _verdict(certificate: Tree, tier: Tier, failed: list[str]) -> str:
         return f"G_LM must not be cached as if it were exact; failed: {', '.join(failed)}"
     if tier == "constant by construction":
         return "G_LM may be cached: it is constant by construction, so caching it is exact"
-    name = "" if tier == "proven" else f"{tier}; "
+    name, allowed = "" if tier == "proven" else f"{tier}; ", certificate["thresholds"]["max_relative_deviation_g"]
     found = (
         f"over the prompts it deviates by at most {measures['relative_deviation_g']:.1e} of its size in the worst head "
-        f"({name}allowed {certificate['thresholds']['max_relative_deviation_g']:g}), and over the worst rows that a search found "
-        f"by {measures['worst_row']['max']:.1e}"
+        f"({name}allowed {allowed:g}), and over the worst rows that a search found by {measures['worst_row']['max']:.1e}"
     )
     proven = f"{EXACT} {rounded_up(measures['proof']['bound']):.1e} (proven); " if tier == "proven" else ""
     return f"G_LM may be cached: {proven}{found}"
