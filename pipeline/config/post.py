@@ -66,7 +66,7 @@ class PostConfig(Section):
     max_relative_deviation_g_fp32: float = since_5(
         1e-4, "the same in the model's own precision, over all prompts", gt=0, le=1e-3
     )
-    # Over prompts 0.4 to 2.5 times the relative deviation; 1e5 times it where G is huge in directions without queries.
+    # Over prompts 0.4 to 2.5 times the relative deviation, and 1e5 times it where G is huge in directions without queries.
     max_query_deviation: float = since_5(
         1e-4, "RMS(q dG) / RMS(q G), the worst head on the worst prompt, and on the worst rows", gt=0, le=1e-3
     )

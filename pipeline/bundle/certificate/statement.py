@@ -84,9 +84,11 @@ def _alive(certificate: Tree) -> str:
     if not effects:
         return ""
     alive = effects["alive_layers"]
-    where = _layers(alive, of) if alive else "the layers together"
-    costs = "costs" if alive else "nowhere costs"
-    words = f"Attention is alive in {where}: G = 0 in one layer alone {costs} {least:g} nats or more"
+    if not alive:
+        return (
+            f"Attention is alive in the layers together: G = 0 in one layer alone nowhere costs {least:g} nats or more"
+        )
+    words = f"Attention is alive in {_layers(alive, of)}: G = 0 in one layer alone costs {least:g} nats or more"
     if certificate["model"]["g_source"] == "identity":
         return words
     better = [i for i, value in enumerate(effects["per_layer"]["identity"]) if value is not None and value >= least]
@@ -102,7 +104,7 @@ def _plain(certificate: Tree) -> str:
     losses = certificate["measures"]["losses"]
     if certificate["model"]["g_source"] == "identity" or losses.get("plain") is None:
         return ""
-    identity, plain = losses["identity"] - losses["cached"], losses["plain"] - losses["cached"]
+    identity, plain = (round(losses[name] - losses["cached"], 3) + 0.0 for name in ("identity", "plain"))  # no -0.000
     return (
         f"Of the {identity:.3f} nats that G_LM is worth beyond the identity, {plain:.3f} are more than plain attention with "
         "rotated frequencies does (G_LM projected on it)"
