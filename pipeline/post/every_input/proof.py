@@ -1,6 +1,6 @@
 """An upper bound for every input: how far G_LM of any head can be from the cached one, whatever the tokens and their number.
 
-All inputs of any length give the metric learner rows of one ball (every_input/rows.py says why), and `learned_rows` encloses
+All inputs of any length give the metric learner rows of one ball (rows.py says why), and `learned_rows` encloses
 what it makes of them. The rest of the way to G, A -> u = W A + b -> p = (u silu(u) + 1e-9)^P -> a p + b_a, is enclosed
 entry by entry around the set's center. The K rows of A are free of one another here.
 
