@@ -43,7 +43,7 @@ def test_the_fp64_pass_takes_the_prompts_that_were_worst(
     taken: dict[str, Any] = {}
 
     def measure(
-        model: PLDRModel, g: torch.Tensor, text: torch.Tensor, kinds: list[PromptKind], found: Any, **_: Any
+        model: PLDRModel, g: torch.Tensor, text: torch.Tensor, kinds: list[PromptKind], found: Any, *_: Any, **__: Any
     ) -> Any:
         for kind in kinds:
             g_NLHKK = g.repeat(len(kind.ids_NS), 1, 1, 1, 1)
@@ -58,13 +58,14 @@ def test_the_fp64_pass_takes_the_prompts_that_were_worst(
         raise Enough
 
     monkeypatch.setattr(validation, "_measure", measure)
-    monkeypatch.setattr(validation, "_measure_fp64", measure_fp64)
+    monkeypatch.setattr(validation, "measure_fp64", measure_fp64)
     with pytest.raises(Enough):
         validation.validate(invariant, torch.ones(2, 2, 8, 8), text, tiny.post)
     count = tiny.post.prompts
     for kind in make_kinds(text[:count], tiny.config, seed=0):
-        chosen = kind.ids_NS[[*range(tiny.post.fp64_prompts - 1), len(kind.ids_NS) - 2]]
-        assert torch.equal(taken[kind.name], chosen if len(kind.ids_NS) > tiny.post.fp64_prompts else kind.ids_NS)
+        few = len(kind.ids_NS) <= tiny.post.fp64_prompts
+        chosen = range(len(kind.ids_NS)) if few else [*range(tiny.post.fp64_prompts - 1), len(kind.ids_NS) - 2]
+        assert torch.equal(taken[kind.name], kind.ids_NS[list(chosen)])
     assert torch.equal(taken["targets"][:, :-1], taken["text"])
 
 
