@@ -147,6 +147,8 @@ def memory_budget(model: PLDRModel) -> int:
 class _Row:
     """A prompt that is being continued."""
 
+    __slots__ = ("_generator", "failed", "index", "new", "prompt", "seed")
+
     def __init__(self, index: int, prompt: array[int]) -> None:
         self.index, self.prompt = index, prompt
         self.new: list[int] = []
@@ -210,14 +212,13 @@ def _decode_cached(
     # The last new token is chosen and never read.
     capacity = max(min(context_length, len(row.prompt) + max_new_tokens) - 1 for row in rows)
     cache = model.new_cache(batch_size=len(rows), capacity=capacity, g_lm=g_lm)
-    first_logits = []
+    logits_BV = model.embedding.weight.new_empty(len(rows), model.config.vocab_size)
     for index, row in enumerate(rows):
         alone = model.new_cache(batch_size=1, capacity=len(row.prompt), g_lm=g_lm)
         prompt_1S = torch.tensor([row.prompt.tolist()], device=device)
-        first_logits.append(model.extend(prompt_1S, alone))
+        logits_BV[index] = model.extend(prompt_1S, alone)[0]
         cache.stack_row(index, alone)
-    live, logits_BV = rows, torch.cat(first_logits)
-    del first_logits
+    live = rows
     while True:
         going = choose(live, logits_BV)
         yield
@@ -248,11 +249,11 @@ def _stopped(row: _Row, stop: Stop) -> bool:
 
 
 def _row_bytes(model: PLDRModel, sampling: Sampling, *, live_g: bool, use_cache: bool) -> Callable[[int], int]:
-    """Bytes of one row of this many tokens while it decodes. Cached keys, values and G count twice: when rows end, those that
-    go on are copied."""
+    """Bytes of one row of this many tokens while it decodes. Logits count twice (the next ones are there before the last ones
+    are gone), and cached keys, values and G too: when rows end, those that go on are copied."""
     config, weight = model.config, model.embedding.weight
     L, H, K, V = config.num_layers, config.num_heads, config.head_dim, config.vocab_size
-    logits = V * (weight.itemsize + (8 * SAMPLED_COPIES if sampling.temperature else 0))
+    logits = V * (2 * weight.itemsize + (8 * SAMPLED_COPIES if sampling.temperature else 0))
     if not use_cache:
         return lambda length: logits + 2 * length * V * weight.itemsize
     own_g = L * H * K * K if live_g and config.g_source == "learned" else 0
@@ -262,16 +263,14 @@ def _row_bytes(model: PLDRModel, sampling: Sampling, *, live_g: bool, use_cache:
 def _batches(
     rows: list[_Row], max_new_tokens: int, context_length: int, row_bytes: Callable[[int], int], memory: int
 ) -> Iterator[list[_Row]]:
-    """The rows in their order, in batches that take no more than `memory` (one row at least): all take what the longest
-    needs."""
+    """The rows in batches that take no more than `memory` (one row at least). The short ones come first: every row of a batch
+    takes what its longest needs."""
     batch: list[_Row] = []
-    longest = 0
-    for row in rows:
+    for row in sorted(rows, key=lambda row: len(row.prompt)):
         length = min(context_length, len(row.prompt) + max_new_tokens)
-        longest = max(longest, length)
-        if batch and (len(batch) + 1) * row_bytes(longest) > memory:
+        if batch and (len(batch) + 1) * row_bytes(length) > memory:
             yield batch
-            batch, longest = [], length
+            batch = []
         batch.append(row)
     yield batch
 

@@ -42,6 +42,8 @@ class Completion:
     searched, and part of `settled`, only when the text goes on after it.
     """
 
+    __slots__ = ("_begun", "_decode", "_decoded", "_found", "_num_decoded", "_searched", "_stops", "_text")
+
     def __init__(self, decode: Callable[[list[int]], str], stops: StopStrings) -> None:
         self._decode, self._stops = decode, stops
         self._text = self._decoded = ""  # all of it; what no further token changes

@@ -193,6 +193,7 @@ def test_rows_decode_together_as_many_as_fit_the_memory(model, monkeypatch):
         assert generate(model, prompts, memory=500_000, **setting) == together
         assert 1 < len(sizes) < 40 and sum(count for count, _ in sizes) == 40
         assert all(size < 500_000 for _, size in sizes)
+        assert sizes[0][0] > sizes[-1][0], "short rows share a batch, not the place that a long one needs"
     prompts = prompts[:12]
     for use_cache in (True, False):
         setting = {"max_new_tokens": 3, "use_cache": use_cache}
@@ -211,7 +212,7 @@ def test_the_cache_is_no_larger_than_what_is_read_and_shrinks_with_its_rows(mode
 
     monkeypatch.setattr(PLDRModel, "extend", watched)
     free = generate(model, [[5, 6, 7], [9], [11, 30, 2, 8]], max_new_tokens=12)
-    assert seen == [(1, 3), (1, 1), (1, 4)] + [(3, 15)] * 11
+    assert seen == [(1, 1), (1, 3), (1, 4)] + [(3, 15)] * 11
     seen.clear()
     ended = generate(model, [[5, 6, 7], [9], [11, 30, 2, 8]], max_new_tokens=12, eos_id=free[1][4])
     rows = [sum(len(new) > step + 1 for new in ended) for step in range(11)]
