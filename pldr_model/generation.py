@@ -187,7 +187,7 @@ def _decode_uncached(model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm
         live = [row for row in rows if len(row.prompt) == length]
         while live:
             ids_BS = torch.tensor([row.prompt + row.new for row in live], device=model.embedding.weight.device)
-            logits_BSV = model(ids_BS, g_lm=g_lm, padded=False)
+            logits_BSV = model(ids_BS, g_lm=g_lm, padded=False, last_only=True)
             live = [live[index] for index in choose(live, logits_BSV[:, -1])]
             yield
 

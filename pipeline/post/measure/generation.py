@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed import merged, share
-from pipeline.post.measure.downstream import Totals, logits
+from pipeline.post.measure.downstream import Totals
 from pipeline.post.measure.observe import batches, deduce, tensors_of
 from pipeline.post.measure.statistics import Pair
 from pldr_model.generation import generate
@@ -51,7 +51,7 @@ def greedy_agreement(
         differs_B = torch.zeros(len(prompts), dtype=torch.bool)
         for index in checked:
             until = len(prompts[0]) + index
-            live_B = logits(model, ids_BS[:, :until])[:, -1].argmax(dim=-1)
+            live_B = model(ids_BS[:, :until], padded=False, last_only=True)[:, -1].argmax(dim=-1)
             wrong_B = (live_B != ids_BS[:, until]).cpu()
             differs_B |= wrong_B
             totals.add("differences", int(wrong_B.sum()))
