@@ -56,9 +56,8 @@ class Found(NamedTuple):
 
 
 def search_worst_rows(model: PLDRModel, g_LHKK: Tensor, seen: Seen, *, seed: int) -> Found:
-    """Search every layer and head. The same seed gives the same
-    digits on the same machine. A deviation that is not finite is infinite. Only for a model that learns its G. Collective: each
-    rank searches some of the layers."""
+    """Search every layer and head. The same seed gives the same digits on the same machine. A deviation that is not finite is
+    infinite. Only for a model that learns its G. Collective: each rank searches some of the layers."""
     plgas = learned_layers(model)
     mine = []
     for layer in range(*bounds(len(plgas))):
