@@ -113,9 +113,9 @@ class PLGA(nn.Module):
         else:
             A_BHKK = self.metric_learner(density_BHKK)
         with torch.autocast(q_BHSK.device.type, enabled=False):
-            return self._power_law(A_BHKK)
+            return self.power_law(A_BHKK)
 
-    def _power_law(self, A_BHKK: Tensor) -> DeductiveOutputs:
+    def power_law(self, A_BHKK: Tensor) -> DeductiveOutputs:
         B, H, K, _ = A_BHKK.shape
         W, b, P, a, b_a = (p.to(at_least_float32(p.dtype)) for p in (self.W, self.b, self.P, self.a, self.b_a))
         A_HKC = A_BHKK.to(W.dtype).permute(1, 2, 0, 3).reshape(H, K, B * K)  # C = B*K: the batch is in the columns

@@ -1,4 +1,5 @@
-"""`pldr bench CONFIG | train CONFIG | data | startup`: how fast the model, training, the data path and the command line are."""
+"""`pldr bench CONFIG | train CONFIG | validate [CONFIG] | data | startup`: how fast the model, training, validation, the data
+path and the command line are."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pipeline.errors import ConfigError
 OPTIONS_OF = {
     "model": ("overrides", "steps", "batch"),
     "train": ("overrides", "steps", "batch"),
+    "validate": ("overrides", "prompts"),
     "data": ("text", "tokenizer"),
     "startup": ("bundle", "repeats"),
 }
@@ -21,16 +23,18 @@ def add_bench_verb(verbs: Verbs) -> None:
     sub = verbs.add(
         "bench",
         _bench,
-        "time the model against its SDPA twin; train: DeepSpeed and saving; data: tokenizing, loading; startup: pldr itself",
+        "time the model against its SDPA twin; train: DeepSpeed and saving; validate: its parts; data: tokenizing, loading; "
+        "startup: pldr itself",
     )
     sub.add_argument(
         "config",
-        metavar="CONFIG|train CONFIG|data|startup",
-        help="YAML of the run, after the word train or not; or the word data or startup",
+        metavar="CONFIG|train CONFIG|validate [CONFIG]|data|startup",
+        help="YAML of the run, after the word train or validate or not (validate alone: the papers' 110M); or data or startup",
     )
     add_overrides(sub, "override a key of the YAML")
     sub.add_argument("--steps", type=int, help="with CONFIG: timed training steps of each model (10)")
     sub.add_argument("--batch", type=int, help="with CONFIG: sequences in a training step (4)")
+    sub.add_argument("--prompts", type=int, help="with validate: each part is timed with so many and twice as many (1)")
     sub.add_argument(
         "--text", metavar="FILE", help="with data: text to tokenize (what data.sources reads); else generated"
     )
@@ -42,12 +46,13 @@ def add_bench_verb(verbs: Verbs) -> None:
 
 
 def _bench(arguments: Any, report: Report) -> Result:
-    what = arguments.config if arguments.config in ("train", "data", "startup") else "model"
-    for option in ("overrides", "steps", "batch", "text", "tokenizer", "bundle", "repeats"):
+    what = arguments.config if arguments.config in OPTIONS_OF.keys() - {"model"} else "model"
+    for option in dict.fromkeys(option for options in OPTIONS_OF.values() for option in options):
         if getattr(arguments, option) and option not in OPTIONS_OF[what]:
             other = next(name for name, options in OPTIONS_OF.items() if option in options).replace("model", "CONFIG")
             raise ConfigError(f"bench {what}: takes no {option}; that is for `pldr bench {other}`")
-    return {"model": _model, "train": _train, "data": _data, "startup": _startup}[what](arguments, report)
+    run = {"model": _model, "train": _train, "validate": _validate, "data": _data, "startup": _startup}[what]
+    return run(arguments, report)
 
 
 def _model(arguments: Any, report: Report) -> Result:
@@ -78,6 +83,26 @@ def _train(arguments: Any, report: Report) -> Result:
     result = bench(config, port=free_port(), steps=arguments.steps or 20, batch=arguments.batch)
     for key, value in result.items():
         report(f"{key:<32} {_number(value)}")
+    return result
+
+
+def _validate(arguments: Any, report: Report) -> Result:
+    from pipeline.config.load import load_config
+
+    files = [word for word in arguments.overrides if "=" not in word]
+    if len(files) > 1 or (arguments.overrides and not files):
+        raise ConfigError("bench validate: name one YAML or none: pldr bench validate [CONFIG [key=value ...]]")
+    prompts = 1 if arguments.prompts is None else arguments.prompts
+    if prompts < 1:
+        raise ConfigError(f"--prompts {prompts}: at least 1")
+    config = load_config(files[0], [word for word in arguments.overrides if "=" in word]) if files else None
+    from pipeline.bench.validate import PAPER_110M, bench, table
+    from pipeline.config.post import PostConfig
+
+    model, post = (PAPER_110M, PostConfig()) if config is None else (config.model, config.post)
+    result = bench(model, post, prompts=prompts)
+    for line in table(result):
+        report(line)
     return result
 
 

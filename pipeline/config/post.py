@@ -7,21 +7,25 @@ a certificate checks its thresholds against the same bounds.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from pipeline.config.section import Kind, Section, kinds
 
 WeightFormat = Literal["fp32", "bf16", "int8"]
+KindName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,40}$")]
+MAX_FORMAT_LOSS = 0.1  # nats; weights that cost more are another model
 
 measuring = Kind("may change", ("extract", "validate"), result=True, certificate="settings")
 held_out = replace(measuring, stages=("extract", "validate", "bundle"), result=("extract", "validate"))
 amount = Kind("may change", ("validate",), result=True, certificate="settings", looser="below")
 at_most = Kind("may change", ("validate",), result=True, certificate="thresholds", looser="above")
 at_least = replace(at_most, looser="below")
+more_measured = replace(measuring, stages=("validate",), added=True)
 beside = Kind("may change", ("validate",), result=True)  # shown with the certificate, not part of it
 work = replace(beside, result=False)  # how validation is done; and a sample that nothing is judged by
+since_5 = replace(at_most, added=True)  # thresholds that certificates before schema 5 did not have
 packaging = Kind("may change", ("bundle",), result=True)
 
 
@@ -36,6 +40,14 @@ class PostConfig(Section):
     fp64_prompts: int = amount(16, "of every kind, in the fp64 pass that separates variation from round-off", ge=2)
     generate_tokens: int = amount(256, "of each generated text, as far as it fits the context (the papers' 256)", ge=1)
     generate_prompts: int = amount(16, "of greedy agreement and the papers' order parameter (they take 100)", ge=1)
+    effect_prompts: int = replace(amount, added=True)(
+        16, "prompts over which the effect of G is measured layer by layer", ge=2
+    )
+    order_parameter: bool = more_measured(False, "the papers' order parameter too; without caches, so it takes long")
+    prove: bool = more_measured(True, "try to bound the deviation of G over every input there is")
+    extra_prompts: dict[KindName, str] = replace(beside, added=True)(
+        {}, "more kinds of prompts: name -> text file, each judged like the others"
+    )
     ranks: int | None = work(None, "processes that validate together on this node; null: one per GPU, 1 on a CPU", ge=1)
     # Tiers of the relative deviation of G: above each of these it is variant, approximate, invariant; else round-off.
     # They can be made stricter, not looser; and no threshold can be so loose that passing it means nothing.
@@ -48,9 +60,19 @@ class PostConfig(Section):
         1e-6, "relative deviation of G above which it is invariant; below it is round-off", gt=0, le=1e-6
     )
     max_relative_deviation_g: float = at_most(
-        1e-5, "largest relative deviation of G that is certified; at most variant_above", gt=0, le=1e-2
+        1e-5, "largest relative deviation of G, in fp64, that is certified; at most variant_above", gt=0, le=1e-2
     )
-    min_attention_effect: float = at_least(0.05, "nats lost by G=0 and by G=identity; dead attention: 0", gt=0)
+    # Where a head's terms cancel, fp32 alone deviates more; what that does to outputs is judged below.
+    max_relative_deviation_g_fp32: float = since_5(
+        1e-4, "the same in the model's own precision, over all prompts", gt=0, le=1e-3
+    )
+    max_query_deviation: float = since_5(
+        1e-3, "RMS(q (G - cached G)) / RMS(q G), the worst head on the worst kind of prompts", gt=0, le=1e-2
+    )
+    max_worst_row_deviation: float = since_5(
+        1e-4, "relative deviation of G over the worst rows there are, searched and, if possible, proven", gt=0, le=1e-3
+    )
+    min_attention_effect: float = at_least(0.05, "nats lost by G=0 and by G=identity; dead attention: 0", ge=0.01)
     max_leak_gap: float = at_most(1e-3, "nats, |block loss - loss with a G blind to the targets|", gt=0, le=0.1)
     max_leak_effect: float = at_most(1e-4, "RMS move of earlier logits by a new suffix / their spread", gt=0, le=0.1)
     max_kl: float = at_most(1e-4, "nats per token, cached against full recomputation", gt=0, le=0.1)
@@ -58,7 +80,9 @@ class PostConfig(Section):
         0.999, "share of tokens with the same first choice, cached against full recomputation", ge=0.9, le=1
     )
     weight_format: WeightFormat = packaging("fp32", "of the bundle's matrices; bf16 and int8: docs/bundle.md")
-    max_format_loss: float = packaging(0.01, "nats, |held-out loss of bf16 or int8 weights - of fp32|", ge=0)
+    max_format_loss: float = packaging(
+        0.01, "nats, |held-out loss of bf16 or int8 weights - of fp32|", ge=0, le=MAX_FORMAT_LOSS
+    )
     twin: str | None = beside(None, "run_dir of the SDPA twin (model.g_source=identity): the page shows its loss")
     register_as: str | None = packaging("pldr", "MLflow registered model; null: none", pattern=r"^[^/:]+$")
     sample_prompt: str = work("The ", "what the sample at the end of `pldr run` continues")

@@ -98,9 +98,15 @@ def _metrics(run: Any, parts: BundleParts, model_id: str, step: int) -> list[Any
 
 
 def _certified(certificate: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a certificate that compare models: how much G_LM deviates, and the held-out loss, live and cached."""
+    """The numbers of a certificate that compare models: how much G_LM deviates, over prompts and over every row (searched, and
+    bounded if a proof closed; not before schema 5), and the held-out loss, live and cached."""
     measures = certificate["measures"]
     losses = measures["losses"] or {}
     found = {"relative_deviation_g": measures["relative_deviation_g"]}
+    row, proof = measures.get("worst_row") or {}, measures.get("proof") or {}
+    found |= {
+        "worst_row_deviation": row.get("max"),
+        "proven_bound": proof.get("bound") if proof.get("closed") else None,
+    }
     found |= {f"loss_{kind}": losses.get(kind) for kind in ("block", "cached")}
     return {f"certificate/{key}": float(value) for key, value in found.items() if isinstance(value, int | float)}

@@ -15,23 +15,31 @@ Shapes: N prompts, T = S+1 tokens, L layers, H heads, K head dim.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.bundle.certificate.checks import make_checks
-from pipeline.bundle.certificate.verdict import largest
 from pipeline.config.post import PostConfig
 from pipeline.post.certificate.build import make_certificate
-from pipeline.post.measure import downstream
+from pipeline.post.every_input.proof import prove
+from pipeline.post.every_input.search import search_worst_rows
+from pipeline.post.measure.closely import CloseLook
+from pipeline.post.measure.coverage import FiniteLogits, Piece, coverage
+from pipeline.post.measure.deviation import PromptDeviations, deviations, means
+from pipeline.post.measure.downstream import Outputs
+from pipeline.post.measure.effects import compare_losses, effects_by_layer, estimated
 from pipeline.post.measure.generation import greedy_agreement, order_parameters
-from pipeline.post.measure.observe import TENSORS, Observation, observe
+from pipeline.post.measure.observe import Observation, observe
+from pipeline.post.measure.parts import part
 from pipeline.post.measure.prompts import PromptKind, few_of, held_out_text, make_kinds, num_distinct, sha256_kinds
-from pipeline.post.measure.statistics import effective_rank, numerical_rank, relative_deviation
+from pipeline.post.measure.statistics import effective_rank, numerical_rank
 from pldr_model.model import PLDRModel, g_shape
 
 CONTROL_PROMPTS = 8  # of every kind
+FP64_EFFECT_PROMPTS = 4  # of the losses with another G, which fp64 only repeats
 
 
 def validate(
@@ -43,31 +51,50 @@ def validate(
     lineage: dict[str, Any] | None = None,
     budget: float | None = None,
     seed: int = 0,
+    documents: int | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+    piece: Piece | None = None,
 ) -> dict[str, Any]:
     """The certificate of `model` with the cached G_LM `g_LHKK`: a plain dict, ready for JSON (docs/certificate.md).
 
     sequences_NT: held-out token sequences [N, S+1]; the first `config.prompts` without padding are used. lineage: what
     the certificate records about the origin of the weights. budget: the run's invariance budget, for the fixes. seed: that of
-    the training, from which the untrained control is initialized. Collective where torch.distributed has several ranks:
-    each measures its share, and all return the same. Raises UserError for fewer than two different usable prompts, prompts that
-    do not fit the model, or thresholds that no configuration may have.
+    the training, from which the untrained control is initialized. documents: how many the sequences come from.
+    extra: more kinds of prompts by name, [N, <= context] (prompts.py, `joined`). piece: the text of an id, to name it.
+    Collective where torch.distributed has several ranks: each measures its share, and all return the same. Raises UserError for
+    fewer than two different usable prompts, prompts that do not fit the model, or thresholds that no configuration may have.
     """
     assert tuple(g_LHKK.shape) == g_shape(model.config), "G_LM of another model"
     model.eval()
     text_NT, num_padded = held_out_text(sequences_NT, model.config, limit=config.prompts)
-    kinds = make_kinds(text_NT, model.config, seed=seed)
+    kinds = make_kinds(text_NT, model.config, seed=seed, extra=extra)
     learned = model.config.g_source == "learned"
 
-    measures = _measure(model, g_LHKK, text_NT, kinds, seed=seed)
-    _measure_fp64(measures, model, g_LHKK, text_NT, kinds, config, seed=seed)
+    found = _prompt_deviations(g_LHKK, kinds, config)
+    measures = _measure(model, g_LHKK, text_NT, kinds, found, config, seed=seed, piece=piece)
+    measures["coverage"] = coverage(model, next(kind for kind in kinds if kind.name == "random"))
+    with part("fp64", whole=True):
+        chosen = [found.worst_and_first(kind, config.fp64_prompts) for kind in kinds]
+        few = [kind._replace(ids_NS=kind.ids_NS[these]) for kind, these in zip(kinds, chosen, strict=True)]
+        close = measure_fp64(measures, model, g_LHKK, text_NT[chosen[0]], few, config, seed=seed)
+    if close is not None:
+        with part("search"):
+            rows = close.prompt_rows()
+            measures["worst_row"] = search_worst_rows(model, g_LHKK, seed=seed, prompts=rows)
+        if config.prove:
+            with part("proof"):
+                measures["proof"] = prove(model, g_LHKK)
     if not measures["not_finite"]:
         num = {"num_tokens": config.generate_tokens, "num_prompts": config.generate_prompts}
-        measures["greedy"] = greedy_agreement(model, g_LHKK, text_NT, **num)
-        if learned:
-            measures["order_parameter"] = order_parameters(model, text_NT, **num, seed=seed)
+        with part("generation"):
+            measures["greedy"] = greedy_agreement(model, g_LHKK, text_NT, **num, seed=seed)
+        if learned and config.order_parameter:
+            with part("order parameter"):
+                measures["order_parameter"] = order_parameters(model, text_NT, **num, seed=seed)
     controls: dict[str, Any] = {"random_tokens": _random_tokens_control(measures)}
     if learned:
-        controls["untrained"] = _untrained_control(model, text_NT, kinds, config, seed=seed)
+        with part("control", whole=True):
+            controls["untrained"] = untrained_control(model, text_NT, kinds, config, seed=seed)
     return make_certificate(
         model,
         g_LHKK,
@@ -78,6 +105,8 @@ def validate(
             "sha256": sha256_kinds([*kinds, PromptKind("targets", text_NT)]),
             "kinds": {kind.name: list(kind.ids_NS.shape) for kind in kinds},
             "distinct": num_distinct(text_NT),
+            "documents": documents,
+            "deviating": found.by_kind["text"].num_above,
             "left_out_padded": num_padded,
             "seed": seed,
         },
@@ -86,36 +115,51 @@ def validate(
 
 
 def _measure(
-    model: PLDRModel, g_LHKK: Tensor | None, text_NT: Tensor, kinds: list[PromptKind], *, seed: int
+    model: PLDRModel,
+    g_LHKK: Tensor,
+    text_NT: Tensor,
+    kinds: list[PromptKind],
+    found: PromptDeviations,
+    config: PostConfig,
+    *,
+    seed: int,
+    piece: Piece | None = None,
 ) -> dict[str, Any]:
-    """Everything measured by passes over the prompts in the model's own precision, without generation.
-
-    g_LHKK None: use the mean over the text prompts themselves.
-    """
-    seen = observe(model, kinds)
-    not_finite = list(seen.not_finite)
+    """Everything measured by passes over the prompts in the model's own precision, without generation. `found` is filled."""
+    watched, finite = Outputs(model, g_LHKK, text_NT, seed=seed), FiniteLogits(model, piece)
+    with part("observation"):
+        seen = observe(model, kinds, [finite, found, watched])
+    found.merge_ranks()
+    outputs = watched.merge_ranks()
+    not_finite = [*finite.merge_ranks(), *seen.not_finite]
     not_finite += [f"weight {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
-    if g_LHKK is not None:
-        not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
-    deviations = _deviations(seen, g_LHKK)
+    not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
+    by_tensor = deviations(seen, found)
     measures: dict[str, Any] = {
         "not_finite": not_finite,
-        "relative_deviation_g": deviations["G_LM"]["max"] if "G_LM" in deviations else None,
-        "deviations": {"fp32": deviations},
+        "relative_deviation_g": None,
+        "relative_deviation_g_fp32": by_tensor.get("G_LM", {}).get("max"),
+        "deviations": {"fp32": by_tensor},
         **_shape_measures(seen, model.config.head_dim),
-        "cached_rank": None if g_LHKK is None or not_finite else _rank_of(g_LHKK),
-        **{"losses": {}, "prefix": {}, "agreement": {}, "leak": {}, "greedy": {}, "order_parameter": {}, "fp64": {}},
+        "cached_rank": None if not_finite else _rank_of(g_LHKK),
+        **{"losses": {}, "prefix": {}, "effects": {}, "agreement": {}, "leak": {}, "greedy": {}},
+        **{"order_parameter": {}, "fp64": {}, "query_deviation": {}, "worst_row": {}, "proof": {}},
     }
     if not not_finite:
-        by_kind = seen.spreads["G_LM"]
-        given = {"cached": by_kind["text"].mean_LHKK if g_LHKK is None else g_LHKK}
-        given |= {"mean": by_kind["text"].mean_LHKK, "random_tokens": by_kind["random"].mean_LHKK}
-        measures.update(downstream.compare_losses(model, given, text_NT))
-        measures["leak"] = downstream.leak_test(model, given["cached"], text_NT, seed=seed)
+        few_NT, random_LHKK = text_NT[: config.effect_prompts], seen.spreads["G_LM"]["random"].mean_LHKK
+        with part("effects"):
+            few = compare_losses(model, g_LHKK, few_NT, random_LHKK=random_LHKK)
+            measures["effects"] = effects_by_layer(
+                model, g_LHKK, few_NT, few["losses"], min_effect=config.min_attention_effect
+            )
+        measures["losses"] = estimated(outputs["losses"], few["losses"])
+        measures["prefix"] = few["prefix"]
+        measures["agreement"] = outputs["agreement"] | few["agreement"]
+        measures["leak"] = outputs["leak"]
     return measures
 
 
-def _measure_fp64(
+def measure_fp64(
     measures: dict[str, Any],
     model: PLDRModel,
     g_LHKK: Tensor,
@@ -124,57 +168,44 @@ def _measure_fp64(
     config: PostConfig,
     *,
     seed: int,
-) -> None:
-    """Add the measures of the same weights in fp64, over the first prompts of every kind; the larger deviation is judged."""
-    double = copy.deepcopy(model).double()
-    deviations = _deviations(observe(double, few_of(kinds, config.fp64_prompts)), g_LHKK, drift=True)
-    measures["deviations"]["fp64"] = deviations
-    found = [d["G_LM"]["max"] if "G_LM" in d else None for d in measures["deviations"].values()]
-    measures["relative_deviation_g"] = largest(found)
-    if not measures["not_finite"]:
-        text_NT = text_NT[: config.fp64_prompts]
-        measures["fp64"] = {
-            **downstream.compare_losses(double, {"cached": g_LHKK.double()}, text_NT),
-            "leak": downstream.leak_test(double, g_LHKK.double(), text_NT, seed=seed),
-        }
+) -> CloseLook | None:
+    """Add the measures of the same weights in fp64 over these prompts, of which the first kind is that of `text_NT`. Returns
+    what the search for the worst rows starts from; None where G_LM is not deduced, or something was not finite.
 
-
-def _deviations(seen: Observation, g_LHKK: Tensor | None, *, drift: bool = False) -> dict[str, Any]:
-    """Relative deviation over inputs of each tensor: `max` over kinds, layers and heads, where it is, and all of it.
-
-    G_LM is compared with the G to be cached (None: its own mean over the prompts), the other tensors with their mean over
-    all prompts. The scale is the head's RMS over all prompts. `drift`: the observation is in another precision than the
-    cached G, so compare G_LM with its own mean, which leaves out the difference between the precisions.
+    What the prompts move is measured from their own mean in fp64: the distance between the precisions is not variation.
     """
-    out: dict[str, Any] = {}
-    for tensor in TENSORS:
-        pooled = seen.pooled(tensor)
-        if pooled is None:
-            continue
-        given = g_LHKK is not None and tensor == "G_LM" and not drift
-        reference = g_LHKK.detach().cpu().double() if given and g_LHKK is not None else pooled.mean_LHKK
-        scale_LH = pooled.rms()
-        by_kind = {
-            kind: relative_deviation(spread, reference, scale_LH=scale_LH)
-            for kind, spread in seen.spreads[tensor].items()
-            if spread.count
+    double = copy.deepcopy(model).double()
+    references = means(double, kinds[0])
+    found = _prompt_deviations(references["G_LM"], kinds, config)
+    outputs = Outputs(double, g_LHKK, text_NT, seed=seed)
+    close = None
+    if model.config.g_source == "learned" and not measures["not_finite"]:
+        close = CloseLook(double, references, kinds)
+        with close.queries():
+            seen = observe(double, kinds, [close, found, outputs])
+        close.merge_ranks()
+        measures["query_deviation"] = close.query_deviation()
+    else:
+        seen = observe(double, kinds, [found, outputs])
+    found.merge_ranks()
+    of_outputs = outputs.merge_ranks()
+    measures["deviations"]["fp64"] = deviations(seen, found)
+    measures["relative_deviation_g"] = measures["deviations"]["fp64"].get("G_LM", {}).get("max")
+    if not measures["not_finite"]:
+        few = compare_losses(double, g_LHKK, text_NT[:FP64_EFFECT_PROMPTS])
+        measures["fp64"] = {
+            **of_outputs,
+            "losses": estimated(of_outputs["losses"], few["losses"]),
+            "prefix": few["prefix"],
         }
-        per_head_LH = torch.stack(list(by_kind.values())).amax(dim=0)
-        kind, where = max(by_kind.items(), key=lambda item: float(item[1].max()))
-        layer, head = divmod(int(where.argmax()), where.shape[1])
-        out[tensor] = {
-            "max": float(per_head_LH.max()),
-            "worst": {"kind": kind, "layer": layer, "head": head},
-            "by_kind": {kind: float(value.max()) for kind, value in by_kind.items()},
-            "per_head": per_head_LH.tolist(),
-            "max_abs_delta": float(pooled.max_from(reference).max()),
-            "max_abs_delta_per_head": pooled.max_from(reference).tolist(),
-            "rms": scale_LH.tolist(),
-        }
-    return out
+    return close
 
 
-def _untrained_control(
+def _prompt_deviations(reference_LHKK: Tensor, kinds: list[PromptKind], config: PostConfig) -> PromptDeviations:
+    return PromptDeviations(reference_LHKK, kinds, keep=config.fp64_prompts, above=config.max_relative_deviation_g)
+
+
+def untrained_control(
     model: PLDRModel, text_NT: Tensor, kinds: list[PromptKind], config: PostConfig, *, seed: int
 ) -> dict[str, Any]:
     """The same measures on the model before training, initialized again from its seed. It must fail."""
@@ -183,7 +214,11 @@ def _untrained_control(
         fresh = PLDRModel(model.config).eval()
     weight = model.embedding.weight
     fresh.to(device=weight.device, dtype=weight.dtype)
-    measures = _measure(fresh, None, text_NT[:CONTROL_PROMPTS], few_of(kinds, CONTROL_PROMPTS), seed=seed)
+    text_NT, kinds = text_NT[:CONTROL_PROMPTS], few_of(kinds, CONTROL_PROMPTS)
+    g_LHKK = means(fresh, kinds[0])["G_LM"]
+    found = _prompt_deviations(g_LHKK, kinds, config)
+    measures = _measure(fresh, g_LHKK, text_NT, kinds, found, config, seed=seed)
+    measures["relative_deviation_g"] = measures["relative_deviation_g_fp32"]
     checks = make_checks(
         measures, {}, config, variant=model.config.g_source, num_prompts=config.min_prompts, budget=None
     )

@@ -15,9 +15,13 @@ TERMS = {
     "computes it.",
     "order parameter": "how much a tensor changes with the input: RMS of its difference to that of the first held-out "
     "sequence, over its RMS, all heads together. 0: a constant.",
-    "relative deviation": "RMS over prompts and entries of live minus cached G_LM, over the RMS of G_LM: the worst head on the "
-    "worst kind of prompts, the worse of fp32 and fp64.",
-    "tier": "a name for the relative deviation of G_LM: variant, approximate, invariant, or at round-off.",
+    "relative deviation": "RMS over the entries of live minus cached G_LM, over the head's RMS: the worst head on the worst "
+    "prompt, in fp64 (before schema 5 of the certificate: RMS over prompts, the worse of fp32 and fp64).",
+    "worst row": "the metric learner is given the rows of one matrix, each by itself; the row, of all there are, that changes "
+    "G_LM most. A search finds at least how much, a proof at most.",
+    "proven": "for every input of any length, in exact arithmetic, G_LM deviates by less than is allowed. Round-off is apart.",
+    "tier": "a name for the relative deviation of G_LM: variant, approximate, invariant, at round-off; or proven, or constant "
+    "by construction.",
     "round-off": "a variation of 1e-6 or less, ten times the precision of fp32: fp32 arithmetic cannot tell it from a "
     "constant. The fp64 pass can.",
     "budget": "invariance budget: the sum over steps of learning rate times metric weight decay. It predicts and proves "
@@ -26,6 +30,7 @@ TERMS = {
     "with it the tokens to be predicted; another text's cannot have. 0: nothing leaks.",
     "attention effect": "by how much the held-out loss is lower than with G_LM = 0 and than with plain attention; in curves "
     "the smaller of the two. 0: attention is dead, and agreement proves nothing.",
+    "plain": "G_LM projected on what commutes with the rotation of queries and keys: plain attention with rotated frequencies.",
     "KL": "Kullback-Leibler divergence of the next-token distributions, live from cached, mean over tokens. 0: the same.",
     "top-1 agreement": "share of tokens for which cached and live name the same most likely next token.",
     "greedy agreement": "share of decisions, taken after identical tokens, in which greedy text with KV- and G-cache equals "

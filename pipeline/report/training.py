@@ -62,7 +62,7 @@ def invariance_plots(limits: Mapping[str, float]) -> tuple[Plot, ...]:
             tuple(f"invariance/order_parameter_{name}" for name in ("A", "A_LM", "A_P", "G")),
             "RMS over inputs / RMS",
             log=True,
-            note="How much each tensor changes with the input; G is G_LM. The certificate judges the worst head, not the mean.",
+            note="How much each tensor changes with the input; G is G_LM. The certificate judges the worst head and prompt.",
             limits=(
                 Limit(largest, f"{scientific(largest)}: certified below"),
                 Limit(variant, f"{scientific(variant)}: variant above"),

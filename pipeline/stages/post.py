@@ -38,7 +38,7 @@ def extract(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     model, _ = load_weights(paths.weights)
     if has_gpu():
         model.cuda()
-    prompts = held_out(config, paths, half=0)[: config.post.prompts, :-1]
+    prompts = held_out(config, paths, half=0).sequences_NT[: config.post.prompts, :-1]
     return save_g(extract_g(model, prompts, config.post.g_from), paths.g_lm)
 
 
@@ -62,7 +62,7 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
         packed = pack_measured(
             model,
             g_lm,
-            held_out(config, paths, half=1),
+            held_out(config, paths, half=1).sequences_NT,
             config.post.weight_format,
             max_loss_difference=config.post.max_format_loss,
             max_prompts=config.post.prompts,

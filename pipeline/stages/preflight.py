@@ -28,6 +28,7 @@ from pipeline.errors import UserError
 from pipeline.io.storage import Need, require_space
 from pipeline.io.urls import is_http, is_local, local_path, without_secrets
 from pipeline.stages.borrow import DATA_STAGES, lender, require
+from pipeline.stages.extra_prompts import texts_of
 from pipeline.stages.table import require_given
 from pipeline.stages.train import disk_needed, ranks_on_this_node
 from pipeline.tracking.client import tracking_uri, why
@@ -82,6 +83,8 @@ def preflight(
         check("batch", lambda: _batch(config))
         check("memory", lambda: _memory(config))
         check("budget", lambda: _budget(config, begins))
+    if config.post.extra_prompts and "validate" not in done:
+        check("prompts", lambda: _prompts(config))
     check("disk", lambda: _disk(config, text_bytes, done))
     check("MLflow", lambda: _mlflow(config))
     return found
@@ -125,6 +128,11 @@ def _tokenizer(config: RunConfig) -> Iterator[Finding]:
     else:
         unused = f", {wanted - has:,} ids of the model are unused" if has < wanted else ""
         yield Finding("tokenizer", "ok", f"{given} with {has:,} pieces{unused}")
+
+
+def _prompts(config: RunConfig) -> Iterator[Finding]:
+    found = texts_of(config.post.extra_prompts)
+    yield Finding("prompts", "ok", ", ".join(f"{len(texts):,} of kind {name}" for name, texts in found.items()))
 
 
 def _batch(config: RunConfig) -> Iterator[Finding]:

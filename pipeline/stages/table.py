@@ -199,6 +199,14 @@ def _extract(work: Work) -> Result:
     return extract(work.config, work.paths)
 
 
+def _validate_inputs(config: RunConfig) -> dict[str, Any]:
+    from pipeline.stages.extra_prompts import extra_files
+
+    inputs = settings_inputs("validate", form=3)(config)
+    files = extra_files(config.post.extra_prompts)
+    return {**inputs, "extra_prompts": files} if files else inputs
+
+
 def _validate(work: Work) -> Result:
     from pipeline.stages.validate import certify
 
@@ -294,7 +302,7 @@ STAGES = (
     Stage(
         name="validate",
         help="weights, G_LM -> certificate",
-        inputs=settings_inputs("validate", form=3),
+        inputs=_validate_inputs,
         outputs=lambda config, paths: files_in(paths.certificate, paths),
         run=_validate,
         untouched=("consolidate", "extract"),

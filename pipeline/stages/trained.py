@@ -1,12 +1,13 @@
 """What post-training needs to know of a trained run: its recipe, its held-out sequences, where it comes from.
 
 Decision: G_LM is extracted from one half of the held-out sequences and judged on the other, so that no prompt vouches for
-itself.
+itself. Halves are even and odd sequences, not documents: with few documents in the split, both come from all of them, and what
+is judged comes from as many as possible.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.schedule import planned_budget
 from pipeline.config.train import FreezeConfig, TrainConfig
 from pipeline.errors import ConfigError, UserError
+from pipeline.tokenizer import SPECIAL_IDS
 from pipeline.tracking.origin import git_commit
 from pldr_model.config import ModelConfig
 
@@ -59,33 +61,42 @@ def require_same(config: RunConfig, paths: RunPaths, model: ModelConfig, source:
         )
 
 
-def held_out(config: RunConfig, paths: RunPaths, *, half: int, limit: int | None = None) -> torch.Tensor:
-    """Held-out sequences [n, S+1] of one half of the val split (0: even, 1: odd sequences), evenly spread.
+class HeldOut(NamedTuple):
+    """Held-out sequences [n, S+1], and from how many documents those without padding are samples; with packing best-fit a
+    lower bound (pipeline/data/loading/by_document.py)."""
 
-    The first `limit` (None: post.prompts) hold no padding, as far as the half has such; those with padding come after them.
+    sequences_NT: torch.Tensor
+    documents: int
+
+
+def held_out(config: RunConfig, paths: RunPaths, *, half: int, limit: int | None = None) -> HeldOut:
+    """Held-out sequences of one half of the val split (0: even, 1: odd sequences), from as many documents as possible.
+
+    The first `limit` (None: post.prompts) hold no padding, as far as the half has such; those with padding come after them, at
+    most as many. Half 0 leaves out the documents of half 1 where there are enough others.
     """
-    from pipeline.data.loading.loader import evenly_spread
+    from pipeline.data.loading.by_document import documents_of, spread
     from pipeline.data.loading.reader import open_split
     from pipeline.data.tokens.index import TokenIndex
 
     index = TokenIndex.load(tokens_folder(config))
     reader = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes)
-    mine = np.arange(half, reader.num_sequences, 2)
-    if len(mine) < 2:
+    skip = config.data.on_bad_shard == "skip"
+    split = documents_of(reader, pad_id=config.model.pad_id, eos_id=SPECIAL_IDS["eos"], skip=skip)
+    of_half = [split.sequences % 2 == each for each in (0, 1)]
+    if of_half[half].sum() < 2:
         raise UserError(
             f"{index.folder}: {reader.num_sequences} held-out sequences are too few to judge with; raise data.val_fraction"
         )
     wanted = config.post.prompts if limit is None else limit
-    count = wanted
-    while True:  # twice as many each time, so that padded ones are replaced without reading the whole split
-        read = reader.read(evenly_spread(reader, mine, count, skip=config.data.on_bad_shard == "skip"))
-        unpadded = (read != config.model.pad_id).all(axis=1)
-        if unpadded.sum() >= wanted or count >= len(mine):
-            break
-        count *= 2
-    chosen = np.flatnonzero(unpadded)
-    chosen = chosen[np.linspace(0, len(chosen) - 1, min(wanted, len(chosen))).astype(int)]
-    return torch.from_numpy(np.concatenate((read[chosen], read[~unpadded])))
+    usable = [split.sequences[mine & ~split.padded] for mine in of_half]
+    if half == 0:
+        judged = split.of(spread(split, usable[1], config.post.prompts))
+        others = np.setdiff1d(usable[0], split.holding(judged))
+        usable[0] = others if len(others) >= wanted else usable[0]
+    chosen = spread(split, usable[half], wanted)
+    padded = split.sequences[of_half[half] & split.padded][:wanted]
+    return HeldOut(torch.from_numpy(reader.read(np.concatenate((chosen, padded)))), split.count(chosen))
 
 
 def lineage(source: dict[str, Any]) -> dict[str, Any]:

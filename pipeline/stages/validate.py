@@ -88,7 +88,9 @@ def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     from pipeline.post.extract import load_g
     from pipeline.post.validate import validate
     from pipeline.post.weights import load_weights
+    from pipeline.stages.extra_prompts import read_extra
     from pipeline.stages.trained import as_trained, held_out, lineage, require_same, spent_budget
+    from pipeline.tokenizer import Tokenizer
 
     model, source = load_weights(paths.weights)
     require_same(config, paths, model.config, source)
@@ -97,14 +99,24 @@ def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     if has_gpu():
         of_ranks = torch.distributed.is_initialized()  # otherwise LOCAL_RANK is another job's
         model.to(torch.device("cuda", int(os.environ["LOCAL_RANK"]) if of_ranks else 0))
+    prompts = held_out(config, paths, half=1)
+    tokenizer = Tokenizer.load(data_paths(config).tokenizer)
     return validate(
         model,
         g_lm,
-        held_out(config, paths, half=1),
+        prompts.sequences_NT,
         config.post,
         lineage=lineage(source),
         budget=spent_budget(config, source),
         seed=config.seed,
+        documents=prompts.documents,
+        extra=read_extra(
+            config.post.extra_prompts,
+            tokenizer,
+            context_length=model.config.context_length,
+            limit=config.post.prompts,
+        ),
+        piece=lambda token: tokenizer.piece(token) if token < tokenizer.vocab_size else "no piece",
     )
 
 
@@ -126,7 +138,7 @@ def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any], 
     shown = []
     if not certificate["measures"]["not_finite"]:
         tokenizer = Tokenizer.load(data_paths(config).tokenizer)
-        text = held_out(config, paths, half=1, limit=SHOWN_PROMPTS)
+        text = held_out(config, paths, half=1, limit=SHOWN_PROMPTS).sequences_NT
         text = text[:SHOWN_PROMPTS, : max(1, model.config.context_length // 4)]
         prompts = [*text.tolist(), tokenizer.encode(config.post.sample_prompt)]
         num_tokens = min(SHOWN_TOKENS, config.post.generate_tokens)

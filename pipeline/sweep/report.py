@@ -32,7 +32,7 @@ TERMS = (
 )
 MEANINGS = {
     "order_parameter": "of G_LM, at the last validation of the training",
-    "relative_deviation_g": "of the certificate: the worst head on the worst kind of prompts",
+    "relative_deviation_g": "of the certificate: the worst head on the worst prompt",
     "held_out_cached": "held-out loss with a cached G_LM, nats per token",
     "held_out_block": "held-out loss with the live G_LM, nats per token",
     "loss": "of the last training step, nats per token",

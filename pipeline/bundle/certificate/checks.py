@@ -10,12 +10,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pipeline.config.post import PostConfig
 from pipeline.config.schedule import BUDGET_PUBLISHED, BUDGET_TABLE, MORE_BUDGET
 
-Tier = Literal["variant", "approximate", "invariant", "at round-off", "constant by construction", "unknown"]
+Tier = Literal[
+    "variant", "approximate", "invariant", "at round-off", "proven", "constant by construction", "unknown"
+]  # fmt: skip
+CONSTANT = "G_LM is constant by construction: nothing is deduced from the input"
+
+
+class Tiers(Protocol):
+    """The thresholds between tiers."""
+
+    @property
+    def variant_above(self) -> float: ...
+    @property
+    def approximate_above(self) -> float: ...
+    @property
+    def invariant_above(self) -> float: ...
 
 
 def rounded(value: float | None) -> float | None:
@@ -48,7 +62,7 @@ class Check:
         return {**asdict(self), "passed": self.passed}
 
 
-def tier_of(deviation: float | None, config: PostConfig, *, constant: bool) -> Tier:
+def tier_of(deviation: float | None, config: Tiers, *, constant: bool) -> Tier:
     """The name for a relative deviation of G_LM over inputs (docs/certificate.md)."""
     if constant:
         return "constant by construction"
@@ -59,6 +73,16 @@ def tier_of(deviation: float | None, config: PostConfig, *, constant: bool) -> T
     if deviation > config.approximate_above:
         return "approximate"
     return "invariant" if deviation > config.invariant_above else "at round-off"
+
+
+def tier_with_proof(measures: dict[str, Any], config: PostConfig, *, constant: bool) -> Tier:
+    """The tier of `relative_deviation_g`; `proven` where a bound over every input there is, not only over the prompts, is
+    small enough and nothing that was measured speaks against it."""
+    tier, proof = tier_of(measures["relative_deviation_g"], config, constant=constant), measures.get("proof")
+    bound = proof["bound"] if proof and proof["closed"] else None
+    if tier not in ("invariant", "at round-off") or measures["not_finite"] or bound is None:
+        return tier
+    return "proven" if bound <= config.max_worst_row_deviation else tier
 
 
 def make_checks(
@@ -86,7 +110,8 @@ def make_checks(
         enough = f"{spent}: {MORE_BUDGET} ({BUDGET_TABLE})"
     not_finite = measures["not_finite"]
     losses, agreement = measures["losses"], measures["agreement"].get("cached", {})
-    cached = losses.get("cached")
+    short = measures["agreement"].get("short", {})
+    cached, coverage = losses.get("cached"), measures.get("coverage") or {}
     alive = (
         "attention is dead: the outputs do not depend on G_LM, so their agreement proves nothing; train longer, or lower "
         "train.weight_decay or train.max_lr"
@@ -104,6 +129,7 @@ def make_checks(
         f"G_LM still depends on the input; {enough}",
     )
     then = enough if deviation.passed else "fix relative_deviation_g first"
+    constant_skip = None if variant == "learned" else CONSTANT
     checks = [
         Check(
             "held_out_prompts",
@@ -112,6 +138,13 @@ def make_checks(
             ">=",
             f"{num_prompts} different held-out prompts are too few to certify by: raise post.prompts or data.val_fraction, "
             "add more text, or lower post.min_prompts on purpose (the certificate will state the number)",
+        ),
+        Check(
+            "ids_covered",
+            _float(coverage.get("seen")),
+            float(coverage.get("ids") or 1),
+            ">=",
+            "some ids of the vocabulary are in no prompt, so nothing is known of them: report this as a bug of the validator",
         ),
         Check(
             "not_finite",
@@ -123,10 +156,38 @@ def make_checks(
             else "",
         ),
         deviation,
-        Check("attention_effect_zero", _minus(losses.get("zero"), cached), config.min_attention_effect, ">=", alive),
+        Check(
+            "relative_deviation_g_fp32",
+            measures.get("relative_deviation_g_fp32"),
+            config.max_relative_deviation_g_fp32,
+            "<=",
+            "G_LM is a constant in fp64 but not in the model's own precision: large terms cancel in it; look for heads whose "
+            "a A_P and b_a are far larger than their sum"
+            if deviation.passed
+            else then,
+        ),
+        Check(
+            "query_deviation_g",
+            (measures.get("query_deviation") or {}).get("max"),
+            config.max_query_deviation,
+            "<=",
+            f"G_LM still depends on the input in the directions that queries have; {then}",
+            constant_skip,
+        ),
+        Check(
+            "worst_row_deviation",
+            (measures.get("worst_row") or {}).get("max"),
+            config.max_worst_row_deviation,
+            "<=",
+            f"there are inputs, though none among the prompts, for which G_LM is another one; {then}"
+            if deviation.passed
+            else f"G_LM still depends on the input; {then}",
+            constant_skip,
+        ),
+        Check("attention_effect_zero", minus(losses.get("zero"), cached), config.min_attention_effect, ">=", alive),
         Check(
             "attention_effect_identity",
-            _minus(losses.get("identity"), cached),
+            minus(losses.get("identity"), cached),
             config.min_attention_effect,
             ">=",
             "G_LM does no better than the identity; train longer, or use model.g_source=identity",
@@ -134,7 +195,7 @@ def make_checks(
         ),
         Check(
             "leak_gap",
-            _size(_minus(losses.get("other"), losses.get("block"))),
+            size(minus(losses.get("other"), losses.get("block"))),
             config.max_leak_gap,
             "<=",
             f"the block loss sees future tokens through G_LM and cannot be trusted; {then}",
@@ -150,25 +211,35 @@ def make_checks(
         ),
         Check(
             "cache_gap",
-            _size(_minus(cached, losses.get("block"))),
+            size(minus(cached, losses.get("block"))),
             config.max_leak_gap,
             "<=",
             f"caching G_LM changes the held-out loss; {then}",
         ),
         Check(
             "random_tokens_gap",
-            _size(_minus(losses.get("random_tokens"), losses.get("block"))),
+            size(minus(losses.get("random_tokens"), losses.get("block"))),
             config.max_leak_gap,
             "<=",
             f"a G_LM deduced from random tokens gives another loss than one from text; {then}",
         ),
         Check("kl", agreement.get("kl"), config.max_kl, "<=", f"caching G_LM changes the outputs; {then}"),
         Check(
+            "kl_short", short.get("kl"), config.max_kl, "<=", f"caching G_LM changes what short prompts give; {then}"
+        ),
+        Check(
             "top1_agreement",
             agreement.get("top1"),
             config.min_top1_agreement,
             ">=",
             f"caching G_LM changes the top-1 token; {then}",
+        ),
+        Check(
+            "top1_agreement_short",
+            short.get("top1"),
+            config.min_top1_agreement,
+            ">=",
+            f"caching G_LM changes the top-1 token of short prompts; {then}",
         ),
         Check(
             "greedy_agreement",
@@ -187,12 +258,23 @@ def make_checks(
             control_skip,
         ),
     ]
-    return [replace(c, value=rounded(c.value), threshold=float(f"{c.threshold:.9g}")) for c in checks]
+    return [as_written(check) for check in checks]
 
 
-def _minus(a: float | None, b: float | None) -> float | None:
+def as_written(check: Check) -> Check:
+    """The check with its numbers rounded as the certificate writes them."""
+    return replace(check, value=rounded(check.value), threshold=float(f"{check.threshold:.9g}"))
+
+
+def _float(x: int | None) -> float | None:
+    return None if x is None else float(x)
+
+
+def minus(a: float | None, b: float | None) -> float | None:
+    """The difference; None when either could not be measured."""
     return None if a is None or b is None else a - b
 
 
-def _size(x: float | None) -> float | None:
+def size(x: float | None) -> float | None:
+    """The absolute value; None when it could not be measured."""
     return None if x is None else abs(x)

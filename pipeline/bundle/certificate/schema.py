@@ -3,161 +3,134 @@
 A reader trusts nothing: checks, verdict, tier and statement must be those that follow from the measures and thresholds
 (verdict.py). An edit by hand has to change all of it consistently; this is not a signature.
 
-Decision: a certificate of schema 3 is read as one of schema 4, from which it differs in one name: `mend` became `fix`.
+Decision: earlier certificates (earlier_schema.py) are read as what they were and keep their keys. Whoever reads measures that
+came with version 5 must not expect them in every certificate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.bundle.certificate.checks import Tier
+from pipeline.bundle.certificate.earlier_schema import EarlierCertificate, upgraded
+from pipeline.bundle.certificate.parts import (
+    Agreement,
+    CachedRank,
+    CheckRecord,
+    Empty,
+    Failure,
+    Files,
+    GreedyText,
+    LeakOf,
+    LogDet,
+    Number,
+    Order,
+    Part,
+    PerHead,
+    Precision,
+    Prefix,
+    RandomTokens,
+    Rank,
+    Sha256,
+    SmallerWeights,
+    Spot,
+    Stats,
+    Tensors,
+)
 from pipeline.bundle.certificate.verdict import contradiction
 from pipeline.errors import UserError
 from pipeline.io.storage import read_json
 
-SCHEMA_VERSION = 4
-OLD_VERSION = 3  # still read
-SINCE_3 = {"mend": "fix", "fix": "mend"}  # keys of checks and failures; both ways, so that neither is accepted twice
-
-Number = float | None  # None: could not be measured, or is not finite
-PerHead = list[list[Number]]  # [L,H]
-Tensors = Literal["A", "A_LM", "A_P", "G_LM"]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Part(BaseModel):
-    """A part of the certificate: exactly these keys."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class CheckRecord(Part):
-    """One judged measure. `skipped`: why it does not apply; it then counts as passed."""
-
-    measure: str
-    value: Number
-    threshold: float
-    bound: Literal["<=", ">="]
-    fix: str
-    skipped: str | None
-    passed: bool
-
-
-class Failure(Part):
-    """A check that failed, in short."""
-
-    measure: str
-    value: Number
-    threshold: float
-    fix: str
-
-
-class Spot(Part):
-    """Where a measure is worst."""
-
-    kind: str
-    layer: int
-    head: int
+SCHEMA_VERSION = 5
+READ = (3, 4, SCHEMA_VERSION)
+PerLayer = list[Number]  # [L]
 
 
 class Deviation(Part):
-    """Relative deviation of one tensor over inputs: RMS of the difference over the head's RMS.
+    """Relative deviation of one tensor over inputs: RMS over entries of the difference, over the head's RMS.
 
-    `max` over kinds, layers and heads; `per_head` the worst kind's; `max_abs_delta` the largest |difference|; `rms` [L,H].
+    `max`, `by_kind`, `per_head` [L,H]: of G_LM the largest over prompts (and layers and heads; over kinds), of the others the
+    RMS over prompts, as in `rms_deviation_*`. `max_abs_delta`: the largest |difference|; `rms` [L,H]: the heads' RMS.
     """
 
     max: Number
     worst: Spot
     by_kind: dict[str, Number]
     per_head: PerHead
+    rms_deviation_by_kind: dict[str, Number]
+    rms_deviation_per_head: PerHead
     max_abs_delta: Number
     max_abs_delta_per_head: PerHead
     rms: PerHead
 
 
-class Stats(Part):
-    """One number per prompt, per head [L,H]: mean, standard deviation, lowest and highest over the prompts."""
+class QueryDeviation(Part):
+    """RMS(q dG) / RMS(q G) over the tokens of a kind of prompts, in fp64; dG: the difference to the cached G_LM."""
 
-    mean: PerHead
-    std: PerHead
-    low: PerHead
-    high: PerHead
-
-
-class LogDet(Stats):
-    """log|det|. `singular`: how many prompts had an exactly singular matrix (log|det| = -infinity); the rest excludes them."""
-
-    singular: PerHead
+    max: Number
+    worst: Spot
+    by_kind: dict[str, Number]
+    per_head: PerHead
 
 
-class Rank(Stats):
-    """Numerical rank over the first prompts of every kind, of `of`."""
+class Head(Part):
+    """A layer and a head."""
 
-    of: int
-
-
-class CachedRank(Part):
-    """Of the cached G_LM [L,H]: numerical rank, and the rank that keeps all but 1e-6 of the energy."""
-
-    numerical: list[list[int]]
-    effective: list[list[int]]
-    of: int
+    layer: int
+    head: int
 
 
-class Order(Part):
-    """The papers' order parameter of two runs: RMSE / |mean| and RMSE / RMS, over everything and per head."""
+class WorstRow(Part):
+    """The largest relative deviation that a search over all rows of the density matrix found [L,H]: from `starts` random
+    rows and `rows_from_prompts` of the prompts, `steps` each."""
 
-    by_mean: Number
-    by_rms: Number
-    by_mean_per_head: PerHead
-    by_rms_per_head: PerHead
-
-
-class Agreement(Part):
-    """Outputs with a constant G_LM against live ones: largest |delta logit|, KL(live || constant) in nats, top-1."""
-
-    max_abs_delta_logit: Number
-    kl: Number
-    kl_max: Number
-    top1: Number
+    max: Number
+    worst: Head
+    per_head: PerHead
+    starts: int
+    steps: int
+    seed: int
+    rows_from_prompts: int
 
 
-class LeakOf(Part):
-    """A changed suffix: RMS and largest change of the logits before it, over the logits' spread."""
+class Proof(Part):
+    """An upper bound of that deviation over every row there is, in exact arithmetic: of the worst head, and per head [L,H].
 
-    live_rms: Number
-    live_max: Number
-    cached_rms: Number
-    cached_max: Number
+    `closed`: every head is bounded. `by_unit` [L][unit]: radius of the set of possible rows after each residual unit, over
+    the size of its center; null: not bounded. `score_bound` [L]: of the attention scores. `reason`: why it did not close.
+    """
+
+    bound: Number
+    per_head: PerHead
+    closed: bool
+    by_unit: list[list[Number]]
+    score_bound: PerLayer
+    precision_bits: int
+    reason: str | None
 
 
 class Leak(Part):
-    """The leak test."""
+    """The leak test. `short`: prompts of 16 tokens or fewer."""
 
     last_token: LeakOf
     last_quarter: LeakOf
+    short: LeakOf
     worst_rms: Number
     logit_spread: Number
 
 
-class Greedy(Part):
-    """Greedy text with caches against text without any."""
+class Greedy(GreedyText):
+    """`live_checks`: prefixes at which one pass without caches checked the decision."""
 
-    per_decision: Number
-    identical: Number
-    num_prompts: int
-    prompt_length: int
-    num_tokens: int
-    decisions: int
+    live_checks: int
 
 
 class Losses(Part):
     """Held-out losses in nats per token by G_LM: live, cached, mean over the prompts, of random tokens, of the prompt before,
-    zero, identity."""
+    zero, identity, and plain: its projection on what commutes with the rotation, which is plain attention."""
 
     block: Number
     cached: Number
@@ -166,18 +139,34 @@ class Losses(Part):
     other: Number
     zero: Number
     identity: Number
+    plain: Number = None
 
 
-class Prefix(Part):
-    """Losses over the second half of every sequence, with G_LM live, of the first half only, and cached."""
+class ByLayer(Part):
+    """Loss with G_LM replaced in one layer alone, minus the cached loss [L]."""
 
-    block: Number
-    prefix: Number
-    cached: Number
+    zero: PerLayer
+    identity: PerLayer
+    plain: PerLayer
 
 
-class Empty(Part):
-    """Not measured: something was not finite, or nothing is deduced."""
+class Effects(Part):
+    """What G_LM is worth over the first `num_prompts`, in nats: in all layers together and in each alone. `alive_layers`:
+    where G_LM = 0 alone costs `min_attention_effect` or more."""
+
+    num_prompts: int
+    zero: Number
+    identity: Number
+    plain: Number
+    per_layer: ByLayer
+    alive_layers: list[int]
+
+
+class Coverage(Part):
+    """How many ids of the vocabulary (without padding) the prompts hold."""
+
+    ids: int
+    seen: int
 
 
 class DoublePrecision(Part):
@@ -190,17 +179,23 @@ class DoublePrecision(Part):
 
 
 class Measures(Part):
-    """Everything that was measured; what is judged is in `checks`."""
+    """Everything that was measured; what is judged is in `checks`. `agreement`: cached, random_tokens and short prompts."""
 
     not_finite: list[str]
+    coverage: Coverage
     relative_deviation_g: Number
+    relative_deviation_g_fp32: Number
     deviations: dict[Literal["fp32", "fp64"], dict[Tensors, Deviation]]
+    query_deviation: QueryDeviation | Empty
+    worst_row: WorstRow | Empty
+    proof: Proof | Empty
     row_variance_ratio_A: Stats | None
     log_abs_det: dict[Tensors, LogDet]
     rank: dict[Tensors, Rank]
     cached_rank: CachedRank | None
     losses: Losses | Empty
     prefix: Prefix | Empty
+    effects: Effects | Empty
     agreement: dict[str, Agreement]
     leak: Leak | Empty
     greedy: Greedy | Empty
@@ -222,14 +217,6 @@ class Untrained(Part):
     agreement: Agreement | Empty
 
 
-class RandomTokens(Part):
-    """The trained model with G_LM from random tokens: its held-out loss, the gap to live, and its outputs against live ones."""
-
-    loss: Number
-    gap: Number
-    agreement: Agreement
-
-
 class Controls(Part):
     """The measures on models whose result is known in advance. A constant G has no untrained control."""
 
@@ -238,51 +225,22 @@ class Controls(Part):
 
 
 class Prompts(Part):
-    """The prompts: [count, length] by kind, how many of the full texts are distinct, sha256 over every id."""
+    """The prompts: [count, longest] by kind, how many of the full texts are distinct, the documents that those touch (null:
+    unknown), how many deviate by more than is certified, sha256 over every id."""
 
     sha256: Sha256
     kinds: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]
     distinct: int
+    documents: int | None
+    deviating: int
     left_out_padded: int
     seed: int
-
-
-class Precision(Part):
-    """The verdict on G_LM in one precision."""
-
-    relative_deviation_g: Number
-    tier: Tier
-
-
-class Files(Part):
-    """The sha256 that the certified tensor files have in an fp32 bundle."""
-
-    model: Annotated[Sha256, Field(alias="model.safetensors")]
-    g_lm: Annotated[Sha256, Field(alias="g_lm.safetensors")]
-
-
-class SmallerWeights(Part):
-    """What a bundle's bf16 or int8 weights cost on held-out text. Losses and KL in nats per token."""
-
-    format: Literal["bf16", "int8"]
-    sha256: Sha256
-    bytes: int
-    bytes_fp32: int
-    prompts: int
-    prompts_sha256: Sha256
-    loss_fp32: Number
-    loss: Number
-    loss_difference: Number
-    kl: Number
-    top1_agreement: Number
-    max_loss_difference: float
-    passed: bool
 
 
 class Certificate(Part):
     """certificate.json: whether G_LM may be cached, and all the evidence for it (docs/certificate.md)."""
 
-    schema_version: Literal[4]
+    schema_version: Literal[5]
     verdict: Literal["certified", "failed"]
     tier: Tier
     statement: str
@@ -292,7 +250,7 @@ class Certificate(Part):
     measures: Measures
     controls: Controls
     thresholds: dict[str, float]
-    settings: dict[str, int | str]
+    settings: dict[str, bool | int | str]
     prompts: Prompts
     precision: dict[Literal["fp32", "fp64"], Precision]
     model: dict[str, Any]
@@ -310,33 +268,24 @@ class Certificate(Part):
 
 
 def read_certificate(path: Path) -> dict[str, Any]:
-    """A certificate file as plain values, in the keys of today's schema. Raises UserError, one line, for one that is missing,
-    of another schema version, damaged, or whose verdict does not follow from its measures."""
+    """A certificate file as plain values: of today's schema, or of schema 4, in whose keys one of schema 3 is read too.
+
+    Raises UserError, one line, for one that is missing, of another schema version, damaged, or whose verdict does not follow
+    from its measures by the rules of its own schema.
+    """
     certificate = read_json(path)
     version = certificate.get("schema_version") if isinstance(certificate, dict) else None
-    if not isinstance(certificate, dict) or version not in (OLD_VERSION, SCHEMA_VERSION):
+    if not isinstance(certificate, dict) or version not in READ:
         raise UserError(
-            f"{path}: schema_version {version!r}, this program reads {OLD_VERSION} and {SCHEMA_VERSION}; "
+            f"{path}: schema_version {version!r}, this program reads {', '.join(map(str, READ[:-1]))} and {READ[-1]}; "
             "run `pldr validate` again"
         )
-    values: dict[str, Any] = upgraded(certificate) if version == OLD_VERSION else certificate
+    values: dict[str, Any] = upgraded(certificate) if version == 3 else certificate
     try:
-        Certificate.model_validate(values)
+        (Certificate if version == SCHEMA_VERSION else EarlierCertificate).model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {first_fault(error)}; it was damaged or edited: run `pldr validate` again") from None
     return values
-
-
-def upgraded(certificate: Mapping[str, Any]) -> dict[str, Any]:
-    """A certificate of schema 3 with the keys of schema 4. What is malformed stays as it is, for the schema to refuse."""
-
-    def renamed(entries: Any) -> Any:
-        if not isinstance(entries, list):
-            return entries
-        return [{SINCE_3.get(k, k): v for k, v in e.items()} if isinstance(e, dict) else e for e in entries]
-
-    lists = {key: renamed(certificate[key]) for key in ("checks", "failed") if key in certificate}
-    return {**certificate, **lists, "schema_version": SCHEMA_VERSION}
 
 
 def first_fault(error: ValidationError) -> str:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.bundle.certificate.schema import SCHEMA_VERSION, Certificate, first_fault
-from pipeline.bundle.certificate.verdict import SETTINGS, THRESHOLDS, judged, plain
+from pipeline.bundle.certificate.verdict import TODAY, judged, plain
 from pipeline.bundle.format import certified_files
 from pipeline.config.post import PostConfig
 from pipeline.errors import UserError, first_line
@@ -47,8 +47,8 @@ def make_certificate(
             "schema_version": SCHEMA_VERSION,
             "measures": measures,
             "controls": controls,
-            "thresholds": {name: getattr(config, name) for name in THRESHOLDS},
-            "settings": {name: getattr(config, name) for name in SETTINGS},
+            "thresholds": {name: getattr(config, name) for name in TODAY.thresholds},
+            "settings": {name: getattr(config, name) for name in TODAY.settings},
             "prompts": prompts,
             "model": {**model.config.to_dict(), "num_parameters": model.config.num_parameters()["total"]},
             "files": certified_files(model, g_LHKK),
@@ -76,23 +76,46 @@ def software(device: torch.device) -> dict[str, str | None]:
     }
 
 
+# Checks that passed share a line on a terminal with those that ask the same.
+TOGETHER = (
+    ("held_out_prompts", "ids_covered", "not_finite"),
+    ("relative_deviation_g", "relative_deviation_g_fp32"),
+    ("query_deviation_g", "worst_row_deviation"),
+    ("attention_effect_zero", "attention_effect_identity"),
+    ("leak_gap", "leak_effect"),
+    ("cache_gap", "random_tokens_gap"),
+    ("kl", "kl_short"),
+    ("top1_agreement", "top1_agreement_short", "greedy_agreement"),
+    ("negative_control",),
+)
+
+
 def summary_lines(certificate: dict[str, Any]) -> list[str]:
-    """The certificate for a terminal: the verdict, one line for each check, the losses, and the fix for each failure."""
-    lines = [f"certificate: {certificate['verdict'].upper()} - {certificate['statement']}"]
-    for check in certificate["checks"]:
+    """The certificate for a terminal: the verdict, the checks, the losses, and the fix for each failure."""
+    first, *more = certificate["statement"].split(". ")
+    lines = [f"certificate: {certificate['verdict'].upper()} - {first}", *(f"  {sentence}" for sentence in more)]
+    checks = {check["measure"]: check for check in certificate["checks"]}
+    skipped: dict[str, list[str]] = {}
+    for measure, check in checks.items():
         if check["skipped"]:
-            mark, detail = "skip", check["skipped"]
-        else:
-            mark = " ok " if check["passed"] else "FAIL"
-            value = beside(check["value"], check["threshold"])
-            detail = f"{value} (needs {check['bound']} {check['threshold']:g})"
-        lines.append(f"  {mark}  {check['measure']:<26} {detail}")
+            skipped.setdefault(check["skipped"], []).append(measure)
+    failed = [name for name, check in checks.items() if not check["passed"]]
+    lines += [f"  FAIL  {name:<26} {_needs(checks[name])}" for name in failed]
+    for names in TOGETHER:
+        passed = [name for name in names if name in checks and checks[name]["passed"] and not checks[name]["skipped"]]
+        if passed:
+            lines.append("   ok   " + ", ".join(f"{name} {_needs(checks[name])}" for name in passed))
+    lines += [f"  skip  {', '.join(names)}: {why}" for why, names in skipped.items()]
     losses = certificate["measures"]["losses"]
     if losses:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
         lines.append(f"  held-out loss (nats) with G: {shown}")
     lines += [f"  fix   {failure['measure']}: {failure['fix']}" for failure in certificate["failed"]]
     return lines
+
+
+def _needs(check: dict[str, Any]) -> str:
+    return f"{beside(check['value'], check['threshold'])} (needs {check['bound']} {check['threshold']:g})"
 
 
 def _version(name: str) -> str | None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.bundle.certificate.statement import rounded_up
 from pipeline.bundle.certificate.verdict import looser
 from pipeline.report.numbers import number
 
 Tree = dict[str, Any]
 CHECK_LABELS = {
     "held_out_prompts": "distinct held-out prompts",
+    "ids_covered": "ids of the vocabulary that some prompt holds",
     "not_finite": "tensors with NaN or infinity",
-    "relative_deviation_g": "how much G_LM changes with the input (worst head)",
+    "relative_deviation_g": "how much G_LM changes with the input (worst head, worst prompt)",
+    "relative_deviation_g_fp32": "the same in the model's own precision",
+    "query_deviation_g": "how much the input changes G_LM in the directions of the queries",
+    "worst_row_deviation": "how much G_LM changes for the worst rows there are, searched",
     "attention_effect_zero": "loss increase without G_LM (G = 0), nats",
     "attention_effect_identity": "loss increase with plain attention (G = identity), nats",
     "leak_gap": "gap between the block loss and one that cannot leak, nats",
@@ -19,14 +24,20 @@ CHECK_LABELS = {
     "cache_gap": "change of the loss when G_LM is cached, nats",
     "random_tokens_gap": "change of the loss with a G_LM from random tokens, nats",
     "kl": "KL of cached against live outputs, nats per token",
+    "kl_short": "the same for short prompts",
     "top1_agreement": "share of tokens with the same top-1, cached and live",
+    "top1_agreement_short": "the same for short prompts",
     "greedy_agreement": "share of greedy decisions equal to those without any cache",
     "negative_control": "how much the untrained model's G_LM changes (must be large)",
 }
 FAILED_WHY = {  # what it means that a check failed
     "held_out_prompts": "too few different texts were held out to prove anything",
+    "ids_covered": "some ids were in no prompt, so nothing is known of them",
     "not_finite": "there is NaN or infinity in the model, so nothing could be measured",
     "relative_deviation_g": "G_LM still changes with the input, so a cached one is not the one that the model computes",
+    "relative_deviation_g_fp32": "in the precision that the model runs in, G_LM changes more than round-off explains",
+    "query_deviation_g": "G_LM changes with the input just where queries are, so attention changes",
+    "worst_row_deviation": "there are inputs, though none of the prompts, for which G_LM is another one",
     "attention_effect_zero": "the model predicts as well without G_LM: its attention is dead, and agreement proves nothing",
     "attention_effect_identity": "the model predicts as well with plain attention: G_LM does nothing",
     "leak_gap": "the live G_LM has seen the tokens to be predicted, and the loss shows it",
@@ -34,7 +45,9 @@ FAILED_WHY = {  # what it means that a check failed
     "cache_gap": "caching G_LM changes the held-out loss",
     "random_tokens_gap": "G_LM of random tokens gives another loss than G_LM of text, so it is no constant",
     "kl": "caching G_LM changes the probabilities of the next token",
+    "kl_short": "caching G_LM changes what short prompts give",
     "top1_agreement": "caching G_LM changes which next token is the most likely",
+    "top1_agreement_short": "caching G_LM changes which next token is the most likely after short prompts",
     "greedy_agreement": "caching G_LM changes generated text",
     "negative_control": "the untrained model passes this measure too, so the measure proves nothing",
 }
@@ -45,6 +58,7 @@ LOSS_LABELS = {
     "mean": "mean over these prompts",
     "other": "of another prompt (cannot leak)",
     "random_tokens": "from random tokens",
+    "plain": "projected on plain attention with rotated frequencies",
     "identity": "identity (plain attention)",
     "zero": "zero (attention averages)",
 }
@@ -58,13 +72,22 @@ def plain_verdict(certificate: Tree) -> Tree:
             why = "G_LM is a constant of this model by construction, so caching it is exact."
         else:
             why = (
-                f"Over every kind of prompt tried, G_LM stayed constant to {number(deviation)} of its size in the worst head. "
-                f"Computed once, it replaces the network that deduces it, {_effect_on_outputs(certificate, loose)}."
+                f"{_proven(certificate)}Over every kind of prompt tried, G_LM stayed constant to {number(deviation)} of its "
+                f"size in the worst head. Computed once, it replaces the network that deduces it, "
+                f"{_effect_on_outputs(certificate, loose)}."
             )
         if loose:
             why += f" The thresholds are looser than the defaults: {loose}."
         return {"passed": True, "title": "Certified: G_LM may be cached", "why": why}
     return {"passed": False, "title": "Not certified: G_LM must not be cached", "why": _why_not(certificate)}
+
+
+def _proven(certificate: Tree) -> str:
+    """What a proof that closed says, for the page's first lines."""
+    if certificate["tier"] != "proven":
+        return ""
+    bound = number(rounded_up(certificate["measures"]["proof"]["bound"]))
+    return f"For every input of any length, in exact arithmetic, G_LM stays constant to {bound} of its size. "
 
 
 def _why_not(certificate: Tree) -> str:

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.bundle.certificate.verdict import FULL_PROMPTS, looser
+from pipeline.bundle.certificate.rules import FULL_PROMPTS
+from pipeline.bundle.certificate.statement import rounded_up
+from pipeline.bundle.certificate.verdict import looser
+from pipeline.post.certificate import grids, inputs
 from pipeline.post.certificate.labels import CHECK_LABELS, LOSS_LABELS, Tree, failures, plain_verdict, required
 from pipeline.post.certificate.png import png_uri, scale_of
 from pipeline.post.measure.generation import first_difference
@@ -27,9 +30,9 @@ from pipeline.report.terms import explained
 from pipeline.report.training import invariance_plots, limits_of
 
 MAX_MAPS = 128  # heads whose G_LM is drawn; of more, those with the largest deviation
-HOT = 0.63  # a cell that is colored more strongly has dark text in both color schemes
-TERMS = ("A", "A_LM", "A_P", "G_LM", "live, cached", "relative deviation", "tier", "round-off", "leak gap", "attention effect",
-         "KL", "top-1 agreement", "greedy agreement", "budget", "order parameter", "nats")  # fmt: skip
+TERMS = ("A", "A_LM", "A_P", "G_LM", "live, cached", "relative deviation", "worst row", "proven", "tier", "round-off",
+         "leak gap", "attention effect", "plain", "KL", "top-1 agreement", "greedy agreement", "budget", "order parameter",
+         "nats")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,11 @@ def show_sample(how: str, ids: tuple[list[int], list[int], list[int]], decode: C
 
 def certificate_page(certificate: Tree, evidence: Evidence) -> str:
     """The page as HTML."""
-    filters: dict[str, Callable[[Any], str]] = {"num": number, "loss": lambda x: "-" if x is None else f"{x:.4f}"}
+    filters: dict[str, Callable[[Any], str]] = {
+        "num": number,
+        "bound": lambda x: number(None if x is None else rounded_up(x)),
+        "loss": lambda x: "-" if x is None else f"{x:.4f}",
+    }
     return render(Path(__file__).with_name("page.html"), _content(certificate, evidence), filters)
 
 
@@ -91,8 +98,12 @@ def _content(certificate: Tree, evidence: Evidence) -> Tree:
         "tiles": _tiles(certificate),
         "losses": _losses(measures["losses"], evidence.twin),
         "twin": evidence.twin,
-        "grids": _grids(measures["deviations"], certificate["thresholds"]["max_relative_deviation_g"]),
-        "kinds": _kinds(certificate),
+        "layers": inputs.layers(certificate),
+        "effects": measures.get("effects"),
+        "grids": grids.of_tensors(measures, certificate["thresholds"]),
+        "kinds": inputs.kinds(certificate),
+        "sample": inputs.sample(certificate),
+        "every_row": inputs.every_row(certificate),
         "maps": _maps(evidence.g_lm, measures["deviations"].get("fp32", {}).get("G_LM")),
         "maps_left_out": max(0, evidence.g_lm.shape[0] * evidence.g_lm.shape[1] - MAX_MAPS),
         "spectra": _spectra(evidence.g_lm),
@@ -128,6 +139,9 @@ def _tiles(certificate: Tree) -> list[Tree]:
             {"value": found["tier"], "label": f"tier in {name}: deviation {number(found['relative_deviation_g'])}"}
             for name, found in certificate["precision"].items()
         ]
+        if certificate["tier"] == "proven":
+            bound = number(rounded_up(measures["proof"]["bound"]))
+            tiles.insert(0, {"value": "proven", "label": f"for every input: deviation at most {bound}"})
     count, length = certificate["prompts"]["kinds"]["text"]
     tiles.append({"value": f"{count} x {length}", "label": "held-out prompts x tokens"})
     if losses:
@@ -161,43 +175,6 @@ def _losses(losses: Tree, twin: Tree) -> list[Tree]:
         row["gap"] = row["loss"] - losses["block"]
         row["bar"] = round(100 * abs(row["gap"]) / highest, 1)
     return rows
-
-
-def _grids(deviations: Tree, allowed: float) -> list[Tree]:
-    """Relative deviation by layer and head of each tensor and precision, as colored cells. `over`: G_LM above `allowed`."""
-
-    def cell(value: float | None, tensor: str) -> Tree:
-        over = tensor == "G_LM" and (value is None or value > allowed)
-        return {"text": _short(value), "shade": _shade(value), "hot": _shade(value) > HOT, "over": over}
-
-    out = []
-    for precision, tensors in deviations.items():
-        for tensor, found in tensors.items():
-            rows = [[cell(x, tensor) for x in row] for row in found["per_head"]]
-            grid = {"title": f"{tensor}, {precision}", "rows": rows, "wide": len(rows[0]) > 5}
-            out.append({**grid, "max": found["max"], "worst": found["worst"], "delta": found["max_abs_delta"]})
-    return sorted(out, key=lambda grid: (not grid["title"].startswith("G_LM"), grid["title"]))
-
-
-def _short(value: float | None) -> str:
-    """Two digits, for a cell."""
-    return number(value) if value is None or value < 1e-2 else f"{value:.2g}"
-
-
-def _shade(value: float | None) -> float:
-    """How strongly a cell is colored: 0 at 1e-8 and below, 0.9 at 1."""
-    if value is None:
-        return 0.9
-    return round(min(0.9, max(0.0, 0.9 * (math.log10(max(value, 1e-12)) + 8) / 8)), 2)
-
-
-def _kinds(certificate: Tree) -> list[Tree]:
-    found = certificate["measures"]["deviations"]
-    return [
-        {"name": kind, "count": count, "length": length}
-        | {precision: tensors.get("G_LM", {}).get("by_kind", {}).get(kind) for precision, tensors in found.items()}
-        for kind, (count, length) in certificate["prompts"]["kinds"].items()
-    ]
 
 
 def _maps(g_LHKK: Tensor, deviation: Tree | None) -> list[Tree]:

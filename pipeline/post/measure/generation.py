@@ -1,6 +1,7 @@
 """Generated text with and without caches: greedy agreement, the papers' order parameter, samples for the page.
 
-The control processes the whole sequence again for every token and deduces G from it: no KV-cache, no G-cache.
+The control processes the whole sequence again and deduces G from it: no KV-cache, no G-cache. A pass of it gives one token, so
+a greedy text is checked at some of its prefixes (each is a decision of its own), and not generated a second time.
 Every function but `samples` is collective where there are several ranks. Shapes: N sequences, T = S+1 tokens of a sequence.
 """
 
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed import merged, share
-from pipeline.post.measure.downstream import Totals
+from pipeline.post.measure.downstream import Totals, logits
 from pipeline.post.measure.observe import batches, deduce, tensors_of
 from pipeline.post.measure.statistics import Pair
 from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
 
+LIVE_CHECKS = 16  # of each greedy text
 RUNS = (("1", "2"), ("1", "C"), ("2", "C"))
 
 
@@ -31,34 +33,43 @@ class Sample(NamedTuple):
     live: list[int]
 
 
+@torch.inference_mode()
 def greedy_agreement(
-    model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, num_tokens: int, num_prompts: int
+    model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, num_tokens: int, num_prompts: int, seed: int
 ) -> dict[str, Any]:
-    """Greedy continuations with KV- and G-cache against those without any cache (live G at every token).
+    """Greedy continuations with KV- and G-cache, and what the model without any cache (live G) would have chosen at random
+    prefixes of them: one in each of LIVE_CHECKS equal parts of the new tokens, drawn from `seed`.
 
-    After the first difference the two texts are not comparable, so only decisions taken after identical tokens are
-    counted: `per_decision` = 1 - differences / decisions. `identical` is the share of prompts that never differ.
+    Each check is a decision after identical tokens, whatever the earlier ones were: `per_decision` = 1 - differences /
+    decisions. `identical` is the share of texts without a difference.
     """
     totals = Totals()
     for prompts in _prompt_batches(model, text_NT, num_tokens, num_prompts):
-        cached = generate(model, prompts, max_new_tokens=num_tokens, g_lm=g_LHKK)
-        live = generate(model, prompts, max_new_tokens=num_tokens, use_cache=False)
-        for ours, control in zip(cached, live, strict=True):
-            same = first_difference(ours, control)
-            totals.add("decisions", len(control) if same is None else same + 1)
-            totals.add("differences", same is not None)
-            totals.add("prompts", 1)
-            totals.take("tokens", len(control))
-            totals.take("prompt", len(prompts[0]))
+        new_BM = torch.tensor(generate(model, prompts, max_new_tokens=num_tokens, g_lm=g_LHKK))
+        ids_BS = torch.cat((torch.tensor(prompts), new_BM), dim=1).to(model.embedding.weight.device)
+        checked = _one_in_each_part(new_BM.shape[1], seed)
+        differs_B = torch.zeros(len(prompts), dtype=torch.bool)
+        for index in checked:
+            until = len(prompts[0]) + index
+            live_B = logits(model, ids_BS[:, :until])[:, -1].argmax(dim=-1)
+            wrong_B = (live_B != ids_BS[:, until]).cpu()
+            differs_B |= wrong_B
+            totals.add("differences", int(wrong_B.sum()))
+        totals.add("decisions", len(prompts) * len(checked))
+        totals.add("texts that differ", int(differs_B.sum()))
+        totals.add("prompts", len(prompts))
+        totals.take("tokens", new_BM.shape[1])
+        totals.take("prompt", len(prompts[0]))
     totals = merged(totals)
     sums = totals.sums
     return {
         "per_decision": 1 - sums["differences"] / sums["decisions"],
-        "identical": 1 - sums["differences"] / sums["prompts"],
+        "identical": 1 - sums["texts that differ"] / sums["prompts"],
         "num_prompts": sums["prompts"],
         "prompt_length": int(totals.largest["prompt"]),
         "num_tokens": int(totals.largest["tokens"]),
         "decisions": sums["decisions"],
+        "live_checks": sums["decisions"],
     }
 
 
@@ -115,6 +126,15 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     if len(a) != len(b):
         return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+
+
+def _one_in_each_part(count: int, seed: int) -> list[int]:
+    """LIVE_CHECKS different indices below `count` (all of them where there are fewer): one from each of as many equal parts."""
+    parts = min(LIVE_CHECKS, count)
+    shares = torch.rand(parts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+    lows = [count * index // parts for index in range(parts)]
+    highs = [*lows[1:], count]
+    return [low + int(drawn * (high - low)) for drawn, low, high in zip(shares, lows, highs, strict=True)]
 
 
 def _prompt_batches(model: PLDRModel, text_NT: Tensor, num_tokens: int, num_prompts: int) -> list[list[list[int]]]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed import bounds, gathered, merged, share
-from pipeline.post.measure.prompts import PromptKind
+from pipeline.post.measure.passes import Watcher, live_pass
+from pipeline.post.measure.prompts import PromptKind, equal_lengths
 from pipeline.post.measure.statistics import Scalars, Spread, log_abs_det, numerical_rank, row_variance_ratio
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
@@ -78,15 +79,21 @@ class Observation:
 
 
 @torch.inference_mode()
-def observe(model: PLDRModel, kinds: Sequence[PromptKind]) -> Observation:
-    """Every deductive output of every prompt, streamed into accumulators. Collective where there are several ranks."""
+def observe(model: PLDRModel, kinds: Sequence[PromptKind], watchers: Sequence[Watcher] = ()) -> Observation:
+    """Every deductive output of every prompt, streamed into accumulators. Collective where there are several ranks.
+
+    watchers: see each live pass too, so that what they measure needs no pass of its own.
+    """
     seen = Observation(model.config, [kind.name for kind in kinds])
     for kind in kinds:
-        ranked = RANKED_PROMPTS - bounds(len(kind.ids_NS))[0]
+        start = bounds(len(kind.ids_NS))[0]
         for ids_BS in batches(share(kind.ids_NS), model):
-            for name, x_BLHKK in deduce(model, ids_BS, padded=kind.padded).items():
-                seen.update(name, kind.name, x_BLHKK, ranked=ranked)
-            ranked -= len(ids_BS)
+            live = live_pass(model, kind, start, ids_BS)
+            for name, x_BLHKK in live.tensors.items():
+                seen.update(name, kind.name, x_BLHKK, ranked=RANKED_PROMPTS - start)
+            for watch in watchers:
+                watch(live)
+            start += len(ids_BS)
     seen.merge_ranks()
     return seen
 
@@ -105,14 +112,16 @@ def deduce(model: PLDRModel, ids_BS: Tensor, *, padded: bool = False) -> dict[st
 
 
 def batches(ids_NS: Tensor, model: PLDRModel) -> Iterator[Tensor]:
-    """Batches on the model's device, small enough for their logits and deductive outputs; none where there are no prompts."""
+    """Batches on the model's device, each of prompts of one length, small enough for their logits and deductive outputs; in
+    the order of the prompts. None where there are no prompts."""
     config = model.config
     logits, entries = ids_NS.shape[1] * config.vocab_size, config.num_layers * config.num_heads * config.head_dim**2
     device = model.embedding.weight.device
     most = BATCH_LOGITS * (1 if device.type == "cpu" else ON_GPU)
     size = max(1, min(most // logits, BATCH_ENTRIES // entries))
-    for start in range(0, len(ids_NS), size):
-        yield ids_NS[start : start + size].to(device)
+    for same_NS in equal_lengths(ids_NS):
+        for start in range(0, len(same_NS), size):
+            yield same_NS[start : start + size].to(device)
 
 
 def slice_rows(vocab_size: int) -> int:

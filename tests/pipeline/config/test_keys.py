@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import pytest
 from pydantic import Field, create_model
 
-from pipeline.bundle.certificate import verdict
+from pipeline.bundle.certificate.earlier import EARLIER
+from pipeline.bundle.certificate.verdict import TODAY
 from pipeline.config import keys
 from pipeline.config.load import load_config, parse_config
 from pipeline.config.run import RunConfig
@@ -26,6 +27,8 @@ FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
 RECORDED = ("seed", "data.", "tokens.", "tokenizer.", "model.", "train.")
 OF_BUNDLE = ("weight_format", "max_format_loss", "register_as")
 ADDED = ("schedule", "decay_share", "decay_shape")  # since; in a digest only with another value than the default
+ADDED_TO_POST = ("effect_prompts", "order_parameter", "prove", "extra_prompts", "max_relative_deviation_g_fp32",
+                 "max_query_deviation", "max_worst_row_deviation")  # fmt: skip
 NOT_IN_RESULT = ("workers", "of", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
 RECIPE = (
     *("steps", "global_batch", "max_lr", "warmup_steps", *ADDED, "min_lr_ratio", "betas", "eps", "weight_decay"),
@@ -85,7 +88,9 @@ def of_stage_160ea30(config, name):
         },
         "consolidate": {},
         "extract": {k: tree["post"][k] for k in ("g_from", "prompts")},
-        "validate": {k: v for k, v in tree["post"].items() if k not in (*OF_BUNDLE, "sample_prompt", "ranks")}
+        "validate": {
+            k: v for k, v in tree["post"].items() if k not in (*OF_BUNDLE, *ADDED_TO_POST, "sample_prompt", "ranks")
+        }
         | {"model": tree["model"]},
         "bundle": {k: tree["post"][k] for k in OF_BUNDLE} | {"tracking": tree["tracking"]},
     }[name]
@@ -128,13 +133,15 @@ def test_what_trained_weights_come_from_is_what_it_was():
 
 def test_what_a_certificate_records_is_what_it_was():
     """The order of the looser ones is that of the certificate's statement, which readers compare."""
-    assert (
-        *("variant_above", "approximate_above", "invariant_above", "max_relative_deviation_g"),
-        *("max_leak_gap", "max_leak_effect", "max_kl"),
-    ) == verdict.LOOSER_ABOVE
-    assert verdict.LOOSER_BELOW == ("min_prompts", "min_attention_effect", "min_top1_agreement")
-    assert verdict.LESS_BELOW == ("fp64_prompts", "generate_tokens", "generate_prompts")
-    assert sorted(verdict.SETTINGS) == sorted(("prompts", "g_from", *verdict.LESS_BELOW))
+    new = ("max_relative_deviation_g_fp32", "max_query_deviation", "max_worst_row_deviation")
+    old = ("variant_above", "approximate_above", "invariant_above", "max_relative_deviation_g")
+    last = ("max_leak_gap", "max_leak_effect", "max_kl")
+    less = ("fp64_prompts", "generate_tokens", "generate_prompts")
+    assert TODAY.above == (*old, *new, *last) and EARLIER.above == (*old, *last)
+    assert TODAY.below == EARLIER.below == ("min_prompts", "min_attention_effect", "min_top1_agreement")
+    assert TODAY.less == (*less, "effect_prompts") and EARLIER.less == less
+    assert sorted(TODAY.settings) == sorted(("prompts", "g_from", *TODAY.less, "order_parameter", "prove"))
+    assert sorted(EARLIER.settings) == sorted(("prompts", "g_from", *less))
 
 
 def test_every_key_has_a_kind():

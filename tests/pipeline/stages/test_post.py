@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import sys
+from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,37 +98,67 @@ def test_a_ranks_mistake_in_the_configuration_stays_one(
 
 
 class Reader:
-    """A split whose sequence i holds i + 1, those in `padded` behind padding."""
+    """A split whose sequence i holds i + 10, those in `padded` behind padding; every `each` of them are a document."""
 
-    def __init__(self, num_sequences: int, padded: set[int]) -> None:
-        self.num_sequences, self.padded, self.most = num_sequences, padded, 0
+    def __init__(self, num_sequences: int, *, padded: Set[int] = frozenset(), each: int = 1) -> None:
+        self.index = SimpleNamespace(packing="pad", block_sequences=16, context_length=3, folder="tokens")
+        self.num_sequences, self.padded, self.each = num_sequences, padded, each
+        self.split, self.is_local, self.shards = "val", True, [SimpleNamespace(sequences=num_sequences)]
 
     def read(self, chosen: Any) -> Any:
-        self.most = max(self.most, len(chosen))
-        return np.array([[0 if i in self.padded and t == 2 else i + 1 for t in range(3)] for i in chosen])
+        return np.array([self.sequence(int(i)) for i in chosen])
+
+    def sequence(self, i: int) -> list[int]:
+        last = 3 if i % self.each == self.each - 1 else i + 10  # eos
+        return [i + 10, i + 10, 0 if i in self.padded else i + 10, last]
+
+
+@pytest.fixture
+def held(tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """held_out of a split, with 6 prompts: the numbers of the sequences, and of the documents."""
+
+    def of(reader: Reader, half: int) -> tuple[list[int], int]:
+        monkeypatch.setattr("pipeline.data.tokens.index.TokenIndex.load", lambda folder: SimpleNamespace(folder=folder))
+        monkeypatch.setattr("pipeline.data.loading.reader.open_split", lambda *_, **__: reader)
+        config = config_of(tiny, tmp_path, post={"prompts": 6, "min_prompts": 6})
+        found = held_out(config, RunPaths(tmp_path), half=half)
+        return [int(row[0]) - 10 for row in found.sequences_NT], found.documents
+
+    return of
 
 
 @pytest.mark.parametrize(
-    ("padded", "first", "read"),
+    ("padded", "unpadded"),
     [
-        (set(), [0, 18, 38, 58, 78, 98], 6),  # none is padded: those that were taken always
-        ({0, 18, 38, 58}, [8, 26, 44, 62, 80, 98], 12),  # replaced, evenly
-        (set(range(0, 90)), [90, 92, 94, 96, 98], 50),  # as many as there are
+        (set(), 6),
+        ({0, 18, 38, 58}, 6),  # replaced
+        (set(range(0, 90)), 5),  # as many as there are
     ],
 )
 def test_padded_sequences_are_replaced_as_long_as_there_are_others(
-    tiny: SimpleNamespace,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    padded: set[int],
-    first: list[int],
-    read: int,
+    held: Callable[..., Any], padded: set[int], unpadded: int
 ) -> None:
-    reader = Reader(100, padded)
-    monkeypatch.setattr("pipeline.data.tokens.index.TokenIndex.load", lambda folder: SimpleNamespace(folder=folder))
-    monkeypatch.setattr("pipeline.data.loading.reader.open_split", lambda *_, **__: reader)
-    found = held_out(config_of(tiny, tmp_path, post={"prompts": 6, "min_prompts": 6}), RunPaths(tmp_path), half=0)
-    unpadded = [int(row[0]) - 1 for row in found if (row != 0).all()]
-    assert unpadded == [int(row[0]) - 1 for row in found[: len(unpadded)]]  # before the padded ones
-    assert (unpadded, reader.most) == (first, read)
-    assert all(i % 2 == 0 for i in unpadded) and not set(unpadded) & padded
+    found, documents = held(Reader(100, padded=padded), 0)
+    assert len(found[:unpadded]) == len(set(found[:unpadded])) == unpadded == documents
+    assert all(i % 2 == 0 for i in found) and not set(found[:unpadded]) & padded
+    assert set(found[unpadded:]) <= padded and len(found) == unpadded + min(6, sum(i % 2 == 0 for i in padded))
+
+
+def test_what_is_judged_is_from_as_many_documents_as_there_are(held: Callable[..., Any]) -> None:
+    for each, documents in ((20, 5), (50, 2), (4, 6)):
+        found, count = held(Reader(100, each=each), 1)
+        assert len(set(found)) == 6 and all(i % 2 == 1 for i in found)
+        assert count == len({i // each for i in found}) == documents
+
+
+def test_g_comes_from_other_documents_than_it_is_judged_by_where_there_are_enough(held: Callable[..., Any]) -> None:
+    judged, _ = held(Reader(100, each=4), 1)
+    extracted, documents = held(Reader(100, each=4), 0)
+    assert not {i // 4 for i in judged} & {i // 4 for i in extracted} and documents == 6
+    few, _ = held(Reader(100, each=20), 0)  # from documents that are judged as well, but not from the same sequences
+    assert len(few) == 6 and all(i % 2 == 0 for i in few)
+
+
+def test_too_few_held_out_sequences_are_an_error(held: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="tokens: 3 held-out sequences are too few to judge with; raise data.val_f"):
+        held(Reader(3), 1)

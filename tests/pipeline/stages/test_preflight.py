@@ -54,6 +54,13 @@ def test_all_mistakes_are_told_at_once_each_with_its_fix(check, capsys):
     assert not (check.yaml.parent / "run" / "stages").exists()
 
 
+def test_files_of_more_prompts_are_looked_at_before_training(check):
+    (check.yaml.parent / "code.txt").write_text("a = 1\n\nb = 2\n")
+    assert check("post.extra_prompts={code: code.txt}")["prompts"].text == "2 of kind code"
+    found = check("post.extra_prompts={code: gone.txt}")["prompts"]
+    assert found.status == "FAIL" and found.text.startswith("post.extra_prompts.code: gone.txt: no such file")
+
+
 def test_one_mistake_is_the_error_itself(check, capsys):
     assert main(["check", str(check.yaml), "train.ranks=3", "--json"]) == 2
     out, errors = capsys.readouterr()

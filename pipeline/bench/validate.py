@@ -1,0 +1,195 @@
+"""Where a validation's time goes, and how long one would take: `pldr bench validate [CONFIG]`.
+
+On a model of the configuration's sizes with random weights (its G_LM does not depend on the input, as after training) and
+random tokens. Every part of `validate` is run with few prompts, all parts in turn, again and again, so that a busy machine
+slows all alike. The cost of a part is taken to be linear in its prompts: fixed + each * prompts, by least squares.
+With these, its cost at the configured number of prompts follows.
+
+Decision (the error): how much a measurement scatters is taken to be a share of it, the same for all parts, and estimated from
+the residuals of all of them together, because few repetitions of one part say nothing. The error of a part is the standard
+error of a prediction from its fit with that scatter; that of the sum assumes them independent. It says how far noise may have
+moved the estimate, not whether costs are linear or the machine will be as busy.
+
+CPU seconds are given beside seconds: on a shared machine they depend less on what else runs, with OMP_NUM_THREADS=1 least.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+
+from pipeline.config.post import PostConfig
+from pipeline.post import validate
+from pipeline.post.measure.downstream import CAUSAL_PROMPTS, Outputs
+from pipeline.post.measure.effects import compare_losses, effects_by_layer
+from pipeline.post.measure.generation import greedy_agreement
+from pipeline.post.measure.observe import observe
+from pipeline.post.measure.parts import costs, part
+from pipeline.post.measure.prompts import PromptKind, few_of, make_kinds
+from pldr_model.config import ModelConfig
+from pldr_model.model import PLDRModel
+from pldr_model.plga import PLGA, ResidualUnit
+
+PAPER_110M = ModelConfig(vocab_size=32000, num_layers=5, num_heads=14, head_dim=64, context_length=1024, d_ff=2389)
+CLOCKS = ("seconds", "cpu_seconds")
+
+
+class Work(NamedTuple):
+    """A piece of a validation. `run` does it with so many prompts; a validation gives it `prompts`."""
+
+    name: str
+    run: Callable[[int], None]
+    prompts: int
+
+
+class Line(NamedTuple):
+    """The cost of a part: fixed + each * prompts."""
+
+    fixed: float
+    each: float
+
+
+def bench(config: ModelConfig, post: PostConfig, *, prompts: int = 1, rounds: int = 2) -> dict[str, Any]:
+    """Time every part with `prompts` and with twice as many, `rounds` times each, all parts in turn.
+
+    Returns `parts`: part -> `prompts` (the number that a validation gives it), and for `seconds` and `cpu_seconds` each
+    `fixed`, `each` (of a prompt), `total` (at that number) and `error` (standard error of the total); `seconds` and
+    `cpu_seconds`: `total` and `error` of all parts; `scatter`: standard deviation of a measurement as a share of it, by clock;
+    `measured`: how often each part was run, and `measured_prompts` over all of them; `parameters`, `threads`, `device`.
+    """
+    model = _model(config)
+    pieces = _pieces(model, post)
+    points: dict[str, list[tuple[int, float, float]]] = {}
+    of_part: dict[str, int] = {}
+    for _ in range(rounds):
+        for count in (prompts, 2 * prompts):
+            for work in pieces:
+                with costs() as counted:
+                    work.run(count)
+                for name, wall in counted.wall.items():
+                    label = f"{name}, {work.name}" if len(counted.wall) > 1 or name != work.name else name
+                    points.setdefault(label, []).append((count, wall, counted.cpu[name]))
+                    of_part[label] = min(CAUSAL_PROMPTS, work.prompts) if name == "causality" else work.prompts
+    counts = np.array([count for _ in range(rounds) for count in (prompts, 2 * prompts)], dtype=float)
+    result: dict[str, Any] = {"parts": {name: {"prompts": of_part[name]} for name in points}, "scatter": {}}
+    for index, clock in enumerate(CLOCKS, start=1):
+        seconds = {name: np.array([point[index] for point in found]) for name, found in points.items()}
+        lines = {name: _line(counts, values) for name, values in seconds.items()}
+        scatter = _scatter(counts, seconds, lines)
+        for name, line in lines.items():
+            total = line.fixed + line.each * of_part[name]
+            error = _error(counts, seconds[name], scatter, of_part[name])
+            result["parts"][name][clock] = {**line._asdict(), "total": total, "error": error}
+        found = [entry[clock] for entry in result["parts"].values()]
+        result[clock] = {
+            "total": sum(entry["total"] for entry in found),
+            "error": math.sqrt(sum(entry["error"] ** 2 for entry in found)),
+        }
+        result["scatter"][clock] = scatter
+    return {
+        **result,
+        "measured": len(counts),
+        "measured_prompts": int(counts.sum()),
+        "parameters": config.num_parameters()["total"],
+        "threads": torch.get_num_threads(),
+        "device": str(model.embedding.weight.device),
+    }
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """What `bench` returned, for a terminal: the most expensive part first."""
+    rows = sorted(result["parts"].items(), key=lambda item: -item[1]["cpu_seconds"]["total"])
+    lines = [f"{'part':<26} {'prompts':>8} {'fixed':>9} {'each':>9} {'CPU s':>9} {'+-':>7} {'seconds':>9} {'+-':>7}"]
+    for name, found in [*rows, ("all", {"prompts": "", **{clock: result[clock] for clock in CLOCKS}})]:
+        cpu, wall = found["cpu_seconds"], found["seconds"]
+        first = [f"{cpu[key]:9.3f}" if key in cpu else " " * 9 for key in ("fixed", "each")]
+        last = f"{cpu['total']:9.1f} {cpu['error']:7.1f} {wall['total']:9.1f} {wall['error']:7.1f}"
+        lines.append(f"{name:<26} {found['prompts']:>8} {' '.join(first)} {last}")
+    return lines
+
+
+def _model(config: ModelConfig) -> PLDRModel:
+    """Random weights; the last norm of each metric learner has no gain, so that G_LM is constant."""
+    torch.manual_seed(0)
+    model = PLDRModel(config).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, PLGA):
+                norm = cast(ResidualUnit, module.metric_learner[-1]).norm
+                norm.weight.zero_()
+                norm.bias.normal_()
+    return model.cuda() if torch.cuda.is_available() else model
+
+
+def _pieces(model: PLDRModel, post: PostConfig) -> list[Work]:
+    """Everything that a validation measures. Kinds of prompts that are equally many are one piece."""
+    config = model.config
+    shape = (post.prompts, config.context_length + 1)
+    text_NT = torch.randint(min(4, config.vocab_size - 1), config.vocab_size, shape)
+    g_LHKK = model.compute_g(text_NT[:1, :-1].to(model.embedding.weight.device))[:, 0].detach()
+    kinds = make_kinds(text_NT, config, seed=0)
+    groups: dict[int, list[PromptKind]] = {}
+    for kind in kinds:
+        groups.setdefault(len(kind.ids_NS), []).append(kind)
+
+    def observed(group: list[PromptKind], count: int) -> None:
+        with part("observation"):
+            observe(model, few_of(group, count), [Outputs(model, g_LHKK, text_NT, seed=0)])
+
+    def effects(count: int) -> None:
+        few_NT = text_NT[:count]
+        with part("effects"):
+            losses = compare_losses(model, g_LHKK, few_NT, random_LHKK=g_LHKK)["losses"]
+            effects_by_layer(model, g_LHKK, few_NT, losses, min_effect=post.min_attention_effect)
+
+    def generation(count: int) -> None:
+        with part("generation"):
+            greedy_agreement(model, g_LHKK, text_NT, num_tokens=post.generate_tokens, num_prompts=count, seed=0)
+
+    def fp64(count: int) -> None:
+        with part("fp64", whole=True):
+            measures: dict[str, Any] = {"not_finite": [], "deviations": {}}
+            few = post.model_copy(update={"fp64_prompts": count})
+            validate.measure_fp64(measures, model, g_LHKK, text_NT, kinds, few, seed=0)
+
+    def control(count: int) -> None:
+        with part("control", whole=True):
+            validate.untrained_control(model, text_NT[:count], few_of(kinds, count), post, seed=0)
+
+    works = []
+    for count, group in groups.items():
+        name = group[0].name if group[0].name in ("text", "random") else "other kinds"
+        works.append(Work(name, lambda n, group=group: observed(group, n), count))  # type: ignore[misc]
+    works += [
+        Work("effects", effects, min(post.effect_prompts, post.prompts)),
+        Work("generation", generation, min(post.generate_prompts, post.prompts)),
+        Work("fp64", fp64, min(post.fp64_prompts, post.prompts)),
+    ]
+    if config.g_source == "learned":
+        works.append(Work("control", control, min(validate.CONTROL_PROMPTS, post.prompts)))
+    return works
+
+
+def _line(counts: np.ndarray, seconds: np.ndarray) -> Line:
+    """Least squares."""
+    each, fixed = np.polyfit(counts, seconds, 1)
+    return Line(float(fixed), float(each))
+
+
+def _scatter(counts: np.ndarray, seconds: dict[str, np.ndarray], lines: dict[str, Line]) -> float:
+    """Standard deviation of a measurement over its size: the residuals of all parts together, two parameters a part."""
+    shares = [
+        (values - (lines[name].fixed + lines[name].each * counts)) / values.mean() for name, values in seconds.items()
+    ]
+    free = len(shares) * (len(counts) - 2)
+    return math.sqrt(sum(float((share**2).sum()) for share in shares) / free) if free > 0 else math.nan
+
+
+def _error(counts: np.ndarray, seconds: np.ndarray, scatter: float, count: float) -> float:
+    """Standard error of the fitted line at `count` prompts, for measurements that scatter by this share."""
+    spread = float(((counts - counts.mean()) ** 2).sum())
+    return float(scatter * seconds.mean() * math.sqrt(1 / len(counts) + (count - counts.mean()) ** 2 / spread))

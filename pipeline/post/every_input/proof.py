@@ -1,0 +1,187 @@
+"""An upper bound for every input: how far G_LM of any head can be from the cached one, whatever the tokens and their number.
+
+All inputs of any length give the metric learner rows of one ball (every_input/rows.py says why), and `learned_rows` encloses
+what it makes of them. The rest of the way to G, A -> u = W A + b -> p = (u silu(u) + 1e-9)^P -> a p + b_a, is enclosed
+entry by entry around the set's center. The K rows of A are free of one another here.
+
+Every number is a ball of Arb, rounded outward, from the exact fp32 weights. So the bound holds in exact arithmetic; what
+fp32 rounds off is measured elsewhere. The cached G is fp32 and part of the bound: it contains how well G was rounded.
+
+Errors: none. A set that does not close gives a bound that is infinite, or large.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+from flint import arb, arb_mat
+from torch import Tensor, nn
+
+from pipeline.post.every_input.balls import (
+    PRECISION_BITS,
+    column,
+    diagonal,
+    each,
+    exact,
+    inner,
+    largest_eigenvalue,
+    magnitude,
+    precision,
+    root,
+    rooted_squares,
+    rounded_up,
+    scale_rows,
+)
+from pipeline.post.every_input.ellipsoid import Ellipsoid
+from pipeline.post.every_input.learner import learned_rows, sigmoid
+from pldr_model.model import Attention, DecoderLayer, PLDRModel
+from pldr_model.plga import METRIC_FLOOR, PLGA
+
+
+class Head(NamedTuple):
+    """The weights of one head's power law, [K,K] each, exact."""
+
+    W: arb_mat
+    b: arb_mat
+    P: arb_mat
+    a: arb_mat
+    b_a: arb_mat
+
+
+def prove(model: PLDRModel, g_LHKK: Tensor) -> dict[str, Any]:
+    """The certificate's `proof` of a model with a learned G, against the cached one; {} if G is a constant by construction."""
+    if model.config.g_source != "learned":
+        return {}
+    per_head: list[list[float]] = []
+    by_unit: list[list[float | None]] = []
+    scores: list[float] = []
+    with precision(PRECISION_BITS), torch.no_grad():
+        entering: nn.LayerNorm = model.embedding_norm
+        for layer, g_HKK in zip(model.layers, g_LHKK, strict=True):
+            layer = cast(DecoderLayer, layer)
+            rows, radii = learned_rows(cast(PLGA, layer.attention.plga))
+            deviations = [_deviation(head, rows, g_KK) for head, g_KK in zip(_heads(layer), g_HKK, strict=True)]
+            per_head.append([_relative(far, g_KK) for far, g_KK in zip(deviations, g_HKK, strict=True)])
+            by_unit.append(radii)
+            scores.append(_score_bound(layer.attention, entering, deviations))
+            entering = layer.feed_forward_norm
+    worst = max(max(heads) for heads in per_head)
+    return {
+        "bound": _number(worst),
+        "per_head": [[_number(head) for head in heads] for heads in per_head],
+        "closed": math.isfinite(worst),
+        "by_unit": by_unit,
+        "score_bound": [_number(score) for score in scores],
+        "precision_bits": PRECISION_BITS,
+        "reason": None if math.isfinite(worst) else _reason(per_head, by_unit),
+    }
+
+
+def _heads(layer: DecoderLayer) -> list[Head]:
+    plga = cast(PLGA, layer.attention.plga)
+    stacks = (plga.W, plga.b, plga.P, plga.a, plga.b_a)
+    return [Head(*map(exact, weights)) for weights in zip(*stacks, strict=True)]
+
+
+def _deviation(head: Head, rows: Ellipsoid, g_KK: Tensor) -> arb:
+    """An upper bound of |G - cached G| (Frobenius) over all K rows of A in the ellipsoid, the smaller of two.
+
+    p(u) - p(u_0) = p'(u_0) du + r with du = W dA, and |r| <= |p' - p'(u_0)| |du| over the range of u.
+    Entry by entry: |dG_ij| <= sum_k |a_ik| |dp_kj|, and |dp_kj| <= |p'_kj| |du_kj| or the range of p, whichever is less.
+    By column j, T_j = a diag(p'_j) W: |dG|^2 <= sum_j |T_j|^2 |dA_j|^2, and every row of dA is of the ellipsoid, so that
+    this is at most K times the largest eigenvalue of the shape with its entries times |T_i| |T_j|.
+    """
+    size = g_KK.shape[0]
+    ones = column([1.0] * size)
+    u = head.W * ones * rows.center.transpose() + head.b
+    du = each(magnitude, head.W) * ones * rows.half_widths().transpose()
+    u_all = each(_spread, u, du)
+    p = each(_potential, u, head.P)
+    center = head.a * p + head.b_a - exact(g_KK)
+    slope, slope_all = each(_potential_slope, u, head.P), each(_potential_slope, u_all, head.P)
+    a = each(magnitude, head.a)
+    dp = each(_least, each(_reach, slope_all, du), each(magnitude, each(_potential, u_all, head.P) - p))
+    by_entry = rooted_squares(a * dp)
+    bend = rooted_squares(a * each(_reach, slope_all - slope, du))
+    stretch = diagonal([_stretch(head, slope, j) for j in range(size)])
+    by_column = root(largest_eigenvalue(stretch * rows.shape * stretch) * size) + bend
+    return magnitude(rooted_squares(center) + _least(by_column, by_entry))
+
+
+def _stretch(head: Head, slope: arb_mat, j: int) -> arb:
+    """An upper bound of the spectral norm of T_j."""
+    T = head.a * scale_rows(column([slope[k, j] for k in range(slope.nrows())]), head.W)
+    return root(largest_eigenvalue(T * T.transpose(), squarings=4))
+
+
+def _spread(center: arb, radius: arb) -> arb:
+    return (center - radius).union(center + radius)
+
+
+def _reach(slope: arb, radius: arb) -> arb:
+    return magnitude(slope) * radius
+
+
+def _least(x: arb, y: arb) -> arb:
+    return x if x < y else y
+
+
+def _metric(u: arb) -> arb:
+    """A_LM of u; at least METRIC_FLOOR, also where the ball of u crosses zero."""
+    floor = arb(METRIC_FLOOR)
+    value = u * u * sigmoid(u) + floor
+    return value if value >= floor else floor.union(value.upper())
+
+
+def _potential(u: arb, P: arb) -> arb:
+    return _metric(u) ** P
+
+
+def _potential_slope(u: arb, P: arb) -> arb:
+    s = sigmoid(u)
+    return P * _metric(u) ** (P - 1) * u * s * (2 + u * (1 - s))
+
+
+def _relative(deviation: arb, g_KK: Tensor) -> float:
+    """As the certificate measures it: RMS of the deviation over RMS of the head's cached G."""
+    size = exact(g_KK)
+    norm = sum((entry * entry for entry in size.entries()), arb(0)).sqrt()
+    return rounded_up(deviation / norm) if norm > 0 else math.inf
+
+
+def _score_bound(attention: Attention, entering: nn.LayerNorm, deviations: list[arb]) -> float:
+    """How far an attention score of the layer can be from the one with the cached G, for the same input of the layer.
+
+    The input is a LayerNorm's output, |dG|_2 <= |dG|_F, and RoPE keeps norms: |q dG k| / sqrt(K) <= |q| |dG|_F |k| / sqrt(K).
+    """
+    H, K = attention.num_heads, attention.head_dim
+    queries, keys, _ = attention.qkv.weight.view(3, H, K, -1)
+    query_biases, key_biases, _ = attention.qkv.bias.view(3, H, K)
+    largest = arb(0)
+    for h, deviation in enumerate(deviations):
+        longest_q = _longest(exact(queries[h]), exact(query_biases[h]), entering)
+        longest_k = _longest(exact(keys[h]), exact(key_biases[h]), entering)
+        score = (longest_q * longest_k * deviation / arb(K).sqrt()).upper()
+        largest = score if not score < largest else largest
+    return rounded_up(largest)
+
+
+def _longest(weight_KD: arb_mat, bias_K: arb_mat, norm: nn.LayerNorm) -> arb:
+    """An upper bound of |W x + b| over the outputs x = gamma z + beta of a LayerNorm, |z| <= sqrt(D)."""
+    gamma, beta = exact(norm.weight), exact(norm.bias)
+    middle = weight_KD * beta + bias_K
+    scaled = scale_rows(gamma, weight_KD.transpose())
+    spread = largest_eigenvalue(scaled.transpose() * scaled) * gamma.nrows()
+    return magnitude(root(inner(middle, middle)) + root(spread))
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _reason(per_head: list[list[float]], by_unit: list[list[float | None]]) -> str:
+    layer = next(i for i, heads in enumerate(per_head) if not all(map(math.isfinite, heads)))
+    unbounded = sum(radius is None for radius in by_unit[layer])
+    return f"layer {layer}: {unbounded} of {len(by_unit[layer])} residual units still give every row"
