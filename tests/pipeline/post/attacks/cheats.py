@@ -35,6 +35,7 @@ from tests.pipeline.post.attacks.verdicts import Cases, Certified, NotProven, fa
 CHEATS = Cases()
 SPY = 2  # the head that watches
 LAST_ID = BASE.config.vocab_size - 1  # in no text
+UNSEEN = 1021  # of MANY_IDS: in no text, and not among the first random ids of its seed
 INVARIANCE = failed_by("relative_deviation_g")
 FINITE = failed_by("not_finite")
 
@@ -295,8 +296,8 @@ def _trigger(lab: Lab, *, steepness: float) -> PLDRModel:
 
 
 def _spoiled_id(lab: Lab, value: float) -> tuple[PLDRModel, Recipe]:
-    """The last of many ids has an embedding that is useless."""
+    """One of many ids has an embedding that is useless."""
     model = lab.trained(MANY_IDS)
     with torch.no_grad():
-        model.embedding.weight[MANY_IDS.config.vocab_size - 1] = value
+        model.embedding.weight[UNSEEN] = value
     return model, MANY_IDS

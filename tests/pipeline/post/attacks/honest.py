@@ -1,5 +1,6 @@
-"""Twenty models whose G_LM is invariant and whose attention is alive. All are trained; some are then changed without a change of
-what they compute. Each must be certified.
+"""Models whose G_LM is invariant and whose attention is alive. Each must be certified.
+
+All are trained; some are then changed in ways that leave them what they are.
 """
 
 from __future__ import annotations

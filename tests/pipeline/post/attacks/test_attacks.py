@@ -1,4 +1,4 @@
-"""The attack suite: each cheat and each honest model gets the verdict that is right, and docs/certificate.md has the table of them.
+"""The attack suite: each cheat and each honest model gets the verdict that is right, and docs/certificate.md has their table.
 
 `PLDR_WRITE_TABLE=1 pytest -m slow tests/pipeline/post/attacks` writes that table, when all of them were run and right.
 """
