@@ -151,7 +151,7 @@ def make_checks(
             float(len(not_finite)),
             0.0,
             "<=",
-            "NaN or infinity in " + "; ".join(not_finite[:3]) + ": training diverged: use an earlier checkpoint"
+            "NaN or infinity in " + "; ".join(causes(not_finite)[:3]) + ": training diverged: use an earlier checkpoint"
             if not_finite
             else "",
         ),
@@ -259,6 +259,15 @@ def make_checks(
         ),
     ]
     return [as_written(check) for check in checks]
+
+
+def causes(not_finite: list[str]) -> list[str]:
+    """What is not finite, in the order in which it explains the rest: ids, weights, tensors, then logits of whole kinds."""
+
+    def rank(name: str) -> int:
+        return 0 if " of id " in name else 1 if name.startswith("weight") else 3 if name.startswith("logits") else 2
+
+    return sorted(not_finite, key=rank)
 
 
 def as_written(check: Check) -> Check:

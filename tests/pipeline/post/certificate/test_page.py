@@ -110,10 +110,10 @@ def test_every_input_layer_and_kind_is_shown() -> None:
     for words in (
         "|proven|for every input: deviation at most 1.2e-8|",
         "|For every input of any length, in exact arithmetic, G_LM stays constant to 1.2e-8 of its size.",
-        "24 random starts and 400 rows of the prompts, 60 steps each (seed 7):|1.1e-8|",
+        "400 rows of the prompts among what they were chosen from, 60 steps each (seed 7):|1.1e-8|",
         "Proof: no input of any length changes G_LM by more than|1.2e-8|",
-        "|after unit 3|found|proven bound|attention scores|",
-        "|1|0.27|2e-4|3e-8|1.1e-8|1.2e-8|2e-7|",  # layer 1
+        "|found|proven bound|scores|unit 1|unit 2|unit 3|",
+        "|1|1.1e-8|1.2e-8|2e-7|0.27|2e-4|3e-8|",  # layer 1
         "0 of 128 text prompts from 37 documents deviated by more than 1e-05",
         "The prompts hold 47 of the 47 ids of the vocabulary, and up to 128 of 128 tokens.",
         "|0|0.016|0.019|1e-3|no|1|0.17|0.31|0.05|yes|",
