@@ -131,9 +131,11 @@ def _measure(
         seen = observe(model, kinds, [finite, found, watched])
     found.merge_ranks()
     outputs = watched.merge_ranks()
-    not_finite = [*finite.merge_ranks(), *seen.not_finite]
+    bad_ids, bad_prompts = finite.merge_ranks()
+    not_finite = [*bad_ids, *seen.not_finite]
     not_finite += [f"weight {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
     not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
+    not_finite = not_finite or bad_prompts
     by_tensor = deviations(seen, found)
     measures: dict[str, Any] = {
         "not_finite": not_finite,

@@ -37,7 +37,7 @@ class FiniteLogits:
     """Watches live passes: what is not finite in their logits, "logits of id 17 ('▁x')", a few at most.
 
     An id of the prompt makes all scores NaN after it, a row of the output matrix only the score of one id ("score of id 17").
-    Where no id does it alone, the number of prompts of each kind is given.
+    Where no id does it alone, the number of prompts of each kind is all that is known.
     """
 
     def __init__(self, model: PLDRModel, piece: Piece | None) -> None:
@@ -57,16 +57,15 @@ class FiniteLogits:
         self._counts[live.kind.name] += len(failing)
         self._failing = [*self._failing, *failing.cpu()][:NAMED]
 
-    def merge_ranks(self) -> list[str]:
-        """What all ranks have seen; empty if all was finite. Collective."""
+    def merge_ranks(self) -> tuple[list[str], list[str]]:
+        """What all ranks have seen, by ids, and where no id's logits are not finite alone, by prompts. Collective."""
         names = [f"score of id {_name(i, self._piece)}" for i in sorted(self._scores)[:NAMED]]
         names += [f"logits of id {_name(i, self._piece)}" for i in islice(_alone(self._model, self._failing), NAMED)]
         everyone, counts = gathered(names), gathered(self._counts)
         found = list(dict.fromkeys(name for names in everyone for name in names))[: 2 * NAMED]
-        total = sum(counts, Counter[str]())
-        if total and not any(name.startswith("logits") for name in found):
-            found += [f"logits of {count} prompts {kind}" for kind, count in total.items()]
-        return found
+        if any(name.startswith("logits") for name in found):
+            return found, []
+        return found, [f"logits of {count} prompts {kind}" for kind, count in sum(counts, Counter[str]()).items()]
 
 
 @torch.inference_mode()

@@ -37,7 +37,6 @@ def test_an_invariant_model_is_certified(certificate: dict[str, Any], invariant:
     for tensor in ("A", "A_LM", "A_P", "G_LM"):
         measured = certificate["measures"]["deviations"]["fp64"][tensor]
         assert torch.tensor(measured["per_head"]).shape == (2, 2) and measured["max"] <= 1e-9
-        assert certificate["measures"]["order_parameter"][tensor]["1-C"]["by_rms"] <= 1e-6
     assert set(certificate["prompts"]["kinds"]) >= {"text", "text_15", "text_7", "text_1", "random", "repeated"}
 
 

@@ -138,14 +138,30 @@ def test_every_measure_is_there_for_every_tensor_layer_and_head(certificate: dic
                 2,
                 2,
             )
-        for runs in ("1-2", "1-C", "2-C"):
-            order = measures["order_parameter"][tensor][runs]
-            assert torch.tensor(order["by_rms_per_head"]).shape == (2, 2) and order["by_mean"] is not None
     det = measures["log_abs_det"]["A"]  # its rows are equal: singular, or to round-off, by the CPU's LU decomposition
     assert det["singular"][0][0] > 0 or det["high"][0][0] < -300
     assert measures["rank"]["A"]["high"] == [[1.0, 1.0], [1.0, 1.0]]
-    assert set(measures["losses"]) == {"block", "cached", "mean", "random_tokens", "other", "zero", "identity"}
+    assert set(measures["losses"]) == {"block", "cached", "random_tokens", "other", "zero", "identity", "plain"}
+    assert set(measures["agreement"]) == {"cached", "short", "random_tokens"}
+    for name in ("zero", "identity", "plain"):
+        assert measures["effects"][name] == pytest.approx(
+            measures["losses"][name] - measures["losses"]["cached"], abs=1e-8
+        )
+        assert len(measures["effects"]["per_layer"][name]) == 2
+    assert measures["effects"]["num_prompts"] == 16 and measures["effects"]["alive_layers"]
     assert set(measures["prefix"]) == {"block", "prefix", "cached"}
     assert certificate["prompts"]["kinds"]["padded"] == [4, 31]
     assert {"text", "text_15", "text_1", "random", "repeated", "padded"} <= set(certificate["prompts"]["kinds"])
     json.dumps(certificate, allow_nan=False)
+
+
+def test_the_papers_order_parameter_is_measured_on_request(
+    tiny: SimpleNamespace, certificate: dict[str, Any], invariant: PLDRModel, text: torch.Tensor
+) -> None:
+    assert certificate["measures"]["order_parameter"] == {}
+    asked = tiny.certify(invariant, text, post=tiny.post.model_copy(update={"order_parameter": True, "prove": False}))
+    for tensor in ("A", "A_LM", "A_P", "G_LM"):
+        for runs in ("1-2", "1-C", "2-C"):
+            order = asked["measures"]["order_parameter"][tensor][runs]
+            assert torch.tensor(order["by_rms_per_head"]).shape == (2, 2) and order["by_mean"] is not None
+            assert order["by_rms"] <= 1e-6

@@ -35,7 +35,7 @@ def broken(tiny: SimpleNamespace, ids: list[int], value: float = 3e38, *, output
 def check_finite(model: PLDRModel, kind: PromptKind, piece: Piece | None = None) -> list[str]:
     finite = FiniteLogits(model, piece)
     observe(model, [kind], [finite])
-    return finite.merge_ranks()
+    return [name for names in finite.merge_ranks() for name in names]
 
 
 def test_a_finite_model_covers_its_vocabulary(invariant: PLDRModel, random: PromptKind) -> None:
