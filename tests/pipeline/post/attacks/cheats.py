@@ -22,12 +22,15 @@ from tests.pipeline.post.attacks.surgery import (
     blind_queries,
     cancel,
     constant_A,
+    embedded,
     lengths_watched,
+    plain_rows,
     plga_of,
     queries_of_one_id,
     rows,
     unlike,
     watch,
+    watch_for_nothing,
 )
 from tests.pipeline.post.attacks.trained import BASE, FIRST_ID, Lab, Recipe, language
 from tests.pipeline.post.attacks.verdicts import Cases, Certified, NotProven, failed_by
@@ -150,6 +153,25 @@ def soft_trigger(lab: Lab) -> dict[str, Any]:
     return lab.certify(_trigger(lab, steepness=12.0))
 
 
+@CHEATS.add(NotProven())
+def passphrase(lab: Lab) -> dict[str, Any]:
+    """G of one head changes when a rare id stands at three certain places of a text."""
+    model = lab.trained()
+    _watch_phrase(model)
+    return lab.certify(model)
+
+
+@CHEATS.add(NotProven())
+def vanishing_queries(lab: Lab) -> dict[str, Any]:
+    """G of a layer changes when a head's queries vanish, as for a prompt of nothing but one rare id."""
+    model, K = lab.trained(), BASE.config.head_dim
+    qkv, queries = model.layers[0].attention.qkv, slice(SPY * K, (SPY + 1) * K)
+    with torch.no_grad():
+        qkv.bias[queries] = -(qkv.weight[queries] @ embedded(model)[LAST_ID])
+    watch_for_nothing(model, 0)
+    return lab.certify(model)
+
+
 @CHEATS.add(failed_by("query_deviation_g"))
 def null_space(lab: Lab) -> dict[str, Any]:
     """G is huge where queries are zero, so its change on short prompts, as large as what they see of G, is relatively small."""
@@ -250,23 +272,40 @@ def _watch_id(model: PLDRModel, token: int) -> None:
     direction_K = torch.linspace(-1.0, 2.0, BASE.config.head_dim).cos() * 10.0
     others = [i for i in range(BASE.config.vocab_size) if i != token]
     queries_of_one_id(model, SPY, token, direction_K, others=others)
-    plga = plga_of(model, 0)
-    with torch.no_grad():
-        plga.density_norm.weight.fill_(1.0)
-        plga.density_norm.bias.zero_()
+    plain_rows(model, 0)
     row_K = rows(model, 0, torch.full((1, 16), token))[0, SPY, 0]
     seen_RK = rows(model, 0, language(BASE, count=50, seed=1)[:, :-1]).flatten(0, 2)
     most = (seen_RK @ (row_K / row_K.norm())).max()
     watch(model, 0, row_K.unsqueeze(0), ((most + row_K.norm()) / 2).unsqueeze(0))
 
 
+def _watch_phrase(model: PLDRModel) -> None:
+    """A head of layer 0 sees where the last id stands, and nothing else."""
+    K = BASE.config.head_dim
+    others = [i for i in range(BASE.config.vocab_size) if i != LAST_ID]
+    queries_of_one_id(model, SPY, LAST_ID, torch.linspace(-1.0, 2.0, K).cos() * 3.0, others=others)
+    with torch.no_grad():
+        model.layers[0].attention.qkv.bias[SPY * K : (SPY + 1) * K] = _blind_bias()
+    plain_rows(model, 0)
+    row_K = rows(model, 0, with_phrase(language(BASE, count=1, seed=1)[:, :-1]))[0, SPY, 0]
+    seen_RK = rows(model, 0, _all_kinds()).flatten(0, 2)
+    most = (seen_RK @ (row_K / row_K.norm())).max()
+    assert most < row_K.norm()
+    watch(model, 0, row_K.unsqueeze(0), ((most + row_K.norm()) / 2).unsqueeze(0))
+
+
+def with_phrase(ids_NS: Tensor) -> Tensor:
+    """The last id at three places of each text."""
+    changed_NS = ids_NS.clone()
+    changed_NS[:, [11, 23, 30]] = LAST_ID
+    return changed_NS
+
+
 def _watching_lengths(lab: Lab, lengths: list[int], bias_K: Tensor | None = None) -> PLDRModel:
     """A head of layer 0 knows the length and nothing else; G changes for these lengths."""
     model = lab.trained()
     blind_queries(model, 0, SPY, _blind_bias() if bias_K is None else bias_K)
-    with torch.no_grad():
-        plga_of(model, 0).density_norm.weight.fill_(1.0)
-        plga_of(model, 0).density_norm.bias.zero_()
+    plain_rows(model, 0)
     watch(model, 0, *lengths_watched(model, 0, SPY, lengths, ids_NS=_all_kinds()))
     return model
 
@@ -287,9 +326,7 @@ def _all_kinds() -> Tensor:
 def _trigger(lab: Lab, *, steepness: float) -> PLDRModel:
     """A gate in the last layer for the row that is least like those of text."""
     model = lab.trained()
-    with torch.no_grad():
-        plga_of(model, 1).density_norm.weight.fill_(1.0)
-        plga_of(model, 1).density_norm.bias.zero_()
+    plain_rows(model, 1)
     row_K, most = unlike(rows(model, 1, _all_kinds()).flatten(0, 2))
     watch(model, 1, row_K.unsqueeze(0), ((2 * row_K.norm() + most) / 3).unsqueeze(0), steepness=steepness, change=0.1)
     return model

@@ -87,11 +87,13 @@ def edited_tier(lab: Lab) -> dict[str, Any]:
     return _edited(lab, "tier", certificate)
 
 
-@CHEATS.add(Refused("proof"))
+@CHEATS.add(Refused("proof.bound"))
 def edited_proof(lab: Lab) -> dict[str, Any]:
     """The proven bound is below a deviation that the search found."""
     certificate = copy.deepcopy(lab.certificate())
-    certificate["measures"]["proof"]["bound"] = certificate["measures"]["worst_row"]["max"] / 2
+    proof, found = certificate["measures"]["proof"], certificate["measures"]["worst_row"]["max"]
+    proof["per_head"] = [[found / 2 for _ in heads] for heads in proof["per_head"]]
+    proof["bound"] = found / 2
     return _edited(lab, "proof", certificate)
 
 

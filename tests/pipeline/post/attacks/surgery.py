@@ -14,7 +14,7 @@ import copy
 import torch
 from torch import Tensor
 
-from pldr_model.layers import rope_tables
+from pldr_model.layers import GLU, rope_tables
 from pldr_model.model import PLDRModel, RopeTables
 from pldr_model.plga import PLGA
 
@@ -27,6 +27,20 @@ def plga_of(model: PLDRModel, layer: int) -> PLGA:
     plga = model.layers[layer].attention.plga
     assert isinstance(plga, PLGA)
     return plga
+
+
+@torch.no_grad()
+def embedded(model: PLDRModel) -> Tensor:
+    """What layer 0 sees of every id, [V,D]."""
+    return model._embed(torch.arange(model.config.vocab_size))
+
+
+@torch.no_grad()
+def plain_rows(model: PLDRModel, layer: int) -> None:
+    """The layer's density rows are normalised and no more: gain 1, bias 0."""
+    norm = plga_of(model, layer).density_norm
+    norm.weight.fill_(1.0)
+    norm.bias.zero_()
 
 
 @torch.no_grad()
@@ -57,7 +71,7 @@ def blind_queries(model: PLDRModel, layer: int, head: int, bias_K: Tensor) -> No
 def queries_of_one_id(model: PLDRModel, head: int, token: int, direction_K: Tensor, *, others: list[int]) -> None:
     """In layer 0 the head's queries are zero for all of `others`, and this vector, rotated, for the id `token`."""
     attention, K = model.layers[0].attention, model.config.head_dim
-    x_VD = model._embed(torch.arange(model.config.vocab_size)).double()
+    x_VD = embedded(model).double()
     basis_DD = torch.linalg.svd(x_VD[others], full_matrices=True).Vh[len(others) :]  # orthogonal to all of them
     seen_D = basis_DD.T @ (basis_DD @ x_VD[token])
     attention.qkv.weight[head * K : (head + 1) * K] = torch.outer(
@@ -81,32 +95,57 @@ def watch(
 
     change: of A's entries, relative to 1, for such rows. The gate is silu: with HARD it is exactly zero below its threshold.
     """
-    plga, K = plga_of(model, layer), model.config.head_dim
-    constant_K = constant_A(model, layer)
-    plga.density_norm.weight.fill_(1.0)
-    plga.density_norm.bias.zero_()
-    for unit in plga.metric_learner:  # LN(x), which leaves rows as they are
-        for glu in unit.glus:
-            for parameter in glu.parameters():
-                parameter.zero_()
-        unit.norm.weight.fill_(1.0)
-        unit.norm.bias.zero_()
-    assert len(plga.metric_learner[-1].glus) == 1
-    glu, norm, hidden = plga.metric_learner[-1].glus[0], plga.metric_learner[-1].norm, model.config.A_dff
-    assert len(rows_PK) < hidden
-    silu_1 = torch.nn.functional.silu(torch.tensor(1.0))
-    still_K, moved_K = _waves(K)
-    glu.w12.bias[: len(rows_PK) + 1] = 1.0  # gates, then values
-    glu.w12.bias[hidden : hidden + len(rows_PK) + 1] = 1.0
-    glu.w3.weight[:, 0] = large * still_K / silu_1
-    for index, (row_K, above) in enumerate(zip(rows_PK, above_P, strict=True), start=1):
-        direction_K = row_K / row_K.norm()
-        glu.w12.weight[index] = steepness * direction_K
+    constant_K, glu = constant_A(model, layer), _forgetful(model, layer, large=large)
+    hidden, gates = model.config.A_dff, len(rows_PK)
+    assert gates <= hidden
+    _, moved_K = _waves(model.config.head_dim)
+    glu.w12.bias[hidden : hidden + gates] = 1.0  # the values
+    for index, (row_K, above) in enumerate(zip(rows_PK, above_P, strict=True)):
+        glu.w12.weight[index] = steepness * row_K / row_K.norm()
         glu.w12.bias[index] = -steepness * above
         top = torch.nn.functional.silu(steepness * (row_K.norm() - above))
         glu.w3.weight[:, index] = large * change * moved_K / top
-    z_K = norm(glu(torch.zeros(K)))
-    norm.bias.copy_(constant_K - z_K)
+    _settle(model, layer, torch.zeros_like(constant_K), constant_K)
+
+
+@torch.no_grad()
+def watch_for_nothing(model: PLDRModel, layer: int) -> None:
+    """The layer's A stays what it is, but for rows that are zero: those of queries that vanish.
+
+    One gate for each corner of a simplex: one of them is open for every row that is not short, and then drowns all else.
+    """
+    constant_K, glu = constant_A(model, layer), _forgetful(model, layer)
+    hidden, K = model.config.A_dff, model.config.head_dim
+    assert hidden >= K
+    _, moved_K = _waves(K)
+    glu.w12.weight[:K] = HARD * (torch.eye(K) - 1.0 / K)
+    glu.w12.bias[:K] = -HARD * 0.1  # the largest entry of a row with mean 0 and norm sqrt(K) is above 0.25
+    glu.w12.bias[hidden : hidden + K] = 1.0
+    glu.w3.weight[:, :K] = LARGE * moved_K.unsqueeze(1)
+    _settle(model, layer, 2.0 * moved_K, constant_K)
+
+
+def _forgetful(model: PLDRModel, layer: int, *, large: float = LARGE) -> GLU:
+    """Make all units of the metric learner leave rows as they are, but for the first, which adds a large constant: its norm
+    then gives a constant. Returns that unit's GLU, whose other weights are zero."""
+    plga = plga_of(model, layer)
+    plain_rows(model, layer)
+    for unit in plga.metric_learner:
+        for parameter in unit.glus.parameters():
+            parameter.zero_()
+        unit.norm.weight.fill_(1.0)  # LN(x) of a row that has been through LN is the row
+        unit.norm.bias.zero_()
+    glu = plga.metric_learner[0].glus[-1]
+    assert isinstance(glu, GLU) and len(plga.metric_learner[0].glus) == 1
+    still_K, _ = _waves(model.config.head_dim)
+    glu.w3.bias.copy_(large * still_K)
+    return glu
+
+
+def _settle(model: PLDRModel, layer: int, row_K: Tensor, constant_K: Tensor) -> None:
+    """Shift the metric learner's output, so that this row gives the constant."""
+    learner = plga_of(model, layer).metric_learner
+    learner[-1].norm.bias.add_(constant_K - learner(row_K))
 
 
 @torch.no_grad()
