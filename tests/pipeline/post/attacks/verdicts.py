@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pipeline.errors import UserError
 from tests.pipeline.post.attacks.trained import Lab
 
+NAMED = 3  # checks that failed, in words
 Attempt = Callable[[Lab], dict[str, Any]]  # returns a certificate, or raises what refuses it
 
 
@@ -102,8 +103,8 @@ class Case:
             first = error.errors()[0]
             return Verdict(f"refused: {'.'.join(map(str, first['loc']))}: {first['msg']}", None)
         except UserError as error:
-            return Verdict(f"refused: {error}", None)
-        return Verdict(in_words(certificate), certificate)
+            return Verdict(f"refused: {str(error).replace(f'{lab.folder}/', '').partition('; ')[0]}", None)
+        return Verdict(in_words(certificate, self.right), certificate)
 
 
 def failed(certificate: dict[str, Any]) -> list[str]:
@@ -111,11 +112,15 @@ def failed(certificate: dict[str, Any]) -> list[str]:
     return [failure["measure"] for failure in certificate["failed"]]
 
 
-def in_words(certificate: dict[str, Any]) -> str:
-    """The verdict with its tier, or with the checks that failed."""
+def in_words(certificate: dict[str, Any], right: Right) -> str:
+    """The verdict with its tier, or with the checks that failed: some of them, those that had to fail first."""
     if certificate["verdict"] == "certified":
         return f"certified, {certificate['tier']}"
-    return f"failed: {', '.join(failed(certificate))}"
+    names = failed(certificate)
+    if isinstance(right, Failed):
+        names.sort(key=lambda name: name not in right.by)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"failed: {', '.join(names[:NAMED])}{more}"
 
 
 class Cases(dict[str, Case]):
