@@ -168,6 +168,9 @@ def _pieces(model: PLDRModel, post: PostConfig, tokens: int) -> list[Work]:
         with part(name):
             model(ids_1S.to(device), padded=False)
 
+    finite: dict[str, Any] = {"not_finite": [], "deviations": {}}
+    close = validate.measure_fp64(finite, model, g_LHKK, text_NT[:1], few_of(kinds[:1], 1), post, seed=0)
+
     def observed(group: list[PromptKind], count: int) -> None:
         with part("observation"):
             observe(model, few_of(group, count), [Outputs(model, g_LHKK, text_NT, seed=0)])
@@ -193,8 +196,6 @@ def _pieces(model: PLDRModel, post: PostConfig, tokens: int) -> list[Work]:
             validate.untrained_control(model, text_NT[:count], few_of(kinds, count), post, seed=0)
 
     def search(_: int) -> None:
-        few, measures = few_of(kinds[:1], 1), {"not_finite": [], "deviations": {}}
-        close = validate.measure_fp64(measures, model, g_LHKK, text_NT[:1], few, post, seed=0)
         assert close is not None
         with part("search"):
             search_worst_rows(model, g_LHKK, close.seen(), seed=0)
