@@ -134,8 +134,7 @@ def _cut(y: Ellipsoid) -> tuple[arb_mat, arb_mat] | None:
     floats = np.array(midpoints(cone / scale.mid()))
     if not np.isfinite(floats).all():
         return None
-    _, vectors = np.linalg.eigh(floats)
-    axis = column([float(entry) for entry in vectors[:, -1]])
+    axis = column(_top_eigenvector(floats).tolist())
     for _ in range(POLISHES):  # any axis would do; a good one saves the widening below
         axis = cone * axis + axis * spread
         axis = axis / inner(axis, axis).sqrt()
@@ -150,6 +149,11 @@ def _cut(y: Ellipsoid) -> tuple[arb_mat, arb_mat] | None:
     cut = Ellipsoid(middle, middle * middle.transpose() - cone / inside)
     off = rooted_squares(middle - axis)
     return axis, cut.widened(identity(axis.nrows()) * (off * off)).shape
+
+
+def _top_eigenvector(matrix: np.ndarray) -> np.ndarray:
+    vector: np.ndarray = np.linalg.eigh(matrix)[1][:, -1]
+    return vector
 
 
 def _on_sphere(axis: arb_mat, cut: arb_mat, cost: np.ndarray) -> Ellipsoid:

@@ -225,6 +225,10 @@ def _number(value: float) -> float | None:
 
 
 def _reason(per_head: list[list[float]], by_unit: list[list[float | None]]) -> str:
-    layer = next(i for i, heads in enumerate(per_head) if not all(map(math.isfinite, heads)))
+    layer, heads = next((i, heads) for i, heads in enumerate(per_head) if not all(map(math.isfinite, heads)))
     unbounded = sum(radius is None for radius in by_unit[layer])
-    return f"layer {layer}: {unbounded} of {len(by_unit[layer])} residual units still give every row"
+    head = next(h for h, bound in enumerate(heads) if not math.isfinite(bound))
+    return (
+        f"layer {layer}, head {head}: no bound (its cached G is zero, or the power law overflows); "
+        f"{unbounded} of {len(by_unit[layer])} residual units still give every row"
+    )

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline.post.every_input import ellipsoid
 from pipeline.post.every_input.balls import (
     PRECISION_BITS,
     diagonal,
@@ -71,6 +72,24 @@ def test_layer_norm_of_an_ellipsoid(seed: int, size: float, far: float, gammas: 
         z = normalized(w, eps, cost)
         assert z is not None
         assert_inside(F.layer_norm(points, (K,), eps=eps), z)
+
+
+@pytest.mark.parametrize("multipliers", [(1e-3, 0.0), (3.0, 0.0), (0.5, 2.0), (1e3, 100.0)])
+@pytest.mark.parametrize("size", [1e-3, 0.1, 10.0])
+def test_choices_in_floats_do_not_matter_for_being_right(
+    size: float, multipliers: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    K, eps = 6, 1e-3
+    w, points = drawn(3, K, size=size, far=0.3)
+    y = np.append(floats(w.center)[:, 0].numpy(), (K * eps) ** 0.5)
+    monkeypatch.setattr(ellipsoid, "POLISHES", 0)
+    monkeypatch.setattr(ellipsoid, "_top_eigenvector", lambda _: y / np.linalg.norm(y) + 0.1 * np.cos(np.arange(K + 1)))
+    monkeypatch.setattr(ellipsoid, "_multipliers", lambda *_: multipliers)
+    with precision(PRECISION_BITS):
+        z = normalized(w, eps, np.eye(K))
+        assert z is not None or size == 10, "the axis need not see the whole of a large set"
+        if z is not None:
+            assert_inside(F.layer_norm(points, (K,), eps=eps), z)
 
 
 def test_a_small_set_is_multiplied_by_the_jacobian() -> None:
