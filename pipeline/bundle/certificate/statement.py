@@ -66,15 +66,13 @@ def _verdict(certificate: Tree, tier: Tier, failed: list[str]) -> str:
         return f"G_LM must not be cached as if it were exact; failed: {', '.join(failed)}"
     if tier == "constant by construction":
         return "G_LM may be cached: it is constant by construction, so caching it is exact"
-    deviation, row, proof = measures["relative_deviation_g"], measures["worst_row"], measures["proof"]
-    allowed = certificate["thresholds"]["max_relative_deviation_g"]
+    name, allowed = "" if tier == "proven" else f"{tier}; ", certificate["thresholds"]["max_relative_deviation_g"]
     found = (
-        f"over the prompts it deviates by at most {deviation:.1e} of its size in the worst head ({tier}; allowed {allowed:g}), "
-        f"and over the worst rows that a search found by {row['max']:.1e}"
+        f"over the prompts it deviates by at most {measures['relative_deviation_g']:.1e} of its size in the worst head "
+        f"({name}allowed {allowed:g}), and over the worst rows that a search found by {measures['worst_row']['max']:.1e}"
     )
-    if tier == "proven":
-        return f"G_LM may be cached: {EXACT} {rounded_up(proof['bound']):.1e} (proven); {found.replace('proven; ', '')}"
-    return f"G_LM may be cached: {found}"
+    proven = f"{EXACT} {rounded_up(measures['proof']['bound']):.1e} (proven); " if tier == "proven" else ""
+    return f"G_LM may be cached: {proven}{found}"
 
 
 def _alive(certificate: Tree) -> str:

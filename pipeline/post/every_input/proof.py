@@ -1,6 +1,6 @@
 """An upper bound for every input: how far G_LM of any head can be from the cached one, whatever the tokens and their number.
 
-All inputs of any length give the metric learner rows of one ball (every_input/rows.py says why), and `learned_rows` encloses
+All inputs of any length give the metric learner rows of one ball (rows.py says why), and `learned_rows` encloses
 what it makes of them. The rest of the way to G, A -> u = W A + b -> p = (u silu(u) + 1e-9)^P -> a p + b_a, is enclosed
 entry by entry around the set's center. The K rows of A are free of one another here.
 
@@ -13,6 +13,7 @@ Errors: none. A set that does not close gives a bound that is infinite, or large
 from __future__ import annotations
 
 import math
+from decimal import ROUND_CEILING, Context
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -40,6 +41,8 @@ from pipeline.post.every_input.ellipsoid import Ellipsoid
 from pipeline.post.every_input.learner import learned_rows, sigmoid
 from pldr_model.model import Attention, DecoderLayer, PLDRModel
 from pldr_model.plga import METRIC_FLOOR, PLGA
+
+WRITTEN = Context(prec=9, rounding=ROUND_CEILING)
 
 
 class Head(NamedTuple):
@@ -217,7 +220,8 @@ def _longest(weight_KD: arb_mat, bias_K: arb_mat, norm: nn.LayerNorm) -> arb:
 
 
 def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    """As a certificate writes it, with nine digits, but rounded up; None for infinity."""
+    return float(WRITTEN.create_decimal_from_float(value)) if math.isfinite(value) else None
 
 
 def _reason(per_head: list[list[float]], by_unit: list[list[float | None]]) -> str:

@@ -79,6 +79,7 @@ def test_a_certificate_is_read_back(tmp_path: Path, post: dict[str, Any]) -> Non
         ("measures.query_deviation.by_kind.text", 0.5, "query_deviation.max is not the largest"),
         ("measures.query_deviation.max", 1e-9, "query_deviation.max is not the largest"),
         ("measures.worst_row.max", 1e-9, "worst_row.max is not the largest of its heads"),
+        ("measures.worst_row.steps", 0, "a search without starts or steps"),
         ("measures.leak.short.live_rms", 0.5, "not the largest of the six"),
         ("measures.effects.alive_layers", [0, 1], "alive_layers: [0, 1] does not follow from per_layer.zero ([1])"),
         ("measures.effects.per_layer.plain", [0.1], "not of 2 layers"),
