@@ -5,23 +5,42 @@ caches the whole sequence is read again for each token and G is computed from it
 cached model is compared with, and the only one (keeping just K/V would freeze G as well).
 
 Decision: every prompt is prefilled alone and unpadded, so that its G and K/V are exactly those of the prompt
-alone; then all rows decode together, each at its own length. Sampling draws from one CPU generator per
-prompt, seeded by (seed, prompt), so that a prompt's tokens do not depend on its neighbours in the batch.
+alone; then rows decode together, each at its own length, as many as fit `memory_budget`. Sampling draws from one
+CPU generator per prompt, seeded by (seed, prompt), so that a prompt's tokens do not depend on its neighbours.
+Decision: a row whose logits are NaN or infinite has no next token. It ends; the others go on, and the error comes
+when they are done.
 """
 
 from __future__ import annotations
 
-import hashlib
-import secrets
-from collections import Counter
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, g_shape
+from pldr_model.sampling import Sampling, read_sampling, seeds_of, token_probabilities
 
-Stop = Callable[[list[int]], bool] | Sequence[Sequence[int]]
+Stop = Callable[[int, list[int]], bool] | Sequence[Sequence[int]]
+
+CPU_MEMORY = 512 << 20  # bytes for the rows that decode together
+GPU_SHARE = 0.25  # of the device's memory, whatever is free: the same call makes the same batches
+SAMPLED_COPIES = 8  # fp64 tensors [B,V] that `token_probabilities` holds at once
+
+
+class NotFiniteError(ValueError):
+    """Rows ended because their logits were NaN or infinite; all other rows are complete.
+
+    rows: index of the prompt -> new tokens before that. new: what `generate` would have returned, those rows cut there.
+    """
+
+    def __init__(self, rows: dict[int, int], new: list[list[int]]) -> None:
+        first, *others = rows
+        more = f", and those of {len(others)} other prompts" if others else ""
+        super().__init__(f"prompts[{first}]: its logits are NaN or infinite after {rows[first]} new tokens{more}")
+        self.rows, self.new = rows, new
 
 
 def generate(
@@ -37,21 +56,24 @@ def generate(
     stop: Stop | None = None,
     use_cache: bool = True,
     seed: int | None = None,
+    memory: int | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; returns the new tokens only, in the order of the prompts.
 
     A row ends with `max_new_tokens`, with a full context, with `eos_id` (kept as its last token), or when
-    `stop` matches: a predicate on the row's new tokens, or token sequences one of which they end with (kept
-    as well). temperature 0 is greedy. Otherwise logits / temperature, then the `top_k` best (0: all), then
-    the smallest set of best tokens whose probability reaches `top_p` (the token that crosses it is kept).
+    `stop` matches: a predicate on (index of the prompt, its new tokens), asked once after each of them, or token
+    sequences one of which they end with (kept as well). temperature 0 is greedy. Otherwise logits / temperature, then
+    the `top_k` best (0: all), then the smallest set of best tokens whose probability reaches `top_p` (the token that
+    crosses it is kept).
     g_lm: [L,H,K,K] for every prompt. None: the model's constant G, or, for a model that learns G, that of
         each prompt.
     use_cache False: no KV- and no G-cache, the whole sequence each time (a given `g_lm` still replaces the
         live one).
-    seed: None: a fresh random one. Copies of one prompt in a batch differ; the same call gives the same
-        tokens.
+    seed: None: a fresh random one. Copies of one prompt differ; the same call gives the same tokens.
+    memory: bytes that the rows which decode together may take (never less than one row); None: `memory_budget`.
     Errors: ValueError for no or empty prompts, a prompt that leaves no room in the context, ids outside the
-    vocabulary, settings out of range.
+    vocabulary, settings of a wrong type or out of range (`read_sampling`). NotFiniteError, when all rows have ended, for
+    those whose logits were not finite.
     """
     *_, new = generate_steps(
         model,
@@ -65,6 +87,7 @@ def generate(
         stop=stop,
         use_cache=use_cache,
         seed=seed,
+        memory=memory,
     )
     return new
 
@@ -83,92 +106,119 @@ def generate_steps(
     stop: Stop | None = None,
     use_cache: bool = True,
     seed: int | None = None,
+    memory: int | None = None,
 ) -> Iterator[list[list[int]]]:
-    """`generate` step by step, for streaming: after each step, every row's new tokens so far. Nothing is checked or computed
-    before the first step is asked for."""
-    _check_prompts(model, prompts)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} must be at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: {temperature} must be 0 (greedy) or a positive number")
-    if top_k < 0:
-        raise ValueError(f"top_k: {top_k} must be 0 (all tokens) or positive")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: {top_p} must be in (0, 1]")
+    """`generate` step by step, for streaming: after each step, every row's new tokens so far (one list, which grows; rows of
+    a later batch are still empty). Nothing is checked or computed before the first step is asked for."""
+    sampling = read_sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
     if stop is not None and not callable(stop) and not all(stop):
         raise ValueError("stop: holds an empty sequence, which would end every row immediately; remove it")
     if g_lm is not None and tuple(g_lm.shape) != g_shape(model.config):
         raise ValueError(f"g_lm: shape {tuple(g_lm.shape)}, generation needs [L,H,K,K] = {g_shape(model.config)}")
-    rows = [_Row(list(prompt)) for prompt in prompts]
-    if temperature > 0:
-        _seed_rows(rows, secrets.randbits(63) if seed is None else seed)
-    context_length = model.config.context_length
-
-    def ended(row: _Row) -> bool:
-        full = len(row.new) == max_new_tokens or len(row.prompt) + len(row.new) == context_length
-        return full or row.new[-1] == eos_id or (stop is not None and _stopped(row.new, stop))
-
-    def choose(live: list[_Row], logits_BV: Tensor) -> list[int]:
-        """Give every live row its next token; returns the indices of those that continue."""
-        if temperature == 0:
-            chosen = logits_BV.argmax(dim=-1).tolist()
+    rows = [_Row(index, prompt) for index, prompt in enumerate(_read_prompts(model.config, prompts))]
+    if sampling.seed is not None:
+        for row, own in zip(rows, seeds_of([row.prompt for row in rows], sampling.seed), strict=True):
+            row.seed = own
+    new = [row.new for row in rows]
+    choose = _Choice(sampling, model.config.context_length, eos_id, stop)
+    row_bytes = _row_bytes(model, sampling, live_g=g_lm is None, use_cache=use_cache)
+    room = memory_budget(model) if memory is None else memory
+    for batch in _batches(rows, sampling.max_new_tokens, model.config.context_length, row_bytes, room):
+        if use_cache:
+            steps = _decode_cached(model, batch, choose, g_lm=g_lm, max_new_tokens=sampling.max_new_tokens)
         else:
-            p_BV = token_probabilities(logits_BV.cpu(), temperature=temperature, top_k=top_k, top_p=top_p)
-            chosen = [int(p_V.multinomial(1, generator=r.generator)) for r, p_V in zip(live, p_BV, strict=True)]
-        for row, token in zip(live, chosen, strict=True):
-            row.new.append(token)
-        return [index for index, row in enumerate(live) if not ended(row)]
-
-    if use_cache:
-        capacity = min(context_length, max(len(row.prompt) for row in rows) + max_new_tokens)
-        steps = _decode_cached(model, rows, choose, g_lm=g_lm, capacity=capacity)
-    else:
-        steps = _decode_uncached(model, rows, choose, g_lm=g_lm)
-    for _ in steps:
-        yield [row.new for row in rows]
+            steps = _decode_uncached(model, batch, choose, g_lm=g_lm)
+        for _ in steps:
+            yield new
+    if failed := {row.index: len(row.new) for row in rows if row.failed}:
+        raise NotFiniteError(failed, new)
 
 
-def token_probabilities(logits_BV: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """The distribution that sampling draws from, [B,V] in fp64: temperature, top-k, then top-p (nucleus).
-
-    top-p keeps the fewest best tokens whose probabilities sum to at least `top_p`: the token that crosses it
-    is kept.
-    """
-    p_BV = (logits_BV.double() / temperature).softmax(dim=-1)
-    sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
-    if top_k:
-        sorted_BV[:, top_k:] = 0.0
-        sorted_BV /= sorted_BV.sum(dim=-1, keepdim=True)
-    if top_p < 1.0:
-        before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV
-        sorted_BV[before_BV >= top_p] = 0.0
-    return torch.zeros_like(p_BV).scatter_(-1, order_BV, sorted_BV / sorted_BV.sum(dim=-1, keepdim=True))
+def memory_budget(model: PLDRModel) -> int:
+    """Bytes for the rows that decode together: CPU_MEMORY, or on a GPU a fixed share of its memory."""
+    device = model.embedding.weight.device
+    if device.type != "cuda":
+        return CPU_MEMORY
+    return int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE)
 
 
 class _Row:
     """A prompt that is being continued."""
 
-    def __init__(self, prompt: list[int]) -> None:
-        self.prompt = prompt
+    __slots__ = ("_generator", "failed", "index", "new", "prompt", "seed")
+
+    def __init__(self, index: int, prompt: array[int]) -> None:
+        self.index, self.prompt = index, prompt
         self.new: list[int] = []
-        self.generator: torch.Generator | None = None
+        self.failed = False  # its logits were not finite
+        self.seed: int | None = None
+        self._generator: torch.Generator | None = None
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Made when it is first drawn from: it takes 5 KB."""
+        assert self.seed is not None, "greedy rows draw nothing"
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self.seed)
+        return self._generator
+
+    def end(self) -> None:
+        """Let go of what only a row that goes on needs."""
+        self._generator = None
 
 
-Choose = Callable[[list[_Row], Tensor], list[int]]
+class _Choice:
+    """Gives rows their next tokens, and knows when they end."""
+
+    def __init__(self, sampling: Sampling, context_length: int, eos_id: int | None, stop: Stop | None) -> None:
+        self.sampling, self.context_length, self.eos_id, self.stop = sampling, context_length, eos_id, stop
+
+    def __call__(self, live: list[_Row], logits_BV: Tensor) -> list[int]:
+        """Give every live row its next token; returns the indices of those that continue."""
+        finite_B = logits_BV.isfinite().all(dim=-1)
+        for row, finite in zip(live, finite_B.tolist(), strict=True):
+            row.failed = not finite
+        if self.sampling.temperature == 0:
+            chosen = logits_BV.argmax(dim=-1).tolist()
+        else:
+            chosen = self._draw(live, logits_BV.where(finite_B.unsqueeze(-1), 0.0))
+        going = []
+        for index, (row, token) in enumerate(zip(live, chosen, strict=True)):
+            if not row.failed:
+                row.new.append(token)
+            if row.failed or self._ended(row):
+                row.end()
+            else:
+                going.append(index)
+        return going
+
+    def _draw(self, live: list[_Row], logits_BV: Tensor) -> list[int]:
+        s = self.sampling
+        p_BV = token_probabilities(logits_BV.cpu(), temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        return [int(p_V.multinomial(1, generator=row.generator)) for row, p_V in zip(live, p_BV, strict=True)]
+
+    def _ended(self, row: _Row) -> bool:
+        full = len(row.new) == self.sampling.max_new_tokens or len(row.prompt) + len(row.new) == self.context_length
+        stopped = self.stop is not None and _stopped(row, self.stop)
+        return full or stopped or row.new[-1] == self.eos_id
 
 
 def _decode_cached(
-    model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm: Tensor | None, capacity: int
+    model: PLDRModel, rows: list[_Row], choose: _Choice, *, g_lm: Tensor | None, max_new_tokens: int
 ) -> Iterator[None]:
-    device = model.embedding.weight.device
+    device, context_length = model.embedding.weight.device, model.config.context_length
+    # The last new token is chosen and never read.
+    capacity = max(min(context_length, len(row.prompt) + max_new_tokens) - 1 for row in rows)
     cache = model.new_cache(batch_size=len(rows), capacity=capacity, g_lm=g_lm)
-    first_logits = []
+    logits_BV = model.embedding.weight.new_empty(len(rows), model.config.vocab_size)
     for index, row in enumerate(rows):
         alone = model.new_cache(batch_size=1, capacity=len(row.prompt), g_lm=g_lm)
-        prompt_1S = torch.tensor([row.prompt], device=device)
-        first_logits.append(model.extend(prompt_1S, alone))
+        prompt_1S = torch.tensor([row.prompt.tolist()], device=device)
+        logits_BV[index] = model.extend(prompt_1S, alone)[0]
         cache.stack_row(index, alone)
-    live, logits_BV = rows, torch.cat(first_logits)
+    live = rows
     while True:
         going = choose(live, logits_BV)
         yield
@@ -181,43 +231,67 @@ def _decode_cached(
         logits_BV = model.extend(last_B1, cache)
 
 
-def _decode_uncached(model: PLDRModel, rows: list[_Row], choose: Choose, *, g_lm: Tensor | None) -> Iterator[None]:
+def _decode_uncached(model: PLDRModel, rows: list[_Row], choose: _Choice, *, g_lm: Tensor | None) -> Iterator[None]:
     """Rows of one length share a pass: padding to a common length would change G, a sum over the sequence."""
     for length in sorted({len(row.prompt) for row in rows}):
         live = [row for row in rows if len(row.prompt) == length]
         while live:
-            ids_BS = torch.tensor([row.prompt + row.new for row in live], device=model.embedding.weight.device)
-            logits_BSV = model(ids_BS, g_lm=g_lm, padded=False)
+            ids = [row.prompt.tolist() + row.new for row in live]
+            logits_BSV = model(torch.tensor(ids, device=model.embedding.weight.device), g_lm=g_lm, padded=False)
             live = [live[index] for index in choose(live, logits_BSV[:, -1])]
             yield
 
 
-def _stopped(new: list[int], stop: Stop) -> bool:
+def _stopped(row: _Row, stop: Stop) -> bool:
     if callable(stop):
-        return stop(new)
-    return any(new[-len(ending) :] == list(ending) for ending in stop)
+        return stop(row.index, row.new)
+    return any(row.new[-len(ending) :] == list(ending) for ending in stop)
 
 
-def _seed_rows(rows: list[_Row], seed: int) -> None:
-    copies: Counter[tuple[int, ...]] = Counter()
-    for row in rows:
-        key = tuple(row.prompt)
-        digest = hashlib.sha256(f"{seed} {copies[key]} {key}".encode()).digest()
-        row.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        copies[key] += 1
+def _row_bytes(model: PLDRModel, sampling: Sampling, *, live_g: bool, use_cache: bool) -> Callable[[int], int]:
+    """Bytes of one row of this many tokens while it decodes. Logits count twice (the next ones are there before the last ones
+    are gone), and cached keys, values and G too: when rows end, those that go on are copied."""
+    config, weight = model.config, model.embedding.weight
+    L, H, K, V = config.num_layers, config.num_heads, config.head_dim, config.vocab_size
+    logits = V * (2 * weight.itemsize + (8 * SAMPLED_COPIES if sampling.temperature else 0))
+    if not use_cache:
+        return lambda length: logits + 2 * length * V * weight.itemsize
+    own_g = L * H * K * K if live_g and config.g_source == "learned" else 0
+    return lambda length: logits + 2 * weight.itemsize * (2 * L * H * K * length + own_g)
 
 
-def _check_prompts(model: PLDRModel, prompts: Sequence[Sequence[int]]) -> None:
-    vocab_size, context_length = model.config.vocab_size, model.config.context_length
-    if not prompts:
+def _batches(
+    rows: list[_Row], max_new_tokens: int, context_length: int, row_bytes: Callable[[int], int], memory: int
+) -> Iterator[list[_Row]]:
+    """The rows in batches that take no more than `memory` (one row at least). The short ones come first: every row of a batch
+    takes what its longest needs."""
+    batch: list[_Row] = []
+    for row in sorted(rows, key=lambda row: len(row.prompt)):
+        length = min(context_length, len(row.prompt) + max_new_tokens)
+        if batch and (len(batch) + 1) * row_bytes(length) > memory:
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
+
+
+def _read_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> list[array[int]]:
+    """The ids as four bytes each. Errors: ValueError naming the prompt."""
+    if not len(prompts):
         raise ValueError("prompts: none given")
+    read = []
     for index, prompt in enumerate(prompts):
-        if not prompt:
+        if not len(prompt):
             raise ValueError(f"prompts[{index}]: empty; give at least one token (bos or eos will do)")
-        if len(prompt) >= context_length:
+        if len(prompt) >= config.context_length:
             raise ValueError(
                 f"prompts[{index}]: {len(prompt)} tokens leave no room for a new one in the context of "
-                f"{context_length}; shorten it"
+                f"{config.context_length}; shorten it"
             )
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise ValueError(f"prompts[{index}]: holds ids outside the vocabulary of {vocab_size}")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise ValueError(f"prompts[{index}]: holds ids outside the vocabulary of {config.vocab_size}")
+        try:
+            read.append(array("i", list(prompt)))
+        except TypeError:
+            raise ValueError(f"prompts[{index}]: token ids are integers") from None
+    return read

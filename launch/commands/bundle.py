@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.commands.verbs import Report, Result, Verbs
+from pipeline.errors import UserError
 
 LONG_NAME = "bundle verify"
 
@@ -34,20 +35,28 @@ def long_name(words: Sequence[str]) -> list[str]:
 
 
 def _generate(arguments: Any, report: Report) -> Result:
-    from pipeline.inference.runtime import Bundle
+    from pipeline.inference.runtime import Bundle, NotFiniteRows
 
     bundle = Bundle.load(arguments.bundle)
-    texts = bundle.generate(
-        arguments.prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        stop=arguments.stop,
-        seed=arguments.seed,
-    )
+    texts: Sequence[str | None]
+    refused = None
+    try:
+        texts = bundle.generate(
+            arguments.prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            stop=arguments.stop,
+            seed=arguments.seed,
+        )
+    except NotFiniteRows as error:
+        refused, texts = error, error.completions
     for prompt, text in zip(arguments.prompt, texts, strict=True):
-        report(f"{prompt}{text}\n")
+        if text is not None:
+            report(f"{prompt}{text}\n")
+    if refused is not None:
+        raise UserError(f"{refused.problem}; leave it out", details={"completions": texts})
     return {"completions": texts, "certified": bundle.certified}
 
 

@@ -33,7 +33,7 @@ def add_convert_verbs(verbs: Verbs) -> None:
     sub = verbs.add("export", _export, "our safetensors -> reference checkpoint (.pth or .safetensors)")
     sub.add_argument("source", metavar="FOLDER")
     sub.add_argument("target", metavar="CHECKPOINT")
-    sub = verbs.add("parity", _parity, "compare with a golden case of the reference implementation")
+    sub = verbs.add("parity", _parity, "compare with golden cases, beside what rounding alone does to each number")
     sub.add_argument("directories", metavar="DIR", nargs="+", help="folders of golden cases")
 
 
@@ -61,17 +61,38 @@ def _parity(arguments: Any, report: Report) -> Result:
             cases[directory] = result = parity(directory)
         except (ValueError, OSError) as error:
             raise UserError(str(error)) from error
-        report(f"{directory}")
-        for key, value in result.items():
-            if key != "failed":
-                report(f"  {key:<30} {value:.2g}" if isinstance(value, float) else f"  {key:<30} {value}")
-        verdict = f"DIFFERS in {', '.join(result['failed'])}" if result["failed"] else "agrees with the reference"
-        report(f"  {verdict}\n")
+        report("\n".join([directory, *(f"  {line}" for line in _parity_lines(result)), ""]))
     failed = [directory for directory, result in cases.items() if result["failed"]]
     if failed:
         raise UserError(f"{', '.join(failed)}: ours and the reference's numbers differ", details={"cases": cases})
-    report(f"{len(cases)} of {len(cases)} cases agree with the reference")
+    report(f"{len(cases)} of {len(cases)} cases agree with the reference{_except(cases)}")
     return {"cases": cases}
+
+
+def _parity_lines(result: dict[str, Any]) -> list[str]:
+    """The table of one case and its verdict."""
+    from pldr_model.parity import NUMBERS
+
+    lines = [
+        f"{'':<28}  difference  spread   (spread: ours with weights perturbed by {result['perturbation']:.0e}, relative)"
+    ]
+    for name in NUMBERS:
+        verdicts = {"ill_conditioned": "ill-conditioned", "failed": "DIFFERS", "not_judged": "not judged"}
+        mark = next((word for key, word in verdicts.items() if name in result[key]), "")
+        lines.append(f"{name:<28}  {result[name]:<10.2g}  {result['spread'][name]:<7.2g}  {mark}".rstrip())
+    for name in ("greedy_equal", "dag_overflowed_in_reference"):
+        lines.append(f"{name:<28}  {result[name]}")
+    if result["failed"]:
+        return [*lines, f"DIFFERS in {', '.join(result['failed'])}"]
+    if not result["ill_conditioned"]:
+        return [*lines, "agrees with the reference"]
+    sides = [f"{name} ({result[name]:.2g}, spread {result['spread'][name]:.2g})" for name in result["ill_conditioned"]]
+    return [*lines, f"agrees with the reference, except that rounding decides: {', '.join(sides)}"]
+
+
+def _except(cases: Result) -> str:
+    unsure = [directory for directory, result in cases.items() if result["ill_conditioned"]]
+    return f"; ill-conditioned, and no evidence below their spread: numbers of {', '.join(unsure)}" if unsure else ""
 
 
 def import_reference(

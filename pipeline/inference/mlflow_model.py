@@ -22,7 +22,7 @@ from mlflow.pyfunc import PythonModel
 
 from pipeline.errors import UserError
 from pipeline.inference.parameters import read_settings, refuse_unknown
-from pipeline.inference.runtime import Bundle
+from pipeline.inference.runtime import Bundle, NotFiniteRows
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 
@@ -57,9 +57,11 @@ class BundleModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """A user's mistake as MLflow's."""
+    """A user's mistake, or a prompt that this model has no next token for, as MLflow's."""
     try:
         yield
+    except NotFiniteRows as error:
+        raise MlflowException.invalid_parameter_value(f"{error.problem}; leave it out") from None
     except UserError as error:
         raise MlflowException.invalid_parameter_value(str(error)) from None
 

@@ -8,16 +8,35 @@ text and not in tokens: a stop string may begin inside one token and end inside 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.bundle.read import BundleParts, read_bundle
 from pipeline.errors import UserError
-from pldr_model.generation import generate_steps
+from pipeline.inference.completion import Completion
+from pipeline.inference.request import PromptEncoder, read_stop
+from pldr_model.generation import NotFiniteError, generate_steps
 from pldr_model.model import PLDRModel
 
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+NAMED = 5  # prompts in a message
+
+
+class NotFiniteRows(UserError):
+    """The model's logits were NaN or infinite for some prompts of a batch; the others are complete.
+
+    rows: index of the prompt -> its new tokens before that. completions: what `generate` would have returned, with None for
+    these prompts.
+    """
+
+    def __init__(self, rows: dict[int, int], completions: list[str | None]) -> None:
+        named = ", ".join(f"prompts[{index}]" for index in list(rows)[:NAMED])
+        more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+        first = next(iter(rows.values()))
+        self.problem = f"{named}{more}: the model's logits are NaN or infinite (after {first} new tokens of the first)"
+        done = sum(text is not None for text in completions)
+        super().__init__(f"{self.problem}; leave it out, or take the other {done} from `completions` of this error")
+        self.rows, self.completions = rows, completions
 
 
 class Bundle:
@@ -30,8 +49,13 @@ class Bundle:
         self.model = PLDRModel(parts.config, g_lm_LHKK=parts.g_lm)
         self.model.load_state_dict({**parts.weights, "g_lm": parts.g_lm})
         self.model.eval()
+        # Bytes for the rows that decode together; None: what `pldr_model.generation.memory_budget` says.
+        self.memory: int | None = None
+        prefix = self.generation["prompt_prefix_ids"]
+        self._encode = PromptEncoder(self.tokenizer, context_length=self.config.context_length, prefix=prefix)
         # A piece that is decoded before the new ids, so that they keep their leading space, whatever the prompt was.
         self._anchor = self.tokenizer.encode("a")[-1:]
+        self._anchor_size = len(self.tokenizer.decode(self._anchor))
 
     @classmethod
     def load(cls, path: str | Path) -> Bundle:
@@ -60,90 +84,60 @@ class Bundle:
 
         A completion ends after `max_new_tokens`, at a full context, at eos, or before the first `stop` string.
         temperature 0 is greedy; `top_k` 0 and `top_p` 1 disable those; the token that crosses `top_p` is kept. The same seed
-        gives the same text; None draws a new one. Prompts of a batch do not affect each other.
-        Raises UserError for empty prompts, prompts that leave no room in the context, and settings out of range.
+        gives the same text; None draws a new one. Prompts of a batch do not affect each other, and decode together as many as
+        fit `memory`.
+        Raises UserError, before anything is computed, for empty prompts, prompts that leave no room in the context, and
+        settings of a wrong type or out of range. Raises NotFiniteRows (a UserError), after all others have ended, for prompts
+        whose logits were NaN or infinite; it holds the completions of the others.
         """
-        *_, new = self._steps(
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop=stop,
-            seed=seed,
-        )
-        return [self._cut(ids, stop) for ids in new]
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        encoded, stops = self._encode(prompts), read_stop(stop)
+        texts = [Completion(self._decode, stops) for _ in encoded]
+        take = (lambda index, new: texts[index].take(new)) if stops else None
+        failed: dict[int, int] = {}
+        try:
+            *_, new = self._steps(encoded, stop=take, seed=seed, **settings)
+        except NotFiniteError as error:
+            failed, new = error.rows, error.new
+        for text, ids in zip(texts, new, strict=True):
+            text.take(ids)
+        if failed:
+            raise NotFiniteRows(failed, [None if i in failed else text.finish() for i, text in enumerate(texts)])
+        return [text.finish() for text in texts]
 
     def stream(self, prompt: str, *, stop: Sequence[str] = (), **settings: Any) -> Iterator[str]:
         """The completion that `generate` gives for one prompt, in pieces as they come. Settings and errors are those of
-        `generate`; errors come with the first piece.
+        `generate`; errors come with the first piece, except NotFiniteRows, which comes after the last.
 
         A piece never ends inside a character, nor in what may become a stop string.
         """
-        sent = text = ""
-        for (ids,) in self._steps([prompt], stop=stop, **settings):
-            text = self._cut(ids, stop)
-            if piece := settled(text, stop)[len(sent) :]:
-                sent += piece
-                yield piece
-        if text != sent:
-            yield text[len(sent) :]
+        text, sent = Completion(self._decode, read_stop(stop)), 0
+        settings = {"max_new_tokens": 128, "seed": 0} | settings
+        try:
+            for _ in self._steps(self._encode([prompt]), stop=lambda _, new: text.take(new), **settings):
+                if piece := text.settled()[sent:]:
+                    sent += len(piece)
+                    yield piece
+        except NotFiniteError as error:
+            raise NotFiniteRows(error.rows, [None]) from None
+        if piece := text.finish()[sent:]:
+            yield piece
 
     def _steps(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        stop: Sequence[str] = (),
-        seed: int | None = 0,
+        self, encoded: list[Any], *, stop: Callable[[int, list[int]], bool] | None, **settings: Any
     ) -> Iterator[list[list[int]]]:
         """The new tokens of every prompt after each step."""
-        if isinstance(prompts, str):
-            raise UserError("prompts: a list of texts is needed, not one text; write [text]")
-        if isinstance(stop, str) or not all(stop):
-            raise UserError("stop: a list of non-empty strings is needed; write [text]")
-        for index, prompt in enumerate(prompts):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError:
-                raise UserError(f"prompts[{index}]: not valid UTF-8; convert it first") from None
-        prefix = self.generation["prompt_prefix_ids"]
-        encoded = [prefix + ids for ids in self.tokenizer.encode_batch(list(prompts))]
-        for index, ids in enumerate(encoded):
-            if not ids:
-                raise UserError(f"prompts[{index}]: empty; give at least one character")
-            if len(ids) >= self.config.context_length:
-                raise UserError(
-                    f"prompts[{index}]: {len(ids)} tokens leave no room in the context of "
-                    f"{self.config.context_length}; shorten it"
-                )
+        eos_id = self.generation["eos_id"]
         try:
-            yield from generate_steps(
-                self.model,
-                encoded,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                eos_id=self.generation["eos_id"],
-                stop=(lambda ids: _find(self._text(ids), stop) is not None) if stop else None,
-                seed=seed,
-            )
+            yield from generate_steps(self.model, encoded, stop=stop, eos_id=eos_id, memory=self.memory, **settings)
+        except NotFiniteError:
+            raise
         except ValueError as error:
             raise UserError(f"generate: {error}") from None
 
-    def _cut(self, new_ids: list[int], stop: Sequence[str]) -> str:
-        """The text of these ids, up to the first stop string."""
-        text = self._text(new_ids)
-        return text[: _find(text, stop)]
-
-    def _text(self, new_ids: list[int]) -> str:
+    def _decode(self, new_ids: list[int]) -> str:
         """The text that these ids add to a text before them."""
-        before = self.tokenizer.decode(self._anchor)
-        return self.tokenizer.decode(self._anchor + new_ids)[len(before) :]
+        return self.tokenizer.decode(self._anchor + new_ids)[self._anchor_size :]
 
     def describe(self) -> dict[str, Any]:
         """What this bundle is, as plain values for logs and endpoints."""
@@ -154,16 +148,3 @@ class Bundle:
             "statement": self.certificate["statement"],
             "context_length": self.config.context_length,
         }
-
-
-def _find(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first stop string begins; None when there is none."""
-    return min((start for start in (text.find(ending) for ending in stop) if start >= 0), default=None)
-
-
-def settled(text: str, stop: Sequence[str]) -> str:
-    """The beginning of a growing text that no further token changes: without a character whose bytes are not all there (they
-    are decoded as U+FFFD), and without an end that may become a stop string."""
-    text = text.rstrip(INCOMPLETE)
-    held = (size for ending in stop for size in range(1, len(ending)) if text.endswith(ending[:size]))
-    return text[: len(text) - max(held, default=0)]

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pldr_model.cache import KVCache
 from pldr_model.config import ModelConfig
-from pldr_model.generation import generate, token_probabilities
+from pldr_model.generation import NotFiniteError, generate
 from pldr_model.model import PLDRModel
+from pldr_model.sampling import token_probabilities
 
 CONFIG = ModelConfig(vocab_size=61, num_layers=2, num_heads=2, head_dim=8, context_length=40, A_dff=12, num_reslayerA=2)
 
@@ -109,7 +111,7 @@ def test_stop_sequences_and_predicates(model):
     pair = free[4:6]
     at = next(i for i in range(2, 13) if free[i - 2 : i] == pair)
     assert generate(model, [[5, 6, 7]], max_new_tokens=12, stop=[[60, 60, 60, 60], pair]) == [free[:at]]
-    assert generate(model, [[5, 6, 7]], max_new_tokens=12, stop=lambda new: sum(new) > 100) == [
+    assert generate(model, [[5, 6, 7]], max_new_tokens=12, stop=lambda _, new: sum(new) > 100) == [
         free[: next(i for i in range(1, 13) if sum(free[:i]) > 100)]
     ]
 
@@ -138,11 +140,86 @@ def test_generation_ends_at_the_context(model):
         ({"top_p": 1.5}, r"top_p: 1\.5"),
         ({"g_lm": torch.zeros(1)}, r"g_lm: shape \(1,\)"),
         ({"stop": [[]]}, "stop: holds an empty sequence"),
+        ({"prompts": [[5], [0.5]]}, r"prompts\[1\]: token ids are integers"),
+        ({"max_new_tokens": True}, "max_new_tokens: True is no integer"),
+        ({"temperature": "0.8"}, "temperature: '0.8' is no number"),
+        ({"seed": 2**64}, "seed: 18446744073709551616 must have at most 64 bits"),
     ],
 )
 def test_bad_requests_are_named(model, change, message):
     with pytest.raises(ValueError, match=message):
         generate(model, **{"prompts": [[5]], "max_new_tokens": 3, **change})
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_logits_are_not_finite_ends_and_the_others_go_on(model, use_cache, temperature):
+    """Token 60 has no finite embedding, in a model of its own."""
+    broken = PLDRModel(CONFIG).double()
+    broken.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        broken.embedding.weight[60] = float("nan")
+        broken.output.bias[60] = -1e4  # nobody chooses it
+    setting = {"max_new_tokens": 9, "temperature": temperature, "seed": 3, "use_cache": use_cache}
+    prompts = [[5, 6, 7], [8, 60, 2], [9], [60], [3, 4, 1]]
+    with pytest.raises(NotFiniteError, match=r"prompts\[1\]: .* after 0 new tokens, and those of 1 other") as caught:
+        generate(broken, prompts, **setting)
+    good = [0, 2, 4]
+    assert caught.value.rows == {1: 0, 3: 0}
+    assert [caught.value.new[i] for i in good] == generate(broken, [prompts[i] for i in good], **setting)
+    with torch.no_grad():
+        broken.output.bias[60] = 1e4
+    with pytest.raises(NotFiniteError) as caught:
+        generate(broken, [[5, 6, 7]], **setting)
+    assert caught.value.rows == {0: 1} and caught.value.new == [[60]]
+
+
+def test_rows_decode_together_as_many_as_fit_the_memory(model, monkeypatch):
+    prompts = [[i % 60 + 1] * (i % 30 + 1) for i in range(40)]
+    sizes = []
+    real = KVCache.__init__
+
+    def made(self, config, **given):
+        real(self, config, **given)
+        if given["batch_size"] > 1:  # not that of a prompt alone
+            sizes.append((given["batch_size"], 2 * self.k_LBHTK.nbytes))
+
+    monkeypatch.setattr(KVCache, "__init__", made)
+    for setting in ({"max_new_tokens": 9}, {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}):
+        sizes.clear()
+        together = generate(model, prompts, **setting)
+        assert [count for count, _ in sizes] == [40]
+        sizes.clear()
+        assert generate(model, prompts, memory=500_000, **setting) == together
+        assert 1 < len(sizes) < 40 and sum(count for count, _ in sizes) == 40
+        assert all(size < 500_000 for _, size in sizes)
+        assert sizes[0][0] > sizes[-1][0], "short rows share a batch, not the place that a long one needs"
+    prompts = prompts[:12]
+    for use_cache in (True, False):
+        setting = {"max_new_tokens": 3, "use_cache": use_cache}
+        for memory in (1, 90_000):
+            assert generate(model, prompts, memory=memory, **setting) == generate(model, prompts, **setting)
+
+
+def test_the_cache_is_no_larger_than_what_is_read_and_shrinks_with_its_rows(model, monkeypatch):
+    """The last token is chosen, and never read."""
+    seen = []
+    extend = PLDRModel.extend
+
+    def watched(self, ids_BS, cache):
+        seen.append((len(cache.lengths), cache.capacity))
+        return extend(self, ids_BS, cache)
+
+    monkeypatch.setattr(PLDRModel, "extend", watched)
+    free = generate(model, [[5, 6, 7], [9], [11, 30, 2, 8]], max_new_tokens=12)
+    assert seen == [(1, 1), (1, 3), (1, 4)] + [(3, 15)] * 11
+    seen.clear()
+    ended = generate(model, [[5, 6, 7], [9], [11, 30, 2, 8]], max_new_tokens=12, eos_id=free[1][4])
+    rows = [sum(len(new) > step + 1 for new in ended) for step in range(11)]
+    assert [count for count, _ in seen[3:]] == [count for count in rows if count]
+    seen.clear()
+    generate(model, [[5] * 38], max_new_tokens=10**12)
+    assert seen == [(1, 38), (1, 39)]
 
 
 def kept(probabilities, **setting):

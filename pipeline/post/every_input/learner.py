@@ -76,7 +76,7 @@ def _through_unit(unit: ResidualUnit, x: Ellipsoid) -> tuple[Ellipsoid, bool]:
     one = identity(size)
     glus = Tangent(x.center, one, column([0.0] * size))
     for module in unit.glus:
-        glus = _glu(cast(GLU, module), glus, x)
+        glus = glu_tangent(cast(GLU, module), glus, x)
     w = Ellipsoid(x.center, x.shape).mapped(one + glus.slope, glus.value - glus.slope * x.center)
     w = w.with_box(glus.rest).mapped(centering(size))
     gamma = unit.norm.weight.detach().double().numpy()
@@ -87,7 +87,7 @@ def _through_unit(unit: ResidualUnit, x: Ellipsoid) -> tuple[Ellipsoid, bool]:
     return z, True
 
 
-def _glu(glu: GLU, x: Tangent, domain: Ellipsoid) -> Tangent:
+def glu_tangent(glu: GLU, x: Tangent, domain: Ellipsoid) -> Tangent:
     w12, b12 = glu.w12.weight.chunk(2), glu.w12.bias.chunk(2)
     gate, value = (x.linear(exact(w), exact(b)) for w, b in zip(w12, b12, strict=True))
     gate_span, value_span = (domain.half_widths(part.slope) for part in (gate, value))

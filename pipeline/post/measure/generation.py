@@ -7,6 +7,7 @@ Every function but `samples` is collective where there are several ranks. Shapes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from pipeline.distributed import merged, share
 from pipeline.post.measure.downstream import Totals, logits
 from pipeline.post.measure.observe import batches, deduce, tensors_of
 from pipeline.post.measure.statistics import Pair
-from pldr_model.generation import generate
+from pldr_model.generation import NotFiniteError, generate
 from pldr_model.model import PLDRModel
 
 LIVE_CHECKS = 16  # of each greedy text
@@ -41,18 +42,21 @@ def greedy_agreement(
     prefixes of them: one in each of LIVE_CHECKS equal parts of the new tokens, drawn from `seed`.
 
     Each check is a decision after identical tokens, whatever the earlier ones were: `per_decision` = 1 - differences /
-    decisions. `identical` is the share of texts without a difference.
+    decisions. `identical` is the share of texts without a difference. Both are NaN when any logits were not finite.
     """
     totals = Totals()
     for prompts in _prompt_batches(model, text_NT, num_tokens, num_prompts):
-        new_BM = torch.tensor(generate(model, prompts, max_new_tokens=num_tokens, g_lm=g_LHKK))
+        new, broken = _continue(model, prompts, max_new_tokens=num_tokens, g_lm=g_LHKK)
+        totals.add("not finite", broken)
+        new_BM = torch.tensor(new)
         ids_BS = torch.cat((torch.tensor(prompts), new_BM), dim=1).to(model.embedding.weight.device)
         checked = _one_in_each_part(new_BM.shape[1], seed)
         differs_B = torch.zeros(len(prompts), dtype=torch.bool)
         for index in checked:
             until = len(prompts[0]) + index
-            live_B = logits(model, ids_BS[:, :until])[:, -1].argmax(dim=-1)
-            wrong_B = (live_B != ids_BS[:, until]).cpu()
+            live_BV = logits(model, ids_BS[:, :until])[:, -1]
+            totals.add("not finite", int((~live_BV.isfinite().all(dim=-1)).sum()))
+            wrong_B = (live_BV.argmax(dim=-1) != ids_BS[:, until]).cpu()
             differs_B |= wrong_B
             totals.add("differences", int(wrong_B.sum()))
         totals.add("decisions", len(prompts) * len(checked))
@@ -62,9 +66,10 @@ def greedy_agreement(
         totals.take("prompt", len(prompts[0]))
     totals = merged(totals)
     sums = totals.sums
+    known = math.nan if sums["not finite"] else 1.0
     return {
-        "per_decision": 1 - sums["differences"] / sums["decisions"],
-        "identical": 1 - sums["texts that differ"] / sums["prompts"],
+        "per_decision": known - sums["differences"] / sums["decisions"],
+        "identical": known - sums["texts that differ"] / sums["prompts"],
         "num_prompts": sums["prompts"],
         "prompt_length": int(totals.largest["prompt"]),
         "num_tokens": int(totals.largest["tokens"]),
@@ -83,7 +88,7 @@ def order_parameters(
     for prompts in _prompt_batches(model, text_NT, num_tokens, num_prompts):
         ids = {"C": torch.tensor(prompts)}
         for number in (1, 2):
-            new = generate(
+            new, _ = _continue(
                 model,
                 prompts,
                 max_new_tokens=num_tokens,
@@ -115,10 +120,22 @@ def samples(
         ("greedy", {}),
         (f"temperature 0.8, top-p 0.9, seed {seed}", {"temperature": 0.8, "top_p": 0.9, "seed": seed}),
     ):
-        cached = generate(model, cut, max_new_tokens=num_tokens, g_lm=g_LHKK, **settings)  # type: ignore[arg-type]
-        live = generate(model, cut, max_new_tokens=num_tokens, use_cache=False, **settings)  # type: ignore[arg-type]
+        cached, _ = _continue(model, cut, max_new_tokens=num_tokens, g_lm=g_LHKK, **settings)
+        live, _ = _continue(model, cut, max_new_tokens=num_tokens, use_cache=False, **settings)
         out += [Sample(how, *rest) for rest in zip(cut, cached, live, strict=True)]
     return out
+
+
+def _continue(
+    model: PLDRModel, prompts: Sequence[list[int]], *, max_new_tokens: int, **settings: Any
+) -> tuple[list[list[int]], int]:
+    """The new tokens of each prompt, and how many prompts had logits that were not finite: theirs end in padding."""
+    try:
+        return generate(model, prompts, max_new_tokens=max_new_tokens, **settings), 0
+    except NotFiniteError as error:
+        room = [min(max_new_tokens, model.config.context_length - len(prompt)) for prompt in prompts]
+        pad = model.config.pad_id
+        return [row + [pad] * (size - len(row)) for row, size in zip(error.new, room, strict=True)], len(error.rows)
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from launch.cli import main
+from pipeline.inference.runtime import Bundle, NotFiniteRows
 from pipeline.io.storage import MANIFEST
 from pipeline.tracking.sqlite_store import merge_log
 
@@ -24,9 +25,26 @@ def test_bundle_verify_is_verify_and_an_error_is_one_line(capsys, tmp_path):
     assert "MANIFEST.json: missing" in json.loads(out)["error"] and errors.count("\n") == 1
 
 
+def test_generate_prints_the_others_and_names_the_prompt_without_logits(capsys, monkeypatch):
+    class Poisoned:
+        certified = True
+
+        def generate(self, prompts, **settings):
+            raise NotFiniteRows({1: 4}, [" one", None, " three"])
+
+    monkeypatch.setattr(Bundle, "load", lambda path: Poisoned())
+    words = ["generate", "b", "--prompt", "a", "--prompt", "b", "--prompt", "c", "--json"]
+    assert main(words) == 1
+    out, errors = capsys.readouterr()
+    assert "a one\n" in out and "c three\n" in out
+    assert "prompts[1]: the model's logits are NaN or infinite" in errors and errors.count("\n") == 1
+    assert json.loads(out.splitlines()[-1])["completions"] == [" one", None, " three"]
+
+
 AGAIN = """
 import sys
 from launch.cli import main
+from pipeline.inference.runtime import Bundle, NotFiniteRows
 config, *settings = sys.argv[1:]
 for stage in ("consolidate", "extract", "validate", "bundle"):
     code = main([stage, config, *settings, *(["--uncertified"] if stage == "bundle" else [])])

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from launch.cli import main
+from pldr_model import parity
+from pldr_model.parity import NUMBERS
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
@@ -51,22 +53,9 @@ def test_parity_of_several_cases_ends_with_a_verdict(capsys, tmp_path):
     code, out, _ = run(capsys, "parity", GOLDEN / "tiny_f64", GOLDEN / "padded_f64", "--json")
     assert code == 0 and "2 of 2 cases agree with the reference" in out
     cases = json.loads(out.splitlines()[-1])["cases"]
-    keys = [
-        "logits",
-        "A",
-        "A_LM",
-        "A_P",
-        "G_LM",
-        "loss",
-        "total_loss",
-        "dag",
-        "gradients",
-        "trajectory",
-        "cached_logits",
-    ]
     for case in ("tiny_f64", "padded_f64"):
         result = cases[str(GOLDEN / case)]
-        assert result["greedy_equal"] is True and all(result[key] <= 1e-9 for key in keys)
+        assert result["greedy_equal"] is True and all(result[key] <= 1e-9 for key in NUMBERS)
     other = shutil.copytree(GOLDEN / "tiny_f64", tmp_path / "other")
     generation = json.loads((other / "generation.json").read_text())
     generation["greedy_with_kv_and_g_cache"][0] += 1
@@ -74,3 +63,20 @@ def test_parity_of_several_cases_ends_with_a_verdict(capsys, tmp_path):
     code, out, errors = run(capsys, "parity", GOLDEN / "padded_f64", other)
     assert code == 1 and f"{other}: ours and the reference's numbers differ" in errors
     assert "DIFFERS in greedy_equal" in out
+
+
+def test_parity_prints_the_spread_beside_each_number_and_names_what_rounding_decides(capsys, monkeypatch):
+    real = parity.parity
+
+    def ill_conditioned(case):
+        return real(case) | {"trajectory": 3.6e-4, "ill_conditioned": ["trajectory"]}
+
+    case = GOLDEN / "padded_f64"
+    code, out, _ = run(capsys, "parity", case)
+    assert code == 0 and "weights perturbed by 9e-16" in out and "ill-conditioned" not in out
+    spreads = [float(line.split()[2]) for line in out.splitlines() if line.strip().split(" ")[0] in NUMBERS]
+    assert len(spreads) == len(NUMBERS) and all(0 < spread < 1e-8 for spread in spreads)
+    monkeypatch.setattr(parity, "parity", ill_conditioned)
+    code, out, _ = run(capsys, "parity", case)
+    assert code == 0 and "except that rounding decides: trajectory (0.00036, spread" in out
+    assert f"no evidence below their spread: numbers of {case}" in out

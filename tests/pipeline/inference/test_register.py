@@ -208,6 +208,13 @@ def test_a_request_that_cannot_be_answered_is_refused_as_mlflow_refuses(served: 
         (["a"], {"max_new_tokens": 2.5}, "Invalid parameters found: .*max_new_tokens"),
         (["a"], {"stop": "x"}, "Invalid parameters found: .*stop"),
         (["a"], {"temperature": -1.0}, "temperature: -1.0 must be 0"),
+        (["a"], {"temperature": float("nan")}, "temperature: nan must be 0"),
+        (["a"], {"temperature": "0.8"}, "Invalid parameters found: .*temperature"),
+        (["a"], {"top_p": float("inf")}, "top_p: inf must be in"),
+        (["a"], {"seed": 2**70}, "seed: 1180591620717411303424 must have at most 64 bits"),
+        (["a"], {"stop": ["x" * 1001]}, r"stop\[0\]: 1001 characters"),
+        (["a\ud800"], {}, r"prompts\[0\]: not valid UTF-8"),
+        (["the " * (1 << 19)], {}, r"prompts\[0\]: 2097152 bytes or more leave no room"),
         (["a"], {"stop": [""]}, "stop: a list of non-empty strings"),
         (["the quick brown fox " * 9], {}, r"prompts\[0\]: \d+ tokens leave no room"),
     ]
@@ -237,6 +244,20 @@ def test_max_tokens_is_another_name_and_a_stream_is_the_text_in_pieces(served: A
     assert len(served.predict(["a"])[0]) > len(served.predict(["a"], params={"max_tokens": 3})[0])
     with pytest.raises(MlflowException, match="single input"):
         list(served.predict_stream(["a", "b"]))
+
+
+def test_a_prompt_without_logits_is_named_in_one_line(served: Any) -> None:
+    from mlflow.exceptions import MlflowException
+
+    bundle = served.unwrap_python_model().bundle
+    with torch.no_grad():
+        bundle.model.embedding.weight[bundle.tokenizer.encode("jumps")[-1]] = 3e38
+    assert len(served.predict(["a", "the quick"], params={"max_tokens": 3})) == 2
+    for call in (served.predict, lambda *args, **kwargs: list(served.predict_stream(*args, **kwargs))):
+        asked = ["a", "jumps"] if call == served.predict else ["jumps"]
+        with pytest.raises(MlflowException, match=r"prompts\[\d\]: .* NaN or infinite .*; leave it out$") as caught:
+            call(asked, params={"max_tokens": 3})
+        assert caught.value.get_http_status_code() == 400 and "\n" not in caught.value.message
 
 
 def test_a_run_or_server_that_is_not_there_is_one_line(store: SimpleNamespace, make_bundle: Make) -> None:

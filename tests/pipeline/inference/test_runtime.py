@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-import sentencepiece
 import torch
 
 from pipeline.errors import UserError
-from pipeline.inference.runtime import Bundle
+from pipeline.inference.runtime import Bundle, NotFiniteRows
 from pipeline.tokenizer import Tokenizer
 from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
@@ -75,7 +76,7 @@ def test_the_space_after_the_prompt_is_kept(bundle: Bundle) -> None:
     ids = bundle.tokenizer.encode("the lazy dog")
     start = bundle.tokenizer.encode("the")
     assert ids[: len(start)] == start
-    assert bundle._text(ids[len(start) :]) == " lazy dog"
+    assert bundle._decode(ids[len(start) :]) == " lazy dog"
 
 
 @pytest.mark.parametrize("stop", [(), ("e ",), ("qu", "the l"), ("\x00never",)])
@@ -88,45 +89,6 @@ def test_a_stream_is_the_completion_in_pieces(bundle: Bundle, stop: tuple[str, .
     assert stop or len(pieces) > 5
 
 
-@pytest.mark.parametrize(
-    ("steps", "stop", "pieces"),
-    [
-        (["a", "a\ufffd", "a\ufffd\ufffd", "a€", "a€b"], (), ["a", "€", "b"]),
-        (["\ufffd", "\ufffda"], (), ["\ufffda"]),  # bytes that are no character stay what they are
-        (["a\ufffd"], (), ["a", "\ufffd"]),
-        (["ab", "abst", "absto", "abstop", "abstop!"], ("stop",), ["ab"]),
-        (["ab", "abst", "absto", "abstone"], ("stop",), ["ab", "stone"]),
-        (["st", "sst", "sstop"], ("stop",), ["s"]),
-        (["s", "so", "son", "sonn", "sonny"], ("sonx", "nny"), ["so"]),
-        (["xab", "xabab", "xababc"], ("ababc", "bad"), ["x"]),
-    ],
-)
-def test_no_piece_holds_half_a_character_or_the_beginning_of_a_stop_string(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, steps: list[str], stop: tuple[str, ...], pieces: list[str]
-) -> None:
-    """The text after each token, given."""
-    monkeypatch.setattr(bundle, "_steps", lambda *_, **__: iter([[[n]] for n in range(len(steps))]))
-    monkeypatch.setattr(bundle, "_text", lambda ids: steps[ids[0]])
-    assert list(bundle.stream("x", stop=stop)) == pieces
-
-
-def test_characters_of_several_byte_tokens_are_streamed_whole(tmp_path: Path, bundle: Bundle) -> None:
-    """A tokenizer with byte pieces, as `pldr tokenizer` trains it, that knows neither character."""
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, byte_fallback=True,
-        hard_vocab_limit=False, pad_id=0, unk_id=1, bos_id=2, eos_id=3, num_threads=1, minloglevel=2,
-    )  # fmt: skip
-    tokenizer = Tokenizer.load(tmp_path / "tokenizer.model")
-    ids = tokenizer.encode("the €ö 🦊 fox")
-    assert len(ids) > 12
-    bundle.tokenizer, bundle._anchor = tokenizer, tokenizer.encode("a")[-1:]
-    bundle._steps = lambda *_, **__: ([ids[: n + 1]] for n in range(len(ids)))  # type: ignore[method-assign]
-    pieces = list(bundle.stream("x"))
-    assert "".join(pieces) == bundle._text(ids) and "€" in pieces and "🦊" in "".join(pieces)
-    assert not any("\ufffd" in piece for piece in pieces)
-
-
 def test_eos_ends_a_completion_and_is_not_in_it(make_bundle: Callable[..., Path], bundle: Bundle) -> None:
     with torch.no_grad():
         bundle.model.output.bias[bundle.config.eos_id] = 1e4
@@ -136,19 +98,117 @@ def test_eos_ends_a_completion_and_is_not_in_it(make_bundle: Callable[..., Path]
 @pytest.mark.parametrize(
     ("prompts", "settings", "message"),
     [
-        ([], {}, "none given"),
+        ([], {}, "prompts: none given"),
         ([""], {}, r"prompts\[0\]: empty; give"),
         (["a", "the quick brown fox " * 9], {}, r"prompts\[1\]: \d+ tokens leave no room in the context of 32"),
-        ("one text", {}, "a list of texts"),
-        (["a"], {"temperature": -1.0}, "temperature"),
-        (["a"], {"top_p": 0.0, "temperature": 1.0}, "top_p"),
-        (["a"], {"top_k": -1}, "top_k"),
-        (["a"], {"max_new_tokens": 0}, "max_new_tokens"),
+        ("one text", {}, "prompts: a list of texts"),
+        (b"one text", {}, "prompts: a list of texts is needed, not a value of type bytes"),
+        (None, {}, "prompts: a list of texts is needed, not None"),
+        ({"a": "b"}, {}, "prompts: a list of texts"),
+        ((text for text in "ab"), {}, "prompts: a list of texts is needed, not a value of type generator"),
+        (["a", None], {}, r"prompts\[1\]: None; give a text"),
+        (["a", b"b"], {}, r"prompts\[1\]: a value of type bytes; give a text"),
+        ([["a"]], {}, r"prompts\[0\]: a value of type list; give a text"),
+        (["a\ud800"], {}, r"prompts\[0\]: not valid UTF-8"),
         (["a"], {"stop": "x"}, "stop: a list"),
+        (["a"], {"stop": None}, "stop: a list"),
         (["a"], {"stop": [""]}, "stop: a list of non-empty"),
+        (["a"], {"stop": ["b", 1]}, r"stop: .*stop\[1\] is a value of type int"),
+        (["a"], {"stop": [b"b"]}, r"stop: .*stop\[0\] is a value of type bytes"),
+        (["a"], {"stop": ["\udfff"]}, r"stop\[0\]: not valid UTF-8"),
+        (["a"], {"stop": ["x" * 1001]}, r"stop\[0\]: 1001 characters; give at most 1000"),
+        (["a"], {"stop": ["x"] * 1_000_001}, "stop: 1000001 strings; give at most 1000000"),
+        (["a"], {"temperature": -1.0}, "temperature: -1.0 must be"),
+        (["a"], {"temperature": "0.8"}, "temperature: '0.8' is no number"),
+        (["a"], {"top_p": None}, "top_p: None is no number"),
+        (["a"], {"top_k": 1.5}, "top_k: 1.5 is no integer"),
+        (["a"], {"max_new_tokens": True}, "max_new_tokens: True is no integer"),
+        (["a"], {"seed": "x"}, "seed: 'x' is no integer"),
     ],
 )
-def test_wrong_use_is_one_line(bundle: Bundle, prompts: list[str], settings: dict[str, object], message: str) -> None:
+def test_wrong_use_is_one_line(bundle: Bundle, prompts: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         bundle.generate(prompts, **settings)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+    if isinstance(prompts, list) and len(prompts) == 1:
+        with pytest.raises(UserError, match=message):
+            next(bundle.stream(prompts[0], **settings))
+
+
+def test_a_prompt_is_refused_by_its_bytes_before_it_is_tokenized(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: pytest.fail(f"{len(text)} characters were tokenized"))
+    for text in ("the " * (1 << 19), "\N{EURO SIGN}" * (1 << 19)):  # by its characters, and by its bytes alone
+        with pytest.raises(
+            UserError, match=r"prompts\[0\]: \d+ bytes or more leave no room in the context of 32 tokens"
+        ):
+            bundle.generate([text])
+
+
+def test_a_text_that_the_tokenizer_shortens_is_not_refused_by_its_bytes(bundle: Bundle) -> None:
+    """This one drops white space: far more bytes than 31 tokens of the longest piece, but two tokens."""
+    text = "the" + " " * 100_000 + "the"
+    assert len(bundle.tokenizer.encode(text)) < 31
+    assert bundle.generate([text], max_new_tokens=3) == bundle.generate(["the the"], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("numbers", [np.float32, np.float64, float])
+def test_numbers_of_other_types_are_numbers(bundle: Bundle, numbers: type) -> None:
+    plain = bundle.generate(["the"], max_new_tokens=9, temperature=0.5, top_k=7, seed=3, top_p=0.5)
+    integer = np.int32 if numbers is not float else int
+    assert plain == bundle.generate(
+        ("the",),
+        max_new_tokens=integer(9),
+        temperature=numbers(0.5),
+        top_k=integer(7),
+        seed=integer(3),
+        top_p=numbers(0.5),
+    )
+    assert plain == bundle.generate(np.array(["the"]), max_new_tokens=9, temperature=0.5, top_k=7, seed=3, top_p=0.5)
+
+
+@pytest.fixture
+def poisoned(bundle: Bundle) -> tuple[Bundle, str]:
+    """The model has no logits after the last token of "jumps": its embedding overflows."""
+    bad = bundle.tokenizer.encode("jumps")[-1]
+    assert not any(bad in bundle.tokenizer.encode(text) for text in ("the quick", "a"))
+    with torch.no_grad():
+        bundle.model.embedding.weight[bad] = 3e38
+    return bundle, "the jumps"
+
+
+def test_a_row_without_logits_is_named_and_the_others_are_complete(poisoned: tuple[Bundle, str]) -> None:
+    bundle, bad = poisoned
+    for settings in (
+        {"max_new_tokens": 6},
+        {"max_new_tokens": 6, "temperature": 1.0},
+        {"max_new_tokens": 6, "stop": ["e"]},
+    ):
+        good = bundle.generate(["the quick", "a"], **settings)
+        with pytest.raises(NotFiniteRows, match=r"prompts\[1\]: the model's logits are NaN or infinite") as caught:
+            bundle.generate(["the quick", bad, "a"], **settings)
+        assert caught.value.completions == [good[0], None, good[1]] and caught.value.rows == {1: 0}
+        assert "the other 2 " in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(NotFiniteRows, match=r"prompts\[0\], .* and 3 more"):
+        bundle.generate([bad] * 8, max_new_tokens=2)
+    with pytest.raises(NotFiniteRows, match=r"prompts\[0\]"):
+        list(bundle.stream(bad, max_new_tokens=2))
+
+
+def test_a_row_may_fail_after_its_first_token(poisoned: tuple[Bundle, str]) -> None:
+    bundle, bad = poisoned
+    with torch.no_grad():
+        bundle.model.output.bias[bundle.tokenizer.encode(bad)[-1]] = 1e4
+    pieces: list[str] = []
+    with pytest.raises(NotFiniteRows) as caught:
+        pieces.extend(bundle.stream("the quick", max_new_tokens=4))
+    assert caught.value.rows == {0: 1} and caught.value.completions == [None]
+
+
+def test_batches_of_a_small_memory_give_the_same_texts(bundle: Bundle) -> None:
+    prompts = [*PROMPTS, *PROMPTS, "the", "quick"]
+    settings = {"max_new_tokens": 7, "temperature": 1.0, "seed": 2}
+    together = bundle.generate(prompts, **settings)
+    for bundle.memory in (1, 60_000):
+        assert bundle.generate(prompts, **settings) == together
