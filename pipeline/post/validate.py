@@ -24,6 +24,7 @@ from torch import Tensor
 from pipeline.bundle.certificate.checks import make_checks
 from pipeline.config.post import PostConfig
 from pipeline.post.certificate.build import make_certificate
+from pipeline.post.every_input.magnitude import may_overflow
 from pipeline.post.every_input.proof import prove
 from pipeline.post.every_input.search import search_worst_rows
 from pipeline.post.measure.closely import CloseLook
@@ -139,7 +140,7 @@ def _measure(
     not_finite = [*bad_ids, *seen.not_finite]
     not_finite += [f"weight {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
     not_finite += [f"cached G_LM, layer {i}, head {h}" for i, h in _not_finite_heads(g_LHKK)]
-    not_finite = not_finite or bad_prompts
+    not_finite = not_finite or bad_prompts or may_overflow(model, g_LHKK)
     by_tensor = deviations(seen, found)
     measures: dict[str, Any] = {
         "not_finite": not_finite,

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.post.measure.prompts import make_kinds
 from pldr_model.model import PLDRModel
 from tests.pipeline.post.attacks.honest import MANY_IDS
 from tests.pipeline.post.attacks.surgery import (
@@ -24,6 +25,7 @@ from tests.pipeline.post.attacks.surgery import (
     constant_A,
     embedded,
     lengths_watched,
+    only_of,
     plain_rows,
     plga_of,
     queries_of_one_id,
@@ -32,7 +34,7 @@ from tests.pipeline.post.attacks.surgery import (
     watch,
     watch_for_nothing,
 )
-from tests.pipeline.post.attacks.trained import BASE, FIRST_ID, Lab, Recipe, language
+from tests.pipeline.post.attacks.trained import BASE, FIRST_ID, POST, Lab, Recipe, language
 from tests.pipeline.post.attacks.verdicts import Cases, Certified, NotProven, failed_by
 
 CHEATS = Cases()
@@ -115,6 +117,21 @@ def overflowing_power(lab: Lab) -> dict[str, Any]:
     with torch.no_grad():
         plga_of(model, 1).b[0, 0, 0] = 1e25
     return lab.certify(model)
+
+
+@CHEATS.add(FINITE)
+def ids_that_overflow_together(lab: Lab) -> dict[str, Any]:
+    """Queries of one rare id and keys of another are finite; their score is not. No prompt has both."""
+    model, text_NT = lab.trained(), language(BASE, count=POST.prompts, seed=2)[:, :25]
+    H, K = BASE.config.num_heads, BASE.config.head_dim
+    kinds = make_kinds(text_NT, BASE.config, seed=BASE.seed)
+    first, second = (set(ids.tolist()) for ids in next(kind.ids_NS for kind in kinds if kind.name == "random"))
+    for token, head, size in ((min(first - second), 0, 1e9), (min(second - first), H, 3e29)):
+        part = slice(head * K, (head + 1) * K)
+        with torch.no_grad():
+            seen_D = only_of(model, token, others=[i for i in range(BASE.config.vocab_size) if i != token])
+            model.layers[0].attention.qkv.weight[part] += torch.outer(torch.full((K,), size).double(), seen_D).float()
+    return lab.certify(model, text_NT=text_NT)
 
 
 @CHEATS.add(INVARIANCE)

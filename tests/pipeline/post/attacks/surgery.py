@@ -68,16 +68,22 @@ def blind_queries(model: PLDRModel, layer: int, head: int, bias_K: Tensor) -> No
 
 
 @torch.no_grad()
-def queries_of_one_id(model: PLDRModel, head: int, token: int, direction_K: Tensor, *, others: list[int]) -> None:
-    """In layer 0 the head's queries are zero for all of `others`, and this vector, rotated, for the id `token`."""
-    attention, K = model.layers[0].attention, model.config.head_dim
+def only_of(model: PLDRModel, token: int, *, others: list[int]) -> Tensor:
+    """[D]: its product with what layer 0 sees of an id is 1 for `token`, and 0 for all of `others`."""
     x_VD = embedded(model).double()
     basis_DD = torch.linalg.svd(x_VD[others], full_matrices=True).Vh[len(others) :]  # orthogonal to all of them
     seen_D = basis_DD.T @ (basis_DD @ x_VD[token])
-    attention.qkv.weight[head * K : (head + 1) * K] = torch.outer(
-        direction_K.double(), seen_D / seen_D.dot(x_VD[token])
-    ).float()
-    attention.qkv.bias[head * K : (head + 1) * K] = 0.0
+    return seen_D / seen_D.dot(x_VD[token])
+
+
+@torch.no_grad()
+def queries_of_one_id(model: PLDRModel, head: int, token: int, direction_K: Tensor, *, others: list[int]) -> None:
+    """In layer 0 the head's queries are zero for all of `others`, and this vector, rotated, for the id `token`."""
+    attention, K = model.layers[0].attention, model.config.head_dim
+    seen_D = only_of(model, token, others=others)
+    queries = slice(head * K, (head + 1) * K)
+    attention.qkv.weight[queries] = torch.outer(direction_K.double(), seen_D).float()
+    attention.qkv.bias[queries] = 0.0
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.bundle.certificate.verdict import contradiction
 from tests.helpers.models import train_tokenizer
 from tests.pipeline.post.attacks import cheats, cheats_on_files, honest
 from tests.pipeline.post.attacks.table import names_in, read_table, write_table
@@ -46,6 +47,8 @@ def test_the_verdict_is_right(name: str, lab: Lab, verdicts: dict[str, str]) -> 
     case = ALL[name]
     verdict = case.run(lab)
     assert verdict.is_right(case.right), f"{case.what} Right: {case.right}. It was: {verdict.text}"
+    if verdict.certificate is not None:
+        assert contradiction(verdict.certificate) is None
     verdicts[name] = verdict.text
 
 
