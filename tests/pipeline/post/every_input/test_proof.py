@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.post.every_input.proof import prove
+from pipeline.post.every_input.balls import PRECISION_BITS, exact, precision
+from pipeline.post.every_input.proof import Head, _linear_part, prove
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
 
@@ -167,6 +168,25 @@ def test_a_gate_that_no_gradient_sees_is_not_proven() -> None:
     assert searched < 1e-4 < opened, "the gate is there, and the search does not see it"
     bound = prove(model, g)["bound"]
     assert bound is None or bound >= opened
+
+
+@pytest.mark.parametrize("second", [0.0, 0.3, 1.0])
+def test_the_linear_part_is_above_ascent_and_near_it(second: float) -> None:
+    K = 8
+    torch.manual_seed(0)
+    for _ in range(4):
+        W, P, a, slope = (torch.randn(K, K).double() for _ in range(4))
+        axes = torch.randn(K, K).double() * torch.tensor([1.0, *[second] * (K - 1)]).double()
+        x = torch.randn(K, K).double().sign()
+        for _ in range(200):  # rows of dA are axes x, |x| <= 1 for every row: ascent of a convex function
+            forward = a @ (slope * (W @ (x @ axes.T)))
+            x = (W.T @ (slope * (a.T @ forward))) @ axes
+            x = x / x.norm(dim=1, keepdim=True)
+        with precision(PRECISION_BITS):
+            head = Head(*map(exact, (W, W, P, a, a)))
+            bound = float(_linear_part(head, exact(slope), exact(axes @ axes.T)))
+        largest = float((a @ (slope * (W @ (x @ axes.T)))).norm())
+        assert largest <= bound * (1 + 1e-12) and bound < 3 * largest
 
 
 def test_scores_stay_within_their_bound() -> None:
