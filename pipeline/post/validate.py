@@ -79,8 +79,9 @@ def validate(
         close = measure_fp64(measures, model, g_LHKK, text_NT[chosen[0]], few, config, seed=seed)
     if close is not None:
         with part("search"):
-            rows = close.prompt_rows()
-            measures["worst_row"] = search_worst_rows(model, g_LHKK, seed=seed, prompts=rows)
+            searched = search_worst_rows(model, g_LHKK, close.seen(), seed=seed)
+            measures["worst_row"] = searched.record
+            measures["query_deviation"] = close.query_deviation(searched)
         if config.prove:
             with part("proof"):
                 measures["proof"] = prove(model, g_LHKK)
@@ -172,7 +173,7 @@ def measure_fp64(
     seed: int,
 ) -> CloseLook | None:
     """Add the measures of the same weights in fp64 over these prompts, of which the first kind is that of `text_NT`. Returns
-    what the search for the worst rows starts from; None where G_LM is not deduced, or something was not finite.
+    the queries and rows that the search for the worst rows needs; None where G_LM is not deduced, or something was not finite.
 
     What the prompts move is measured from their own mean in fp64: the distance between the precisions is not variation.
     """
@@ -186,7 +187,6 @@ def measure_fp64(
         with close.queries():
             seen = observe(double, kinds, [close, found, outputs])
         close.merge_ranks()
-        measures["query_deviation"] = close.query_deviation()
     else:
         seen = observe(double, kinds, [found, outputs])
     found.merge_ranks()

@@ -23,9 +23,12 @@ def number(value: Any) -> str:
 
 
 def beside(value: float | None, threshold: float) -> str:
-    """A measured value for a line that also names its threshold: three digits, or as many as tell the two apart."""
+    """A measured value for a line that also names its threshold: three digits, or as many as tell the two apart; a count in
+    full."""
     if value is None:
         return "not measured"
+    if value == int(value) and abs(value) < 1e9:
+        return str(int(value))
     digits = next((n for n in range(3, 10) if value == threshold or float(f"{value:.{n}g}") != threshold), 9)
     return f"{value:.{digits}g}"
 

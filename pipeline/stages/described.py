@@ -32,7 +32,8 @@ def sentence(config: RunConfig, certificate: dict[str, Any] | None = None) -> st
     trained_on = certificate["lineage"].get("tokens_consumed")  # older checkpoints may not know it
     tokens = "" if trained_on is None else f", trained on {trained_on:,} tokens"
     failed = ", ".join(failure["measure"] for failure in certificate["failed"])
-    verdict = f"not certified, failed {failed}" if failed else f"certified, G_LM is {certificate['tier']}"
+    tier = "proven to be a constant" if certificate["tier"] == "proven" else certificate["tier"]
+    verdict = f"not certified, failed {failed}" if failed else f"certified, G_LM is {tier}"
     return f"{NOTE_BEGINS} {_sizes(model)}{tokens}: {verdict}."
 
 

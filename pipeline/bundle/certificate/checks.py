@@ -78,10 +78,11 @@ def tier_of(deviation: float | None, config: Tiers, *, constant: bool) -> Tier:
 def tier_with_proof(measures: dict[str, Any], config: PostConfig, *, constant: bool) -> Tier:
     """The tier of `relative_deviation_g`; `proven` where a bound over every input there is, not only over the prompts, is
     small enough and nothing that was measured speaks against it."""
-    tier, proof = tier_of(measures["relative_deviation_g"], config, constant=constant), measures["proof"]
-    if tier not in ("invariant", "at round-off") or measures["not_finite"] or not proof or not proof["closed"]:
+    tier, proof = tier_of(measures["relative_deviation_g"], config, constant=constant), measures.get("proof")
+    bound = proof["bound"] if proof and proof["closed"] else None
+    if tier not in ("invariant", "at round-off") or measures["not_finite"] or bound is None:
         return tier
-    return "proven" if proof["bound"] <= config.max_worst_row_deviation else tier
+    return "proven" if bound <= config.max_worst_row_deviation else tier
 
 
 def make_checks(
@@ -150,7 +151,7 @@ def make_checks(
             float(len(not_finite)),
             0.0,
             "<=",
-            "NaN or infinity in " + "; ".join(not_finite[:3]) + ": training diverged: use an earlier checkpoint"
+            "NaN or infinity in " + "; ".join(causes(not_finite)[:3]) + ": training diverged: use an earlier checkpoint"
             if not_finite
             else "",
         ),
@@ -258,6 +259,15 @@ def make_checks(
         ),
     ]
     return [as_written(check) for check in checks]
+
+
+def causes(not_finite: list[str]) -> list[str]:
+    """What is not finite, in the order in which it explains the rest: ids, weights, tensors, then logits of whole kinds."""
+
+    def rank(name: str) -> int:
+        return 0 if " of id " in name else 1 if name.startswith("weight") else 3 if name.startswith("logits") else 2
+
+    return sorted(not_finite, key=rank)
 
 
 def as_written(check: Check) -> Check:

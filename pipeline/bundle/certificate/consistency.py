@@ -120,6 +120,8 @@ def _every_input(measures: Tree) -> str | None:
     row, proof = measures["worst_row"], measures["proof"]
     if row and row["max"] != largest(_flat(row["per_head"])):
         return "measures.worst_row.max is not the largest of its heads"
+    if row and min(row["starts"], row["steps"]) < 1:
+        return "measures.worst_row: a search without starts or steps"
     if not proof:
         return None
     bound = proof["bound"]

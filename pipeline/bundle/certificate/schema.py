@@ -68,7 +68,8 @@ class Deviation(Part):
 
 
 class QueryDeviation(Part):
-    """RMS(q dG) / RMS(q G) over the tokens of a kind of prompts, in fp64; dG: the difference to the cached G_LM."""
+    """RMS(q dG) / RMS(q G) of the worst prompt of each kind, and of the worst rows that a search found, in fp64; dG: the
+    difference to the reference G_LM."""
 
     max: Number
     worst: Spot
@@ -84,8 +85,8 @@ class Head(Part):
 
 
 class WorstRow(Part):
-    """The largest relative deviation that a search over all rows of the density matrix found [L,H]: from `starts` random
-    rows and `rows_from_prompts` of the prompts, `steps` each."""
+    """The largest relative deviation that a search over all rows of the density matrix found [L,H]: from `starts` sets of
+    rows, `steps` each. `rows_from_prompts`: how many rows of prompts they were chosen from, besides random ones."""
 
     max: Number
     worst: Head

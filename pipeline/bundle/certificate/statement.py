@@ -66,15 +66,13 @@ def _verdict(certificate: Tree, tier: Tier, failed: list[str]) -> str:
         return f"G_LM must not be cached as if it were exact; failed: {', '.join(failed)}"
     if tier == "constant by construction":
         return "G_LM may be cached: it is constant by construction, so caching it is exact"
-    deviation, row, proof = measures["relative_deviation_g"], measures["worst_row"], measures["proof"]
-    allowed = certificate["thresholds"]["max_relative_deviation_g"]
+    name, allowed = "" if tier == "proven" else f"{tier}; ", certificate["thresholds"]["max_relative_deviation_g"]
     found = (
-        f"over the prompts it deviates by at most {deviation:.1e} of its size in the worst head ({tier}; allowed {allowed:g}), "
-        f"and over the worst rows that a search found by {row['max']:.1e}"
+        f"over the prompts it deviates by at most {measures['relative_deviation_g']:.1e} of its size in the worst head "
+        f"({name}allowed {allowed:g}), and over the worst rows that a search found by {measures['worst_row']['max']:.1e}"
     )
-    if tier == "proven":
-        return f"G_LM may be cached: {EXACT} {rounded_up(proof['bound']):.1e} (proven); {found.replace('proven; ', '')}"
-    return f"G_LM may be cached: {found}"
+    proven = f"{EXACT} {rounded_up(measures['proof']['bound']):.1e} (proven); " if tier == "proven" else ""
+    return f"G_LM may be cached: {proven}{found}"
 
 
 def _alive(certificate: Tree) -> str:
@@ -84,9 +82,11 @@ def _alive(certificate: Tree) -> str:
     if not effects:
         return ""
     alive = effects["alive_layers"]
-    where = _layers(alive, of) if alive else "the layers together"
-    costs = "costs" if alive else "nowhere costs"
-    words = f"Attention is alive in {where}: G = 0 in one layer alone {costs} {least:g} nats or more"
+    if not alive:
+        return (
+            f"Attention is alive in the layers together: G = 0 in one layer alone nowhere costs {least:g} nats or more"
+        )
+    words = f"Attention is alive in {_layers(alive, of)}: G = 0 in one layer alone costs {least:g} nats or more"
     if certificate["model"]["g_source"] == "identity":
         return words
     better = [i for i, value in enumerate(effects["per_layer"]["identity"]) if value is not None and value >= least]
@@ -102,7 +102,7 @@ def _plain(certificate: Tree) -> str:
     losses = certificate["measures"]["losses"]
     if certificate["model"]["g_source"] == "identity" or losses.get("plain") is None:
         return ""
-    identity, plain = losses["identity"] - losses["cached"], losses["plain"] - losses["cached"]
+    identity, plain = (round(losses[name] - losses["cached"], 3) + 0.0 for name in ("identity", "plain"))  # no -0.000
     return (
         f"Of the {identity:.3f} nats that G_LM is worth beyond the identity, {plain:.3f} are more than plain attention with "
         "rotated frequencies does (G_LM projected on it)"

@@ -115,7 +115,8 @@ def summary_lines(certificate: dict[str, Any]) -> list[str]:
 
 
 def _needs(check: dict[str, Any]) -> str:
-    return f"{beside(check['value'], check['threshold'])} (needs {check['bound']} {check['threshold']:g})"
+    value, threshold = check["value"], check["threshold"]
+    return f"{beside(value, threshold)} (needs {check['bound']} {threshold:.9g})"
 
 
 def _version(name: str) -> str | None:

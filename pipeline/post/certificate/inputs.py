@@ -5,6 +5,8 @@ Certificates before schema 5 have fewer of these measures; what one does not hav
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.bundle.certificate.consistency import largest
 from pipeline.bundle.certificate.statement import rounded_up, sampled
 from pipeline.post.certificate.grids import Tree, grid, worst
@@ -12,15 +14,17 @@ from pipeline.report.numbers import number
 
 
 def kinds(certificate: Tree) -> list[Tree]:
-    """A row for each kind of prompts: how many, how long, and the deviation of G_LM over them."""
+    """A row for each kind of prompts: how many, how long, and the deviation of G_LM over them. What the queries were measured
+    over besides, such as rows that a search found, has no number."""
     measures = certificate["measures"]
     found = {name: tensors.get("G_LM", {}) for name, tensors in measures["deviations"].items()}
     query = (measures.get("query_deviation") or {}).get("by_kind", {})
+    sizes: dict[str, Sequence[int | None]] = {**dict.fromkeys(query, (None, None)), **certificate["prompts"]["kinds"]}
     return [
-        {"name": kind, "count": count, "length": length, "query": query.get(kind)}
+        {"name": kind, "count": sizes[kind][0], "length": sizes[kind][1], "query": query.get(kind)}
         | {precision: of.get("by_kind", {}).get(kind) for precision, of in found.items()}
         | {f"rms_{precision}": of.get("rms_deviation_by_kind", {}).get(kind) for precision, of in found.items()}
-        for kind, (count, length) in certificate["prompts"]["kinds"].items()
+        for kind in dict.fromkeys((*certificate["prompts"]["kinds"], *sizes))
     ]
 
 

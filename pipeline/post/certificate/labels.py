@@ -12,7 +12,7 @@ Tree = dict[str, Any]
 CHECK_LABELS = {
     "held_out_prompts": "distinct held-out prompts",
     "ids_covered": "ids of the vocabulary that some prompt holds",
-    "not_finite": "tensors with NaN or infinity",
+    "not_finite": "weights, tensors and logits with NaN or infinity",
     "relative_deviation_g": "how much G_LM changes with the input (worst head, worst prompt)",
     "relative_deviation_g_fp32": "the same in the model's own precision",
     "query_deviation_g": "how much the input changes G_LM in the directions of the queries",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.bundle.certificate.checks import causes
 from pipeline.bundle.certificate.rules import FULL_PROMPTS
 from pipeline.bundle.certificate.statement import rounded_up
 from pipeline.bundle.certificate.verdict import looser
@@ -86,6 +87,7 @@ def _content(certificate: Tree, evidence: Evidence) -> Tree:
         "name": evidence.name,
         "c": certificate,
         "m": measures,
+        "not_finite": causes(measures["not_finite"]),
         "pages": evidence.pages,
         "verdict": plain_verdict(certificate),
         "failures": failures(certificate),

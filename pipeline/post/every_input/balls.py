@@ -67,6 +67,10 @@ def magnitude(value: arb) -> arb:
     return value.abs_upper()
 
 
+def product(first: arb, second: arb) -> arb:
+    return first * second
+
+
 def root(value: arb) -> arb:
     """An upper bound of the square root of a number that is known to be >= 0, whatever its ball says; exact."""
     top = value.upper()

@@ -105,8 +105,10 @@ def normalized(w: Ellipsoid, epsilon: float, cost: np.ndarray) -> Ellipsoid | No
     cut = _cut(y)
     if cut is None:
         return None
-    axis, across = cut
-    n = _on_sphere(axis, across, cost)
+    try:
+        n = _on_sphere(*cut, cost)
+    except ZeroDivisionError:  # balls too wide to divide by
+        return None
     return Ellipsoid(column(n.center.entries()[:size]), _cropped(n.shape)).mapped(identity(size) * arb(size).sqrt())
 
 
@@ -129,7 +131,10 @@ def _cut(y: Ellipsoid) -> tuple[arb_mat, arb_mat] | None:
     cone = y.center * y.center.transpose() - y.shape
     spread = y.shape.trace().mid()
     scale = inner(y.center, y.center) + spread
-    _, vectors = np.linalg.eigh(np.array(midpoints(cone / scale.mid())))
+    floats = np.array(midpoints(cone / scale.mid()))
+    if not np.isfinite(floats).all():
+        return None
+    _, vectors = np.linalg.eigh(floats)
     axis = column([float(entry) for entry in vectors[:, -1]])
     for _ in range(POLISHES):  # any axis would do; a good one saves the widening below
         axis = cone * axis + axis * spread
@@ -167,7 +172,10 @@ def _on_sphere(axis: arb_mat, cut: arb_mat, cost: np.ndarray) -> Ellipsoid:
 def _multipliers(axis: arb_mat, across: arb_mat, longest: float, half: float, cost: np.ndarray) -> tuple[float, float]:
     """k half^2 and b |T| of step 3, by their cost in floats."""
     axis_K = np.array(midpoints(axis))[:, 0]
-    values, vectors = np.linalg.eigh(np.array(midpoints(across)))
+    floats = np.array(midpoints(across))
+    if not np.isfinite(floats).all():
+        return 1.0, 0.0
+    values, vectors = np.linalg.eigh(floats)
     values = values.clip(min=0.0)
     weights = ((cost @ vectors[: cost.shape[1]]) ** 2).sum(0)
     along = float(((cost @ axis_K[: cost.shape[1]]) ** 2).sum())

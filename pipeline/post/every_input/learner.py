@@ -16,7 +16,19 @@ import numpy as np
 from flint import arb, arb_mat
 from torch import nn
 
-from pipeline.post.every_input.balls import column, diagonal, each, exact, identity, inner, magnitude, root, scale_rows
+from pipeline.post.every_input.balls import (
+    column,
+    diagonal,
+    each,
+    exact,
+    identity,
+    inner,
+    magnitude,
+    product,
+    root,
+    rounded_up,
+    scale_rows,
+)
 from pipeline.post.every_input.ellipsoid import Ellipsoid, centering, normalized, row_ball
 from pldr_model.layers import GLU
 from pldr_model.plga import PLGA, ResidualUnit
@@ -86,11 +98,11 @@ def _glu(glu: GLU, x: Tangent, domain: Ellipsoid) -> Tangent:
     rest = (
         each(_times_magnitude, value.rest, opened)
         + each(_times_magnitude, opened_rest, value.value)
-        + each(_product, opened_reach, value_reach)
+        + each(product, opened_reach, value_reach)
     )
-    slope = scale_rows(opened, value.slope) + scale_rows(each(_product, value.value, steepness), gate.slope)
-    product = Tangent(each(_product, opened, value.value), slope, rest)
-    return product.linear(exact(glu.w3.weight), exact(glu.w3.bias))
+    slope = scale_rows(opened, value.slope) + scale_rows(each(product, value.value, steepness), gate.slope)
+    gated = Tangent(each(product, opened, value.value), slope, rest)
+    return gated.linear(exact(glu.w3.weight), exact(glu.w3.bias))
 
 
 def _silu(x: arb) -> arb:
@@ -112,10 +124,6 @@ def sigmoid(x: arb) -> arb:
     return 1 / (1 + (-x).exp())
 
 
-def _product(x: arb, y: arb) -> arb:
-    return x * y
-
-
 def _times_magnitude(x: arb, y: arb) -> arb:
     return x * magnitude(y)
 
@@ -123,4 +131,4 @@ def _times_magnitude(x: arb, y: arb) -> arb:
 def _relative_radius(z: Ellipsoid, norm: nn.LayerNorm) -> float:
     size = z.shape.nrows()
     x = z.mapped(centering(size) * diagonal(exact(norm.weight).entries()), centering(size) * exact(norm.bias))
-    return float(root(x.shape.trace()) / (inner(x.center, x.center) + arb(size) * arb(norm.eps)).sqrt())
+    return rounded_up(root(x.shape.trace()) / (inner(x.center, x.center) + arb(size) * arb(norm.eps)).sqrt())

@@ -1,6 +1,6 @@
 """An upper bound for every input: how far G_LM of any head can be from the cached one, whatever the tokens and their number.
 
-All inputs of any length give the metric learner rows of one ball (every_input/rows.py says why), and `learned_rows` encloses
+All inputs of any length give the metric learner rows of one ball (rows.py says why), and `learned_rows` encloses
 what it makes of them. The rest of the way to G, A -> u = W A + b -> p = (u silu(u) + 1e-9)^P -> a p + b_a, is enclosed
 entry by entry around the set's center. The K rows of A are free of one another here.
 
@@ -13,8 +13,10 @@ Errors: none. A set that does not close gives a bound that is infinite, or large
 from __future__ import annotations
 
 import math
+from decimal import ROUND_CEILING, Context
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from flint import arb, arb_mat
 from torch import Tensor, nn
@@ -22,13 +24,14 @@ from torch import Tensor, nn
 from pipeline.post.every_input.balls import (
     PRECISION_BITS,
     column,
-    diagonal,
     each,
     exact,
     inner,
     largest_eigenvalue,
     magnitude,
+    midpoints,
     precision,
+    product,
     root,
     rooted_squares,
     rounded_up,
@@ -38,6 +41,8 @@ from pipeline.post.every_input.ellipsoid import Ellipsoid
 from pipeline.post.every_input.learner import learned_rows, sigmoid
 from pldr_model.model import Attention, DecoderLayer, PLDRModel
 from pldr_model.plga import METRIC_FLOOR, PLGA
+
+WRITTEN = Context(prec=9, rounding=ROUND_CEILING)
 
 
 class Head(NamedTuple):
@@ -54,6 +59,8 @@ def prove(model: PLDRModel, g_LHKK: Tensor) -> dict[str, Any]:
     """The certificate's `proof` of a model with a learned G, against the cached one; {} if G is a constant by construction."""
     if model.config.g_source != "learned":
         return {}
+    if not all(bool(weight.isfinite().all()) for weight in [*model.parameters(), g_LHKK]):
+        return _not_closed(model, "a weight or the cached G is not finite")
     per_head: list[list[float]] = []
     by_unit: list[list[float | None]] = []
     scores: list[float] = []
@@ -79,6 +86,19 @@ def prove(model: PLDRModel, g_LHKK: Tensor) -> dict[str, Any]:
     }
 
 
+def _not_closed(model: PLDRModel, reason: str) -> dict[str, Any]:
+    config = model.config
+    return {
+        "bound": None,
+        "per_head": [[None] * config.num_heads] * config.num_layers,
+        "closed": False,
+        "by_unit": [[None] * config.num_reslayerA] * config.num_layers,
+        "score_bound": [None] * config.num_layers,
+        "precision_bits": PRECISION_BITS,
+        "reason": reason,
+    }
+
+
 def _heads(layer: DecoderLayer) -> list[Head]:
     plga = cast(PLGA, layer.attention.plga)
     stacks = (plga.W, plga.b, plga.P, plga.a, plga.b_a)
@@ -90,30 +110,50 @@ def _deviation(head: Head, rows: Ellipsoid, g_KK: Tensor) -> arb:
 
     p(u) - p(u_0) = p'(u_0) du + r with du = W dA, and |r| <= |p' - p'(u_0)| |du| over the range of u.
     Entry by entry: |dG_ij| <= sum_k |a_ik| |dp_kj|, and |dp_kj| <= |p'_kj| |du_kj| or the range of p, whichever is less.
-    By column j, T_j = a diag(p'_j) W: |dG|^2 <= sum_j |T_j|^2 |dA_j|^2, and every row of dA is of the ellipsoid, so that
-    this is at most K times the largest eigenvalue of the shape with its entries times |T_i| |T_j|.
+    Or the linear part as a whole (`_linear_part`), and r entry by entry.
     """
-    size = g_KK.shape[0]
-    ones = column([1.0] * size)
+    ones = column([1.0] * g_KK.shape[0])
     u = head.W * ones * rows.center.transpose() + head.b
     du = each(magnitude, head.W) * ones * rows.half_widths().transpose()
     u_all = each(_spread, u, du)
-    p = each(_potential, u, head.P)
-    center = head.a * p + head.b_a - exact(g_KK)
+    p = each(_metric_power, u, head.P)
     slope, slope_all = each(_potential_slope, u, head.P), each(_potential_slope, u_all, head.P)
     a = each(magnitude, head.a)
-    dp = each(_least, each(_reach, slope_all, du), each(magnitude, each(_potential, u_all, head.P) - p))
-    by_entry = rooted_squares(a * dp)
-    bend = rooted_squares(a * each(_reach, slope_all - slope, du))
-    stretch = diagonal([_stretch(head, slope, j) for j in range(size)])
-    by_column = root(largest_eigenvalue(stretch * rows.shape * stretch) * size) + bend
-    return magnitude(rooted_squares(center) + _least(by_column, by_entry))
+    dp = each(_least, each(_reach, slope_all, du), each(magnitude, each(_metric_power, u_all, head.P) - p))
+    as_a_whole = _linear_part(head, slope, rows.shape) + rooted_squares(a * each(_reach, slope_all - slope, du))
+    center = rooted_squares(head.a * p + head.b_a - exact(g_KK))
+    return magnitude(center + _least(as_a_whole, rooted_squares(a * dp)))
 
 
-def _stretch(head: Head, slope: arb_mat, j: int) -> arb:
-    """An upper bound of the spectral norm of T_j."""
-    T = head.a * scale_rows(column([slope[k, j] for k in range(slope.nrows())]), head.W)
-    return root(largest_eigenvalue(T * T.transpose(), squarings=4))
+def _linear_part(head: Head, slope: arb_mat, shape: arb_mat) -> arb:
+    """An upper bound of |a (p' * W dA)| (* entry by entry) for K rows of dA of one ellipsoid.
+
+    Of its longest axis l the rows take multiples x_m l, |x| <= sqrt(K): |a (p' * W x l')|^2 = x' N x with
+    N = W' (a'a * p' diag(l^2) p'') W. The rest has the shape S - l l' >= 0 for l = S v / sqrt(v.S v), any v. There column j
+    of dG is a diag(p'_j) W dA_j, at most t_j |dA_j| with the Frobenius norm t_j, and all columns together are at most K times
+    the largest eigenvalue of the shape with its entries times t_i t_j.
+    """
+    size = shape.nrows()
+    gram_a, gram_W = head.a.transpose() * head.a, head.W * head.W.transpose()
+    squares = slope.transpose() * each(product, gram_a, gram_W) * slope
+    stretch = column([root(squares[j, j]) for j in range(size)])
+    axis = _longest_axis(shape, stretch)
+    weighted = scale_rows(each(product, axis, axis), slope.transpose())
+    form = head.W.transpose() * each(product, gram_a, slope * weighted) * head.W
+    rest = scale_rows(stretch, scale_rows(stretch, shape - axis * axis.transpose()).transpose())
+    return magnitude(root(largest_eigenvalue(form) * size) + root(largest_eigenvalue(rest) * size))
+
+
+def _longest_axis(shape: arb_mat, stretch: arb_mat) -> arb_mat:
+    """S v / sqrt(v.S v), v near the top eigenvector of the stretched shape; 0 where that is not to be had."""
+    stretched = scale_rows(stretch, scale_rows(stretch, shape).transpose())
+    floats = np.array(midpoints(stretched / stretched.trace().mid()))
+    if np.isfinite(floats).all():
+        v = scale_rows(stretch, column(np.linalg.eigh(floats)[1][:, -1].tolist()))
+        length = inner(v, shape * v)
+        if length > 0:
+            return shape * v / length.sqrt()
+    return column([0.0] * shape.nrows())
 
 
 def _spread(center: arb, radius: arb) -> arb:
@@ -128,20 +168,22 @@ def _least(x: arb, y: arb) -> arb:
     return x if x < y else y
 
 
-def _metric(u: arb) -> arb:
-    """A_LM of u; at least METRIC_FLOOR, also where the ball of u crosses zero."""
-    floor = arb(METRIC_FLOOR)
-    value = u * u * sigmoid(u) + floor
-    return value if value >= floor else floor.union(value.upper())
+def _sigmoid(x: arb) -> arb:
+    """On a wide ball too: sigma rises."""
+    return sigmoid(x) if x.is_exact() else sigmoid(x.lower()).union(sigmoid(x.upper()))
 
 
-def _potential(u: arb, P: arb) -> arb:
-    return _metric(u) ** P
+def _metric_power(u: arb, exponent: arb) -> arb:
+    """A_LM of u to a power; A_LM is at least METRIC_FLOOR, also where the ball of u crosses zero."""
+    value, floor = u * u * _sigmoid(u) + METRIC_FLOOR, arb(METRIC_FLOOR)
+    low, high = value.lower(), value.upper()
+    low = low if low > floor else floor
+    return low**exponent if low == high else (low**exponent).union(high**exponent)
 
 
 def _potential_slope(u: arb, P: arb) -> arb:
-    s = sigmoid(u)
-    return P * _metric(u) ** (P - 1) * u * s * (2 + u * (1 - s))
+    s = _sigmoid(u)
+    return P * _metric_power(u, P - 1) * u * s * (2 + u * (1 - s))
 
 
 def _relative(deviation: arb, g_KK: Tensor) -> float:
@@ -178,7 +220,8 @@ def _longest(weight_KD: arb_mat, bias_K: arb_mat, norm: nn.LayerNorm) -> arb:
 
 
 def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    """As a certificate writes it, with nine digits, but rounded up; None for infinity."""
+    return float(WRITTEN.create_decimal_from_float(value)) if math.isfinite(value) else None
 
 
 def _reason(per_head: list[list[float]], by_unit: list[list[float | None]]) -> str:

@@ -38,52 +38,62 @@ BATCH_ROWS = 1024  # through the metric learner at once: 120 MB of gradients in 
 BATCH_ENTRIES = 1 << 21  # of G_LM at once: 17 MB
 
 
-class PromptRows(NamedTuple):
-    """Rows that prompts produced, as starts. single: L tensors [P,K]; sets_LHKK: all rows of each head's worst prompt."""
+class Seen(NamedTuple):
+    """What prompts showed the metric learner. rows: L tensors [P,K], and sets_LHKK, all rows of each head's worst prompt: the
+    search starts there. queries_LHKK: the mean of q^T q over their tokens."""
 
-    single: list[Tensor]
+    rows: list[Tensor]
     sets_LHKK: Tensor
+    queries_LHKK: Tensor
 
 
-def search_worst_rows(
-    model: PLDRModel, g_LHKK: Tensor, *, seed: int, prompts: PromptRows | None = None
-) -> dict[str, Any]:
-    """The largest deviation found: `max`, where (`worst`), `per_head`, and how it was searched. The same seed gives the same
+class Found(NamedTuple):
+    """record: the largest deviation (`max`), where (`worst`), `per_head`, and how it was searched; the certificate's
+    `worst_row`. query_LH: the largest RMS(q dG) / RMS(q G) on the way, with the queries that were seen."""
+
+    record: dict[str, Any]
+    query_LH: Tensor
+
+
+def search_worst_rows(model: PLDRModel, g_LHKK: Tensor, seen: Seen, *, seed: int) -> Found:
+    """Search every layer and head. The same seed gives the same
     digits on the same machine. A deviation that is not finite is infinite. Only for a model that learns its G. Collective: each
     rank searches some of the layers."""
     plgas = learned_layers(model)
     mine = []
     for layer in range(*bounds(len(plgas))):
         generator = torch.Generator().manual_seed(seed + layer)  # so that the result does not depend on the ranks
-        search = _Search(RowFunction(plgas[layer]), g_LHKK[layer].to(plgas[layer].W.device).double(), generator)
-        singles = [prompts.single[layer]] if prompts is not None else []
-        sets = [prompts.sets_LHKK[layer].unsqueeze(0)] if prompts is not None else []
-        mine.append(search.run(singles, sets).tolist())
-    worst_LH = torch.tensor([of_layer for part in gathered(mine) for of_layer in part], dtype=torch.float64)
+        search = _Search(RowFunction(plgas[layer]), g_LHKK[layer], seen.queries_LHKK[layer], generator)
+        search.run(seen.rows[layer], seen.sets_LHKK[layer])
+        mine.append([search.best_H.tolist(), search.best_query_H.tolist()])
+    every_L2H = torch.tensor([of_layer for part in gathered(mine) for of_layer in part], dtype=torch.float64)
+    worst_LH = every_L2H[:, 0]
     layer, head = divmod(int(worst_LH.argmax()), worst_LH.shape[1])
-    return {
+    record = {
         "max": float(worst_LH.max()),
         "worst": {"layer": layer, "head": head},
         "per_head": worst_LH.tolist(),
-        "starts": 2 * BEST_ROWS + 2 * RANDOM_STARTS + (prompts is not None),
+        "starts": 2 * BEST_ROWS + 2 * RANDOM_STARTS + 1,
         "steps": STEPS,
         "seed": seed,
-        "rows_from_prompts": sum(len(rows) for rows in prompts.single) if prompts is not None else 0,
+        "rows_from_prompts": sum(len(rows) for rows in seen.rows),
     }
+    return Found(record, every_L2H[:, 1])
 
 
 class _Search:
-    """The search in one layer. `best_H` grows with whatever is evaluated."""
+    """The search in one layer. `best_H` and `best_query_H` grow with whatever is evaluated."""
 
-    def __init__(self, function: RowFunction, g_HKK: Tensor, generator: torch.Generator) -> None:
-        self.function, self.g_HKK, self.generator = function, g_HKK, generator
-        self.scale_H = g_HKK.square().mean(dim=(-2, -1)).sqrt()
-        self.best_H = torch.zeros_like(self.scale_H)
+    def __init__(self, function: RowFunction, g_HKK: Tensor, queries_HKK: Tensor, generator: torch.Generator) -> None:
+        self.function, self.generator = function, generator
+        self.g_HKK = g_HKK.to(function.plga.W)
+        self.queries_HKK = queries_HKK.to(self.g_HKK)
+        self.best_H = self.best_query_H = torch.zeros(len(g_HKK)).to(self.g_HKK)
 
-    def run(self, singles: list[Tensor], sets: list[Tensor]) -> Tensor:
-        """The worst deviation of every head, [H]."""
+    def run(self, rows_PK: Tensor, set_HKK: Tensor) -> None:
+        """Search from these rows and this set of rows, and from others."""
         H, K, _ = self.g_HKK.shape
-        rows_PK = torch.cat([each.to(self.g_HKK) for each in (poles(K), self._random(RANDOM_ROWS, K), *singles)])
+        rows_PK = torch.cat([each.to(self.g_HKK) for each in (poles(K), self._random(RANDOM_ROWS, K), rows_PK)])
         A_PK = self.function.learned(rows_PK)
         repeated_MH = self._best_repeated(A_PK)
         mixed_MHK = self._mixed(A_PK, repeated_MH)
@@ -92,18 +102,21 @@ class _Search:
             rows_PK[mixed_MHK],
             self._random(RANDOM_STARTS, 1, 1, K).expand(-1, H, K, K),
             self._random(RANDOM_STARTS, H, K, K),
-            *(each.to(self.g_HKK) for each in sets),
+            set_HKK.to(self.g_HKK).unsqueeze(0),
         ]
         for z_MHKK in torch.split(torch.cat(starts), max(1, BATCH_ROWS // (H * K))):
             self._ascend(z_MHKK)
-        return self.best_H
 
     def _deviation(self, A_MHKK: Tensor) -> Tensor:
         """Relative deviation of G_LM, [M,H]; infinity where it is not finite."""
-        squared_MH = (self.function.energy_curvature(A_MHKK) - self.g_HKK).square().mean(dim=(-2, -1))
-        deviation_MH = torch.where(squared_MH == 0, squared_MH, squared_MH.sqrt() / self.scale_H)
-        deviation_MH = deviation_MH.where(deviation_MH.isfinite(), math.inf)
+        difference_MHKK = self.function.energy_curvature(A_MHKK) - self.g_HKK
+        deviation_MH = _ratio(difference_MHKK.square(), self.g_HKK.square())
         self.best_H = torch.maximum(self.best_H, deviation_MH.detach().amax(dim=0))
+        with torch.no_grad():  # |q x|^2 summed over queries is the sum of x * (q^T q x)
+            query_MH = _ratio(
+                difference_MHKK * (self.queries_HKK @ difference_MHKK), self.g_HKK * (self.queries_HKK @ self.g_HKK)
+            )
+            self.best_query_H = torch.maximum(self.best_query_H, query_MH.amax(dim=0))
         return deviation_MH
 
     def _gradient(self, deviation_MH: Tensor, of: Tensor) -> Tensor:
@@ -153,3 +166,10 @@ class _Search:
         """Random rows of the greatest norm, on the layer's device."""
         drawn = torch.randn(shape, dtype=torch.float64, generator=self.generator)
         return project(drawn * shape[-1]).to(self.g_HKK.device)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """Square root of the ratio of two sums over entries [...,K,K]; 0 where the first is 0, infinity where it is not finite."""
+    top, bottom = above.sum(dim=(-2, -1)).clamp_min(0), below.sum(dim=(-2, -1)).clamp_min(0)
+    ratio = torch.where(top == 0, top, top.sqrt() / bottom.sqrt())
+    return ratio.where(ratio.isfinite(), math.inf)

@@ -3,7 +3,7 @@
 Background: a head's RMS is that of all directions, also of those in which no query points. A G_LM that is huge there would make
 every movement look small. So the movement of q G_LM is measured too, relative to q G_LM over the tokens of a kind.
 
-The rows are starts of the search for the worst rows (every_input/search.py). Everything is streamed.
+The rows are starts of the search for the worst rows (pipeline/post/every_input/search.py). Everything is streamed.
 
 Shapes: B prompts in a batch, S tokens, L layers, H heads, K head dim.
 """
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from pipeline.distributed import merged
 from pipeline.post.every_input.rows import learned_layers, normalised
-from pipeline.post.every_input.search import PromptRows
+from pipeline.post.every_input.search import Found, Seen
 from pipeline.post.measure.deviation import worst_of
 from pipeline.post.measure.passes import LivePass
 from pipeline.post.measure.prompts import PromptKind
-from pipeline.post.measure.statistics import QueryRatio, Top, deviation_of_each
+from pipeline.post.measure.worst import Moment, QueryRatio, RowSets, Top, deviation_of_each
 from pldr_model.model import PLDRModel
 
+SEARCHED = "worst_rows"  # beside the kinds of prompts
 KEPT_ROWS = 64  # of every layer: those whose row of A is farthest from the mean
 
 
@@ -41,7 +42,7 @@ class CloseLook:
         self._g_LHKK, self._a_LK = references["G_LM"], references["A"].mean(dim=(1, 2))
         self._ratios = {kind.name: QueryRatio() for kind in kinds}
         self._rows = [Top(KEPT_ROWS) for _ in self._plgas]
-        self._sets = RowSets()
+        self._sets, self._density = RowSets(), Moment()
         self._queries: dict[int, Tensor] = {}  # of the last pass, by layer: [B,H,S,K]
 
     @contextmanager
@@ -61,57 +62,39 @@ class CloseLook:
 
     def __call__(self, live: LivePass) -> None:
         """Add one batch."""
-        moved, size, rows = [], [], []
+        moved, size, rows, densities = [], [], [], []
         for layer, plga in enumerate(self._plgas):
             q_BHSK = self._queries[layer].double()
             reference_HKK = self._g_LHKK[layer].to(q_BHSK.device)
             moved.append(_squares(q_BHSK @ (live.tensors["G_LM"][:, layer].double() - reference_HKK)))
             size.append(_squares(q_BHSK @ reference_HKK))
-            rows_BHKK = normalised(q_BHSK.mT @ q_BHSK, plga.density_norm)
+            density_BHKK = q_BHSK.mT @ q_BHSK
+            densities.append(density_BHKK.sum(dim=0))
+            rows_BHKK = normalised(density_BHKK, plga.density_norm)
             distance_BHK = (live.tensors["A"][:, layer].double() - self._a_LK[layer].to(q_BHSK.device)).norm(dim=-1)
             self._rows[layer].update(distance_BHK.flatten(), rows_BHKK.flatten(end_dim=2))
             rows.append(rows_BHKK)
         tokens = live.ids_BS.shape[1]
         self._ratios[live.kind.name].update(torch.stack(moved, dim=1), torch.stack(size, dim=1), tokens=tokens)
+        self._density.update(torch.stack(densities), count=live.ids_BS.numel())
         self._sets.update(deviation_of_each(live.tensors["G_LM"], self._g_LHKK), torch.stack(rows, dim=1))
 
     def merge_ranks(self) -> None:
         """Add what the other ranks have seen. Collective."""
         self._ratios = {kind: merged(ratio) for kind, ratio in self._ratios.items()}
         self._rows = [merged(top) for top in self._rows]
-        self._sets = merged(self._sets)
+        self._sets, self._density = merged(self._sets), merged(self._density)
 
-    def query_deviation(self) -> dict[str, Any]:
-        """The certificate's `query_deviation`: RMS(q dG) of the worst prompt, over RMS(q G) over its kind, per head."""
-        return worst_of({kind: ratio.per_head() for kind, ratio in self._ratios.items() if ratio.count})
+    def seen(self) -> Seen:
+        """The rows that moved A or G_LM most, and the queries' second moments."""
+        rows = [top.beside for top in self._rows if top.beside is not None]
+        return Seen(rows, self._sets.rows_LHKK, self._density.mean())
 
-    def prompt_rows(self) -> PromptRows:
-        """The rows that moved A or G_LM most."""
-        return PromptRows([top.beside for top in self._rows if top.beside is not None], self._sets.rows_LHKK)
-
-
-class RowSets:
-    """Streaming: for every head the rows of the prompt whose G_LM deviates most, [L,H,K,K]."""
-
-    def __init__(self) -> None:
-        self.deviation_LH = self.rows_LHKK = torch.zeros(0)
-
-    def update(self, deviation_BLH: Tensor, rows_BLHKK: Tensor) -> None:
-        """Add B more prompts."""
-        other = RowSets()
-        other.deviation_LH, prompt_LH = deviation_BLH.cpu().max(dim=0)
-        layer_L1, head_1H = (torch.arange(n) for n in prompt_LH.shape)
-        other.rows_LHKK = rows_BLHKK[prompt_LH.to(rows_BLHKK.device), layer_L1.unsqueeze(1), head_1H].cpu()
-        self.merge(other)
-
-    def merge(self, other: RowSets) -> None:
-        """Add what another accumulator has seen."""
-        if not len(self.deviation_LH) or not len(other.deviation_LH):
-            self.__dict__.update((self if len(self.deviation_LH) else other).__dict__)
-            return
-        more_LH = other.deviation_LH > self.deviation_LH
-        self.deviation_LH = torch.where(more_LH, other.deviation_LH, self.deviation_LH)
-        self.rows_LHKK = torch.where(more_LH[..., None, None], other.rows_LHKK, self.rows_LHKK)
+    def query_deviation(self, searched: Found) -> dict[str, Any]:
+        """The certificate's `query_deviation`, per head: RMS(q dG) of the worst prompt, over RMS(q G) over its kind.
+        A kind of its own, SEARCHED, are the worst rows that the search found, with these prompts' queries."""
+        by_kind = {kind: ratio.per_head() for kind, ratio in self._ratios.items() if ratio.count}
+        return worst_of({**by_kind, SEARCHED: searched.query_LH})
 
 
 def _squares(x_BHSK: Tensor) -> Tensor:

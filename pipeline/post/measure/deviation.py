@@ -18,7 +18,8 @@ from pipeline.distributed import merged, share
 from pipeline.post.measure.observe import TENSORS, Observation, batches, tensors_of
 from pipeline.post.measure.passes import LivePass, live_pass
 from pipeline.post.measure.prompts import PromptKind
-from pipeline.post.measure.statistics import Spread, Worst, relative_deviation
+from pipeline.post.measure.statistics import Spread, relative_deviation
+from pipeline.post.measure.worst import Worst
 from pldr_model.model import PLDRModel
 
 

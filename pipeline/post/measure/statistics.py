@@ -156,81 +156,6 @@ class Pair:
         }
 
 
-class Top:
-    """The `keep` largest of a stream of values, each with something beside it (a prompt's index, a row); of equal ones the
-    first. NaN counts as larger than any number."""
-
-    def __init__(self, keep: int) -> None:
-        self.keep = keep
-        self.values_N = torch.zeros(0, dtype=torch.float64)
-        self.beside: Tensor | None = None
-
-    def update(self, values_N: Tensor, beside: Tensor) -> None:
-        """Add N more values, and what is beside each of them [N,...]."""
-        largest = values_N.detach().double().sort(descending=True, stable=True).indices[: self.keep]
-        other = Top(self.keep)
-        other.values_N, other.beside = values_N.detach().double()[largest].cpu(), beside.detach()[largest].cpu()
-        self.merge(other)
-
-    def merge(self, other: Top) -> None:
-        """Add what another accumulator has seen."""
-        if other.beside is None:
-            return
-        beside = other.beside if self.beside is None else torch.cat([self.beside, other.beside])
-        values_N, order = torch.cat([self.values_N, other.values_N]).sort(descending=True, stable=True)
-        self.values_N, self.beside = values_N[: self.keep], beside[order[: self.keep]]
-
-
-class Worst:
-    """Streaming maximum over prompts of the relative deviation of tensors [N,L,H,K,K] from a reference: per prompt the RMS over
-    entries, over that of the reference's head. Also the `keep` worst prompts, and how many are above `above` in any head."""
-
-    def __init__(self, reference_LHKK: Tensor, *, keep: int, above: float) -> None:
-        self.reference_LHKK, self.above = reference_LHKK, above
-        self.max_LH = torch.zeros(reference_LHKK.shape[:2], dtype=torch.float64)
-        self.prompts = Top(keep)
-        self.num_above = 0
-
-    def update(self, x_NLHKK: Tensor, *, start: int) -> None:
-        """Add N more prompts, `start` being the index of the first."""
-        deviation_NLH = deviation_of_each(x_NLHKK, self.reference_LHKK)
-        of_prompt_N = deviation_NLH.amax(dim=(1, 2))
-        self.max_LH = torch.maximum(self.max_LH, deviation_NLH.amax(dim=0))
-        self.prompts.update(of_prompt_N, torch.arange(start, start + len(of_prompt_N)))
-        self.num_above += len(of_prompt_N) - int((of_prompt_N <= self.above).sum())
-
-    def merge(self, other: Worst) -> None:
-        """Add what another accumulator has seen."""
-        self.max_LH = torch.maximum(self.max_LH, other.max_LH)
-        self.prompts.merge(other.prompts)
-        self.num_above += other.num_above
-
-
-class QueryRatio:
-    """Streaming RMS(q dG) / RMS(q G) per head: above, the largest over prompts of the RMS over a prompt's tokens; below, the
-    RMS over all tokens."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._largest_LH = self._sum_LH = torch.zeros((), dtype=torch.float64)
-
-    def update(self, moved_BLH: Tensor, size_BLH: Tensor, *, tokens: int) -> None:
-        """Add B prompts of `tokens` tokens each: |q dG|^2 and |q G|^2, summed over tokens and entries."""
-        self._largest_LH = torch.maximum(self._largest_LH, moved_BLH.amax(dim=0).cpu() / tokens)
-        self._sum_LH = self._sum_LH + size_BLH.sum(dim=0).cpu()
-        self.count += tokens * len(size_BLH)
-
-    def merge(self, other: QueryRatio) -> None:
-        """Add what another accumulator has seen."""
-        self._largest_LH = torch.maximum(self._largest_LH, other._largest_LH)
-        self._sum_LH = self._sum_LH + other._sum_LH
-        self.count += other.count
-
-    def per_head(self) -> Tensor:
-        """The ratio, [L,H]; 0 where q G never moves."""
-        return relative(self._largest_LH.sqrt(), (self._sum_LH / self.count).sqrt())
-
-
 def _order(error: Tensor, total: Tensor, square: Tensor, entries: int) -> tuple[Tensor, Tensor]:
     """RMSE / |mean| and RMSE / RMS from sums over `entries` entries of each of two runs; 0 where the error is 0."""
     rmse = (error / entries).sqrt()
@@ -246,13 +171,6 @@ def _mean_over_entries(x_LHKK: Tensor) -> Tensor:
 def relative_deviation(spread: Spread, reference_LHKK: Tensor, *, scale_LH: Tensor) -> Tensor:
     """RMS of `x - reference` over `scale` (the head's RMS), [L,H]; 0 where a head never leaves an exact zero."""
     return relative(spread.rms_from(reference_LHKK), scale_LH)
-
-
-def deviation_of_each(x_NLHKK: Tensor, reference_LHKK: Tensor) -> Tensor:
-    """Of each prompt and head: RMS over entries of `x - reference`, over that of the reference's head, [N,L,H] on the CPU."""
-    x_NLHKK, reference = x_NLHKK.detach().double(), reference_LHKK.to(x_NLHKK.device).double()
-    deviation_NLH = _mean_over_entries((x_NLHKK - reference).square()).sqrt()
-    return relative(deviation_NLH, _mean_over_entries(reference.square()).sqrt()).cpu()
 
 
 def relative(deviation: Tensor, scale: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_elsewhere_and_later(capsys, mo
     shutil.copytree(tmp_path / "run", other)
     merge_log(tmp_path / "mlflow.db")
     shutil.copy(tmp_path / "mlflow.db", other.parent)  # with its store: else it would be refused as a copy
-    settings = ["post.max_format_loss=1", "post.register_as=null"]
+    settings = ["post.max_format_loss=0.1", "post.register_as=null"]
     moved = [f"run_dir={other}"]
     environment = {**os.environ, "PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo"}
     for weight_format in ("int8", "fp32"):

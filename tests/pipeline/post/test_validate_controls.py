@@ -96,7 +96,7 @@ def test_fewer_prompts_than_required_are_not_certified_by_accident(
 ) -> None:
     post = tiny.post.model_copy(update={"prompts": 100, "min_prompts": 100})
     certificate = tiny.certify(invariant, text[:16], post=post)
-    assert failed(certificate) == {"held_out_prompts"} and certificate["tier"] == "at round-off"
+    assert failed(certificate) == {"held_out_prompts"} and certificate["tier"] == "proven"
     assert "16 different held-out prompts are too few" in certificate["failed"][0]["fix"]
     certificate = tiny.certify(invariant, text)  # min_prompts lowered on purpose
     assert certificate["verdict"] == "certified" and "judged by 16 held-out prompts only" in certificate["statement"]

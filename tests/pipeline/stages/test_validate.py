@@ -11,9 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
+
+from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.io.storage import publish_json
-from pipeline.stages.validate import _twin
+from pipeline.stages.trained import HeldOut
+from pipeline.stages.validate import _twin, judge
+from pipeline.tokenizer import Tokenizer
+from pldr_model.model import PLDRModel
 
 
 def test_the_twin_is_shown_and_marked_when_its_prompts_differ(
@@ -31,6 +38,36 @@ def test_the_twin_is_shown_and_marked_when_its_prompts_differ(
     assert found["loss"] == certificate["measures"]["losses"]["block"] and "over the same prompts" in found["note"]
     publish_json(target, {**certificate, "prompts": {**certificate["prompts"], "sha256": "0" * 64}})
     assert "cannot be compared" in twin(twin=str(tmp_path))["note"]
+
+
+def test_what_the_run_knows_of_its_prompts_is_handed_on(
+    tiny: SimpleNamespace,
+    invariant: PLDRModel,
+    text: torch.Tensor,
+    tokenizer_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, Any] = {}
+    for name, value in {
+        "pipeline.post.weights.load_weights": (invariant, {}),
+        "pipeline.post.extract.load_g": SimpleNamespace(g_lm=None),
+        "pipeline.stages.trained.require_same": None,
+        "pipeline.stages.trained.held_out": HeldOut(text, 11),
+    }.items():
+        monkeypatch.setattr(name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr("pipeline.stages.trained.as_trained", lambda config, *_: config)
+    monkeypatch.setattr("pipeline.post.validate.validate", lambda *_, **options: given.update(options) or options)
+    run, code = RunPaths(tmp_path / "run"), tmp_path / "code.txt"
+    run.tokenizer.parent.mkdir(parents=True)
+    run.tokenizer.write_bytes(tokenizer_path.read_bytes())
+    code.write_text("the dog\n\nthe fox and the dog\n")
+    tree = {"name": "x", "run_dir": str(run.root), "data": {"sources": [{"url": "x"}]}, "model": tiny.config}
+    judge(RunConfig.model_validate({**tree, "post": {"extra_prompts": {"code": str(code)}}}), run)
+    tokenizer = Tokenizer.load(tokenizer_path)
+    assert given["documents"] == 11 and list(given["extra"]) == ["code"]
+    assert given["extra"]["code"][1].tolist() == tokenizer.encode("the fox and the dog")
+    assert given["piece"](17) == tokenizer.piece(17) and given["piece"](10_000) == "no piece"
 
 
 def test_a_rank_ends_with_the_process_that_started_it(tmp_path: Path) -> None:

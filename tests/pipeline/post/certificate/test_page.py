@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import math
 import re
 from pathlib import Path
@@ -13,15 +14,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.config.post import PostConfig
 from pipeline.post.certificate.labels import CHECK_LABELS, FAILED_WHY
 from pipeline.post.certificate.page import MAX_MAPS, TERMS, Evidence, Shown, certificate_page, show_sample
 from pipeline.post.extract import extract_g
 from pipeline.post.validate import validate
 from pipeline.report.links import CERTIFICATE, Link, links, mlflow_link
-from pldr_model.model import PLDRModel
+from tests.helpers.evidence import judged_by_hand, varying
 from tests.helpers.html_page import Page, browser, too_wide
 
 REAL_G = Path("/work/shared/reference/PLDRv51-110M-1.G_LM.safetensors")
+DIFFERENT = {  # outputs that change with a cache
+    **{"measures.agreement.cached.kl": 0.1, "measures.agreement.short.kl": 0.1, "measures.greedy.per_decision": 0.9},
+    "measures.leak.worst_rms": 0.02,
+}
 HISTORIES = {
     "invariance/order_parameter_G": [(0, 0.5), (10, 1e-3), (20, 1e-7)],
     "invariance/budget": [(0, 0.0), (10, 4.0), (20, 8.0)],
@@ -36,10 +42,9 @@ def verdict_of(page: str) -> str:
     return re.search(r'<div class="verdict (?:yes|no)"><h2>(.*?)</h2>', page)[1]
 
 
-def test_a_certified_page_has_everything_and_loads_nothing(
-    certificate: dict[str, Any], text: torch.Tensor, invariant: PLDRModel
-) -> None:
-    g_lm = extract_g(invariant, text[:, :-1], "mean").g_lm
+def test_a_certified_page_has_everything_and_loads_nothing() -> None:
+    post = PostConfig(prompts=16, min_prompts=16, order_parameter=True)
+    certificate, g_lm = judged_by_hand(post, {"prompts.distinct": 16}), torch.randn(2, 2, 8, 8)
     samples = [Shown("greedy", "the ", "cat", "cat", None), Shown("greedy", "<script>x</script>", "a", "b", 0)]
     page = page_of(certificate, g_lm, histories=HISTORIES, samples=samples, notes=["ACCELERATED RECIPE"])
     assert verdict_of(page) == "Certified: G_LM may be cached"
@@ -65,9 +70,10 @@ def test_a_certified_page_has_everything_and_loads_nothing(
     assert certificate["prompts"]["sha256"] in page and "No SDPA twin is configured" in page
 
 
-def test_a_failed_page_says_so_first_and_shows_every_fix(tiny: SimpleNamespace) -> None:
-    model = tiny.make_model(gain=1.0)
-    certificate = tiny.certify(model, tiny.sample_text(model), budget=0.16)
+def test_a_failed_page_says_so_first_and_shows_every_fix() -> None:
+    changes = {**varying(0.3), "lineage.invariance_budget": 0.16, "measures.worst_row.max": 0.4, **DIFFERENT}
+    certificate = judged_by_hand(PostConfig(prove=False), changes)
+    assert len(certificate["failed"]) == 7
     page = page_of(certificate, torch.randn(2, 2, 8, 8), twin={"loss": 4.2, "note": "The SDPA twin is runs/twin"})
     assert verdict_of(page) == "Not certified: G_LM must not be cached"
     read = Page(page)
@@ -80,7 +86,7 @@ def test_a_failed_page_says_so_first_and_shows_every_fix(tiny: SimpleNamespace) 
     assert (
         "greedy tokens agree" not in page
         and "tier in" not in page
-        and "100" not in read.text[: read.text.index("What failed")]
+        and "100%" not in read.text[: read.text.index("What failed")]
     )
     first = [check["measure"] for check in certificate["checks"] if not check["passed"]]
     assert re.findall(r"<code>(\w+)</code><br>", page)[: len(first)] == first
@@ -88,12 +94,49 @@ def test_a_failed_page_says_so_first_and_shows_every_fix(tiny: SimpleNamespace) 
     assert "MLflow had no metrics" in page
 
 
-def test_every_check_has_its_words(certificate: dict[str, Any]) -> None:
+def test_every_check_has_its_words() -> None:
+    certificate = judged_by_hand()
     names = [check["measure"] for check in certificate["checks"]]
     assert names == list(CHECK_LABELS) == list(FAILED_WHY)
 
 
-def test_the_other_pages_of_the_run_are_linked(certificate: dict[str, Any], tmp_path: Path) -> None:
+def cells(page: str) -> str:
+    """What a page says, with a bar wherever there is a tag."""
+    return html.unescape(re.sub(r"(\s*<[^>]*>\s*)+", "|", page))
+
+
+def test_every_input_layer_and_kind_is_shown() -> None:
+    page = cells(page_of(judged_by_hand(), torch.randn(2, 2, 8, 8)))
+    for words in (
+        "|proven|for every input: deviation at most 1.2e-8|",
+        "|For every input of any length, in exact arithmetic, G_LM stays constant to 1.2e-8 of its size.",
+        "400 rows of the prompts among what they were chosen from, 60 steps each (seed 7):|1.1e-8|",
+        "Proof: no input of any length changes G_LM by more than|1.2e-8|",
+        "|found|proven bound|scores|unit 1|unit 2|unit 3|",
+        "|1|1.1e-8|1.2e-8|2e-7|0.27|2e-4|3e-8|",  # layer 1
+        "0 of 128 text prompts from 37 documents deviated by more than 1e-05",
+        "The prompts hold 47 of the 47 ids of the vocabulary, and up to 128 of 128 tokens.",
+        "|0|0.016|0.019|1e-3|no|1|0.17|0.31|0.05|yes|",
+        "The same over short prompts: KL 1e-12 nats",
+        "G_LM, times the queries, fp64",
+    ):
+        assert words in page, words
+    assert "The papers' order parameter" not in page  # on request
+
+
+def test_a_proof_that_did_not_close_is_not_called_one() -> None:
+    reason = "layer 0: 2 of 8 residual units still give every row <b>"
+    changes = {"measures.proof.closed": False, "measures.proof.bound": None, "measures.proof.reason": reason}
+    changes |= {"measures.proof.per_head": [[None] * 2] * 2, "measures.proof.by_unit": [[0.3, None], [None, None]]}
+    page = cells(page_of(judged_by_hand(changes=changes), torch.randn(2, 2, 8, 8)))
+    assert f"The proof did not close: {reason}" in page and "not bounded|" in page
+    assert "exact arithmetic, G_LM stays" not in page and "for every input: deviation" not in page
+    without = cells(page_of(judged_by_hand(PostConfig(prove=False)), torch.randn(2, 2, 8, 8)))
+    assert "No proof was tried" in without and "proven bound" not in without
+
+
+def test_the_other_pages_of_the_run_are_linked(tmp_path: Path) -> None:
+    certificate = judged_by_hand()
     pages = links(tmp_path / CERTIFICATE, tmp_path, mlflow=mlflow_link("http://host:5000", "abc"))
     read = Page(page_of(certificate, torch.eye(8).expand(2, 2, 8, 8), pages=[*pages, Link("<b>", None, "<i>", "<s>")]))
     assert read.links["Run report"] == "../report/training.html" and read.links["Data report"] == "../report/data.html"
@@ -104,10 +147,16 @@ def test_the_other_pages_of_the_run_are_linked(certificate: dict[str, Any], tmp_
 @pytest.mark.slow
 @pytest.mark.skipif(browser() is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [420, 1280])
-def test_nothing_is_wider_than_its_place(tiny: SimpleNamespace, tmp_path: Path, width: int) -> None:
-    model, long = tiny.make_model(gain=1.0), "a_long_word" * 40
-    text = tiny.sample_text(model)
-    certificate = tiny.certify(model, text, lineage={**tiny.lineage, "checkpoint": long}, budget=0.16)
+def test_nothing_is_wider_than_its_place(tmp_path: Path, width: int) -> None:
+    long = "a_long_word" * 40
+    changes = {
+        **varying(0.3),
+        "lineage.checkpoint": long,
+        "measures.proof.closed": False,
+        "measures.proof.reason": long,
+    }
+    units = {"measures.proof.by_unit": [[1e-8] * 24] * 2}  # three times the papers'
+    certificate = judged_by_hand(changes={**changes, **units})
     pages = links(tmp_path / "page.html", tmp_path, mlflow=mlflow_link(f"sqlite:////{long}", long), in_sweep=True)
     more = {"pages": pages, "samples": [Shown("greedy", long, long, long, 3)], "notes": [long], "histories": HISTORIES}
     (tmp_path / "page.html").write_text(page_of(certificate, torch.randn(2, 2, 8, 8), **more))
@@ -129,11 +178,8 @@ def test_a_page_of_what_could_not_be_measured(tiny: SimpleNamespace, text: torch
     assert FAILED_WHY["relative_deviation_g"] not in top and CHECK_LABELS["kl"] + ": not measured" in top
 
 
-def test_too_few_prompts_are_named_in_plain_words(
-    tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor
-) -> None:
-    post = tiny.post.model_copy(update={"prompts": 100, "min_prompts": 100})
-    certificate = tiny.certify(invariant, text, post=post)
+def test_too_few_prompts_are_named_in_plain_words() -> None:
+    certificate = judged_by_hand(changes={"prompts.distinct": 16})
     assert "too few prompts to prove anything" in page_of(certificate, torch.eye(8).expand(2, 2, 8, 8))
 
 
@@ -144,7 +190,8 @@ def test_a_sample_is_shown_as_what_its_tokens_add() -> None:
 
 
 @pytest.mark.skipif(not REAL_G.exists(), reason="the published G_LM is not on this machine")
-def test_the_published_G_LM_is_drawn(certificate: dict[str, Any]) -> None:
+def test_the_published_G_LM_is_drawn() -> None:
+    certificate = judged_by_hand()
     (G,) = load_file(REAL_G).values()
     page = page_of(certificate, G)
     assert page.count("<img") == 70 and len(page) < 1_000_000
