@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -32,6 +32,7 @@ from pipeline.config.post import PostConfig
 from pipeline.post import validate
 from pipeline.post.every_input.proof import prove
 from pipeline.post.every_input.search import search_worst_rows
+from pipeline.post.measure.closely import CloseLook
 from pipeline.post.measure.downstream import CAUSAL_PROMPTS, Outputs
 from pipeline.post.measure.effects import compare_losses, effects_by_layer
 from pipeline.post.measure.generation import greedy_agreement
@@ -78,7 +79,7 @@ def bench(config: ModelConfig, post: PostConfig, *, prompts: int = 1, rounds: in
     """
     model = _model(config)
     tokens = max(2, config.context_length // CUT)
-    pieces = _pieces(model, post, tokens)
+    pieces = _pieces(model, post, tokens, (prompts, 2 * prompts))
     counts = np.array([prompts, 2 * prompts] * rounds)
     measured: list[dict[str, tuple[float, float]]] = []
     of_part: dict[str, int] = {}
@@ -152,8 +153,8 @@ def _model(config: ModelConfig) -> PLDRModel:
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def _pieces(model: PLDRModel, post: PostConfig, tokens: int) -> list[Work]:
-    """Everything that a validation measures, with prompts of `tokens`. Kinds that are equally many are one piece."""
+def _pieces(model: PLDRModel, post: PostConfig, tokens: int, counts: Sequence[int]) -> list[Work]:
+    """Everything that a validation measures, with prompts of `tokens`, `counts` of them. Kinds equally many are one piece."""
     config = model.config
     shape = (post.prompts, config.context_length + 1)
     full_NT = torch.randint(min(4, config.vocab_size - 1), config.vocab_size, shape)
@@ -194,19 +195,14 @@ def _pieces(model: PLDRModel, post: PostConfig, tokens: int) -> list[Work]:
         with part("control", whole=True):
             validate.untrained_control(model, text_NT[:count], few_of(kinds, count), post, seed=0)
 
-    def one_layer(heads: int) -> tuple[PLDRModel, Tensor]:
-        small = _model(replace(config, num_layers=1, num_heads=heads))
-        return small, small.compute_g(text_NT[:1, :-1].to(device))[:, 0].detach()
-
     def search(heads: int) -> None:
-        layer = one_layer(heads)
+        small, g_1HKK, close = layers[heads]
         with part("search"):
-            search_worst_rows(*layer, seed=0)
+            search_worst_rows(small, g_1HKK, close.seen(), seed=0)
 
     def proof(heads: int) -> None:
-        layer = one_layer(heads)
         with part("proof"):
-            prove(*layer)
+            prove(*layers[heads][:2])
 
     works = [
         Work("full pass", lambda n: live("full pass", full_NT[:1, :-1]), 1),
@@ -221,11 +217,25 @@ def _pieces(model: PLDRModel, post: PostConfig, tokens: int) -> list[Work]:
         Work("fp64", fp64, min(post.fp64_prompts, post.prompts)),
     ]
     if config.g_source == "learned":
+        layers = {heads: _one_layer(config, post, text_NT[:1], heads) for heads in counts}
         works.append(Work("control", control, min(validate.CONTROL_PROMPTS, post.prompts)))
         works.append(Work("search", search, config.num_heads, config.num_layers))
         if post.prove:
             works.append(Work("proof", proof, config.num_heads, config.num_layers))
     return works
+
+
+def _one_layer(
+    config: ModelConfig, post: PostConfig, text_1T: Tensor, heads: int
+) -> tuple[PLDRModel, Tensor, CloseLook]:
+    """A model of one layer with so many heads, its G_LM, and what a search starts from."""
+    model = _model(replace(config, num_layers=1, num_heads=heads))
+    kinds = [PromptKind("text", text_1T[:, :-1])]
+    g_1HKK = model.compute_g(kinds[0].ids_NS.to(model.embedding.weight.device))[:, 0].detach()
+    measures: dict[str, Any] = {"not_finite": [], "deviations": {}}
+    close = validate.measure_fp64(measures, model, g_1HKK, text_1T, kinds, post, seed=0)
+    assert close is not None, "it learns its G"
+    return model, g_1HKK, close
 
 
 def _line(counts: np.ndarray, seconds: np.ndarray) -> Line:
