@@ -102,9 +102,14 @@ class Outputs:
 
     Measured are the kind `text` (its targets are the next ids of `text_NT`), and for themselves the kinds of at most SHORT
     tokens and those of random lengths, whose prompts are short and long. Other kinds are passed over.
+
+    first: of every kind only the batches that begin before this prompt.
     """
 
-    def __init__(self, model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, seed: int) -> None:
+    def __init__(
+        self, model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, seed: int, first: int | None = None
+    ) -> None:
+        self._first = math.inf if first is None else first
         weight = model.embedding.weight
         self._model, self._text_NT = model, text_NT
         self._g_LHKK = g_LHKK.to(device=weight.device, dtype=weight.dtype)
@@ -117,7 +122,7 @@ class Outputs:
     def __call__(self, live: LivePass) -> None:
         """Measure one batch."""
         text, S = live.kind.name == "text", live.ids_BS.shape[1]
-        if not text and (live.kind.padded or not _is_short(live.kind.name, S)):
+        if live.start >= self._first or (not text and (live.kind.padded or not _is_short(live.kind.name, S))):
             return
         rows = slice(live.start, live.start + len(live.ids_BS))
         with part("losses"):
