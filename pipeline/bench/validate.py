@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -31,6 +32,7 @@ from pipeline.config.post import PostConfig
 from pipeline.post import validate
 from pipeline.post.every_input.proof import prove
 from pipeline.post.every_input.search import search_worst_rows
+from pipeline.post.measure.closely import CloseLook
 from pipeline.post.measure.downstream import CAUSAL_PROMPTS, Outputs
 from pipeline.post.measure.effects import compare_losses, effects_by_layer
 from pipeline.post.measure.generation import greedy_agreement
@@ -44,15 +46,18 @@ from pldr_model.plga import PLGA, ResidualUnit
 PAPER_110M = ModelConfig(vocab_size=32000, num_layers=5, num_heads=14, head_dim=64, context_length=1024, d_ff=2389)
 CLOCKS = ("seconds", "cpu_seconds")
 CUT = 4  # of the context in a measured prompt
-ONCE = ("search", "proof")
 
 
 class Work(NamedTuple):
-    """A piece of a validation. `run` does it with so many prompts; a validation gives it `prompts`."""
+    """A piece of a validation. `run` does it with so many prompts; a validation gives it `prompts`.
+
+    layers: None, or it is done for one layer with so many heads instead of prompts, and a validation does it for all of these.
+    """
 
     name: str
     run: Callable[[int], None]
     prompts: int
+    layers: int | None = None
 
 
 class Line(NamedTuple):
@@ -65,30 +70,29 @@ class Line(NamedTuple):
 def bench(config: ModelConfig, post: PostConfig, *, prompts: int = 1, rounds: int = 2) -> dict[str, Any]:
     """Time every part with `prompts` and with twice as many, `rounds` times each, all parts in turn.
 
-    Returns `parts`: part -> `prompts` (the number that a validation gives it), and for `seconds` and `cpu_seconds` each
-    `fixed`, `each` (of a prompt of full context), `total` (at that number) and `error` (standard error of the total); `seconds`
-    and `cpu_seconds`: `total` and `error` of all parts; `scatter`: standard deviation of a measurement as a share of it, and
-    `full_pass`: cost of a pass over the full context beside one over `tokens`, both by clock; `measured`: how often a part was
-    run (search and proof: once), and `measured_prompts` over all of these; `tokens`: of a measured prompt; `parameters`,
-    `threads`, `device`.
+    Returns `parts`: part -> `prompts` (the number that a validation gives it; of search and proof: heads of a layer), and for
+    `seconds` and `cpu_seconds` each `fixed`, `each` (of a prompt of full context), `total` (at that number), `error` (standard
+    error of the total); `seconds` and `cpu_seconds`: `total` and `error` of all parts; `scatter`: standard deviation of a
+    measurement as a share of it, and `full_pass`: cost of a pass over the full context beside one over `tokens`, both by clock;
+    `measured`: how often a part was run, and `measured_prompts` over all of these; `tokens`: of a measured prompt;
+    `parameters`, `threads`, `device`.
     """
     model = _model(config)
     tokens = max(2, config.context_length // CUT)
-    pieces = _pieces(model, post, tokens)
+    pieces = _pieces(model, post, tokens, (prompts, 2 * prompts))
     counts = np.array([prompts, 2 * prompts] * rounds)
     measured: list[dict[str, tuple[float, float]]] = []
     of_part: dict[str, int] = {}
-    for number, count in enumerate(counts.tolist()):
+    for count in counts.tolist():
         measured.append({})
         for work in pieces:
-            if work.name in ONCE and number > 0:
-                continue
             with costs() as counted:
                 work.run(count)
             for name, wall in counted.wall.items():
                 label = f"{name}, {work.name}" if len(counted.wall) > 1 or name != work.name else name
                 measured[-1][label] = (wall, counted.cpu[name])
                 of_part[label] = min(CAUSAL_PROMPTS, work.prompts) if name == "causality" else work.prompts
+    layers = {work.name: work.layers for work in pieces if work.layers is not None}
     passes = [(found.pop("full pass"), found.pop("cut pass")) for found in measured]
     del of_part["full pass"], of_part["cut pass"]
     result: dict[str, Any] = {
@@ -98,14 +102,14 @@ def bench(config: ModelConfig, post: PostConfig, *, prompts: int = 1, rounds: in
     }
     for index, clock in enumerate(CLOCKS):
         seconds = {name: np.array([found.get(name, (0.0, 0.0))[index] for found in measured]) for name in of_part}
-        lines = {name: _line(counts, values) for name, values in seconds.items() if name not in ONCE}
+        lines = {name: _line(counts, values) for name, values in seconds.items()}
         scatter = _scatter(counts, seconds, lines)
         ratio = statistics.median(full[index] / cut[index] for full, cut in passes)
-        for name, values in seconds.items():
-            fixed, each, error = float(values[0]), 0.0, scatter * float(values[0])
-            if name not in ONCE:
-                fixed, each = lines[name].fixed, ratio * lines[name].each
-                error = ratio * _error(counts, values, scatter, of_part[name])
+        for name, line in lines.items():
+            times = layers.get(name, 1)
+            scale = times if name in layers else ratio
+            fixed, each = times * line.fixed, scale * line.each
+            error = scale * _error(counts, seconds[name], scatter, of_part[name])
             total = fixed + each * of_part[name]
             result["parts"][name][clock] = {"fixed": fixed, "each": each, "total": total, "error": error}
         found = [entry[clock] for entry in result["parts"].values()]
@@ -149,8 +153,8 @@ def _model(config: ModelConfig) -> PLDRModel:
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def _pieces(model: PLDRModel, post: PostConfig, tokens: int) -> list[Work]:
-    """Everything that a validation measures, with prompts of `tokens`. Kinds that are equally many are one piece."""
+def _pieces(model: PLDRModel, post: PostConfig, tokens: int, counts: Sequence[int]) -> list[Work]:
+    """Everything that a validation measures, with prompts of `tokens`, `counts` of them. Kinds equally many are one piece."""
     config = model.config
     shape = (post.prompts, config.context_length + 1)
     full_NT = torch.randint(min(4, config.vocab_size - 1), config.vocab_size, shape)
@@ -167,9 +171,6 @@ def _pieces(model: PLDRModel, post: PostConfig, tokens: int) -> list[Work]:
     def live(name: str, ids_1S: Tensor) -> None:
         with part(name):
             model(ids_1S.to(device), padded=False)
-
-    finite: dict[str, Any] = {"not_finite": [], "deviations": {}}
-    close = validate.measure_fp64(finite, model, g_LHKK, text_NT[:1], few_of(kinds[:1], 1), post, seed=0)
 
     def observed(group: list[PromptKind], count: int) -> None:
         with part("observation"):
@@ -188,21 +189,20 @@ def _pieces(model: PLDRModel, post: PostConfig, tokens: int) -> list[Work]:
     def fp64(count: int) -> None:
         with part("fp64", whole=True):
             measures: dict[str, Any] = {"not_finite": [], "deviations": {}}
-            few = post.model_copy(update={"fp64_prompts": count})
-            validate.measure_fp64(measures, model, g_LHKK, text_NT, kinds, few, seed=0)
+            validate.measure_fp64(measures, model, g_LHKK, text_NT[:count], few_of(kinds, count), post, seed=0)
 
     def control(count: int) -> None:
         with part("control", whole=True):
             validate.untrained_control(model, text_NT[:count], few_of(kinds, count), post, seed=0)
 
-    def search(_: int) -> None:
-        assert close is not None
+    def search(heads: int) -> None:
+        small, g_1HKK, close = layers[heads]
         with part("search"):
-            search_worst_rows(model, g_LHKK, close.seen(), seed=0)
+            search_worst_rows(small, g_1HKK, close.seen(), seed=0)
 
-    def proof(_: int) -> None:
+    def proof(heads: int) -> None:
         with part("proof"):
-            prove(model, g_LHKK)
+            prove(*layers[heads][:2])
 
     works = [
         Work("full pass", lambda n: live("full pass", full_NT[:1, :-1]), 1),
@@ -217,11 +217,25 @@ def _pieces(model: PLDRModel, post: PostConfig, tokens: int) -> list[Work]:
         Work("fp64", fp64, min(post.fp64_prompts, post.prompts)),
     ]
     if config.g_source == "learned":
+        layers = {heads: _one_layer(config, post, text_NT[:1], heads) for heads in counts}
         works.append(Work("control", control, min(validate.CONTROL_PROMPTS, post.prompts)))
-        works.append(Work("search", search, 1))
+        works.append(Work("search", search, config.num_heads, config.num_layers))
         if post.prove:
-            works.append(Work("proof", proof, 1))
+            works.append(Work("proof", proof, config.num_heads, config.num_layers))
     return works
+
+
+def _one_layer(
+    config: ModelConfig, post: PostConfig, text_1T: Tensor, heads: int
+) -> tuple[PLDRModel, Tensor, CloseLook]:
+    """A model of one layer with so many heads, its G_LM, and what a search starts from."""
+    model = _model(replace(config, num_layers=1, num_heads=heads))
+    kinds = [PromptKind("text", text_1T[:, :-1])]
+    g_1HKK = model.compute_g(kinds[0].ids_NS.to(model.embedding.weight.device))[:, 0].detach()
+    measures: dict[str, Any] = {"not_finite": [], "deviations": {}}
+    close = validate.measure_fp64(measures, model, g_1HKK, text_1T, kinds, post, seed=0)
+    assert close is not None, "it learns its G"
+    return model, g_1HKK, close
 
 
 def _line(counts: np.ndarray, seconds: np.ndarray) -> Line:

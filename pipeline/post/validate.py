@@ -40,7 +40,7 @@ from pipeline.post.measure.statistics import effective_rank, numerical_rank
 from pldr_model.model import PLDRModel, g_shape
 
 CONTROL_PROMPTS = 4  # of every kind
-FEW_EFFECT_PROMPTS = 2  # of the losses with another G, where they are only shown: in fp64 and of the control
+FEW_PROMPTS = 2  # of outputs in fp64, and of losses with another G there and in the control: they are only shown
 
 
 def validate(
@@ -181,7 +181,7 @@ def measure_fp64(
     double = copy.deepcopy(model).double()
     references = means(double, kinds[0])
     found = _prompt_deviations(references["G_LM"], kinds, config)
-    outputs = Outputs(double, g_LHKK, text_NT, seed=seed)
+    outputs = Outputs(double, g_LHKK, text_NT, seed=seed, first=FEW_PROMPTS)
     close = None
     if model.config.g_source == "learned" and not measures["not_finite"]:
         close = CloseLook(double, references, kinds)
@@ -195,7 +195,7 @@ def measure_fp64(
     measures["deviations"]["fp64"] = deviations(seen, found)
     measures["relative_deviation_g"] = measures["deviations"]["fp64"].get("G_LM", {}).get("max")
     if not measures["not_finite"]:
-        few = compare_losses(double, g_LHKK, text_NT[:FEW_EFFECT_PROMPTS])
+        few = compare_losses(double, g_LHKK, text_NT[:FEW_PROMPTS])
         measures["fp64"] = {
             **of_outputs,
             "losses": estimated(of_outputs["losses"], few["losses"]),
@@ -219,7 +219,7 @@ def untrained_control(
     fresh.to(device=weight.device, dtype=weight.dtype)
     text_NT, kinds = text_NT[:CONTROL_PROMPTS], few_of(kinds, CONTROL_PROMPTS)
     g_LHKK = means(fresh, kinds[0])["G_LM"]
-    few = config.model_copy(update={"effect_prompts": FEW_EFFECT_PROMPTS})
+    few = config.model_copy(update={"effect_prompts": FEW_PROMPTS})
     measures = _measure(fresh, g_LHKK, text_NT, kinds, _prompt_deviations(g_LHKK, kinds, config), few, seed=seed)
     measures["relative_deviation_g"] = measures["relative_deviation_g_fp32"]
     checks = make_checks(

@@ -15,6 +15,7 @@ Shapes: N sequences, T = S+1 tokens of a sequence, B batch, R tokens at once, V 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,9 +103,14 @@ class Outputs:
 
     Measured are the kind `text` (its targets are the next ids of `text_NT`), and for themselves the kinds of at most SHORT
     tokens and those of random lengths, whose prompts are short and long. Other kinds are passed over.
+
+    first: only the first so many prompts of every kind.
     """
 
-    def __init__(self, model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, seed: int) -> None:
+    def __init__(
+        self, model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, seed: int, first: int | None = None
+    ) -> None:
+        self._first = sys.maxsize if first is None else first
         weight = model.embedding.weight
         self._model, self._text_NT = model, text_NT
         self._g_LHKK = g_LHKK.to(device=weight.device, dtype=weight.dtype)
@@ -117,8 +123,10 @@ class Outputs:
     def __call__(self, live: LivePass) -> None:
         """Measure one batch."""
         text, S = live.kind.name == "text", live.ids_BS.shape[1]
-        if not text and (live.kind.padded or not _is_short(live.kind.name, S)):
+        few = self._first - live.start
+        if few <= 0 or (not text and (live.kind.padded or not _is_short(live.kind.name, S))):
             return
+        live = live._replace(ids_BS=live.ids_BS[:few], logits_BSV=live.logits_BSV[:few])
         rows = slice(live.start, live.start + len(live.ids_BS))
         with part("losses"):
             cached_BSV = logits(self._model, live.ids_BS, self._g_LHKK)

@@ -118,6 +118,19 @@ def test_what_is_summed_does_not_grow_with_prompts(tiny: SimpleNamespace, text: 
     assert sizes[:2] == sizes[2:]
 
 
+@pytest.mark.parametrize("batch_logits", [1, 1 << 22])
+def test_outputs_of_the_first_prompts_only(
+    tiny: SimpleNamespace, text: torch.Tensor, monkeypatch: pytest.MonkeyPatch, batch_logits: int
+) -> None:
+    model = tiny.make_model(gain=1.0)
+    g_lm = extract_g(model, text[:, :-1], "mean").g_lm
+    monkeypatch.setattr(observe, "BATCH_LOGITS", batch_logits)
+    of_two = Outputs(model, g_lm, text, seed=0, first=2)
+    observe.observe(model, make_kinds(text, tiny.config, seed=0), [of_two])
+    losses = of_two.merge_ranks()["losses"]
+    assert losses["cached"] == pytest.approx(measured(model, text[:2], g_lm=g_lm)["losses"]["cached"], abs=1e-9)
+
+
 def test_a_prompt_costs_one_live_pass_beside_those_of_its_changed_end(
     tiny: SimpleNamespace, text: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
