@@ -237,7 +237,8 @@ def _decode_uncached(model: PLDRModel, rows: list[_Row], choose: _Choice, *, g_l
         live = [row for row in rows if len(row.prompt) == length]
         while live:
             ids = [row.prompt.tolist() + row.new for row in live]
-            logits_BSV = model(torch.tensor(ids, device=model.embedding.weight.device), g_lm=g_lm, padded=False)
+            ids_BS = torch.tensor(ids, device=model.embedding.weight.device)
+            logits_BSV = model(ids_BS, g_lm=g_lm, padded=False, last_only=True)
             live = [live[index] for index in choose(live, logits_BSV[:, -1])]
             yield
 
@@ -254,8 +255,8 @@ def _row_bytes(model: PLDRModel, sampling: Sampling, *, live_g: bool, use_cache:
     config, weight = model.config, model.embedding.weight
     L, H, K, V = config.num_layers, config.num_heads, config.head_dim, config.vocab_size
     logits = V * (2 * weight.itemsize + (8 * SAMPLED_COPIES if sampling.temperature else 0))
-    if not use_cache:
-        return lambda length: logits + 2 * length * V * weight.itemsize
+    if not use_cache:  # every pass reads all tokens again: inputs and outputs of the widest products
+        return lambda length: logits + length * weight.itemsize * (4 * config.d_model + 3 * config.feed_forward_size)
     own_g = L * H * K * K if live_g and config.g_source == "learned" else 0
     return lambda length: logits + 2 * weight.itemsize * (2 * L * H * K * length + own_g)
 

@@ -139,6 +139,7 @@ class PLDRModel(nn.Module):
         g_lm: Tensor | None = None,
         padded: bool | None = None,
         return_outputs: bool = False,
+        last_only: bool = False,
     ) -> Tensor | tuple[Tensor, list[DeductiveOutputs]]:
         """Logits [B,S,V]; with `return_outputs` also each layer's A, A_LM, A_P, G_LM [B,H,K,K].
 
@@ -148,6 +149,7 @@ class PLDRModel(nn.Module):
         padded: None: look for padding (on a GPU that waits for the device). False: the caller knows that
             there is none: causal kernel, no mask, no check; training passes this. True: build the mask without a
             look.
+        last_only: logits after the last token only, [B,1,V]: what generation without a cache needs.
         Errors: ValueError for a sequence over the context, a g_lm of another shape, deductive outputs that do
         not exist.
         """
@@ -164,7 +166,7 @@ class PLDRModel(nn.Module):
             x_BSD, outputs = run(x_BSD, rope, g=g, mask=mask, return_outputs=return_outputs)
             if outputs is not None:
                 deduced.append(outputs)
-        logits_BSV: Tensor = self.output(x_BSD)
+        logits_BSV: Tensor = self.output(x_BSD[:, -1:] if last_only else x_BSD)
         return (logits_BSV, deduced) if return_outputs else logits_BSV
 
     def compute_g(self, ids_BS: Tensor, *, padded: bool | None = None) -> Tensor:

@@ -3,12 +3,14 @@
 On a model of the configuration's sizes with random weights (its G_LM does not depend on the input, as after training) and
 random tokens. Every part of `validate` is run with few prompts, all parts in turn, again and again, so that a busy machine
 slows all alike. The cost of a part is taken to be linear in its prompts: fixed + each * prompts, by least squares.
-With these, its cost at the configured number of prompts follows.
+
+Decision: prompts are cut to a quarter of the context, which takes minutes where full ones take an hour, and the cost of each is
+multiplied by what a pass over the full context costs beside one over the quarter, measured in the same rounds.
 
 Decision (the error): how much a measurement scatters is taken to be a share of it, the same for all parts, and estimated from
 the residuals of all of them together, because few repetitions of one part say nothing. The error of a part is the standard
-error of a prediction from its fit with that scatter; that of the sum assumes them independent. It says how far noise may have
-moved the estimate, not whether costs are linear or the machine will be as busy.
+error of a prediction from its fit with that scatter, and that of the sum has the error of the ratio of the passes too. It says
+how far noise may have moved the estimate, not whether costs are linear or the machine will be as busy.
 
 CPU seconds are given beside seconds: on a shared machine they depend less on what else runs, with OMP_NUM_THREADS=1 least.
 """
@@ -16,14 +18,20 @@ CPU seconds are given beside seconds: on a shared machine they depend less on wh
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.config.post import PostConfig
 from pipeline.post import validate
+from pipeline.post.every_input.proof import prove
+from pipeline.post.every_input.search import search_worst_rows
 from pipeline.post.measure.downstream import CAUSAL_PROMPTS, Outputs
 from pipeline.post.measure.effects import compare_losses, effects_by_layer
 from pipeline.post.measure.generation import greedy_agreement
@@ -36,14 +44,19 @@ from pldr_model.plga import PLGA, ResidualUnit
 
 PAPER_110M = ModelConfig(vocab_size=32000, num_layers=5, num_heads=14, head_dim=64, context_length=1024, d_ff=2389)
 CLOCKS = ("seconds", "cpu_seconds")
+CUT = 4  # of the context in a measured prompt
 
 
 class Work(NamedTuple):
-    """A piece of a validation. `run` does it with so many prompts; a validation gives it `prompts`."""
+    """A piece of a validation. `run` does it with so many prompts; a validation gives it `prompts`.
+
+    layers: None, or it is done for one layer with so many heads instead of prompts, and a validation does it for all of these.
+    """
 
     name: str
     run: Callable[[int], None]
     prompts: int
+    layers: int | None = None
 
 
 class Line(NamedTuple):
@@ -56,44 +69,58 @@ class Line(NamedTuple):
 def bench(config: ModelConfig, post: PostConfig, *, prompts: int = 1, rounds: int = 2) -> dict[str, Any]:
     """Time every part with `prompts` and with twice as many, `rounds` times each, all parts in turn.
 
-    Returns `parts`: part -> `prompts` (the number that a validation gives it), and for `seconds` and `cpu_seconds` each
-    `fixed`, `each` (of a prompt), `total` (at that number) and `error` (standard error of the total); `seconds` and
-    `cpu_seconds`: `total` and `error` of all parts; `scatter`: standard deviation of a measurement as a share of it, by clock;
-    `measured`: how often each part was run, and `measured_prompts` over all of them; `parameters`, `threads`, `device`.
+    Returns `parts`: part -> `prompts` (the number that a validation gives it; of search and proof: heads of a layer), and for
+    `seconds` and `cpu_seconds` each `fixed`, `each` (of a prompt of full context), `total` (at that number), `error` (standard
+    error of the total); `seconds` and `cpu_seconds`: `total` and `error` of all parts; `scatter`: standard deviation of a
+    measurement as a share of it, and `full_pass`: cost of a pass over the full context beside one over `tokens`, both by clock;
+    `measured`: how often a part was run, and `measured_prompts` over all of these; `tokens`: of a measured prompt;
+    `parameters`, `threads`, `device`.
     """
     model = _model(config)
-    pieces = _pieces(model, post)
-    points: dict[str, list[tuple[int, float, float]]] = {}
+    tokens = max(2, config.context_length // CUT)
+    pieces = _pieces(model, post, tokens)
+    counts = np.array([prompts, 2 * prompts] * rounds)
+    measured: list[dict[str, tuple[float, float]]] = []
     of_part: dict[str, int] = {}
-    for _ in range(rounds):
-        for count in (prompts, 2 * prompts):
-            for work in pieces:
-                with costs() as counted:
-                    work.run(count)
-                for name, wall in counted.wall.items():
-                    label = f"{name}, {work.name}" if len(counted.wall) > 1 or name != work.name else name
-                    points.setdefault(label, []).append((count, wall, counted.cpu[name]))
-                    of_part[label] = min(CAUSAL_PROMPTS, work.prompts) if name == "causality" else work.prompts
-    counts = np.array([count for _ in range(rounds) for count in (prompts, 2 * prompts)], dtype=float)
-    result: dict[str, Any] = {"parts": {name: {"prompts": of_part[name]} for name in points}, "scatter": {}}
-    for index, clock in enumerate(CLOCKS, start=1):
-        seconds = {name: np.array([point[index] for point in found]) for name, found in points.items()}
+    for count in counts.tolist():
+        measured.append({})
+        for work in pieces:
+            with costs() as counted:
+                work.run(count)
+            for name, wall in counted.wall.items():
+                label = f"{name}, {work.name}" if len(counted.wall) > 1 or name != work.name else name
+                measured[-1][label] = (wall, counted.cpu[name])
+                of_part[label] = min(CAUSAL_PROMPTS, work.prompts) if name == "causality" else work.prompts
+    layers = {work.name: work.layers for work in pieces if work.layers is not None}
+    passes = [(found.pop("full pass"), found.pop("cut pass")) for found in measured]
+    del of_part["full pass"], of_part["cut pass"]
+    result: dict[str, Any] = {
+        "parts": {name: {"prompts": of_part[name]} for name in of_part},
+        "scatter": {},
+        "full_pass": {},
+    }
+    for index, clock in enumerate(CLOCKS):
+        seconds = {name: np.array([found.get(name, (0.0, 0.0))[index] for found in measured]) for name in of_part}
         lines = {name: _line(counts, values) for name, values in seconds.items()}
         scatter = _scatter(counts, seconds, lines)
+        ratio = statistics.median(full[index] / cut[index] for full, cut in passes)
         for name, line in lines.items():
-            total = line.fixed + line.each * of_part[name]
-            error = _error(counts, seconds[name], scatter, of_part[name])
-            result["parts"][name][clock] = {**line._asdict(), "total": total, "error": error}
+            times = layers.get(name, 1)
+            scale = times if name in layers else ratio
+            fixed, each = times * line.fixed, scale * line.each
+            error = scale * _error(counts, seconds[name], scatter, of_part[name])
+            total = fixed + each * of_part[name]
+            result["parts"][name][clock] = {"fixed": fixed, "each": each, "total": total, "error": error}
         found = [entry[clock] for entry in result["parts"].values()]
-        result[clock] = {
-            "total": sum(entry["total"] for entry in found),
-            "error": math.sqrt(sum(entry["error"] ** 2 for entry in found)),
-        }
-        result["scatter"][clock] = scatter
+        of_prompts = sum(entry["total"] - entry["fixed"] for entry in found)
+        errors = [entry["error"] for entry in found] + [of_prompts * scatter * math.sqrt(2 / len(passes))]
+        result[clock] = {"total": sum(entry["total"] for entry in found), "error": math.hypot(*errors)}
+        result["scatter"][clock], result["full_pass"][clock] = scatter, ratio
     return {
         **result,
         "measured": len(counts),
         "measured_prompts": int(counts.sum()),
+        "tokens": tokens,
         "parameters": config.num_parameters()["total"],
         "threads": torch.get_num_threads(),
         "device": str(model.embedding.weight.device),
@@ -125,16 +152,24 @@ def _model(config: ModelConfig) -> PLDRModel:
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def _pieces(model: PLDRModel, post: PostConfig) -> list[Work]:
-    """Everything that a validation measures. Kinds of prompts that are equally many are one piece."""
+def _pieces(model: PLDRModel, post: PostConfig, tokens: int) -> list[Work]:
+    """Everything that a validation measures, with prompts of `tokens`. Kinds that are equally many are one piece."""
     config = model.config
     shape = (post.prompts, config.context_length + 1)
-    text_NT = torch.randint(min(4, config.vocab_size - 1), config.vocab_size, shape)
-    g_LHKK = model.compute_g(text_NT[:1, :-1].to(model.embedding.weight.device))[:, 0].detach()
+    full_NT = torch.randint(min(4, config.vocab_size - 1), config.vocab_size, shape)
+    numbers = {kind.name: len(kind.ids_NS) for kind in make_kinds(full_NT, config, seed=0)}
+    text_NT = full_NT[:, : tokens + 1]
     kinds = make_kinds(text_NT, config, seed=0)
+    device = model.embedding.weight.device
+    g_LHKK = model.compute_g(text_NT[:1, :-1].to(device))[:, 0].detach()
     groups: dict[int, list[PromptKind]] = {}
-    for kind in kinds:
-        groups.setdefault(len(kind.ids_NS), []).append(kind)
+    for kind in kinds:  # text of other lengths is named by them
+        groups.setdefault(numbers.get(kind.name, post.prompts), []).append(kind)
+
+    @torch.inference_mode()
+    def live(name: str, ids_1S: Tensor) -> None:
+        with part(name):
+            model(ids_1S.to(device), padded=False)
 
     def observed(group: list[PromptKind], count: int) -> None:
         with part("observation"):
@@ -153,17 +188,33 @@ def _pieces(model: PLDRModel, post: PostConfig) -> list[Work]:
     def fp64(count: int) -> None:
         with part("fp64", whole=True):
             measures: dict[str, Any] = {"not_finite": [], "deviations": {}}
-            few = post.model_copy(update={"fp64_prompts": count})
-            validate.measure_fp64(measures, model, g_LHKK, text_NT, kinds, few, seed=0)
+            validate.measure_fp64(measures, model, g_LHKK, text_NT[:count], few_of(kinds, count), post, seed=0)
 
     def control(count: int) -> None:
         with part("control", whole=True):
             validate.untrained_control(model, text_NT[:count], few_of(kinds, count), post, seed=0)
 
-    works = []
-    for count, group in groups.items():
+    def one_layer(heads: int) -> tuple[PLDRModel, Tensor]:
+        small = _model(replace(config, num_layers=1, num_heads=heads))
+        return small, small.compute_g(text_NT[:1, :-1].to(device))[:, 0].detach()
+
+    def search(heads: int) -> None:
+        layer = one_layer(heads)
+        with part("search"):
+            search_worst_rows(*layer, seed=0)
+
+    def proof(heads: int) -> None:
+        layer = one_layer(heads)
+        with part("proof"):
+            prove(*layer)
+
+    works = [
+        Work("full pass", lambda n: live("full pass", full_NT[:1, :-1]), 1),
+        Work("cut pass", lambda n: live("cut pass", text_NT[:1, :-1]), 1),
+    ]
+    for number, group in groups.items():
         name = group[0].name if group[0].name in ("text", "random") else "other kinds"
-        works.append(Work(name, lambda n, group=group: observed(group, n), count))  # type: ignore[misc]
+        works.append(Work(name, partial(observed, group), number))
     works += [
         Work("effects", effects, min(post.effect_prompts, post.prompts)),
         Work("generation", generation, min(post.generate_prompts, post.prompts)),
@@ -171,6 +222,9 @@ def _pieces(model: PLDRModel, post: PostConfig) -> list[Work]:
     ]
     if config.g_source == "learned":
         works.append(Work("control", control, min(validate.CONTROL_PROMPTS, post.prompts)))
+        works.append(Work("search", search, config.num_heads, config.num_layers))
+        if post.prove:
+            works.append(Work("proof", proof, config.num_heads, config.num_layers))
     return works
 
 
@@ -183,7 +237,9 @@ def _line(counts: np.ndarray, seconds: np.ndarray) -> Line:
 def _scatter(counts: np.ndarray, seconds: dict[str, np.ndarray], lines: dict[str, Line]) -> float:
     """Standard deviation of a measurement over its size: the residuals of all parts together, two parameters a part."""
     shares = [
-        (values - (lines[name].fixed + lines[name].each * counts)) / values.mean() for name, values in seconds.items()
+        (seconds[name] - (line.fixed + line.each * counts)) / seconds[name].mean()
+        for name, line in lines.items()
+        if seconds[name].all()  # not what is too short to have been seen each time
     ]
     free = len(shares) * (len(counts) - 2)
     return math.sqrt(sum(float((share**2).sum()) for share in shares) / free) if free > 0 else math.nan

@@ -39,8 +39,8 @@ from pipeline.post.measure.prompts import PromptKind, few_of, held_out_text, mak
 from pipeline.post.measure.statistics import effective_rank, numerical_rank
 from pldr_model.model import PLDRModel, g_shape
 
-CONTROL_PROMPTS = 8  # of every kind
-FP64_EFFECT_PROMPTS = 4  # of the losses with another G, which fp64 only repeats
+CONTROL_PROMPTS = 4  # of every kind
+FEW_EFFECT_PROMPTS = 2  # of the losses with another G, where they are only shown: in fp64 and of the control
 
 
 def validate(
@@ -87,6 +87,9 @@ def validate(
             with part("proof"):
                 measures["proof"] = prove(model, g_LHKK)
     if not measures["not_finite"]:
+        with part("effects"):
+            few_NT, least = text_NT[: config.effect_prompts], config.min_attention_effect
+            measures["effects"] = effects_by_layer(model, g_LHKK, few_NT, measures["losses"], min_effect=least)
         num = {"num_tokens": config.generate_tokens, "num_prompts": config.generate_prompts}
         with part("generation"):
             measures["greedy"] = greedy_agreement(model, g_LHKK, text_NT, **num, seed=seed)
@@ -153,9 +156,6 @@ def _measure(
         few_NT, random_LHKK = text_NT[: config.effect_prompts], seen.spreads["G_LM"]["random"].mean_LHKK
         with part("effects"):
             few = compare_losses(model, g_LHKK, few_NT, random_LHKK=random_LHKK)
-            measures["effects"] = effects_by_layer(
-                model, g_LHKK, few_NT, few["losses"], min_effect=config.min_attention_effect
-            )
         measures["losses"] = estimated(outputs["losses"], few["losses"])
         measures["prefix"] = few["prefix"]
         measures["agreement"] = outputs["agreement"] | few["agreement"]
@@ -195,7 +195,7 @@ def measure_fp64(
     measures["deviations"]["fp64"] = deviations(seen, found)
     measures["relative_deviation_g"] = measures["deviations"]["fp64"].get("G_LM", {}).get("max")
     if not measures["not_finite"]:
-        few = compare_losses(double, g_LHKK, text_NT[:FP64_EFFECT_PROMPTS])
+        few = compare_losses(double, g_LHKK, text_NT[:FEW_EFFECT_PROMPTS])
         measures["fp64"] = {
             **of_outputs,
             "losses": estimated(of_outputs["losses"], few["losses"]),
@@ -219,8 +219,8 @@ def untrained_control(
     fresh.to(device=weight.device, dtype=weight.dtype)
     text_NT, kinds = text_NT[:CONTROL_PROMPTS], few_of(kinds, CONTROL_PROMPTS)
     g_LHKK = means(fresh, kinds[0])["G_LM"]
-    found = _prompt_deviations(g_LHKK, kinds, config)
-    measures = _measure(fresh, g_LHKK, text_NT, kinds, found, config, seed=seed)
+    few = config.model_copy(update={"effect_prompts": FEW_EFFECT_PROMPTS})
+    measures = _measure(fresh, g_LHKK, text_NT, kinds, _prompt_deviations(g_LHKK, kinds, config), few, seed=seed)
     measures["relative_deviation_g"] = measures["relative_deviation_g_fp32"]
     checks = make_checks(
         measures, {}, config, variant=model.config.g_source, num_prompts=config.min_prompts, budget=None

@@ -108,7 +108,7 @@ def compare_losses(
 def effects_by_layer(
     model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, losses: Mapping[str, float], *, min_effect: float
 ) -> dict[str, Any]:
-    """What replacing G_LM costs in nats: in all layers (from `losses` over the same prompts), and in one layer at a time with
+    """What replacing G_LM costs in nats: in all layers (differences of `losses`), and in one layer at a time with
     the others cached, `per_layer`. A layer whose G = 0 costs `min_effect` or more alone is in `alive_layers`.
 
     A layer's input does not depend on its own G or a later one, so it is computed once: layer l costs the layers from l on.

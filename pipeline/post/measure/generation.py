@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed import merged, share
-from pipeline.post.measure.downstream import Totals, logits
+from pipeline.post.measure.downstream import Totals
 from pipeline.post.measure.observe import batches, deduce, tensors_of
 from pipeline.post.measure.statistics import Pair
 from pldr_model.generation import NotFiniteError, generate
@@ -54,7 +54,7 @@ def greedy_agreement(
         differs_B = torch.zeros(len(prompts), dtype=torch.bool)
         for index in checked:
             until = len(prompts[0]) + index
-            live_BV = logits(model, ids_BS[:, :until])[:, -1]
+            live_BV = model(ids_BS[:, :until], padded=False, last_only=True)[:, -1]
             totals.add("not finite", int((~live_BV.isfinite().all(dim=-1)).sum()))
             wrong_B = (live_BV.argmax(dim=-1) != ids_BS[:, until]).cpu()
             differs_B |= wrong_B
