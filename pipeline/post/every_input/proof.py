@@ -71,7 +71,7 @@ def prove(model: PLDRModel, g_LHKK: Tensor) -> dict[str, Any]:
             rows, radii = learned_rows(cast(PLGA, layer.attention.plga))
             deviations = [_deviation(head, rows, g_KK) for head, g_KK in zip(_heads(layer), g_HKK, strict=True)]
             per_head.append([_relative(far, g_KK) for far, g_KK in zip(deviations, g_HKK, strict=True)])
-            by_unit.append(radii)
+            by_unit.append([None if radius is None else _number(radius) for radius in radii])
             scores.append(_score_bound(layer.attention, entering, deviations))
             entering = layer.feed_forward_norm
     worst = max(max(heads) for heads in per_head)
@@ -165,7 +165,8 @@ def _reach(slope: arb, radius: arb) -> arb:
 
 
 def _least(x: arb, y: arb) -> arb:
-    return x if x < y else y
+    """The smaller one, of those that are numbers."""
+    return x if x < y or not y.is_finite() else y
 
 
 def _sigmoid(x: arb) -> arb:
@@ -201,13 +202,12 @@ def _score_bound(attention: Attention, entering: nn.LayerNorm, deviations: list[
     H, K = attention.num_heads, attention.head_dim
     queries, keys, _ = attention.qkv.weight.view(3, H, K, -1)
     query_biases, key_biases, _ = attention.qkv.bias.view(3, H, K)
-    largest = arb(0)
+    scores = []
     for h, deviation in enumerate(deviations):
         longest_q = _longest(exact(queries[h]), exact(query_biases[h]), entering)
         longest_k = _longest(exact(keys[h]), exact(key_biases[h]), entering)
-        score = (longest_q * longest_k * deviation / arb(K).sqrt()).upper()
-        largest = score if not score < largest else largest
-    return rounded_up(largest)
+        scores.append(rounded_up(longest_q * longest_k * deviation / arb(K).sqrt()))
+    return max(scores)
 
 
 def _longest(weight_KD: arb_mat, bias_K: arb_mat, norm: nn.LayerNorm) -> arb:
