@@ -50,7 +50,7 @@ def deviation(model: PLDRModel, z_MHKK: Tensor, g_HKK: Tensor, layer: int = 0) -
     """Of G_LM from the cached one, [M,H]; z are the rows of the normalised density matrix. The model is fp64."""
     plga = model.layers[layer].attention.plga
     A = plga.metric_learner(z_MHKK * plga.density_norm.weight + plga.density_norm.bias)
-    G = plga._power_law(A).G_LM
+    G = plga.power_law(A).G_LM
     return (G - g_HKK).square().mean((-2, -1)).sqrt() / g_HKK.square().mean((-2, -1)).sqrt()
 
 
@@ -181,7 +181,7 @@ def test_scores_stay_within_their_bound() -> None:
         plga = attention.plga
         z = rows(wide, 40)[torch.randint(40, (2, K))]
         A = plga.metric_learner(z * plga.density_norm.weight + plga.density_norm.bias)
-        dG = plga._power_law(A.unsqueeze(0)).G_LM - g_LHKK[layer].double()
+        dG = plga.power_law(A.unsqueeze(0)).G_LM - g_LHKK[layer].double()
         assert float((q @ dG @ k.mT / K**0.5).abs().max()) <= bounds[layer]
 
 
