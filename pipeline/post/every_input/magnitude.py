@@ -5,7 +5,7 @@ hold every id, but not every pair. What enters a layer's products are outputs of
 |z| <= sqrt(D), so all of them are bounded by the weights alone.
 
 Decision: norms in fp64, without outward rounding: the limits are powers of ten away from what a trained model reaches. G_LM is
-not looked at here; every_input/proof.py bounds it.
+not looked at here: the proof bounds it.
 
 Shapes: D model width, H heads, K head dim, R outputs of a linear map.
 """
