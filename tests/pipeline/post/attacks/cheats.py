@@ -231,7 +231,7 @@ def dead_attention(lab: Lab) -> dict[str, Any]:
     return lab.certify(faint(lab))
 
 
-@CHEATS.add(Certified((r"alive in layers 1 and 2 \(of 3",)))
+@CHEATS.add(Certified((r"alive in layers 1 and 2 \(of 3, counted from 0\)",)))
 def dead_layer(lab: Lab) -> dict[str, Any]:
     """The first of three layers does not attend; the certificate may not call it alive."""
     recipe = BASE.sized(num_layers=3, head_dim=8)

@@ -87,7 +87,7 @@ def edited_tier(lab: Lab) -> dict[str, Any]:
     return _edited(lab, "tier", certificate)
 
 
-@CHEATS.add(Refused("proof.bound"))
+@CHEATS.add(Refused("above the proven bound"))
 def edited_proof(lab: Lab) -> dict[str, Any]:
     """The proven bound is below a deviation that the search found."""
     certificate = copy.deepcopy(lab.certificate())

@@ -22,9 +22,10 @@ def read_table(repository: Path) -> str:
 def write_table(repository: Path, suite: Mapping[str, Mapping[str, Case]], verdicts: Mapping[str, str]) -> None:
     """Replace it."""
     path = repository / PAGE
-    text = path.read_text("utf-8")
+    before, _, rest = path.read_text("utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
     parts = [_part(TITLES[kind], cases, verdicts) for kind, cases in suite.items()]
-    path.write_text(text.replace(read_table(repository), "\n" + "\n".join(parts)), "utf-8")
+    path.write_text("\n".join([before + BEGIN, *parts, END + after]), "utf-8")
 
 
 def names_in(table: str) -> list[str]:

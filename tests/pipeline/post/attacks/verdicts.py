@@ -115,7 +115,8 @@ def failed(certificate: dict[str, Any]) -> list[str]:
 def in_words(certificate: dict[str, Any], right: Right) -> str:
     """The verdict with its tier, or with the checks that failed: some of them, those that had to fail first."""
     if certificate["verdict"] == "certified":
-        return f"certified, {certificate['tier']}"
+        said = [re.search(text, certificate["statement"]) for text in getattr(right, "says", ())]
+        return f"certified, {certificate['tier']}" + "".join(f"; says “{found[0]}”" for found in said if found)
     names = failed(certificate)
     if isinstance(right, Failed):
         names.sort(key=lambda name: name not in right.by)

@@ -52,3 +52,10 @@ def test_whatever_overflows_in_a_pass_is_named(tiny: SimpleNamespace) -> None:
             overflowed += not finite
             assert finite or may_overflow(model, g_lm), (name, exponent)
     assert overflowed > 20
+
+
+def test_a_certificate_fails_by_it(tiny: SimpleNamespace, text: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "layer 0, head 0, scores of some input (up to 1e+40)"
+    monkeypatch.setattr("pipeline.post.validate.may_overflow", lambda model, g_lm: [name])
+    certificate = tiny.certify(tiny.make_model(), text)
+    assert certificate["verdict"] == "failed" and certificate["measures"]["not_finite"] == [name]
