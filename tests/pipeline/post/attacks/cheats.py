@@ -120,6 +120,21 @@ def overflowing_power(lab: Lab) -> dict[str, Any]:
 
 
 @CHEATS.add(FINITE)
+def overflowing_unit(lab: Lab) -> dict[str, Any]:
+    """The first residual unit overflows for rows that no prompt has; in exact arithmetic the units after it forget that."""
+    model = lab.trained()
+    plain_rows(model, 0)
+    row_K, most = unlike(rows(model, 0, _all_kinds()).flatten(0, 2))
+    glu, hidden, steep = plga_of(model, 0).metric_learner[0].glus[-1], BASE.config.A_dff, 1e13
+    with torch.no_grad():
+        glu.w12.weight[0], glu.w12.bias[0] = steep * row_K / row_K.norm(), -steep * (2 * row_K.norm() + most) / 3
+        glu.w12.weight[hidden], glu.w12.bias[hidden] = 0.0, 1.0  # the value beside this gate
+        glu.w3.weight[:, 0] = 1e12 * torch.randn(BASE.config.head_dim, generator=torch.Generator().manual_seed(0))
+        assert not plga_of(model, 0).metric_learner(row_K).isfinite().any()
+    return lab.certify(model)
+
+
+@CHEATS.add(FINITE)
 def ids_that_overflow_together(lab: Lab) -> dict[str, Any]:
     """Queries of one rare id and keys of another are finite; their score is not. No prompt has both."""
     model, text_NT = lab.trained(), language(BASE, count=POST.prompts, seed=2)[:, :25]

@@ -24,6 +24,8 @@ def test_a_model_as_it_is_may_not(tiny: SimpleNamespace) -> None:
         ("layers.0.attention.output.weight", "layer 0, attention"),
         ("layers.0.feed_forward.w12.weight", "layer 0, feed-forward"),
         ("layers.0.feed_forward_norm.weight", "layer 1, head 0, scores"),
+        ("layers.1.attention.plga.metric_learner.0.glus.0.w12.weight", "layer 1, unit 0 of the metric learner"),
+        ("layers.0.attention.plga.density_norm.weight", "layer 0, unit 0 of the metric learner"),
         ("output.weight", "logits"),
     ],
 )
@@ -52,6 +54,23 @@ def test_whatever_overflows_in_a_pass_is_named(tiny: SimpleNamespace) -> None:
             overflowed += not finite
             assert finite or may_overflow(model, g_lm), (name, exponent)
     assert overflowed > 20
+
+
+def test_a_metric_learner_that_overflows_for_some_rows_is_named(tiny: SimpleNamespace) -> None:
+    chance, overflowed = torch.Generator().manual_seed(0), 0
+    rows = torch.nn.functional.layer_norm(torch.randn(64, 8, generator=chance), (8,))
+    learner = "layers.0.attention.plga.metric_learner"
+    names = [name for name, _ in tiny.make_model().named_parameters() if name.startswith(learner)]
+    for name in names:
+        for exponent in (8, 12, 17, 20, 30, 37):
+            model: PLDRModel = tiny.make_model()
+            parameter = model.get_parameter(name)
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=chance) * 10.0**exponent)
+                finite = bool(model.get_submodule(learner)(rows).isfinite().all())
+            overflowed += not finite
+            assert finite or may_overflow(model, torch.randn(2, 2, 8, 8)), (name, exponent)
+    assert overflowed > 10
 
 
 def test_a_certificate_fails_by_it(tiny: SimpleNamespace, text: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
