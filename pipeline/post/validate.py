@@ -1,13 +1,15 @@
 """The validator: is G_LM of this model a constant, and may it be cached? Stage `validate`.
 
 Background: docs/certificate.md says what is measured, why, and what fools a validator. In short: every deductive tensor per
-layer and head over prompts of several kinds and lengths; the answers with caches against full recomputation without any;
-proof that attention is alive; the leak test; and the same measure on the untrained model, which must fail.
+layer and head over prompts of several kinds and lengths; G_LM over the worst input that a search finds, and a proof for all;
+the answers with caches against full recomputation without any; proof that attention is alive; the leak test; and the same
+measure on the untrained model, which must fail.
 
-Decision: the verdict on G_LM is by the worst head on the worst kind of prompts, measured against the same G_LM that will
-be cached, in fp32 (as shipped) and in fp64 (which tells real variation from round-off); both must pass. `validate` is a
-pure function: the same model, G, sequences and configuration on the same machine give the same certificate, byte for byte.
-It reads and writes no files. All statistics are streamed: memory does not grow with the number of prompts.
+Decision: the verdict on G_LM is by the worst head on the worst prompt, in the model's own precision against the G_LM that will
+be cached, and in fp64 against the mean of fp64 (which tells real variation from round-off); both must pass, and so must the
+worst rows that a search over every input finds. A proof that closes gives a better tier. `validate` is a pure function: the
+same model, G, sequences and configuration on the same machine give the same certificate, byte for byte. It reads and writes no
+files. All statistics are streamed: memory does not grow with the number of prompts.
 
 Shapes: N prompts, T = S+1 tokens, L layers, H heads, K head dim.
 """

@@ -15,8 +15,9 @@ TERMS = {
     "computes it.",
     "order parameter": "how much a tensor changes with the input: RMS of its difference to that of the first held-out "
     "sequence, over its RMS, all heads together. 0: a constant.",
-    "relative deviation": "RMS over the entries of live minus cached G_LM, over the head's RMS: the worst head on the worst "
-    "prompt, in fp64 (before schema 5 of the certificate: RMS over prompts, the worse of fp32 and fp64).",
+    "relative deviation": "RMS over the entries of live minus reference G_LM (the cached one; in fp64 the mean over text), "
+    "over the head's RMS: the worst head on the worst prompt, in fp64 (before schema 5: RMS over prompts, the "
+    "worse of fp32 and fp64).",
     "worst row": "the metric learner is given the rows of one matrix, each by itself; the row, of all there are, that changes "
     "G_LM most. A search finds at least how much, a proof at most.",
     "proven": "for every input of any length, in exact arithmetic, G_LM deviates by less than is allowed. Round-off is apart.",

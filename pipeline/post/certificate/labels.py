@@ -143,4 +143,4 @@ def _effect_on_outputs(certificate: Tree, loose: str) -> str:
             f"and nearly all outputs stay the same: {differ:.0%} of {greedy['num_prompts']} greedy texts differ from some "
             "token on"
         )
-    return "and the outputs stay the same"
+    return "and on these prompts the outputs stay the same"

@@ -22,6 +22,9 @@ from pipeline.post.measure.statistics import Spread, relative_deviation
 from pipeline.post.measure.worst import Worst
 from pldr_model.model import PLDRModel
 
+LOOK_CLOSER = 1e-5  # of a head in the model's own precision; no larger, so that a loose threshold measures the same
+HOPELESS = 1e-3  # more is not certified, whatever fp64 says (`max_relative_deviation_g_fp32`)
+
 
 class PromptDeviations:
     """Watches live passes: the largest relative deviation of G_LM from the reference over prompts, per kind and head. Streamed.
@@ -42,10 +45,12 @@ class PromptDeviations:
         self.by_kind = {kind: merged(worst) for kind, worst in self.by_kind.items()}
 
     def worst_and_first(self, kind: PromptKind, count: int) -> list[int]:
-        """The indices, in order, of `count` prompts of a kind: one half the worst, the rest the first of the others."""
-        worst = self.by_kind[kind.name].prompts.beside
-        indices = [] if worst is None else worst[: count // 2].tolist()
-        return sorted(list(dict.fromkeys([*indices, *range(len(kind.ids_NS))]))[:count])
+        """The indices, in order, of `count` prompts of a kind: one half the worst, the rest the first of the others. Beyond
+        `count`, the worst prompt of every head whose deviation may be rounding or not."""
+        found = self.by_kind[kind.name]
+        indices = [] if found.prompts.beside is None else found.prompts.beside[: count // 2].tolist()
+        chosen = list(dict.fromkeys([*indices, *range(len(kind.ids_NS))]))[:count]
+        return sorted({*chosen, *found.prompts_of_heads(min(found.above, LOOK_CLOSER), HOPELESS)})
 
 
 def deviations(seen: Observation, found: PromptDeviations) -> dict[str, Any]:

@@ -40,11 +40,13 @@ class Top:
 
 class Worst:
     """Streaming maximum over prompts of the relative deviation of tensors [N,L,H,K,K] from a reference: per prompt the RMS over
-    entries, over that of the reference's head. Also the `keep` worst prompts, and how many are above `above` in any head."""
+    entries, over that of the reference's head. Also the `keep` worst prompts, each head's own (`prompt_LH`), and how many are
+    above `above` in any head."""
 
     def __init__(self, reference_LHKK: Tensor, *, keep: int, above: float) -> None:
         self.reference_LHKK, self.above = reference_LHKK, above
         self.max_LH = torch.zeros(reference_LHKK.shape[:2], dtype=torch.float64)
+        self.prompt_LH = torch.zeros(reference_LHKK.shape[:2], dtype=torch.int64)
         self.prompts = Top(keep)
         self.num_above = 0
 
@@ -52,15 +54,26 @@ class Worst:
         """Add N more prompts, `start` being the index of the first."""
         deviation_NLH = deviation_of_each(x_NLHKK, self.reference_LHKK)
         of_prompt_N = deviation_NLH.amax(dim=(1, 2))
-        self.max_LH = torch.maximum(self.max_LH, deviation_NLH.amax(dim=0))
+        largest_LH, index_LH = deviation_NLH.max(dim=0)
+        self._take(largest_LH, start + index_LH)
         self.prompts.update(of_prompt_N, torch.arange(start, start + len(of_prompt_N)))
         self.num_above += len(of_prompt_N) - int((of_prompt_N <= self.above).sum())
 
     def merge(self, other: Worst) -> None:
         """Add what another accumulator has seen."""
-        self.max_LH = torch.maximum(self.max_LH, other.max_LH)
+        self._take(other.max_LH, other.prompt_LH)
         self.prompts.merge(other.prompts)
         self.num_above += other.num_above
+
+    def prompts_of_heads(self, above: float, below: float) -> list[int]:
+        """The worst prompt of every head whose largest deviation lies between these. A head that deviates in all prompts fills
+        `prompts`, and would hide another."""
+        return sorted(set(self.prompt_LH[(self.max_LH > above) & (self.max_LH <= below)].tolist()))
+
+    def _take(self, deviation_LH: Tensor, prompt_LH: Tensor) -> None:
+        more_LH = ~(deviation_LH <= self.max_LH) & ~self.max_LH.isnan()
+        self.prompt_LH = torch.where(more_LH, prompt_LH, self.prompt_LH)
+        self.max_LH = torch.maximum(self.max_LH, deviation_LH)
 
 
 class QueryRatio:

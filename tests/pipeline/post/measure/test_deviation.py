@@ -34,6 +34,17 @@ def test_one_deviating_prompt_of_32_is_judged_though_the_mean_is_low(tiny: Simpl
     assert 20 in found.worst_and_first(kind, 4) and found.worst_and_first(kind, 4)[:3] == [0, 1, 2]
 
 
+def test_a_head_that_is_noise_in_every_prompt_does_not_hide_one_that_deviates_in_a_single_one() -> None:
+    kind, reference = PromptKind("text", torch.zeros(32, 4, dtype=torch.long)), torch.ones(2, 2, 8, 8)
+    g_NLHKK = reference.double().repeat(32, 1, 1, 1, 1)
+    g_NLHKK[:, 0, 1] += 5e-5  # as where fp32 cancels: allowed there, and small in fp64
+    g_NLHKK[20, 1, 0] += 3e-5  # allowed in fp32, but not in fp64
+    found = PromptDeviations(reference, [kind], keep=4, above=1e-5)
+    for start in range(0, 32, 8):  # batches
+        found(LivePass(kind, start, kind.ids_NS[:8], {"G_LM": g_NLHKK[start : start + 8]}, torch.zeros(0)))
+    assert found.worst_and_first(kind, 4) == [0, 1, 2, 3, 20]
+
+
 def test_the_fp64_pass_takes_the_prompts_that_were_worst(
     tiny: SimpleNamespace, invariant: PLDRModel, text: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
