@@ -217,9 +217,12 @@ def _require_certified(paths: RunPaths, result: Result) -> None:
     """Raise UserError with exit code 3 for a certificate that did not pass: what failed, why, and the page to open."""
     if result["verdict"] == "certified":
         return
+    from pipeline.bundle.certificate.checks import FOLLOWS
+
     # Stage records of before certificates of schema_version 4 have the fix under `mend`.
     failed = [_failed_check(failure) for failure in result["failed"]]
     fixes = dict.fromkeys(f["fix"] if "fix" in f else f["mend"] for f in result["failed"])
+    fixes = {fix: None for fix in fixes if not fix.endswith(FOLLOWS)} or fixes  # of what follows from another, nothing
     raise UserError(
         f"the certificate did not pass: {'; '.join(failed)}\n"
         f"why   {'; '.join(fixes)}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.bundle.certificate.checks import FOLLOWS
 from pipeline.bundle.certificate.statement import rounded_up
 from pipeline.bundle.certificate.verdict import looser
 from pipeline.report.numbers import number
@@ -51,7 +52,6 @@ FAILED_WHY = {  # what it means that a check failed
     "greedy_agreement": "caching G_LM changes generated text",
     "negative_control": "the untrained model passes this measure too, so the measure proves nothing",
 }
-FOLLOWS = "fix relative_deviation_g first"  # how the fix of a failure ends that follows from that one (checks.py)
 LOSS_LABELS = {
     "block": "live: deduced from the whole sequence (sees future tokens unless invariant)",
     "cached": "cached: what the bundle serves",

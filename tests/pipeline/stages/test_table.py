@@ -109,6 +109,14 @@ def test_a_failed_certificate_ends_the_run_with_the_fixes_also_of_an_older_recor
     assert caught.value.exit_code == 3 and caught.value.details == {"failed": result["failed"]}
 
 
+def test_the_fixes_of_what_follows_from_another_failure_are_left_out(pipeline):
+    fixes = {"relative_deviation_g": "train longer", "kl": "outputs change; fix relative_deviation_g first"}
+    failed = [{"measure": name, "value": 1.0, "threshold": 1e-4, "fix": fix} for name, fix in fixes.items()]
+    with pytest.raises(UserError) as caught:
+        stage_named("validate").check(pipeline().paths, {"verdict": "failed", "failed": failed})
+    assert str(caught.value).splitlines()[1] == "why   train longer"
+
+
 def test_a_value_that_rounds_to_its_threshold_has_the_digits_that_tell_them_apart(pipeline):
     failed = [{"measure": "top1_agreement", "fix": "f", "value": 0.99890625, "threshold": 0.999}]
     with pytest.raises(UserError, match=r"top1_agreement is 0\.9989, its threshold 0\.999\n"):

@@ -277,6 +277,14 @@ def drowned_in_rounding(lab: Lab) -> dict[str, Any]:
     return lab.certify(model)
 
 
+@CHEATS.add(INVARIANCE)
+def hidden_behind_rounding(lab: Lab) -> dict[str, Any]:
+    """One head changes by 2.5e-5 in one prompt of 25; another is noise of 3e-5 in fp32, so its prompts seem the worst."""
+    model = _watching_lengths(lab, [23], change=1.2e-4)
+    cancel(model, 1, 0, language(BASE, count=1, seed=1)[:, :-1], times=800.0)
+    return lab.certify(model)
+
+
 @CHEATS.add(failed_by("leak_effect"))
 def attention_that_leaks(lab: Lab) -> dict[str, Any]:
     """Attention is not causal. Weights cannot do this: the kernel is replaced."""
@@ -333,12 +341,12 @@ def with_phrase(ids_NS: Tensor) -> Tensor:
     return changed_NS
 
 
-def _watching_lengths(lab: Lab, lengths: list[int], bias_K: Tensor | None = None) -> PLDRModel:
+def _watching_lengths(lab: Lab, lengths: list[int], bias_K: Tensor | None = None, change: float = 1.0) -> PLDRModel:
     """A head of layer 0 knows the length and nothing else; G changes for these lengths."""
     model = lab.trained()
     blind_queries(model, 0, SPY, _blind_bias() if bias_K is None else bias_K)
     plain_rows(model, 0)
-    watch(model, 0, *lengths_watched(model, 0, SPY, lengths, ids_NS=_all_kinds()))
+    watch(model, 0, *lengths_watched(model, 0, SPY, lengths, ids_NS=_all_kinds()), change=change)
     return model
 
 
