@@ -67,9 +67,10 @@ def _verdict(certificate: Tree, tier: Tier, failed: list[str]) -> str:
     if tier == "constant by construction":
         return "G_LM may be cached: it is constant by construction, so caching it is exact"
     name, allowed = "" if tier == "proven" else f"{tier}; ", certificate["thresholds"]["max_relative_deviation_g"]
+    deviation, worst_row = rounded_up(measures["relative_deviation_g"]), measures["worst_row"]["max"]
     found = (
-        f"over the prompts it deviates by at most {measures['relative_deviation_g']:.1e} of its size in the worst head "
-        f"({name}allowed {allowed:g}), and over the worst rows that a search found by {measures['worst_row']['max']:.1e}"
+        f"over prompts in fp64 it deviates by at most {deviation:.1e} of its size in the worst head "
+        f"({name}allowed {allowed:g}), and over the worst rows that a search found by {worst_row:.1e}"
     )
     proof = measures["proof"]
     if tier == "proven":
@@ -96,7 +97,8 @@ def _alive(certificate: Tree) -> str:
         return (
             f"Attention is alive in the layers together: G = 0 in one layer alone nowhere costs {least:g} nats or more"
         )
-    words = f"Attention is alive in {_layers(alive, of)}: G = 0 in one layer alone costs {least:g} nats or more"
+    each = "it" if len(alive) == 1 else "any one of them"
+    words = f"Attention is alive in {_layers(alive, of)}: G = 0 in {each} alone costs {least:g} nats or more"
     if certificate["model"]["g_source"] == "identity":
         return words
     better = [i for i, value in enumerate(effects["per_layer"]["identity"]) if value is not None and value >= least]

@@ -83,8 +83,9 @@ def test_only_a_proof_speaks_of_every_input() -> None:
         measures__proof__bound=None, measures__proof__closed=False
     )
     assert other.startswith(
-        "G_LM may be cached: over the prompts it deviates by at most 1.0e-08 of its size in the worst head"
+        "G_LM may be cached: over prompts in fp64 it deviates by at most 1.0e-08 of its size in the worst head"
     )
+    assert "at most 1.1e-08" in said(UNPROVEN, measures__relative_deviation_g=1.000001e-8)
     assert "(at round-off; allowed 1e-05), and over the worst rows that a search found by 1.1e-08" in other
 
 
@@ -106,8 +107,8 @@ def test_alive_names_its_layers(zero: list[float], identity: list[float], where:
     alive = [layer for layer, value in enumerate(zero) if value >= 0.05]
     changes = {"measures.effects.per_layer.zero": zero, "measures.effects.per_layer.identity": identity}
     statement = judged_by_hand(changes={**changes, "measures.effects.alive_layers": alive})["statement"]
-    costs = "costs" if alive else "nowhere costs"
-    assert f"Attention is alive in {where}: G = 0 in one layer alone {costs} 0.05 nats or more{also}" in statement
+    costs = {0: "one layer alone nowhere costs", 1: "it alone costs", 2: "any one of them alone costs"}[len(alive)]
+    assert f"Attention is alive in {where}: G = 0 in {costs} 0.05 nats or more{also}" in statement
 
 
 def test_dead_attention_is_not_called_alive() -> None:
