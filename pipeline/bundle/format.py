@@ -86,10 +86,10 @@ def parse_model(values: Any, *, where: Path) -> ModelConfig:
 
 
 class _WithoutInit(TorchFunctionMode):
-    """`nn.init.normal_` does nothing: on the meta device it imports torch._dynamo, which takes seconds."""
+    """Normal draws do nothing: on the meta device they import torch._dynamo, which takes seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.init.normal_:
+        if func in (torch.nn.init.normal_, torch.Tensor.normal_):
             return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
         return func(*args, **(kwargs or {}))
 

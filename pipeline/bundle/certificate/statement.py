@@ -71,8 +71,18 @@ def _verdict(certificate: Tree, tier: Tier, failed: list[str]) -> str:
         f"over the prompts it deviates by at most {measures['relative_deviation_g']:.1e} of its size in the worst head "
         f"({name}allowed {allowed:g}), and over the worst rows that a search found by {measures['worst_row']['max']:.1e}"
     )
-    proven = f"{EXACT} {rounded_up(measures['proof']['bound']):.1e} (proven); " if tier == "proven" else ""
-    return f"G_LM may be cached: {proven}{found}"
+    proof = measures["proof"]
+    if tier == "proven":
+        return f"G_LM may be cached: {EXACT} {rounded_up(proof['bound']):.1e} (proven); {found}"
+    return f"G_LM may be cached: {found}. It is not proven for every input: {_why_unproven(proof)}"
+
+
+def _why_unproven(proof: Tree) -> str:
+    if not proof:
+        return "no proof was tried (post.prove)"
+    return (
+        "the proof does not close" if proof["bound"] is None else f"the proof allows {rounded_up(proof['bound']):.1e}"
+    )
 
 
 def _alive(certificate: Tree) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.post.certificate.build import summary_lines
+from pipeline.post.validate import CONTROL_PROMPTS
 from pldr_model.loss import cross_entropy
 from pldr_model.model import PLDRModel, is_metric_parameter
 from tests.helpers.models import failed
@@ -115,8 +116,8 @@ def test_the_controls_fail_where_they_must(tiny: SimpleNamespace, certificate: d
 def test_the_untrained_control_is_the_model_of_that_seed(tiny: SimpleNamespace, text: torch.Tensor) -> None:
     torch.manual_seed(11)
     fresh = PLDRModel(tiny.config).eval()
-    post = tiny.post.model_copy(update={"prompts": 8, "min_prompts": 8})
-    certificate = tiny.certify(fresh, text, post=post, seed=11)
+    few = {"prompts": CONTROL_PROMPTS, "min_prompts": CONTROL_PROMPTS}
+    certificate = tiny.certify(fresh, text, post=tiny.post.model_copy(update=few), seed=11)
     control = certificate["controls"]["untrained"]
     assert control["losses"]["block"] == pytest.approx(certificate["measures"]["losses"]["block"], rel=1e-5)
     assert control["leak"]["last_token"]["live_rms"] == pytest.approx(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.bundle.certificate.statement import highest_share, rounded_up
+from pipeline.bundle.certificate.statement import EXACT, highest_share, rounded_up
 from pipeline.config.post import PostConfig
 from tests.helpers.evidence import judged_by_hand, varying
 
@@ -76,7 +76,12 @@ def test_only_a_proof_speaks_of_every_input() -> None:
     first = "G_LM may be cached: for every input of any length, in exact arithmetic, G_LM deviates by at most 1.2e-08 (proven);"
     assert proven.startswith(first) and "at most 1.0e-08" in proven and "that a search found by 1.1e-08" in proven
     other = said(UNPROVEN)
-    assert "every input" not in other and "proven" not in other
+    assert EXACT not in other and "(proven)" not in other
+    assert "It is not proven for every input: no proof was tried (post.prove)" in other
+    assert "It is not proven for every input: the proof allows 3.0e-01" in said(measures__proof__bound=0.3)
+    assert "It is not proven for every input: the proof does not close" in said(
+        measures__proof__bound=None, measures__proof__closed=False
+    )
     assert other.startswith(
         "G_LM may be cached: over the prompts it deviates by at most 1.0e-08 of its size in the worst head"
     )

@@ -189,6 +189,13 @@ def test_the_linear_part_is_above_ascent_and_near_it(second: float) -> None:
         assert largest <= bound * (1 + 1e-12) and bound < 3 * largest
 
 
+def test_rows_that_leave_along_other_axes_count() -> None:
+    K = 8
+    shape, one = torch.eye(K) + 0.1, torch.eye(K)  # row i may reach sqrt(1.1) in column i, and only that reaches G
+    with precision(PRECISION_BITS):
+        assert float(_linear_part(Head(*[exact(one)] * 5), exact(one), exact(shape))) >= (1.1 * K) ** 0.5
+
+
 def test_scores_stay_within_their_bound() -> None:
     model = build(seed=11, decay=0.1, layers=2)
     g_LHKK = cached(model)
