@@ -156,17 +156,29 @@ def _every_input(measures: Tree) -> str | None:
     bound = proof["bound"]
     if bound != largest(_flat(proof["per_head"])):
         return "measures.proof.bound is not the largest of its heads"
+    if row and (wrong := _above_its_bound(row["per_head"], proof["per_head"])):
+        return wrong
     if not proof["closed"]:
         return None
     if bound is None or bound < 0:
         return "measures.proof: closed without a bound"
-    if row and row["max"] is not None and row["max"] > bound + SEARCH_ROUND_OFF:
-        return f"measures.worst_row.max {row['max']:g} is above the proven bound {bound:g}"
     deviation = measures["relative_deviation_g"]
     if (
         deviation is not None and deviation > 2 * bound + PROMPT_ROUND_OFF
     ):  # both lie within the bound of the cached G_LM
         return f"measures.relative_deviation_g {deviation:g} is more than the proven bound {bound:g} allows"
+    return None
+
+
+def _above_its_bound(found_LH: list[list[float | None]], proven_LH: list[list[float | None]]) -> str | None:
+    """The first head in which the search found more than the proof allows; the proof of some heads may not have closed."""
+    if [len(heads) for heads in found_LH] != [len(heads) for heads in proven_LH]:
+        return "measures.proof.per_head: not the heads of the search"
+    for layer, (found, proven) in enumerate(zip(found_LH, proven_LH, strict=True)):
+        for head, (value, bound) in enumerate(zip(found, proven, strict=True)):
+            if value is not None and bound is not None and value > bound + SEARCH_ROUND_OFF:
+                where = f"layer {layer}, head {head}"
+                return f"measures.worst_row of {where}, {value:g}, is above the proven bound {bound:g}"
     return None
 
 

@@ -96,6 +96,12 @@ def test_a_certificate_is_read_back(tmp_path: Path, post: dict[str, Any]) -> Non
         ("measures.proof.per_head.1", [9e-9, 9e-9], "proof.bound is not the largest of its heads"),
         ("measures.proof.per_head.0", [None, 9e-9], "proof.bound is not the largest of its heads"),
         ("measures.proof.closed", False, "tier 'proven' does not follow"),
+        (
+            "measures.proof.per_head.0",
+            [2e-9, 1e-9],
+            "worst_row of layer 0, head 1, 2e-09, is above the proven bound 1e-09",
+        ),
+        ("measures.proof.per_head.0", [2e-9], "proof.per_head: not the heads of the search"),
         # what is missing, or cannot have been measured
         *(
             (f"measures.{name}", {}, f"measures.{name}: missing")
@@ -164,7 +170,7 @@ def test_what_does_not_follow_or_is_unknown_is_refused_in_one_line(
             "is above the proven bound 1.15e-08",
         ),
         (varying(3e-6), "relative_deviation_g 3e-06 is more than the proven bound 1.15e-08 allows"),
-        ({"measures.proof.bound": None, "measures.proof.per_head.1": [None, 0.0]}, "closed without a bound"),
+        ({"measures.proof.bound": None, "measures.proof.per_head.1": [None, 4e-9]}, "closed without a bound"),
         ({**varying(2e-5, fp64=1e-8), "prompts.deviating": 0}, "prompts.deviating: 0 does not match"),
     ],
 )
