@@ -69,9 +69,16 @@ def parity(case: str | Path) -> dict[str, Any]:
     left out of `dag`); `spread` (quantity -> largest difference between ours and ours perturbed) and `perturbation`
     (of the weights, relative); `ill_conditioned`, the quantities above their limit that the spread explains, `failed`,
     those that it does not, and `not_judged`, those without a limit (LIMITS, by the case's precision).
-    Errors: ValueError for a folder that is not a golden case.
+    Errors: ValueError, one line, for a folder that is not a golden case, or a damaged one.
     """
-    golden = _read(Path(case))
+    try:
+        return _compared(_read(Path(case)))
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        why = (str(error).splitlines() or [""])[0].removeprefix(f"{case}: ")
+        raise ValueError(f"{case}: not a whole golden case ({type(error).__name__}: {why}); copy it again") from error
+
+
+def _compared(golden: _Golden) -> dict[str, Any]:
     ours, theirs = _run(golden, golden.weights), golden.numbers()
     overflowed = [key for key in ours["dag"] if theirs[key].isinf()]
     result: dict[str, Any] = {name: _difference(ours[name], theirs, without=overflowed) for name in NUMBERS[:-1]}
@@ -130,14 +137,17 @@ class _Golden(NamedTuple):
 def _read(case: Path) -> _Golden:
     for name in _FILES:
         if not (case / name).is_file():
-            raise ValueError(f"{case}: {name} is missing; give the folder of a golden case")
-    return _Golden(
+            raise ValueError(f"{name} is missing")
+    golden = _Golden(
         ModelConfig.from_reference(json.loads((case / "config.json").read_text())),
         load_checkpoint_file(case / "state_dict.safetensors"),
         load_checkpoint_file(case / "expected.safetensors"),
         json.loads((case / "trajectory.json").read_text()),
         json.loads((case / "generation.json").read_text()),
     )
+    if not golden.trajectory["steps"]:
+        raise ValueError("trajectory.json has no steps")
+    return golden
 
 
 def _run(golden: _Golden, weights: dict[str, Tensor]) -> Numbers:
@@ -229,7 +239,7 @@ def _difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, wit
 
 
 def _largest(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.numel() == theirs.numel() and (ours.ndim == 0 or ours.shape == theirs.shape)
+    assert ours.numel() == theirs.numel() and (ours.ndim == 0 or ours.shape == theirs.shape), "another shape"
     largest = (ours.double().reshape(theirs.shape) - theirs.double()).abs().max().item()
     return math.inf if math.isnan(largest) else float(largest)
 

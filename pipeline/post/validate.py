@@ -112,7 +112,7 @@ def validate(
             "sha256": sha256_kinds([*kinds, PromptKind("targets", text_NT)]),
             "kinds": {kind.name: list(kind.ids_NS.shape) for kind in kinds},
             "distinct": num_distinct(text_NT),
-            "documents": documents,
+            "documents": None if documents is None else min(documents, len(text_NT)),
             "deviating": found.by_kind["text"].num_above,
             "left_out_padded": num_padded,
             "seed": seed,

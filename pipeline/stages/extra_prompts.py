@@ -81,6 +81,10 @@ def _text_of(line: str, where: str) -> str:
         text = None
     if not isinstance(text, str):
         raise ConfigError(f'{where}: not {{"text": "..."}}; write one such object a line')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may escape half a character
+        raise ConfigError(f"{where}: half a character (\\u{ord(text[error.start]):x}) in `text`; remove it") from None
     return text
 
 

@@ -61,7 +61,7 @@ def evidence(post: PostConfig | None = None) -> dict[str, Any]:
         "losses": losses,
         "prefix": prefix,
         "effects": {
-            **{"num_prompts": 16, "zero": 0.2, "identity": 0.39, "plain": 0.06, "alive_layers": [1]},
+            **{"num_prompts": 16, "zero": 0.19, "identity": 0.385, "plain": 0.064, "alive_layers": [1]},
             "per_layer": {"zero": [0.016, 0.17], "identity": [0.019, 0.31], "plain": [0.001, 0.05]},
         },
         "agreement": {"cached": agreement, "random_tokens": agreement, "short": agreement},

@@ -100,3 +100,27 @@ def test_no_spread_explains_a_large_difference(rounded, monkeypatch):
 def test_a_folder_that_is_no_case_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         parity(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("trajectory.json", lambda data: data.update(steps=[]), "trajectory.json has no steps"),
+        ("generation.json", lambda data: data.update(prompt=[]), "RuntimeError"),
+        ("generation.json", lambda data: data.clear(), "KeyError: "),
+        ("expected.safetensors", lambda tensors: tensors.pop("logits"), "KeyError: 'logits'"),
+        ("expected.safetensors", lambda tensors: tensors.update(logits=torch.zeros(2)), "another shape"),
+        ("state_dict.safetensors", lambda tensors: tensors.pop("final_layer.weight"), "KeyError: 'final_layer.weight'"),
+    ],
+)
+def test_a_damaged_case_is_no_agreement_and_no_traceback(golden, tmp_path, name, damage, message):
+    file = shutil.copytree(golden / "tiny_f64", tmp_path / "case") / name
+    if name.endswith(".json"):
+        damage(data := json.loads(file.read_text()))
+        file.write_text(json.dumps(data))
+    else:
+        damage(tensors := load_file(file))
+        save_file(tensors, file)
+    with pytest.raises(ValueError, match="not a whole golden case") as caught:
+        parity(file.parent)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and str(file.parent) in str(caught.value)

@@ -15,6 +15,9 @@ DEDUCED = ("worst_row", "proof", "query_deviation", "order_parameter")
 SEARCH_ROUND_OFF = 1e-10  # the search computes in fp64, the proof bounds exact arithmetic
 PROMPT_ROUND_OFF = 1e-6  # a deviation below it may be round-off; a proven bound does not speak of that
 AS_WRITTEN = 1e-8  # relative; numbers were rounded after they were counted
+LOSS_ROUND_OFF = 1e-7  # of a loss: nine digits are written
+KL_ROUND_OFF = 1e-5  # of a divergence in fp32, which may come out below 0
+ALWAYS = ("text", "random", "repeated", "padded", "lengths")  # kinds of prompts; others depend on the length of text
 
 
 def largest(values: Iterable[float | None]) -> float | None:
@@ -112,6 +115,32 @@ def _summaries(certificate: Tree) -> str | None:
         alive = [layer for layer, value in enumerate(by_layer["zero"]) if value is not None and value >= least]
         if effects["alive_layers"] != alive:
             return f"measures.effects.alive_layers: {effects['alive_layers']} does not follow from per_layer.zero ({alive})"
+        for name in ("zero", "identity", "plain"):
+            loss, cached, effect = measures["losses"][name], measures["losses"]["cached"], effects[name]
+            known = [value is not None for value in (loss, cached, effect)]
+            if (known[0] and known[1]) is not known[2] or (
+                known[2]
+                and not math.isclose(effect, loss - cached, rel_tol=0, abs_tol=LOSS_ROUND_OFF * (1 + abs(loss)))
+            ):
+                return f"measures.effects.{name} is not the loss with it minus the cached loss"
+    return _possible(measures)
+
+
+def _possible(measures: Tree) -> str | None:
+    """The first number that no outputs can have given."""
+    for name, found in measures["agreement"].items():
+        if found["top1"] is not None and not 0 <= found["top1"] <= 1:
+            return f"measures.agreement.{name}.top1: {found['top1']:g} is no share"
+        if found["kl"] is not None and found["kl"] < -KL_ROUND_OFF:
+            return f"measures.agreement.{name}.kl: {found['kl']:g} is less than 0"
+    greedy = measures["greedy"]
+    if not greedy:
+        return None
+    for name in ("per_decision", "identical"):
+        if greedy[name] is not None and not 0 <= greedy[name] <= 1:
+            return f"measures.greedy.{name}: {greedy[name]:g} is no share"
+    if min(greedy["num_prompts"], greedy["num_tokens"], greedy["decisions"], greedy["live_checks"]) < 1:
+        return "measures.greedy: nothing was generated or checked"
     return None
 
 
@@ -127,12 +156,12 @@ def _every_input(measures: Tree) -> str | None:
     bound = proof["bound"]
     if bound != largest(_flat(proof["per_head"])):
         return "measures.proof.bound is not the largest of its heads"
+    if row and (wrong := _above_its_bound(row["per_head"], proof["per_head"])):
+        return wrong
     if not proof["closed"]:
         return None
     if bound is None or bound < 0:
         return "measures.proof: closed without a bound"
-    if row and row["max"] is not None and row["max"] > bound + SEARCH_ROUND_OFF:
-        return f"measures.worst_row.max {row['max']:g} is above the proven bound {bound:g}"
     deviation = measures["relative_deviation_g"]
     if (
         deviation is not None and deviation > 2 * bound + PROMPT_ROUND_OFF
@@ -141,15 +170,38 @@ def _every_input(measures: Tree) -> str | None:
     return None
 
 
+def _above_its_bound(found_LH: list[list[float | None]], proven_LH: list[list[float | None]]) -> str | None:
+    """The first head in which the search found more than the proof allows; the proof of some heads may not have closed."""
+    if [len(heads) for heads in found_LH] != [len(heads) for heads in proven_LH]:
+        return "measures.proof.per_head: not the heads of the search"
+    for layer, (found, proven) in enumerate(zip(found_LH, proven_LH, strict=True)):
+        for head, (value, bound) in enumerate(zip(found, proven, strict=True)):
+            if value is not None and bound is not None and value > bound + SEARCH_ROUND_OFF:
+                where = f"layer {layer}, head {head}"
+                return f"measures.worst_row of {where}, {value:g}, is above the proven bound {bound:g}"
+    return None
+
+
 def _prompts(certificate: Tree) -> str | None:
     """Whether the numbers of prompts fit together, and with what was measured over them."""
     prompts, measures = certificate["prompts"], certificate["measures"]
     if "text" not in prompts["kinds"] or not 2 <= prompts["distinct"] <= prompts["kinds"]["text"][0]:
         return f"prompts: {prompts['distinct']} different ones do not match the number of held-out ones"
+    context, coverage = certificate["model"]["context_length"], measures["coverage"]
+    for kind in ALWAYS:
+        if kind not in prompts["kinds"]:
+            return f"prompts.kinds: no {kind}"
+    for kind, (count, longest) in prompts["kinds"].items():
+        if count < 1 or not 1 <= longest <= context:
+            return f"prompts.kinds.{kind}: {count} prompts of up to {longest} tokens; the context has {context}"
+    if coverage["seen"] > math.prod(prompts["kinds"]["random"]):
+        return f"measures.coverage.seen: {coverage['seen']} ids are more than the random prompts hold"
     documents, deviating = prompts["documents"], prompts["deviating"]
-    if documents is not None and documents < 1:
-        return f"prompts.documents: {documents}"
+    if documents is not None and not 1 <= documents <= prompts["kinds"]["text"][0]:
+        return f"prompts.documents: {documents} of {prompts['kinds']['text'][0]} prompts"
     by_kind = measures["deviations"]["fp32"].get("G_LM", {}).get("by_kind", {})
+    if by_kind and by_kind.keys() != prompts["kinds"].keys():
+        return f"prompts.kinds: not those that were measured ({', '.join(sorted(by_kind.keys() ^ prompts['kinds'].keys()))})"
     text = [value for kind, value in by_kind.items() if kind == "text" or kind.startswith("text_")]
     most, allowed = largest(text), certificate["thresholds"]["max_relative_deviation_g"]
     too_many = not 0 <= deviating <= prompts["kinds"]["text"][0]

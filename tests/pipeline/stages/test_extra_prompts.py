@@ -62,6 +62,7 @@ def test_of_many_prompts_some_are_taken_from_all_over_the_file(tokenizer: Tokeni
         ("x.jsonl", b"{", ", line 1: not"),
         ("x.jsonl", b"[" * 90, ", line 1: not"),
         ("x.jsonl", b'{"text": ""}', "no text in it"),
+        ("x.jsonl", rb'{"text": "a\ud800"}', r", line 1: half a character (\ud800) in `text`; remove it"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_with_its_key(

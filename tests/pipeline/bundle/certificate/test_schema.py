@@ -12,7 +12,7 @@ import pytest
 from pipeline.bundle.certificate.schema import Certificate, read_certificate
 from pipeline.config.post import PostConfig
 from pipeline.errors import UserError
-from tests.helpers.evidence import edited, judged_by_hand, varying
+from tests.helpers.evidence import KINDS, edited, judged_by_hand, varying
 
 SMALLER = {
     **{"format": "int8", "sha256": "3" * 64, "bytes": 1, "bytes_fp32": 4, "prompts": 8, "prompts_sha256": "4" * 64},
@@ -83,12 +83,25 @@ def test_a_certificate_is_read_back(tmp_path: Path, post: dict[str, Any]) -> Non
         ("measures.leak.short.live_rms", 0.5, "not the largest of the six"),
         ("measures.effects.alive_layers", [0, 1], "alive_layers: [0, 1] does not follow from per_layer.zero ([1])"),
         ("measures.effects.per_layer.plain", [0.1], "not of 2 layers"),
+        ("measures.effects.zero", 0.3, "effects.zero is not the loss with it minus the cached loss"),
+        ("measures.losses.plain", None, "effects.plain is not the loss with it"),
         ("measures.losses.other", 99.0, "leak_gap: value"),
+        # what no outputs can have given
+        ("measures.agreement.cached.top1", 1.5, "agreement.cached.top1: 1.5 is no share"),
+        ("measures.agreement.short.kl", -1.0, "agreement.short.kl: -1 is less than 0"),
+        ("measures.greedy.identical", -1.0, "greedy.identical: -1 is no share"),
+        ("measures.greedy.live_checks", 0, "greedy: nothing was generated or checked"),
         # proof and search
         ("measures.proof.bound", 1e-9, "proof.bound is not the largest of its heads"),
         ("measures.proof.per_head.1", [9e-9, 9e-9], "proof.bound is not the largest of its heads"),
         ("measures.proof.per_head.0", [None, 9e-9], "proof.bound is not the largest of its heads"),
         ("measures.proof.closed", False, "tier 'proven' does not follow"),
+        (
+            "measures.proof.per_head.0",
+            [2e-9, 1e-9],
+            "worst_row of layer 0, head 1, 2e-09, is above the proven bound 1e-09",
+        ),
+        ("measures.proof.per_head.0", [2e-9], "proof.per_head: not the heads of the search"),
         # what is missing, or cannot have been measured
         *(
             (f"measures.{name}", {}, f"measures.{name}: missing")
@@ -124,7 +137,13 @@ def test_a_certificate_is_read_back(tmp_path: Path, post: dict[str, Any]) -> Non
         ("prompts.distinct", 3, "held_out_prompts: value 128.0 does not follow"),
         ("prompts.distinct", 400, "400 different ones do not match"),
         ("prompts.kinds", {}, "prompts"),
+        ("prompts.kinds.random", [1, 8], "47 ids are more than the random prompts hold"),
+        ("prompts.kinds.text_4", [0, 4], "prompts.kinds.text_4: 0 prompts of up to 4 tokens"),
+        ("prompts.kinds.lengths", [32, 1024], "up to 1024 tokens; the context has 128"),
+        ("prompts.kinds", {kind: KINDS[kind] for kind in KINDS if kind != "lengths"}, "prompts.kinds: no lengths"),
+        ("prompts.kinds", {**KINDS, "extra:code": [9, 9]}, "not those that were measured (extra:code)"),
         ("prompts.documents", 0, "prompts.documents: 0"),
+        ("prompts.documents", 10**9, "prompts.documents: 1000000000 of 128 prompts"),
         ("prompts.documents", 100, "statement"),
         ("prompts.deviating", 3, "prompts.deviating: 3 does not match the deviations of text"),
         ("prompts.deviating", -1, "prompts.deviating: -1 does not match"),
@@ -151,7 +170,7 @@ def test_what_does_not_follow_or_is_unknown_is_refused_in_one_line(
             "is above the proven bound 1.15e-08",
         ),
         (varying(3e-6), "relative_deviation_g 3e-06 is more than the proven bound 1.15e-08 allows"),
-        ({"measures.proof.bound": None, "measures.proof.per_head.1": [None, 0.0]}, "closed without a bound"),
+        ({"measures.proof.bound": None, "measures.proof.per_head.1": [None, 4e-9]}, "closed without a bound"),
         ({**varying(2e-5, fp64=1e-8), "prompts.deviating": 0}, "prompts.deviating: 0 does not match"),
     ],
 )
