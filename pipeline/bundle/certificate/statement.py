@@ -116,8 +116,8 @@ def _plain(certificate: Tree) -> str:
         return ""
     identity, plain = (round(losses[name] - losses["cached"], 3) + 0.0 for name in ("identity", "plain"))  # no -0.000
     return (
-        f"Of the {identity:.3f} nats that G_LM is worth beyond the identity, {plain:.3f} are more than plain attention with "
-        "rotated frequencies does (G_LM projected on it)"
+        f"Replacing G_LM by the identity costs {identity:.3f} nats, and by its part that commutes with RoPE, which is plain "
+        f"attention, {plain:.3f}"
     )
 
 

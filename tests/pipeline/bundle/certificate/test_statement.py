@@ -117,8 +117,8 @@ def test_dead_attention_is_not_called_alive() -> None:
 
 
 def test_how_much_is_more_than_plain_attention() -> None:
-    words = "Of the 0.385 nats that G_LM is worth beyond the identity, 0.064 are more than plain attention with rotated"
-    assert f"{words} frequencies does (G_LM projected on it)" in said()
+    words = "Replacing G_LM by the identity costs 0.385 nats, and by its part that commutes with RoPE"
+    assert f"{words}, which is plain attention, 0.064" in said()
     assert "plain attention" not in said(measures__losses__plain=None)
 
 

@@ -215,7 +215,7 @@ def null_space(lab: Lab) -> dict[str, Any]:
     return lab.certify(model)
 
 
-@CHEATS.add(Certified((r"0\.00\d are more than plain attention",)))
+@CHEATS.add(Certified((r"which is plain attention, 0\.00\d",)))
 def disguised_twin(lab: Lab) -> dict[str, Any]:
     """Plain attention: G is 4 times a rotation of each pair, which commutes with RoPE; W_q is divided by it."""
     twin = lab.trained(BASE.sized(g_source="identity"))
