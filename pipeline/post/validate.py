@@ -31,7 +31,7 @@ from pipeline.post.every_input.proof import prove
 from pipeline.post.every_input.search import search_worst_rows
 from pipeline.post.measure.closely import CloseLook
 from pipeline.post.measure.coverage import FiniteLogits, Piece, coverage
-from pipeline.post.measure.deviation import PromptDeviations, deviations, means
+from pipeline.post.measure.deviation import PromptDeviations, deviations, means, off_mean
 from pipeline.post.measure.downstream import Outputs
 from pipeline.post.measure.effects import compare_losses, effects_by_layer, estimated
 from pipeline.post.measure.generation import greedy_agreement, order_parameters
@@ -148,6 +148,7 @@ def _measure(
         "not_finite": not_finite,
         "relative_deviation_g": None,
         "relative_deviation_g_fp32": by_tensor.get("G_LM", {}).get("max"),
+        "cached_g_deviation": off_mean(seen, g_LHKK),
         "deviations": {"fp32": by_tensor},
         **_shape_measures(seen, model.config.head_dim),
         "cached_rank": None if not_finite else _rank_of(g_LHKK),

@@ -39,6 +39,7 @@ def evidence(post: PostConfig | None = None) -> dict[str, Any]:
         "coverage": {"ids": 47, "seen": 47},
         "relative_deviation_g": DEVIATION / 2,
         "relative_deviation_g_fp32": DEVIATION,
+        "cached_g_deviation": DEVIATION / 4,
         "deviations": {
             "fp32": {name: deviation(DEVIATION) for name in tensors},
             "fp64": {name: deviation(DEVIATION / 2) for name in tensors},

@@ -168,6 +168,15 @@ def make_checks(
             else then,
         ),
         Check(
+            "cached_g_deviation",
+            measures.get("cached_g_deviation"),
+            config.max_relative_deviation_g,
+            "<=",
+            "the cached G_LM is not the one that the model computes: run `pldr extract CONFIG --force`"
+            if deviation.passed
+            else then,
+        ),
+        Check(
             "query_deviation_g",
             (measures.get("query_deviation") or {}).get("max"),
             config.max_query_deviation,

@@ -122,7 +122,7 @@ def _summaries(certificate: Tree) -> str | None:
                 known[2]
                 and not math.isclose(effect, loss - cached, rel_tol=0, abs_tol=LOSS_ROUND_OFF * (1 + abs(loss)))
             ):
-                return f"measures.effects.{name} is not the loss with it minus the cached loss"
+                return f"measures.effects.{name}: {effect} does not follow from the losses"
     return _possible(measures)
 
 

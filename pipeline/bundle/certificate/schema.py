@@ -186,6 +186,7 @@ class Measures(Part):
     coverage: Coverage
     relative_deviation_g: Number
     relative_deviation_g_fp32: Number
+    cached_g_deviation: Number
     deviations: dict[Literal["fp32", "fp64"], dict[Tensors, Deviation]]
     query_deviation: QueryDeviation | Empty
     worst_row: WorstRow | Empty

@@ -79,7 +79,7 @@ def software(device: torch.device) -> dict[str, str | None]:
 # Checks that passed share a line on a terminal with those that ask the same.
 TOGETHER = (
     ("held_out_prompts", "ids_covered", "not_finite"),
-    ("relative_deviation_g", "relative_deviation_g_fp32"),
+    ("relative_deviation_g", "relative_deviation_g_fp32", "cached_g_deviation"),
     ("query_deviation_g", "worst_row_deviation"),
     ("attention_effect_zero", "attention_effect_identity"),
     ("leak_gap", "leak_effect"),

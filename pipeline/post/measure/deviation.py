@@ -19,7 +19,7 @@ from pipeline.post.measure.observe import TENSORS, Observation, batches, tensors
 from pipeline.post.measure.passes import LivePass, live_pass
 from pipeline.post.measure.prompts import PromptKind
 from pipeline.post.measure.statistics import Spread, relative_deviation
-from pipeline.post.measure.worst import Worst
+from pipeline.post.measure.worst import Worst, deviation_of_each
 from pldr_model.model import PLDRModel
 
 LOOK_CLOSER = 1e-5  # of a head in the model's own precision; no larger, so that a loose threshold measures the same
@@ -82,6 +82,15 @@ def deviations(seen: Observation, found: PromptDeviations) -> dict[str, Any]:
             "rms_deviation_per_head": torch.stack(list(rms_by_kind.values())).amax(dim=0).tolist(),
         }
     return out
+
+
+def off_mean(seen: Observation, g_LHKK: Tensor) -> float | None:
+    """How far a G_LM is from the mean of the live one over full-length text, relative to its size: the worst head's. None where
+    G_LM was not finite."""
+    mean = seen.spreads["G_LM"]["text"]
+    if seen.pooled("G_LM") is None or not mean.count:
+        return None
+    return float(deviation_of_each(mean.mean_LHKK.unsqueeze(0), g_LHKK.detach().cpu()).max())
 
 
 def worst_of(by_kind: Mapping[str, Tensor]) -> dict[str, Any]:

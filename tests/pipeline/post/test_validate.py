@@ -135,6 +135,7 @@ def test_another_G_than_the_models_own_fails(tiny: SimpleNamespace, invariant: P
     g_lm = extract_g(invariant, text[:, :-1], "mean").g_lm
     wrong = {"relative_deviation_g_fp32", "worst_row_deviation", "cache_gap", "kl"}
     assert wrong <= failed(validate(invariant, g_lm * 1.01, text, tiny.post))
+    assert "cached_g_deviation" in failed(validate(invariant, g_lm * (1 + 5e-5), text, tiny.post))
 
 
 @pytest.mark.parametrize("source", ["identity", "random"])

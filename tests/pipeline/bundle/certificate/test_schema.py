@@ -83,8 +83,8 @@ def test_a_certificate_is_read_back(tmp_path: Path, post: dict[str, Any]) -> Non
         ("measures.leak.short.live_rms", 0.5, "not the largest of the six"),
         ("measures.effects.alive_layers", [0, 1], "alive_layers: [0, 1] does not follow from per_layer.zero ([1])"),
         ("measures.effects.per_layer.plain", [0.1], "not of 2 layers"),
-        ("measures.effects.zero", 0.3, "effects.zero is not the loss with it minus the cached loss"),
-        ("measures.losses.plain", None, "effects.plain is not the loss with it"),
+        ("measures.effects.zero", 0.3, "effects.zero: 0.3 does not follow from the losses"),
+        ("measures.losses.plain", None, "effects.plain: 0.064 does not follow from the losses"),
         ("measures.losses.other", 99.0, "leak_gap: value"),
         # what no outputs can have given
         ("measures.agreement.cached.top1", 1.5, "agreement.cached.top1: 1.5 is no share"),

@@ -42,6 +42,7 @@ def loosened(post: PostConfig, **changes: float) -> PostConfig:
         (varying(2e-5), {"relative_deviation_g"}),
         (varying(2e-5, fp64=1e-6), set()),  # a head whose terms cancel deviates in fp32 only
         (varying(2e-4, fp64=1e-6), {"relative_deviation_g_fp32"}),
+        ({"measures.cached_g_deviation": 2e-5}, {"cached_g_deviation"}),
         ({"measures.query_deviation.max": 2e-3}, {"query_deviation_g"}),
         ({"measures.worst_row.max": 2e-4}, {"worst_row_deviation"}),
         ({"measures.worst_row.max": None}, {"worst_row_deviation"}),
