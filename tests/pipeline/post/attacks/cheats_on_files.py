@@ -49,6 +49,13 @@ def g_of_another_model(lab: Lab) -> dict[str, Any]:
     return lab.certify(lab.trained(), g_lm=lab.g_lm(lab.trained(OTHER)))
 
 
+@CHEATS.add(failed_by("cached_g_deviation"))
+def g_slightly_off(lab: Lab) -> dict[str, Any]:
+    """The cached G is the model's own, scaled by 1.00005: constant, and not what the model computes."""
+    model = lab.trained()
+    return lab.certify(model, g_lm=lab.g_lm(model) * (1 + 5e-5))
+
+
 @CHEATS.add(Refused("different model.safetensors"))
 def certificate_of_another_model(lab: Lab) -> dict[str, Any]:
     """A failed model is packaged with the certificate of another that passed."""
