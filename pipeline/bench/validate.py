@@ -33,7 +33,7 @@ from pipeline.post import validate
 from pipeline.post.every_input.proof import prove
 from pipeline.post.every_input.search import search_worst_rows
 from pipeline.post.measure.closely import CloseLook
-from pipeline.post.measure.downstream import CAUSAL_PROMPTS, Outputs
+from pipeline.post.measure.downstream import CAUSAL_PROMPTS, LEAK_PROMPTS, Outputs
 from pipeline.post.measure.effects import compare_losses, effects_by_layer
 from pipeline.post.measure.generation import greedy_agreement
 from pipeline.post.measure.observe import observe
@@ -46,6 +46,10 @@ from pldr_model.plga import PLGA, ResidualUnit
 PAPER_110M = ModelConfig(vocab_size=32000, num_layers=5, num_heads=14, head_dim=64, context_length=1024, d_ff=2389)
 CLOCKS = ("seconds", "cpu_seconds")
 CUT = 4  # of the context in a measured prompt
+FEWER = {
+    "leak": LEAK_PROMPTS,
+    "causality": CAUSAL_PROMPTS,
+}  # parts for which a validation takes no more prompts of a kind
 
 
 class Work(NamedTuple):
@@ -91,7 +95,7 @@ def bench(config: ModelConfig, post: PostConfig, *, prompts: int = 1, rounds: in
             for name, wall in counted.wall.items():
                 label = f"{name}, {work.name}" if len(counted.wall) > 1 or name != work.name else name
                 measured[-1][label] = (wall, counted.cpu[name])
-                of_part[label] = min(CAUSAL_PROMPTS, work.prompts) if name == "causality" else work.prompts
+                of_part[label] = min(FEWER.get(name, work.prompts), work.prompts)
     layers = {work.name: work.layers for work in pieces if work.layers is not None}
     passes = [(found.pop("full pass"), found.pop("cut pass")) for found in measured]
     del of_part["full pass"], of_part["cut pass"]

@@ -30,6 +30,7 @@ from pipeline.post.measure.passes import LivePass
 from pldr_model.model import PLDRModel
 
 SHORT = 16  # tokens; prompts up to here are measured for themselves
+LEAK_PROMPTS = 32  # of a kind whose end is changed: as costly as a prompt each, and all leak if one does
 CAUSAL_PROMPTS = 16  # of a kind whose end is changed under the cached G as well
 SMALL_DELTA = 1.0  # nats; a change of logits below it is expanded, one above it recomputed in fp64
 
@@ -155,8 +156,9 @@ class Outputs:
         changed_BS = torch.cat(
             (live.ids_BS[:, :start], torch.where(new_BE == config.pad_id, new_BE + 1, new_BE)), dim=1
         )
-        few = max(0, CAUSAL_PROMPTS - live.start)
-        self._moved(f"{what} live", live.logits_BSV[:, :start], changed_BS, None)
+        some, few = (max(0, most - live.start) for most in (LEAK_PROMPTS, CAUSAL_PROMPTS))
+        if some:
+            self._moved(f"{what} live", live.logits_BSV[:some, :start], changed_BS[:some], None)
         if few:
             with part("causality"):
                 self._moved(f"{what} cached", cached_BSV[:few, :start], changed_BS[:few], self._g_LHKK)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from pipeline.post.extract import extract_g
 from pipeline.post.measure import observe
-from pipeline.post.measure.downstream import CAUSAL_PROMPTS, Agreement, Outputs, compare
+from pipeline.post.measure.downstream import CAUSAL_PROMPTS, LEAK_PROMPTS, Agreement, Outputs, compare
 from pipeline.post.measure.generation import _one_in_each_part, greedy_agreement
 from pipeline.post.measure.prompts import PromptKind, equal_lengths, make_kinds
 from pldr_model.generation import generate
@@ -143,10 +143,13 @@ def test_a_prompt_costs_one_live_pass_beside_those_of_its_changed_end(
         lambda self, ids, g_lm=None, **rest: live.append(g_lm is None) or forward(self, ids, g_lm=g_lm, **rest),
     )
     g_lm = extract_g(model, text[:, :-1], "mean").g_lm
-    live.clear()
-    outputs = Outputs(model, g_lm, text, seed=0)
-    observe.observe(model, [PromptKind("text", text[:, :-1])], [outputs])
-    assert sum(live) == 3 * len(text) and len(live) - sum(live) == len(text) + 2 * CAUSAL_PROMPTS
+    for count in (LEAK_PROMPTS - 8, LEAK_PROMPTS + 8):
+        many = text.repeat(count // len(text) + 1, 1)[:count]
+        live.clear()
+        outputs = Outputs(model, g_lm, many, seed=0)
+        observe.observe(model, [PromptKind("text", many[:, :-1])], [outputs])
+        assert sum(live) == count + 2 * min(count, LEAK_PROMPTS)
+        assert len(live) - sum(live) == count + 2 * CAUSAL_PROMPTS
 
 
 def test_greedy_choices_are_those_of_the_live_model_at_the_prefixes(
