@@ -102,6 +102,8 @@ def of_stage_160ea30(config, name):
 def test_what_decides_a_stages_output_is_what_it_was(repository, stage):
     """Equal values are equal digests: a stage that 160ea30 finished is skipped."""
     for config in configurations(repository):
+        post = config.post.model_copy(update={"order_parameter": False})  # 110M sets the key, which is newer
+        config = config.model_copy(update={"post": post})
         ours, theirs = keys.of_stage(config, stage), of_stage_160ea30(config, stage)
         assert ours == theirs
         assert storage.sha256_json(ours) == storage.sha256_json(theirs)
