@@ -227,8 +227,8 @@ class Controls(Part):
 
 
 class Prompts(Part):
-    """The prompts: [count, longest] by kind, how many of the full texts are distinct, the documents that those touch (null:
-    unknown), how many deviate by more than is certified, sha256 over every id."""
+    """The prompts: [count, longest] by kind, how many of the full texts are distinct, how many of them can be given a document
+    each, all different (null: unknown), how many deviate by more than is certified, sha256 over every id."""
 
     sha256: Sha256
     kinds: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]
