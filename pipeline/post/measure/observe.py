@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed import bounds, gathered, merged, share
-from pipeline.post.measure.passes import Watcher, live_pass
+from pipeline.post.measure.passes import Watcher, by_name, live_pass
 from pipeline.post.measure.prompts import PromptKind, equal_lengths
 from pipeline.post.measure.statistics import Scalars, Spread, log_abs_det, numerical_rank, row_variance_ratio
 from pldr_model.config import ModelConfig
@@ -108,7 +108,7 @@ def deduce(model: PLDRModel, ids_BS: Tensor, *, padded: bool = False) -> dict[st
     if model.config.g_source != "learned":
         return {"G_LM": model.compute_g(ids_BS, padded=padded).transpose(0, 1)}
     _, layers = model(ids_BS, padded=padded, return_outputs=True)
-    return {name: torch.stack([getattr(layer, name) for layer in layers], dim=1) for name in TENSORS}
+    return by_name(layers)
 
 
 def batches(ids_NS: Tensor, model: PLDRModel) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ Shapes: B prompts, S tokens, V vocabulary, L layers, H heads, K head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,10 @@ def live_pass(model: PLDRModel, kind: PromptKind, start: int, ids_BS: Tensor) ->
         assert isinstance(logits_BSV, Tensor)
         return LivePass(kind, start, ids_BS, tensors, logits_BSV)
     logits_BSV, layers = model(ids_BS, padded=kind.padded, return_outputs=True)
+    return LivePass(kind, start, ids_BS, by_name(layers), logits_BSV)
+
+
+def by_name(layers: Sequence[DeductiveOutputs]) -> dict[str, Tensor]:
+    """The layers' deductive outputs by name, [B,L,H,K,K] each."""
     names = DeductiveOutputs._fields
-    tensors = {name: torch.stack([getattr(layer, name) for layer in layers], dim=1) for name in names}
-    return LivePass(kind, start, ids_BS, tensors, logits_BSV)
+    return {name: torch.stack([getattr(layer, name) for layer in layers], dim=1) for name in names}
