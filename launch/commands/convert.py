@@ -107,9 +107,9 @@ def import_reference(
     """Reference checkpoint -> FOLDER/{model.safetensors, config.json}. Raises UserError naming the file, key or shape."""
     from safetensors.torch import save_file
 
+    from pipeline.bundle.weights import FREE
     from pipeline.io import storage
     from pipeline.io.sealed import publish_sealed
-    from pipeline.post.weights import FREE
     from pldr_model.convert import from_reference, infer_config, load_checkpoint_file
 
     try:
@@ -148,9 +148,9 @@ def export_reference(source: str, target: str, report: Report) -> Result:
     """FOLDER/{model.safetensors, config.json} -> a reference checkpoint (.pth or .safetensors, by the target's name)."""
     from safetensors.torch import load_file
 
+    from pipeline.bundle.weights import FREE
     from pipeline.io import storage
     from pipeline.io.sealed import read_sealed
-    from pipeline.post.weights import FREE
     from pldr_model.config import ModelConfig
     from pldr_model.convert import save_checkpoint_file, to_reference
 

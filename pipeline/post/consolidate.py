@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.bundle.format import parse_model, state_shapes
+from pipeline.bundle.weights import CONFIG, FREE, SCHEMA_VERSION, WEIGHTS
 from pipeline.checkpoint.deepspeed_files import ZeroState
 from pipeline.checkpoint.format import checkpoint_name, model_of, verify
 from pipeline.config.keys import trained_by
@@ -29,7 +30,6 @@ from pipeline.io.storage import (
     sha256_json,
 )
 from pipeline.io.tensors import serialize
-from pipeline.post.weights import CONFIG, FREE, SCHEMA_VERSION, WEIGHTS
 from pldr_model.config import ModelConfig
 
 START = ("g_source", "g_start")  # keys of `model` that the weights' first values come from, beside sizes

@@ -31,9 +31,10 @@ def consolidate_newest(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
 
 def extract(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     """G_LM of the weights over held-out prompts -> `g_lm/`."""
+    from pipeline.bundle.extracted import save_g
+    from pipeline.bundle.weights import load_weights
     from pipeline.devices import has_gpu
-    from pipeline.post.extract import extract_g, save_g
-    from pipeline.post.weights import load_weights
+    from pipeline.post.extract import extract_g
 
     model, _ = load_weights(paths.weights)
     if has_gpu():
@@ -45,11 +46,11 @@ def extract(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
 def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[str, Any]:
     """The bundle folder, registered in MLflow with its lineage."""
     from pipeline.bundle.certificate.schema import read_certificate
+    from pipeline.bundle.extracted import load_g
+    from pipeline.bundle.weights import load_weights
     from pipeline.inference.register import register
-    from pipeline.post.extract import load_g
     from pipeline.post.package.bundle import build_bundle
     from pipeline.post.package.measured_formats import pack_measured
-    from pipeline.post.weights import load_weights
 
     if config.post.register_as is not None:
         require_own_run(config, paths)

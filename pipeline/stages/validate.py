@@ -85,9 +85,9 @@ def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     """The certificate of the run's weights. Collective where torch.distributed has several ranks."""
     import torch
 
-    from pipeline.post.extract import load_g
+    from pipeline.bundle.extracted import load_g
+    from pipeline.bundle.weights import load_weights
     from pipeline.post.validate import validate
-    from pipeline.post.weights import load_weights
     from pipeline.stages.extra_prompts import read_extra
     from pipeline.stages.trained import as_trained, held_out, lineage, require_same, spent_budget
     from pipeline.tokenizer import Tokenizer
@@ -122,10 +122,10 @@ def judge(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
 
 def write_page(config: RunConfig, paths: RunPaths, certificate: dict[str, Any], run: TrackedRun) -> Path:
     """The page beside the certificate, with the curves of the training."""
+    from pipeline.bundle.extracted import load_g
+    from pipeline.bundle.weights import load_weights
     from pipeline.post.certificate.page import Evidence, certificate_page, show_sample
-    from pipeline.post.extract import load_g
     from pipeline.post.measure.generation import samples
-    from pipeline.post.weights import load_weights
     from pipeline.report.links import links, mlflow_link
     from pipeline.stages.trained import as_trained, held_out, notes
     from pipeline.tokenizer import Tokenizer

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.bundle.weights import load_weights
 from pipeline.errors import UserError
 from pipeline.io.storage import MANIFEST, manifest_of, publish_bytes, publish_json, sha256_file
 from pipeline.post.consolidate import consolidate
-from pipeline.post.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[3]
 CASES = {1: ["fp32-0", "fp32-1", "fp32-3", "bf16-0"], 2: ["fp32-1", "fp32-2", "fp32-3", "bf16-2"]}

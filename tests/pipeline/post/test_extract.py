@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.bundle.extracted import load_g, save_g
 from pipeline.errors import UserError
-from pipeline.post.extract import extract_g, load_g, save_g
+from pipeline.post.extract import extract_g
 
 
 def test_mean_first_and_spread_are_those_of_all_prompts_at_once(tiny: SimpleNamespace, text: torch.Tensor) -> None:

@@ -50,8 +50,8 @@ def test_what_the_run_knows_of_its_prompts_is_handed_on(
 ) -> None:
     given: dict[str, Any] = {}
     for name, value in {
-        "pipeline.post.weights.load_weights": (invariant, {}),
-        "pipeline.post.extract.load_g": SimpleNamespace(g_lm=None),
+        "pipeline.bundle.weights.load_weights": (invariant, {}),
+        "pipeline.bundle.extracted.load_g": SimpleNamespace(g_lm=None),
         "pipeline.stages.trained.require_same": None,
         "pipeline.stages.trained.held_out": HeldOut(text, 11),
     }.items():
