@@ -1,20 +1,16 @@
 """An export in vLLM's `LLM`, run by vLLM's Python: FOLDER REQUEST_JSON OUT_JSON.
 
-The request: `prompts` (lists of ids), `new` (tokens), `ranks`, `trust_remote_code`. Out: for each prompt, decoded with all others and
-then alone, the new tokens and log-probabilities (all tokens' in the batch, the new ones' alone), and where the model's code came from.
+The request: `prompts` (lists of ids), `new` (tokens), `ranks`, `trust_remote_code`. Out: for each prompt, decoded with all
+others and then alone, the new tokens and log-probabilities (in the batch the prompt's too), and the model's module on each rank.
 """
 
 import json
+import operator
 import sys
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
-
-
-def module_of(model: Any) -> str:
-    """Run in the worker: the file of the model's class."""
-    return sys.modules[type(model.model).__module__].__file__ or ""
 
 
 def of_tokens(rows: list[Any], ids: list[int]) -> list[float | None]:
@@ -46,8 +42,8 @@ def main() -> None:
     for prompt in prompts:
         ((new,),) = (output.outputs for output in llm.generate([prompt], SamplingParams(**greedy), use_tqdm=False))
         alone.append({"new": list(new.token_ids), "logprobs": of_tokens(new.logprobs, new.token_ids)})
-    code = llm.apply_model(module_of)
-    Path(out_path).write_text(json.dumps({"batch": batch, "alone": alone, "code": code}))
+    modules = llm.apply_model(operator.attrgetter("model.__class__.__module__"))  # of each rank; runs in the workers
+    Path(out_path).write_text(json.dumps({"batch": batch, "alone": alone, "modules": modules}))
 
 
 if __name__ == "__main__":

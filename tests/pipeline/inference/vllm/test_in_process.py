@@ -60,14 +60,14 @@ def compare(result: dict[str, Any], cases: list[Case]) -> None:
 def test_together_and_alone(export: Path, cases: list[Case], tmp_path: Path) -> None:
     result = run(export, cases, tmp_path)
     compare(result, cases)
-    (code,) = result["code"]
-    assert "transformers_modules" in code and code.endswith("modeling_pldr.py"), "the directory's own code"
+    (module,) = result["modules"]
+    assert module.startswith("transformers_modules.") and module.endswith(".modeling_pldr"), "the directory's own code"
 
 
 def test_tensor_parallel_on_two_ranks(export: Path, bundle: Bundle, cases: list[Case], tmp_path: Path) -> None:
     assert bundle.config.num_heads % 2 == 0
     result = run(export, cases, tmp_path, ranks=2)
-    assert len(result["code"]) == 2
+    assert len(result["modules"]) == 2
     compare(result, cases)
 
 
@@ -93,7 +93,7 @@ def test_whoever_has_pldr_installed_needs_no_remote_code(
 ) -> None:
     result = run(export, cases, tmp_path, trust_remote_code=False, PYTHONPATH=str(installed))
     compare(result, cases)
-    assert result["code"] == [str(installed / "pipeline/inference/hf/modeling_pldr.py")]
+    assert result["modules"] == ["pipeline.inference.hf.modeling_pldr"]
 
 
 def test_without_the_plugin_the_directorys_code_runs(
@@ -101,4 +101,4 @@ def test_without_the_plugin_the_directorys_code_runs(
 ) -> None:
     result = run(export, cases[:4], tmp_path, PYTHONPATH=str(installed), VLLM_PLUGINS="lora_filesystem_resolver")
     compare(result, cases[:4])
-    assert "transformers_modules" in result["code"][0]
+    assert result["modules"][0].startswith("transformers_modules.")
