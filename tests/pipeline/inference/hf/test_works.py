@@ -91,7 +91,7 @@ def test_attention(export: Path, bundle: Bundle, cases: list[Case], attention: s
     assert model.config._attn_implementation == attention
     for case in cases:
         torch.testing.assert_close(
-            logits(model, case.prompt + case.new), ours(bundle, case.prompt + case.new), atol=TOLERANCE, rtol=0
+            logits(model, case.prompt + case.new), ours(bundle, case.prompt + case.new), atol=TOLERANCE, rtol=1e-6
         )
         assert continued(model, case) == case.new, "dynamic cache"
 
@@ -167,7 +167,7 @@ def test_generate_batch(model: Any, cases: list[Case]) -> None:
 def test_device_map(export: Path, cases: list[Case], tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     assert continued(load(export, device_map="auto"), cases[0]) == cases[0].new
-    parts = {"model.embed_tokens": "cpu", "model.embed_norm": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu",
+    parts = {"model.embed_tokens": "cpu", "model.embed_norm": "cpu", "model.layers.0": "cpu",
              "model.layers.1": "disk", "lm_head": "cpu"}  # fmt: skip
     model = load(export, device_map=parts, offload_folder=str(tmp_path / "offloaded"))
     assert model.model.layers[1].self_attn.g_lm.device.type == "meta", "a layer lies on disk until it runs"
@@ -187,7 +187,7 @@ def test_torch_export_gives_a_graph_for_every_length(model: Any, bundle: Bundle,
         for case in cases:
             ids = case.prompt + case.new
             got = run(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-            torch.testing.assert_close(got, ours(bundle, ids), atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(got, ours(bundle, ids), atol=TOLERANCE, rtol=1e-6)
 
 
 def test_saved_again_it_is_a_directory_that_loads(model: Any, export: Path, cases: list[Case], tmp_path: Path) -> None:
