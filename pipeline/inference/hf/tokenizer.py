@@ -68,7 +68,7 @@ def _tokenizer_object(tokenizer: Tokenizer) -> Any:
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     fast = Fast(models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
 
-    steps = []  # in SentencePiece's order
+    steps: list[Any] = []  # in SentencePiece's order
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
@@ -85,7 +85,8 @@ def _tokenizer_object(tokenizer: Tokenizer) -> Any:
 
     # The unknown piece is written last: its text begins with a space, which is not the one before the first word.
     unknown = rf"\A{re.escape(trainer.unk_piece)}\z"
-    undo = [decoders.Replace(Regex(unknown), HIDDEN), decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    undo: list[Any] = [decoders.Replace(Regex(unknown), HIDDEN), decoders.Replace(SPACE, " ")]
+    undo += [decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix:
         undo.append(decoders.Strip(content=" ", left=1))
     undo.append(decoders.Replace(HIDDEN, trainer.unk_surface))
