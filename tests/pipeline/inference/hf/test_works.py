@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pipeline.inference.runtime import Bundle
+from pipeline.network import free_port
 from pldr_model.model import PLDRModel
 from tests.helpers.expected import Case, cases_of, logprobs
 from tests.helpers.exports import write_bundle, write_export
@@ -208,8 +209,8 @@ def test_tensor_parallel_on_two_ranks(export: Path, bundle: Bundle, cases: list[
     worker = Path(__file__).with_name("tensor_parallel.py")
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-         "--master-port", "0", str(worker), str(export), str(tmp_path / "prompts.json"), str(tmp_path), str(NEW)],
-        check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+         "--master-port", str(free_port()), str(worker), str(export), str(tmp_path / "prompts.json"), str(tmp_path), str(NEW)],
+        check=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )  # fmt: skip
     for rank in range(2):
         result = json.loads((tmp_path / f"rank{rank}.json").read_text())
