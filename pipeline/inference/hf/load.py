@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.bundle.certificate.schema import read_certificate
 from pipeline.bundle.format import parse_model
 from pipeline.errors import UserError
-from pipeline.inference.hf.manifest import read_manifest
+from pipeline.inference.hf.manifest import read_manifest, why_uncertified
 from pipeline.inference.hf.names import check_shapes, from_hf, to_hf
 from pipeline.inference.hf.plugin import require_tested
 from pipeline.inference.hf.shards import find_tensors, read_tensors
@@ -81,7 +81,7 @@ def build(opened: OpenModel, *, dtype: str = "fp32", live: bool = False) -> tupl
     from pipeline.inference.hf.modeling_pldr import PldrForCausalLM
 
     source = opened.live if live and opened.live is not None else opened.model
-    config = hf_config(source.config, certified=opened.certified and not live, dtype=dtype)
+    config = hf_config(source.config, uncertified=why_uncertified(opened, dtype=dtype, live=live), dtype=dtype)
     with torch.device("meta"):
         model: Any = PldrForCausalLM(config)  # type: ignore[no-untyped-call]
     state = to_hf(source.state_dict(), source.config)

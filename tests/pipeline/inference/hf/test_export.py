@@ -94,6 +94,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 def test_a_certified_bundle_is_written_checked_and_marked(written: Path, opened: OpenModel) -> None:
     assert {path.name for path in written.iterdir()} == FILES
+    assert len({path.stat().st_mode for path in written.iterdir()}) == 1  # whoever reads one reads all
     manifest = read_export(written).manifest
     assert manifest["kind"] == "pldr-hf-export" and manifest["certified"] is True
     assert manifest["bundle_sha256"] == opened.sha256 and manifest["files"].keys() == FILES - {"MANIFEST.json"}
@@ -102,7 +103,7 @@ def test_a_certified_bundle_is_written_checked_and_marked(written: Path, opened:
     assert check["greedy"]["prompts"] == check["greedy"]["equal"] == 20 and check["greedy"]["tokens"] > 100
     assert check["tokenizer"]["texts"] > 1000 and check["tokenizer"]["other_ids"] <= check["tokenizer"]["texts"] / 1000
     config, card = json.loads((written / "config.json").read_bytes()), (written / "README.md").read_text()
-    assert config["certified"] is True and config["bos_token_id"] is None and config["head_dim"] == 32
+    assert config["uncertified"] is None and config["bos_token_id"] is None and config["head_dim"] == 32
     assert "certified: G_LM may be cached" in card and "UNCERTIFIED" not in card
     assert opened.certificate is not None and opened.certificate["statement"] in card
     assert "greedy tokens: equal for 20 of 20 prompts" in card
@@ -190,7 +191,7 @@ def test_uncertified_and_rounded_exports_are_marked(
         card = (tmp_path / "out" / "README.md").read_text()
         heading = next(line for line in card.splitlines() if line.startswith("#"))
         assert manifest["certified"] is False and "UNCERTIFIED" in heading
-        assert json.loads((tmp_path / "out" / "config.json").read_bytes())["certified"] is False
+        assert json.loads((tmp_path / "out" / "config.json").read_bytes())["uncertified"] in heading
         assert ("not about this directory" in card) == bool(settings)
         assert not open_model(tmp_path / "out").certified
 
