@@ -22,6 +22,7 @@ from pipeline.inference.source import OpenModel
 from pipeline.io.storage import MANIFEST, read_json
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig
+from pldr_model.model import PLDRModel
 
 
 class ExportParts(NamedTuple):
@@ -77,14 +78,19 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 def build(opened: OpenModel, *, dtype: str = "fp32", live: bool = False) -> tuple[Any, Any]:
     """`(PldrForCausalLM, PreTrainedTokenizerFast)` of an opened model, in memory, without writing anything."""
+    source = opened.live if live and opened.live is not None else opened.model
+    model = build_model(source, certified=opened.certified and not live, dtype=dtype)
+    return model, fast_tokenizer(opened.tokenizer, context_length=source.config.context_length)
+
+
+def build_model(source: PLDRModel, *, certified: bool = False, dtype: str = "fp32") -> Any:
+    """`PldrForCausalLM` with a model's weights, in evaluation mode."""
     require("transformers", "tokenizers", extra="hf")
     from pipeline.inference.hf.modeling_pldr import PldrForCausalLM
 
-    source = opened.live if live and opened.live is not None else opened.model
-    config = hf_config(source.config, certified=opened.certified and not live, dtype=dtype)
+    config = hf_config(source.config, certified=certified, dtype=dtype)
     with torch.device("meta"):
         model: Any = PldrForCausalLM(config)  # type: ignore[no-untyped-call]
     state = to_hf(source.state_dict(), source.config)
     model.load_state_dict({name: tensor.to(config.dtype) for name, tensor in state.items()}, assign=True)
-    context = source.config.context_length
-    return model.eval(), fast_tokenizer(opened.tokenizer, context_length=context)
+    return model.eval()
