@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pipeline.inference.runtime import Bundle
+from pipeline.inference.source import open_model
 from pldr_model.model import PLDRModel
 from tests.helpers.expected import Case, cases_of, logprobs
 from tests.helpers.exports import write_bundle, write_export
@@ -94,6 +95,15 @@ def test_attention(export: Path, bundle: Bundle, cases: list[Case], attention: s
             logits(model, case.prompt + case.new), ours(bundle, case.prompt + case.new), atol=TOLERANCE, rtol=1e-6
         )
         assert continued(model, case) == case.new, "dynamic cache"
+
+
+def test_it_opens_as_the_bundle_that_it_was_made_from(export: Path, bundle: Bundle) -> None:
+    opened, ours = open_model(export), bundle.opened
+    assert (opened.kind, opened.name, opened.certified) == ("hf", "export", True)
+    assert (opened.sha256, opened.certificate, opened.generation) == (ours.sha256, ours.certificate, ours.generation)
+    state = opened.model.state_dict()
+    assert state.keys() == ours.model.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.model.state_dict().items())
 
 
 def test_without_a_cache(model: Any, cases: list[Case]) -> None:
