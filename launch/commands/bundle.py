@@ -8,13 +8,13 @@ from typing import Any
 from launch.commands.verbs import Report, Result, Verbs
 from pipeline.errors import UserError
 
-LONG_NAME = "bundle verify"
-
 
 def add_bundle_verbs(verbs: Verbs) -> None:
     """The verbs `generate` and `verify`; the long name of the latter is `bundle verify`."""
     sub = verbs.add("generate", _generate, "continue prompts with a bundle")
-    sub.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
+    sub.add_argument(
+        "bundle", metavar="BUNDLE", help="a bundle folder; also an export of `pldr export hf`, or a run's YAML"
+    )
     sub.add_argument("--prompt", action="append", required=True, help="text to continue; several make a batch")
     sub.add_argument("--max-new-tokens", type=int, default=100)
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -22,7 +22,7 @@ def add_bundle_verbs(verbs: Verbs) -> None:
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
     sub.add_argument("--seed", type=int, default=None)
-    for name in ("verify", LONG_NAME):
+    for name in ("verify", "bundle verify"):
         sub = verbs.add(
             name, _verify, "check every byte of a bundle, its schemas, and its certificate against its files"
         )

@@ -12,39 +12,12 @@ import torch
 import yaml
 
 from pipeline.bundle.extracted import save_g
-from pipeline.bundle.weights import save_weights
 from pipeline.errors import UserError
+from pipeline.inference.hf.export import export_hf
 from pipeline.inference.source import open_model
 from pipeline.io.storage import render_json, sha256_file
 from pipeline.post.extract import extract_g
 from pldr_model.model import PLDRModel
-
-
-@pytest.fixture
-def make_finished(
-    invariant: PLDRModel, text: torch.Tensor, certificate: dict[str, Any], tokenizer_path: Path, tmp_path: Path
-) -> Callable[..., Path]:
-    """The YAML of a run of this model (the invariant one): weights/, g_lm/, certificate/, tokenizer/."""
-
-    def make(model: PLDRModel = invariant, **source: Any) -> Path:
-        run = tmp_path / "finished"
-        tree = {
-            "name": "finished",
-            "run_dir": str(run),
-            "data": {"sources": [{"url": "none.jsonl"}]},
-            "model": {key: value for key, value in model.config.to_dict().items() if value is not None},
-        }
-        save_weights(model.state_dict(), model.config, run / "weights", source=source)
-        save_g(extract_g(model, text[:, :-1], "mean"), run / "g_lm")
-        (run / "certificate").mkdir(parents=True)
-        (run / "certificate" / "certificate.json").write_bytes(render_json(certificate))
-        (run / "tokenizer").mkdir()
-        (run / "tokenizer" / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
-        path = tmp_path / "finished.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return path
-
-    return make
 
 
 def refused(*arguments: Any, **keywords: Any) -> str:
@@ -109,6 +82,16 @@ def test_a_bundle_with_its_metric_learner_is_live(
         assert torch.equal(opened.live(ids_BS), model(ids_BS))
         assert not torch.allclose(opened.model(ids_BS), model(ids_BS))
     assert open_model(bundle).live is None
+
+
+@pytest.mark.slow
+def test_an_export_with_rounded_weights_is_another_model(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    opened = open_model(make_bundle())
+    export_hf(opened, tmp_path / "bf16", dtype="bf16")
+    rounded = open_model(tmp_path / "bf16")
+    assert rounded.sha256 != opened.sha256 and not rounded.certified and "UNCERTIFIED export" in str(rounded.caution)
+    (tmp_path / "bf16" / "MANIFEST.json").unlink()
+    assert "MANIFEST.json" in refused(tmp_path / "bf16")
 
 
 def test_what_is_no_model_is_refused(

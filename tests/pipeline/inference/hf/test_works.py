@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pipeline.inference.runtime import Bundle
+from pipeline.inference.source import open_model
 from pipeline.network import free_port
 from pldr_model.model import PLDRModel
 from tests.helpers.expected import Case, cases_of, logprobs
@@ -93,6 +94,15 @@ def test_attention(export: Path, exact: PLDRModel, cases: list[Case], attention:
         ids = torch.tensor([case.prompt + case.new])
         with torch.inference_mode():
             torch.testing.assert_close(model(ids).logits, exact(ids, padded=False), atol=1e-10, rtol=0)
+
+
+def test_it_opens_as_the_bundle_that_it_was_made_from(export: Path, bundle: Bundle) -> None:
+    opened, ours = open_model(export), bundle.opened
+    assert (opened.kind, opened.name, opened.certified) == ("hf", "export", True)
+    assert (opened.sha256, opened.certificate, opened.generation) == (ours.sha256, ours.certificate, ours.generation)
+    state = opened.model.state_dict()
+    assert state.keys() == ours.model.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.model.state_dict().items())
 
 
 def test_without_a_cache(model: Any, cases: list[Case]) -> None:
