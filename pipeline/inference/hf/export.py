@@ -109,7 +109,8 @@ def summary(manifest: dict[str, Any]) -> list[str]:
     logits, greedy, tokenizer = check["logits"], check["greedy"], check["tokenizer"]
     rounded = f" (both sides in fp32 with the {manifest['dtype']} weights)" if "native" in check else ""
     lines = [
-        f"logits{rounded}: largest difference {logits['difference']:.2g}, largest logit {logits['largest']:.3g}",
+        f"logits{rounded}: largest difference {logits['difference']:.2g}, in fp64 {check['exact']:.2g}; largest logit "
+        f"{logits['largest']:.3g}",
         f"greedy tokens: equal for {greedy['equal']} of {greedy['prompts']} prompts ({greedy['tokens']} tokens)",
         f"tokenizer: {tokenizer['other_ids']} of {tokenizer['texts']} texts get other ids ({tokenizer['source']})",
     ]
