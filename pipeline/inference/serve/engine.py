@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
-class Sequence:
+class DecodeRequest:
     """One sequence to decode. The server has checked all of it: ids, settings, and that it fits the context.
 
     temperature 0 is greedy. top_k 0 and top_p 1 disable those. seed: of this very sequence; its tokens depend on nothing else.
@@ -54,7 +54,7 @@ class Engine(Protocol):
     def problem(self) -> str | None:
         """Why nothing can be decoded now, in one line; None when ready."""
 
-    def decode(self, sequence: Sequence) -> AsyncIterator[list[Token]]:
+    def decode(self, request: DecodeRequest) -> AsyncIterator[list[Token]]:
         """The new tokens as they come, at least one at a time and more if the reader was slow. Ends after eos (kept) or
         max_tokens. Closing the iterator (`aclose`, or cancelling its task) ends the work. Raises UserError, EngineError."""
 
