@@ -74,7 +74,7 @@ def open_model(source: str | Path, overrides: list[str] | None = None, *, live: 
         return _open_run(path, overrides or [], live=live)
     if overrides:
         raise ConfigError(f"{overrides[0]}: only a run's YAML takes overrides, and {path} is a folder; leave it out")
-    opened = _open_bundle(path) if kind == "bundle" else _open_export(path)
+    opened = _open_bundle(path, live=live) if kind == "bundle" else _open_export(path)
     if live and opened.live is None:
         raise UserError(f"{path}: holds no metric learner, so its G_LM cannot be live; name the run's YAML instead")
     return opened
@@ -101,7 +101,7 @@ def _kind_of(path: Path) -> Kind:
     )
 
 
-def _open_bundle(path: Path) -> OpenModel:
+def _open_bundle(path: Path, *, live: bool | None) -> OpenModel:
     parts = read_bundle(path)
     model = PLDRModel(parts.config, g_lm_LHKK=parts.g_lm)
     model.load_state_dict({**parts.weights, "g_lm": parts.g_lm})
@@ -111,7 +111,7 @@ def _open_bundle(path: Path) -> OpenModel:
         name=_name_of(path),
         model=model.eval(),
         g_lm=parts.g_lm,
-        live=None,
+        live=None if live is False else parts.live_model(),
         tokenizer=parts.tokenizer,
         certificate=parts.certificate,
         certified=parts.manifest["certified"],

@@ -1,10 +1,10 @@
-"""The engine of `NAME:live`: the model with its metric learner, for comparison with the cached G_LM that `NAME` is served with.
+"""The engine of `NAME:live`: the model with its metric learner, to compare with the cached G_LM that `NAME` is served with.
 
 Each prompt is answered with the G_LM that the metric learner deduces from it, which decoding then keeps, like keys and values.
-Decisions. One sequence decodes at a time, and others wait: this is a reference to compare with, not a way to serve. Tokens
-are drawn as every engine here draws them (`pldr_model.sampling`, one CPU generator for each sequence), so that the same seed gives
-both models the same draws and a difference is the models'. Log-probabilities of a prompt (`score`) are those of one pass with G_LM
-of the complete prompt: it has seen the tokens that it predicts.
+Decisions. One sequence decodes at a time, and others wait: this is a reference to compare with, not a way to serve. Tokens are
+drawn as every engine here draws them (`pldr_model.sampling`, one CPU generator for each sequence), so that the same seed gives
+both models the same draws and a difference is the models'. Log-probabilities of a prompt (`score`) are those of one pass with
+G_LM of the complete prompt: it has seen the tokens that it predicts.
 
 Shapes: S tokens, V vocabulary.
 """

@@ -1,15 +1,16 @@
-"""The drift sentinel (`pldr serve BUNDLE --watch 0.01`): G_LM of a share of the served prompts, deduced by the live model in the
-background and compared with the cached one that answered them.
+"""The drift sentinel (`pldr serve BUNDLE --watch 0.01`): G_LM of a share of the served prompts, deduced by the live model in
+the background and compared with the cached one that answered them.
 
-What it compares. Relative deviation of each head, the certificate's measure: RMS of the difference over the head's RMS, in the
-model's own precision (fp32, on a CPU), against the cached G_LM. `exceeded` counts prompts above what the certificate allows there
-(`max_relative_deviation_g_fp32`). A proven bound is of exact arithmetic, and rounding alone may cross it, so nothing is judged by it
-here; both it and the largest deviation that the certificate's own prompts had are shown beside the counts, and prompts above the
-latter are counted too: they are further from the constant than anything that was validated.
+What is compared: relative deviation of each head, the certificate's measure (RMS of the difference over the head's RMS), in the
+model's own precision, fp32, against the cached G_LM. `exceeded` counts prompts above what the certificate allows there
+(`max_relative_deviation_g_fp32`). A proven bound is of exact arithmetic, and rounding alone may cross it, so nothing is judged
+by it here. It stands beside the counts, and so does the largest deviation of the certificate's own prompts. Prompts above that
+are counted too: they are further from the constant than anything that was validated.
 
-Decisions. Whether a prompt is checked follows from its ids alone (the first 64 bits of their sha256, as a fraction, are below the
-rate): the same traffic is checked the same way by every server, and a prompt that comes again is checked again. A full queue drops
-prompts and never delays one. The log names a prompt by length and sha256 of its ids (int32, little-endian), never by its text.
+Decisions. Whether a prompt is checked follows from its ids alone (the first 64 bits of their sha256, as a fraction, are below
+the rate): the same traffic is checked the same way by every server, and a prompt that comes again is checked again. A full
+queue drops prompts and never delays one. The log names a prompt by length and sha256 of its ids (int32, little-endian), never
+by its text.
 
 Shapes: L layers, H heads, K head dim, S tokens.
 """
@@ -200,17 +201,21 @@ class DriftCollector:
         ):
             yield CounterMetricFamily(f"pldr:drift_prompts_{name}", meaning, value=value)
         yield GaugeMetricFamily("pldr:drift_rate", "Share of the served prompts to check", value=self._sentinel.rate)
-        meaning = "Relative deviation of G_LM in the certificate: allowed and measured in fp32, proven in exact arithmetic"
+        meaning = (
+            "Relative deviation of G_LM in the certificate: allowed and measured in fp32, proven in exact arithmetic"
+        )
         bounds = GaugeMetricFamily("pldr:drift_bound", meaning, labels=["kind"])
-        for kind in ("allowed", "measured", "proven"):
-            if (value := getattr(bound, kind)) is not None:
-                bounds.add_metric([kind], value)
+        for kind, limit in vars(bound).items():
+            if limit is not None:
+                bounds.add_metric([kind], limit)
         yield bounds
         yield GaugeMetricFamily(
-            "pldr:drift_deviation_max", "Largest relative deviation of G_LM among the checked prompts", value=drift.largest
+            "pldr:drift_deviation_max",
+            "Largest relative deviation of G_LM among the checked prompts",
+            value=drift.largest,
         )
         heads = GaugeMetricFamily("pldr:drift_deviation_max_by_head", "The same of each head", labels=["layer", "head"])
         for layer, row in enumerate(drift.per_head):
-            for head, value in enumerate(row):
-                heads.add_metric([str(layer), str(head)], value)
+            for head, largest in enumerate(row):
+                heads.add_metric([str(layer), str(head)], largest)
         yield heads

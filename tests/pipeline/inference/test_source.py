@@ -144,3 +144,11 @@ def test_a_run_with_another_tokenizer_is_refused(make_finished: Callable[..., Pa
     del config["digest"]
     (path.parent / "finished" / "weights" / "config.json").write_bytes(render_json(config))
     assert "not the tokenizer" in refused(path)
+
+
+def test_a_bundle_with_its_metric_learner_opens_live(make_bundle: Callable[..., Path], invariant: PLDRModel) -> None:
+    bundle, ids = make_bundle(with_metric_learner=True), torch.tensor([[5, 6]])
+    assert open_model(bundle).live is None
+    for asked in (True, None):
+        live = open_model(bundle, live=asked).live
+        assert live is not None and torch.equal(live.compute_g(ids), invariant.compute_g(ids))
