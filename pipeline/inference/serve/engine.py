@@ -33,6 +33,15 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class EngineLoad:
+    """What an engine is doing: sequences that decode and that wait, and the part of its KV-cache in use."""
+
+    running: int = 0
+    waiting: int = 0
+    cache_usage: float = 0.0
+
+
 class EngineError(RuntimeError):
     """The engine failed; one line. The client is told that the server failed, and the log says why."""
 
@@ -53,6 +62,9 @@ class Engine(Protocol):
 
     def problem(self) -> str | None:
         """Why nothing can be decoded now, in one line; None when ready."""
+
+    def load(self) -> EngineLoad:
+        """What it is doing now."""
 
     def decode(self, request: DecodeRequest) -> AsyncIterator[list[Token]]:
         """The new tokens as they come, at least one at a time and more if the reader was slow. Ends after eos (kept) or

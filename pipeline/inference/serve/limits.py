@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -68,7 +68,9 @@ class Slots:
         """Hold room for this many sequences in all. Raises ApiError: 400 if that is never possible, 429 if not now."""
         most = self._load.limits.max_sequences
         if count > most:
-            raise wrong("n", f"prompt, n: {count} sequences (prompts times n); this server takes at most {most} at once")
+            raise wrong(
+                "n", f"prompt, n: {count} sequences (prompts times n); this server takes at most {most} at once"
+            )
         if self._load.sequences - self._held + count > most:
             raise ApiError(
                 429,
@@ -130,7 +132,10 @@ async def while_wanted(work: Coroutine[Any, Any, T], receive: Receive, load: Loa
         if cut.done():
             raise draining()
         raise ApiError(
-            408, f"no answer within {load.limits.timeout_s:g} s, the limit of this server", code="timeout", headers=NO_RETRY
+            408,
+            f"no answer within {load.limits.timeout_s:g} s, the limit of this server",
+            code="timeout",
+            headers=NO_RETRY,
         )
     finally:
         for future in [task, *others]:

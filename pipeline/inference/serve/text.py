@@ -5,7 +5,7 @@ A stream and an answer in one piece are made of the same pieces, so both say the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,16 +66,15 @@ class Texts:
         piece = self._tokenizer.piece(token)
         return piece if token in SPECIAL_IDS.values() else piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
 
-    def logprobs(self, tokens: Iterable[tuple[Token, int]], num_top: int) -> Logprobs:
-        """OpenAI's lists of tokens and the places where they begin. The token itself is always among the best ones named, as
-        OpenAI does it; with `num_top` 0 none are named."""
+    def logprobs(self, tokens: Iterable[tuple[Token, int]]) -> Logprobs:
+        """OpenAI's lists of tokens and the places where they begin. The token itself is always among the best ones named."""
         found = Logprobs()
         for token, offset in tokens:
             found.tokens.append(self.name(token.id))
             found.text_offset.append(offset)
             found.token_logprobs.append(token.logprob)
-            if token.logprob is None or not num_top:
-                found.top_logprobs.append(None if token.logprob is None else {})
+            if token.logprob is None:
+                found.top_logprobs.append(None)
             else:
                 best = dict(token.top) | {token.id: token.logprob}
                 found.top_logprobs.append({self.name(id): value for id, value in best.items()})
@@ -94,7 +93,7 @@ class Texts:
         if num_top is None:
             return Piece(whole, None)
         placed = [(token, min(start, len(whole))) for token, start in zip(tokens, starts, strict=True)]
-        return Piece(whole, self.logprobs(placed, num_top))
+        return Piece(whole, self.logprobs(placed))
 
 
 class Choice:
@@ -139,6 +138,5 @@ class Choice:
             return None
         found = None
         if self._num_top is not None:
-            found = self._texts.logprobs([(token, self._offset + start) for token, start in ready], self._num_top)
+            found = self._texts.logprobs([(token, self._offset + start) for token, start in ready])
         return Piece(new, found, self.finish_reason)
-
