@@ -29,7 +29,6 @@ def make_engine(
     if name == "vllm" or (name == "auto" and has_vllm):
         from pipeline.inference.serve.vllm_server import VllmEngine
 
-        require("aiohttp", extra="serve")
         return VllmEngine(opened, python=vllm_python or Path(sys.executable), limits=limits, report=report)
     require("transformers", extra="hf")
     from pipeline.inference.serve.continuous import ContinuousEngine
