@@ -35,6 +35,7 @@ from launch.commands.doctor.command import add_doctor_verb
 from launch.commands.init import add_init_verb
 from launch.commands.launch import add_launch_verbs
 from launch.commands.runs import add_run_verbs
+from launch.commands.serve import add_serve_verb
 from launch.commands.stage import add_stage_verbs
 from launch.commands.sweep import add_sweep_verb
 from launch.commands.terminal import Display, report
@@ -46,7 +47,7 @@ GROUPS = {  # what `pldr --help` shows, by what one is about to do
     "data": ("shard", "tokenizer", "tokenize", "data"),
     "train": ("train", "runs", "report", "track"),
     "prove": ("consolidate", "extract", "validate", "parity"),
-    "use": ("bundle", "verify", "generate", "import", "export"),
+    "use": ("bundle", "verify", "generate", "serve", "import", "export"),
     "cluster": ("launch", "doctor", "sweep"),
     "tools": ("bench",),
 }
@@ -160,6 +161,7 @@ def build_parser() -> Parser:
     add_config_verb(verbs)
     add_init_verb(verbs)
     add_bundle_verbs(verbs)
+    add_serve_verb(verbs)
     add_data_verbs(verbs)
     add_run_verbs(verbs)
     add_launch_verbs(verbs)

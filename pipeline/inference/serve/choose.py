@@ -90,7 +90,11 @@ class Choose(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]  # transf
             index for index, draw in enumerate(self._rows) if draw is not None and draw.request.num_top is not None
         ]
         if wanted:
-            tops = [draw.request.num_top or 0 for draw in self._rows if draw is not None and draw.request.num_top is not None]
+            tops = [
+                draw.request.num_top or 0
+                for draw in self._rows
+                if draw is not None and draw.request.num_top is not None
+            ]
             named = name_tokens(scores[wanted], [chosen[index] for index in wanted], max(tops))
             for index, num_top, token in zip(wanted, tops, named, strict=True):
                 tokens[index] = Token(token.id, token.logprob, token.top[:num_top])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError
 from pipeline.inference.serve.choose import Choose, Draw, name_tokens
 from pipeline.inference.serve.engine import DecodeRequest, EngineError, EngineLoad, Token
 from pipeline.inference.source import OpenModel
@@ -47,7 +47,6 @@ class ContinuousEngine:
 
     def _start(self) -> None:
         from transformers import GenerationConfig, LogitsProcessorList
-        from transformers.generation import continuous_batching as batching
         from transformers.generation.continuous_batching.cb_logits_processors import (
             ContinuousBatchingLogitsProcessorList,
         )
@@ -135,7 +134,9 @@ class ContinuousEngine:
 
     @torch.inference_mode()
     def _score(self, ids: list[int], num_top: int) -> list[Token]:
-        hidden_1SD = self._model.model(torch.tensor([ids], device=self._model.device), use_cache=False).last_hidden_state
+        hidden_1SD = self._model.model(
+            torch.tensor([ids], device=self._model.device), use_cache=False
+        ).last_hidden_state
         tokens = [Token(ids[0])]
         for start in range(0, len(ids) - 1, SCORE_ROWS):
             rows = slice(start, min(start + SCORE_ROWS, len(ids) - 1))

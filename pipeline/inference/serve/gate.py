@@ -1,4 +1,7 @@
-"""What every request passes first: the token, and errors in OpenAI's form. Plain ASGI, so that streams pass through untouched."""
+"""What every request passes first: the token, and errors in OpenAI's form.
+
+Plain ASGI, so that streams pass through untouched.
+"""
 
 from __future__ import annotations
 

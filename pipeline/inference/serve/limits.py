@@ -1,7 +1,7 @@
 """What the server takes at once, and when it refuses: concurrency, body, time.
 
-Decision: what cannot be answered now is refused at once (429 with Retry-After) and not queued without end: a client that is told
-can wait or go elsewhere.
+Decision: what cannot be answered now is refused at once (429 with Retry-After) and not queued without end: a client that
+knows can wait or go elsewhere.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Load:
     limits: Limits
     sequences: int = 0
     requests: int = 0
+    answered: int = 0  # since the start
     draining: bool = False
     cut: asyncio.Event = field(default_factory=asyncio.Event)  # the time to drain is over
 
@@ -55,6 +56,7 @@ class Load:
             yield slots
         finally:
             self.requests -= 1
+            self.answered += 1
             slots.release()
 
 
