@@ -100,9 +100,7 @@ class Tab:
         """Move the mouse to the middle of the first line of an element, given as a JavaScript expression."""
         await self.value(f"({element}).scrollIntoView({{block: 'center', behavior: 'instant'}})")
         await self.value("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")  # its event is over
-        x, y = await self.value(
-            f"(r => [r.left + r.width / 2, r.top + r.height / 2])(({element}).getClientRects()[0])"
-        )
+        x, y = await self.value(f"(r => [r.left + r.width / 2, r.top + r.height / 2])(({element}).getClientRects()[0])")
         await self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     async def screenshot(self, file: Path, *, whole: bool = True) -> None:

@@ -68,7 +68,7 @@ class Completions:
         metrics: Metrics,
         *,
         fingerprint: str,
-        on_prompt: Callable[[list[int]], None] | None = None,
+        on_prompt: Callable[[list[int]], object] | None = None,
     ) -> None:
         self._models, self._prompts, self._load, self._metrics = models, prompts, load, metrics
         self._fingerprint, self._on_prompt = fingerprint, on_prompt

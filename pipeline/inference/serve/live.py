@@ -25,6 +25,7 @@ from pipeline.inference.serve.engine import DecodeRequest, EngineError, EngineLo
 from pldr_model.model import PLDRModel
 from pldr_model.sampling import token_probabilities
 
+LIVE = ":live"  # how the id of a live model ends
 Result = TypeVar("Result")
 
 

@@ -136,7 +136,7 @@ class Answer {
     group.span.textContent = text;
     group.span.classList.toggle("breaks", text.startsWith("\n"));
     const likely = group.tokens.reduce((sum, i) => sum + (this.tokens[i].logprob ?? 0), 0);
-    group.span.style.setProperty("--doubt", Math.min(0.6, (-likely / DOUBT) * 0.6).toFixed(3));
+    group.span.style.setProperty("--doubt", Math.min(0.5, (-likely / DOUBT) * 0.5).toFixed(3));
   }
 
   report(words) {

@@ -1,9 +1,9 @@
 """The page at `/`: type a prompt, watch the text come, with the certificate beside it. One answer, no build, no network.
 
-`/` is the same for every model: page.html with page.js and the style of our other pages put in. What it shows of this
-model comes from `/page/facts`, which asks for the token where there is one. Decision: the content security policy names the hashes
-of that one script and that one style, and allows nothing but requests to this server and pictures in data URIs: text of the
-model cannot become code or markup.
+`/` is the same for every model: page.html with page.js and the style of our other pages put in. What it shows of this model
+comes from `/page/facts`, which asks for the token where there is one.
+Decision: the content security policy names the hashes of that one script and that one style, and allows nothing but requests to
+this server and pictures in data URIs: text of the model cannot become code or markup.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from pipeline.bundle.certificate.statement import rounded_up
+from pipeline.inference.serve.live import LIVE
 from pipeline.inference.serve.sentinel import Bound, Drift, Sentinel, bound_of
 from pipeline.inference.source import OpenModel
 from pipeline.report.head_maps import head_maps
@@ -28,7 +29,6 @@ from pipeline.report.numbers import number, short
 
 HERE = Path(__file__).parent
 STYLE = HERE.parents[1] / "report" / "page.css"
-LIVE = ":live"  # how the id of a live model ends
 TIERS = {
     "at round-off": "no variation but rounding",
     "invariant": "varies a little above rounding",
@@ -92,7 +92,7 @@ def facts(opened: OpenModel, name: str, live: str | None) -> dict[str, Any]:
     heads = [head for layer in maps for head in layer["heads"]]
     for head in heads:
         head["scale"] = None if head["scale"] is None else f"{head['scale']:.2g}"
-    sizes = f"{config.num_layers} layers × {config.num_heads} heads × {config.head_dim}"
+    sizes = (config.num_layers, config.num_heads, config.head_dim)
     return {
         "name": name,
         "live": live,
@@ -100,12 +100,14 @@ def facts(opened: OpenModel, name: str, live: str | None) -> dict[str, Any]:
         "sizes": " · ".join(
             (
                 f"{short(config.num_parameters()['total'])} parameters",
-                sizes,
+                "{} layers \N{MULTIPLICATION SIGN} {} heads \N{MULTIPLICATION SIGN} {}".format(*sizes),
                 f"context {config.context_length:,} tokens",
                 f"{opened.kind} {opened.sha256[:12]}",
             )
         ),
-        "caution": None if opened.certified else "Not certified: the cached G_LM may give other answers than the model itself.",
+        "caution": None
+        if opened.certified
+        else "Not certified: the cached G_LM may give other answers than the model itself.",
         "constant": certificate is not None and certificate["constant_by_construction"],
         **_verdict(opened),
         "tiles": [] if certificate is None else _tiles(certificate),
@@ -120,7 +122,9 @@ def _verdict(opened: OpenModel) -> dict[str, Any]:
         return {
             "badge": {"text": "no certificate", "kind": "none"},
             "verdict": "No certificate",
-            "statement": ["Whether its cached G_LM gives the model's own answers was not measured, or not for these weights."],
+            "statement": [
+                "Whether its cached G_LM gives the model's own answers was not measured, or not for these weights."
+            ],
         }
     verdict = "Certified" if opened.certified else "Not certified"
     return {
@@ -138,7 +142,12 @@ def _tiles(certificate: Mapping[str, Any]) -> list[dict[str, str]]:
         meaning = f"G_LM deviates by at most {number(rounded_up(bound.proven))}, for every input"
     tiles = [{"value": tier, "label": meaning}]
     if bound.measured is not None and not certificate["constant_by_construction"]:
-        tiles.append({"value": number(bound.measured), "label": f"largest deviation measured in fp32; allowed {number(bound.allowed)}"})
+        tiles.append(
+            {
+                "value": number(bound.measured),
+                "label": f"largest deviation measured in fp32; allowed {number(bound.allowed)}",
+            }
+        )
     losses, agreement = certificate["measures"]["losses"], certificate["measures"]["agreement"].get("cached", {})
     if losses.get("cached") is not None:
         tiles.append({"value": f"{losses['cached']:.4f}", "label": "held-out loss, cached (nats)"})
@@ -149,7 +158,9 @@ def _tiles(certificate: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def drift_rows(drift: Drift, bound: Bound) -> list[dict[str, Any]]:
     """The sentinel's numbers."""
-    measured = [] if bound.measured is None else [("above the certificate's prompts", f"{drift.above_measured:,}", False)]
+    measured = (
+        [] if bound.measured is None else [("above the certificate's prompts", f"{drift.above_measured:,}", False)]
+    )
     rows = [
         ("prompts checked", f"{drift.checked:,}", False),
         ("largest deviation of G_LM", number(drift.largest) if drift.checked else "-", drift.exceeded > 0),

@@ -32,10 +32,11 @@ from torch import Tensor
 
 from pipeline.bundle.metric_learner import certified_deviation, relative_deviation
 from pipeline.errors import UserError
+from pipeline.inference.source import OpenModel
 from pldr_model.model import PLDRModel
 
 WAITING = 16  # prompts in the queue
-log = logging.getLogger("pldr.serve")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,20 @@ def bound_of(certificate: Mapping[str, Any]) -> Bound:
     proof = measures.get("proof") or {}
     g_lm = measures["deviations"].get("fp32", {}).get("G_LM") or {}
     return Bound(certified_deviation(certificate), g_lm.get("max"), proof.get("bound") if proof.get("closed") else None)
+
+
+def watch(opened: OpenModel, rate: float) -> Sentinel:
+    """A sentinel for an opened model. Raises UserError for one without a metric learner or certificate."""
+    if opened.live is None:
+        raise UserError(
+            f"--watch: {opened.path} holds no metric learner to deduce G_LM with; make the bundle with "
+            "`pldr bundle CONFIG --with-metric-learner`, or leave out --watch"
+        )
+    if opened.certificate is None:
+        raise UserError(
+            f"--watch: {opened.path} has no certificate to compare with; run `pldr validate`, or leave out --watch"
+        )
+    return Sentinel(opened.live, opened.g_lm, bound_of(opened.certificate), rate)
 
 
 @dataclass(frozen=True)
