@@ -24,7 +24,7 @@ def head_maps(g_LHKK: Tensor, deviation_LH: Sequence[Sequence[float | None]] | N
     heads = [(layer, head) for layer in range(g_LHKK.shape[0]) for head in range(g_LHKK.shape[1])]
     if len(heads) > MAX_MAPS and deviation_LH is not None:
         of = {spot: deviation_LH[spot[0]][spot[1]] for spot in heads}
-        worst = sorted(heads, key=lambda spot: -math.inf if of[spot] is None else -of[spot])
+        worst = sorted(heads, key=lambda spot: -math.inf if (value := of[spot]) is None else -value)
         heads = sorted(worst[:MAX_MAPS])
     layers: dict[int, list[dict[str, Any]]] = {}
     for layer, head in heads[:MAX_MAPS]:

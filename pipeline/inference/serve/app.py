@@ -64,7 +64,7 @@ class Server:
         self.failed: BaseException | None = None  # why the engines did not start
         self.app = FastAPI(lifespan=self._lifespan, docs_url=None, redoc_url=None, openapi_url=None)
         self._add_endpoints()
-        add_page(self.app, opened, list(engines), sentinel)
+        add_page(self.app, opened, engines, sentinel)
         self.app.add_middleware(Gate, api_key=api_key, metrics=self.metrics)
 
     def describe(self) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class Answer {
     this.model = model;
     this.title = title;
     this.most = request.max_tokens;
+    this.marked = 0;       // groups that have been compared
     this.characters = [];  // by code point, as the server counts
     this.groups = [];      // {start, tokens, span}
     this.tokens = [];      // {name, logprob, top, group}
@@ -174,37 +175,42 @@ async function follow(answer, request, signal) {
 
 // ---- cached beside live --------------------------------------------------------------------------------------------------
 
-function firstDifference(a, b) {
-  const both = Math.min(a.length, b.length);
-  for (let i = 0; i < both; i++) if (a[i].name !== b[i].name) return i;
-  return both;
-}
+let equal = 0;            // so many first tokens of both answers are the same
+let comparable = false;   // whether a difference would be the models'
 
-// Mark the tokens from the first difference on. While texts still come, only what both have is compared.
+// Go on comparing, and mark the tokens from the first difference on. While texts still come, only what both have is compared.
 function mark() {
-  if (answers.length < 2) return;
-  const [a, b] = answers.map(answer => answer.tokens), at = firstDifference(a, b);
-  const differs = at < Math.min(a.length, b.length) || (!running && a.length !== b.length);
-  for (const answer of answers)
-    for (const group of answer.groups) group.span.classList.toggle("diff", differs && group.tokens.at(-1) >= at);
+  if (answers.length < 2 || !comparable) return;
+  const [a, b] = answers.map(answer => answer.tokens), both = Math.min(a.length, b.length);
+  while (equal < both && a[equal].name === b[equal].name) equal++;
+  if (equal === both && (running || a.length === b.length || !answers.every(answer => answer.reason))) return;
+  for (const answer of answers) {
+    const from = answer.tokens[equal] && answer.groups.indexOf(answer.tokens[equal].group);
+    for (let i = Math.max(from ?? Infinity, answer.marked); i < answer.groups.length; i++) answer.groups[i].span.classList.add("diff");
+    answer.marked = answer.groups.length;
+  }
 }
 
 function compare() {
   const box = $("compared");
   box.hidden = answers.length < 2 || !answers.every(answer => answer.tokens.length);
   if (box.hidden) return;
+  box.className = "compared";
+  if (!comparable) {
+    box.textContent = "Not compared: the cached model's engine draws tokens in its own way, so the same seed gives other texts. Set temperature 0 to compare.";
+    return;
+  }
   mark();
-  const [a, b] = answers.map(answer => answer.tokens), at = firstDifference(a, b);
+  const [a, b] = answers.map(answer => answer.tokens);
   let far = 0;
-  for (let i = 0; i < at; i++) far = Math.max(far, Math.abs(Math.exp(a[i].logprob) - Math.exp(b[i].logprob)));
-  const stopped = !answers.every(answer => answer.reason);
-  const whole = at === a.length && at === b.length;
-  const close = at ? `; ${whole ? "their probabilities" : "the probabilities before it"} differ by at most ${small(far)}` : "";
-  if (whole) box.textContent = `Cached and live agree on all ${count(at, "token")}${close}.`;
-  else if (stopped && at === Math.min(a.length, b.length)) box.textContent = `Cached and live agree on the ${count(at, "token")} that both gave${close}.`;
-  else box.textContent = `Cached and live differ from token ${at + 1} on${close}.`;
-  const same = whole || (stopped && at === Math.min(a.length, b.length));
-  box.className = "compared " + (same ? "same" : "other");
+  for (let i = 0; i < equal; i++) far = Math.max(far, Math.abs(Math.exp(a[i].logprob) - Math.exp(b[i].logprob)));
+  const whole = equal === a.length && equal === b.length, cut = !answers.every(answer => answer.reason);
+  const same = whole || (cut && equal === Math.min(a.length, b.length));
+  const close = equal ? `; ${same ? "their probabilities" : "the probabilities before it"} differ by at most ${small(far)}` : "";
+  if (whole) box.textContent = `Cached and live agree on all ${count(equal, "token")}${close}.`;
+  else if (same) box.textContent = `Cached and live agree on the ${count(equal, "token")} that both gave${close}.`;
+  else box.textContent = `Cached and live differ from token ${equal + 1} on${close}.`;
+  box.classList.add(same ? "same" : "other");
 }
 
 // ---- the form ------------------------------------------------------------------------------------------------------------
@@ -238,6 +244,8 @@ async function generate() {
     return;
   }
   const live = facts.live !== null && $("both").checked;
+  equal = 0;
+  comparable = facts.same_draws || request.temperature === 0;
   answers = [new Answer(facts.name, facts.constant ? "Completion" : "Cached G_LM", request)];
   if (live) answers.push(new Answer(facts.live, "Live G_LM, deduced from the prompt", request));
   $("answers").classList.toggle("two", live);
@@ -329,8 +337,8 @@ function showTip(span) {
   }
   const others = answers.filter(answer => answer !== place.answer);
   for (const other of others) {
-    const at = place.group.tokens[0], theirs = other.tokens[at], before = firstDifference(place.answer.tokens, other.tokens);
-    if (!theirs || at > before) continue;
+    const at = place.group.tokens[0], theirs = other.tokens[at];
+    if (!theirs || at > equal || !comparable) continue;
     const mine = place.answer.tokens[at];
     const words = theirs.name === mine.name ? percent(theirs.logprob) : `${shown(theirs.name)} ${percent(theirs.logprob)}`;
     tip.append(make("div", "soft", `${other.title.split(",")[0]}: ${words}`));

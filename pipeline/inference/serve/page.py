@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from pipeline.bundle.certificate.statement import rounded_up
+from pipeline.inference.serve.engine import Engine
 from pipeline.inference.serve.live import LIVE
 from pipeline.inference.serve.sentinel import Bound, Drift, Sentinel, bound_of
 from pipeline.inference.source import OpenModel
@@ -29,6 +30,7 @@ from pipeline.report.numbers import number, short
 
 HERE = Path(__file__).parent
 STYLE = HERE.parents[1] / "report" / "page.css"
+OWN_DRAWS = ("vllm",)  # engines that draw tokens in their own way: with the same seed the live model draws others
 TIERS = {
     "at round-off": "no variation but rounding",
     "invariant": "varies a little above rounding",
@@ -36,12 +38,10 @@ TIERS = {
 }
 
 
-def add_page(app: FastAPI, opened: OpenModel, models: Sequence[str], sentinel: Sentinel | None = None) -> None:
-    """The routes `/` and `/page/facts`. models: the ids that the server answers to, that of the cached model first."""
+def add_page(app: FastAPI, opened: OpenModel, engines: Mapping[str, Engine], sentinel: Sentinel | None = None) -> None:
+    """The routes `/` and `/page/facts`. engines: by model id, that of the cached model first."""
     html, headers = page()
-    name = models[0]
-    live = name + LIVE if name + LIVE in models else None
-    unchanging = functools.cache(functools.partial(facts, opened, name, live))
+    unchanging = functools.cache(functools.partial(facts, opened, engines))
 
     def show(_: Request) -> Response:
         return HTMLResponse(html, headers=headers)
@@ -84,8 +84,10 @@ def _hash_of(html: str, tag: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
-def facts(opened: OpenModel, name: str, live: str | None) -> dict[str, Any]:
+def facts(opened: OpenModel, engines: Mapping[str, Engine]) -> dict[str, Any]:
     """What the page shows of a model, as plain values and words."""
+    name = next(iter(engines))
+    live = name + LIVE if name + LIVE in engines else None
     config, certificate = opened.model.config, opened.certificate
     deviation = None if certificate is None else certificate["measures"]["deviations"].get("fp32", {}).get("G_LM")
     maps = head_maps(opened.g_lm, deviation and deviation["per_head"])
@@ -96,6 +98,7 @@ def facts(opened: OpenModel, name: str, live: str | None) -> dict[str, Any]:
     return {
         "name": name,
         "live": live,
+        "same_draws": live is not None and engines[name].name not in OWN_DRAWS,
         "context": config.context_length,
         "sizes": " · ".join(
             (

@@ -17,7 +17,8 @@ import torch
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from pipeline.inference.serve.page import HERE, add_page, drift_rows, facts, page
+from pipeline.inference.serve.live import LiveEngine
+from pipeline.inference.serve.page import HERE, STYLE, add_page, drift_rows, facts, page
 from pipeline.inference.serve.sentinel import Bound, Drift, watch
 from pipeline.inference.source import open_model
 from pldr_model.model import PLDRModel
@@ -25,6 +26,7 @@ from tests.helpers.html_page import Page
 from tests.pipeline.report.test_style import contrast, palette
 
 Make = Callable[..., Path]
+ENGINES: dict[str, Any] = {"name": SimpleNamespace(name="transformers")}
 SCRIPT = (HERE / "page.js").read_text()
 
 
@@ -59,25 +61,27 @@ def test_no_text_becomes_markup_or_code_and_nothing_is_kept(word: str) -> None:
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["light", "dark"])
-def test_its_own_colors_have_contrast(part: int) -> None:
-    html, _ = page()
-    parts = html.split("@media screen and (prefers-color-scheme: dark)")
-    house, own = palette(parts[part].split("* {", 1)[0]), palette(re.findall(r":root \{ (--edge.*?) \}", html)[part])
-    assert contrast(own["act"], own["act-ink"]) >= 4.5
-    assert (
-        contrast(own["edge"], house["card"]) >= 3 and contrast(own["edge"], house["page"]) >= 3
-    )  # of fields and buttons
-    assert contrast(own["act"], house["card"]) >= 3
-    heat = [int(x) for x in re.findall(r"--heat: (\d+),(\d+),(\d+)", html)[part]]
-    card = [int(house["card"][i : i + 2], 16) for i in (1, 3, 5)]
-    unlikely = "#" + "".join(
-        f"{round((a + b) / 2):02x}" for a, b in zip(heat, card, strict=True)
-    )  # the full color is 0.5
-    assert contrast(house["ink"], unlikely) >= 4.5
+def test_buttons_fields_and_unlikely_tokens_have_contrast(part: int) -> None:
+    css = STYLE.read_text().split("@media screen and (prefers-color-scheme: dark)")[part].split("* {", 1)[0]
+    colors, heat = palette(css), re.findall(r"--heat: (\d+),(\d+),(\d+)", css)[0]
+    assert contrast(colors["kept"], colors["page"]) >= 4.5  # the button's text
+    assert "--edge: color-mix(in srgb, var(--soft) 75%, var(--card))" in page()[0]
+    edge = mixed(rgb(colors["soft"]), rgb(colors["card"]), 0.75)
+    assert contrast(edge, colors["card"]) >= 3 and contrast(edge, colors["page"]) >= 3
+    assert "Math.min(0.5, (-likely" in SCRIPT  # the full color of an unlikely token
+    assert contrast(colors["ink"], mixed([int(x) for x in heat], rgb(colors["card"]), 0.5)) >= 4.5
+
+
+def rgb(color: str) -> list[int]:
+    return [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def mixed(one: list[int], other: list[int], share: float) -> str:
+    return "#" + "".join(f"{round(share * a + (1 - share) * b):02x}" for a, b in zip(one, other, strict=True))
 
 
 def test_facts_of_a_certified_bundle(make_bundle: Make) -> None:
-    told = facts(open_model(make_bundle()), "name", None)
+    told = facts(open_model(make_bundle()), ENGINES)
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     assert (told["verdict"], told["badge"]["kind"], told["caution"], told["live"]) == ("Certified", "yes", None, None)
     assert told["statement"][0].startswith("G_LM may be cached: ") and all(
@@ -94,25 +98,25 @@ def test_facts_of_one_that_is_not_certified_and_of_one_without_certificate(
     model = tiny.make_model(gain=1.0)
     bundle = make_bundle(model=model, certificate=tiny.certify(model, text), uncertified=True)
     opened = open_model(bundle)
-    told = facts(opened, "name", None)
+    told = facts(opened, ENGINES)
     assert (told["verdict"], told["badge"]["kind"]) == ("Not certified", "no") and "other answers" in told["caution"]
     assert "must not be cached" in told["statement"][0] and told["tiles"][0]["value"] == "variant"
-    told = facts(replace(opened, certificate=None), "name", None)
+    told = facts(replace(opened, certificate=None), ENGINES)
     assert (told["verdict"], told["tiles"]) == ("No certificate", []) and told["caution"] is not None
     broken = opened.g_lm.clone()
     broken[0, 1, 0, 0] = float("nan")
-    head = facts(replace(opened, g_lm=broken), "name", None)["maps"][0]["heads"][1]
+    head = facts(replace(opened, g_lm=broken), ENGINES)["maps"][0]["heads"][1]
     assert head == {"head": 1, "uri": None, "scale": None}
 
 
 def test_facts_of_an_older_certificate_and_of_a_constant_model(
     old_files: Path, make_bundle: Make, tiny: SimpleNamespace, text: torch.Tensor
 ) -> None:
-    assert facts(open_model(old_files / "bundle"), "name", None)["verdict"] == "Certified"
+    assert facts(open_model(old_files / "bundle"), ENGINES)["verdict"] == "Certified"
     torch.manual_seed(0)
     model = PLDRModel(replace(tiny.config, g_source="constant")).eval()
     bundle = make_bundle(model=model, certificate=tiny.certify(model, text), uncertified=True)
-    told = facts(open_model(bundle), "name", None)
+    told = facts(open_model(bundle), ENGINES)
     assert told["constant"] and told["tiles"][0] == {"value": "constant by construction", "label": "no metric learner"}
     assert len(told["tiles"]) == 2  # nothing was measured that could vary
 
@@ -121,27 +125,41 @@ def test_the_routes_and_the_live_model(make_bundle: Make) -> None:
     opened = open_model(make_bundle(with_metric_learner=True), live=True)
     sentinel = watch(opened, 1.0)
     app = FastAPI()
-    add_page(app, opened, ["name", "name:live"], sentinel)
+    live = LiveEngine(opened.live, eos_id=3)  # type: ignore[arg-type]
+    add_page(app, opened, {**ENGINES, "name:live": live}, sentinel)
     with TestClient(app) as client:
         shown = client.get("/")
         assert shown.status_code == 200 and shown.text == page()[0] and "text/html" in shown.headers["content-type"]
         assert shown.headers["content-security-policy"] == page()[1]["content-security-policy"]
         assert shown.headers["x-content-type-options"] == "nosniff"
         told = client.get("/page/facts").json()
-        assert told["live"] == "name:live" and told["drift"][0] == {
-            "label": "prompts checked",
-            "value": "0",
-            "bad": False,
-        }
+        assert (
+            told["live"] == "name:live"
+            and told["same_draws"] is True
+            and told["drift"][0]
+            == {
+                "label": "prompts checked",
+                "value": "0",
+                "bad": False,
+            }
+        )
         sentinel.offer([5, 6, 7])
         sentinel.wait()
         assert client.get("/page/facts").json()["drift"][0]["value"] == "1"
     sentinel.stop()
     app = FastAPI()
-    add_page(app, opened, ["name"])
+    add_page(app, opened, ENGINES)
     with TestClient(app) as client:
         told = client.get("/page/facts").json()
         assert told["live"] is None and told["drift"] is None
+
+
+def test_an_engine_that_draws_in_its_own_way_is_said_to(make_bundle: Make) -> None:
+    opened = open_model(make_bundle(with_metric_learner=True), live=True)
+    live: Any = SimpleNamespace(name="live")
+    for engine, same in (("transformers", True), ("vllm", False)):
+        named: Any = SimpleNamespace(name=engine)
+        assert facts(opened, {"name": named, "name:live": live})["same_draws"] is same
 
 
 def test_drift_is_told_in_rows() -> None:
