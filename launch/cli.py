@@ -27,11 +27,12 @@ from importlib.metadata import version
 from typing import Any
 
 from launch.commands.bench import add_bench_verb
-from launch.commands.bundle import add_bundle_verbs, long_name
+from launch.commands.bundle import add_bundle_verbs
 from launch.commands.config import add_config_verb
 from launch.commands.convert import add_convert_verbs
 from launch.commands.data import add_data_verbs
 from launch.commands.doctor.command import add_doctor_verb
+from launch.commands.hf import add_hf_verbs
 from launch.commands.init import add_init_verb
 from launch.commands.launch import add_launch_verbs
 from launch.commands.runs import add_run_verbs
@@ -39,7 +40,7 @@ from launch.commands.serve import add_serve_verb
 from launch.commands.stage import add_stage_verbs
 from launch.commands.sweep import add_sweep_verb
 from launch.commands.terminal import Display, report
-from launch.commands.verbs import Verbs
+from launch.commands.verbs import Verbs, long_name
 from pipeline.errors import Stopped, UserError
 
 GROUPS = {  # what `pldr --help` shows, by what one is about to do
@@ -47,7 +48,7 @@ GROUPS = {  # what `pldr --help` shows, by what one is about to do
     "data": ("shard", "tokenizer", "tokenize", "data"),
     "train": ("train", "runs", "report", "track"),
     "prove": ("consolidate", "extract", "validate", "parity"),
-    "use": ("bundle", "verify", "generate", "serve", "import", "export"),
+    "use": ("bundle", "verify", "generate", "serve", "export hf", "import hf", "import", "export"),
     "cluster": ("launch", "doctor", "sweep"),
     "tools": ("bench",),
 }
@@ -169,6 +170,7 @@ def build_parser() -> Parser:
     add_sweep_verb(verbs)
     add_bench_verb(verbs)
     add_convert_verbs(verbs)
+    add_hf_verbs(verbs)
     return parser
 
 

@@ -29,11 +29,6 @@ def add_bundle_verbs(verbs: Verbs) -> None:
         sub.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
 
 
-def long_name(words: Sequence[str]) -> list[str]:
-    """`bundle verify …` as one verb: the stage `bundle CONFIG` leaves argparse no room for verbs of its own."""
-    return [LONG_NAME, *words[2:]] if " ".join(words[:2]) == LONG_NAME else list(words)
-
-
 def _generate(arguments: Any, report: Report) -> Result:
     from pipeline.inference.runtime import Bundle, NotFiniteRows
 
