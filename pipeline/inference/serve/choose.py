@@ -24,7 +24,7 @@ class Draw:
     def __init__(self, request: DecodeRequest) -> None:
         self.request = request
         self.tokens: list[Token] = []
-        self.failed = False  # its logits were NaN or infinite
+        self.failed = False  # its logits were NaN or infinite; it gets no more tokens
         self._generator: torch.Generator | None = None
 
     @property
@@ -59,13 +59,14 @@ class Choose(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]  # transf
         chosen_B = scores.argmax(dim=-1)
         finite_B = scores.isfinite().all(dim=-1).tolist()
         rows = list(zip(self._rows, finite_B, strict=True))
-        live = [(index, draw) for index, (draw, finite) in enumerate(rows) if draw is not None and finite]
-        for index, token in self._drawn(scores, live).items():
-            chosen_B[index] = token
+        live = [(i, draw) for i, (draw, finite) in enumerate(rows) if draw is not None and finite and not draw.failed]
+        for index, drawn in self._drawn(scores, live).items():
+            chosen_B[index] = drawn
         for (draw, finite), token in zip(rows, self._tokens(scores, chosen_B.tolist()), strict=True):
             if draw is not None:
                 draw.failed |= not finite
-                draw.tokens.append(token)
+                if not draw.failed:
+                    draw.tokens.append(token)
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen_B.unsqueeze(-1), 0.0)
 
     def _drawn(self, scores: Tensor, live: list[tuple[int, Draw]]) -> dict[int, int]:

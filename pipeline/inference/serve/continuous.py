@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.inference.serve.choose import Choose, Draw, name_tokens
 from pipeline.inference.serve.engine import DecodeRequest, EngineError, EngineLoad, Token
 from pipeline.inference.source import OpenModel
@@ -88,10 +88,35 @@ class ContinuousEngine:
         used = 1.0 - processor.cache.compute_free_capacity()
         return EngineLoad(len(scheduler.active_requests), len(scheduler.waiting_requests), used)
 
-    async def decode(self, request: DecodeRequest) -> AsyncIterator[list[Token]]:
-        """The tokens of one sequence, as many at a time as have come."""
-        name = f"sequence-{next(self._ids)}"
-        draw = self._choose.draws[name] = Draw(request)
+    async def decode(self, request: DecodeRequest) -> AsyncGenerator[list[Token], None]:
+        """The tokens of one sequence, as many at a time as have come.
+
+        Their attention reads the keys and values of all sequences of a pass and masks what is not a sequence's own. Zero times
+        NaN is NaN: one sequence that is not finite makes its neighbors so. Each of them is looked at alone, and continued if
+        it is finite there.
+        """
+        draw = Draw(request)
+        while True:
+            steps = self._run(draw)
+            try:
+                async for tokens in steps:
+                    yield tokens
+            finally:
+                await steps.aclose()
+            if not draw.failed:
+                return
+            async with self._scoring:
+                finite = await asyncio.to_thread(self._is_finite, request.ids + [token.id for token in draw.tokens])
+            if not finite:
+                raise UserError(
+                    f"the model's logits are NaN or infinite after {len(draw.tokens)} new tokens; leave this prompt out"
+                )
+            draw.failed = False
+
+    async def _run(self, draw: Draw) -> AsyncGenerator[list[Token], None]:
+        """Hand a sequence, with the tokens that it has, to the engine, until it ends or fails."""
+        name, sent = f"sequence-{next(self._ids)}", len(draw.tokens)
+        self._choose.draws[name] = draw
         came = asyncio.Event()
         last: Any = None
 
@@ -100,25 +125,22 @@ class ContinuousEngine:
             last = output
             came.set()
 
-        manager, sent = self._manager, 0
+        manager, request = self._manager, draw.request
         manager.register_result_handler(name, receive)
         try:
-            if manager.add_request(request.ids, name, max_new_tokens=request.max_tokens, streaming=True) is None:
+            ids = request.ids + [token.id for token in draw.tokens]
+            if manager.add_request(ids, name, max_new_tokens=request.max_tokens - sent, streaming=True) is None:
                 raise EngineError(self.problem() or "it takes no requests")
-            while True:
+            while not draw.failed:
                 await came.wait()
                 came.clear()
-                if last.error is not None:
-                    raise EngineError(last.error)
-                if draw.failed:
-                    raise UserError(
-                        f"the model's logits are NaN or infinite after {len(draw.tokens) - 1} new tokens; leave this prompt out"
-                    )
-                new = draw.tokens[sent : len(last.generated_tokens)]
-                sent += len(new)
-                if new:
+                output = last  # before the tokens are read: the engine goes on while they are
+                if output.error is not None:
+                    raise EngineError(first_line(RuntimeError(output.error)))
+                if new := draw.tokens[sent:]:
+                    sent += len(new)
                     yield new
-                if last.is_finished():
+                if output.is_finished():
                     return
         finally:
             if last is None or not last.is_finished():
@@ -131,6 +153,12 @@ class ContinuousEngine:
         """A plain pass beside the engine's: it computes logits of new tokens only."""
         async with self._scoring:
             return await asyncio.to_thread(self._score, ids, num_top)
+
+    @torch.inference_mode()
+    def _is_finite(self, ids: list[int]) -> bool:
+        """Whether the next token of this sequence has finite logits."""
+        logits = self._model(torch.tensor([ids], device=self._model.device), use_cache=False, logits_to_keep=1).logits
+        return bool(logits.isfinite().all())
 
     @torch.inference_mode()
     def _score(self, ids: list[int], num_top: int) -> list[Token]:
@@ -164,6 +192,7 @@ def cache_config(model: Any, opened: OpenModel, max_sequences: int) -> Any:
         num_blocks=pages,
         max_batch_tokens=batch_tokens,
         max_requests_per_batch=max_sequences,
+        allow_block_sharing=False,  # pages of a pass that was not finite would be kept for later prompts
         auto_switch_to_flash=False,
         use_async_batching=False,
         use_cuda_graph=False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,7 +66,7 @@ class Engine(Protocol):
     def load(self) -> EngineLoad:
         """What it is doing now."""
 
-    def decode(self, request: DecodeRequest) -> AsyncIterator[list[Token]]:
+    def decode(self, request: DecodeRequest) -> AsyncGenerator[list[Token], None]:
         """The new tokens as they come, at least one at a time and more if the reader was slow. Ends after eos (kept) or
         max_tokens. Closing the iterator (`aclose`, or cancelling its task) ends the work. Raises UserError, EngineError."""
 

@@ -4,6 +4,7 @@ Stdin is a pipe from the server. It closes when the server ends, however that ha
 of the standard library only: it is run by path, and imports nothing of ours.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -39,10 +40,8 @@ def _end_with_stdin(child: "subprocess.Popen[bytes]") -> None:
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
-    except ProcessLookupError:
-        pass
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Prompts:
         """The ids of a text of any length that `PromptEncoder` would tokenize. Raises ApiError."""
         if len(text.encode()) > self._encode.max_bytes:
             raise _wrong(f"more than {self._encode.max_bytes} bytes; send less")
-        return await _in_thread(len(text), self.tokenizer.encode, text)
+        return list(await _in_thread(len(text), self.tokenizer.encode, text))
 
     def check_ids(self, name: str, ids: list[Any]) -> None:
         """Raises ApiError for what is no token id."""

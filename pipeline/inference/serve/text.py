@@ -82,17 +82,21 @@ class Texts:
 
     def echo(self, text: str | None, tokens: list[Token], num_top: int | None) -> Piece:
         """The prompt as the first piece of its answer: the text as it was given, or that of its ids."""
-        reader = Completion(self.beginning, StopStrings())
+        reader = Completion(self.continuation, StopStrings())
         ids: list[int] = []
         starts = []
         for token in tokens:
             starts.append(reader.size)
             ids.append(token.id)
             reader.take(ids)
-        whole = reader.finish() if text is None else text
+        decoded = self.beginning(ids)
+        dropped = len(reader.finish()) - len(decoded)  # a space that only a continuation begins with
+        whole = decoded if text is None else text
         if num_top is None:
             return Piece(whole, None)
-        placed = [(token, min(start, len(whole))) for token, start in zip(tokens, starts, strict=True)]
+        placed = [
+            (token, min(max(start - dropped, 0), len(whole))) for token, start in zip(tokens, starts, strict=True)
+        ]
         return Piece(whole, self.logprobs(placed))
 
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ class VllmEngine:
         """What we have asked for; vLLM decides what waits."""
         return EngineLoad(running=self._running)
 
-    async def decode(self, request: DecodeRequest) -> AsyncIterator[list[Token]]:
+    async def decode(self, request: DecodeRequest) -> AsyncGenerator[list[Token], None]:
         """The tokens of one sequence, as vLLM streams them."""
         body = {
             "model": "pldr",

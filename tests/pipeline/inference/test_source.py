@@ -12,39 +12,11 @@ import torch
 import yaml
 
 from pipeline.bundle.extracted import save_g
-from pipeline.bundle.weights import save_weights
 from pipeline.errors import UserError
 from pipeline.inference.source import open_model
 from pipeline.io.storage import render_json, sha256_file
 from pipeline.post.extract import extract_g
 from pldr_model.model import PLDRModel
-
-
-@pytest.fixture
-def make_finished(
-    invariant: PLDRModel, text: torch.Tensor, certificate: dict[str, Any], tokenizer_path: Path, tmp_path: Path
-) -> Callable[..., Path]:
-    """The YAML of a run of this model (the invariant one): weights/, g_lm/, certificate/, tokenizer/."""
-
-    def make(model: PLDRModel = invariant, **source: Any) -> Path:
-        run = tmp_path / "finished"
-        tree = {
-            "name": "finished",
-            "run_dir": str(run),
-            "data": {"sources": [{"url": "none.jsonl"}]},
-            "model": {key: value for key, value in model.config.to_dict().items() if value is not None},
-        }
-        save_weights(model.state_dict(), model.config, run / "weights", source=source)
-        save_g(extract_g(model, text[:, :-1], "mean"), run / "g_lm")
-        (run / "certificate").mkdir(parents=True)
-        (run / "certificate" / "certificate.json").write_bytes(render_json(certificate))
-        (run / "tokenizer").mkdir()
-        (run / "tokenizer" / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
-        path = tmp_path / "finished.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return path
-
-    return make
 
 
 def refused(*arguments: Any, **keywords: Any) -> str:
@@ -98,6 +70,19 @@ def test_live_is_there_where_asked_for(make_bundle: Callable[..., Path], make_fi
     assert "no metric learner" in refused(bundle, live=True)
 
 
+def test_a_bundle_with_its_metric_learner_is_live(
+    make_bundle: Callable[..., Path], text: torch.Tensor, tiny: Any
+) -> None:
+    model = tiny.make_model(gain=1.0)
+    bundle = make_bundle(model=model, certificate=tiny.certify(model, text), uncertified=True, with_metric_learner=True)
+    opened = open_model(bundle, live=True)
+    ids_BS = text[:4, :-1]
+    with torch.inference_mode():
+        assert torch.equal(opened.live(ids_BS), model(ids_BS))
+        assert not torch.allclose(opened.model(ids_BS), model(ids_BS))
+    assert open_model(bundle).live is None
+
+
 def test_what_is_no_model_is_refused(
     make_bundle: Callable[..., Path], make_finished: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -144,11 +129,3 @@ def test_a_run_with_another_tokenizer_is_refused(make_finished: Callable[..., Pa
     del config["digest"]
     (path.parent / "finished" / "weights" / "config.json").write_bytes(render_json(config))
     assert "not the tokenizer" in refused(path)
-
-
-def test_a_bundle_with_its_metric_learner_opens_live(make_bundle: Callable[..., Path], invariant: PLDRModel) -> None:
-    bundle, ids = make_bundle(with_metric_learner=True), torch.tensor([[5, 6]])
-    assert open_model(bundle).live is None
-    for asked in (True, None):
-        live = open_model(bundle, live=asked).live
-        assert live is not None and torch.equal(live.compute_g(ids), invariant.compute_g(ids))
