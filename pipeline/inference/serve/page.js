@@ -125,7 +125,7 @@ class Answer {
       places.set(group.span, { answer: this, group, index: this.groups.length - 1 });
     }
     group.tokens.push(this.tokens.length);
-    this.tokens.push({ name, logprob, top: top || {}, group });
+    this.tokens.push({ name, logprob: logprob ?? -Infinity, top: top || {}, group });  // JSON has no infinity
   }
 
   // Fill in the text and color of a span, which ends where the next one begins.
@@ -136,7 +136,7 @@ class Answer {
     const text = this.characters.slice(group.start, next ? next.start : undefined).join("");
     group.span.textContent = text;
     group.span.classList.toggle("breaks", text.startsWith("\n"));
-    const likely = group.tokens.reduce((sum, i) => sum + (this.tokens[i].logprob ?? 0), 0);
+    const likely = group.tokens.reduce((sum, i) => sum + this.tokens[i].logprob, 0);
     group.span.style.setProperty("--doubt", Math.min(0.5, (-likely / DOUBT) * 0.5).toFixed(3));
   }
 
@@ -353,7 +353,7 @@ function showTip(span) {
 
 function best(token) {
   const box = make("div", "best");
-  for (const [name, logprob] of Object.entries(token.top).sort((a, b) => b[1] - a[1])) {
+  for (const [name, logprob] of Object.entries(token.top).filter(([, logprob]) => logprob !== null).sort((a, b) => b[1] - a[1])) {
     const own = name === token.name ? " own" : "", bar = make("span"), fill = make("i");
     fill.style.width = Math.max(1, 100 * Math.exp(logprob)) + "%";
     bar.append(fill);
