@@ -46,12 +46,13 @@ def _serve(arguments: Any, report: Report) -> Result:
 
     require("fastapi", "uvicorn", "prometheus_client", extra="serve")
     from pipeline.inference.serve.app import Server
-    from pipeline.inference.serve.connection import listen
+    from pipeline.inference.serve.connection import bind
     from pipeline.inference.serve.engines import make_engine
     from pipeline.inference.serve.run import run
     from pipeline.inference.source import open_model
 
     limits, api_key = _limits(arguments), _api_key(arguments.api_key_file)
+    bound = bind(arguments.host, arguments.port)
     opened = open_model(arguments.model)
     name = arguments.name or opened.name
     engine = make_engine(arguments.engine, opened, limits, vllm_python=arguments.vllm_python, report=report)
@@ -60,12 +61,11 @@ def _serve(arguments: Any, report: Report) -> Result:
     if arguments.host not in LOCAL and api_key is None:
         report(f"WARNING: --host {arguments.host} without a token: whoever reaches it can use it; see --api-key-file")
     server = Server({name: engine}, opened, limits, api_key=api_key)
-    listening = listen(arguments.host, arguments.port)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    url = f"http://{host}:{listening.getsockname()[1]}"
+    url = f"http://{host}:{bound.getsockname()[1]}"
     report(f"{name} at {url}/v1, engine {engine.name}")
     with stop_signals.handed_to(lambda *_: None):  # `run` has its own
-        return {"url": url, "model": name, "engine": engine.name, **run(server, listening, report=report)}
+        return {"url": url, "model": name, "engine": engine.name, **run(server, bound, report=report)}
 
 
 def _limits(arguments: Any) -> Any:
