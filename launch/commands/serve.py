@@ -34,6 +34,12 @@ def add_serve_verb(verbs: Verbs) -> None:
     sub.add_argument("--timeout", type=float, default=600, metavar="S", help="for one request, its answer included")
     sub.add_argument("--drain", type=float, default=30, metavar="S", help="for requests that run when SIGTERM comes")
     sub.add_argument(
+        "--watch",
+        type=float,
+        metavar="SHARE",
+        help="of the prompts, whose G_LM is deduced and compared with the cached one (0.01; needs the metric learner)",
+    )
+    sub.add_argument(
         "--api-key-file",
         type=Path,
         metavar="FILE",
@@ -47,23 +53,30 @@ def _serve(arguments: Any, report: Report) -> Result:
     require("fastapi", "uvicorn", "prometheus_client", extra="serve")
     from pipeline.inference.serve.app import Server
     from pipeline.inference.serve.connection import bind
+    from pipeline.inference.serve.engine import Engine
     from pipeline.inference.serve.engines import make_engine
+    from pipeline.inference.serve.live import LIVE, LiveEngine
     from pipeline.inference.serve.run import run
+    from pipeline.inference.serve.sentinel import watch
     from pipeline.inference.source import open_model
 
     limits, api_key = _limits(arguments), _api_key(arguments.api_key_file)
     bound = bind(arguments.host, arguments.port)
-    opened = open_model(arguments.model)
+    opened = open_model(arguments.model, live=None)  # with the metric learner, where it is there
     name = arguments.name or opened.name
+    sentinel = None if arguments.watch is None else watch(opened, arguments.watch)
     engine = make_engine(arguments.engine, opened, limits, vllm_python=arguments.vllm_python, report=report)
     if opened.caution is not None:
         report(opened.caution)
     if arguments.host not in LOCAL and api_key is None:
         report(f"WARNING: --host {arguments.host} without a token: whoever reaches it can use it; see --api-key-file")
-    server = Server({name: engine}, opened, limits, api_key=api_key)
+    engines: dict[str, Engine] = {name: engine}
+    if opened.live is not None:
+        engines[name + LIVE] = LiveEngine(opened.live, eos_id=opened.generation["eos_id"])
+    server = Server(engines, opened, limits, api_key=api_key, sentinel=sentinel)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     url = f"http://{host}:{bound.getsockname()[1]}"
-    report(f"{name} at {url}/v1, engine {engine.name}")
+    report(f"{name} at {url}/v1, engine {engine.name}; the page is {url}/")
     with stop_signals.handed_to(lambda *_: None):  # `run` has its own
         return {"url": url, "model": name, "engine": engine.name, **run(server, bound, report=report)}
 

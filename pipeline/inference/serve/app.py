@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -20,8 +20,10 @@ from pipeline.inference.serve.gate import Gate
 from pipeline.inference.serve.limits import Limits, Load, read_body
 from pipeline.inference.serve.metrics import Metrics
 from pipeline.inference.serve.models import Models
+from pipeline.inference.serve.page import add_page
 from pipeline.inference.serve.prompts import Prompts
 from pipeline.inference.serve.protocol import DetokenizeRequest, Strict, TokenizeRequest, read_request
+from pipeline.inference.serve.sentinel import DriftCollector, Sentinel
 from pipeline.inference.source import OpenModel
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ class Server:
         limits: Limits,
         *,
         api_key: str | None = None,
-        on_prompt: Callable[[list[int]], None] | None = None,
+        sentinel: Sentinel | None = None,
     ) -> None:
         self.opened, self.models, self.load, self.metrics = opened, Models(engines), Load(limits), Metrics()
         config = opened.model.config
@@ -49,11 +51,20 @@ class Server:
             max_stop=limits.max_stop,
         )
         self.completions = Completions(
-            self.models, self.prompts, self.load, self.metrics, fingerprint=opened.sha256, on_prompt=on_prompt
+            self.models,
+            self.prompts,
+            self.load,
+            self.metrics,
+            fingerprint=opened.sha256,
+            on_prompt=None if sentinel is None else sentinel.offer,
         )
+        self._sentinel = sentinel
+        if sentinel is not None:
+            self.metrics.registry.register(DriftCollector(sentinel))
         self.failed: BaseException | None = None  # why the engines did not start
         self.app = FastAPI(lifespan=self._lifespan, docs_url=None, redoc_url=None, openapi_url=None)
         self._add_endpoints()
+        add_page(self.app, opened, engines, sentinel)
         self.app.add_middleware(Gate, api_key=api_key, metrics=self.metrics)
 
     def describe(self) -> dict[str, Any]:
@@ -76,6 +87,8 @@ class Server:
             await asyncio.gather(starting, return_exceptions=True)
             for engine in self.models.engines.values():
                 await engine.stop()
+            if self._sentinel is not None:
+                await asyncio.to_thread(self._sentinel.stop)
 
     async def _start(self) -> None:
         try:
@@ -190,9 +203,9 @@ def build_app(
     limits: Limits,
     *,
     api_key: str | None = None,
-    on_prompt: Callable[[list[int]], None] | None = None,
+    sentinel: Sentinel | None = None,
 ) -> FastAPI:
     """The application. engines: by model id; the first is the default. `app.state.server` is the `Server`."""
-    server = Server(engines, opened, limits, api_key=api_key, on_prompt=on_prompt)
+    server = Server(engines, opened, limits, api_key=api_key, sentinel=sentinel)
     server.app.state.server = server
     return server.app

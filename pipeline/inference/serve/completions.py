@@ -58,7 +58,8 @@ class Job:
 
 
 class Completions:
-    """The endpoint. on_prompt: gets the ids of every prompt that is decoded (the drift sentinel samples them)."""
+    """The endpoint. on_prompt: gets the ids of every prompt that the default model decodes (the drift sentinel samples
+    them)."""
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class Completions:
         metrics: Metrics,
         *,
         fingerprint: str,
-        on_prompt: Callable[[list[int]], None] | None = None,
+        on_prompt: Callable[[list[int]], object] | None = None,
     ) -> None:
         self._models, self._prompts, self._load, self._metrics = models, prompts, load, metrics
         self._fingerprint, self._on_prompt = fingerprint, on_prompt
@@ -85,7 +86,7 @@ class Completions:
             job = Job(request, model, engine, prompts, self._prompts.stops(request.stop))
             for prompt in prompts:
                 self._metrics.prompt(model, len(prompt.ids))
-                if self._on_prompt is not None:
+                if self._on_prompt is not None and model == self._models.default:
                     self._on_prompt(prompt.ids)
             try:
                 if request.stream:
