@@ -52,7 +52,7 @@ def _serve(arguments: Any, report: Report) -> Result:
 
     require("fastapi", "uvicorn", "prometheus_client", extra="serve")
     from pipeline.inference.serve.app import Server
-    from pipeline.inference.serve.connection import listen
+    from pipeline.inference.serve.connection import bind
     from pipeline.inference.serve.engine import Engine
     from pipeline.inference.serve.engines import make_engine
     from pipeline.inference.serve.live import LIVE, LiveEngine
@@ -61,6 +61,7 @@ def _serve(arguments: Any, report: Report) -> Result:
     from pipeline.inference.source import open_model
 
     limits, api_key = _limits(arguments), _api_key(arguments.api_key_file)
+    bound = bind(arguments.host, arguments.port)
     opened = open_model(arguments.model, live=None)  # with the metric learner, where it is there
     name = arguments.name or opened.name
     sentinel = None if arguments.watch is None else watch(opened, arguments.watch)
@@ -73,12 +74,11 @@ def _serve(arguments: Any, report: Report) -> Result:
     if opened.live is not None:
         engines[name + LIVE] = LiveEngine(opened.live, eos_id=opened.generation["eos_id"])
     server = Server(engines, opened, limits, api_key=api_key, sentinel=sentinel)
-    listening = listen(arguments.host, arguments.port)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    url = f"http://{host}:{listening.getsockname()[1]}"
+    url = f"http://{host}:{bound.getsockname()[1]}"
     report(f"{name} at {url}/v1, engine {engine.name}; the page is {url}/")
     with stop_signals.handed_to(lambda *_: None):  # `run` has its own
-        return {"url": url, "model": name, "engine": engine.name, **run(server, listening, report=report)}
+        return {"url": url, "model": name, "engine": engine.name, **run(server, bound, report=report)}
 
 
 def _limits(arguments: Any) -> Any:

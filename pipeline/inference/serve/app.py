@@ -195,17 +195,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     answer = ApiError(error.status_code, f"{request.method} {request.url.path[:100]}: {str(error.detail).lower()}")
     return JSONResponse(answer.body(), status_code=error.status_code, headers=error.headers)
-
-
-def build_app(
-    engines: dict[str, Engine],
-    opened: OpenModel,
-    limits: Limits,
-    *,
-    api_key: str | None = None,
-    sentinel: Sentinel | None = None,
-) -> FastAPI:
-    """The application. engines: by model id; the first is the default. `app.state.server` is the `Server`."""
-    server = Server(engines, opened, limits, api_key=api_key, sentinel=sentinel)
-    server.app.state.server = server
-    return server.app

@@ -14,7 +14,6 @@ from pipeline.errors import UserError
 
 HEADERS_S = 30.0  # for a request's headers to arrive
 STALLED_MS = 120_000  # that an answer may wait for a reader who takes nothing; the kernel counts
-BACKLOG = 2048
 
 
 class Connection(H11Protocol):  # type: ignore[misc]  # uvicorn's types are not read
@@ -46,24 +45,22 @@ class Connection(H11Protocol):  # type: ignore[misc]  # uvicorn's types are not 
             self._due = None
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with this address, which does not listen yet. Raises UserError."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port {port}: ports are 0 to 65535", exit_code=2)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):  # a connection is a file
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
-        listening.bind(address)
-        listening.listen(BACKLOG)
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
+        bound.bind(address)
     except OSError as error:
         raise UserError(
             f"--host {host} --port {port}: {error.strerror or error}; name another one", exit_code=2
         ) from None
-    except OverflowError:
-        raise UserError(f"--port {port}: ports are 0 to 65535", exit_code=2) from None
-    listening.setblocking(False)
-    return listening
+    return bound

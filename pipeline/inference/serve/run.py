@@ -25,10 +25,13 @@ GOODBYE_S = 2.0  # for the 503 to those that were cut off
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def run(server: Server, listening: socket.socket, *, report: Callable[[str], None]) -> dict[str, Any]:
-    """Serve until a signal; returns {"requests", "signal"}. Raises UserError when an engine does not start, or dies."""
+def run(server: Server, bound: socket.socket, *, report: Callable[[str], None]) -> dict[str, Any]:
+    """Serve at this address until a signal; returns {"requests", "signal"}.
+
+    Raises UserError when an engine does not start, or dies.
+    """
     runner = _Runner(server, report)
-    runner.run(sockets=[listening])
+    runner.run(sockets=[bound])
     if runner.failure is not None:
         raise UserError(runner.failure)
     return {"requests": server.load.answered, "signal": runner.signals[0] if runner.signals else None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from pipeline.inference.serve import completions, limits
 from pipeline.inference.serve.app import Server
 from pipeline.inference.serve.limits import Limits
-from pipeline.inference.source import OpenModel
+from pipeline.inference.source import OpenModel, open_model
 from tests.helpers.serving import Exchange, HeldEngine, exchange, until
 
 Work = Callable[[Server, HeldEngine], Coroutine[Any, Any, None]]
@@ -287,3 +288,16 @@ def test_every_kind_of_body_gets_an_answer_in_openais_form(run: Callable[..., No
         error_of(await Exchange(b"", method="GET").run(server.app), 405)
 
     run(work)
+
+
+def test_an_uncertified_bundle_says_so_everywhere(make_bundle: Callable[..., Path]) -> None:
+    opened = open_model(make_bundle(uncertified=True))
+
+    async def main() -> None:
+        server = Server({"tiny": HeldEngine()}, opened, Limits())
+        health = (await Exchange(b"", path="/health", method="GET").run(server.app)).json
+        (model,) = (await Exchange(b"", path="/v1/models", method="GET").run(server.app)).json["data"]
+        for found in (health, model):
+            assert found["certified"] is False and "UNCERTIFIED" in found["caution"]
+
+    asyncio.run(main())
