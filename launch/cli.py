@@ -36,6 +36,7 @@ from launch.commands.hf import add_hf_verbs
 from launch.commands.init import add_init_verb
 from launch.commands.launch import add_launch_verbs
 from launch.commands.runs import add_run_verbs
+from launch.commands.serve import add_serve_verb
 from launch.commands.stage import add_stage_verbs
 from launch.commands.sweep import add_sweep_verb
 from launch.commands.terminal import Display, report
@@ -47,7 +48,7 @@ GROUPS = {  # what `pldr --help` shows, by what one is about to do
     "data": ("shard", "tokenizer", "tokenize", "data"),
     "train": ("train", "runs", "report", "track"),
     "prove": ("consolidate", "extract", "validate", "parity"),
-    "use": ("bundle", "verify", "generate", "export hf", "import hf", "import", "export"),
+    "use": ("bundle", "verify", "generate", "serve", "export hf", "import hf", "import", "export"),
     "cluster": ("launch", "doctor", "sweep"),
     "tools": ("bench",),
 }
@@ -176,6 +177,7 @@ def build_parser() -> Parser:
     add_config_verb(verbs)
     add_init_verb(verbs)
     add_bundle_verbs(verbs)
+    add_serve_verb(verbs)
     add_data_verbs(verbs)
     add_run_verbs(verbs)
     add_launch_verbs(verbs)

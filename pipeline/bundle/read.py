@@ -17,7 +17,7 @@ from pipeline.bundle.format import (
     state_shapes,
 )
 from pipeline.bundle.formats import packed_shapes, unpack
-from pipeline.bundle.metric_learner import WITHOUT_FP32, read_metric_learner
+from pipeline.bundle.metric_learner import WITHOUT_FP32, assemble, model_of, read_metric_learner
 from pipeline.bundle.verify import (
     check_certificate,
     check_certified_model,
@@ -36,7 +36,7 @@ from pipeline.io.storage import (
 from pipeline.io.tensors import load_tensors
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig
-from pldr_model.model import g_shape
+from pldr_model.model import PLDRModel, g_shape
 
 ATTEMPTS = 5
 
@@ -53,6 +53,12 @@ class BundleParts(NamedTuple):
     certificate: dict[str, Any]
     manifest: dict[str, Any]
     metric_learner: dict[str, Tensor] | None = None
+
+    def live_model(self) -> PLDRModel | None:
+        """The model with its metric learner, in evaluation mode; None without one. It shares the tensors of `weights`."""
+        if self.metric_learner is None:
+            return None
+        return assemble(model_of(self.certificate, where=Path("certificate.json")), self.weights, self.metric_learner)
 
 
 def verify_bundle(path: str | Path) -> dict[str, Any]:

@@ -60,6 +60,16 @@ class Completion:
         self._search(len(self._text.rstrip(INCOMPLETE)))
         return self._found is not None
 
+    @property
+    def size(self) -> int:
+        """Characters so far, without half of one at the end: where the next token's text begins."""
+        return len(self._text.rstrip(INCOMPLETE))
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has appeared."""
+        return self._found is not None
+
     def settled(self) -> str:
         """The beginning that no further token changes: without half a character, or an end that may become a stop string."""
         if self._found is not None:

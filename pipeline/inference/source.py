@@ -16,8 +16,7 @@ from torch import Tensor
 from pipeline.bundle.certificate.schema import read_certificate
 from pipeline.bundle.extracted import load_g
 from pipeline.bundle.format import WithoutInit, certified_files, generation_config
-from pipeline.bundle.metric_learner import assemble, model_of
-from pipeline.bundle.read import BundleParts, read_bundle
+from pipeline.bundle.read import read_bundle
 from pipeline.bundle.verify import check_tokenizer
 from pipeline.bundle.weights import load_weights
 from pipeline.config.load import load_config
@@ -116,18 +115,13 @@ def _open_bundle(path: Path, *, live: bool) -> OpenModel:
         name=_name_of(path),
         model=_constant(parts.config, parts.weights, parts.g_lm),
         g_lm=parts.g_lm,
-        live=_live(parts, path) if live and parts.metric_learner is not None else None,
+        live=parts.live_model() if live else None,
         tokenizer=parts.tokenizer,
         certificate=parts.certificate,
         certified=parts.manifest["certified"],
         sha256=parts.manifest["bundle_sha256"],
         generation=parts.generation,
     )
-
-
-def _live(parts: BundleParts, path: Path) -> PLDRModel:
-    assert parts.metric_learner is not None
-    return assemble(model_of(parts.certificate, where=path / CERTIFICATE), parts.weights, parts.metric_learner)
 
 
 def _open_export(path: Path) -> OpenModel:

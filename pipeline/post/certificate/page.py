@@ -6,7 +6,6 @@ of a model, names of runs): every value goes through jinja2's escaping (pipeline
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,8 @@ from pipeline.bundle.certificate.statement import rounded_up
 from pipeline.bundle.certificate.verdict import looser
 from pipeline.post.certificate import grids, inputs
 from pipeline.post.certificate.labels import CHECK_LABELS, LOSS_LABELS, Tree, failures, plain_verdict, required
-from pipeline.post.certificate.png import png_uri, scale_of
 from pipeline.post.measure.generation import first_difference
+from pipeline.report.head_maps import MAX_MAPS, head_maps
 from pipeline.report.html import render
 from pipeline.report.links import Link
 from pipeline.report.numbers import number
@@ -30,7 +29,6 @@ from pipeline.report.plots import Plot, Points, draw
 from pipeline.report.terms import explained
 from pipeline.report.training import invariance_plots, limits_of
 
-MAX_MAPS = 128  # heads whose G_LM is drawn; of more, those with the largest deviation
 TERMS = ("A", "A_LM", "A_P", "G_LM", "live, cached", "relative deviation", "worst row", "proven", "tier", "round-off",
          "leak gap", "attention effect", "plain", "KL", "top-1 agreement", "greedy agreement", "budget", "order parameter",
          "nats")  # fmt: skip
@@ -106,7 +104,7 @@ def _content(certificate: Tree, evidence: Evidence) -> Tree:
         "kinds": inputs.kinds(certificate),
         "sample": inputs.sample(certificate),
         "every_row": inputs.every_row(certificate),
-        "maps": _maps(evidence.g_lm, measures["deviations"].get("fp32", {}).get("G_LM")),
+        "maps": head_maps(evidence.g_lm, (measures["deviations"].get("fp32", {}).get("G_LM") or {}).get("per_head")),
         "maps_left_out": max(0, evidence.g_lm.shape[0] * evidence.g_lm.shape[1] - MAX_MAPS),
         "spectra": _spectra(evidence.g_lm),
         "ranks": _ranks(measures["cached_rank"]),
@@ -177,24 +175,6 @@ def _losses(losses: Tree, twin: Tree) -> list[Tree]:
         row["gap"] = row["loss"] - losses["block"]
         row["bar"] = round(100 * abs(row["gap"]) / highest, 1)
     return rows
-
-
-def _maps(g_LHKK: Tensor, deviation: Tree | None) -> list[Tree]:
-    """A picture of each head's G_LM, by layer."""
-    heads = [(layer, head) for layer in range(g_LHKK.shape[0]) for head in range(g_LHKK.shape[1])]
-    if len(heads) > MAX_MAPS and deviation is not None:
-        of = {spot: deviation["per_head"][spot[0]][spot[1]] for spot in heads}
-        worst = sorted(heads, key=lambda spot: -math.inf if of[spot] is None else -of[spot])
-        heads = sorted(worst[:MAX_MAPS])
-    layers: dict[int, list[Tree]] = {}
-    for layer, head in heads[:MAX_MAPS]:
-        g_KK = g_LHKK[layer, head]
-        if not g_KK.isfinite().all():
-            layers.setdefault(layer, []).append({"head": head, "uri": None, "scale": None})
-            continue
-        scale = scale_of(g_KK)
-        layers.setdefault(layer, []).append({"head": head, "uri": png_uri(g_KK, scale), "scale": scale})
-    return [{"layer": layer, "heads": found} for layer, found in layers.items()]
 
 
 def _spectra(g_LHKK: Tensor) -> list[Tree]:

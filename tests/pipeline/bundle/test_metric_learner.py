@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pipeline.bundle.format import FILES, METRIC_LEARNER
-from pipeline.bundle.metric_learner import assemble, metric_learner_tensors, model_of, relative_deviation
-from pipeline.bundle.read import BundleParts, read_bundle, verify_bundle
+from pipeline.bundle.metric_learner import metric_learner_tensors, relative_deviation
+from pipeline.bundle.read import read_bundle, verify_bundle
 from pipeline.config.post import PostConfig
 from pipeline.errors import UserError
 from pipeline.io.storage import MANIFEST
@@ -25,18 +25,13 @@ from tests.helpers.models import make_model
 Make = Callable[..., Path]
 
 
-def live(parts: BundleParts) -> PLDRModel:
-    """The live model of a bundle."""
-    assert parts.metric_learner is not None
-    return assemble(model_of(parts.certificate, where=Path("x")), parts.weights, parts.metric_learner)
-
-
 def test_the_live_model_comes_back_bit_for_bit(make_bundle: Make, invariant: PLDRModel, text: torch.Tensor) -> None:
     bundle = make_bundle(with_metric_learner=True)
     result = verify_bundle(bundle)
     assert result["certified"] is True and result["metric_learner"] is True and result["files"] == len(FILES) + 2
     parts = read_bundle(bundle)
-    model = live(parts)
+    model = parts.live_model()
+    assert model is not None and not model.training
     state = invariant.state_dict()
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -49,7 +44,7 @@ def test_without_it_a_bundle_is_what_it_was(make_bundle: Make) -> None:
     """Byte for byte in all files but the card and the manifest, which name the file."""
     without, with_it = make_bundle("one"), make_bundle("two", with_metric_learner=True)
     assert sorted(p.name for p in without.iterdir()) == sorted((*FILES, MANIFEST))
-    assert verify_bundle(without)["metric_learner"] is False and read_bundle(without).metric_learner is None
+    assert verify_bundle(without)["metric_learner"] is False and read_bundle(without).live_model() is None
     for name in set(FILES) - {"README.md"}:
         assert (without / name).read_bytes() == (with_it / name).read_bytes(), name
     assert METRIC_LEARNER not in (without / "README.md").read_text() + (without / MANIFEST).read_text()
@@ -96,8 +91,10 @@ def test_a_model_that_is_not_invariant_keeps_its_metric_learner_too(
     certificate = tiny.certify(model, text)
     bundle = make_bundle(model=model, certificate=certificate, uncertified=True, with_metric_learner=True)
     parts = read_bundle(bundle)
-    assert torch.equal(live(parts).compute_g(text[:1]), model.compute_g(text[:1]))
-    assert float(relative_deviation(live(parts).compute_g(text[:1, :3])[:, 0], parts.g_lm).max()) > 1e-2
+    live = parts.live_model()
+    assert live is not None
+    assert torch.equal(live.compute_g(text[:1]), model.compute_g(text[:1]))
+    assert float(relative_deviation(live.compute_g(text[:1, :3])[:, 0], parts.g_lm).max()) > 1e-2
 
 
 def test_only_the_certified_fp32_weights_have_a_live_model(

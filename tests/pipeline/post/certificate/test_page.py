@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from pipeline.config.post import PostConfig
 from pipeline.post.certificate.labels import CHECK_LABELS, FAILED_WHY
-from pipeline.post.certificate.page import MAX_MAPS, TERMS, Evidence, Shown, certificate_page, show_sample
+from pipeline.post.certificate.page import TERMS, Evidence, Shown, certificate_page, show_sample
 from pipeline.post.extract import extract_g
 from pipeline.post.validate import validate
+from pipeline.report.head_maps import MAX_MAPS
 from pipeline.report.links import CERTIFICATE, Link, links, mlflow_link
 from tests.helpers.evidence import judged_by_hand, varying
 from tests.helpers.html_page import Page, browser, too_wide

@@ -8,7 +8,7 @@ import zlib
 
 import torch
 
-from pipeline.post.certificate.png import LEVELS, palette, png_uri, scale_of
+from pipeline.report.png import LEVELS, palette, png_uri, scale_of
 
 
 def decode(uri: str) -> list[list[int]]:

@@ -1,0 +1,115 @@
+"""How a token is chosen inside transformers' continuous batching: as `Bundle.generate` chooses it.
+
+Their engine draws all sequences of a batch from one generator, so that a sequence's tokens depend on its neighbors. This is one
+of their per-request logits processors: it draws each token itself, from the sequence's own generator, and leaves the engine
+scores with one finite number, whose argmax is that token. It sees the logits first, so log-probabilities come from here, too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+
+from pipeline.inference.serve.engine import DecodeRequest, Token
+from pldr_model.sampling import token_probabilities
+
+
+class Draw:
+    """A sequence that the engine decodes, and its tokens so far. Written by the engine's thread, read by the server's."""
+
+    def __init__(self, request: DecodeRequest) -> None:
+        self.request = request
+        self.tokens: list[Token] = []
+        self.failed = False  # its logits were NaN or infinite; it gets no more tokens
+        self._generator: torch.Generator | None = None
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Its own; on the CPU, so that every device draws the same."""
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self.request.seed)
+        return self._generator
+
+
+class Choose(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]  # transformers has no types
+    """Knows each sequence by its request id (`draws`). One batch is prepared, then run: the rows of `__call__` are those of
+    the last `prepare_tensor_args`."""
+
+    supported_kwargs: dict[str, type] = {}  # noqa: RUF012
+    ignored_kwargs = ()
+
+    def __init__(self) -> None:
+        self.draws: dict[str, Draw] = {}
+        self._rows: list[Draw | None] = []  # None: cancelled meanwhile
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        """Nothing is kept in their tensors."""
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        """The sequences of the next batch."""
+        self._rows = [self.draws.get(one.state.request_id) for one in requests_with_new_token]
+        return torch.zeros(len(self._rows), dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        """scores: logits [B,V], fp32. Returns [B,V] whose argmax are the chosen tokens."""
+        chosen_B = scores.argmax(dim=-1)
+        finite_B = scores.isfinite().all(dim=-1).tolist()
+        rows = list(zip(self._rows, finite_B, strict=True))
+        live = [(i, draw) for i, (draw, finite) in enumerate(rows) if draw is not None and finite and not draw.failed]
+        for index, drawn in self._drawn(scores, live).items():
+            chosen_B[index] = drawn
+        for (draw, finite), token in zip(rows, self._tokens(scores, chosen_B.tolist()), strict=True):
+            if draw is not None:
+                draw.failed |= not finite
+                if not draw.failed:
+                    draw.tokens.append(token)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen_B.unsqueeze(-1), 0.0)
+
+    def _drawn(self, scores: Tensor, live: list[tuple[int, Draw]]) -> dict[int, int]:
+        """The rows that sample, by row. Those of the same settings are sorted together."""
+        groups: dict[tuple[float, int, float], list[tuple[int, Draw]]] = defaultdict(list)
+        for index, draw in live:
+            request = draw.request
+            if request.temperature > 0:
+                groups[request.temperature, request.top_k, request.top_p].append((index, draw))
+        drawn = {}
+        for (temperature, top_k, top_p), members in groups.items():
+            logits_BV = scores[[index for index, _ in members]].cpu()
+            p_BV = token_probabilities(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p)
+            for (index, draw), p_V in zip(members, p_BV, strict=True):
+                drawn[index] = int(p_V.multinomial(1, generator=draw.generator))
+        return drawn
+
+    def _tokens(self, scores: Tensor, chosen: list[int]) -> list[Token]:
+        """The chosen tokens, with log-probabilities where they were asked for."""
+        tokens = [Token(id) for id in chosen]
+        wanted = [
+            index for index, draw in enumerate(self._rows) if draw is not None and draw.request.num_top is not None
+        ]
+        if wanted:
+            tops = [
+                draw.request.num_top or 0
+                for draw in self._rows
+                if draw is not None and draw.request.num_top is not None
+            ]
+            named = name_tokens(scores[wanted], [chosen[index] for index in wanted], max(tops))
+            for index, num_top, token in zip(wanted, tops, named, strict=True):
+                tokens[index] = Token(token.id, token.logprob, token.top[:num_top])
+        return tokens
+
+
+def name_tokens(logits_BV: Tensor, ids: list[int], num_top: int) -> list[Token]:
+    """Tokens with their log-probabilities, and the best `num_top` of each row."""
+    logprobs_BV = logits_BV.float().log_softmax(dim=-1)
+    own_B = logprobs_BV.gather(-1, torch.tensor(ids, device=logits_BV.device).unsqueeze(-1)).squeeze(-1)
+    best = logprobs_BV.topk(min(num_top, logprobs_BV.shape[-1]), dim=-1)
+    return [
+        Token(id, own, tuple(zip(best_ids, values, strict=True)))
+        for id, own, best_ids, values in zip(
+            ids, own_B.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
+        )
+    ]

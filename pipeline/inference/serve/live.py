@@ -1,0 +1,142 @@
+"""The engine of `NAME:live`: the model with its metric learner, to compare with the cached G_LM that `NAME` is served with.
+
+Each prompt is answered with the G_LM that the metric learner deduces from it, which decoding then keeps, like keys and values.
+Decisions. One sequence decodes at a time, and others wait: this is a reference to compare with, not a way to serve. Tokens are
+drawn as every engine here draws them (`pldr_model.sampling`, one CPU generator for each sequence), so that the same seed gives
+both models the same draws and a difference is the models'. Log-probabilities of a prompt (`score`) are those of one pass with
+G_LM of the complete prompt: it has seen the tokens that it predicts.
+
+Shapes: S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.inference.serve.engine import DecodeRequest, EngineError, EngineLoad, Token
+from pldr_model.model import PLDRModel
+from pldr_model.sampling import token_probabilities
+
+LIVE = ":live"  # how the id of a live model ends
+Result = TypeVar("Result")
+
+
+class LiveEngine:
+    """An `Engine` over a live model (CPU, evaluation mode)."""
+
+    name = "live"
+
+    def __init__(self, model: PLDRModel, *, eos_id: int) -> None:
+        self._model, self._eos_id = model, eos_id
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._thread: ThreadPoolExecutor | None = None
+
+    async def start(self) -> None:
+        """Get ready to decode."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="live-model")
+
+    async def stop(self) -> None:
+        """What is being decoded raises EngineError at its next token."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown(wait=False, cancel_futures=True)
+
+    def problem(self) -> str | None:
+        """Why nothing can be decoded now; None when ready."""
+        return "not started, or stopped" if self._thread is None else None
+
+    def load(self) -> EngineLoad:
+        """One sequence decodes, the others wait."""
+        return EngineLoad(running=int(self._turn.locked()), waiting=self._waiting)
+
+    async def decode(self, request: DecodeRequest) -> AsyncGenerator[list[Token], None]:
+        """The new tokens, one at a time. Ends after eos (kept) or max_tokens. Raises UserError, EngineError."""
+        async with self._my_turn():
+            sequence = _Sequence(self._model, request)
+            for _ in range(request.max_tokens):
+                token = await self._in_thread(sequence.next)
+                yield [token]
+                if token.id == self._eos_id:
+                    return
+
+    async def score(self, ids: list[int], num_top: int) -> list[Token]:
+        """The tokens of a prompt with their log-probabilities; the first has none. Raises UserError, EngineError."""
+        async with self._my_turn():
+            return await self._in_thread(lambda: _score(self._model, ids, num_top))
+
+    @contextlib.asynccontextmanager
+    async def _my_turn(self) -> AsyncIterator[None]:
+        self._waiting += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        """Run it where the event loop is not held up. Raises EngineError for whatever is not the request's fault."""
+        if self._thread is None:
+            raise EngineError("the live model was stopped")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except RuntimeError as error:  # torch's, and an executor's that was shut down
+            raise EngineError(f"the live model failed: {' '.join(str(error).split())[:200]}") from None
+
+
+class _Sequence:
+    """A prompt and what follows it."""
+
+    def __init__(self, model: PLDRModel, request: DecodeRequest) -> None:
+        self._model, self._request = model, request
+        capacity = len(request.ids) + request.max_tokens - 1  # the last new token is chosen and never read
+        self._cache = model.new_cache(batch_size=1, capacity=max(capacity, len(request.ids)))
+        self._unread = request.ids
+        self._generator = torch.Generator().manual_seed(request.seed)
+
+    @torch.inference_mode()
+    def next(self) -> Token:
+        """Read what has not been read, and choose a token."""
+        logits_V = self._model.extend(torch.tensor([self._unread]), self._cache)[0]
+        _require_finite(logits_V)
+        r = self._request
+        if r.temperature == 0:
+            chosen = int(logits_V.argmax())
+        else:
+            p_1V = token_probabilities(logits_V[None], temperature=r.temperature, top_k=r.top_k, top_p=r.top_p)
+            chosen = int(p_1V[0].multinomial(1, generator=self._generator))
+        self._unread = [chosen]
+        return _token(chosen, logits_V, r.num_top)
+
+
+@torch.inference_mode()
+def _score(model: PLDRModel, ids: list[int], num_top: int) -> list[Token]:
+    logits_SV = model(torch.tensor([ids]), padded=False)[0]
+    _require_finite(logits_SV)
+    after = zip(ids[1:], logits_SV, strict=False)  # nothing follows the last token
+    return [Token(ids[0]), *(_token(token, logits_V, num_top) for token, logits_V in after)]
+
+
+def _token(chosen: int, logits_V: Tensor, num_top: int | None) -> Token:
+    if num_top is None:
+        return Token(chosen)
+    log_p_V = logits_V.double().log_softmax(dim=-1)
+    best = log_p_V.topk(min(num_top, len(log_p_V)))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Token(chosen, float(log_p_V[chosen]), top)
+
+
+def _require_finite(logits: Tensor) -> None:
+    if not logits.isfinite().all():
+        raise UserError("prompt: the live model's logits are NaN or infinite after it; change it")
