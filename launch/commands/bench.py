@@ -1,5 +1,5 @@
-"""`pldr bench CONFIG | train CONFIG | validate [CONFIG] | evaluate CONFIG|BUNDLE | data | startup`: how fast the model,
-training, validation, scoring, the data path and the command line are."""
+"""`pldr bench CONFIG | train CONFIG | validate [CONFIG] | evaluate CONFIG|BUNDLE | data | startup | serve`: how fast the model,
+training, validation, scoring, the data path, the command line and a server are."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ OPTIONS_OF = {
     "data": ("text", "tokenizer"),
     "startup": ("bundle", "repeats"),
     "evaluate": ("overrides", "batch", "questions", "repeats"),
+    "serve": ("url", "bundle", "clients"),
 }
 
 
@@ -25,13 +26,13 @@ def add_bench_verb(verbs: Verbs) -> None:
         "bench",
         _bench,
         "time the model against its SDPA twin; train: DeepSpeed and saving; validate: its parts; data: tokenizing, loading; "
-        "evaluate: scoring against lm_eval; startup: pldr itself",
+        "evaluate: scoring against lm_eval; startup: pldr itself; serve: a running server",
     )
     sub.add_argument(
         "config",
-        metavar="CONFIG|train CONFIG|validate [CONFIG]|evaluate CONFIG|BUNDLE|data|startup",
+        metavar="CONFIG|train CONFIG|validate [CONFIG]|evaluate CONFIG|BUNDLE|data|startup|serve",
         help="YAML of the run, after one of the words or not (validate alone: the papers' 110M; evaluate: also a bundle); or "
-        "data or startup",
+        "data, startup or serve",
     )
     add_overrides(sub, "override a key of the YAML")
     sub.add_argument("--steps", type=int, help="with CONFIG: timed training steps of each model (10)")
@@ -47,11 +48,15 @@ def add_bench_verb(verbs: Verbs) -> None:
     )
     sub.add_argument("--tokenizer", metavar="MODEL", help="with data: a SentencePiece .model; else trained on the text")
     sub.add_argument(
-        "--bundle", metavar="BUNDLE", help="with startup: a bundle folder, to time `pldr bundle verify` too"
+        "--bundle",
+        metavar="BUNDLE",
+        help="with startup: a bundle folder, to time `pldr bundle verify` too; with serve: the bundle that is served",
     )
     sub.add_argument(
         "--repeats", type=int, help="with startup, evaluate: how often each is timed; the median counts (5, 3)"
     )
+    sub.add_argument("--url", help="with serve: of the server (http://127.0.0.1:8000)")
+    sub.add_argument("--clients", type=int, nargs="+", metavar="N", help="with serve: clients at once (1 8 64)")
 
 
 def _bench(arguments: Any, report: Report) -> Result:
@@ -67,6 +72,7 @@ def _bench(arguments: Any, report: Report) -> Result:
         "data": _data,
         "startup": _startup,
         "evaluate": _evaluate,
+        "serve": _serve,
     }[what]
     return run(arguments, report)
 
@@ -161,3 +167,15 @@ def _evaluate(arguments: Any, report: Report) -> Result:
     if "repeats" in sizes:
         sizes["rounds"] = sizes.pop("repeats")
     return bench(sources[0], [word for word in arguments.overrides if "=" in word], **sizes, report=report)
+
+
+def _serve(arguments: Any, report: Report) -> Result:
+    from pipeline.bench.serve import bench
+
+    clients = arguments.clients or [1, 8, 64]
+    if min(clients) < 1:
+        raise ConfigError(f"--clients {min(clients)}: at least 1")
+    if arguments.bundle is None:
+        raise ConfigError("bench serve: name the bundle that is served with --bundle")
+    url = (arguments.url or "http://127.0.0.1:8000").removesuffix("/").removesuffix("/v1")
+    return bench(url=url, bundle=arguments.bundle, clients=clients, report=report)
