@@ -1,8 +1,8 @@
 """Scored requests on disk, so that an evaluation that was killed does not score them again.
 
-One line of JSON for a chunk of requests, appended and synced when it is scored. A chunk's key is a hash of what was asked and of
-whom: the model and its G_LM, live or cached, the versions. So nothing can be taken from another model, task, limit or data set;
-lines of others are dropped when the file is opened, and so is a line that a kill cut.
+One line of JSON for a chunk of requests, appended and synced when it is scored. A chunk's key is a hash of what was asked and
+of whom: the model and its G_LM, live or cached, the versions. So nothing can be taken from another model, task, limit or data
+set; lines of others are dropped when the file is opened, and so is a line that a kill cut.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ class AnswersFile:
 
     def __enter__(self) -> AnswersFile:
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self._file.parent / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+        self._lock = open(self._file.parent / LOCK, "a+", encoding="utf-8")
         if not lock(self._lock):
             holder = lock_holder(self._lock)
             self._lock.close()
-            raise UserError(f"{self._file.parent}: process {holder} evaluates into it; wait for it, or name another --out")
+            raise UserError(
+                f"{self._file.parent}: process {holder} evaluates into it; wait for it, or name another --out"
+            )
         lines = self._file.read_bytes().split(b"\n") if self._file.exists() else []
         kept = [line for line in lines if self._read(line)]
         if len(kept) + 1 != len(lines):  # of others, or cut; else only what follows the last newline
             publish_bytes(self._file, b"".join(line + b"\n" for line in kept))
-        self._stream: IO[bytes] = open(self._file, "ab")  # noqa: SIM115
+        self._stream: IO[bytes] = open(self._file, "ab")
         return self
 
     def __exit__(

@@ -21,7 +21,7 @@ import torch
 from pipeline.errors import UserError, first_line
 from pipeline.inference.evaluate import tasks as definitions
 from pipeline.inference.evaluate.answers import AnswersFile
-from pipeline.inference.evaluate.scores import Items, Tree, chance, compare, largest_change
+from pipeline.inference.evaluate.scores import Items, Tree, chance, compare, finite, largest_change, plain
 from pipeline.inference.evaluate.tasks import Definition
 from pipeline.inference.scoring import Scorer
 from pipeline.inference.source import OpenModel
@@ -79,8 +79,8 @@ def evaluate(
                 results["tasks"][definition.name] = one.result(items["cached"], items.get("live"))
             results["seconds"] = round(time.monotonic() - began, 1)
             results["complete"] = number == len(found)
-            publish_bytes(out / RESULTS, render_json(results))
-    return results
+            publish_bytes(out / RESULTS, render_json(finite(results)))
+    return finite(results)
 
 
 def _head(opened: OpenModel, limit: int | None) -> Tree:
@@ -96,7 +96,7 @@ def _head(opened: OpenModel, limit: int | None) -> Tree:
             "context_length": opened.model.config.context_length,
         },
         "certified": opened.certified,
-        "live": None if opened.live is not None else _why_not_live(opened),
+        "no_live": None if opened.live is not None else _why_not_live(opened),
         "leak": None if opened.certified or opened.live is None else LEAKS,
         "limit": limit,
         "versions": _versions(),
@@ -157,7 +157,9 @@ class _Task:
         except Exception as error:  # a document that does not fit the task's templates: any kind
             raise UserError(f"{self._definition.where}: lm-eval refused it ({first_line(error)})") from error
         self._samples = found["samples"][name]
-        metrics = {metric: [sample[metric] for sample in self._samples] for metric in self._samples[0]["metrics"]}
+        metrics = {
+            metric: [plain(sample[metric]) for sample in self._samples] for metric in self._samples[0]["metrics"]
+        }
         logprobs = [answer for sample in self._samples for answer in _logprobs(sample["filtered_resps"])]
         return Items(metrics, logprobs, lm.cut)
 
@@ -179,6 +181,7 @@ class _Task:
             "metrics": metrics,
             "max_logprob_difference": largest_change(cached, live),
             "cut_contexts": cached.cut,
+            "requests": len(cached.logprobs),
             "documents": self._definition.where,
             "data_sha256": sha256_json([sample["doc_hash"] for sample in self._samples]),
             "definition_sha256": self._definition.sha256,
@@ -207,6 +210,8 @@ class _Status:
                 self._last = now
                 left = (now - began) / done * (of - done)
                 bar = "█" * round(20 * done / of)
-                self._status(f"{self._head} {which:<6} {bar:░<20} {done:,}/{of:,}  {int(left // 60)}:{int(left % 60):02d} left")
+                self._status(
+                    f"{self._head} {which:<6} {bar:░<20} {done:,}/{of:,}  {int(left // 60)}:{int(left % 60):02d} left"
+                )
 
         return progress

@@ -16,6 +16,7 @@ from typing import Any
 Tree = dict[str, Any]
 Aggregate = Callable[[Sequence[Any]], float]
 RESAMPLES, SEED = 200, 0
+ROUND_OFF = 1e-4  # of a value or log-likelihood of one item
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Items:
 
 
 def compare(cached: Items, live: Items | None, aggregates: dict[str, Aggregate]) -> Tree:
-    """Every metric: cached, live, difference (cached minus live), each with its standard error, and n."""
+    """Every metric: cached, live, difference (cached minus live), each with its standard error, n, and how many items
+    `changed`."""
     return {
         metric: _compare(values, None if live is None else live.metrics[metric], aggregates[metric])
         for metric, values in cached.metrics.items()
@@ -48,8 +50,13 @@ def _compare(cached: list[Any], live: list[Any] | None, aggregate: Aggregate) ->
         "difference": None if live_value is None else value - live_value,
         "stderr": paired,
         "n": len(cached),
-        "changed": None if live is None else sum(a != b for a, b in zip(cached, live, strict=True)),
+        "changed": None if live is None else sum(map(_differs, cached, live)),
     }
+
+
+def _differs(one: Any, other: Any) -> bool:
+    """Whether an item has another value, beyond round-off."""
+    return abs(one - other) > ROUND_OFF if isinstance(one, int | float) else bool(one != other)
 
 
 def _errors(
@@ -109,6 +116,20 @@ def chance(task: Any, samples: Sequence[Tree]) -> float | None:
         ]
         return None if None in values else math.fsum(values) / len(values)
     right = [len(sample["target"]) if isinstance(sample["target"], list) else 1 for sample in samples]
-    return math.fsum(
-        number / len(sample["arguments"]) for number, sample in zip(right, samples, strict=True)
-    ) / len(samples)
+    return math.fsum(number / len(sample["arguments"]) for number, sample in zip(right, samples, strict=True)) / len(
+        samples
+    )
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy's as Python's."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def finite(value: Any) -> Any:
+    """For JSON, which has no NaN and no infinity: they become None."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness, as it ships them, over local JSONL files or the hub.
 
-Decision: a task is the shipped YAML, taken by `include:`; ours only names the data, and adds the normalised accuracies where the
-shipped one has none. Its prompts and its scoring stay theirs. lm-eval's `acc_norm` divides by characters; the papers' number is
-normalised by bytes, which is lm-eval's `acc_bytes`. Both are computed.
+Decision: a task is the shipped YAML, taken by `include:`; ours only names the data, and adds the normalised accuracies where
+the shipped one has none. Its prompts and its scoring stay theirs. lm-eval's `acc_norm` divides by characters; the papers' number
+is normalised by bytes, which is lm-eval's `acc_bytes`. Both are computed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ STOCK = {  # task -> its folder in lm-eval, the names that its file of documents
 FOLDERS = ("", "data_eval")  # of a data folder, where files are looked for
 OUTPUTS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 NORMALISED = ("acc_norm", "acc_bytes")
-MAIN = {"winogrande": "acc"}  # both of its choices end in the same words: there is nothing to normalise
+MAIN = {  # where the normalised accuracy is not the task's number
+    "winogrande": "acc",  # both of its choices are judged by the same words, which follow them
+    "truthfulqa_mc1": "acc",
+}
 PREFERRED = ("acc_bytes", "acc_norm", "acc")
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 NAMED = 3  # names in a message
@@ -194,8 +197,8 @@ def _no_documents(definition: Definition, error: Exception) -> UserError:
             "each line is one JSON object with the fields of its data set"
         )
     return UserError(
-        f"{definition.name}: {definition.config.get('dataset_path')} is not in the cache of `datasets` and the hub did not give "
-        f"it ({first_line(error)}); name a folder that has {definition.name}.jsonl with --data DIR"
+        f"{definition.name}: {definition.config.get('dataset_path')} is not in the cache of `datasets`, and the hub did not "
+        f"give it ({first_line(error)}); name a folder that has {definition.name}.jsonl with --data DIR"
     )
 
 

@@ -186,7 +186,9 @@ class PldrModel(PldrPreTrainedModel):
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
-        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, position_ids=position_ids, **{CACHE: cache})
+        mask = create_causal_mask(
+            self.config, inputs_embeds, attention_mask, position_ids=position_ids, **{CACHE: cache}
+        )
         hidden_states = self.embed_norm(inputs_embeds * self.config.hidden_size**0.5)
         rope = self.rotary_tables(position_ids, torch.promote_types(hidden_states.dtype, torch.float32))
         for layer in self.layers[: self.config.num_hidden_layers]:
