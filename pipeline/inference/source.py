@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from pipeline.bundle.certificate.schema import read_certificate
 from pipeline.bundle.extracted import load_g
-from pipeline.bundle.format import certified_files, generation_config
-from pipeline.bundle.read import read_bundle
+from pipeline.bundle.format import WithoutInit, certified_files, generation_config
+from pipeline.bundle.metric_learner import assemble, model_of
+from pipeline.bundle.read import BundleParts, read_bundle
 from pipeline.bundle.verify import check_tokenizer
 from pipeline.bundle.weights import load_weights
 from pipeline.config.load import load_config
@@ -23,6 +25,7 @@ from pipeline.config.paths import RunPaths, data_paths
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.storage import MANIFEST, read_json, sha256_json
 from pipeline.tokenizer import Tokenizer
+from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, to_constant_g
 
 Kind = Literal["bundle", "hf", "run"]
@@ -37,7 +40,7 @@ class OpenModel:
 
     model: evaluation mode, fp32, CPU, with `g_lm` [L,H,K,K] as its constant G. live: the same weights with their metric
     learner, None unless asked for. certificate: the one that is about these tensors, None where there is none. sha256: names
-    model and G: the bundle's, or that of a run's weights and G. generation: how prompts are encoded (generation_config.json).
+    weights and G: the bundle's, or of a run that of both files. generation: how prompts are encoded (generation_config.json).
     """
 
     kind: Kind
@@ -74,9 +77,12 @@ def open_model(source: str | Path, overrides: list[str] | None = None, *, live: 
         return _open_run(path, overrides or [], live=live)
     if overrides:
         raise ConfigError(f"{overrides[0]}: only a run's YAML takes overrides, and {path} is a folder; leave it out")
-    opened = _open_bundle(path) if kind == "bundle" else _open_export(path)
+    opened = _open_bundle(path, live=live is not False) if kind == "bundle" else _open_export(path)
     if live and opened.live is None:
-        raise UserError(f"{path}: holds no metric learner, so its G_LM cannot be live; name the run's YAML instead")
+        raise UserError(
+            f"{path}: holds no metric learner, so its G_LM cannot be live; name the run's YAML instead, or a bundle made with "
+            "post.with_metric_learner=true"
+        )
     return opened
 
 
@@ -101,17 +107,15 @@ def _kind_of(path: Path) -> Kind:
     )
 
 
-def _open_bundle(path: Path) -> OpenModel:
+def _open_bundle(path: Path, *, live: bool) -> OpenModel:
     parts = read_bundle(path)
-    model = PLDRModel(parts.config, g_lm_LHKK=parts.g_lm)
-    model.load_state_dict({**parts.weights, "g_lm": parts.g_lm})
     return OpenModel(
         kind="bundle",
         path=path,
         name=_name_of(path),
-        model=model.eval(),
+        model=_constant(parts.config, parts.weights, parts.g_lm),
         g_lm=parts.g_lm,
-        live=None,
+        live=_live(parts, path) if live and parts.metric_learner is not None else None,
         tokenizer=parts.tokenizer,
         certificate=parts.certificate,
         certified=parts.manifest["certified"],
@@ -120,8 +124,39 @@ def _open_bundle(path: Path) -> OpenModel:
     )
 
 
+def _live(parts: BundleParts, path: Path) -> PLDRModel:
+    assert parts.metric_learner is not None
+    return assemble(model_of(parts.certificate, where=path / CERTIFICATE), parts.weights, parts.metric_learner)
+
+
 def _open_export(path: Path) -> OpenModel:
-    raise UserError(f"{path}: an export for transformers; name the bundle that it was made from")
+    from pipeline.inference.hf.load import read_export
+
+    parts = read_export(path)
+    if "g_lm" not in parts.weights:
+        raise UserError(f"{path}: a live export has no cached G_LM; name the run's YAML instead")
+    sha256, dtype = parts.manifest["bundle_sha256"], parts.manifest["dtype"]
+    return OpenModel(
+        kind="hf",
+        path=path,
+        name=_name_of(path),
+        model=_constant(parts.config, parts.weights, parts.weights["g_lm"]),
+        g_lm=parts.weights["g_lm"],
+        live=None,
+        tokenizer=parts.tokenizer,
+        certificate=parts.certificate,
+        certified=parts.manifest["certified"],
+        sha256=sha256 if dtype == "fp32" else sha256_json({"bundle": sha256, "dtype": dtype}),
+        generation=generation_config(parts.config, parts.tokenizer),
+    )
+
+
+def _constant(config: ModelConfig, weights: dict[str, Tensor], g_lm: Tensor) -> PLDRModel:
+    """The model with these weights, which it shares and does not copy."""
+    with torch.device("meta"), WithoutInit():
+        model = PLDRModel(config, g_lm_LHKK=g_lm)
+    model.load_state_dict({**weights, "g_lm": g_lm}, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def _open_run(path: Path, overrides: list[str], *, live: bool | None) -> OpenModel:

@@ -98,6 +98,19 @@ def test_live_is_there_where_asked_for(make_bundle: Callable[..., Path], make_fi
     assert "no metric learner" in refused(bundle, live=True)
 
 
+def test_a_bundle_with_its_metric_learner_is_live(
+    make_bundle: Callable[..., Path], text: torch.Tensor, tiny: Any
+) -> None:
+    model = tiny.make_model(gain=1.0)
+    bundle = make_bundle(model=model, certificate=tiny.certify(model, text), uncertified=True, with_metric_learner=True)
+    opened = open_model(bundle, live=True)
+    ids_BS = text[:4, :-1]
+    with torch.inference_mode():
+        assert torch.equal(opened.live(ids_BS), model(ids_BS))
+        assert not torch.allclose(opened.model(ids_BS), model(ids_BS))
+    assert open_model(bundle).live is None
+
+
 def test_what_is_no_model_is_refused(
     make_bundle: Callable[..., Path], make_finished: Callable[..., Path], tmp_path: Path
 ) -> None:
