@@ -80,7 +80,8 @@ def evaluate(
             results["seconds"] = round(time.monotonic() - began, 1)
             results["complete"] = number == len(found)
             publish_bytes(out / RESULTS, render_json(finite(results)))
-    return finite(results)
+    done: Tree = finite(results)
+    return done
 
 
 def _head(opened: OpenModel, limit: int | None) -> Tree:

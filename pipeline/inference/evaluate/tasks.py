@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness, as it ships them, over local JSONL files or the hub.
 
 Decision: a task is the shipped YAML, taken by `include:`; ours only names the data, and adds the normalised accuracies where
-the shipped one has none. Its prompts and its scoring stay theirs. lm-eval's `acc_norm` divides by characters; the papers' number
-is normalised by bytes, which is lm-eval's `acc_bytes`. Both are computed.
+the shipped one has none. Its prompts and its scoring stay theirs. lm-eval's `acc_norm` divides by characters; the papers'
+number is normalised by bytes, which is lm-eval's `acc_bytes`. Both are computed.
 """
 
 from __future__ import annotations
