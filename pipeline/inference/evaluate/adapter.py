@@ -1,12 +1,13 @@
 """Our model as the `LM` of lm-evaluation-harness.
 
 Texts become ids as lm-eval's own `hf` model does it (`TemplateLM`): context and answer are encoded together and cut where the
-context ends; an empty context is the end token; a context too long for the model loses its beginning. An answer that does not
-fit is an error in words.
+context ends; an empty context is the end token; a context too long for the model loses its beginning. An answer longer than the
+model's context has no log-likelihood (`hf` stops there): it gets NaN, and its item is left out by whoever asked.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from pipeline.tokenizer import Tokenizer
 
 Request = tuple[list[int], list[int]]  # ids of the context, ids of the answer
 CHUNK_TOKENS = 16384  # scored, and kept, at a time
+TOO_LONG: Answer = (math.nan, False)  # of an answer that does not fit the model; no scorer gives NaN
 SHOWN = 60  # characters of a text in a message
 
 
@@ -89,17 +91,16 @@ class ScoringLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[Answer]:
-        return self._in_chunks([self._fitting(*request) for request in requests])
+        fitting = [self._fitting(*request) for request in requests]
+        found = iter(self._in_chunks([request for request in fitting if request is not None]))
+        return [TOO_LONG if request is None else next(found) for request in fitting]
 
-    def _fitting(self, texts: tuple[str, str], context: list[int], answer: list[int]) -> Request:
-        """The ids with as much of the context as the model can read."""
+    def _fitting(self, texts: tuple[str, str], context: list[int], answer: list[int]) -> Request | None:
+        """The ids with as much of the context as the model can read; None where the answer alone is too long."""
         if not answer:
             raise UserError(f"the answer {texts[1][:SHOWN]!r} has no token of its own after {_end_of(texts[0])!r}")
         if len(answer) > self._length:
-            raise UserError(
-                f"an answer of {len(answer)} tokens ({texts[1][:SHOWN]!r}…) is longer than the model's context of "
-                f"{self._length}; leave the task out, or use a model with a longer context"
-            )
+            return None
         kept = context[-(self._length + 1 - len(answer)) :]  # the answer's last token is not read, only predicted
         self.cut += len(kept) < len(context)
         return kept, answer

@@ -81,7 +81,7 @@ def _verdict(results: Tree) -> Tree:
 
 def _cut(results: Tree) -> list[str]:
     alone = {**results, "no_live": None, "leak": None, "limit": None, "failed": {}}
-    return [note for note in notes(alone) if note.startswith("contexts")]
+    return [note for note in notes(alone) if note.startswith(("contexts", "items with"))]
 
 
 def _tiles(results: Tree) -> list[Tree]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -135,6 +136,7 @@ class _Task:
         self._definition, self._opened, self._limit = definition, opened, limit
         self._task = definitions.load(definition, folder)
         self._samples: list[Tree] = []
+        self._left_out = 0
 
     def score(self, score: Any, answers: Any, progress: Callable[[int, int], None]) -> Items:
         """Every item, with one G_LM."""
@@ -157,7 +159,13 @@ class _Task:
             raise
         except Exception as error:  # a document that does not fit the task's templates: any kind
             raise UserError(f"{self._definition.where}: lm-eval refused it ({first_line(error)})") from error
-        self._samples = found["samples"][name]
+        samples = found["samples"][name]
+        self._samples = [sample for sample in samples if not math.isnan(sum(_logprobs(sample["filtered_resps"])))]
+        self._left_out = len(samples) - len(self._samples)
+        if not self._samples:
+            raise UserError(
+                f"every item has an answer longer than the model's context of {self._opened.model.config.context_length}"
+            )
         metrics = {
             metric: [plain(sample[metric]) for sample in self._samples] for metric in self._samples[0]["metrics"]
         }
@@ -181,6 +189,7 @@ class _Task:
             "chance": chance(self._task, self._samples) if main.startswith("acc") else None,
             "metrics": metrics,
             "max_logprob_difference": largest_change(cached, live),
+            "left_out": self._left_out,
             "cut_contexts": cached.cut,
             "requests": len(cached.logprobs),
             "documents": self._definition.where,

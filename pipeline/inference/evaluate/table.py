@@ -57,6 +57,11 @@ def notes(results: Tree) -> list[str]:
         found.append(
             f"the model is certified, yet items changed: {', '.join(f'{n} of {task}' for task, n in moved.items())}"
         )
+    out = {task: one for task, one in results["tasks"].items() if one["left_out"]}
+    if out:
+        each = ", ".join(f"{task} {one['left_out']:,} of {one['left_out'] + one['n']:,}" for task, one in out.items())
+        length = results["source"]["context_length"]
+        found.append(f"items with an answer longer than the model's {length} tokens were left out: {each}")
     cut = {task: one for task, one in results["tasks"].items() if one["cut_contexts"]}
     if cut:
         each = ", ".join(f"{task} {one['cut_contexts']:,} of {one['requests']:,}" for task, one in cut.items())

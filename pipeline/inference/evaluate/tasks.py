@@ -179,7 +179,7 @@ def _ours(definition: Definition, folder: Path) -> dict[str, Any]:
 
 def _metrics(config: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The shipped metrics; for a choice among answers, accuracy by characters and by bytes too."""
-    metrics = config.get("metric_list")
+    metrics: list[dict[str, Any]] | None = config.get("metric_list")
     plain = config.get("output_type") == "multiple_choice" and "process_results" not in config
     if not metrics or not plain or all(metric["metric"] != "acc" for metric in metrics):
         return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,10 +80,14 @@ def test_a_long_context_loses_its_beginning(make_lm) -> None:
     assert lm.cut == 1
 
 
-def test_an_answer_that_does_not_fit_is_said_in_words(make_lm) -> None:
+def test_an_answer_that_does_not_fit_has_no_score(make_lm) -> None:
     lm, recorder, _ = make_lm(context_length=4)
-    with pytest.raises(UserError, match="longer than the model's context of 4"):
-        lm.loglikelihood(asks(("the", " quick brown fox jumps over")))
+    found = lm.loglikelihood(asks(("the", " quick brown fox jumps over"), ("the", " a")))
+    assert math.isnan(found[0][0]) and not math.isnan(found[1][0]) and len(recorder.asked) == 1
+
+
+def test_an_empty_answer_is_said_in_words(make_lm) -> None:
+    lm, recorder, _ = make_lm()
     with pytest.raises(UserError, match="an answer is empty"):
         lm.loglikelihood(asks(("the", "")))
     assert not recorder.asked

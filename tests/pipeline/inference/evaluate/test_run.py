@@ -147,19 +147,34 @@ def test_other_inputs_never_mix(opened: Callable[..., Any], data: Path, tmp_path
     assert run._asker(changed, "live") == run._asker(opened(), "live")
 
 
+def test_items_whose_answer_does_not_fit_are_left_out_and_counted(opened: Callable[..., Any], tmp_path: Path) -> None:
+    short = {"goal": "a", "sol1": "fox", "sol2": "dog", "label": 0}
+    long = {"goal": "a", "sol1": "fox " * 40, "sol2": "dog", "label": 0}
+
+    def evaluate(*documents: dict[str, Any]) -> dict[str, Any]:
+        (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents))
+        return run.evaluate(opened(), ["piqa"], out=tmp_path / "out", data=tmp_path, report=lambda _: None)
+
+    found, fitting = evaluate(short, long, short), evaluate(short, short)
+    one = found["tasks"]["piqa"]
+    assert (one["n"], one["left_out"]) == (2, 1) and one["metrics"] == fitting["tasks"]["piqa"]["metrics"]
+    assert "items with an answer longer than the model's 32 tokens were left out: piqa 1 of 3" in table(found)
+    assert "every item has an answer longer" in evaluate(long)["failed"]["piqa"]
+
+
 def test_a_task_that_cannot_be_scored_stops_no_other(opened: Callable[..., Any], data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     documents = [{"goal": "a", "sol1": "fox", "sol2": "dog", "label": 0}]
-    long = [{"goal": "a", "sol1": "fox " * 40, "sol2": "dog", "label": 0}]
-    (folder / "piqa.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents + long))
+    empty = [{"goal": "a", "sol1": "", "sol2": "dog", "label": 0}]
+    (folder / "piqa.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents + empty))
     (folder / "winogrande.jsonl").write_bytes((data / "winogrande.jsonl").read_bytes())
     (folder / "social_iqa.jsonl").write_text('{"context": "a"}\n')
     lines: list[str] = []
     names = ["piqa", "social_iqa", "winogrande"]
     found = run.evaluate(opened(), names, out=tmp_path / "out", data=folder, report=lines.append)
     assert list(found["tasks"]) == ["winogrande"] and set(found["failed"]) == {"piqa", "social_iqa"}
-    assert "longer than the model's context of 32" in found["failed"]["piqa"]
+    assert "has no token of its own" in found["failed"]["piqa"]
     assert "social_iqa.jsonl: not the documents of social_iqa" in found["failed"]["social_iqa"]
     assert any(line.startswith("piqa: ") for line in lines) and found["complete"]
 
