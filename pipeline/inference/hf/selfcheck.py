@@ -137,7 +137,9 @@ def _compare_greedy(model: Any, expected: dict[str, Any]) -> dict[str, int]:
 def _compare_tokenizer(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=True
+    )  # else transformers asks: it reads config.json
     texts, ids = expected["texts"], expected["ids"]
     found = tokenizer(texts, add_special_tokens=True)["input_ids"]  # there are none to add
     decoded = [tokenizer.decode(one) for one in ids]

@@ -67,7 +67,7 @@ def _tokenizer_object(tokenizer: Tokenizer) -> Any:
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     fast = Fast(models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
 
-    steps = []  # in SentencePiece's order
+    steps: list[Any] = []  # in SentencePiece's order
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
@@ -82,7 +82,7 @@ def _tokenizer_object(tokenizer: Tokenizer) -> Any:
     cuts = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names if len(name) > 1)
     fast.pre_tokenizer = pre_tokenizers.Split(Regex(cuts), "isolated")
 
-    undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    undo: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix:
         undo.append(decoders.Strip(content=" ", left=1))
     fast.decoder = decoders.Sequence(undo)
