@@ -158,6 +158,8 @@ class _Task:
         except UserError:
             raise
         except Exception as error:  # a document that does not fit the task's templates: any kind
+            if error is lm.error:
+                raise
             raise UserError(f"{self._definition.where}: lm-eval refused it ({first_line(error)})") from error
         samples = found["samples"][name]
         self._samples = [sample for sample in samples if not math.isnan(sum(_logprobs(sample["filtered_resps"])))]

@@ -118,6 +118,11 @@ def _definition(name: str, index: dict[str, Any], data: Path | None) -> Definiti
             f"--tasks: {name} is a task of {'Python code' if kind != 'TASK' else output}; only tasks that score given answers "
             f"({', '.join(OUTPUTS)}) can be evaluated"
         )
+    if data is not None and config.get("num_fewshot"):
+        raise ConfigError(
+            f"--tasks: {name} shows {config['num_fewshot']} examples of another split, and a file of --data is one split; "
+            "leave out --data to take it from the hub"
+        )
     return Definition(name, Path(entry.yaml_path), config, None if data is None else _file_of(name, data))
 
 
@@ -154,7 +159,7 @@ def load(definition: Definition, folder: Path) -> Any:
 
 
 def _ours(definition: Definition, folder: Path) -> dict[str, Any]:
-    """The YAML: what is not said here is the shipped task's."""
+    """The YAML: what is not said here is the shipped task's. Local documents get a plain name in `folder`."""
     config = definition.config
     kwargs = {key: value for key, value in (config.get("dataset_kwargs") or {}).items() if key != "trust_remote_code"}
     ours: dict[str, Any] = {
@@ -164,15 +169,16 @@ def _ours(definition: Definition, folder: Path) -> dict[str, Any]:
         "dataset_kwargs": kwargs or None,
     }
     if definition.file is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        link = folder / "documents.jsonl"  # `datasets` reads names as patterns and URLs: `[1]`, `*`, `::`
+        link.unlink(missing_ok=True)
+        link.symlink_to(definition.file.absolute())
         split = "test_split" if config.get("test_split") else "validation_split"
         ours |= dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split", "dataset_name"))
         ours |= {
             split: "documents",
             "dataset_path": "json",
-            "dataset_kwargs": {
-                "data_files": {"documents": str(definition.file.absolute())},
-                "cache_dir": str(folder / "cache"),
-            },
+            "dataset_kwargs": {"data_files": {"documents": str(link)}, "cache_dir": str(folder / "cache")},
         }
     return {key: value for key, value in ours.items() if value is not None or key in config}
 

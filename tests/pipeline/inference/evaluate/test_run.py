@@ -179,6 +179,17 @@ def test_a_task_that_cannot_be_scored_stops_no_other(opened: Callable[..., Any],
     assert any(line.startswith("piqa: ") for line in lines) and found["complete"]
 
 
+def test_a_fault_of_the_scorer_is_not_blamed_on_the_documents(
+    opened: Callable[..., Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(run.Scorer, "score", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run.evaluate(opened(), ["winogrande"], out=tmp_path / "out", data=data)
+
+
 def test_nothing_is_scored_before_all_names_are_right(opened: Callable[..., Any], data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="piqa: no documents"):
         run.evaluate(opened(), ["arc_easy", "piqa"], out=tmp_path / "out", data=data)
