@@ -43,6 +43,10 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 NAMED = 3  # names in a message
 
 
+class HubUnreachable(UserError):
+    """No other task will come from the hub either."""
+
+
 @dataclass(frozen=True)
 class Definition:
     """A task before its documents are read. config: its YAML with what it includes; file: its documents, None for the hub."""
@@ -202,10 +206,13 @@ def _no_documents(definition: Definition, error: Exception) -> UserError:
             f"{definition.file}: not the documents of {definition.name} ({type(error).__name__}: {cause}); "
             "each line is one JSON object with the fields of its data set"
         )
-    return UserError(
-        f"{definition.name}: {definition.config.get('dataset_path')} is not in the cache of `datasets`, and the hub did not "
-        f"give it ({first_line(error)}); name a folder that has {definition.name}.jsonl with --data DIR"
-    )
+    path, fix = definition.config.get("dataset_path"), f"name a folder that has {definition.name}.jsonl with --data DIR"
+    if isinstance(error, ConnectionError):
+        return HubUnreachable(
+            f"{definition.name}: {path} is not in the cache of `datasets`, and the hub cannot be reached "
+            f"({first_line(error)}); {fix}"
+        )
+    return UserError(f"the hub's {path} cannot be used ({type(error).__name__}: {first_line(error)}); {fix}")
 
 
 def main_metric(name: str, metrics: Sequence[str]) -> str:

@@ -120,7 +120,7 @@ def test_documents_that_do_not_fit_are_named(tmp_path: Path, text: str) -> None:
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     (one,) = tasks.find(["piqa"], None)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(tasks.HubUnreachable) as caught:
         tasks.load(one, tmp_path)
     assert "--data DIR" in str(caught.value) and "baber/piqa" in str(caught.value) and "\n" not in str(caught.value)
 
