@@ -59,6 +59,12 @@ class Tokenizer:
             raise UserError(f"{path}: special ids are {found}, must be {SPECIAL_IDS}; train it with those")
         return cls(processor, path=path, sha256=hashlib.sha256(data).hexdigest())
 
+    @property
+    def model_bytes(self) -> bytes:
+        """The SentencePiece model, as its file holds it."""
+        data: bytes = self._processor.serialized_model_proto()
+        return data
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
         ids: list[int] = self._processor.encode(text)

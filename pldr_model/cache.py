@@ -12,6 +12,7 @@ Shapes: L layers, B rows, H heads, T capacity in tokens, S new tokens, K head di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from pldr_model.layers import RopeTables, rope_tables
 class CacheStep(NamedTuple):
     """What one pass of new tokens needs to know about the tokens before it; made by `KVCache.begin`."""
 
-    start: int | Tensor  # position of the first new token: one for all rows, or [B]
+    start: int | Tensor  # position of the first new token, the same in all rows; or that of each new token, [B,S]
     end: int  # keys to attend over, the longest row's
     rope: RopeTables
     mask: Tensor | None  # True = attend, [B,1,S,T_end]; None: causal
@@ -49,6 +50,7 @@ class KVCache:
         g_lm: Tensor | None = None,
     ) -> None:
         shape = (config.num_layers, batch_size, config.num_heads, capacity, config.head_dim)
+        self.config = config
         self.k_LBHTK = torch.zeros(shape, dtype=dtype, device=device)
         self.v_LBHTK = torch.zeros(shape, dtype=dtype, device=device)
         self.g_lm = g_lm
@@ -61,16 +63,15 @@ class KVCache:
         return self.k_LBHTK.shape[3]
 
     def begin(self, num_new: int) -> CacheStep:
-        """Lay out a pass: `num_new` tokens a row into an empty cache, or one token for every row."""
+        """Lay out a pass: `num_new` tokens a row, each row's behind those it holds."""
         assert max(self.lengths) + num_new <= self.capacity, "more tokens than the cache was allocated for"
-        assert num_new == 1 or not any(self.lengths), "several tokens at a time are only for an empty cache"
-        end = max(self.lengths) + num_new
-        if min(self.lengths) == max(self.lengths):
-            start = self.lengths[0]
+        start, end = self.lengths[0], max(self.lengths) + num_new
+        if all(length == start for length in self.lengths) and (num_new == 1 or start == 0):
             return CacheStep(start, end, RopeTables(*(t[start:end].unsqueeze(1) for t in self.rope)), None)
         start_B = torch.tensor(self.lengths, device=self.k_LBHTK.device)
-        rope = RopeTables(*(t[start_B][:, None, None] for t in self.rope))
-        return CacheStep(start_B, end, rope, attention_mask(start_B.unsqueeze(1), end))
+        position_BS = start_B.unsqueeze(1) + torch.arange(num_new, device=start_B.device)
+        rope = RopeTables(*(t[position_BS].unsqueeze(2) for t in self.rope))
+        return CacheStep(position_BS, end, rope, attention_mask(position_BS, end))
 
     def append(self, layer: int, step: CacheStep, k_BHSK: Tensor, v_BHSK: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values; returns all that are attended over, [B,H,T_end,K]."""
@@ -78,12 +79,35 @@ class KVCache:
             if isinstance(step.start, int):
                 memory[:, :, step.start : step.end] = new
             else:
-                memory[torch.arange(len(self.lengths), device=memory.device), :, step.start] = new[:, :, 0]
+                row_B1 = torch.arange(len(self.lengths), device=memory.device).unsqueeze(1)
+                memory[row_B1, :, step.start] = new.transpose(1, 2)
         return self.k_LBHTK[layer, :, :, : step.end], self.v_LBHTK[layer, :, :, : step.end]
 
-    def advance(self, num_new: int) -> None:
-        """Every layer has stored its keys: the rows now hold `num_new` tokens more."""
-        self.lengths = [length + num_new for length in self.lengths]
+    def advance(self, num_new: int | Sequence[int]) -> None:
+        """Every layer has stored its keys: the rows now hold `num_new` tokens more, each the same or its own number. What a
+        row was given beyond its own number was padding: the next tokens take its place, and until then no query sees it."""
+        new = [num_new] * len(self.lengths) if isinstance(num_new, int) else num_new
+        self.lengths = [length + more for length, more in zip(self.lengths, new, strict=True)]
+
+    def fork(self, rows: Sequence[int], *, room: int) -> KVCache:
+        """A cache with a copy of these rows (one may come several times), and room for so many more tokens in each."""
+        assert self.g_lm is None or self.g_lm.ndim == 4, "rows with a G of their own are continued in their own cache"
+        lengths = [self.lengths[row] for row in rows]
+        held = max(lengths)
+        other = KVCache(
+            self.config,
+            batch_size=len(rows),
+            capacity=held + room,
+            dtype=self.k_LBHTK.dtype,
+            device=self.k_LBHTK.device,
+            g_lm=self.g_lm,
+        )
+        index = torch.tensor(rows, device=self.k_LBHTK.device)
+        for layer in range(len(self.k_LBHTK)):
+            other.k_LBHTK[layer, :, :, :held] = self.k_LBHTK[layer, index, :, :held]
+            other.v_LBHTK[layer, :, :, :held] = self.v_LBHTK[layer, index, :, :held]
+        other.lengths = lengths
+        return other
 
     def stack_row(self, row: int, other: KVCache) -> None:
         """Copy the only row of `other` (a prefilled prompt, with its own G if it has one) into an empty row."""

@@ -12,7 +12,7 @@ Shapes: B batch, S sequence, D = H*K model width, H heads, K head dim, V vocabul
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -155,6 +155,18 @@ class PLDRModel(nn.Module):
         """
         if return_outputs and (g_lm is not None or self.config.g_source != "learned"):
             raise ValueError("return_outputs: no metric learner runs with a constant or given G, so nothing is deduced")
+        x_BSD, deduced = self._run_layers(ids_BS, g_lm=g_lm, padded=padded, return_outputs=return_outputs)
+        logits_BSV: Tensor = self.output(x_BSD[:, -1:] if last_only else x_BSD)
+        return (logits_BSV, deduced) if return_outputs else logits_BSV
+
+    def hidden(self, ids_BS: Tensor, *, g_lm: Tensor | None = None, padded: bool | None = None) -> Tensor:
+        """What `output` makes logits of, [B,S,D]: for whoever needs those of some tokens only. Arguments as in `forward`."""
+        return self._run_layers(ids_BS, g_lm=g_lm, padded=padded, return_outputs=False)[0]
+
+    def _run_layers(
+        self, ids_BS: Tensor, *, g_lm: Tensor | None, padded: bool | None, return_outputs: bool
+    ) -> tuple[Tensor, list[DeductiveOutputs]]:
+        """The decoder layers, one after the other."""
         x_BSD, rope, mask = self._enter(ids_BS, padded)
         g_lm = self._g_in_force(g_lm, ids_BS.shape[0])
         deduced: list[DeductiveOutputs] = []
@@ -166,8 +178,7 @@ class PLDRModel(nn.Module):
             x_BSD, outputs = run(x_BSD, rope, g=g, mask=mask, return_outputs=return_outputs)
             if outputs is not None:
                 deduced.append(outputs)
-        logits_BSV: Tensor = self.output(x_BSD[:, -1:] if last_only else x_BSD)
-        return (logits_BSV, deduced) if return_outputs else logits_BSV
+        return x_BSD, deduced
 
     def compute_g(self, ids_BS: Tensor, *, padded: bool | None = None) -> Tensor:
         """G_LM of these sequences, [L,B,H,K,K]: the pass stops at the last layer's G, and keeps nothing else.
@@ -193,15 +204,20 @@ class PLDRModel(nn.Module):
         return torch.stack([module.G_LM for module in modules if isinstance(module, ConstantG)])
 
     def extend(self, ids_BS: Tensor, cache: KVCache) -> Tensor:
-        """Read new tokens on top of those in `cache`; returns the logits after the last one, [B,V].
+        """Read new tokens on top of those in `cache`; returns the logits after the last one, [B,V]. As in `read`."""
+        logits_BV: Tensor = self.output(self.read(ids_BS, cache)[:, -1])
+        return logits_BV
 
-        The first call is the prefill: S tokens a row into an empty cache. If the cache holds no G and the
-        model learns its own, G of this very prompt is computed on the way and kept there. Later calls bring
-        one token a row. No id is padding here.
+    def read(self, ids_BS: Tensor, cache: KVCache, *, lengths: Sequence[int] | None = None) -> Tensor:
+        """Read new tokens on top of those in `cache`; returns what `output` makes logits of, [B,S,D].
+
+        If the cache is empty and holds no G and the model learns its own, G of these very tokens is computed on the way and
+        kept there. No id is padding here. lengths: how many of a row's tokens count, where rows differ; the others, at its
+        end, are read and forgotten. Only for a constant or given G: a learned one would be of them, too.
         """
         step = cache.begin(ids_BS.shape[1])
         prefill_g = cache.g_lm is None and self.config.g_source == "learned"
-        assert not (prefill_g and cache.lengths[0]), "a learned G has to come from the prompt"
+        assert not (prefill_g and (cache.lengths[0] or lengths)), "a learned G has to come from the prompt alone"
         g_lm = self._g_in_force(cache.g_lm, ids_BS.shape[0])
         x_BSD = self._embed(ids_BS)
         deduced_g = []
@@ -213,9 +229,8 @@ class PLDRModel(nn.Module):
                 deduced_g.append(outputs.G_LM)
         if prefill_g:
             cache.g_lm = torch.stack(deduced_g)
-        cache.advance(ids_BS.shape[1])
-        logits_BV: Tensor = self.output(x_BSD[:, -1])
-        return logits_BV
+        cache.advance(ids_BS.shape[1] if lengths is None else lengths)
+        return x_BSD
 
     def new_cache(self, *, batch_size: int, capacity: int, g_lm: Tensor | None = None) -> KVCache:
         """An empty cache in the model's dtype and device; `g_lm` [L,H,K,K] or [L,B,H,K,K] is its G."""

@@ -58,6 +58,11 @@ def add_stage_verbs(verbs: Verbs) -> None:
             sub.add_argument(
                 "--uncertified", action="store_true", help="package without a passing certificate, marked so"
             )
+            sub.add_argument(
+                "--with-metric-learner",
+                action="store_true",
+                help="keep the metric learner in a file of its own (post.with_metric_learner=true)",
+            )
     sub = verbs.add("plan", _plan, "parameters, FLOPs, memory, time and invariance budget of a run")
     add_config(sub)
     _add_anneal(sub)
@@ -158,6 +163,8 @@ def _require_ready(findings: list[Finding], report: Report) -> None:
 
 
 def _stage(arguments: Any, report: Report) -> Result:
+    if getattr(arguments, "with_metric_learner", False):
+        arguments.overrides = [*arguments.overrides, "post.with_metric_learner=true"]
     pipeline = _pipeline(arguments, report)
     from launch.commands.going_on import with_command
     from pipeline.stages.runner import exclusive

@@ -1,13 +1,14 @@
 """What a bundle is made of: its files and the tensors in them.
 
-    config.json             ModelConfig of the constant-G model, weight format, and whether it is certified
-    model.safetensors       weights without the metric learner: fp32, bf16 or int8 (formats.py)
-    g_lm.safetensors        the cached G_LM [L,H,K,K]
-    tokenizer.model         SentencePiece
-    generation_config.json  how prompts are encoded, ids
-    certificate.json        docs/certificate.md
-    README.md               model card
-    MANIFEST.json           sha256 and size of every file, lineage, and a digest of itself
+    config.json                 ModelConfig of the constant-G model, weight format, and whether it is certified
+    model.safetensors           weights without the metric learner: fp32, bf16 or int8 (formats.py)
+    g_lm.safetensors            the cached G_LM [L,H,K,K]
+    metric_learner.safetensors  optional: the metric learner, fp32 (metric_learner.py)
+    tokenizer.model             SentencePiece
+    generation_config.json      how prompts are encoded, ids
+    certificate.json            docs/certificate.md
+    README.md                   model card
+    MANIFEST.json               sha256 and size of every file, lineage, and a digest of itself
 
 Decisions. The same inputs give the same bytes: no time of day anywhere. `MANIFEST.json` is in canonical form and holds its
 own digest, so that one changed byte anywhere is an error; this protects against damage and mix-ups, not against forgery:
@@ -42,6 +43,7 @@ FILES = (
     "model.safetensors",
     "tokenizer.model",
 )
+METRIC_LEARNER = "metric_learner.safetensors"  # optional
 
 
 def generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def parse_model(values: Any, *, where: Path) -> ModelConfig:
         raise ConfigError(f"{where}: {error}") from None
 
 
-class _WithoutInit(TorchFunctionMode):
+class WithoutInit(TorchFunctionMode):
     """Normal draws do nothing: on the meta device they import torch._dynamo, which takes seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,7 +99,7 @@ class _WithoutInit(TorchFunctionMode):
 def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the model's state dict, without allocating it."""
     constant = config.g_source in ("random", "file")
-    with torch.device("meta"), _WithoutInit():
+    with torch.device("meta"), WithoutInit():
         # A random G has the state dict of a given one, and needs none to be given.
         model = PLDRModel(replace(config, g_source="random", g_file=None) if constant else config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

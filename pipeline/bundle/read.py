@@ -11,12 +11,13 @@ from torch import Tensor
 
 from pipeline.bundle.certificate.schema import read_certificate
 from pipeline.bundle.format import (
-    FILES,
+    METRIC_LEARNER,
     SCHEMA_VERSION,
     generation_config,
     state_shapes,
 )
 from pipeline.bundle.formats import packed_shapes, unpack
+from pipeline.bundle.metric_learner import WITHOUT_FP32, read_metric_learner
 from pipeline.bundle.verify import (
     check_certificate,
     check_certified_model,
@@ -41,7 +42,7 @@ ATTEMPTS = 5
 
 
 class BundleParts(NamedTuple):
-    """A verified bundle's contents; `weights` unpacked to fp32."""
+    """A verified bundle's contents; `weights` unpacked to fp32. `metric_learner`: its tensors, None without the file."""
 
     config: ModelConfig
     weight_format: WeightFormat
@@ -51,11 +52,12 @@ class BundleParts(NamedTuple):
     generation: dict[str, Any]
     certificate: dict[str, Any]
     manifest: dict[str, Any]
+    metric_learner: dict[str, Tensor] | None = None
 
 
 def verify_bundle(path: str | Path) -> dict[str, Any]:
     """Check everything that a reader relies on; returns {"path", "bundle_sha256", "certified", "verdict", "tier",
-    "weight_format", "files"}.
+    "weight_format", "metric_learner", "files"}.
 
     Raises UserError, one line, for anything that is missing, extra, changed, too large, or does not belong together.
     """
@@ -67,7 +69,8 @@ def verify_bundle(path: str | Path) -> dict[str, Any]:
         "verdict": parts.certificate["verdict"],
         "tier": parts.certificate["tier"],
         "weight_format": parts.weight_format,
-        "files": len(FILES) + 1,
+        "metric_learner": parts.metric_learner is not None,
+        "files": len(parts.manifest["files"]) + 1,
     }
 
 
@@ -118,6 +121,13 @@ def _read(path: Path) -> BundleParts:
     )
     weights = unpack(load_tensors(path / "model.safetensors", shapes, dtypes=dtypes))
     g_lm = load_tensors(path / "g_lm.safetensors", {"g_lm": g_shape(config)})["g_lm"]
+    learner = None
+    if METRIC_LEARNER in manifest["files"]:
+        if weight_format != "fp32":
+            raise UserError(f"{path / METRIC_LEARNER}: {WITHOUT_FP32.format(weight_format)}")
+        learner = read_metric_learner(
+            path / METRIC_LEARNER, certificate, weights, g_lm, certified=manifest["certified"]
+        )
     tokenizer = Tokenizer.load(path / "tokenizer.model")
     check_lineage(path, manifest, certificate)
     check_tokenizer(tokenizer, config, manifest["lineage"], certificate["lineage"], where=path / "tokenizer.model")
@@ -125,4 +135,4 @@ def _read(path: Path) -> BundleParts:
         raise UserError(
             f"{path / 'generation_config.json'}: does not match this model and tokenizer.model; make the bundle again"
         )
-    return BundleParts(config, weight_format, weights, g_lm, tokenizer, generation, certificate, manifest)
+    return BundleParts(config, weight_format, weights, g_lm, tokenizer, generation, certificate, manifest, learner)

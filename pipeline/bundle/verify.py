@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bundle.certificate.verdict import plain
-from pipeline.bundle.format import FILES, MAX_SMALL, SCHEMA_VERSION, UNCERTIFIED_LINE, parse_model
+from pipeline.bundle.format import FILES, MAX_SMALL, METRIC_LEARNER, SCHEMA_VERSION, UNCERTIFIED_LINE, parse_model
 from pipeline.bundle.formats import BYTES, FORMATS, SECTION, check_section
 from pipeline.config.post import WeightFormat
 from pipeline.errors import UserError
@@ -51,13 +51,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_folder(path: Path, manifest: dict[str, Any]) -> None:
-    """The folder holds exactly the files of a bundle, all of them plain files."""
-    listed = set(manifest["files"])
+    """The folder holds exactly the files of a bundle, all of them plain files; the metric learner's may be missing."""
+    listed = set(manifest["files"]) - {METRIC_LEARNER}
     for name in sorted(listed ^ set(FILES)):
         problem = "not a file of a bundle" if name in listed else "not listed"
         raise UserError(f"{path / MANIFEST}: {name!r} is {problem}; make the bundle again")
     for entry in sorted(path.iterdir()):
-        if entry.name not in (*FILES, MANIFEST):
+        if entry.name not in (*manifest["files"], MANIFEST):
             raise UserError(f"{entry}: not a file of this bundle (not in {MANIFEST}); remove it")
         if not stat.S_ISREG(entry.lstat().st_mode):
             raise UserError(f"{entry}: a link or folder in place of a plain file; copy the file itself here")

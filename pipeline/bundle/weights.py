@@ -1,4 +1,4 @@
-"""Consolidated weights: the folder `{model.safetensors, config.json}` that consolidate.py writes and every later stage reads.
+"""Consolidated weights: the folder `{model.safetensors, config.json}` that stage `consolidate` writes and later stages read.
 
 Decision: a model is described by its `ModelConfig` alone. The names and shapes that its file must have follow from that (by
 a model on torch's meta device, which allocates nothing), so that a file of another model is refused before it is read.
@@ -6,20 +6,42 @@ a model on torch's meta device, which allocates nothing), so that a file of anot
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pipeline.bundle.format import parse_model, state_shapes
 from pipeline.errors import UserError
-from pipeline.io.sealed import read_sealed
-from pipeline.io.storage import sha256_file
-from pipeline.io.tensors import load_tensors
+from pipeline.io.sealed import publish_sealed, read_sealed
+from pipeline.io.storage import publish_bytes, publish_dir, sha256_file
+from pipeline.io.tensors import load_tensors, serialize
+from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
 
 SCHEMA_VERSION = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FREE = ("model_sha256",)  # compared with the weights themselves
+
+
+def save_weights(weights: Mapping[str, Tensor], config: ModelConfig, out: Path, *, source: dict[str, Any]) -> None:
+    """Write `out/{model.safetensors, config.json}`: a state dict in fp32, and where it comes from."""
+    with publish_dir(out) as temporary:
+        note = json.dumps({"schema_version": SCHEMA_VERSION, "model": config.to_dict()}, sort_keys=True)
+        publish_bytes(temporary / WEIGHTS, serialize(weights, note=note))
+        publish_sealed(
+            temporary / CONFIG,
+            {
+                "schema_version": SCHEMA_VERSION,
+                "model": config.to_dict(),
+                "model_sha256": sha256_file(temporary / WEIGHTS),
+                "source": source,
+            },
+            free=FREE,
+        )
 
 
 def load_weights(folder: Path) -> tuple[PLDRModel, dict[str, Any]]:

@@ -84,6 +84,9 @@ class PostConfig(Section):
     max_format_loss: float = packaging(
         0.01, "nats, |held-out loss of bf16 or int8 weights - of fp32|", ge=0, le=MAX_FORMAT_LOSS
     )
+    with_metric_learner: bool = replace(packaging, added=True)(
+        False, "keep the metric learner in the bundle, to compare the cached G with the live one (needs fp32)"
+    )
     twin: str | None = beside(None, "run_dir of the SDPA twin (model.g_source=identity): the page shows its loss")
     register_as: str | None = packaging("pldr", "MLflow registered model; null: none", pattern=r"^[^/:]+$")
     sample_prompt: str = work("The ", "what the sample at the end of `pldr run` continues")
@@ -96,6 +99,11 @@ class PostConfig(Section):
             raise ValueError(
                 f"max_relative_deviation_g {self.max_relative_deviation_g:g} is above variant_above {self.variant_above:g}: "
                 "a G_LM that varies is never certified; lower it"
+            )
+        if self.with_metric_learner and self.weight_format != "fp32":
+            raise ValueError(
+                f"with_metric_learner needs weight_format fp32, not {self.weight_format}: the live model has the certified "
+                "weights; set weight_format: fp32, or leave out the metric learner"
             )
         if self.prompts < self.min_prompts:
             raise ValueError(

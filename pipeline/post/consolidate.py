@@ -6,7 +6,6 @@ them. A checkpoint is trusted only when it is COMMITTED, every listed file has i
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,18 @@ import torch
 from torch import Tensor
 
 from pipeline.bundle.format import parse_model, state_shapes
-from pipeline.bundle.weights import CONFIG, FREE, SCHEMA_VERSION, WEIGHTS
+from pipeline.bundle.weights import CONFIG, SCHEMA_VERSION, save_weights
 from pipeline.checkpoint.deepspeed_files import ZeroState
 from pipeline.checkpoint.format import checkpoint_name, model_of, verify
 from pipeline.config.keys import trained_by
 from pipeline.errors import UserError
-from pipeline.io.sealed import publish_sealed
 from pipeline.io.storage import (
     MANIFEST,
-    publish_bytes,
-    publish_dir,
     read_json,
     require_free_space,
     sha256_file,
     sha256_json,
 )
-from pipeline.io.tensors import serialize
 from pldr_model.config import ModelConfig
 
 START = ("g_source", "g_start")  # keys of `model` that the weights' first values come from, beside sizes
@@ -58,19 +53,7 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
         **{key: state.get(key) for key in ("data_fingerprint", "tokenizer_sha256", "mlflow_run_id")},
     }
     require_free_space(out, 2 * sum(t.numel() * 4 for t in weights.values()), "the consolidated model")
-    with publish_dir(out) as temporary:
-        note = json.dumps({"schema_version": SCHEMA_VERSION, "model": config.to_dict()}, sort_keys=True)
-        publish_bytes(temporary / WEIGHTS, serialize(weights, note=note))
-        publish_sealed(
-            temporary / CONFIG,
-            {
-                "schema_version": SCHEMA_VERSION,
-                "model": config.to_dict(),
-                "model_sha256": sha256_file(temporary / WEIGHTS),
-                "source": source,
-            },
-            free=FREE,
-        )
+    save_weights(weights, config, out, source=source)
     record = read_json(out / CONFIG, schema_version=SCHEMA_VERSION)
     return {
         **source,

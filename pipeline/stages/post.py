@@ -79,6 +79,7 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
         notes=notes(config, source),
         uncertified=uncertified and not passed,
         packed=packed,
+        with_metric_learner=config.post.with_metric_learner,
     )
     if config.post.register_as is not None:
         run = run_named(config, paths, source["mlflow_run_id"])

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.bundle.format import (
+    METRIC_LEARNER,
     SCHEMA_VERSION,
     bundle_g,
     bundle_tensors,
@@ -20,6 +21,7 @@ from pipeline.bundle.format import (
     generation_config,
 )
 from pipeline.bundle.formats import SECTION, Packed, describe_format, pack
+from pipeline.bundle.metric_learner import WITHOUT_FP32, metric_learner_tensors
 from pipeline.bundle.read import read_bundle
 from pipeline.bundle.verify import check_tokenizer
 from pipeline.errors import UserError
@@ -37,6 +39,8 @@ from pipeline.post.package.card import model_card
 from pipeline.tokenizer import Tokenizer
 from pldr_model.model import PLDRModel
 
+LEARNER_NOTE = f"With `{METRIC_LEARNER}`: G_LM of a prompt can be deduced, and compared with the cached one."
+
 
 def build_bundle(
     model: PLDRModel,
@@ -49,12 +53,14 @@ def build_bundle(
     notes: Sequence[str] = (),
     uncertified: bool = False,
     packed: Packed | None = None,
+    with_metric_learner: bool = False,
 ) -> dict[str, Any]:
     """Write, verify and publish the bundle folder `out`; returns {"path", "bundle_sha256", "certified", "bytes"}.
 
     lineage: plain values for MANIFEST.json (run, checkpoint, git commit, data fingerprint). notes: lines for the model
     card (how it was trained). uncertified: package even with a failed certificate, and mark every file; marks a passed one
-    as well. packed: the weights in another format than fp32, with its cost. Raises UserError for a failed
+    as well. packed: the weights in another format than fp32, with its cost. with_metric_learner: keep the metric learner beside
+    them, in a file of its own. Raises UserError for a failed
     certificate or a format that costs too much (exit code 3), a certificate of other tensors, or a tokenizer that does not
     fit the model.
     """
@@ -66,6 +72,12 @@ def build_bundle(
     weight_format = "fp32" if packed is None else packed.section["format"]
     weights = serialize(bundle_tensors(model) if packed is None else packed.tensors)
     g_lm = serialize(bundle_g(g_LHKK))
+    learner = None
+    if with_metric_learner:
+        if packed is not None:
+            raise UserError(f"with_metric_learner: {WITHOUT_FP32.format(weight_format)}")
+        learner = serialize(metric_learner_tensors(model))
+        notes = [*notes, LEARNER_NOTE]
     spm = Tokenizer.load(tokenizer)
     check_tokenizer(spm, config, lineage or {}, certificate["lineage"], where=tokenizer)
     if packed is not None:
@@ -74,10 +86,12 @@ def build_bundle(
             *notes,
             f"Stored as {describe_format(packed.section)}. The certificate's measures are those of the fp32 weights.",
         ]
-    require_free_space(out, 2 * (len(weights) + len(g_lm)), "the bundle")
+    require_free_space(out, 2 * (len(weights) + len(g_lm) + len(learner or b"")), "the bundle")
     with publish_dir(out) as temporary:
         publish_bytes(temporary / "model.safetensors", weights)
         publish_bytes(temporary / "g_lm.safetensors", g_lm)
+        if learner is not None:
+            publish_bytes(temporary / METRIC_LEARNER, learner)
         publish_bytes(temporary / "tokenizer.model", tokenizer.read_bytes())
         mark = "certified" if certified else "uncertified"
         publish_json(temporary / "certificate.json", {**certificate, "packaged": mark})

@@ -1,0 +1,98 @@
+"""The model card: README.md of an export. The front matter is what the Hugging Face hub reads; only what is known is in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pldr_model.config import ModelConfig
+
+FRONT = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- pldr-llm
+- custom_code
+---
+"""
+LIVE = (
+    "LIVE: G_LM is deduced by the metric learner, from all tokens of a full pass, and a prompt's is kept for decoding"
+)
+
+
+def export_card(manifest: dict[str, Any], config: ModelConfig, certificate: dict[str, Any] | None) -> str:
+    """Markdown: what it is, whether it is certified, use, self-check, origin."""
+    from pipeline.inference.hf.export import summary
+
+    sizes = (
+        f"{config.num_layers} layers x {config.num_heads} heads x {config.head_dim}, width {config.d_model}, vocabulary "
+        f"{config.vocab_size}, context {config.context_length} tokens; weights {manifest['dtype']}"
+    )
+    statement = f"{certificate['statement']}." if certificate else "There is no certificate for these weights."
+    parts = [
+        FRONT,
+        title(manifest),
+        "",
+        _about(manifest),
+        "",
+        statement,
+        "",
+        f"- Model: {sizes}.",
+        f"- Made from: {manifest['source']} `{manifest['name']}`, sha256 {manifest['bundle_sha256']}.",
+        "- Prompts are encoded without bos, which was never trained. Evaluators that need a first token take eos.",
+        "- The generated text is unfiltered, and no better than the training data.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)',
+        'inputs = tokenizer("To be", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
+        "```",
+        "",
+        *_vllm(manifest),
+        "## Self-check",
+        "",
+        "Made when this directory was written: stock transformers, in a fresh process and with the code in this directory, against "
+        "the model that it was exported from.",
+        "",
+        *(f"- {line}" for line in summary(manifest)),
+        f"- versions: {', '.join(f'{k} {v}' for k, v in manifest['selfcheck']['versions'].items())}",
+        "",
+        "All measures of the certificate: `certificate.json`. Files and their sha256: `MANIFEST.json`.",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def title(manifest: dict[str, Any]) -> str:
+    """The first line of the text: certified, or why not."""
+    name = f"# {manifest['name']}: PLDR-LLM"
+    if manifest["live"]:
+        return f"{name}, UNCERTIFIED: with its metric learner, so that no cached G_LM is certified"
+    if manifest["certified"]:
+        return f"{name}, certified: G_LM may be cached"
+    if manifest["dtype"] != "fp32":
+        return f"{name}, UNCERTIFIED: rounded to {manifest['dtype']}, and a certificate is about fp32 weights"
+    return f"{name}, UNCERTIFIED: its cached G_LM may give other answers than the model"
+
+
+def _about(manifest: dict[str, Any]) -> str:
+    if manifest["live"]:
+        return f"Power-law decoder language model (arXiv 2410.16703). {LIVE}. It needs attention `sdpa` or `eager`, not vLLM."
+    return (
+        "Power-law decoder language model with a constant energy-curvature tensor G_LM (PLDR-LLM v510Gi, arXiv 2502.13502): "
+        "a decoder whose attention scores are (q G_LM) k^T / sqrt(K), so that decoding needs only a KV-cache."
+    )
+
+
+def _vllm(manifest: dict[str, Any]) -> list[str]:
+    if manifest["live"]:
+        return []
+    dtype = "float32" if manifest["dtype"] == "fp32" else "auto"
+    return [
+        "```sh",
+        f"vllm serve PATH --trust-remote-code --model-impl transformers --dtype {dtype}",
+        "```",
+        "",
+    ]

@@ -1,0 +1,164 @@
+"""`pldr export hf`: a directory that stock transformers, vLLM and lm-eval load, and that certifies itself.
+
+Decision: the directory is written beside its final name, loaded there by stock transformers in a fresh process and compared
+with our own model (selfcheck.py), and gets its name only if they agree. What the check found stands in MANIFEST.json and in the
+model card. The certificate is about fp32 weights and a cached G_LM, so that an export with rounded weights, or with its metric
+learner, is not called certified.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ConfigError, UserError
+from pipeline.inference.extras import require
+from pipeline.inference.hf.card import export_card
+from pipeline.inference.hf.expectation import expect, library_texts
+from pipeline.inference.hf.manifest import KIND, SCHEMA_VERSION, is_export
+from pipeline.inference.hf.names import from_hf, to_hf
+from pipeline.inference.hf.selfcheck import check_export
+from pipeline.inference.hf.shards import parse_size, write_shards
+from pipeline.inference.hf.sizes import DTYPES, hf_config
+from pipeline.inference.hf.tokenizer import save_tokenizer
+from pipeline.inference.source import OpenModel
+from pipeline.io.sealed import publish_sealed
+from pipeline.io.storage import MANIFEST, manifest_of, publish_bytes, publish_dir, publish_json
+from pldr_model.model import PLDRModel
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+CODE = ("configuration_pldr.py", "modeling_pldr.py")
+
+
+def export_hf(
+    opened: OpenModel,
+    folder: str | Path,
+    *,
+    dtype: Dtype = "fp32",
+    shard_size: str = "5GB",
+    live: bool = False,
+    texts: Sequence[str] | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Write, check and publish an export; returns its manifest.
+
+    live: with the metric learner: G_LM of a full pass is that of its input, and a prompt's is kept for decoding. texts: held-out
+    texts of the run for the tokenizer's check; None: those of `library_texts`. Raises UserError, and leaves nothing behind,
+    when what stock transformers computes is not what our model computes.
+    """
+    require("transformers", "tokenizers", extra="hf")
+    target = Path(folder).absolute()
+    _require_replaceable(target)
+    shard_bytes = parse_size(shard_size)
+    model = opened.model
+    if live:
+        if opened.live is None:
+            raise ConfigError(
+                f"--live: {opened.path} has no metric learner; name a run whose model.g_source is learned"
+            )
+        model = opened.live
+    certified = opened.certified and dtype == "fp32" and not live
+    tensors = _in_dtype(to_hf(model.state_dict(), model.config), dtype, opened.path)
+    with publish_dir(target) as temporary:
+        report(f"writing {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()):,} bytes")
+        _write_model(opened, model, tensors, temporary, dtype=dtype, certified=certified, shard_bytes=shard_bytes)
+        report("self-check: stock transformers in a fresh process against our model")
+        source = "held-out texts of the run" if texts is not None else "documentation of Python's standard library"
+        expected, logits = expect(
+            _rounded(model, tensors) if dtype != "fp32" else model,
+            opened.tokenizer,
+            seed=opened.sha256,
+            texts=library_texts() if texts is None else texts,
+        )
+        selfcheck = check_export(temporary, expected, logits, rounded=dtype != "fp32")
+        selfcheck["tokenizer"]["source"] = source
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": KIND,
+            "bundle_sha256": opened.sha256,
+            "source": opened.kind,
+            "name": opened.name,
+            "certified": certified,
+            "dtype": dtype,
+            "live": live,
+            "model": model.config.to_dict(),
+            "selfcheck": selfcheck,
+        }
+        card = export_card(manifest, model.config, opened.certificate)
+        publish_bytes(temporary / "README.md", card.encode())
+        manifest["files"] = manifest_of(temporary)
+        publish_sealed(temporary / MANIFEST, manifest)
+    for line in summary(manifest):
+        report(line)
+    return manifest
+
+
+def summary(manifest: dict[str, Any]) -> list[str]:
+    """What the self-check found, one line each."""
+    check = manifest["selfcheck"]
+    logits, greedy, tokenizer = check["logits"], check["greedy"], check["tokenizer"]
+    rounded = f" (both sides in fp32 with the {manifest['dtype']} weights)" if "native" in check else ""
+    lines = [
+        f"logits{rounded}: largest difference {logits['difference']:.2g}, largest logit {logits['largest']:.3g}",
+        f"greedy tokens: equal for {greedy['equal']} of {greedy['prompts']} prompts ({greedy['tokens']} tokens)",
+        f"tokenizer: {tokenizer['other_ids']} of {tokenizer['texts']} texts get other ids ({tokenizer['source']})",
+    ]
+    if native := check.get("native"):
+        lines.append(
+            f"computed in {manifest['dtype']}: logits differ by up to {native['difference']:.2g}, and the best token is the same "
+            f"at {native['top1']:.4f} of the positions (measured, no promise)"
+        )
+    return lines
+
+
+def _require_replaceable(target: Path) -> None:
+    """An export replaces an earlier export or an empty folder, and nothing else."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"{target}: exists and is no folder; name another one")
+    if target.is_dir() and any(target.iterdir()) and not is_export(target):
+        raise UserError(f"{target}: holds files that no export wrote; name a new folder, or empty it")
+
+
+def _in_dtype(tensors: dict[str, Tensor], dtype: Dtype, where: Path) -> dict[str, Tensor]:
+    cast = {name: tensor.to(getattr(torch, DTYPES[dtype])) for name, tensor in tensors.items()}
+    for name, tensor in cast.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{where}: {name} holds numbers that {dtype} cannot; export it as bf16 or fp32")
+    return cast
+
+
+def _rounded(model: PLDRModel, tensors: dict[str, Tensor]) -> PLDRModel:
+    """Our model with the weights that were written."""
+    state = from_hf({name: tensor.float() for name, tensor in tensors.items()}, model.config)
+    rounded = PLDRModel(model.config, g_lm_LHKK=state.get("g_lm"))
+    rounded.load_state_dict(state)
+    return rounded.eval()
+
+
+def _write_model(
+    opened: OpenModel,
+    model: PLDRModel,
+    tensors: dict[str, Tensor],
+    folder: Path,
+    *,
+    dtype: Dtype,
+    certified: bool,
+    shard_bytes: int,
+) -> None:
+    from transformers import GenerationConfig
+
+    config = model.config
+    hf_config(config, certified=certified, dtype=dtype).save_pretrained(folder)
+    GenerationConfig(eos_token_id=config.eos_id, pad_token_id=config.pad_id, do_sample=False).save_pretrained(folder)
+    write_shards(tensors, folder, shard_bytes=shard_bytes)
+    for name in CODE:
+        shutil.copyfile(str(files("pipeline.inference.hf") / name), folder / name)
+    save_tokenizer(opened.tokenizer, folder, context_length=config.context_length)
+    if opened.certificate is not None:
+        publish_json(folder / "certificate.json", opened.certificate)

@@ -1,0 +1,81 @@
+"""An export back as our model, and any opened model as a transformers model in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.bundle.certificate.schema import read_certificate
+from pipeline.errors import UserError
+from pipeline.inference.extras import require
+from pipeline.inference.hf.manifest import read_manifest
+from pipeline.inference.hf.names import check_shapes, from_hf, to_hf
+from pipeline.inference.hf.shards import read_shards, shard_files
+from pipeline.inference.hf.sizes import hf_config, model_config
+from pipeline.inference.hf.tokenizer import fast_tokenizer
+from pipeline.inference.source import OpenModel
+from pipeline.io.storage import read_json
+from pipeline.io.tensors import read_header
+from pipeline.tokenizer import Tokenizer
+from pldr_model.config import ModelConfig
+
+
+class ExportParts(NamedTuple):
+    """A verified export. weights: our state dict in fp32, with `g_lm` [L,H,K,K] unless the export is live."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer
+    certificate: dict[str, Any] | None
+    manifest: dict[str, Any]
+
+
+def read_export(folder: str | Path) -> ExportParts:
+    """Verify what `export_hf` wrote, and read it. Raises UserError, one line, for a damaged or foreign directory."""
+    path = Path(folder)
+    manifest = read_manifest(path)
+    config = model_config(read_json(path / "config.json"), where=path / "config.json")
+    recorded = ModelConfig.from_dict(manifest["model"])
+    if hf_shapes_differ(config, recorded):
+        raise UserError(f"{path / 'config.json'}: another model than MANIFEST.json's; export the model again")
+    weights = {name: tensor.float() for name, tensor in read_weights(path, recorded).items()}
+    certificate = path / "certificate.json"
+    return ExportParts(
+        recorded,
+        weights,
+        Tokenizer.load(path / "tokenizer.model"),
+        read_certificate(certificate) if certificate.is_file() else None,
+        manifest,
+    )
+
+
+def hf_shapes_differ(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two configurations are of different mathematics, whatever they record beside it."""
+    keys = ("vocab_size", "num_layers", "num_heads", "head_dim", "context_length", "feed_forward_size", "rope_base",
+            "rope_style", "layer_norm_eps", "g_source", "pad_id", "eos_id")  # fmt: skip
+    return any(getattr(one, key) != getattr(other, key) for key in keys)
+
+
+def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Our state dict in the files' dtypes. Names and shapes are compared before anything is allocated."""
+    found = shard_files(folder)
+    check_shapes({name: read_header(file)[name][1] for name, file in found.items()}, config)
+    return from_hf(read_shards(found), config)
+
+
+def build(opened: OpenModel, *, dtype: str = "fp32", live: bool = False) -> tuple[Any, Any]:
+    """`(PldrForCausalLM, PreTrainedTokenizerFast)` of an opened model, in memory, without writing anything."""
+    require("transformers", "tokenizers", extra="hf")
+    from pipeline.inference.hf.modeling_pldr import PldrForCausalLM
+
+    source = opened.live if live and opened.live is not None else opened.model
+    config = hf_config(source.config, certified=opened.certified and not live, dtype=dtype)
+    with torch.device("meta"):
+        model = PldrForCausalLM(config)
+    state = to_hf(source.state_dict(), source.config)
+    model.load_state_dict({name: tensor.to(config.dtype) for name, tensor in state.items()}, assign=True)
+    context = source.config.context_length
+    return model.eval(), fast_tokenizer(opened.tokenizer, context_length=context)

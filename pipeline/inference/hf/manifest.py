@@ -1,0 +1,49 @@
+"""MANIFEST.json of an export: its files with their hashes, where it came from, and what its self-check found.
+
+As in a bundle, it finds damage, mix-ups and careless edits; it is not a signature.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.io.sealed import read_sealed
+from pipeline.io.storage import MANIFEST, parse_json, verify_manifest
+
+SCHEMA_VERSION = 1
+KIND = "pldr-hf-export"
+MAX_SMALL = 64 << 20  # bytes
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder has the manifest of an export, intact or not."""
+    file = folder / MANIFEST
+    if not file.is_file() or file.stat().st_size > MAX_SMALL:
+        return False
+    try:
+        value = parse_json(file.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(value, dict) and value.get("kind") == KIND
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, with all files verified. Raises UserError, one line, for what is missing, damaged or extra."""
+    file = folder / MANIFEST
+    if not file.is_file() or file.stat().st_size > MAX_SMALL:
+        raise UserError(f"{file}: missing, or too large; this is no export of `pldr export hf`, or an incomplete one")
+    manifest = read_sealed(file, schema_version=SCHEMA_VERSION)
+    listed = manifest.get("files")
+    well_formed = (
+        manifest.get("kind") == KIND
+        and isinstance(manifest.get("certified"), bool)
+        and isinstance(manifest.get("model"), dict)
+        and isinstance(listed, dict)
+        and all(isinstance(entry, dict) and entry.keys() == {"sha256", "size"} for entry in listed.values())
+    )
+    if not well_formed:
+        raise UserError(f"{file}: not the manifest of an export; export the model again")
+    verify_manifest(folder, manifest["files"])
+    return manifest

@@ -1,0 +1,171 @@
+"""`python -m pipeline.inference.hf.selfcheck DIR EXPECTED`: does stock transformers compute what our model does?
+
+A fresh process loads the directory as anybody would, with its own code and without our plugin, and compares it with what
+expectation.py left in the folder EXPECTED. It leaves its result there, and `check_export` judges it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import pipeline
+from pipeline.errors import UserError, first_line
+from pipeline.inference.hf.expectation import Expectation
+
+RESULT = "result.json"
+MAX_DIFFERENCE = 1e-5  # of logits, in units of the largest logit if that is above 1
+MAX_SHARE = 1e-3  # of texts whose ids or decoded text differ
+
+
+def check_export(
+    folder: Path, expected: Expectation, logits: dict[str, Tensor], *, rounded: bool = False
+) -> dict[str, Any]:
+    """The numbers of the self-check. rounded: the weights are not fp32, so both sides compute in fp32 with the rounded ones,
+    and what the directory's own dtype does is measured beside it.
+
+    Raises UserError when the directory does not load, or differs.
+    """
+    with tempfile.TemporaryDirectory(prefix="pldr-selfcheck-") as temporary:
+        work = Path(temporary)
+        save_file(logits, work / "logits.safetensors")
+        (work / "expected.json").write_text(json.dumps({**expected.to_dict(), "rounded": rounded}))
+        root = str(Path(pipeline.__file__).resolve().parents[1])
+        path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+        quiet = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules"), "TRANSFORMERS_VERBOSITY": "error"}
+        command = [sys.executable, "-m", "pipeline.inference.hf.selfcheck", str(folder.resolve()), str(work)]
+        done = subprocess.run(
+            command,
+            env={**os.environ, **quiet, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise UserError(f"the export does not work in a fresh process: {lines[-1][:300]}; nothing was written")
+        result: dict[str, Any] = json.loads((work / RESULT).read_text())
+    if problem := _problem(result):
+        raise UserError(
+            f"the export differs from the model: {problem}; nothing was written", details={"selfcheck": result}
+        )
+    return result
+
+
+def _problem(result: dict[str, Any]) -> str | None:
+    logits, greedy, tokenizer = result["logits"], result["greedy"], result["tokenizer"]
+    if not logits["finite"]:
+        return "its logits are not finite"
+    if logits["difference"] > MAX_DIFFERENCE * max(1.0, logits["largest"]):
+        return f"logits by {logits['difference']:.2g} (largest logit {logits['largest']:.2g}, allowed {MAX_DIFFERENCE:g} of it)"
+    if greedy["equal"] != greedy["prompts"]:
+        return f"greedy tokens of {greedy['prompts'] - greedy['equal']} of {greedy['prompts']} prompts"
+    for what in ("other_ids", "other_text"):
+        if tokenizer[what] > MAX_SHARE * tokenizer["texts"]:
+            return f"the tokenizer on {tokenizer[what]} of {tokenizer['texts']} texts, first {tokenizer['first']!r}"
+    if "native" in result and not result["native"]["finite"]:
+        return "logits in the directory's own dtype are not finite"
+    return None
+
+
+def measure(folder: str, expected: dict[str, Any], logits: dict[str, Tensor]) -> dict[str, Any]:
+    """What `check_export` judges, in this process."""
+    import tokenizers
+    import transformers
+
+    model = _load(folder, torch.float32)
+    if not type(model).__module__.startswith("transformers_modules."):
+        raise UserError(f"{folder}: transformers did not use the directory's own code but {type(model).__module__}")
+    result = {
+        "logits": _compare_logits(model, expected["sequences"], logits),
+        "greedy": _compare_greedy(model, expected),
+        "tokenizer": _compare_tokenizer(folder, expected),
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    }
+    if expected["rounded"]:
+        result["native"] = _compare_logits(_load(folder, "auto"), expected["sequences"], logits)
+    return result
+
+
+def _load(folder: str, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+
+
+@torch.inference_mode()
+def _compare_logits(model: Any, sequences: list[list[int]], logits: dict[str, Tensor]) -> dict[str, Any]:
+    """difference: largest of all; top1: share of positions with the same best token."""
+    difference, largest, same, finite = 0.0, 0.0, 0, True
+    for i, ids in enumerate(sequences):
+        theirs, ours = model(torch.tensor([ids])).logits[0].float(), logits[str(i)]
+        finite = finite and bool(theirs.isfinite().all())
+        difference = max(difference, (theirs - ours).abs().max().item()) if finite else float("nan")
+        largest = max(largest, ours.abs().max().item())
+        same += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
+    top1 = same / sum(map(len, sequences))
+    return {"difference": difference if finite else None, "largest": largest, "top1": top1, "finite": finite}
+
+
+@torch.inference_mode()
+def _compare_greedy(model: Any, expected: dict[str, Any]) -> dict[str, int]:
+    equal, tokens = 0, 0
+    for prompt, ours in zip(expected["prompts"], expected["greedy"], strict=True):
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=expected["max_new_tokens"]
+        )
+        equal += out[0, len(prompt) :].tolist() == ours
+        tokens += len(ours)
+    return {"prompts": len(expected["prompts"]), "equal": equal, "tokens": tokens}
+
+
+def _compare_tokenizer(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts, ids = expected["texts"], expected["ids"]
+    found = tokenizer(texts, add_special_tokens=True)["input_ids"]  # there are none to add
+    decoded = [tokenizer.decode(one) for one in ids]
+    other = [text for text, theirs, ours in zip(texts, found, ids, strict=True) if theirs != ours]
+    other_text = [
+        text for text, theirs, ours in zip(texts, decoded, expected["decoded"], strict=True) if theirs != ours
+    ]
+    first = next(iter([*other, *other_text]), None)
+    return {
+        "texts": len(texts),
+        "other_ids": len(other),
+        "other_text": len(other_text),
+        "first": first if first is None else first[:80],
+    }
+
+
+def main(folder: str, work: str) -> None:
+    """The fresh process."""
+    expected = json.loads((Path(work) / "expected.json").read_text())
+    try:
+        result = measure(folder, expected, load_file(Path(work) / "logits.safetensors"))
+    except Exception as error:  # whatever transformers raises: its one line is the reason, after its traceback
+        import traceback
+
+        traceback.print_exc()
+        sys.exit(f"{type(error).__name__}: {first_line(error)}")
+    (Path(work) / RESULT).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

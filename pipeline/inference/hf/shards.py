@@ -1,0 +1,95 @@
+"""Weights of an export: one safetensors file, or several with an index, as transformers names them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ConfigError, UserError
+from pipeline.io.storage import publish_json, read_json, safe_member
+from pipeline.io.tensors import read_header
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+MAX_INDEX = 64 << 20  # bytes
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `200 MB` or `1GiB` in bytes. Raises ConfigError."""
+    match = re.fullmatch(r"(\d{1,6}) ?([KMG]i?B)", text, flags=re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        raise ConfigError(f"--shard-size: {text!r} is no size; write 5GB, 200MB or 1GiB")
+    return int(match[1]) * UNITS[match[2].upper()]
+
+
+def write_shards(tensors: Mapping[str, Tensor], folder: Path, *, shard_bytes: int) -> None:
+    """Write the tensors in their order; a file that would become larger than `shard_bytes` is ended (one tensor may be)."""
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        publish_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def shard_files(folder: Path) -> dict[str, Path]:
+    """Tensor's name -> the file that holds it, from the files' headers, compared with the index where there is one.
+
+    Raises UserError for files that are missing or damaged, and for an index that names files elsewhere or other tensors.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(
+                f"{folder}: has neither {WEIGHTS} nor {INDEX}; weights as safetensors are needed (no pickle)"
+            )
+        return {name: folder / WEIGHTS for name in read_header(folder / WEIGHTS)}
+    if index.stat().st_size > MAX_INDEX:
+        raise UserError(f"{index}: {index.stat().st_size} bytes, too large: damaged; download or export it again")
+    value = read_json(index)
+    where = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise UserError(f"{index}: holds no weight_map of names to files; download or export it again")
+    found: dict[str, Path] = {}
+    for file in sorted(set(where.values())):
+        if safe_member(file) != Path(file).name or not file.endswith(".safetensors"):
+            raise UserError(f"{index}: {file!r} is no safetensors file in the same folder; download or export it again")
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file}: missing, but {INDEX} lists it; download or export it again")
+        for name in read_header(folder / file):
+            if where.get(name) != file:
+                raise UserError(f"{index}: does not list {name} of {file}; download or export it again")
+            found[name] = folder / file
+    for name in sorted(where.keys() - found.keys()):
+        raise UserError(f"{index}: lists {name}, which {where[name]} does not hold; download or export it again")
+    return found
+
+
+def read_shards(files: Mapping[str, Path]) -> dict[str, Tensor]:
+    """The tensors, in their files' dtypes, all finite."""
+    from safetensors import safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 - not a dictionary
+                tensors[name] = stream.get_tensor(name)
+                if not torch.isfinite(tensors[name]).all():
+                    raise UserError(f"{file}: {name} holds NaN or infinity; training diverged, or the file is damaged")
+    return tensors

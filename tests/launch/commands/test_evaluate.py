@@ -1,0 +1,76 @@
+"""`pldr evaluate`, from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.cli import main
+from tests.pipeline.inference.evaluate.small import write_documents
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("data"))
+
+
+def evaluate(capsys: Any, *words: Any) -> tuple[int, dict[str, Any], str]:
+    code = main(["evaluate", *map(str, words), "--json"])
+    captured = capsys.readouterr()
+    return code, json.loads(captured.out.splitlines()[-1]), captured.out
+
+
+def test_a_bundle_is_scored_into_the_working_directory(
+    capsys: Any, make_bundle: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = make_bundle("mine")
+    before = sorted(bundle.iterdir())
+    monkeypatch.chdir(tmp_path)
+    code, result, out = evaluate(capsys, bundle, "--data", data, "--tasks", "arc_easy,lambada_openai", "--limit", 4)
+    assert code == 0 and list(result["tasks"]) == ["arc_easy", "lambada_openai"] and result["certified"]
+    assert {"cached", "live", "difference", "stderr", "n"} <= set(result["tasks"]["arc_easy"])
+    assert result["tasks"]["arc_easy"]["n"] == 4 and result["limit"] == 4
+    assert result["page"] == str(tmp_path / "evaluation-mine" / "evaluation.html") and Path(result["page"]).is_file()
+    assert "only the first 4 items of each task were scored" in out and sorted(bundle.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--tasks", "piqa"], 1, "piqa: no documents; looked for"),
+        (["--tasks", ","], 2, "names of tasks, separated by commas"),
+        (["--tasks", "winogrande", "--out", "BUNDLE/out"], 2, "inside the folder of the model"),
+        (["--tasks", "winogrande", "train.steps=1"], 2, "only a run's YAML takes overrides"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    capsys: Any, make_bundle: Callable[..., Path], data: Path, words: list[str], code: int, message: str
+) -> None:
+    bundle = make_bundle()
+    words = [word.replace("BUNDLE", str(bundle)) for word in words]
+    got, result, _ = evaluate(capsys, bundle, "--data", data, *words)
+    assert got == code and message in result["error"] and not (bundle / "out").exists()
+
+
+@pytest.mark.parametrize("limit", ["0", "-3", "1.5", "many"])
+def test_a_limit_is_a_number_of_items(capsys: Any, limit: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "x", "--limit", limit])
+    assert stop.value.code == 2 and "a number of items" in capsys.readouterr().err
+
+
+def test_a_task_that_failed_fails_the_command_after_the_others(
+    capsys: Any, make_bundle: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "winogrande.jsonl").write_bytes((data / "winogrande.jsonl").read_bytes())
+    (folder / "piqa.jsonl").write_text("[]\n")
+    words = ["--data", folder, "--tasks", "piqa,winogrande", "--out", tmp_path / "out"]
+    code, result, _ = evaluate(capsys, make_bundle(), *words)
+    assert code == 1 and list(result["tasks"]) == ["winogrande"] and "not the documents of piqa" in result["error"]
+    assert "winogrande" in json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
