@@ -118,10 +118,11 @@ def _definition(name: str, index: dict[str, Any], data: Path | None) -> Definiti
             f"--tasks: {name} is a task of {'Python code' if kind != 'TASK' else output}; only tasks that score given answers "
             f"({', '.join(OUTPUTS)}) can be evaluated"
         )
-    return Definition(name, Path(entry.yaml_path), config, None if data is None else _file_of(name, data))
+    return Definition(name, Path(entry.yaml_path), config, None if data is None else file_of(name, data))
 
 
-def _file_of(name: str, data: Path) -> Path:
+def file_of(name: str, data: Path) -> Path:
+    """The file with a task's documents. Raises UserError naming where it was looked for."""
     names = STOCK[name][1] if name in STOCK else (f"{name}.jsonl",)
     looked = [data / folder / file for folder in FOLDERS for file in names]
     for file in looked:
