@@ -127,10 +127,11 @@ def _definition(name: str, index: dict[str, Any], data: Path | None) -> Definiti
             f"--tasks: {name} shows {config['num_fewshot']} examples of another split, and a file of --data is one split; "
             "leave out --data to take it from the hub"
         )
-    return Definition(name, Path(entry.yaml_path), config, None if data is None else _file_of(name, data))
+    return Definition(name, Path(entry.yaml_path), config, None if data is None else file_of(name, data))
 
 
-def _file_of(name: str, data: Path) -> Path:
+def file_of(name: str, data: Path) -> Path:
+    """The file with a task's documents. Raises UserError naming where it was looked for."""
     names = STOCK[name][1] if name in STOCK else (f"{name}.jsonl",)
     looked = [data / folder / file for folder in FOLDERS for file in names]
     for file in looked:
