@@ -236,16 +236,20 @@ class _Status:
 
     def of(self, which: str) -> Callable[[int, int], None]:
         """The progress of one G_LM."""
-        began = time.monotonic()
+        first: tuple[float, int] | None = (
+            None  # when requests were first done, and how many: earlier, texts were prepared
+        )
 
         def progress(done: int, of: int) -> None:
+            nonlocal first
             now = time.monotonic()
-            if now - self._last >= self._every or done == of:
-                self._last = now
-                left = (now - began) / done * (of - done)
-                bar = "█" * round(20 * done / of)
-                self._status(
-                    f"{self._head} {which:<6} {bar:░<20} {done:,}/{of:,}  {int(left // 60)}:{int(left % 60):02d} left"
-                )
+            first = first or (now, done)
+            if now - self._last < self._every and done < of:
+                return
+            self._last = now
+            left = (now - first[0]) / (done - first[1]) * (of - done) if done > first[1] else 0.0
+            time_left = f"  {int(left // 60)}:{int(left % 60):02d} left" if left else ""
+            bar = "█" * round(20 * done / of)
+            self._status(f"{self._head} {which:<6} {bar:░<20} {done:,}/{of:,}{time_left}")
 
         return progress
