@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError, UserError
-from pipeline.inference.extras import require
 from pipeline.inference.hf.card import export_card
 from pipeline.inference.hf.expectation import expect
 from pipeline.inference.hf.manifest import KIND, SCHEMA_VERSION, is_export
 from pipeline.inference.hf.names import from_hf, to_hf
+from pipeline.inference.hf.plugin import require_tested
 from pipeline.inference.hf.selfcheck import check_export
 from pipeline.inference.hf.shards import parse_size, write_shards
 from pipeline.inference.hf.sizes import DTYPES, hf_config
@@ -53,7 +53,7 @@ def export_hf(
     held-out texts of the run for the tokenizer's check, if at hand. Raises UserError, and leaves nothing behind, when what
     stock transformers computes is not what our model computes.
     """
-    require("transformers", "tokenizers", extra="hf")
+    require_tested()
     target = Path(folder).absolute()
     _require_replaceable(target)
     shard_bytes = parse_size(shard_size)

@@ -12,9 +12,9 @@ from torch import Tensor
 from pipeline.bundle.certificate.schema import read_certificate
 from pipeline.bundle.format import parse_model
 from pipeline.errors import UserError
-from pipeline.inference.extras import require
 from pipeline.inference.hf.manifest import read_manifest
 from pipeline.inference.hf.names import check_shapes, from_hf, to_hf
+from pipeline.inference.hf.plugin import require_tested
 from pipeline.inference.hf.shards import find_tensors, read_tensors
 from pipeline.inference.hf.sizes import hf_config, model_config
 from pipeline.inference.hf.tokenizer import fast_tokenizer
@@ -77,7 +77,7 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 def build(opened: OpenModel, *, dtype: str = "fp32", live: bool = False) -> tuple[Any, Any]:
     """`(PldrForCausalLM, PreTrainedTokenizerFast)` of an opened model, in memory, without writing anything."""
-    require("transformers", "tokenizers", extra="hf")
+    require_tested()
     from pipeline.inference.hf.modeling_pldr import PldrForCausalLM
 
     source = opened.live if live and opened.live is not None else opened.model

@@ -74,12 +74,14 @@ def find_tensors(folder: Path) -> dict[str, Found]:
     where = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise UserError(f"{index}: holds no weight_map of names to files; download or export it again")
-    found: dict[str, Found] = {}
-    for file in sorted(set(where.values())):
+    files = sorted(set(where.values()))
+    for file in files:
         if file != Path(file).name or not file.endswith(".safetensors"):
             raise UserError(f"{index}: {file!r} is no safetensors file in the same folder; download or export it again")
         if not (folder / file).is_file():
             raise UserError(f"{folder / file}: missing, but {INDEX} lists it; download or export it again")
+    found: dict[str, Found] = {}
+    for file in files:
         for name, (_, shape) in read_header(folder / file).items():
             if where.get(name) != file:
                 raise UserError(f"{index}: does not list {name} of {file}; download or export it again")
@@ -95,7 +97,7 @@ def weight_files(found: Mapping[str, Found]) -> list[Path]:
 
 
 def read_tensors(found: Mapping[str, Found]) -> dict[str, Tensor]:
-    """All of them in fp32, and finite."""
+    """All of them, finite, and in fp32 at least."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Tensor] = {}
@@ -103,7 +105,8 @@ def read_tensors(found: Mapping[str, Found]) -> dict[str, Tensor]:
         try:
             with safe_open(file, framework="pt") as stream:
                 for name in stream.keys():  # noqa: SIM118 - not a dictionary
-                    tensors[name] = stream.get_tensor(name).float()
+                    tensor = stream.get_tensor(name)
+                    tensors[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         except SafetensorError as error:  # stricter than `read_header` about the header's JSON
             raise UserError(f"{file}: its safetensors header is damaged ({error}); make the file again") from None
     for name, tensor in tensors.items():
