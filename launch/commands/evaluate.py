@@ -107,6 +107,8 @@ class _Origin:
         from pipeline.report.links import EVALUATION, links, mlflow_link
         from pipeline.tracking.run import known_run, require_no_copy
 
+        if arguments.uri is not None:
+            raise ConfigError("--uri: goes with a bundle or an export; a run's scores go to its own store")
         config = load_config(arguments.source, arguments.overrides)
         paths = RunPaths(config.run_dir)
         self.out = arguments.out.absolute() if arguments.out else (paths.root / EVALUATION).parent

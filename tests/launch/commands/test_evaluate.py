@@ -16,6 +16,7 @@ from pipeline.config.load import load_config
 from pipeline.config.paths import RunPaths
 from pipeline.tracking.client import client
 from pipeline.tracking.run import open_run
+from tests.helpers.exports import write_export
 from tests.pipeline.inference.evaluate.small import write_documents
 
 
@@ -85,11 +86,29 @@ def test_a_task_that_failed_fails_the_command_after_the_others(
 def test_a_run_is_scored_live_beside_its_other_pages(
     capsys: Any, make_finished: Callable[..., Path], data: Path, tmp_path: Path
 ) -> None:
-    code, result, _ = evaluate(capsys, make_finished(), "--data", data, "--tasks", "winogrande")
+    path = make_finished()
+    code, result, _ = evaluate(capsys, path, "--uri", "http://host")
+    assert code == 2 and "a run's scores go to its own store" in result["error"]
+    code, result, _ = evaluate(capsys, path, "--data", data, "--tasks", "winogrande")
     one = result["tasks"]["winogrande"]
     assert code == 0 and result["out"] == str(tmp_path / "finished" / "evaluation")
     assert one["live"] == one["cached"] and (one["difference"], one["stderr"], one["changed"]) == (0, 0, 0)
     assert "../certificate/certificate.html" in Path(result["page"]).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_an_export_has_the_scores_of_its_bundle(
+    capsys: Any, make_bundle: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    bundle = make_bundle()
+    found, perplexities = [], []
+    for source in (bundle, write_export(bundle, tmp_path / "export")):
+        words = ["--data", data, "--tasks", "arc_easy,lambada_openai", "--out", tmp_path / f"{source.name}-scores"]
+        code, result, _ = evaluate(capsys, source, *words)
+        assert code == 0 and result["certified"]
+        found.append({task: (one["cached"], one["n"]) for task, one in result["tasks"].items()})
+        perplexities.append(result["tasks"]["lambada_openai"]["metrics"]["perplexity"]["cached"])
+    assert found[0] == found[1] and perplexities[0] == pytest.approx(perplexities[1], rel=1e-5)
 
 
 @pytest.mark.slow
