@@ -45,6 +45,16 @@ def test_a_bundle_is_scored_into_the_working_directory(
     assert "only the first 4 items of each task were scored" in out and sorted(bundle.iterdir()) == before
 
 
+def test_a_bundle_with_its_metric_learner_is_scored_live(
+    capsys: Any, make_bundle: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    bundle = make_bundle(with_metric_learner=True)
+    code, result, _ = evaluate(capsys, bundle, "--data", data, "--tasks", "winogrande", "--out", tmp_path / "out")
+    one = result["tasks"]["winogrande"]
+    assert code == 0 and result["no_live"] is None
+    assert one["live"] == one["cached"] and one["changed"] == 0 and 0 < one["max_logprob_difference"] < 1e-4
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
