@@ -87,7 +87,7 @@ class _Origin:
     def __init__(self, opened: OpenModel, arguments: Any) -> None:
         self._opened, self._pages, self._uri = opened, [], arguments.uri
         lineage = (opened.certificate or {}).get("lineage", {})
-        self._run_id, self._step = lineage.get("mlflow_run_id"), int(lineage.get("step") or 0)
+        self._run_id, self._step = lineage.get("mlflow_run_id"), lineage.get("step") or 0
         if opened.kind == "run":
             self._of_run(arguments)
             return
@@ -102,6 +102,7 @@ class _Origin:
             self._pages.append(mlflow_link(self._uri, self._run_id))
 
     def _of_run(self, arguments: Any) -> None:
+        from pipeline.bundle.weights import load_weights
         from pipeline.config.load import load_config
         from pipeline.config.paths import RunPaths
         from pipeline.report.links import EVALUATION, links, mlflow_link
@@ -112,6 +113,7 @@ class _Origin:
         config = load_config(arguments.source, arguments.overrides)
         paths = RunPaths(config.run_dir)
         self.out = arguments.out.absolute() if arguments.out else (paths.root / EVALUATION).parent
+        self._step = load_weights(paths.weights)[1].get("step") or 0  # a run may have no certificate
         run = known_run(config, paths)
         try:
             if run is not None:

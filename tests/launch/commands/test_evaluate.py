@@ -125,7 +125,7 @@ def test_an_export_has_the_scores_of_its_bundle(
 def test_the_mlflow_run_of_a_run_gets_the_scores(
     capsys: Any, make_finished: Callable[..., Path], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = make_finished()
+    path = make_finished(step=7)
     config = load_config(path, [])
     paths = RunPaths(config.run_dir)
     run = open_run(config, paths)
@@ -134,6 +134,7 @@ def test_the_mlflow_run_of_a_run_gets_the_scores(
     one = result["tasks"]["winogrande"]
     logged = client(run.uri).get_run(run.id)
     assert code == 0 and logged.data.metrics["eval/winogrande/acc_live"] == one["live"]
+    assert [point.step for point in client(run.uri).get_metric_history(run.id, "eval/winogrande/n")] == [7]
     assert {file.path for file in client(run.uri).list_artifacts(run.id, "evaluation")} == {
         "evaluation/results.json", "evaluation/evaluation.html", "evaluation/table.json",
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from pipeline.inference.evaluate import run
 from pipeline.inference.evaluate.page import write_page
+from pipeline.inference.evaluate.table import table
 from pipeline.report.links import links
 from tests.helpers.html_page import Page, browser, too_wide
 from tests.pipeline.inference.evaluate.small import open_tiny
@@ -61,7 +63,9 @@ def test_nothing_is_wider_than_its_place(make_results: Any, tmp_path: Path, widt
 
 def test_a_model_that_leaks(make_results: Any, tmp_path: Path) -> None:
     page = page_of(make_results(gain=1.0, certified=False), tmp_path)
-    assert "The live scores are a leak" in page.words() and "leak gain" in page.words()
+    assert "Not certified: a live score may have seen the answer" in page.words() and "leak gain" in page.words()
+    assert "its live G_LM is computed from context and answer together" in page.words()
+    assert re.search(r"Live scores are above the cached ones in \d of 3 tasks", page.words())
     assert "remain unchanged" not in page.words()
 
 
@@ -69,6 +73,17 @@ def test_without_live_scores(make_results: Any, tmp_path: Path) -> None:
     page = page_of(make_results(live=False), tmp_path)
     assert "Scores with the cached G_LM" in page.words() and "no metric learner" in page.words()
     assert "remain unchanged" not in page.words()
+
+
+def test_a_score_that_is_no_number(make_results: Any, tmp_path: Path) -> None:
+    """mc2 of answers whose probabilities all vanish."""
+    for settings in ({}, {"gain": 1.0, "certified": False}):
+        results = make_results(**settings)
+        one = results["tasks"]["truthfulqa_mc2"]
+        for values in (one, one["metrics"]["acc"]):
+            values |= dict.fromkeys(("cached", "cached_stderr", "live", "live_stderr", "difference", "stderr"))
+        one["leak_gain"] = None
+        assert "45.58" not in page_of(results, tmp_path).words() and len(table(results)) > 4
 
 
 def test_hostile_names_are_text(make_results: Any, tmp_path: Path) -> None:
