@@ -27,27 +27,28 @@ from importlib.metadata import version
 from typing import Any
 
 from launch.commands.bench import add_bench_verb
-from launch.commands.bundle import add_bundle_verbs, long_name
+from launch.commands.bundle import add_bundle_verbs
 from launch.commands.config import add_config_verb
 from launch.commands.convert import add_convert_verbs
 from launch.commands.data import add_data_verbs
 from launch.commands.doctor.command import add_doctor_verb
 from launch.commands.evaluate import add_evaluate_verb
+from launch.commands.hf import add_hf_verbs
 from launch.commands.init import add_init_verb
 from launch.commands.launch import add_launch_verbs
 from launch.commands.runs import add_run_verbs
 from launch.commands.stage import add_stage_verbs
 from launch.commands.sweep import add_sweep_verb
 from launch.commands.terminal import Display, report
-from launch.commands.verbs import Verbs
-from pipeline.errors import Stopped, UserError
+from launch.commands.verbs import Verbs, long_name
+from pipeline.errors import Caution, Stopped, UserError
 
 GROUPS = {  # what `pldr --help` shows, by what one is about to do
     "a whole run": ("init", "check", "run", "plan", "config"),
     "data": ("shard", "tokenizer", "tokenize", "data"),
     "train": ("train", "runs", "report", "track"),
     "prove": ("consolidate", "extract", "validate", "parity"),
-    "use": ("bundle", "verify", "generate", "evaluate", "import", "export"),
+    "use": ("bundle", "verify", "generate", "evaluate", "export hf", "import hf", "import", "export"),
     "cluster": ("launch", "doctor", "sweep"),
     "tools": ("bench",),
 }
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         atexit.register(stop_signals.ignore)  # the last thing that is done
     try:
-        with Display(hurried=lambda: bool(stop_signals.names)) as display:
+        with Display(hurried=lambda: bool(stop_signals.names)) as display, warnings.catch_warnings():
             return _run(parse(argv), display)
     finally:
         if argv is not None:
@@ -73,6 +74,7 @@ def _run(arguments: argparse.Namespace, display: Display) -> int:
     display.whole = not arguments.is_work
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    _show_cautions(display)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     atexit.register(gc.freeze)  # else the last collection at exit walks all of torch or MLflow: a second (2026-11-28)
     stopped_code, exit_code = getattr(arguments, "stopped_code", 0) or 1, 0
@@ -105,6 +107,20 @@ def _run(arguments: argparse.Namespace, display: Display) -> int:
     if arguments.json:
         display.result(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
     return exit_code
+
+
+def _show_cautions(display: Display) -> None:
+    """A `Caution` is a line on stderr; other warnings stay as Python shows them."""
+    show = warnings.showwarning
+
+    def shown(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, Caution):
+            display.error(f"pldr: warning: {message}")
+        else:
+            show(message, category, *rest)
+
+    warnings.showwarning = shown  # type: ignore[assignment]
+    warnings.simplefilter("always", Caution)
 
 
 def _fail(arguments: argparse.Namespace, display: Display, message: str, exit_code: int, **details: Any) -> int:
@@ -169,6 +185,7 @@ def build_parser() -> Parser:
     add_sweep_verb(verbs)
     add_bench_verb(verbs)
     add_convert_verbs(verbs)
+    add_hf_verbs(verbs)
     return parser
 
 

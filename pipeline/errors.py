@@ -31,6 +31,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+class Caution(UserWarning):
+    """What a user must know and may ignore: a line. `pldr` prints it as such, Python as a warning."""
+
+
 class Stopped(UserError):
     """Not an error: the user's signal ended training after a save (exit code 0, or the one that a scheduler expects)."""
 

@@ -90,6 +90,17 @@ class Tokenizer:
         pieces: list[str] = self._processor.encode(text, out_type=str)
         return pieces
 
+    def spans(self, text: str) -> list[tuple[int, str, int]]:
+        """Of each token of a text its id, the part of the text that it stands for, and where that begins, in characters. Of a
+        character of several byte pieces the last one has it all, the others stand for nothing."""
+        data, found = text.encode(), []
+        offset = end = 0
+        for piece in self._processor.encode(text, return_type="proto").pieces:  # begin, end: in bytes
+            offset += len(data[end : piece.begin].decode())  # white space that the tokenizer drops
+            found.append((piece.id, piece.surface, offset))
+            offset, end = offset + len(piece.surface), piece.end
+        return found
+
     def piece(self, token: int) -> str:
         """The piece with this id."""
         piece: str = self._processor.id_to_piece(token)

@@ -14,7 +14,9 @@ LONG_NAME = "bundle verify"
 def add_bundle_verbs(verbs: Verbs) -> None:
     """The verbs `generate` and `verify`; the long name of the latter is `bundle verify`."""
     sub = verbs.add("generate", _generate, "continue prompts with a bundle")
-    sub.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
+    sub.add_argument(
+        "bundle", metavar="BUNDLE", help="a bundle folder; also an export of `pldr export hf`, or a run's YAML"
+    )
     sub.add_argument("--prompt", action="append", required=True, help="text to continue; several make a batch")
     sub.add_argument("--max-new-tokens", type=int, default=100)
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -27,11 +29,6 @@ def add_bundle_verbs(verbs: Verbs) -> None:
             name, _verify, "check every byte of a bundle, its schemas, and its certificate against its files"
         )
         sub.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
-
-
-def long_name(words: Sequence[str]) -> list[str]:
-    """`bundle verify …` as one verb: the stage `bundle CONFIG` leaves argparse no room for verbs of its own."""
-    return [LONG_NAME, *words[2:]] if " ".join(words[:2]) == LONG_NAME else list(words)
 
 
 def _generate(arguments: Any, report: Report) -> Result:

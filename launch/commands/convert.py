@@ -11,6 +11,10 @@ from launch.commands.verbs import Report, Result, Verbs
 from pipeline.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
     from pldr_model.config import ModelConfig, RopeStyle
 
 SCHEMA_VERSION = 1
@@ -105,11 +109,7 @@ def import_reference(
     report: Report,
 ) -> Result:
     """Reference checkpoint -> FOLDER/{model.safetensors, config.json}. Raises UserError naming the file, key or shape."""
-    from safetensors.torch import save_file
-
-    from pipeline.bundle.weights import FREE
     from pipeline.io import storage
-    from pipeline.io.sealed import publish_sealed
     from pldr_model.convert import from_reference, infer_config, load_checkpoint_file
 
     try:
@@ -123,19 +123,34 @@ def import_reference(
         raise
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    folder = Path(target)
+    origin = {"imported_from": Path(source).name, "sha256": storage.sha256_file(source)}
+    return publish_folder(Path(target), weights, config, source=origin, report=report)
+
+
+def publish_folder(
+    folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, *, source: dict[str, Any], report: Report
+) -> Result:
+    """Write FOLDER/{model.safetensors, config.json}, and g_lm.safetensors (what `model.g_file` names) where there is a G."""
+    from safetensors.torch import save_file
+
+    from pipeline.bundle.weights import FREE
+    from pipeline.io import storage
+    from pipeline.io.sealed import publish_sealed
+    from pipeline.io.tensors import serialize
 
     def write(temporary: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
 
     storage.publish(folder / "model.safetensors", write)
+    if "g_lm" in weights:
+        storage.publish_bytes(folder / "g_lm.safetensors", serialize({"g_lm": weights["g_lm"]}))
     publish_sealed(
         folder / "config.json",
         {
             "schema_version": SCHEMA_VERSION,
             "model": config.to_dict(),
             "model_sha256": storage.sha256_file(folder / "model.safetensors"),
-            "source": {"imported_from": Path(source).name, "sha256": storage.sha256_file(source)},
+            "source": source,
         },
         free=FREE,
     )

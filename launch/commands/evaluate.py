@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.commands.verbs import Report, Result, Verbs, add_overrides
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import Caution, ConfigError, UserError
 
 if TYPE_CHECKING:
     from pipeline.inference.source import OpenModel
@@ -54,7 +55,7 @@ def _evaluate(arguments: Any, report: Report) -> Result:
         )
     opened = open_model(arguments.source, arguments.overrides, live=None)
     if opened.caution:
-        report(opened.caution)
+        warnings.warn(opened.caution, Caution, stacklevel=2)
     origin = _Origin(opened, arguments)
     live = sys.stdout.isatty() and not arguments.json
     results = evaluate(

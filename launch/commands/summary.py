@@ -26,6 +26,7 @@ def summary(pipeline: Pipeline, records: dict[str, dict[str, Any]], report: Repo
     sample = bundle.generate(
         [config.post.sample_prompt], max_new_tokens=80, temperature=0.8, top_p=0.9, seed=config.seed
     )
+    assert bundle.certificate is not None
     report("\n" + "\n".join(summary_lines(bundle.certificate)))
     report(f"\nA sample from the bundle (temperature 0.8, top-p 0.9, seed {config.seed}):\n")
     report("    " + (config.post.sample_prompt + sample[0]).replace("\n", "\n    "))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
@@ -33,6 +34,19 @@ class Verbs:
         self.helps[name] = help
         inner = sub.add_subparsers(dest=f"{name}_verb", required=True, metavar=metavar)
         return Verbs(inner, self._common)
+
+
+LONG_NAMES = ("bundle verify", "export hf", "import hf")
+
+
+def long_name(words: Sequence[str]) -> list[str]:
+    """Two words as one verb where the first is a verb too, so that argparse has no room for verbs below it.
+
+    `pldr export hf CKPT.pth` still means a folder called `hf` where there is one: as `export hf` it would lack an argument.
+    """
+    name = " ".join(words[:2])
+    folder = name != "bundle verify" and len(words) == 3 and Path(words[1]).is_dir()
+    return [name, *words[2:]] if name in LONG_NAMES and not folder else list(words)
 
 
 def add_config(sub: argparse.ArgumentParser, *, metavar: str = "CONFIG", help: str = "YAML of the run") -> None:

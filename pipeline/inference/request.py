@@ -1,12 +1,13 @@
-"""The texts of a request, prompts and stop strings: what is refused of them, in one line, before anything is computed.
+"""The texts and settings of a request: what is refused of them, in one line, before anything is computed.
 
 Numbers (temperature, top_k, …) are checked in `pldr_model.sampling`, for every caller.
 """
 
 from __future__ import annotations
 
+import difflib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import UserError
@@ -16,6 +17,7 @@ from pipeline.tokenizer import Tokenizer
 MIN_PROMPT_BYTES = 1 << 20  # a tokenizer may shorten a text (white space, unknown characters); up to here it is asked
 MAX_STOP_STRINGS = 1_000_000
 MAX_STOP_CHARACTERS = 1000
+SETTINGS = {"max_new_tokens": 128, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}  # and their defaults
 
 
 class PromptEncoder:
@@ -48,6 +50,26 @@ class PromptEncoder:
                 f"{name}: {len(ids)} tokens leave no room in the context of {self.context_length}; shorten it"
             )
         return ids
+
+
+def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a completion, with the defaults of those that are not given. Raises UserError for an unknown name."""
+    for name in settings:
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(name, SETTINGS, n=1)
+            help = f"did you mean {near[0]}?" if near else f"there are {', '.join(SETTINGS)}, stop"
+            raise UserError(f"{name}: no setting of a completion; {help}")
+    return {**SETTINGS, **settings}
+
+
+def read_texts(name: str, texts: Any) -> list[str]:
+    """A list of valid texts, which may be empty and of any length. Raises UserError that names the first other one."""
+    found = list(_list_of(name, texts))
+    for index, text in enumerate(found):
+        if not isinstance(text, str):
+            raise UserError(f"{name}[{index}]: {_kind(text)}; give a text")
+        _bytes(f"{name}[{index}]", text)
+    return found
 
 
 def read_stop(stop: Any) -> StopStrings:

@@ -1,4 +1,4 @@
-"""A loaded bundle: text in, text out, with KV-cache and G-cache.
+"""A loaded model: text in, text and log-probabilities out, with KV-cache and G-cache.
 
 Decision: prompts are encoded as the training text was, without bos. A completion is decoded as the continuation of a text,
 so that the space between prompt and completion is kept (SentencePiece drops a leading one). Stop strings are searched in that
@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.bundle.read import BundleParts, read_bundle
-from pipeline.errors import UserError
+from pipeline.errors import Caution, UserError
 from pipeline.inference.completion import Completion
-from pipeline.inference.request import PromptEncoder, read_stop
+from pipeline.inference.request import PromptEncoder, read_settings, read_stop, read_texts
+from pipeline.inference.scoring import Scored, Scorer
+from pipeline.inference.source import OpenModel, open_model
 from pldr_model.generation import NotFiniteError, generate_steps
-from pldr_model.model import PLDRModel
+from pldr_model.sampling import read_sampling
 
 NAMED = 5  # prompts in a message
 
@@ -40,34 +41,36 @@ class NotFiniteRows(UserError):
 
 
 class Bundle:
-    """A verified bundle, ready to generate. `certificate`, `manifest`, `config` and `tokenizer` are public and read-only."""
+    """A loaded model, ready to use: a bundle, and just as well an export or a run (`open_model`).
 
-    def __init__(self, parts: BundleParts) -> None:
-        self.config, self.weight_format, self.tokenizer = parts.config, parts.weight_format, parts.tokenizer
-        self.certificate, self.manifest, self.generation = parts.certificate, parts.manifest, parts.generation
-        self.certified: bool = parts.manifest["certified"]
-        self.model = PLDRModel(parts.config, g_lm_LHKK=parts.g_lm)
-        self.model.load_state_dict({**parts.weights, "g_lm": parts.g_lm})
-        self.model.eval()
-        # Bytes for the rows that decode together; None: what `pldr_model.generation.memory_budget` says.
+    `certificate`, `certified`, `config` and `tokenizer` are public and read-only. A live one computes G_LM anew from the
+    complete text for each token, without any cache: the control that a cached G_LM is compared with.
+    """
+
+    def __init__(self, opened: OpenModel) -> None:
+        self.opened = opened
+        self.live = opened.live is not None
+        self.model = opened.live if opened.live is not None else opened.model
+        self.config, self.tokenizer = opened.model.config, opened.tokenizer
+        self.certificate, self.certified, self.generation = opened.certificate, opened.certified, opened.generation
+        # Bytes for the rows that are computed together; None: what `pldr_model.generation.memory_budget` says.
         self.memory: int | None = None
-        prefix = self.generation["prompt_prefix_ids"]
-        self._encode = PromptEncoder(self.tokenizer, context_length=self.config.context_length, prefix=prefix)
+        self._prefix: list[int] = self.generation["prompt_prefix_ids"]
+        self._encode = PromptEncoder(self.tokenizer, context_length=self.config.context_length, prefix=self._prefix)
         # A piece that is decoded before the new ids, so that they keep their leading space, whatever the prompt was.
         self._anchor = self.tokenizer.encode("a")[-1:]
         self._anchor_size = len(self.tokenizer.decode(self._anchor))
 
     @classmethod
-    def load(cls, path: str | Path) -> Bundle:
-        """Verify and load; an uncertified bundle warns. Raises UserError, one line, for a damaged or foreign folder."""
-        parts = read_bundle(Path(path))
-        if not parts.manifest["certified"]:
-            failed = ", ".join(failure["measure"] for failure in parts.certificate["failed"]) or "none"
-            warnings.warn(
-                f"{path}: UNCERTIFIED bundle (failed checks: {failed}): its cached G_LM may change the model's outputs",
-                stacklevel=2,
-            )
-        return cls(parts)
+    def load(cls, source: str | Path, overrides: list[str] | None = None, *, live: bool = False) -> Bundle:
+        """Verify and load; a model that is not certified warns. Raises UserError, one line, for a damaged or foreign source.
+
+        live: with the metric learner, from a run or from a bundle that holds it.
+        """
+        opened = open_model(source, overrides, live=live)
+        if opened.caution is not None:
+            warnings.warn(opened.caution, Caution, stacklevel=2)
+        return cls(opened)
 
     def generate(
         self,
@@ -79,6 +82,7 @@ class Bundle:
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         seed: int | None = 0,
+        **unknown: Any,
     ) -> list[str]:
         """Continue each prompt; returns the completions without the prompts, in their order.
 
@@ -87,16 +91,17 @@ class Bundle:
         gives the same text; None draws a new one. Prompts of a batch do not affect each other, and decode together as many as
         fit `memory`.
         Raises UserError, before anything is computed, for empty prompts, prompts that leave no room in the context, and
-        settings of a wrong type or out of range. Raises NotFiniteRows (a UserError), after all others have ended, for prompts
-        whose logits were NaN or infinite; it holds the completions of the others.
+        settings that are unknown, of a wrong type or out of range. Raises NotFiniteRows (a UserError), after all others have
+        ended, for prompts whose logits were NaN or infinite; it holds the completions of the others.
         """
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        settings = read_settings({**given, "seed": seed, **unknown})
         encoded, stops = self._encode(prompts), read_stop(stop)
         texts = [Completion(self._decode, stops) for _ in encoded]
         take = (lambda index, new: texts[index].take(new)) if stops else None
         failed: dict[int, int] = {}
         try:
-            *_, new = self._steps(encoded, stop=take, seed=seed, **settings)
+            *_, new = self._steps(encoded, stop=take, settings=settings)
         except NotFiniteError as error:
             failed, new = error.rows, error.new
         for text, ids in zip(texts, new, strict=True):
@@ -107,14 +112,20 @@ class Bundle:
 
     def stream(self, prompt: str, *, stop: Sequence[str] = (), **settings: Any) -> Iterator[str]:
         """The completion that `generate` gives for one prompt, in pieces as they come. Settings and errors are those of
-        `generate`; errors come with the first piece, except NotFiniteRows, which comes after the last.
+        `generate`; NotFiniteRows comes after the last piece, all others before this returns.
 
         A piece never ends inside a character, nor in what may become a stop string.
         """
-        text, sent = Completion(self._decode, read_stop(stop)), 0
-        settings = {"max_new_tokens": 128, "seed": 0} | settings
+        text = Completion(self._decode, read_stop(stop))
+        steps = self._steps(
+            self._encode([prompt]), stop=lambda _, new: text.take(new), settings=read_settings(settings)
+        )
+        return self._pieces(text, steps)
+
+    def _pieces(self, text: Completion, steps: Iterator[list[list[int]]]) -> Iterator[str]:
+        sent = 0
         try:
-            for _ in self._steps(self._encode([prompt]), stop=lambda _, new: text.take(new), **settings):
+            for _ in steps:
                 if piece := text.settled()[sent:]:
                     sent += len(piece)
                     yield piece
@@ -123,28 +134,57 @@ class Bundle:
         if piece := text.finish()[sent:]:
             yield piece
 
+    def score(self, context: str, continuations: Sequence[str]) -> list[Scored]:
+        """Log-probability (nats), whether greedy, and number of tokens of each continuation after the context.
+
+        They are tokenized as lm-evaluation-harness does: white space at the end of the context belongs to the continuation,
+        and the continuation is what the tokens of the complete text have beyond those of the context. An empty context is eos;
+        one that is too long is cut from the left. Raises UserError for a continuation without tokens or longer than the
+        model's context.
+        """
+        (context,) = read_texts("context", [context])
+        texts = read_texts("continuations", continuations)
+        start = context.rstrip()
+        context_ids = self._prefix + self.tokenizer.encode(start)
+        whole = [self._prefix + self.tokenizer.encode(context + text) for text in texts]
+        requests = [(context_ids, ids[len(context_ids) :]) for ids in whole]
+        return self._scorer().score(requests, name="continuations")
+
+    def logprobs(self, text: str) -> dict[str, list[Any]]:
+        """`tokens` of a text (the parts that they stand for), their `ids`, `offsets` in characters, and `logprobs`: of each
+        token after those before it, of the first after eos. A text longer than the context is read in windows
+        (`pipeline.inference.shared.windows`)."""
+        (text,) = read_texts("text", [text])
+        spans = self.tokenizer.spans(text)
+        ids = [token for token, _, _ in spans]
+        return {
+            "tokens": [part for _, part, _ in spans],
+            "ids": ids,
+            "offsets": [offset for _, _, offset in spans],
+            "logprobs": self._scorer().token_logprobs(ids),
+        }
+
+    def _scorer(self) -> Scorer:
+        return Scorer(self.model, live=self.live, eos_id=self.generation["eos_id"], memory=self.memory)
+
     def _steps(
-        self, encoded: list[Any], *, stop: Callable[[int, list[int]], bool] | None, **settings: Any
+        self, encoded: list[Any], *, stop: Callable[[int, list[int]], bool] | None, settings: dict[str, Any]
     ) -> Iterator[list[list[int]]]:
-        """The new tokens of every prompt after each step."""
-        eos_id = self.generation["eos_id"]
+        """The new tokens of every prompt after each step. Settings are checked now, the rest follows when it is asked for."""
         try:
-            yield from generate_steps(self.model, encoded, stop=stop, eos_id=eos_id, memory=self.memory, **settings)
-        except NotFiniteError:
-            raise
+            read_sampling(**settings)
         except ValueError as error:
             raise UserError(f"generate: {error}") from None
+        return generate_steps(
+            self.model,
+            encoded,
+            stop=stop,
+            eos_id=self.generation["eos_id"],
+            use_cache=not self.live,
+            memory=self.memory,
+            **settings,
+        )
 
     def _decode(self, new_ids: list[int]) -> str:
         """The text that these ids add to a text before them."""
         return self.tokenizer.decode(self._anchor + new_ids)[self._anchor_size :]
-
-    def describe(self) -> dict[str, Any]:
-        """What this bundle is, as plain values for logs and endpoints."""
-        return {
-            "bundle_sha256": self.manifest["bundle_sha256"],
-            "certified": self.certified,
-            "weight_format": self.weight_format,
-            "statement": self.certificate["statement"],
-            "context_length": self.config.context_length,
-        }

@@ -70,15 +70,17 @@ class Scorer:
         self.g_lm = None if g_lm is None else g_lm.to(device=weight.device, dtype=weight.dtype)
         self.memory = memory_budget(model) if memory is None else memory
 
-    def score(self, requests: Sequence[Request], *, progress: Progress | None = None) -> list[Scored]:
+    def score(
+        self, requests: Sequence[Request], *, progress: Progress | None = None, name: str = "requests"
+    ) -> list[Scored]:
         """Score each continuation after its context, in their order.
 
         A context too long for the model is cut from the left, as lm-evaluation-harness does: context and continuation
         without its last token fill the context length. progress: called with the number of requests that a batch finished.
-        Raises UserError that names the first request with an empty continuation, one longer than the context, ids
-        outside the vocabulary, or logits that are not finite.
+        name: what errors call the requests. Raises UserError that names the first with an empty continuation, one longer
+        than the context, ids outside the vocabulary, or logits that are not finite.
         """
-        run = self._run(requests, progress)
+        run = self._run(requests, progress, name)
         return [Scored(math.fsum(each), best, len(each)) for each, best in zip(run.logprobs, run.greedy, strict=True)]
 
     def token_logprobs(self, ids: Sequence[int]) -> list[float]:
@@ -89,31 +91,32 @@ class Scorer:
         """`token_logprobs` of several texts."""
         limit = self.model.config.context_length
         parts = [windows(ids, first=self.eos_id, context_length=limit) for ids in texts]
-        logprobs = iter(self._run([pair for pairs in parts for pair in pairs], progress).logprobs)
+        run = self._run([pair for pairs in parts for pair in pairs], progress, "windows")
+        logprobs = iter(run.logprobs)
         return [[value for _ in pairs for value in next(logprobs)] for pairs in parts]
 
     @torch.inference_mode()
-    def _run(self, requests: Sequence[Request], progress: Progress | None) -> _Run:
-        inputs = [self._input(index, *request) for index, request in enumerate(requests)]
-        run = _Run(self, inputs, [list(continuation) for _, continuation in requests], progress)
+    def _run(self, requests: Sequence[Request], progress: Progress | None, name: str) -> _Run:
+        inputs = [self._input(f"{name}[{index}]", *request) for index, request in enumerate(requests)]
+        run = _Run(self, inputs, [list(continuation) for _, continuation in requests], progress, name)
         found = [Group([ids], 0) for ids in run.asking] if self.live else groups(run.asking)
         run.alone([group.members[0] for group in found if len(group.members) == 1])
         run.shared([group for group in found if len(group.members) > 1])
         return run
 
-    def _input(self, index: int, context: Sequence[int], continuation: Sequence[int]) -> Ids:
+    def _input(self, name: str, context: Sequence[int], continuation: Sequence[int]) -> Ids:
         """What the model reads of a request: all but the last token, as much as the context holds."""
         config = self.model.config
         if not len(continuation):
-            raise UserError(f"requests[{index}]: an empty continuation has no score; leave it out")
+            raise UserError(f"{name}: an empty continuation has no score; leave it out")
         if len(continuation) > config.context_length:
             raise UserError(
-                f"requests[{index}]: a continuation of {len(continuation)} tokens is longer than the context of "
+                f"{name}: a continuation of {len(continuation)} tokens is longer than the context of "
                 f"{config.context_length}; shorten it"
             )
         ids = (*(context if len(context) else (self.eos_id,)), *continuation)
         if min(ids) < 0 or max(ids) >= config.vocab_size:
-            raise UserError(f"requests[{index}]: holds ids outside the vocabulary of {config.vocab_size}")
+            raise UserError(f"{name}: holds ids outside the vocabulary of {config.vocab_size}")
         return ids[-(config.context_length + 1) : -1]
 
 
@@ -131,10 +134,10 @@ class _Run:
     all of them are the `greedy` ones."""
 
     def __init__(
-        self, scorer: Scorer, inputs: Sequence[Ids], targets: list[list[int]], progress: Progress | None
+        self, scorer: Scorer, inputs: Sequence[Ids], targets: list[list[int]], progress: Progress | None, name: str
     ) -> None:
         self.model, self.g_lm, self.memory, self.equal = scorer.model, scorer.g_lm, scorer.memory, scorer.live
-        self.targets, self.progress = targets, progress
+        self.targets, self.progress, self.name = targets, progress, name
         self.asking: dict[Ids, list[int]] = {}  # input -> its requests: the same input is read once
         for request, ids in enumerate(inputs):
             self.asking.setdefault(ids, []).append(request)
@@ -213,7 +216,7 @@ class _Run:
             logprob_M, greedy_M = _logprobs(self.model.output(hidden_BSD[row_N, position_N]), index_M, target_M)
             for (_, one), logprob, greedy in zip(here, logprob_M.tolist(), greedy_M.tolist(), strict=True):
                 if not math.isfinite(logprob):
-                    raise UserError(f"requests[{one.request}]: the model's logits are NaN or infinite; leave it out")
+                    raise UserError(f"{self.name}[{one.request}]: the model's logits are NaN or infinite; leave it out")
                 self.logprobs[one.request][one.token] = logprob
                 self.greedy[one.request] &= greedy
 

@@ -63,7 +63,8 @@ class OpenModel:
             return None
         failed = [failure["measure"] for failure in self.certificate["failed"]] if self.certificate else []
         why = f"failed checks: {', '.join(failed) or 'none'}" if self.certificate else "no certificate"
-        return f"{self.path}: UNCERTIFIED model ({why}): its cached G_LM may change the model's outputs"
+        what = {"bundle": "bundle", "hf": "export", "run": "run"}[self.kind]
+        return f"{self.path}: UNCERTIFIED {what} ({why}): its cached G_LM may change the model's outputs"
 
 
 def open_model(source: str | Path, overrides: list[str] | None = None, *, live: bool | None = False) -> OpenModel:

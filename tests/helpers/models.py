@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+import yaml
 
+from pipeline.bundle.extracted import save_g
+from pipeline.bundle.weights import save_weights
 from pipeline.config.post import PostConfig
-from pipeline.io.storage import sha256_file
+from pipeline.io.storage import render_json, sha256_file
 from pipeline.post.extract import extract_g
 from pipeline.post.package.bundle import build_bundle
 from pipeline.post.validate import validate
@@ -151,5 +154,32 @@ def make_bundle(
         model = arguments.pop("model", invariant)
         build_bundle(model, extract_g(model, text[:, :-1], "mean").g_lm, **arguments)
         return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def make_finished(
+    invariant: PLDRModel, text: torch.Tensor, certificate: dict[str, Any], tokenizer_path: Path, tmp_path: Path
+) -> Callable[..., Path]:
+    """The YAML of a run of this model (the invariant one): weights/, g_lm/, certificate/, tokenizer/."""
+
+    def make(model: PLDRModel = invariant, **source: Any) -> Path:
+        run = tmp_path / "finished"
+        tree = {
+            "name": "finished",
+            "run_dir": str(run),
+            "data": {"sources": [{"url": "none.jsonl"}]},
+            "model": {key: value for key, value in model.config.to_dict().items() if value is not None},
+        }
+        save_weights(model.state_dict(), model.config, run / "weights", source=source)
+        save_g(extract_g(model, text[:, :-1], "mean"), run / "g_lm")
+        (run / "certificate").mkdir(parents=True)
+        (run / "certificate" / "certificate.json").write_bytes(render_json(certificate))
+        (run / "tokenizer").mkdir()
+        (run / "tokenizer" / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+        path = tmp_path / "finished.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
 
     return make

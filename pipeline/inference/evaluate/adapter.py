@@ -41,7 +41,7 @@ class ScoringLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """An `LM` that scores in chunks, and takes a chunk that was scored before from `answers`.
 
     score: log-likelihoods of requests, in their order. progress: gets the number of requests done, and of all. `cut` counts
-    the contexts that lost their beginning.
+    the contexts that lost their beginning; `error` is what scoring raised, which is then no fault of the documents.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class ScoringLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self._score, self._tokenizer, self._length = score, tokenizer, context_length
         self._answers, self._progress = answers, progress
         self.cut = 0
+        self.error: Exception | None = None
 
     @property
     def eot_token_id(self) -> int:
@@ -110,16 +111,24 @@ class ScoringLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         out: list[Answer | None] = [None] * len(requests)
         done = 0
         for chunk in _chunks(requests):
-            asked = [requests[index] for index in chunk]
-            found = self._answers.get(asked)
-            if found is None:
-                found = [(float(one.logprob), bool(one.greedy)) for one in self._score(asked)]
-                self._answers.keep(asked, found)
+            try:
+                found = self._answers_to([requests[index] for index in chunk])
+            except Exception as error:
+                self.error = error
+                raise
             for index, answer in zip(chunk, found, strict=True):
                 out[index] = answer
             done += len(chunk)
             self._progress(done, len(requests))
         return [answer for answer in out if answer is not None]
+
+    def _answers_to(self, chunk: list[Request]) -> list[Answer]:
+        """Those that are kept, or new ones, which are kept then."""
+        found = self._answers.get(chunk)
+        if found is None:
+            found = [(float(one.logprob), bool(one.greedy)) for one in self._score(chunk)]
+            self._answers.keep(chunk, found)
+        return found
 
 
 def _chunks(requests: list[Request]) -> list[list[int]]:

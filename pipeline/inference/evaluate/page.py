@@ -16,7 +16,6 @@ from pipeline.report.terms import explained
 
 TERMS = ("live, cached", "acc", "acc_norm", "acc_bytes", "mc1, mc2", "perplexity", "paired standard error", "chance",
          "leak gain", "proven")  # fmt: skip
-RULE_OF_THREE = 3.0  # over n: the 95 % bound of a rate of which n cases showed none
 FAR = 2.0  # standard errors from chance, from which on a score says something
 Tree = dict[str, Any]
 
@@ -61,11 +60,8 @@ def _verdict(results: Tree) -> Tree:
     changed = sum(one["changed"] for one in tasks.values())
     items = sum(one["n"] for one in tasks.values())
     apart = max(one["max_logprob_difference"] or 0.0 for one in tasks.values())
-    bound = (
-        "" if changed else f" (at 95 % confidence fewer than {number(100 * RULE_OF_THREE / items)} % of such items do)"
-    )
     facts = (
-        f"Of {items:,} items {changed or 'none'} changed{bound}. The log-likelihood of any answer changed by at most "
+        f"Of {items:,} items {changed or 'none'} changed. The log-likelihood of any answer changed by at most "
         f"{number(apart)} nats."
     )
     if not results["certified"]:

@@ -53,8 +53,9 @@ def evaluate(
     """Score `opened` on these tasks and write `out`; returns what `results.json` holds.
 
     limit: only the first items of each task. data: a folder of JSONL files; None for the hub. report gets lines that stay,
-    status those that the next one replaces. A task that cannot be scored is in `failed`, with the reason; the others are
-    scored all the same. Raises ConfigError and UserError for names and files that are not there, before anything is scored.
+    status those that the next one replaces. All documents are read first. A task that cannot be scored is in `failed`, with
+    the reason; the others are scored all the same. Raises ConfigError and UserError for names and files that are not there, a
+    hub that cannot be reached, and where no task can be scored.
     """
     began = time.monotonic()
     definitions.quiet(offline=data is not None)
@@ -65,24 +66,46 @@ def evaluate(
         models: dict[str, Scorer] = {"cached": Scorer(opened.model, eos_id=opened.tokenizer.eos_id)}
         if opened.live is not None:
             models["live"] = Scorer(opened.live, live=True, eos_id=opened.tokenizer.eos_id)
-        for number, definition in enumerate(found, 1):
-            line = _Status(status, f"{number}/{len(found)} {definition.name}", every_s)
+        loaded = _load(found, Path(folder), results["failed"], report)
+        for number, (definition, task) in enumerate(loaded, 1):
+            line = _Status(status, f"{number}/{len(loaded)} {definition.name}", every_s)
+            one = _Task(definition, task, opened, limit)
             try:
-                one = _Task(definition, opened, Path(folder), limit)
                 items = {
                     name: one.score(scorer.score, answers.of(askers[name]), line.of(name))
                     for name, scorer in models.items()
                 }
             except UserError as error:
-                results["failed"][definition.name] = first_line(error)
-                report(f"{definition.name}: {first_line(error)}")
+                _failed(definition, error, results["failed"], report)
             else:
                 results["tasks"][definition.name] = one.result(items["cached"], items.get("live"))
             results["seconds"] = round(time.monotonic() - began, 1)
-            results["complete"] = number == len(found)
+            results["complete"] = number == len(loaded)
             publish_bytes(out / RESULTS, render_json(finite(results)))
+    if not results["tasks"]:
+        raise UserError(next(f"{name}: {reason}" for name, reason in results["failed"].items()))
     done: Tree = finite(results)
     return done
+
+
+def _load(
+    found: Sequence[Definition], folder: Path, failed: dict[str, str], report: Report
+) -> list[tuple[Definition, Any]]:
+    """The tasks with their documents; those that cannot be had are in `failed`."""
+    loaded = []
+    for definition in found:
+        try:
+            loaded.append((definition, definitions.load(definition, folder)))
+        except definitions.HubUnreachable:
+            raise
+        except UserError as error:
+            _failed(definition, error, failed, report)
+    return loaded
+
+
+def _failed(definition: Definition, error: UserError, failed: dict[str, str], report: Report) -> None:
+    failed[definition.name] = first_line(error)
+    report(f"{definition.name}: {first_line(error)}")
 
 
 def _head(opened: OpenModel, limit: int | None) -> Tree:
@@ -132,9 +155,8 @@ def _asker(opened: OpenModel, which: str) -> str:
 class _Task:
     """One task while it is scored."""
 
-    def __init__(self, definition: Definition, opened: OpenModel, folder: Path, limit: int | None) -> None:
-        self._definition, self._opened, self._limit = definition, opened, limit
-        self._task = definitions.load(definition, folder)
+    def __init__(self, definition: Definition, task: Any, opened: OpenModel, limit: int | None) -> None:
+        self._definition, self._task, self._opened, self._limit = definition, task, opened, limit
         self._samples: list[Tree] = []
         self._left_out = 0
 
@@ -158,6 +180,8 @@ class _Task:
         except UserError:
             raise
         except Exception as error:  # a document that does not fit the task's templates: any kind
+            if error is lm.error:
+                raise
             raise UserError(f"{self._definition.where}: lm-eval refused it ({first_line(error)})") from error
         samples = found["samples"][name]
         self._samples = [sample for sample in samples if not math.isnan(sum(_logprobs(sample["filtered_resps"])))]
@@ -212,16 +236,20 @@ class _Status:
 
     def of(self, which: str) -> Callable[[int, int], None]:
         """The progress of one G_LM."""
-        began = time.monotonic()
+        first: tuple[float, int] | None = (
+            None  # when requests were first done, and how many: earlier, texts were prepared
+        )
 
         def progress(done: int, of: int) -> None:
+            nonlocal first
             now = time.monotonic()
-            if now - self._last >= self._every or done == of:
-                self._last = now
-                left = (now - began) / done * (of - done)
-                bar = "█" * round(20 * done / of)
-                self._status(
-                    f"{self._head} {which:<6} {bar:░<20} {done:,}/{of:,}  {int(left // 60)}:{int(left % 60):02d} left"
-                )
+            first = first or (now, done)
+            if now - self._last < self._every and done < of:
+                return
+            self._last = now
+            left = (now - first[0]) / (done - first[1]) * (of - done) if done > first[1] else 0.0
+            time_left = f"  {int(left // 60)}:{int(left % 60):02d} left" if left else ""
+            bar = "█" * round(20 * done / of)
+            self._status(f"{self._head} {which:<6} {bar:░<20} {done:,}/{of:,}{time_left}")
 
         return progress

@@ -56,6 +56,8 @@ def _compare(cached: list[Any], live: list[Any] | None, aggregate: Aggregate) ->
 
 def _differs(one: Any, other: Any) -> bool:
     """Whether an item has another value, beyond round-off."""
+    if isinstance(one, tuple | list):
+        return any(map(_differs, one, other))
     return abs(one - other) > ROUND_OFF if isinstance(one, int | float) else bool(one != other)
 
 

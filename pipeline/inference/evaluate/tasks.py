@@ -43,6 +43,10 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 NAMED = 3  # names in a message
 
 
+class HubUnreachable(UserError):
+    """No other task will come from the hub either."""
+
+
 @dataclass(frozen=True)
 class Definition:
     """A task before its documents are read. config: its YAML with what it includes; file: its documents, None for the hub."""
@@ -118,6 +122,11 @@ def _definition(name: str, index: dict[str, Any], data: Path | None) -> Definiti
             f"--tasks: {name} is a task of {'Python code' if kind != 'TASK' else output}; only tasks that score given answers "
             f"({', '.join(OUTPUTS)}) can be evaluated"
         )
+    if data is not None and config.get("num_fewshot"):
+        raise ConfigError(
+            f"--tasks: {name} shows {config['num_fewshot']} examples of another split, and a file of --data is one split; "
+            "leave out --data to take it from the hub"
+        )
     return Definition(name, Path(entry.yaml_path), config, None if data is None else file_of(name, data))
 
 
@@ -155,7 +164,7 @@ def load(definition: Definition, folder: Path) -> Any:
 
 
 def _ours(definition: Definition, folder: Path) -> dict[str, Any]:
-    """The YAML: what is not said here is the shipped task's."""
+    """The YAML: what is not said here is the shipped task's. Local documents get a plain name in `folder`."""
     config = definition.config
     kwargs = {key: value for key, value in (config.get("dataset_kwargs") or {}).items() if key != "trust_remote_code"}
     ours: dict[str, Any] = {
@@ -165,15 +174,16 @@ def _ours(definition: Definition, folder: Path) -> dict[str, Any]:
         "dataset_kwargs": kwargs or None,
     }
     if definition.file is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        link = folder / "documents.jsonl"  # `datasets` reads names as patterns and URLs: `[1]`, `*`, `::`
+        link.unlink(missing_ok=True)
+        link.symlink_to(definition.file.absolute())
         split = "test_split" if config.get("test_split") else "validation_split"
         ours |= dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split", "dataset_name"))
         ours |= {
             split: "documents",
             "dataset_path": "json",
-            "dataset_kwargs": {
-                "data_files": {"documents": str(definition.file.absolute())},
-                "cache_dir": str(folder / "cache"),
-            },
+            "dataset_kwargs": {"data_files": {"documents": str(link)}, "cache_dir": str(folder / "cache")},
         }
     return {key: value for key, value in ours.items() if value is not None or key in config}
 
@@ -197,10 +207,13 @@ def _no_documents(definition: Definition, error: Exception) -> UserError:
             f"{definition.file}: not the documents of {definition.name} ({type(error).__name__}: {cause}); "
             "each line is one JSON object with the fields of its data set"
         )
-    return UserError(
-        f"{definition.name}: {definition.config.get('dataset_path')} is not in the cache of `datasets`, and the hub did not "
-        f"give it ({first_line(error)}); name a folder that has {definition.name}.jsonl with --data DIR"
-    )
+    path, fix = definition.config.get("dataset_path"), f"name a folder that has {definition.name}.jsonl with --data DIR"
+    if isinstance(error, ConnectionError):
+        return HubUnreachable(
+            f"{definition.name}: {path} is not in the cache of `datasets`, and the hub cannot be reached "
+            f"({first_line(error)}); {fix}"
+        )
+    return UserError(f"the hub's {path} cannot be used ({type(error).__name__}: {first_line(error)}); {fix}")
 
 
 def main_metric(name: str, metrics: Sequence[str]) -> str:

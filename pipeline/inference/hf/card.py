@@ -28,6 +28,10 @@ def export_card(manifest: dict[str, Any], config: ModelConfig, certificate: dict
         f"{config.vocab_size}, context {config.context_length} tokens; weights {manifest['dtype']}"
     )
     statement = f"{certificate['statement']}." if certificate else "There is no certificate for these weights."
+    if certificate and (manifest["live"] or manifest["dtype"] != "fp32"):
+        statement = (
+            f"The certificate is about the fp32 weights with a cached G_LM, and not about this directory: {statement}"
+        )
     parts = [
         FRONT,
         title(manifest),
@@ -45,7 +49,7 @@ def export_card(manifest: dict[str, Any], config: ModelConfig, certificate: dict
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)',
         'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)',
         'inputs = tokenizer("To be", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
@@ -54,8 +58,8 @@ def export_card(manifest: dict[str, Any], config: ModelConfig, certificate: dict
         *_vllm(manifest),
         "## Self-check",
         "",
-        "Made when this directory was written: stock transformers, in a fresh process and with the code in this directory, against "
-        "the model that it was exported from.",
+        "Made when this directory was written: stock transformers, in a fresh process and with this directory's own code, "
+        "against the model that it was exported from.",
         "",
         *(f"- {line}" for line in summary(manifest)),
         f"- versions: {', '.join(f'{k} {v}' for k, v in manifest['selfcheck']['versions'].items())}",

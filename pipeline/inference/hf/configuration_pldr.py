@@ -15,7 +15,7 @@ class PldrConfig(PreTrainedConfig):
     """
 
     model_type = "pldr"
-    base_model_tp_plan = {  # noqa: RUF012
+    base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
@@ -23,11 +23,6 @@ class PldrConfig(PreTrainedConfig):
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
-    }
-    base_model_pp_plan = {  # noqa: RUF012
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "embed_norm": (["inputs_embeds"], ["hidden_states"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
     }
 
     vocab_size: int = 32000

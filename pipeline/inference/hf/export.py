@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError, UserError
-from pipeline.inference.extras import require
 from pipeline.inference.hf.card import export_card
-from pipeline.inference.hf.expectation import expect, library_texts
+from pipeline.inference.hf.expectation import expect
 from pipeline.inference.hf.manifest import KIND, SCHEMA_VERSION, is_export
 from pipeline.inference.hf.names import from_hf, to_hf
+from pipeline.inference.hf.plugin import require_tested
 from pipeline.inference.hf.selfcheck import check_export
 from pipeline.inference.hf.shards import parse_size, write_shards
 from pipeline.inference.hf.sizes import DTYPES, hf_config
+from pipeline.inference.hf.texts import checked_texts
 from pipeline.inference.hf.tokenizer import save_tokenizer
 from pipeline.inference.source import OpenModel
 from pipeline.io.sealed import publish_sealed
@@ -48,11 +49,11 @@ def export_hf(
 ) -> dict[str, Any]:
     """Write, check and publish an export; returns its manifest.
 
-    live: with the metric learner: G_LM of a full pass is that of its input, and a prompt's is kept for decoding. texts: held-out
-    texts of the run for the tokenizer's check; None: those of `library_texts`. Raises UserError, and leaves nothing behind,
-    when what stock transformers computes is not what our model computes.
+    live: with the metric learner: G_LM of a full pass is that of its input, and a prompt's is kept for decoding. texts:
+    held-out texts of the run for the tokenizer's check, if at hand. Raises UserError, and leaves nothing behind, when what
+    stock transformers computes is not what our model computes.
     """
-    require("transformers", "tokenizers", extra="hf")
+    require_tested()
     target = Path(folder).absolute()
     _require_replaceable(target)
     shard_bytes = parse_size(shard_size)
@@ -69,15 +70,15 @@ def export_hf(
         report(f"writing {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()):,} bytes")
         _write_model(opened, model, tensors, temporary, dtype=dtype, certified=certified, shard_bytes=shard_bytes)
         report("self-check: stock transformers in a fresh process against our model")
-        source = "held-out texts of the run" if texts is not None else "documentation of Python's standard library"
+        passages, passages_from = checked_texts(texts)
         expected, logits = expect(
             _rounded(model, tensors) if dtype != "fp32" else model,
             opened.tokenizer,
             seed=opened.sha256,
-            texts=library_texts() if texts is None else texts,
+            texts=passages,
         )
         selfcheck = check_export(temporary, expected, logits, rounded=dtype != "fp32")
-        selfcheck["tokenizer"]["source"] = source
+        selfcheck["tokenizer"]["source"] = passages_from
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "kind": KIND,
@@ -111,8 +112,8 @@ def summary(manifest: dict[str, Any]) -> list[str]:
     ]
     if native := check.get("native"):
         lines.append(
-            f"computed in {manifest['dtype']}: logits differ by up to {native['difference']:.2g}, and the best token is the same "
-            f"at {native['top1']:.4f} of the positions (measured, no promise)"
+            f"computed in {manifest['dtype']}: logits differ by up to {native['difference']:.2g}, and the best token is the "
+            f"same at {native['top1']:.4f} of the positions (measured, no promise)"
         )
     return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,16 +10,16 @@ import torch
 from torch import Tensor
 
 from pipeline.bundle.certificate.schema import read_certificate
+from pipeline.bundle.format import parse_model
 from pipeline.errors import UserError
-from pipeline.inference.extras import require
 from pipeline.inference.hf.manifest import read_manifest
 from pipeline.inference.hf.names import check_shapes, from_hf, to_hf
-from pipeline.inference.hf.shards import read_shards, shard_files
+from pipeline.inference.hf.plugin import require_tested
+from pipeline.inference.hf.shards import find_tensors, read_tensors
 from pipeline.inference.hf.sizes import hf_config, model_config
 from pipeline.inference.hf.tokenizer import fast_tokenizer
 from pipeline.inference.source import OpenModel
-from pipeline.io.storage import read_json
-from pipeline.io.tensors import read_header
+from pipeline.io.storage import MANIFEST, read_json
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig
 
@@ -38,10 +39,10 @@ def read_export(folder: str | Path) -> ExportParts:
     path = Path(folder)
     manifest = read_manifest(path)
     config = model_config(read_json(path / "config.json"), where=path / "config.json")
-    recorded = ModelConfig.from_dict(manifest["model"])
-    if hf_shapes_differ(config, recorded):
+    recorded = parse_model(manifest["model"], where=path / MANIFEST)
+    if _differ(config, recorded):
         raise UserError(f"{path / 'config.json'}: another model than MANIFEST.json's; export the model again")
-    weights = {name: tensor.float() for name, tensor in read_weights(path, recorded).items()}
+    weights = read_weights(path, recorded)
     certificate = path / "certificate.json"
     return ExportParts(
         recorded,
@@ -52,7 +53,7 @@ def read_export(folder: str | Path) -> ExportParts:
     )
 
 
-def hf_shapes_differ(one: ModelConfig, other: ModelConfig) -> bool:
+def _differ(one: ModelConfig, other: ModelConfig) -> bool:
     """Whether two configurations are of different mathematics, whatever they record beside it."""
     keys = ("vocab_size", "num_layers", "num_heads", "head_dim", "context_length", "feed_forward_size", "rope_base",
             "rope_style", "layer_norm_eps", "g_source", "pad_id", "eos_id")  # fmt: skip
@@ -60,21 +61,29 @@ def hf_shapes_differ(one: ModelConfig, other: ModelConfig) -> bool:
 
 
 def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict in the files' dtypes. Names and shapes are compared before anything is allocated."""
-    found = shard_files(folder)
-    check_shapes({name: read_header(file)[name][1] for name, file in found.items()}, config)
-    return from_hf(read_shards(found), config)
+    """Our state dict in fp32. Sizes, names and shapes are compared before anything is allocated."""
+    found = find_tensors(folder)
+    numbers = sum(math.prod(each.shape) for each in found.values())
+    if numbers < config.num_parameters()["total"]:  # before the shapes of a huge model are computed
+        raise UserError(
+            f"{folder / 'config.json'}: describes a larger model than the weights are; export the model again"
+        )
+    try:
+        check_shapes({name: each.shape for name, each in found.items()}, config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return from_hf(read_tensors(found), config)
 
 
 def build(opened: OpenModel, *, dtype: str = "fp32", live: bool = False) -> tuple[Any, Any]:
     """`(PldrForCausalLM, PreTrainedTokenizerFast)` of an opened model, in memory, without writing anything."""
-    require("transformers", "tokenizers", extra="hf")
+    require_tested()
     from pipeline.inference.hf.modeling_pldr import PldrForCausalLM
 
     source = opened.live if live and opened.live is not None else opened.model
     config = hf_config(source.config, certified=opened.certified and not live, dtype=dtype)
     with torch.device("meta"):
-        model = PldrForCausalLM(config)
+        model: Any = PldrForCausalLM(config)  # type: ignore[no-untyped-call]
     state = to_hf(source.state_dict(), source.config)
     model.load_state_dict({name: tensor.to(config.dtype) for name, tensor in state.items()}, assign=True)
     context = source.config.context_length

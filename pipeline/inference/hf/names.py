@@ -90,7 +90,8 @@ def _order(config: ModelConfig) -> Tensor:
 
 def _permute(tensor: Tensor, part: Part, order: Tensor) -> Tensor:
     if part.heads:
-        return tensor.unflatten(0, (-1, len(order))).index_select(1, order).flatten(0, 1)
+        by_head = tensor.reshape(-1, len(order), *tensor.shape[1:])
+        return by_head.index_select(1, order).flatten(0, 1)
     for axis in part.axes:
         tensor = tensor.index_select(axis, order)
     return tensor

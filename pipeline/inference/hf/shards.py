@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError, UserError
-from pipeline.io.storage import publish_json, read_json, safe_member
+from pipeline.io.storage import publish_json, read_json
 from pipeline.io.tensors import read_header
 
 WEIGHTS = "model.safetensors"
@@ -48,8 +49,15 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, *, shard_bytes: in
         publish_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def shard_files(folder: Path) -> dict[str, Path]:
-    """Tensor's name -> the file that holds it, from the files' headers, compared with the index where there is one.
+class Found(NamedTuple):
+    """Where a tensor is, and its shape by the file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def find_tensors(folder: Path) -> dict[str, Found]:
+    """The tensors of a directory by name, from the files' headers, compared with the index where there is one.
 
     Raises UserError for files that are missing or damaged, and for an index that names files elsewhere or other tensors.
     """
@@ -59,37 +67,49 @@ def shard_files(folder: Path) -> dict[str, Path]:
             raise UserError(
                 f"{folder}: has neither {WEIGHTS} nor {INDEX}; weights as safetensors are needed (no pickle)"
             )
-        return {name: folder / WEIGHTS for name in read_header(folder / WEIGHTS)}
+        return {name: Found(folder / WEIGHTS, shape) for name, (_, shape) in read_header(folder / WEIGHTS).items()}
     if index.stat().st_size > MAX_INDEX:
         raise UserError(f"{index}: {index.stat().st_size} bytes, too large: damaged; download or export it again")
     value = read_json(index)
     where = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise UserError(f"{index}: holds no weight_map of names to files; download or export it again")
-    found: dict[str, Path] = {}
-    for file in sorted(set(where.values())):
-        if safe_member(file) != Path(file).name or not file.endswith(".safetensors"):
+    files = sorted(set(where.values()))
+    for file in files:
+        if file != Path(file).name or not file.endswith(".safetensors"):
             raise UserError(f"{index}: {file!r} is no safetensors file in the same folder; download or export it again")
         if not (folder / file).is_file():
             raise UserError(f"{folder / file}: missing, but {INDEX} lists it; download or export it again")
-        for name in read_header(folder / file):
+    found: dict[str, Found] = {}
+    for file in files:
+        for name, (_, shape) in read_header(folder / file).items():
             if where.get(name) != file:
                 raise UserError(f"{index}: does not list {name} of {file}; download or export it again")
-            found[name] = folder / file
+            found[name] = Found(folder / file, shape)
     for name in sorted(where.keys() - found.keys()):
         raise UserError(f"{index}: lists {name}, which {where[name]} does not hold; download or export it again")
     return found
 
 
-def read_shards(files: Mapping[str, Path]) -> dict[str, Tensor]:
-    """The tensors, in their files' dtypes, all finite."""
-    from safetensors import safe_open
+def weight_files(found: Mapping[str, Found]) -> list[Path]:
+    """The files, in the order of their names."""
+    return sorted({each.file for each in found.values()})
+
+
+def read_tensors(found: Mapping[str, Found]) -> dict[str, Tensor]:
+    """All of them, finite, and in fp32 at least."""
+    from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Tensor] = {}
-    for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118 - not a dictionary
-                tensors[name] = stream.get_tensor(name)
-                if not torch.isfinite(tensors[name]).all():
-                    raise UserError(f"{file}: {name} holds NaN or infinity; training diverged, or the file is damaged")
+    for file in weight_files(found):
+        try:
+            with safe_open(file, framework="pt") as stream:
+                for name in stream.keys():  # noqa: SIM118 - not a dictionary
+                    tensor = stream.get_tensor(name)
+                    tensors[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        except SafetensorError as error:  # stricter than `read_header` about the header's JSON
+            raise UserError(f"{file}: its safetensors header is damaged ({error}); make the file again") from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{found[name].file}: {name} holds NaN or infinity; it is damaged, or training diverged")
     return tensors

@@ -20,6 +20,7 @@ from pipeline.tokenizer import Tokenizer
 SPACE = "\u2581"
 UNIGRAM = 1  # SentencePiece's model_type
 NORMAL, USER_DEFINED = 1, 4  # its types of pieces that a text can contain
+HIDDEN = "\ufdd0\ufdd1"  # stands for the unknown piece; no characters, so that they are in no text
 
 
 def fast_tokenizer(tokenizer: Tokenizer, *, context_length: int) -> Any:
@@ -67,7 +68,7 @@ def _tokenizer_object(tokenizer: Tokenizer) -> Any:
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     fast = Fast(models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
 
-    steps = []  # in SentencePiece's order
+    steps: list[Any] = []  # in SentencePiece's order
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
@@ -82,9 +83,13 @@ def _tokenizer_object(tokenizer: Tokenizer) -> Any:
     cuts = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names if len(name) > 1)
     fast.pre_tokenizer = pre_tokenizers.Split(Regex(cuts), "isolated")
 
-    undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    # The unknown piece is written last: its text begins with a space, which is not the one before the first word.
+    unknown = rf"\A{re.escape(trainer.unk_piece)}\z"
+    undo: list[Any] = [decoders.Replace(Regex(unknown), HIDDEN), decoders.Replace(SPACE, " ")]
+    undo += [decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix:
         undo.append(decoders.Strip(content=" ", left=1))
+    undo.append(decoders.Replace(HIDDEN, trainer.unk_surface))
     fast.decoder = decoders.Sequence(undo)
     whole = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
     fast.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in whole])

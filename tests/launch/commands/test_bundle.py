@@ -41,6 +41,16 @@ def test_generate_prints_the_others_and_names_the_prompt_without_logits(capsys, 
     assert json.loads(out.splitlines()[-1])["completions"] == [" one", None, " three"]
 
 
+def test_an_uncertified_bundle_is_one_clean_line(capsys, make_bundle):
+    for certified, lines in ((True, 0), (False, 1)):
+        bundle = make_bundle(f"bundle-{certified}", uncertified=not certified)
+        assert main(["generate", str(bundle), "--prompt", "the", "--max-new-tokens", "2"]) == 0
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == lines
+        if lines:
+            assert errors.startswith(f"pldr: warning: {bundle}: UNCERTIFIED bundle (failed checks: none)")
+
+
 AGAIN = """
 import sys
 from launch.cli import main

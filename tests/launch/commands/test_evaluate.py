@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,10 @@ from typing import Any
 import pytest
 
 from launch.cli import main
+from pipeline.config.load import load_config
+from pipeline.config.paths import RunPaths
+from pipeline.tracking.client import client
+from pipeline.tracking.run import open_run
 from tests.pipeline.inference.evaluate.small import write_documents
 
 
@@ -74,3 +80,46 @@ def test_a_task_that_failed_fails_the_command_after_the_others(
     code, result, _ = evaluate(capsys, make_bundle(), *words)
     assert code == 1 and list(result["tasks"]) == ["winogrande"] and "not the documents of piqa" in result["error"]
     assert "winogrande" in json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+
+
+def test_a_run_is_scored_live_beside_its_other_pages(
+    capsys: Any, make_finished: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    code, result, _ = evaluate(capsys, make_finished(), "--data", data, "--tasks", "winogrande")
+    one = result["tasks"]["winogrande"]
+    assert code == 0 and result["out"] == str(tmp_path / "finished" / "evaluation")
+    assert one["live"] == one["cached"] and (one["difference"], one["stderr"], one["changed"]) == (0, 0, 0)
+    assert "../certificate/certificate.html" in Path(result["page"]).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_mlflow_run_of_a_run_gets_the_scores(
+    capsys: Any, make_finished: Callable[..., Path], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_finished()
+    config = load_config(path, [])
+    paths = RunPaths(config.run_dir)
+    run = open_run(config, paths)
+    words = ["--data", data, "--tasks", "winogrande"]
+    code, result, _ = evaluate(capsys, path, *words)
+    one = result["tasks"]["winogrande"]
+    logged = client(run.uri).get_run(run.id)
+    assert code == 0 and logged.data.metrics["eval/winogrande/acc_live"] == one["live"]
+    assert {file.path for file in client(run.uri).list_artifacts(run.id, "evaluation")} == {
+        "evaluation/results.json", "evaluation/evaluation.html", "evaluation/table.json",
+    }  # fmt: skip
+    assert run.id in Path(result["page"]).read_text(encoding="utf-8")
+
+    shutil.copytree(paths.root, tmp_path / "copy")  # its scores are not the original's
+    code, result, _ = evaluate(capsys, path, f"run_dir={tmp_path / 'copy'}", *words, "--limit", 3)
+    assert code == 0 and result["out"] == str(tmp_path / "copy" / "evaluation")
+    assert "the scores will not be in MLflow" in caplog.text and "is a copy of" in caplog.text
+    assert client(run.uri).get_run(run.id).data.metrics["eval/winogrande/n"] == one["n"]
+
+
+def test_a_missing_package_is_one_line(
+    capsys: Any, make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, result, _ = evaluate(capsys, make_bundle())
+    assert code == 2 and result["error"] == "lm_eval is not installed; pip install 'pldr[eval]'"

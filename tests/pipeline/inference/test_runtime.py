@@ -124,6 +124,12 @@ def test_eos_ends_a_completion_and_is_not_in_it(make_bundle: Callable[..., Path]
         (["a"], {"top_k": 1.5}, "top_k: 1.5 is no integer"),
         (["a"], {"max_new_tokens": True}, "max_new_tokens: True is no integer"),
         (["a"], {"seed": "x"}, "seed: 'x' is no integer"),
+        (["a"], {"tempurature": 1.0}, "tempurature: no setting of a completion; did you mean temperature\\?"),
+        (
+            ["a"],
+            {"n": 2},
+            "n: no setting of a completion; there are max_new_tokens, temperature, top_k, top_p, seed, stop",
+        ),
     ],
 )
 def test_wrong_use_is_one_line(bundle: Bundle, prompts: Any, settings: dict[str, Any], message: str) -> None:
@@ -132,7 +138,7 @@ def test_wrong_use_is_one_line(bundle: Bundle, prompts: Any, settings: dict[str,
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
     if isinstance(prompts, list) and len(prompts) == 1:
         with pytest.raises(UserError, match=message):
-            next(bundle.stream(prompts[0], **settings))
+            bundle.stream(prompts[0], **settings)  # nothing is asked of it
 
 
 def test_a_prompt_is_refused_by_its_bytes_before_it_is_tokenized(
@@ -212,3 +218,56 @@ def test_batches_of_a_small_memory_give_the_same_texts(bundle: Bundle) -> None:
     together = bundle.generate(prompts, **settings)
     for bundle.memory in (1, 60_000):
         assert bundle.generate(prompts, **settings) == together
+
+
+def test_score_is_what_the_tokens_say(bundle: Bundle) -> None:
+    context, answers = "the quick brown", [" fox", " dog", " fox jumps"]
+    scored = bundle.score(context, answers)
+    whole = bundle.logprobs(context + " fox jumps")
+    num_tokens = len(bundle.tokenizer.encode(context + " fox jumps")) - len(bundle.tokenizer.encode(context))
+    # The model sees no eos before a context, and one before a text.
+    start = bundle.tokenizer.encode(context)
+    with torch.inference_mode():
+        logits = bundle.model(torch.tensor([bundle.tokenizer.encode(context + " fox jumps")]), padded=False)[0]
+    expected = logits.log_softmax(dim=-1)[torch.arange(len(start) - 1, len(logits) - 1)]
+    expected = expected.gather(1, torch.tensor(bundle.tokenizer.encode(context + " fox jumps")[len(start) :])[:, None])
+    assert scored[2].logprob == pytest.approx(float(expected.sum()), abs=1e-4) and scored[2].num_tokens == num_tokens
+    assert scored[2].logprob < scored[0].logprob and len(whole["tokens"]) == len(logits)
+    assert bundle.score(context + " ", ["fox", "dog", "fox jumps"]) == scored
+    (greedy,) = bundle.generate([context], max_new_tokens=3)
+    assert bundle.score(context, [greedy])[0].greedy and not bundle.score(context, [greedy + "qq"])[0].greedy
+
+
+def test_an_empty_context_is_eos(bundle: Bundle) -> None:
+    (scored,) = bundle.score("", ["the dog"])
+    assert scored.logprob == pytest.approx(sum(bundle.logprobs("the dog")["logprobs"]), abs=1e-5)
+
+
+def test_the_parts_of_a_text_are_the_text(bundle: Bundle) -> None:
+    for text in ("the quick", "  the \n dog ", "a", "", "jumps over \N{EURO SIGN}\N{EURO SIGN} x" * 9):
+        found = bundle.logprobs(text)
+        assert found["ids"] == bundle.tokenizer.encode(text)
+        assert {len(values) for values in found.values()} == {len(found["ids"])}
+        assert all(text[o:].startswith(part) for o, part in zip(found["offsets"], found["tokens"], strict=True))
+        assert "".join(found["tokens"]) == text.strip()
+        assert all(type(value) is float and value < 0 for value in found["logprobs"])
+
+
+@pytest.mark.parametrize(
+    ("context", "answers", "message"),
+    [
+        ("the", [""], "continuations\\[0\\]: an empty continuation"),
+        ("the", [" dog", "a" * 100], "continuations\\[1\\]: a continuation of .* longer than the context of 32"),
+        ("the", "dog", "continuations: a list of texts is needed, not one text"),
+        ("the", [" dog", None], "continuations\\[1\\]: None; give a text"),
+        (b"the", ["dog"], "context\\[0\\]: a value of type bytes"),
+        ("the", ["\ud800"], "continuations\\[0\\]: not valid UTF-8"),
+    ],
+)
+def test_what_cannot_be_scored_is_one_line(bundle: Bundle, context: Any, answers: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        bundle.score(context, answers)
+    assert "\n" not in str(caught.value)
+    if isinstance(context, bytes):
+        with pytest.raises(UserError, match="text"):
+            bundle.logprobs(context)

@@ -86,10 +86,10 @@ def test_a_live_g_knows_the_answer(live: PLDRModel) -> None:
     """The leak: the first token's score depends on those after it. A cached G cannot do that."""
     context, answers = [5, 6, 7, 8], ([9, 10, 11], [9, 20, 30])
     leaking = Scorer(live, live=True, eos_id=EOS)
-    first = {leaking._run([(context, answer)], None).logprobs[0][0] for answer in answers}
+    first = {leaking._run([(context, answer)], None, "r").logprobs[0][0] for answer in answers}
     assert len(first) == 2
     cached = Scorer(live, g_lm=live.compute_g(torch.tensor([context])).mean(dim=1), eos_id=EOS)
-    runs = cached._run([(context, answer) for answer in answers], None)
+    runs = cached._run([(context, answer) for answer in answers], None, "r")
     assert runs.logprobs[0][0] == runs.logprobs[1][0]
 
 

@@ -159,7 +159,8 @@ def test_items_whose_answer_does_not_fit_are_left_out_and_counted(opened: Callab
     one = found["tasks"]["piqa"]
     assert (one["n"], one["left_out"]) == (2, 1) and one["metrics"] == fitting["tasks"]["piqa"]["metrics"]
     assert "items with an answer longer than the model's 32 tokens were left out: piqa 1 of 3" in table(found)
-    assert "every item has an answer longer" in evaluate(long)["failed"]["piqa"]
+    with pytest.raises(UserError, match="piqa: every item has an answer longer than the model's context of 32"):
+        evaluate(long)
 
 
 def test_a_task_that_cannot_be_scored_stops_no_other(opened: Callable[..., Any], data: Path, tmp_path: Path) -> None:
@@ -179,7 +180,21 @@ def test_a_task_that_cannot_be_scored_stops_no_other(opened: Callable[..., Any],
     assert any(line.startswith("piqa: ") for line in lines) and found["complete"]
 
 
+def test_a_fault_of_the_scorer_is_not_blamed_on_the_documents(
+    opened: Callable[..., Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(run.Scorer, "score", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run.evaluate(opened(), ["winogrande"], out=tmp_path / "out", data=data)
+
+
 def test_nothing_is_scored_before_all_names_are_right(opened: Callable[..., Any], data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="arc_easy: allenai/ai2_arc is not in the cache of `datasets`, and the hub"):
+        run.evaluate(opened(), ["arc_easy", "piqa"], out=tmp_path / "hub")
+    assert not (tmp_path / "hub" / run.RESULTS).exists()
     with pytest.raises(UserError, match="piqa: no documents"):
         run.evaluate(opened(), ["arc_easy", "piqa"], out=tmp_path / "out", data=data)
     assert not (tmp_path / "out").exists()

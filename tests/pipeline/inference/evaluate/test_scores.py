@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from lm_eval.api import metrics as theirs  # noqa: E402
 from pipeline.inference.evaluate.scores import Items, compare, finite, largest_change, mean_stderr  # noqa: E402
 
 
-def items(values: list[float], name: str = "acc") -> Items:
+def items(values: list[Any], name: str = "acc") -> Items:
     return Items({name: values}, [], 0)
 
 
@@ -53,6 +55,18 @@ def test_a_perplexity_is_resampled_with_the_same_items() -> None:
         "perplexity"
     ]
     assert again == one
+
+
+def test_items_of_several_numbers_change_beyond_round_off_only() -> None:
+    """Such as a log-likelihood and a number of words."""
+
+    def perplexity(items: Sequence[Any]) -> float:
+        return sum(logprob for logprob, _ in items) / sum(words for _, words in items)
+
+    cached = [(-5.0, 2), (-7.0, 3)]
+    near, far = [(-5.000001, 2), (-7.0, 3)], [(-5.1, 2), (-7.0, 3)]
+    compared = [compare(items(cached, "p"), items(live, "p"), {"p": perplexity})["p"] for live in (near, far)]
+    assert [one["changed"] for one in compared] == [0, 1] and compared[0]["cached"] == -2.4
 
 
 def test_one_item_has_no_error() -> None:

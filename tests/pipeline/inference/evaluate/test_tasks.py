@@ -89,7 +89,23 @@ def test_local_documents_need_no_network_and_execute_nothing(
 def test_code_that_comes_with_a_data_set_is_never_allowed() -> None:
     (one,) = tasks.find(["piqa"], None)
     asked = tasks.Definition(one.name, one.yaml, {**one.config, "dataset_kwargs": {"trust_remote_code": True}}, None)
-    assert tasks._ours(asked, Path("x"))["dataset_kwargs"] is None
+    assert tasks._ours(asked, Path("none"))["dataset_kwargs"] is None
+
+
+def test_a_file_is_found_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    folder = tmp_path / "a[1]*::x?"
+    folder.mkdir()
+    (folder / "piqa.jsonl").write_text(json.dumps({"goal": "a", "sol1": "b", "sol2": "c", "label": 0}) + "\n")
+    (one,) = tasks.find(["piqa"], folder)
+    assert len(tasks.load(one, tmp_path / "work").eval_docs) == 1
+
+
+def test_examples_of_another_split_are_not_taken_from_the_same_file(tmp_path: Path) -> None:
+    index = tasks._index(["piqa"])
+    index["piqa"].cfg["num_fewshot"] = 5
+    (tmp_path / "piqa.jsonl").write_text("")
+    with pytest.raises(UserError, match="shows 5 examples of another split"):
+        tasks._definition("piqa", index, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", '{"goal": "a"}\n', '["a"]\n', ""])
@@ -104,7 +120,7 @@ def test_documents_that_do_not_fit_are_named(tmp_path: Path, text: str) -> None:
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     (one,) = tasks.find(["piqa"], None)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(tasks.HubUnreachable) as caught:
         tasks.load(one, tmp_path)
     assert "--data DIR" in str(caught.value) and "baber/piqa" in str(caught.value) and "\n" not in str(caught.value)
 
