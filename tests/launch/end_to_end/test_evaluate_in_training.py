@@ -19,7 +19,7 @@ from tests.pipeline.inference.evaluate.small import write_documents
 PLDR = [sys.executable, "-m", "launch.cli"]
 TASKS = ["arc_easy", "winogrande"]
 STEPS = [200, 400, 600]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def pldr(folder, *words, **options):
@@ -60,7 +60,7 @@ def evaluations_of(run_dir):
     return found
 
 
-def wait_for(condition, process, seconds=280):
+def wait_for(condition, process, seconds=900):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read()
@@ -86,7 +86,7 @@ def test_a_killed_evaluation_is_one_line_and_the_last_one_is_waited_for(prepared
     [pid] = evaluations_of(tmp_path / "run")
     wait_for(lambda: os.getpriority(os.PRIO_PROCESS, pid) == 19, training)
     os.kill(pid, signal.SIGKILL)
-    output, _ = training.communicate(timeout=290)
+    output, _ = training.communicate(timeout=900)
     assert training.returncode == 0, output
     assert output.count("the evaluation of step-000200 failed: signal SIGKILL") == 1
     assert "evaluated step-000600: arc_easy/acc" in output and not evaluations_of(tmp_path / "run")
