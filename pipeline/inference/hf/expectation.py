@@ -28,7 +28,8 @@ EXACT = "exact"  # name of the logits in fp64
 
 @dataclass(frozen=True)
 class Expectation:
-    """greedy: the new tokens of each prompt. sequences: the prompts and a full context. ids, decoded: of each of `texts`."""
+    """greedy: the new tokens of each prompt. sequences: the prompts and a full context. ids, decoded: of each of `texts`.
+    rounding: what fp32 does to our own model's logits of the full context, the largest difference from fp64."""
 
     prompts: list[list[int]]
     max_new_tokens: int
@@ -37,6 +38,7 @@ class Expectation:
     texts: list[str]
     ids: list[list[int]]
     decoded: list[str]
+    rounding: float
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -69,5 +71,6 @@ def expect(
         texts=checked,
         ids=ids,
         decoded=[tokenizer.decode(one) for one in ids],
+        rounding=float((logits[EXACT] - logits[str(len(prompts))]).abs().max()),
     )
     return expected, logits

@@ -70,7 +70,8 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {
         "logits": {"difference": 0.0, "largest": 1.0, "top1": 1.0, "finite": True},
         "exact": 0.0,
-        "greedy": {"prompts": 20, "equal": 20, "tokens": 640},
+        "rounding": 0.0,
+        "greedy": {"prompts": 20, "equal": 20, "tokens": 640, "gap": 0.0},
         "tokenizer": {"texts": 1, "other_ids": 0, "other_text": 0, "first": None},
         "versions": {"transformers": "0"},
     }
@@ -160,6 +161,11 @@ def test_the_check_counts_what_differs_and_judges_it(written: Path, opened: Open
         ("tokenizer", "the tokenizer on"),
     ):
         assert message in str(_problem({**right, part: wrong[part]}))
+    tie = {**wrong["greedy"], "gap": 1e-5}
+    assert wrong["greedy"]["gap"] > 0.01 and _problem({**right, "greedy": tie}) is None
+    # A model that fp32 itself changes more may differ by twice that.
+    assert _problem({**right, "logits": {**right["logits"], "difference": 0.02}, "rounding": 0.01}) is None
+    assert _problem({**right, "logits": {**right["logits"], "difference": 0.02}, "rounding": 0.009}) is not None
     assert _problem({**right, "tokenizer": {**right["tokenizer"], "other_ids": allowed, "other_text": allowed}}) is None
 
     logits["3"][0, 0] = float("nan")
