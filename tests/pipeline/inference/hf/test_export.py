@@ -16,7 +16,7 @@ from launch.cli import main
 from pipeline.bundle.weights import load_weights
 from pipeline.errors import UserError
 from pipeline.inference.hf import export as export_module
-from pipeline.inference.hf.expectation import expect
+from pipeline.inference.hf.expectation import EXACT, expect
 from pipeline.inference.hf.export import export_hf
 from pipeline.inference.hf.load import build, read_export
 from pipeline.inference.hf.selfcheck import _problem, check_export, measure
@@ -69,7 +69,9 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_module, "checked_texts", lambda _: (["a"], "one text"))
     found = {
         "logits": {"difference": 0.0, "largest": 1.0, "top1": 1.0, "finite": True},
-        "greedy": {"prompts": 20, "equal": 20, "tokens": 640},
+        "exact": 0.0,
+        "rounding": 0.0,
+        "greedy": {"prompts": 20, "equal": 20, "tokens": 640, "gap": 0.0},
         "tokenizer": {"texts": 1, "other_ids": 0, "other_text": 0, "first": None},
         "versions": {"transformers": "0"},
     }
@@ -140,6 +142,7 @@ def test_the_check_counts_what_differs_and_judges_it(written: Path, opened: Open
 
     logits = {name: tensor.clone() for name, tensor in logits.items()}
     logits["3"][0, 0] += 1
+    logits[EXACT][0, 0] += 1e-5
     values["greedy"][7][-1] ^= 1
     allowed = len(values["texts"]) // 1000
     for ids in values["ids"][: allowed + 1]:
@@ -150,8 +153,19 @@ def test_the_check_counts_what_differs_and_judges_it(written: Path, opened: Open
         wrong["greedy"]["equal"] == 19
         and wrong["tokenizer"]["other_ids"] == right["tokenizer"]["other_ids"] + allowed + 1
     )
-    for part, message in (("logits", "logits by 1"), ("greedy", "1 of 20 prompts"), ("tokenizer", "the tokenizer on")):
+    assert right["exact"] < 1e-10 and wrong["exact"] == pytest.approx(1e-5, rel=1e-3)
+    for part, message in (
+        ("logits", "logits by 1"),
+        ("exact", "in fp64 by 1e-05"),
+        ("greedy", "1 of 20 prompts"),
+        ("tokenizer", "the tokenizer on"),
+    ):
         assert message in str(_problem({**right, part: wrong[part]}))
+    tie = {**wrong["greedy"], "gap": 1e-5}
+    assert wrong["greedy"]["gap"] > 0.01 and _problem({**right, "greedy": tie}) is None
+    # A model that fp32 itself changes more may differ by twice that.
+    assert _problem({**right, "logits": {**right["logits"], "difference": 0.02}, "rounding": 0.01}) is None
+    assert _problem({**right, "logits": {**right["logits"], "difference": 0.02}, "rounding": 0.009}) is not None
     assert _problem({**right, "tokenizer": {**right["tokenizer"], "other_ids": allowed, "other_text": allowed}}) is None
 
     logits["3"][0, 0] = float("nan")
