@@ -377,6 +377,7 @@ def test_foreign_directories_are_refused_in_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, bundle: Path
 ) -> None:
     make_port(tmp_path / "external", custom_G_type="external")
+    make_port(tmp_path / "huge", num_hidden_layers=10**12)
     make_port(tmp_path / "pickle")
     for path in (tmp_path / "pickle").glob("*.safetensors*"):
         path.unlink()
@@ -386,6 +387,7 @@ def test_foreign_directories_are_refused_in_one_line(
     (tmp_path / "broken" / "config.json").write_text("{")
     problems = {
         "external": "external",
+        "huge": "larger model",
         "pickle": "no pickle",
         "empty": "config.json",
         "broken": "JSON",
