@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,31 @@ def test_only_an_export_or_an_empty_folder_is_replaced(opened: OpenModel, tmp_pa
 
 def test_a_bundle_has_no_metric_learner_to_export(opened: OpenModel, tmp_path: Path) -> None:
     assert "--live" in refused(lambda: export_hf(opened, tmp_path / "out", live=True))
+
+
+def test_a_live_export_says_what_it_is_and_comes_back(
+    opened: OpenModel, tiny: Any, tmp_path: Path, unchecked: None
+) -> None:
+    learned = replace(opened, live=tiny.make_model(gain=1.0))
+    manifest = export_hf(learned, tmp_path / "out", live=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert manifest["certified"] is False and manifest["live"] is True
+    assert "UNCERTIFIED: with its metric learner" in card and "not vLLM" in card and "vllm serve" not in card
+    assert main(["import", "hf", str(tmp_path / "out"), str(tmp_path / "folder")]) == 0
+    model = load_weights(tmp_path / "folder")[0]
+    assert learned.live is not None and model.config == learned.live.config
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in learned.live.state_dict().items())
+    assert not (tmp_path / "folder" / "g_lm.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_live_export_of_a_model_that_is_not_invariant_is_checked(
+    opened: OpenModel, tiny: Any, tmp_path: Path
+) -> None:
+    learned = replace(opened, live=tiny.make_model(gain=1.0))
+    check = export_hf(learned, tmp_path / "out", live=True)["selfcheck"]
+    assert check["greedy"]["equal"] == 20 and check["exact"] < 1e-10
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"MANIFEST.json"}))
