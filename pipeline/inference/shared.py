@@ -12,8 +12,7 @@ from typing import TypeVar
 Ids = tuple[int, ...]
 T = TypeVar("T")
 WORTH = 4  # a beginning is shared when it is at least this part (1/WORTH) of a sequence
-EFFICIENT = 256  # tokens from which on a larger pass is no faster for each token
-MAX_PADDING = 0.2  # of a pass that is large enough without it
+MAX_PADDING = 0.1  # of a pass that is large enough without it
 
 
 @dataclass
@@ -50,17 +49,24 @@ def groups(sequences: Iterable[Ids]) -> list[Group]:
 
 
 def batches(
-    items: Iterable[T], *, length: Callable[[T], int], size: Callable[[int], int], room: int, equal: bool = False
+    items: Iterable[T],
+    *,
+    length: Callable[[T], int],
+    size: Callable[[int], int],
+    room: int,
+    efficient: int,
+    equal: bool = False,
 ) -> Iterator[list[T]]:
     """Items in batches, longest first. In a batch all are as long as the longest, and take `size(longest)` each; together no
-    more than `room` (one item always). A batch that is large enough ends before it is padded much; with `equal`, before any."""
+    more than `room` (one item always). A batch of `efficient` tokens, from which on more make no token cheaper, ends before it
+    is padded much. With `equal` there is no padding."""
     batch: list[T] = []
     num_tokens = 0
     for item in sorted(items, key=length, reverse=True):
         if batch:
             longest = length(batch[0])
             padded = longest * (len(batch) + 1)
-            wasteful = num_tokens >= EFFICIENT and padded - num_tokens - length(item) > MAX_PADDING * padded
+            wasteful = num_tokens >= efficient and padded - num_tokens - length(item) > MAX_PADDING * padded
             full = (len(batch) + 1) * size(longest) > room
             if full or wasteful or (equal and length(item) != longest):
                 yield batch

@@ -118,6 +118,20 @@ def test_a_text_of_any_length_is_scored_token_by_token(constant: PLDRModel, ids:
     assert found == pytest.approx(expected, abs=1e-10) and len(found) == len(ids)
 
 
+@given(st.integers(0, 70), st.integers(1, 20))
+def test_windows_are_those_of_lm_eval(length: int, context_length: int) -> None:
+    """Each token is predicted once; every window but the first of a short text is full."""
+    ids = list(range(100, 100 + length))
+    pairs = windows(ids, first=EOS, context_length=context_length)
+    assert [token for _, predicted in pairs for token in predicted] == ids
+    text = [EOS, *ids]
+    for context, predicted in pairs:
+        whole = [*context, *predicted]
+        end = text.index(predicted[-1]) + 1
+        assert whole == text[end - len(whole) : end]
+        assert len(whole) == min(context_length, length) + 1
+
+
 def test_several_texts_keep_their_order(constant: PLDRModel) -> None:
     scorer = Scorer(constant, eos_id=EOS)
     texts = [[5, 6, 7], [], [5] * (2 * C + 3), [5, 6, 7]]
@@ -217,7 +231,9 @@ def test_questions_with_one_preamble_are_still_read_once_each() -> None:
 
 @given(st.lists(st.integers(1, 900), max_size=40), st.integers(1, 5000), st.booleans())
 def test_batches_hold_every_item_within_the_memory(lengths: list[int], room: int, equal: bool) -> None:
-    made = list(batches(lengths, length=lambda one: one, size=lambda longest: 2 * longest, room=room, equal=equal))
+    made = list(
+        batches(lengths, length=lambda one: one, size=lambda longest: 2 * longest, room=room, efficient=64, equal=equal)
+    )
     assert sorted(one for batch in made for one in batch) == sorted(lengths)
     for batch in made:
         assert batch[0] == max(batch) and (len(batch) == 1 or len(batch) * 2 * batch[0] <= room)
@@ -226,5 +242,5 @@ def test_batches_hold_every_item_within_the_memory(lengths: list[int], room: int
 
 def test_a_large_batch_is_not_padded_much() -> None:
     lengths = [1000, 1000, 10, 9, 8]
-    made = list(batches(lengths, length=lambda one: one, size=lambda longest: longest, room=10**9))
+    made = list(batches(lengths, length=lambda one: one, size=lambda longest: longest, room=10**9, efficient=64))
     assert made == [[1000, 1000], [10, 9, 8]]
