@@ -32,6 +32,7 @@ from launch.commands.config import add_config_verb
 from launch.commands.convert import add_convert_verbs
 from launch.commands.data import add_data_verbs
 from launch.commands.doctor.command import add_doctor_verb
+from launch.commands.evaluate import add_evaluate_verb
 from launch.commands.hf import add_hf_verbs
 from launch.commands.init import add_init_verb
 from launch.commands.launch import add_launch_verbs
@@ -47,7 +48,7 @@ GROUPS = {  # what `pldr --help` shows, by what one is about to do
     "data": ("shard", "tokenizer", "tokenize", "data"),
     "train": ("train", "runs", "report", "track"),
     "prove": ("consolidate", "extract", "validate", "parity"),
-    "use": ("bundle", "verify", "generate", "export hf", "import hf", "import", "export"),
+    "use": ("bundle", "verify", "generate", "evaluate", "export hf", "import hf", "import", "export"),
     "cluster": ("launch", "doctor", "sweep"),
     "tools": ("bench",),
 }
@@ -176,6 +177,7 @@ def build_parser() -> Parser:
     add_config_verb(verbs)
     add_init_verb(verbs)
     add_bundle_verbs(verbs)
+    add_evaluate_verb(verbs)
     add_data_verbs(verbs)
     add_run_verbs(verbs)
     add_launch_verbs(verbs)

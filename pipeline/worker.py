@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec.config
 
-from pipeline.checkpoint.format import TRAINING_LOCK, checkpoint_bytes
+from pipeline.checkpoint.format import TRAINING_LOCK, checkpoint_bytes, step_of
 from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths, staging_folder, tokens_folder
 from pipeline.config.run import RunConfig
@@ -41,7 +41,7 @@ from pipeline.io import locks, storage
 from pipeline.io.sealed import read_sealed
 from pipeline.network import choose_interface
 from pipeline.train import signals
-from pipeline.train.console import FAILURE, LISTENING, PHASE, STOPPED, print_line
+from pipeline.train.console import FAILURE, LISTENING, PHASE, STATUS, STOPPED, print_line
 from pipeline.train.heartbeat import Heartbeat, blame
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.tracking.metrics import Tracker
     from pipeline.tracking.publish import Publisher
+    from pipeline.train.evaluations import Evaluations
 
 log = logging.getLogger(__name__)
 STOPPED_WAIT_S = 5.0  # for uploads, when training ends before its last step
@@ -156,16 +157,18 @@ def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     join(job, heart, stop)
     _enter(job, "opening the data")
     data = open_data(job)
-    tracker, publisher = open_tracking(job)
+    tracker, publisher, evaluations = open_tracking(job)
     _enter(job, "building the model" if job.start is None else f"building the model, reading {job.start.name}")
     status, wait_s = "FAILED", STOPPED_WAIT_S
     try:
-        if train(job, data, tracker, publisher, heart, stop) == job.config.train.steps:
+        if train(job, data, tracker, publisher, evaluations, heart, stop) == job.config.train.steps:
             status, wait_s = "FINISHED", job.config.train.publish_wait_s
         else:
             status = "KILLED"
         leave(heart)
     finally:
+        if evaluations is not None:
+            evaluations.close(_announce, finished=status == "FINISHED", stop=lambda: any(stop.flags()))
         if publisher is not None:
             publisher.close(wait_s, stop=lambda: any(stop.flags()))
         if tracker is not None:
@@ -261,8 +264,8 @@ def open_data(job: Job) -> Data:
     return Data(index, loader, held_out)
 
 
-def open_tracking(job: Job) -> tuple[Tracker | None, Publisher | None]:
-    """Rank 0's tracker and publisher of the run; None, None on the others. Collective."""
+def open_tracking(job: Job) -> tuple[Tracker | None, Publisher | None, Evaluations | None]:
+    """Rank 0's tracker, publisher and evaluations (where there are any) of the run; None on the others. Collective."""
     import torch.distributed as dist
 
     from pipeline.tracking.outbox import open_tracker, set_tags
@@ -273,15 +276,27 @@ def open_tracking(job: Job) -> tuple[Tracker | None, Publisher | None]:
     hosts: list[Any] = [None] * job.world
     dist.all_gather_object(hosts, (socket.gethostname(), first_on_node()))
     if job.rank != 0:
-        return None, None
+        return None, None, None
     run = run_named(job.config, job.paths, job.run_id)
     set_tags(run, {NODES_TAG: node_names(hosts)})
     tracker = open_tracker(run, running=True)
-    return tracker, open_publisher(run, tracker)
+    if job.config.train.evaluate is None:
+        return tracker, open_publisher(run, tracker), None
+    from pipeline.train.evaluations import Evaluations
+
+    start = 0 if job.start is None else step_of(job.start)
+    evaluations = Evaluations(job.config, job.paths, job.file, tracker.log, start=start)
+    return tracker, open_publisher(run, tracker, evaluations.busy), evaluations
 
 
 def train(
-    job: Job, data: Data, tracker: Tracker | None, publisher: Publisher | None, heart: Heartbeat, stop: StopRequest
+    job: Job,
+    data: Data,
+    tracker: Tracker | None,
+    publisher: Publisher | None,
+    evaluations: Evaluations | None,
+    heart: Heartbeat,
+    stop: StopRequest,
 ) -> int:
     """Train to the last step or until stopped; returns the step. Collective."""
     from pipeline.train.state import Lineage
@@ -297,6 +312,7 @@ def train(
         lineage=Lineage(data.index.fingerprint, data.index.tokenizer_sha256, job.run_id),
         tracker=tracker,
         publisher=publisher,
+        evaluations=evaluations,
         resume_from=job.start,
         heart=heart,
         stop=stop,
@@ -304,6 +320,12 @@ def train(
     stop.leaving(None)
     _enter(job, "compiling, and the first step" if job.config.train.compile else "the first step")
     return trainer.train().step
+
+
+def _announce(line: str) -> None:
+    """Rank 0 says something after the loop."""
+    print_line(f"{STATUS}{line}")
+    log.warning("%s", line)
 
 
 def _enter(job: Job, phase: str) -> None:

@@ -25,6 +25,7 @@ class RunPaths:
         self.g_lm = self.root / "g_lm"
         self.certificate = self.root / "certificate"
         self.bundle = self.root / "bundle"
+        self.evaluations = self.root / "evaluations"
         self.stages = self.root / "stages"
         self.logs = self.root / "logs"
         self.profiles = self.logs / "profile"

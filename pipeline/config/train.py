@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from pipeline.config.section import Kind, Section
+from pipeline.config.train_evaluate import EvaluateConfig, beside
 from pipeline.io.urls import check_url, is_http
 from pldr_model.config import ActivationCheckpointing
 
@@ -102,6 +103,7 @@ class TrainConfig(Section):
     freeze_g: FreezeConfig | None = recipe(
         None, "when G is frozen and the metric learner dropped; null: it trains to the end"
     )
+    evaluate: EvaluateConfig | None = beside(None, "benchmark scores of checkpoints while training runs; null: none")
     max_restarts: int = work(0, "restarts after a crash, from the last commit; not after a stop or a user error", ge=0)
     profile_steps: tuple[int, int] | None = work(
         None, "[first, last]: traced on each rank (pipeline/train/profiling.py)"
@@ -144,6 +146,11 @@ class TrainConfig(Section):
         if at_step is not None and at_step >= self.steps:
             raise ValueError(
                 f"freeze_g.at_step {at_step} must be smaller than steps {self.steps}: G would never be frozen"
+            )
+        if self.evaluate is not None and self.evaluate.every % self.checkpoint_every:
+            raise ValueError(
+                f"evaluate.every {self.evaluate.every} is not a multiple of checkpoint_every {self.checkpoint_every}: only "
+                "checkpoints are evaluated"
             )
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1] <= self.steps:
             raise ValueError(

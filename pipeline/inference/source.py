@@ -22,6 +22,7 @@ from pipeline.bundle.verify import check_tokenizer
 from pipeline.bundle.weights import load_weights
 from pipeline.config.load import load_config
 from pipeline.config.paths import RunPaths, data_paths
+from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.storage import MANIFEST, read_json, sha256_json
 from pipeline.tokenizer import Tokenizer
@@ -167,6 +168,12 @@ def _open_run(path: Path, overrides: list[str], *, live: bool | None) -> OpenMod
         if not folder.is_dir():
             command = " ".join((make, str(path), *overrides))
             raise UserError(f"{path}: {folder} does not exist; make it with `pldr {command}`")
+    return open_weights(config, paths, path, live=live)
+
+
+def open_weights(config: RunConfig, paths: RunPaths, path: Path, *, live: bool | None) -> OpenModel:
+    """Open what `paths` has of a run: `weights/` and `g_lm/`, and its certificate where it is about them. path: what the user
+    named, for messages."""
     whole, source = load_weights(paths.weights)
     extracted = load_g(paths.g_lm, whole.config)
     learned = whole.config.g_source == "learned"

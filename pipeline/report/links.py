@@ -15,10 +15,12 @@ from urllib.parse import quote
 from pipeline.io.urls import is_http, without_secrets
 
 TRAINING, CERTIFICATE, DATA = "report/training.html", "certificate/certificate.html", "report/data.html"
+EVALUATION = "evaluation/evaluation.html"
 SWEEP = "report/sweep.html"  # of a sweep's directory, two above its children's
 PAGES = (  # below the run directory
     ("Run report", TRAINING, "pldr report CONFIG"),
     ("Certificate", CERTIFICATE, "pldr validate CONFIG"),
+    ("Evaluation", EVALUATION, "pldr evaluate CONFIG"),
     ("Data report", DATA, "pldr data report CONFIG"),
 )
 

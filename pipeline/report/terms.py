@@ -42,6 +42,18 @@ TERMS = {
     "loss spike": "a loss far above the median of the last ones (train.spike_threshold), or an order parameter of G_LM ten "
     "times its median.",
     "MFU": "model FLOPs utilization: what the model's arithmetic takes of the devices' peak.",
+    "acc": "accuracy: share of the items for which the right answer has the largest log-likelihood; of a free answer, for "
+    "which greedy decoding gives it.",
+    "acc_norm": "accuracy by the log-likelihood per character of the answer, as lm-evaluation-harness computes it.",
+    "acc_bytes": "accuracy by the log-likelihood per byte (UTF-8) of the answer: the papers' byte-length normalisation.",
+    "mc1, mc2": "TruthfulQA. mc1: accuracy, one true answer among others. mc2: share of the probability that the true "
+    "answers get.",
+    "perplexity": "exp of the mean negative log-likelihood of an answer; the whole last word, however many tokens it has.",
+    "paired standard error": "of a difference on the same items: standard deviation of the items' differences, over the root "
+    "of their number. 0: no item differs.",
+    "chance": "the score of a model that picks any answer with equal probability.",
+    "leak gain": "live score minus cached score of a model that is not certified: what seeing the answer in advance seems to "
+    "gain.",
     "fertility": "tokens per word, without the end tokens. Words are what spaces and punctuation separate; in Chinese and "
     "Japanese a character is a word.",
     "packing": "how documents fill sequences of equal length; where they do not, tokens are dropped or padding is added.",

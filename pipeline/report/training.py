@@ -92,6 +92,16 @@ def invariance_plots(limits: Mapping[str, float]) -> tuple[Plot, ...]:
     )
 
 
+SCORES = (
+    "Of checkpoints (train.evaluate, pldr evaluate): with the cached G_LM, perhaps on the first items of a task only."
+)
+BENCHMARKS = (  # no more in a plot than it has styles of lines
+    ("Benchmarks: questions", ("arc_easy", "arc_challenge", "openbookqa", "piqa")),
+    ("Benchmarks: sentences", ("hellaswag", "social_iqa", "winogrande", "lambada_openai")),
+    ("Benchmarks: TruthfulQA", ("truthfulqa_mc1", "truthfulqa_mc2")),
+)
+
+
 def run_plots(limits: Mapping[str, float]) -> tuple[Plot, ...]:
     """All plots of a run report."""
     return (
@@ -100,6 +110,10 @@ def run_plots(limits: Mapping[str, float]) -> tuple[Plot, ...]:
             ("train/loss", "val/loss_block", "val/loss_cached"),
             "nats per token",
             note="val/loss_block may see the future until G_LM is invariant; val/loss_cached cannot.",
+        ),
+        *(
+            Plot(title, tuple(f"eval/{task}/acc" for task in tasks), "accuracy", note=SCORES)
+            for title, tasks in BENCHMARKS
         ),
         *invariance_plots(limits),
         Plot("Gradient norm", ("train/grad_norm",), "norm", log=True),

@@ -31,16 +31,21 @@ def consolidate_newest(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
 
 def extract(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
     """G_LM of the weights over held-out prompts -> `g_lm/`."""
+    return extract_into(config, paths, paths)
+
+
+def extract_into(config: RunConfig, paths: RunPaths, model_paths: RunPaths) -> dict[str, Any]:
+    """`extract` for weights that lie elsewhere, and its G_LM beside them."""
     from pipeline.bundle.extracted import save_g
     from pipeline.bundle.weights import load_weights
     from pipeline.devices import has_gpu
     from pipeline.post.extract import extract_g
 
-    model, _ = load_weights(paths.weights)
+    model, _ = load_weights(model_paths.weights)
     if has_gpu():
         model.cuda()
     prompts = held_out(config, paths, half=0).sequences_NT[: config.post.prompts, :-1]
-    return save_g(extract_g(model, prompts, config.post.g_from), paths.g_lm)
+    return save_g(extract_g(model, prompts, config.post.g_from), model_paths.g_lm)
 
 
 def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[str, Any]:

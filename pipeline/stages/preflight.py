@@ -7,6 +7,7 @@ the stages, which check it again. What a finished stage needed is not asked for.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sqlite3
 import urllib.error
 import urllib.request
@@ -23,6 +24,7 @@ from pipeline.config.paths import RunPaths, documents_folder, staging_folder, to
 from pipeline.config.plan import activation_bytes, state_bytes
 from pipeline.config.run import RunConfig
 from pipeline.config.schedule import BUDGET_PUBLISHED, budget_verdict, planned_budget
+from pipeline.config.train_evaluate import EvaluateConfig
 from pipeline.devices import gpu_bytes
 from pipeline.errors import UserError
 from pipeline.io.storage import Need, require_space
@@ -83,6 +85,8 @@ def preflight(
         check("batch", lambda: _batch(config))
         check("memory", lambda: _memory(config))
         check("budget", lambda: _budget(config, begins))
+        if (settings := config.train.evaluate) is not None:
+            check("evaluate", lambda: _evaluate(settings))
     if config.post.extra_prompts and "validate" not in done:
         check("prompts", lambda: _prompts(config))
     check("disk", lambda: _disk(config, text_bytes, done))
@@ -172,6 +176,30 @@ def _budget(config: RunConfig, begins: Path | None) -> Iterator[Finding]:
             budget = budget_after(config.train, read_state(newest))
     status: Literal["ok", "warn"] = "ok" if budget >= BUDGET_PUBLISHED else "warn"
     yield Finding("budget", status, f"invariance budget {budget:.2f}: {budget_verdict(budget)}")
+
+
+def _evaluate(settings: EvaluateConfig) -> Iterator[Finding]:
+    """What `train.evaluate` needs. Nothing is imported: lm-eval takes seconds."""
+    from pipeline.inference.evaluate.tasks import file_of
+
+    for module in ("lm_eval", "datasets"):
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"train.evaluate: {module} is not installed; pip install 'pldr[eval]'")
+    if settings.data is None:
+        yield Finding(
+            "evaluate", "ok", f"{len(settings.tasks)} tasks every {settings.every:,} steps, documents of the hub"
+        )
+        return
+    folder = Path(settings.data).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"train.evaluate.data {folder}: no such folder; name one with JSONL files such as arc_easy.jsonl"
+        )
+    for task in settings.tasks:
+        file_of(task, folder)
+    yield Finding(
+        "evaluate", "ok", f"{len(settings.tasks)} tasks every {settings.every:,} steps, documents of {folder}"
+    )
 
 
 def _disk(config: RunConfig, text_bytes: int, done: Mapping[str, dict[str, Any]]) -> Iterator[Finding]:

@@ -251,7 +251,13 @@ def disk_needed(config: RunConfig, paths: RunPaths) -> int:
     size = checkpoint_bytes(config.model)
     keep = policy_of(config.train).at_most(config.train.steps, config.train.checkpoint_every)
     # One being staged, one being uploaded while a newer one is already there.
-    copies = keep + 2 + (keep if config.train.publish_to is None and _has_store_on_same_disk(config, paths) else 0)
+    evaluates = 2 * (config.train.evaluate is not None)  # one stays while it is read, and its weights
+    copies = (
+        keep
+        + 2
+        + evaluates
+        + (keep if config.train.publish_to is None and _has_store_on_same_disk(config, paths) else 0)
+    )
     held = sum(f.stat().st_size for c in committed(paths.checkpoints) for f in c.rglob("*") if f.is_file())
     return max(size, copies * size - held)
 

@@ -24,6 +24,7 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig, TrackingConfig
 from pipeline.errors import ConfigError, UserError, first_line
 from pipeline.tracking.default_store import VARIABLE, default_uri, report_inside, why_inside
+from pipeline.tracking.sqlite_check import SUSPECT, is_damaged
 from pipeline.tracking.sqlite_store import file_of, make_store, merge_log, require_usable, uri_of
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
@@ -44,7 +45,6 @@ TRANSIENT = (
     "REQUEST_LIMIT_EXCEEDED",
 )
 LOCKED = ("database is locked", "table is locked")
-DAMAGED = ("not a database", "malformed", "is encrypted", "disk i/o error")
 CONTENDED = (*LOCKED, "unique", "duplicate", "giving up after")  # another process was faster
 OLDER_SERVER = ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED")  # a call that a server of another version has not got
 ATTEMPTS, WAIT_S = 8, 0.1  # the first wait; it doubles
@@ -118,12 +118,14 @@ def client(uri: str) -> Any:
 def is_unreachable(uri: str, error: Exception) -> bool:
     """Whether a call failed because MLflow is unreachable, overloaded or locked, so that it may work later.
 
-    What the server refuses (a run that is not there, credentials) is a mistake, and so is any other failure of a SQLite file.
+    What the server refuses (a run that is not there, credentials) is a mistake, and so is any other failure of a SQLite file;
+    but one that is called damaged and is not may work in the next process.
     """
     if isinstance(error, UserError):
         return False
     if uri.startswith("sqlite"):
-        return _says(error, *LOCKED)
+        file = file_of(uri)
+        return _says(error, *LOCKED) or (_says(error, *SUSPECT) and file is not None and not is_damaged(file))
     code = getattr(error, "error_code", None)
     if type(error).__name__ == "InvalidUrlException":
         return False
@@ -155,7 +157,12 @@ def fix_for(uri: str, error: Exception) -> str:
         return "look at tracking.uri, and at the user's rights there"
     if _says(error, *LOCKED):
         return f"another program holds {file}: wait until it is done (`fuser {file}` names it), then start again"
-    if _says(error, *DAMAGED):
+    if _says(error, *SUSPECT) and not is_damaged(file):
+        return (
+            f"{file} is intact (integrity_check): a log that was replaced under an open connection, or a disk that failed for "
+            f"a moment; end the programs that have the file open (`fuser {file}` names them), then start again"
+        )
+    if _says(error, *SUSPECT):
         return (
             f"{file} is damaged, or no database; it may hold other runs too, so keep it, and {file.name}-wal: put in their "
             f"place a backup, or what `sqlite3 {file} .recover | sqlite3 NEW.db` saves. {from_checkpoints('RUN_DIR')}"

@@ -41,7 +41,7 @@ class Publisher:
 
     folder: the run's `checkpoints/`. find_store: where to, None as long as MLflow has not made the run; called at each
     attempt. announce: gets the names of all published checkpoints after each publication; when it raises, the publication is
-    retried.
+    retried. busy: names that others read now, and that stay meanwhile.
     """
 
     def __init__(
@@ -50,8 +50,10 @@ class Publisher:
         policy: Policy,
         find_store: Callable[[], CheckpointStore | None],
         announce: Callable[[list[str]], None],
+        busy: Callable[[], set[str]] = set,
     ) -> None:
         self._folder, self._policy, self._find_store, self._announce = folder, policy, find_store, announce
+        self._busy_elsewhere = busy
         self._change = threading.Condition()
         local = committed(folder)
         self._step = step_of(local[-1]) if local else 0  # how far the run is
@@ -99,7 +101,8 @@ class Publisher:
 
     def _prune(self) -> None:
         with self._files:
-            retain(self._folder, self._policy, now=self._step, busy={self._busy} if self._busy else ())
+            busy = self._busy_elsewhere() | ({self._busy} if self._busy else set())
+            retain(self._folder, self._policy, now=self._step, busy=busy)
 
     def _prune_forever(self) -> None:
         while True:
@@ -194,7 +197,7 @@ def _facts(store: CheckpointStore, name: str) -> tuple[str, float | None]:
         return seal, None
 
 
-def open_publisher(run: TrackedRun, tracker: Tracker) -> Publisher:
+def open_publisher(run: TrackedRun, tracker: Tracker, busy: Callable[[], set[str]] = set) -> Publisher:
     """The publisher of a run that logs through `tracker`."""
     url = run.publish_url
 
@@ -211,7 +214,7 @@ def open_publisher(run: TrackedRun, tracker: Tracker) -> Publisher:
         mlflow.set_tag(tracker.mlflow_id, CHECKPOINTS_TAG, ",".join(names))
         mlflow.set_tag(tracker.mlflow_id, PUBLISH_TAG, url or "")
 
-    return Publisher(run.paths.checkpoints, policy_of(run.config.train), find_store, announce)
+    return Publisher(run.paths.checkpoints, policy_of(run.config.train), find_store, announce, busy)
 
 
 def _store_by_tag(uri: str, run_id: str) -> CheckpointStore:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import logging
 import shutil
+import sqlite3
 import tempfile
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -107,12 +109,21 @@ def _open(uri: str) -> Any:
 
 
 def _copied(file: Path) -> Path:
-    """A store in a temporary folder, which is removed with this process."""
+    """A store in a temporary folder, which is removed with this process. While others write it, only SQLite's own copy is of
+    one moment; where SQLite cannot read it there, nobody has it open, and its files are copied."""
     folder = tempfile.TemporaryDirectory(prefix="pldr-store-")
     atexit.register(folder.cleanup)
-    for part in file.parent.glob(f"{file.name}*"):
-        shutil.copy(part, folder.name)
-    return Path(folder.name) / file.name
+    copy = Path(folder.name) / file.name
+    try:
+        with (
+            closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as source,
+            closing(sqlite3.connect(copy)) as target,
+        ):
+            source.backup(target)
+    except sqlite3.Error:
+        for part in file.parent.glob(f"{file.name}*"):
+            shutil.copy(part, folder.name)
+    return copy
 
 
 def _runs(mlflow: Any, experiments: list[str]) -> list[Any]:

@@ -23,11 +23,13 @@ from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import UserError, first_line
 from pipeline.io.mounts import network_file_system, writable
+from pipeline.tracking.sqlite_guard import keep_log
 
 OWN = "mlflow.db"  # of a run directory, or beside several
 RUN_FILE = "run.json"  # of a run directory: its MLflow run
 ARTIFACTS = "mlartifacts"  # beside the database
 WAIT_S = 5.0  # for a locked database, as long as SQLAlchemy waits
+MERGE_S = 1.0  # for others who read at this moment
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///([^?]+)")
 _PATHS = (  # what holds paths of artifacts in MLflow's schema (3.17)
     ("experiments", "artifact_location"),
@@ -75,6 +77,8 @@ def _opened(file: Path, *, wait_s: float | None = None) -> Iterator[sqlite3.Conn
     mode = "mode=rw" if writable(file.parent) else "immutable=1"
     timeout = WAIT_S if wait_s is None else wait_s
     with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?{mode}", uri=True, timeout=timeout)) as database:
+        if database.execute("PRAGMA journal_mode").fetchone() == ("wal",):
+            keep_log(file)
         yield database
 
 
@@ -115,8 +119,9 @@ def make_store(file: Path) -> None:
 
 
 def merge_log(file: Path) -> None:
-    """Write the log of a store into its file, as far as nobody else is at work there: somebody may copy only that."""
-    with contextlib.suppress(sqlite3.Error), _opened(file, wait_s=0) as database:
+    """Write the log of a store into its file, as far as nobody else is at work there: somebody may copy only that. The log
+    stays, empty."""
+    with contextlib.suppress(sqlite3.Error), _opened(file, wait_s=MERGE_S) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 

@@ -31,6 +31,7 @@ from pipeline.tracking.publish import Publisher
 from pipeline.train.console import Progress
 from pipeline.train.engine import device_of_rank, release, set_learning_rate
 from pipeline.train.evaluate import validate
+from pipeline.train.evaluations import Evaluations
 from pipeline.train.freeze import FreezeRule, freeze, mean_g, num_batches
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.optim import gradient_norm
@@ -49,8 +50,9 @@ log = logging.getLogger(__name__)
 class Trainer:
     """One rank of a training run: `Trainer(...).train()`. Every rank makes one and calls the same methods; collective.
 
-    `data`: this rank's batches; `held_out`: validation sequences [n, S+1]; `tracker`, `publisher`: rank 0's, else None;
-    `resume_from`: a committed checkpoint, or None; `loss`: what is minimized (total_loss of pldr_model/loss.py).
+    `data`: this rank's batches; `held_out`: validation sequences [n, S+1]; `tracker`, `publisher`, `evaluations`:
+    rank 0's, else None; `resume_from`: a committed checkpoint, or None; `loss`: what is minimized (total_loss of
+    pldr_model/loss.py).
     `engine` and `state` are the current ones: a freeze or a rollback replaces them. Raises UserError when a checkpoint does not
     fit this run.
     """
@@ -67,13 +69,14 @@ class Trainer:
         tracker: Tracker | None,
         resume_from: Path | None,
         publisher: Publisher | None = None,
+        evaluations: Evaluations | None = None,
         heart: Heartbeat | None = None,
         stop: StopRequest | None = None,
         loss: LossFunction = total_loss,
     ) -> None:
         self.config, self.settings, self.checkpoints = config, config.train, paths.checkpoints
         self.data, self.held_out, self.bytes_per_token = data, held_out, bytes_per_token
-        self.lineage, self.tracker = lineage, tracker
+        self.lineage, self.tracker, self.evaluations = lineage, tracker, evaluations
         self.heart, self.stop, self.loss = heart or Heartbeat(), stop or StopRequest(), loss
         self.device = device_of_rank()
         if self.settings.memory_history:
@@ -85,7 +88,7 @@ class Trainer:
             self.checkpoints,
             staging=staging_folder(config),
             first_on_node=first_on_node(),
-            committed=partial(_committed, config, self.checkpoints, publisher),
+            committed=partial(_committed, config, self.checkpoints, publisher, evaluations),
         )
         self.progress = Progress(config, start_step=self.state.step) if dist.get_rank() == 0 else None
         self.throughput, self.measures = Throughput(), Measures(paths.root, self.device)
@@ -119,6 +122,8 @@ class Trainer:
                 continue
             if self._saves_now():
                 self._save()
+            for line in self.evaluations.poll() if self.evaluations is not None else ():
+                self._announce(line)
             if self.stopped is not None:
                 break
         self.profiler.close()
@@ -340,12 +345,17 @@ class Trainer:
             log.warning("%s", text)
 
 
-def _committed(config: RunConfig, folder: Path, publisher: Publisher | None, step: int) -> None:
+def _committed(
+    config: RunConfig, folder: Path, publisher: Publisher | None, evaluations: Evaluations | None, step: int
+) -> None:
     """On rank 0, which has the publisher where there is one."""
+    if evaluations is not None:
+        evaluations.committed(step)  # first: what it will read is not removed
     if publisher is not None:
         publisher.saved(step)
     else:
-        retain(folder, policy_of(config.train), now=step)
+        busy = set() if evaluations is None else evaluations.busy()
+        retain(folder, policy_of(config.train), now=step, busy=busy)
 
 
 def _gradient_norm(engine: Any) -> float:

@@ -20,7 +20,7 @@ MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.w
               "train.timeout_s", "train.max_restarts", "train.max_skipped_steps", "train.on_spike", "train.spike_",
               "train.deepspeed", "train.compile", "train.activation_", "train.offload", "train.peak_tflops",
               "train.val_sequences", "train.zero_stage",
-              "train.micro_batch", "train.precision", "train.profile_steps", "train.memory_history",
+              "train.micro_batch", "train.evaluate", "train.precision", "train.profile_steps", "train.memory_history",
               "data.on_bad_shard", "data.cache_gigabytes", "data.executor", "data.slurm.", "data.ray_address",
               "data.of")  # fmt: skip
 FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
@@ -84,7 +84,7 @@ def of_stage_160ea30(config, name):
         },
         "train": {
             **{k: tree[k] for k in ("model", "seed")},
-            "train": {k: v for k, v in tree["train"].items() if k not in ADDED},
+            "train": {k: v for k, v in tree["train"].items() if k not in (*ADDED, "evaluate")},
         },
         "consolidate": {},
         "extract": {k: tree["post"][k] for k in ("g_from", "prompts")},

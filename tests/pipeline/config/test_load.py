@@ -1,6 +1,8 @@
 """The configuration is closed and checked before anything starts."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -47,6 +49,17 @@ def test_the_shipped_configurations_load_and_survive_json(repository, name):
         ("train.warmup_steps=250000", "warmup_steps 250000 must be smaller than steps"),
         ("train.freeze_g={at_step: 250000}", "freeze_g.at_step 250000 must be smaller than steps 250000"),
         ("train.keep_checkpoints=1", "train.keep_checkpoints"),
+        (
+            "train.evaluate={every: 1000, tasks: [arc_eazy]}",
+            "is not evaluated during training; did you mean arc_easy?",
+        ),
+        ("train.evaluate={every: 1000, tasks: [mine]}", "name some of arc_easy, "),
+        ("train.evaluate={every: 1000, tasks: [piqa, piqa]}", "a task is named twice"),
+        (
+            "train.evaluate={every: 1500, tasks: [piqa]}",
+            "evaluate.every 1500 is not a multiple of checkpoint_every 1000",
+        ),
+        ("train.evaluate={evry: 1000, tasks: [piqa]}", "did you mean train.evaluate.every?"),
         ("model.head_dim=5", "head_dim: 5 is odd"),
         ("model.g_source=banana", "g_source"),
         ("data.executor=slurmish", "data.executor"),
@@ -290,3 +303,17 @@ def test_a_mistake_on_the_command_line_is_not_its_parents(files):
     for override in ("train.steps=many", "train.micro_batch=5"):
         with pytest.raises(ConfigError, match=r"^(command line|\S*child.yaml): train"):
             load_config(folder / "child.yaml", [override])
+
+
+def test_tasks_are_known_without_lm_eval():
+    """The names of `train.evaluate` are those that `pldr evaluate` has files for; checking them imports nothing of it."""
+    from pipeline.config.train_evaluate import TASKS
+    from pipeline.inference.evaluate.tasks import STOCK
+
+    assert list(STOCK) == list(TASKS)
+    script = (
+        "import sys; from pipeline.config.train import TrainConfig;"
+        "TrainConfig(evaluate={'every': 1000, 'tasks': ['piqa']}); print('lm_eval' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

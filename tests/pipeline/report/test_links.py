@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from pipeline.report.links import CERTIFICATE, DATA, TRAINING, Link, links, mlflow_link
+from pipeline.report.links import CERTIFICATE, DATA, EVALUATION, TRAINING, Link, links, mlflow_link
 
 
 @pytest.fixture
@@ -23,11 +23,13 @@ def root(tmp_path: Path) -> Path:
 
 def test_links_lead_to_the_pages_also_after_the_run_directory_was_moved(root: Path, tmp_path: Path) -> None:
     found = {link.label: link for link in links(root / TRAINING, root)}
-    assert list(found) == ["Certificate", "Data report"] and found["Certificate"].note == ""
+    assert list(found) == ["Certificate", "Evaluation", "Data report"] and found["Certificate"].note == ""
     assert found["Data report"].note == "not made yet:" and found["Data report"].command == "pldr data report CONFIG"
     moved = tmp_path / "elsewhere"
     shutil.move(root, moved)
     (moved / DATA).write_text("page")
+    (moved / EVALUATION).parent.mkdir()
+    (moved / EVALUATION).write_text("page")
     for label in found:
         assert (moved / TRAINING).parent.joinpath(unquote(found[label].href or "")).resolve().is_file()
 
@@ -35,7 +37,7 @@ def test_links_lead_to_the_pages_also_after_the_run_directory_was_moved(root: Pa
 def test_a_page_outside_of_the_run_directory_and_a_child_of_a_sweep(root: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     found = {link.label: link.href for link in links(page, root, in_sweep=True)}
-    assert list(found) == ["Run report", "Certificate", "Data report", "Sweep"]
+    assert list(found) == ["Run report", "Certificate", "Evaluation", "Data report", "Sweep"]
     assert found["Certificate"] == "runs/50%25%20of%20%231%3F/certificate/certificate.html"
     assert found["Sweep"] == "report/sweep.html"
 

@@ -61,6 +61,25 @@ def test_files_of_more_prompts_are_looked_at_before_training(check):
     assert found.status == "FAIL" and found.text.startswith("post.extra_prompts.code: gone.txt: no such file")
 
 
+def test_what_evaluations_during_training_need_is_looked_at(check, monkeypatch):
+    evaluate = "train.evaluate={every: 100, tasks: [arc_easy, piqa], data: eval}"
+    assert "no such folder" in check(evaluate)["evaluate"].text
+    folder = check.yaml.parent / "eval"
+    folder.mkdir()
+    (folder / "arc_easy.jsonl").write_text("{}\n")
+    found = check(evaluate)["evaluate"]
+    assert found.status == "FAIL" and "piqa: no documents; looked for eval/piqa.jsonl" in found.text
+    (folder / "piqa.jsonl").write_text("{}\n")
+    assert check(evaluate)["evaluate"].text == "2 tasks every 100 steps, documents of eval"
+    assert "evaluate" not in check(evaluate, done={"train": {}})
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where it is not installed
+    found = check(evaluate)["evaluate"]
+    assert (found.status, found.text) == (
+        "FAIL", "train.evaluate: lm_eval is not installed; pip install 'pldr[eval]'"
+    )  # fmt: skip
+    assert "evaluate" not in check() and check()["MLflow"].status == "ok"
+
+
 def test_one_mistake_is_the_error_itself(check, capsys):
     assert main(["check", str(check.yaml), "train.ranks=3", "--json"]) == 2
     out, errors = capsys.readouterr()
