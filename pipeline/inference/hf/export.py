@@ -73,12 +73,15 @@ def export_hf(
         _write_model(opened, model, tensors, temporary, dtype=dtype, uncertified=uncertified, shard_bytes=shard_bytes)
         report("self-check: stock transformers in a fresh process against our model")
         passages, passages_from = checked_texts(texts)
-        expected, logits = expect(
-            _rounded(model, tensors) if dtype != "fp32" else model,
-            opened.tokenizer,
-            seed=opened.sha256,
-            texts=passages,
-        )
+        try:
+            expected, logits = expect(
+                _rounded(model, tensors) if dtype != "fp32" else model,
+                opened.tokenizer,
+                seed=opened.sha256,
+                texts=passages,
+            )
+        except ValueError as error:  # logits that are not finite
+            raise UserError(f"{opened.path}: {error}") from None
         selfcheck = check_export(temporary, expected, logits, rounded=dtype != "fp32")
         selfcheck["tokenizer"]["source"] = passages_from
         manifest = {
@@ -138,6 +141,8 @@ def _require_replaceable(target: Path) -> None:
 def _in_dtype(tensors: dict[str, Tensor], dtype: Dtype, where: Path) -> dict[str, Tensor]:
     cast = {name: tensor.to(getattr(torch, DTYPES[dtype])) for name, tensor in tensors.items()}
     for name, tensor in cast.items():
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{where}: {name} holds NaN or infinity; training diverged: take an earlier checkpoint")
         if not tensor.isfinite().all():
             raise UserError(f"{where}: {name} holds numbers that {dtype} cannot; export it as bf16 or fp32")
     return cast

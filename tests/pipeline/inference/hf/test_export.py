@@ -228,6 +228,19 @@ def test_numbers_that_fp16_cannot_hold_are_refused(opened: OpenModel, tmp_path: 
     assert "lm_head.bias" in message and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("value", "problem"), [(float("nan"), "lm_head.weight holds NaN"), (3e38, "NaN or infinite")])
+def test_a_model_without_finite_logits_is_refused(
+    opened: OpenModel, tmp_path: Path, value: float, problem: str
+) -> None:
+    weight = opened.model.output.weight
+    with torch.no_grad():
+        kept = weight[5].clone()
+        weight[5] = value
+        message = refused(lambda: export_hf(opened, tmp_path / "out"))
+        weight[5] = kept
+    assert problem in message and not list(tmp_path.iterdir())
+
+
 def test_shards(opened: OpenModel, tmp_path: Path, unchecked: None) -> None:
     import transformers
 
