@@ -28,7 +28,8 @@ EXACT = "exact"  # name of the logits in fp64
 
 @dataclass(frozen=True)
 class Expectation:
-    """greedy: the new tokens of each prompt. sequences: the prompts and a full context. ids, decoded: of each of `texts`."""
+    """greedy: the new tokens of each prompt. sequences: the prompts and a full context. ids, decoded: of each of `texts`.
+    rounding: what fp32 does to our own model's logits, the largest difference from fp64."""
 
     prompts: list[list[int]]
     max_new_tokens: int
@@ -37,6 +38,7 @@ class Expectation:
     texts: list[str]
     ids: list[list[int]]
     decoded: list[str]
+    rounding: float
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -57,8 +59,13 @@ def expect(
     prompts = [draw.choices(pieces, k=length) for length in lengths]
     max_new = max(1, min(MAX_NEW, config.context_length - longest))
     sequences = [*prompts, draw.choices(pieces, k=config.context_length)]
-    logits = {str(i): model(torch.tensor([ids]), padded=False)[0].contiguous() for i, ids in enumerate(sequences)}
-    logits[EXACT] = copy.deepcopy(model).double()(torch.tensor(sequences[-1:]), padded=False)[0].contiguous()
+    logits = {
+        str(i): model(torch.tensor([sequence]), padded=False)[0].contiguous() for i, sequence in enumerate(sequences)
+    }
+    wide, rounding = copy.deepcopy(model).double(), 0.0
+    for i, sequence in enumerate(sequences):
+        logits[EXACT] = wide(torch.tensor([sequence]), padded=False)[0].contiguous()
+        rounding = max(rounding, float((logits[EXACT] - logits[str(i)]).abs().max().nan_to_num(nan=float("inf"))))
     checked = [*texts, *ODD]
     ids = tokenizer.encode_batch(checked)
     expected = Expectation(
@@ -69,5 +76,6 @@ def expect(
         texts=checked,
         ids=ids,
         decoded=[tokenizer.decode(one) for one in ids],
+        rounding=rounding,
     )
     return expected, logits

@@ -23,7 +23,7 @@ from pipeline.inference.hf.expectation import expect
 from pipeline.inference.hf.manifest import KIND, SCHEMA_VERSION, is_export, why_uncertified
 from pipeline.inference.hf.names import from_hf, to_hf
 from pipeline.inference.hf.plugin import require_tested
-from pipeline.inference.hf.selfcheck import check_export
+from pipeline.inference.hf.selfcheck import MAX_DIFFERENCE, check_export
 from pipeline.inference.hf.shards import parse_size, write_shards
 from pipeline.inference.hf.sizes import DTYPES, hf_config
 from pipeline.inference.hf.texts import checked_texts
@@ -73,12 +73,15 @@ def export_hf(
         _write_model(opened, model, tensors, temporary, dtype=dtype, uncertified=uncertified, shard_bytes=shard_bytes)
         report("self-check: stock transformers in a fresh process against our model")
         passages, passages_from = checked_texts(texts)
-        expected, logits = expect(
-            _rounded(model, tensors) if dtype != "fp32" else model,
-            opened.tokenizer,
-            seed=opened.sha256,
-            texts=passages,
-        )
+        try:
+            expected, logits = expect(
+                _rounded(model, tensors) if dtype != "fp32" else model,
+                opened.tokenizer,
+                seed=opened.sha256,
+                texts=passages,
+            )
+        except ValueError as error:  # logits that are not finite
+            raise UserError(f"{opened.path}: {error}") from None
         selfcheck = check_export(temporary, expected, logits, rounded=dtype != "fp32")
         selfcheck["tokenizer"]["source"] = passages_from
         manifest = {
@@ -108,12 +111,17 @@ def summary(manifest: dict[str, Any]) -> list[str]:
     check = manifest["selfcheck"]
     logits, greedy, tokenizer = check["logits"], check["greedy"], check["tokenizer"]
     rounded = f" (both sides in fp32 with the {manifest['dtype']} weights)" if "native" in check else ""
+    ties = "" if greedy["equal"] == greedy["prompts"] else f"; the others differ at a tie, by {greedy['gap']:.2g}"
     lines = [
         f"logits{rounded}: largest difference {logits['difference']:.2g}, in fp64 {check['exact']:.2g}; largest logit "
         f"{logits['largest']:.3g}",
-        f"greedy tokens: equal for {greedy['equal']} of {greedy['prompts']} prompts ({greedy['tokens']} tokens)",
+        f"greedy tokens: equal for {greedy['equal']} of {greedy['prompts']} prompts ({greedy['tokens']} tokens){ties}",
         f"tokenizer: {tokenizer['other_ids']} of {tokenizer['texts']} texts get other ids ({tokenizer['source']})",
     ]
+    if logits["difference"] > MAX_DIFFERENCE * max(1.0, logits["largest"]):
+        lines.append(
+            f"fp32 alone changes our own model's logits by up to {check['rounding']:.2g}: it is ill-conditioned"
+        )
     if native := check.get("native"):
         lines.append(
             f"computed in {manifest['dtype']}: logits differ by up to {native['difference']:.2g}, and the best token is the "
@@ -133,6 +141,8 @@ def _require_replaceable(target: Path) -> None:
 def _in_dtype(tensors: dict[str, Tensor], dtype: Dtype, where: Path) -> dict[str, Tensor]:
     cast = {name: tensor.to(getattr(torch, DTYPES[dtype])) for name, tensor in tensors.items()}
     for name, tensor in cast.items():
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{where}: {name} holds NaN or infinity; training diverged: take an earlier checkpoint")
         if not tensor.isfinite().all():
             raise UserError(f"{where}: {name} holds numbers that {dtype} cannot; export it as bf16 or fp32")
     return cast

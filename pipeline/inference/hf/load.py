@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.inference.hf.manifest import read_manifest, why_uncertified
 from pipeline.inference.hf.names import check_shapes, from_hf, to_hf
 from pipeline.inference.hf.plugin import require_tested
-from pipeline.inference.hf.shards import find_tensors, read_tensors
+from pipeline.inference.hf.shards import Found, find_tensors, read_tensors
 from pipeline.inference.hf.sizes import hf_config, model_config
 from pipeline.inference.hf.tokenizer import fast_tokenizer
 from pipeline.inference.source import OpenModel
@@ -64,16 +65,21 @@ def _differ(one: ModelConfig, other: ModelConfig) -> bool:
 def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Our state dict in fp32. Sizes, names and shapes are compared before anything is allocated."""
     found = find_tensors(folder)
-    numbers = sum(math.prod(each.shape) for each in found.values())
-    if numbers < config.num_parameters()["total"]:  # before the shapes of a huge model are computed
-        raise UserError(
-            f"{folder / 'config.json'}: describes a larger model than the weights are; export the model again"
-        )
+    check_size(found, config, folder)
     try:
         check_shapes({name: each.shape for name, each in found.items()}, config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     return from_hf(read_tensors(found), config)
+
+
+def check_size(found: Mapping[str, Found], config: ModelConfig, folder: Path) -> None:
+    """Before the shapes of a huge model are computed. Raises UserError for weights that are too few."""
+    numbers = sum(math.prod(each.shape) for each in found.values())
+    if numbers < config.num_parameters()["total"]:
+        raise UserError(
+            f"{folder / 'config.json'}: describes a larger model than the weights are; export the model again"
+        )
 
 
 def build(opened: OpenModel, *, dtype: str = "fp32", live: bool = False) -> tuple[Any, Any]:

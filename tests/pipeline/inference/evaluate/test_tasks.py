@@ -73,6 +73,10 @@ def test_local_documents_need_no_network_and_execute_nothing(
     def no_network(*_: Any) -> None:
         raise AssertionError("the network was asked")
 
+    import datasets
+
+    usual = Path(datasets.config.HF_DATASETS_CACHE)
+    before = list(usual.rglob("*"))
     monkeypatch.setattr(socket.socket, "connect", no_network)
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "piqa.py").write_text("raise SystemExit('executed')")
@@ -83,7 +87,7 @@ def test_local_documents_need_no_network_and_execute_nothing(
     task = tasks.load(one, tmp_path / "work")
     assert [dict(doc) for doc in task.eval_docs] == [{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}]
     assert set(task.aggregation()) == {"acc", "acc_norm", "acc_bytes"}
-    assert not (Path.home() / ".cache/huggingface/datasets/json").exists()
+    assert list(usual.rglob("*")) == before and (tmp_path / "work" / "piqa" / "cache").is_dir()
 
 
 def test_code_that_comes_with_a_data_set_is_never_allowed() -> None:

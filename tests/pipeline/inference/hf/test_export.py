@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {
         "logits": {"difference": 0.0, "largest": 1.0, "top1": 1.0, "finite": True},
         "exact": 0.0,
-        "greedy": {"prompts": 20, "equal": 20, "tokens": 640},
+        "rounding": 0.0,
+        "greedy": {"prompts": 20, "equal": 20, "tokens": 640, "gap": 0.0},
         "tokenizer": {"texts": 1, "other_ids": 0, "other_text": 0, "first": None},
         "versions": {"transformers": "0"},
     }
@@ -160,6 +162,11 @@ def test_the_check_counts_what_differs_and_judges_it(written: Path, opened: Open
         ("tokenizer", "the tokenizer on"),
     ):
         assert message in str(_problem({**right, part: wrong[part]}))
+    tie = {**wrong["greedy"], "gap": 1e-5}
+    assert wrong["greedy"]["gap"] > 0.01 and _problem({**right, "greedy": tie}) is None
+    # A model that fp32 itself changes more may differ by twice that.
+    assert _problem({**right, "logits": {**right["logits"], "difference": 0.02}, "rounding": 0.01}) is None
+    assert _problem({**right, "logits": {**right["logits"], "difference": 0.02}, "rounding": 0.009}) is not None
     assert _problem({**right, "tokenizer": {**right["tokenizer"], "other_ids": allowed, "other_text": allowed}}) is None
 
     logits["3"][0, 0] = float("nan")
@@ -221,6 +228,19 @@ def test_numbers_that_fp16_cannot_hold_are_refused(opened: OpenModel, tmp_path: 
     assert "lm_head.bias" in message and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("value", "problem"), [(float("nan"), "lm_head.weight holds NaN"), (3e38, "NaN or infinite")])
+def test_a_model_without_finite_logits_is_refused(
+    opened: OpenModel, tmp_path: Path, value: float, problem: str
+) -> None:
+    weight = opened.model.output.weight
+    with torch.no_grad():
+        kept = weight[5].clone()
+        weight[5] = value
+        message = refused(lambda: export_hf(opened, tmp_path / "out"))
+        weight[5] = kept
+    assert problem in message and not list(tmp_path.iterdir())
+
+
 def test_shards(opened: OpenModel, tmp_path: Path, unchecked: None) -> None:
     import transformers
 
@@ -256,6 +276,31 @@ def test_only_an_export_or_an_empty_folder_is_replaced(opened: OpenModel, tmp_pa
 
 def test_a_bundle_has_no_metric_learner_to_export(opened: OpenModel, tmp_path: Path) -> None:
     assert "--live" in refused(lambda: export_hf(opened, tmp_path / "out", live=True))
+
+
+def test_a_live_export_says_what_it_is_and_comes_back(
+    opened: OpenModel, tiny: Any, tmp_path: Path, unchecked: None
+) -> None:
+    learned = replace(opened, live=tiny.make_model(gain=1.0))
+    manifest = export_hf(learned, tmp_path / "out", live=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert manifest["certified"] is False and manifest["live"] is True
+    assert "UNCERTIFIED: with its metric learner" in card and "not vLLM" in card and "vllm serve" not in card
+    assert main(["import", "hf", str(tmp_path / "out"), str(tmp_path / "folder")]) == 0
+    model = load_weights(tmp_path / "folder")[0]
+    assert learned.live is not None and model.config == learned.live.config
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in learned.live.state_dict().items())
+    assert not (tmp_path / "folder" / "g_lm.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_live_export_of_a_model_that_is_not_invariant_is_checked(
+    opened: OpenModel, tiny: Any, tmp_path: Path
+) -> None:
+    learned = replace(opened, live=tiny.make_model(gain=1.0))
+    check = export_hf(learned, tmp_path / "out", live=True)["selfcheck"]
+    assert check["greedy"]["equal"] == 20 and check["exact"] < 1e-10
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"MANIFEST.json"}))
@@ -371,6 +416,7 @@ def test_foreign_directories_are_refused_in_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, bundle: Path
 ) -> None:
     make_port(tmp_path / "external", custom_G_type="external")
+    make_port(tmp_path / "huge", num_hidden_layers=10**12)
     make_port(tmp_path / "pickle")
     for path in (tmp_path / "pickle").glob("*.safetensors*"):
         path.unlink()
@@ -380,6 +426,7 @@ def test_foreign_directories_are_refused_in_one_line(
     (tmp_path / "broken" / "config.json").write_text("{")
     problems = {
         "external": "external",
+        "huge": "larger model",
         "pickle": "no pickle",
         "empty": "config.json",
         "broken": "JSON",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import Caution
 from pipeline.inference.hf.plugin import FIRST, LAST, register, warn_untested
 from pipeline.inference.hf.sizes import hf_config
 from pldr_model.config import ModelConfig
@@ -21,6 +22,7 @@ pytest.importorskip("transformers")
 
 PROGRAM = """
 import json, sys, transformers
+from pipeline.errors import Caution
 from pipeline.inference.hf.plugin import register
 register()
 register()
@@ -54,6 +56,6 @@ def test_an_untested_release_of_transformers_is_one_line() -> None:
         for version in tested:
             warn_untested(version)
     for version in ("4.57.1", f"{LAST[0]}.{LAST[1] + 1}.0.dev0", "6.0.0"):
-        with pytest.warns(UserWarning, match=f"transformers {version}.*tested with 5.19 to 5.24") as caught:
+        with pytest.warns(Caution, match=f"transformers {version}.*tested with 5.19 to 5.24") as caught:
             warn_untested(version)
         assert "\n" not in str(caught[0].message)
