@@ -492,7 +492,7 @@ function drawDrift(rows) {
 }
 
 async function refreshDrift() {
-  try { drawDrift((await (await ask("/page/facts")).json()).drift); } catch { /* the next one will do */ }
+  try { drawDrift(await (await ask("/page/drift")).json()); } catch { /* the next one will do */ }
 }
 
 function login() {

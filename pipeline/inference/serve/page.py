@@ -31,6 +31,7 @@ from pipeline.report.numbers import number, short
 HERE = Path(__file__).parent
 STYLE = HERE.parents[1] / "report" / "page.css"
 OWN_DRAWS = ("vllm",)  # engines that draw tokens in their own way: with the same seed the live model draws others
+NEVER_KEPT = {"cache-control": "no-store"}
 TIERS = {
     "at round-off": "no variation but rounding",
     "invariant": "varies a little above rounding",
@@ -39,19 +40,24 @@ TIERS = {
 
 
 def add_page(app: FastAPI, opened: OpenModel, engines: Mapping[str, Engine], sentinel: Sentinel | None = None) -> None:
-    """The routes `/` and `/page/facts`. engines: by model id, that of the cached model first."""
+    """The routes `/`, `/page/facts` and `/page/drift`. engines: by model id, that of the cached model first."""
     html, headers = page()
     unchanging = functools.cache(functools.partial(facts, opened, engines))
 
     def show(_: Request) -> Response:
         return HTMLResponse(html, headers=headers)
 
-    def tell(_: Request) -> Response:  # in a thread: the first time it draws pictures
-        drift = None if sentinel is None else drift_rows(sentinel.drift(), sentinel.bound)
-        return JSONResponse({**unchanging(), "drift": drift}, headers={"cache-control": "no-store"})
+    def told(_: Request) -> Response:  # in a thread: the first time it draws pictures
+        return JSONResponse({**unchanging(), "drift": drift()}, headers=NEVER_KEPT)
 
-    app.router.routes.append(Route("/", endpoint=show, methods=["GET"]))
-    app.router.routes.append(Route("/page/facts", endpoint=tell, methods=["GET"]))
+    def drift() -> list[dict[str, Any]] | None:
+        return None if sentinel is None else drift_rows(sentinel.drift(), sentinel.bound)
+
+    def drifted(_: Request) -> Response:
+        return JSONResponse(drift(), headers=NEVER_KEPT)
+
+    for path, endpoint in (("/", show), ("/page/facts", told), ("/page/drift", drifted)):
+        app.router.routes.append(Route(path, endpoint=endpoint, methods=["GET"]))
 
 
 def page() -> tuple[str, dict[str, str]]:

@@ -146,12 +146,13 @@ def test_the_routes_and_the_live_model(make_bundle: Make) -> None:
         sentinel.offer([5, 6, 7])
         sentinel.wait()
         assert client.get("/page/facts").json()["drift"][0]["value"] == "1"
+        assert client.get("/page/drift").json() == client.get("/page/facts").json()["drift"]
     sentinel.stop()
     app = FastAPI()
     add_page(app, opened, ENGINES)
     with TestClient(app) as client:
         told = client.get("/page/facts").json()
-        assert told["live"] is None and told["drift"] is None
+        assert told["live"] is None and told["drift"] is client.get("/page/drift").json() is None
 
 
 def test_an_engine_that_draws_in_its_own_way_is_said_to(make_bundle: Make) -> None:
