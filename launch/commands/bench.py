@@ -1,5 +1,5 @@
-"""`pldr bench CONFIG | train CONFIG | validate [CONFIG] | data | startup`: how fast the model, training, validation, the data
-path and the command line are."""
+"""`pldr bench CONFIG | train CONFIG | validate [CONFIG] | data | startup | serve`: how fast the model, training, validation,
+the data path, the command line and a server are."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ OPTIONS_OF = {
     "validate": ("overrides", "prompts"),
     "data": ("text", "tokenizer"),
     "startup": ("bundle", "repeats"),
+    "serve": ("url", "bundle", "clients"),
 }
 
 
@@ -24,12 +25,13 @@ def add_bench_verb(verbs: Verbs) -> None:
         "bench",
         _bench,
         "time the model against its SDPA twin; train: DeepSpeed and saving; validate: its parts; data: tokenizing, loading; "
-        "startup: pldr itself",
+        "startup: pldr itself; serve: a running server",
     )
     sub.add_argument(
         "config",
-        metavar="CONFIG|train CONFIG|validate [CONFIG]|data|startup",
-        help="YAML of the run, after the word train or validate or not (validate alone: the papers' 110M); or data or startup",
+        metavar="CONFIG|train CONFIG|validate [CONFIG]|data|startup|serve",
+        help="YAML of the run, after the word train or validate or not (validate alone: the papers' 110M); or data, "
+        "startup or serve",
     )
     add_overrides(sub, "override a key of the YAML")
     sub.add_argument("--steps", type=int, help="with CONFIG: timed training steps of each model (10)")
@@ -40,9 +42,13 @@ def add_bench_verb(verbs: Verbs) -> None:
     )
     sub.add_argument("--tokenizer", metavar="MODEL", help="with data: a SentencePiece .model; else trained on the text")
     sub.add_argument(
-        "--bundle", metavar="BUNDLE", help="with startup: a bundle folder, to time `pldr bundle verify` too"
+        "--bundle",
+        metavar="BUNDLE",
+        help="with startup: a bundle folder, to time `pldr bundle verify` too; with serve: the bundle that is served",
     )
     sub.add_argument("--repeats", type=int, help="with startup: how often each command runs; the median counts (5)")
+    sub.add_argument("--url", help="with serve: of the server (http://127.0.0.1:8000)")
+    sub.add_argument("--clients", type=int, nargs="+", metavar="N", help="with serve: clients at once (1 8 64)")
 
 
 def _bench(arguments: Any, report: Report) -> Result:
@@ -51,7 +57,14 @@ def _bench(arguments: Any, report: Report) -> Result:
         if getattr(arguments, option) and option not in OPTIONS_OF[what]:
             other = next(name for name, options in OPTIONS_OF.items() if option in options).replace("model", "CONFIG")
             raise ConfigError(f"bench {what}: takes no {option}; that is for `pldr bench {other}`")
-    run = {"model": _model, "train": _train, "validate": _validate, "data": _data, "startup": _startup}[what]
+    run = {
+        "model": _model,
+        "train": _train,
+        "validate": _validate,
+        "data": _data,
+        "startup": _startup,
+        "serve": _serve,
+    }[what]
     return run(arguments, report)
 
 
@@ -126,3 +139,15 @@ def _startup(arguments: Any, report: Report) -> Result:
     if repeats < 1:
         raise ConfigError(f"--repeats {repeats}: at least 1")
     return bench(bundle=arguments.bundle, repeats=repeats, report=report)
+
+
+def _serve(arguments: Any, report: Report) -> Result:
+    from pipeline.bench.serve import bench
+
+    clients = arguments.clients or [1, 8, 64]
+    if min(clients) < 1:
+        raise ConfigError(f"--clients {min(clients)}: at least 1")
+    if arguments.bundle is None:
+        raise ConfigError("bench serve: name the bundle that is served with --bundle")
+    url = (arguments.url or "http://127.0.0.1:8000").removesuffix("/").removesuffix("/v1")
+    return bench(url=url, bundle=arguments.bundle, clients=clients, report=report)

@@ -21,7 +21,7 @@ from pipeline.inference.serve.limits import Limits, Load, read_body
 from pipeline.inference.serve.metrics import Metrics
 from pipeline.inference.serve.models import Models
 from pipeline.inference.serve.page import add_page
-from pipeline.inference.serve.prompts import Prompts
+from pipeline.inference.serve.prompt_input import Prompts
 from pipeline.inference.serve.protocol import DetokenizeRequest, Strict, TokenizeRequest, read_request
 from pipeline.inference.serve.sentinel import DriftCollector, Sentinel
 from pipeline.inference.source import OpenModel

@@ -55,7 +55,17 @@ class Choose(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]  # transf
         return torch.zeros(len(self._rows), dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        """scores: logits [B,V], fp32. Returns [B,V] whose argmax are the chosen tokens."""
+        """scores: logits [B,V], fp32. Returns [B,V] whose argmax are the chosen tokens.
+
+        A batch with pieces of prompts has more rows than sequences with a new token: their rows come first, and the others are
+        read by nobody.
+        """
+        chosen = torch.full_like(scores, -torch.inf)
+        chosen[: len(self._rows)].scatter_(-1, self._choose(scores[: len(self._rows)]).unsqueeze(-1), 0.0)
+        return chosen
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """The tokens of `_rows`, which get them."""
         chosen_B = scores.argmax(dim=-1)
         finite_B = scores.isfinite().all(dim=-1).tolist()
         rows = list(zip(self._rows, finite_B, strict=True))
@@ -67,7 +77,7 @@ class Choose(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]  # transf
                 draw.failed |= not finite
                 if not draw.failed:
                     draw.tokens.append(token)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen_B.unsqueeze(-1), 0.0)
+        return chosen_B
 
     def _drawn(self, scores: Tensor, live: list[tuple[int, Draw]]) -> dict[int, int]:
         """The rows that sample, by row. Those of the same settings are sorted together."""

@@ -23,7 +23,7 @@ from pipeline.inference.serve.errors import ApiError, wrong
 from pipeline.inference.serve.limits import ClientGone, Load, read_body, while_wanted
 from pipeline.inference.serve.metrics import Metrics
 from pipeline.inference.serve.models import Models
-from pipeline.inference.serve.prompts import Prompt, Prompts, count_prompts
+from pipeline.inference.serve.prompt_input import Prompt, Prompts, count_prompts
 from pipeline.inference.serve.protocol import CompletionRequest, check_stream_options, read_request
 from pipeline.inference.serve.text import Choice, Logprobs, Piece
 from pldr_model.sampling import seeds_of

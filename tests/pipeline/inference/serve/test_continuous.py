@@ -256,6 +256,26 @@ def test_more_sequences_than_the_cache_holds(opened: OpenModel, monkeypatch: pyt
     asyncio.run(main())
 
 
+def test_prompts_that_are_read_in_pieces(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass then holds new tokens of some sequences and pieces of other prompts."""
+    from pipeline.inference.serve import continuous
+
+    monkeypatch.setattr(continuous, "BATCH_TOKENS", 9)
+
+    async def main() -> None:
+        async with engine_of(opened) as engine:
+            requests = [
+                DecodeRequest([4 + index, 9, 7] * 6, max_tokens=9, temperature=index % 2, seed=index)
+                for index in range(8)
+            ]
+            crowded = await asyncio.gather(*(decoded(engine, request) for request in requests))
+            assert crowded == [await decoded(engine, request) for request in requests]
+        expected = generate(opened.model, [request.ids for request in requests[::2]], max_new_tokens=9, eos_id=3)
+        assert [[token.id for token in row] for row in crowded[::2]] == expected
+
+    asyncio.run(main())
+
+
 def test_logits_that_are_not_finite(opened: OpenModel) -> None:
     """The sequence ends with an error. Those that shared a pass with it get the tokens that they get without it."""
 

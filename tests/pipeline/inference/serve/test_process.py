@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import UserError
 from pipeline.inference.runtime import Bundle
 from pipeline.inference.source import OpenModel
 from tests.helpers.serving import Served, serving
@@ -89,6 +90,19 @@ def test_sockets_that_misbehave(served: Served, client: Any) -> None:
             while answer := connection.recv(65536):
                 assert b"Traceback" not in answer and not answer.startswith(b"HTTP/1.1 5")
     assert client.completions.create(model="tiny", prompt="a", max_tokens=2).usage.completion_tokens > 0
+
+
+def test_the_benchmark(
+    served: Served, bundle_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.bench.serve import bench
+
+    monkeypatch.setenv("PLDR_API_KEY", KEY)
+    found = bench(url=served.url, bundle=str(bundle_path), clients=[2], report=print)
+    assert found["clients"][2]["requests_s"] > 0 and found["clients"][2]["tokens_s"] > 0
+    assert "2 clients" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no OpenAI-compatible server"):
+        bench(url="http://127.0.0.1:9", bundle=str(bundle_path), clients=[1], report=print)
 
 
 def test_a_port_that_is_taken(served: Served, bundle_path: Path) -> None:
