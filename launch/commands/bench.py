@@ -1,5 +1,5 @@
-"""`pldr bench CONFIG | train CONFIG | validate [CONFIG] | data | startup`: how fast the model, training, validation, the data
-path and the command line are."""
+"""`pldr bench CONFIG | train CONFIG | validate [CONFIG] | evaluate CONFIG|BUNDLE | data | startup`: how fast the model,
+training, validation, scoring, the data path and the command line are."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ OPTIONS_OF = {
     "validate": ("overrides", "prompts"),
     "data": ("text", "tokenizer"),
     "startup": ("bundle", "repeats"),
+    "evaluate": ("overrides", "batch", "questions", "repeats"),
 }
 
 
@@ -24,16 +25,22 @@ def add_bench_verb(verbs: Verbs) -> None:
         "bench",
         _bench,
         "time the model against its SDPA twin; train: DeepSpeed and saving; validate: its parts; data: tokenizing, loading; "
-        "startup: pldr itself",
+        "evaluate: scoring against lm_eval; startup: pldr itself",
     )
     sub.add_argument(
         "config",
-        metavar="CONFIG|train CONFIG|validate [CONFIG]|data|startup",
-        help="YAML of the run, after the word train or validate or not (validate alone: the papers' 110M); or data or startup",
+        metavar="CONFIG|train CONFIG|validate [CONFIG]|evaluate CONFIG|BUNDLE|data|startup",
+        help="YAML of the run, after one of the words or not (validate alone: the papers' 110M; evaluate: also a bundle); or "
+        "data or startup",
     )
     add_overrides(sub, "override a key of the YAML")
     sub.add_argument("--steps", type=int, help="with CONFIG: timed training steps of each model (10)")
-    sub.add_argument("--batch", type=int, help="with CONFIG: sequences in a training step (4)")
+    sub.add_argument(
+        "--batch",
+        type=int,
+        help="with CONFIG: sequences in a training step (4); with evaluate: lm-eval's batch size (8)",
+    )
+    sub.add_argument("--questions", type=int, help="with evaluate: questions of each task (16)")
     sub.add_argument("--prompts", type=int, help="with validate: each part is timed with so many and twice as many (1)")
     sub.add_argument(
         "--text", metavar="FILE", help="with data: text to tokenize (what data.sources reads); else generated"
@@ -42,7 +49,9 @@ def add_bench_verb(verbs: Verbs) -> None:
     sub.add_argument(
         "--bundle", metavar="BUNDLE", help="with startup: a bundle folder, to time `pldr bundle verify` too"
     )
-    sub.add_argument("--repeats", type=int, help="with startup: how often each command runs; the median counts (5)")
+    sub.add_argument(
+        "--repeats", type=int, help="with startup, evaluate: how often each is timed; the median counts (5, 3)"
+    )
 
 
 def _bench(arguments: Any, report: Report) -> Result:
@@ -51,7 +60,14 @@ def _bench(arguments: Any, report: Report) -> Result:
         if getattr(arguments, option) and option not in OPTIONS_OF[what]:
             other = next(name for name, options in OPTIONS_OF.items() if option in options).replace("model", "CONFIG")
             raise ConfigError(f"bench {what}: takes no {option}; that is for `pldr bench {other}`")
-    run = {"model": _model, "train": _train, "validate": _validate, "data": _data, "startup": _startup}[what]
+    run = {
+        "model": _model,
+        "train": _train,
+        "validate": _validate,
+        "data": _data,
+        "startup": _startup,
+        "evaluate": _evaluate,
+    }[what]
     return run(arguments, report)
 
 
@@ -126,3 +142,22 @@ def _startup(arguments: Any, report: Report) -> Result:
     if repeats < 1:
         raise ConfigError(f"--repeats {repeats}: at least 1")
     return bench(bundle=arguments.bundle, repeats=repeats, report=report)
+
+
+def _evaluate(arguments: Any, report: Report) -> Result:
+    sources = [word for word in arguments.overrides if "=" not in word]
+    if len(sources) != 1:
+        raise ConfigError("bench evaluate: name one model: pldr bench evaluate CONFIG|BUNDLE [key=value ...]")
+    sizes = {
+        option: getattr(arguments, option)
+        for option in ("questions", "repeats", "batch")
+        if getattr(arguments, option) is not None
+    }
+    for option, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"--{option} {value}: at least 1")
+    from pipeline.bench.evaluate import bench
+
+    if "repeats" in sizes:
+        sizes["rounds"] = sizes.pop("repeats")
+    return bench(sources[0], [word for word in arguments.overrides if "=" in word], **sizes, report=report)

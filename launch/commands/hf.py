@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from launch.commands.verbs import Report, Result, Verbs, add_overrides
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import Caution, ConfigError, UserError
 
 PASSAGE = 400  # characters of held-out text that are one text of the tokenizer's check
 MAX_TEXTS = 2000
@@ -39,7 +40,7 @@ def _export(arguments: Any, report: Report) -> Result:
     opened = open_model(arguments.source, arguments.overrides, live=arguments.live)
     texts = _held_out_texts(arguments.source, arguments.overrides) if opened.kind == "run" else None
     if opened.caution:
-        report(opened.caution)
+        warnings.warn(opened.caution, Caution, stacklevel=2)
     manifest = export_hf(
         opened,
         arguments.target,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.inference.hf.load import read_export, read_weights
+from pipeline.inference.hf.load import check_size, read_export, read_weights
 from pipeline.inference.hf.manifest import MAX_SMALL
 from pipeline.inference.hf.shards import Found, find_tensors, read_tensors, weight_files
 from pipeline.inference.hf.sizes import model_config
@@ -64,6 +64,7 @@ def _read_port(path: Path, values: dict[str, Any]) -> Imported:
             f"{file}: custom_G_type {values['custom_G_type']!r}: its G_LM is not among the published weights"
         )
     found = find_tensors(path)
+    check_size(found, config, path)
     try:
         weights = from_reference(read_tensors(found), config)
     except UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +13,17 @@ from torch import Tensor
 from pipeline.bundle.certificate.schema import read_certificate
 from pipeline.bundle.format import parse_model
 from pipeline.errors import UserError
-from pipeline.inference.hf.manifest import read_manifest
+from pipeline.inference.hf.manifest import read_manifest, why_uncertified
 from pipeline.inference.hf.names import check_shapes, from_hf, to_hf
 from pipeline.inference.hf.plugin import require_tested
-from pipeline.inference.hf.shards import find_tensors, read_tensors
+from pipeline.inference.hf.shards import Found, find_tensors, read_tensors
 from pipeline.inference.hf.sizes import hf_config, model_config
 from pipeline.inference.hf.tokenizer import fast_tokenizer
 from pipeline.inference.source import OpenModel
 from pipeline.io.storage import MANIFEST, read_json
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig
+from pldr_model.model import PLDRModel
 
 
 class ExportParts(NamedTuple):
@@ -63,11 +65,7 @@ def _differ(one: ModelConfig, other: ModelConfig) -> bool:
 def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Our state dict in fp32. Sizes, names and shapes are compared before anything is allocated."""
     found = find_tensors(folder)
-    numbers = sum(math.prod(each.shape) for each in found.values())
-    if numbers < config.num_parameters()["total"]:  # before the shapes of a huge model are computed
-        raise UserError(
-            f"{folder / 'config.json'}: describes a larger model than the weights are; export the model again"
-        )
+    check_size(found, config, folder)
     try:
         check_shapes({name: each.shape for name, each in found.items()}, config)
     except UserError as error:
@@ -75,16 +73,32 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     return from_hf(read_tensors(found), config)
 
 
+def check_size(found: Mapping[str, Found], config: ModelConfig, folder: Path) -> None:
+    """Before the shapes of a huge model are computed. Raises UserError for weights that are too few."""
+    numbers = sum(math.prod(each.shape) for each in found.values())
+    if numbers < config.num_parameters()["total"]:
+        raise UserError(
+            f"{folder / 'config.json'}: describes a larger model than the weights are; export the model again"
+        )
+
+
 def build(opened: OpenModel, *, dtype: str = "fp32", live: bool = False) -> tuple[Any, Any]:
     """`(PldrForCausalLM, PreTrainedTokenizerFast)` of an opened model, in memory, without writing anything."""
+    source = opened.live if live else opened.model
+    if source is None:
+        raise UserError(f"{opened.path}: has no metric learner, so its G_LM cannot be live; name a run's YAML")
+    model = build_model(source, uncertified=why_uncertified(opened, dtype=dtype, live=live), dtype=dtype)
+    return model, fast_tokenizer(opened.tokenizer, context_length=source.config.context_length)
+
+
+def build_model(source: PLDRModel, *, uncertified: str | None = None, dtype: str = "fp32") -> Any:
+    """`PldrForCausalLM` with a model's weights, in evaluation mode."""
     require_tested()
     from pipeline.inference.hf.modeling_pldr import PldrForCausalLM
 
-    source = opened.live if live and opened.live is not None else opened.model
-    config = hf_config(source.config, certified=opened.certified and not live, dtype=dtype)
+    config = hf_config(source.config, uncertified=uncertified, dtype=dtype)
     with torch.device("meta"):
         model: Any = PldrForCausalLM(config)  # type: ignore[no-untyped-call]
     state = to_hf(source.state_dict(), source.config)
     model.load_state_dict({name: tensor.to(config.dtype) for name, tensor in state.items()}, assign=True)
-    context = source.config.context_length
-    return model.eval(), fast_tokenizer(opened.tokenizer, context_length=context)
+    return model.eval()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 
+from pipeline.errors import Caution
 from pipeline.inference.extras import require
 
 FIRST, LAST = (5, 19), (5, 24)  # of transformers: the releases whose tests ran
@@ -42,4 +43,5 @@ def warn_untested(version: str) -> None:
     found = tuple(int(part) for part in version.split(".")[:2])
     if not FIRST <= found <= LAST:
         tested = " to ".join(f"{major}.{minor}" for major, minor in (FIRST, LAST))
-        warnings.warn(f"transformers {version}: PLDR-LLM's code was tested with {tested}", stacklevel=3)
+        caution = Caution(f"transformers {version}: PLDR-LLM's code was tested with {tested}")
+        warnings.warn(caution, stacklevel=3)

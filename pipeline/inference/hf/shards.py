@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ def parse_size(text: str) -> int:
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, *, shard_bytes: int) -> None:
     """Write the tensors in their order; a file that would become larger than `shard_bytes` is ended (one tensor may be)."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -42,11 +44,21 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, *, shard_bytes: in
         filled += tensor.nbytes
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk
+            raise UserError(f"{folder / name}: cannot be written ({error})") from None
+        (folder / name).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         publish_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 class Found(NamedTuple):

@@ -16,7 +16,7 @@ from launch.cli import main
 from pipeline.bundle.weights import load_weights
 from pipeline.errors import UserError
 from pipeline.inference.hf import export as export_module
-from pipeline.inference.hf.expectation import expect
+from pipeline.inference.hf.expectation import EXACT, expect
 from pipeline.inference.hf.export import export_hf
 from pipeline.inference.hf.load import build, read_export
 from pipeline.inference.hf.selfcheck import _problem, check_export, measure
@@ -69,7 +69,9 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_module, "checked_texts", lambda _: (["a"], "one text"))
     found = {
         "logits": {"difference": 0.0, "largest": 1.0, "top1": 1.0, "finite": True},
-        "greedy": {"prompts": 20, "equal": 20, "tokens": 640},
+        "exact": 0.0,
+        "rounding": 0.0,
+        "greedy": {"prompts": 20, "equal": 20, "tokens": 640, "gap": 0.0},
         "tokenizer": {"texts": 1, "other_ids": 0, "other_text": 0, "first": None},
         "versions": {"transformers": "0"},
     }
@@ -94,6 +96,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 def test_a_certified_bundle_is_written_checked_and_marked(written: Path, opened: OpenModel) -> None:
     assert {path.name for path in written.iterdir()} == FILES
+    assert len({path.stat().st_mode for path in written.iterdir()}) == 1  # whoever reads one reads all
     manifest = read_export(written).manifest
     assert manifest["kind"] == "pldr-hf-export" and manifest["certified"] is True
     assert manifest["bundle_sha256"] == opened.sha256 and manifest["files"].keys() == FILES - {"MANIFEST.json"}
@@ -102,7 +105,7 @@ def test_a_certified_bundle_is_written_checked_and_marked(written: Path, opened:
     assert check["greedy"]["prompts"] == check["greedy"]["equal"] == 20 and check["greedy"]["tokens"] > 100
     assert check["tokenizer"]["texts"] > 1000 and check["tokenizer"]["other_ids"] <= check["tokenizer"]["texts"] / 1000
     config, card = json.loads((written / "config.json").read_bytes()), (written / "README.md").read_text()
-    assert config["certified"] is True and config["bos_token_id"] is None and config["head_dim"] == 32
+    assert config["uncertified"] is None and config["bos_token_id"] is None and config["head_dim"] == 32
     assert "certified: G_LM may be cached" in card and "UNCERTIFIED" not in card
     assert opened.certificate is not None and opened.certificate["statement"] in card
     assert "greedy tokens: equal for 20 of 20 prompts" in card
@@ -139,6 +142,7 @@ def test_the_check_counts_what_differs_and_judges_it(written: Path, opened: Open
 
     logits = {name: tensor.clone() for name, tensor in logits.items()}
     logits["3"][0, 0] += 1
+    logits[EXACT][0, 0] += 1e-5
     values["greedy"][7][-1] ^= 1
     allowed = len(values["texts"]) // 1000
     for ids in values["ids"][: allowed + 1]:
@@ -149,8 +153,19 @@ def test_the_check_counts_what_differs_and_judges_it(written: Path, opened: Open
         wrong["greedy"]["equal"] == 19
         and wrong["tokenizer"]["other_ids"] == right["tokenizer"]["other_ids"] + allowed + 1
     )
-    for part, message in (("logits", "logits by 1"), ("greedy", "1 of 20 prompts"), ("tokenizer", "the tokenizer on")):
+    assert right["exact"] < 1e-10 and wrong["exact"] == pytest.approx(1e-5, rel=1e-3)
+    for part, message in (
+        ("logits", "logits by 1"),
+        ("exact", "in fp64 by 1e-05"),
+        ("greedy", "1 of 20 prompts"),
+        ("tokenizer", "the tokenizer on"),
+    ):
         assert message in str(_problem({**right, part: wrong[part]}))
+    tie = {**wrong["greedy"], "gap": 1e-5}
+    assert wrong["greedy"]["gap"] > 0.01 and _problem({**right, "greedy": tie}) is None
+    # A model that fp32 itself changes more may differ by twice that.
+    assert _problem({**right, "logits": {**right["logits"], "difference": 0.02}, "rounding": 0.01}) is None
+    assert _problem({**right, "logits": {**right["logits"], "difference": 0.02}, "rounding": 0.009}) is not None
     assert _problem({**right, "tokenizer": {**right["tokenizer"], "other_ids": allowed, "other_text": allowed}}) is None
 
     logits["3"][0, 0] = float("nan")
@@ -190,7 +205,7 @@ def test_uncertified_and_rounded_exports_are_marked(
         card = (tmp_path / "out" / "README.md").read_text()
         heading = next(line for line in card.splitlines() if line.startswith("#"))
         assert manifest["certified"] is False and "UNCERTIFIED" in heading
-        assert json.loads((tmp_path / "out" / "config.json").read_bytes())["certified"] is False
+        assert json.loads((tmp_path / "out" / "config.json").read_bytes())["uncertified"] in heading
         assert ("not about this directory" in card) == bool(settings)
         assert not open_model(tmp_path / "out").certified
 
@@ -362,6 +377,7 @@ def test_foreign_directories_are_refused_in_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, bundle: Path
 ) -> None:
     make_port(tmp_path / "external", custom_G_type="external")
+    make_port(tmp_path / "huge", num_hidden_layers=10**12)
     make_port(tmp_path / "pickle")
     for path in (tmp_path / "pickle").glob("*.safetensors*"):
         path.unlink()
@@ -371,6 +387,7 @@ def test_foreign_directories_are_refused_in_one_line(
     (tmp_path / "broken" / "config.json").write_text("{")
     problems = {
         "external": "external",
+        "huge": "larger model",
         "pickle": "no pickle",
         "empty": "config.json",
         "broken": "JSON",

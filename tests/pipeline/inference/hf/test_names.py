@@ -48,7 +48,7 @@ def make(config: ModelConfig, *, learned: bool, seed: int) -> PLDRModel:
 def in_transformers(model: PLDRModel, *, attention: str = "sdpa") -> Any:
     from pipeline.inference.hf.modeling_pldr import PldrForCausalLM
 
-    config = hf_config(model.config, certified=False, dtype="fp32")
+    config = hf_config(model.config, uncertified=None, dtype="fp32")
     config._attn_implementation = attention
     theirs = PldrForCausalLM(config).double().eval()
     theirs.load_state_dict(to_hf(model.state_dict(), model.config))
@@ -79,7 +79,7 @@ def test_same_logits_in_fp64_and_the_same_bits_back(
 @given(config=sizes, learned=st.booleans())
 def test_the_configuration_comes_back(config: ModelConfig, learned: bool) -> None:
     model = config if learned else config.with_constant_g()
-    theirs = hf_config(model, certified=False, dtype="fp32")
+    theirs = hf_config(model, uncertified=None, dtype="fp32")
     assert theirs.head_dim == min(size for size in HEAD_SIZES if size >= config.head_dim)
     assert theirs.qk_head_dim == theirs.v_head_dim == config.head_dim
     back = model_config(theirs.to_dict(), where="config.json")
