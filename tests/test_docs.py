@@ -23,7 +23,7 @@ from tests.helpers.named import (
 
 HERE = Path(__file__).resolve()  # not checked: its examples do not exist, on purpose
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/**/*.md")])
-CODE = sorted({path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")} - {HERE})
+CODE = sorted({ROOT / "pldr.py", *(path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))} - {HERE})
 YAMLS = sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "launch").rglob("*.yaml")])
 
 

@@ -27,6 +27,8 @@ from pldr_model.cache import KVCache
 from pldr_model.generation import memory_budget
 from pldr_model.model import PLDRModel
 
+# What a pass costs beside its tokens, in tokens: 40 at 110M on one CPU thread (2026-11-28); on a GPU not measured.
+PASS_TOKENS = {"cpu": 40, "cuda": 2048}
 Request = tuple[Sequence[int], Sequence[int]]  # context, continuation
 Progress = Callable[[int], None]
 
@@ -143,6 +145,7 @@ class _Run:
             self.asking.setdefault(ids, []).append(request)
         self.logprobs = [[math.nan] * len(each) for each in targets]
         self.greedy = [True] * len(targets)
+        self.pass_tokens = PASS_TOKENS["cuda" if self.model.embedding.weight.device.type == "cuda" else "cpu"]
         config, itemsize = self.model.config, self.model.embedding.weight.itemsize
         self.cache_bytes = 2 * config.num_layers * config.d_model * itemsize  # a token's keys and values
         self.pass_bytes = (
@@ -153,15 +156,17 @@ class _Run:
     def alone(self, inputs: Iterable[Ids]) -> None:
         """Sequences that share nothing: no cache."""
         size, room = (lambda longest: longest * self.pass_bytes), self.memory // 2
-        for batch in batches(inputs, length=len, size=size, room=room, equal=self.equal):
+        for batch in batches(inputs, length=len, size=size, room=room, pass_tokens=self.pass_tokens, equal=self.equal):
             hidden_BSD = self.model.hidden(self._padded(batch), g_lm=self.g_lm, padded=False)
             self._read_off(hidden_BSD, [one for row, ids in enumerate(batch) for one in self._asked(row, ids)])
             self._finished(batch)
 
     def shared(self, found: Iterable[Group]) -> None:
-        """Groups: a pass over their beginnings, whose keys and values all members continue."""
+        """Groups: a pass over their beginnings, whose keys and values all members continue, in at least one pass more."""
         size, room = (lambda longest: longest * (self.pass_bytes + self.cache_bytes)), self.memory // 4
-        for batch in batches(found, length=lambda group: group.num_shared, size=size, room=room):
+        for batch in batches(
+            found, length=lambda group: group.num_shared, size=size, room=room, pass_tokens=2 * self.pass_tokens
+        ):
             prefixes = [group.prefix for group in batch]
             cache = self.model.new_cache(batch_size=len(batch), capacity=len(prefixes[0]), g_lm=self.g_lm)
             hidden_BSD = self.model.read(self._padded(prefixes), cache, lengths=[len(ids) for ids in prefixes])
@@ -184,7 +189,7 @@ class _Run:
         def rest(member: tuple[int, Ids]) -> int:
             return len(member[1]) - cache.lengths[member[0]]
 
-        for batch in batches(members, length=rest, size=size, room=self.memory // 2):
+        for batch in batches(members, length=rest, size=size, room=self.memory // 2, pass_tokens=self.pass_tokens):
             own = cache.fork([row for row, _ in batch], room=rest(batch[0]))
             starts = list(own.lengths)
             parts = [ids[start:] for start, (_, ids) in zip(starts, batch, strict=True)]

@@ -5,15 +5,13 @@ Pure functions of lists of ids, without a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 Ids = tuple[int, ...]
 T = TypeVar("T")
 WORTH = 4  # a beginning is shared when it is at least this part (1/WORTH) of a sequence
-EFFICIENT = 256  # tokens from which on a larger pass is no faster for each token
-MAX_PADDING = 0.2  # of a pass that is large enough without it
 
 
 @dataclass
@@ -50,25 +48,39 @@ def groups(sequences: Iterable[Ids]) -> list[Group]:
 
 
 def batches(
-    items: Iterable[T], *, length: Callable[[T], int], size: Callable[[int], int], room: int, equal: bool = False
-) -> Iterator[list[T]]:
+    items: Iterable[T],
+    *,
+    length: Callable[[T], int],
+    size: Callable[[int], int],
+    room: int,
+    pass_tokens: int,
+    equal: bool = False,
+) -> list[list[T]]:
     """Items in batches, longest first. In a batch all are as long as the longest, and take `size(longest)` each; together no
-    more than `room` (one item always). A batch that is large enough ends before it is padded much; with `equal`, before any."""
-    batch: list[T] = []
-    num_tokens = 0
-    for item in sorted(items, key=length, reverse=True):
-        if batch:
-            longest = length(batch[0])
-            padded = longest * (len(batch) + 1)
-            wasteful = num_tokens >= EFFICIENT and padded - num_tokens - length(item) > MAX_PADDING * padded
-            full = (len(batch) + 1) * size(longest) > room
-            if full or wasteful or (equal and length(item) != longest):
-                yield batch
-                batch, num_tokens = [], 0
-        batch.append(item)
-        num_tokens += length(item)
-    if batch:
-        yield batch
+    more than `room` (one item always). With `equal` there is no padding.
+
+    Of all ways to cut the items, sorted by length, the one that costs least: tokens with padding, and `pass_tokens` for each
+    batch, which is what a pass costs beside its tokens.
+    """
+    ordered = sorted(items, key=length, reverse=True)
+    lengths = [length(item) for item in ordered]
+    least, ends = (
+        [0] * (len(ordered) + 1),
+        [0] * len(ordered),
+    )  # cost of the items from each on, and where its batch ends
+    for start in reversed(range(len(ordered))):
+        longest = lengths[start]
+        last = min(len(ordered), start + max(1, room // size(longest)))
+        least[start], ends[start] = min(
+            ((end - start) * longest + pass_tokens + least[end], end)
+            for end in range(start + 1, last + 1)
+            if not equal or lengths[end - 1] == longest
+        )
+    found, start = [], 0
+    while start < len(ordered):
+        found.append(ordered[start : ends[start]])
+        start = ends[start]
+    return found
 
 
 def windows(ids: Sequence[int], *, first: int, context_length: int) -> list[tuple[list[int], list[int]]]:

@@ -9,12 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 
 from pipeline.errors import UserError
 from pipeline.inference.hf.export import export_hf
 from pipeline.inference.runtime import Bundle
+from pipeline.inference.shared import windows
 from pipeline.inference.source import open_model
 from pldr_model.model import PLDRModel
 from tests.helpers.exports import write_bundle
@@ -93,6 +96,15 @@ def test_texts_of_any_length_agree_token_by_token(lm: Any, model: Bundle) -> Non
     texts = ["the quick", "the end of the line is near. " * 12, "a"]
     ours = [sum(model.logprobs(text)["logprobs"]) for text in texts]
     assert ours == pytest.approx(rolling(lm, texts), abs=TOLERANCE)
+
+
+@given(st.integers(0, 60), st.integers(1, 17))
+def test_windows_are_lm_evals(length: int, context_length: int) -> None:
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    ids = list(range(length))
+    theirs = get_rolling_token_windows(ids, prefix_token=99, max_seq_len=context_length, context_len=1)
+    assert windows(ids, first=99, context_length=context_length) == [make_disjoint_window(pair) for pair in theirs]
 
 
 def test_context_and_continuation_are_tokenized_as_lm_eval_does(lm: Any, model: Bundle) -> None:

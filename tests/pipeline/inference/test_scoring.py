@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -118,6 +119,20 @@ def test_a_text_of_any_length_is_scored_token_by_token(constant: PLDRModel, ids:
     assert found == pytest.approx(expected, abs=1e-10) and len(found) == len(ids)
 
 
+@given(st.integers(0, 70), st.integers(1, 20))
+def test_windows_are_those_of_lm_eval(length: int, context_length: int) -> None:
+    """Each token is predicted once; every window but the first of a short text is full."""
+    ids = list(range(100, 100 + length))
+    pairs = windows(ids, first=EOS, context_length=context_length)
+    assert [token for _, predicted in pairs for token in predicted] == ids
+    text = [EOS, *ids]
+    for context, predicted in pairs:
+        whole = [*context, *predicted]
+        end = text.index(predicted[-1]) + 1
+        assert whole == text[end - len(whole) : end]
+        assert len(whole) == min(context_length, length) + 1
+
+
 def test_several_texts_keep_their_order(constant: PLDRModel) -> None:
     scorer = Scorer(constant, eos_id=EOS)
     texts = [[5, 6, 7], [], [5] * (2 * C + 3), [5, 6, 7]]
@@ -215,16 +230,25 @@ def test_questions_with_one_preamble_are_still_read_once_each() -> None:
     assert read <= 3 * (len(preamble) + 40) + len(inputs) * 2
 
 
+def cost(made: list[list[int]], pass_tokens: int) -> int:
+    return sum(len(batch) * max(batch) + pass_tokens for batch in made)
+
+
 @given(st.lists(st.integers(1, 900), max_size=40), st.integers(1, 5000), st.booleans())
 def test_batches_hold_every_item_within_the_memory(lengths: list[int], room: int, equal: bool) -> None:
-    made = list(batches(lengths, length=lambda one: one, size=lambda longest: 2 * longest, room=room, equal=equal))
+    size = lambda longest: 2 * longest  # noqa: E731
+    made = batches(lengths, length=lambda one: one, size=size, room=room, pass_tokens=40, equal=equal)
     assert sorted(one for batch in made for one in batch) == sorted(lengths)
     for batch in made:
         assert batch[0] == max(batch) and (len(batch) == 1 or len(batch) * 2 * batch[0] <= room)
         assert not equal or len(set(batch)) == 1
 
 
-def test_a_large_batch_is_not_padded_much() -> None:
-    lengths = [1000, 1000, 10, 9, 8]
-    made = list(batches(lengths, length=lambda one: one, size=lambda longest: longest, room=10**9))
-    assert made == [[1000, 1000], [10, 9, 8]]
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(0, 100))
+def test_no_other_cut_is_cheaper(lengths: list[int], pass_tokens: int) -> None:
+    ordered = sorted(lengths, reverse=True)
+    made = batches(lengths, length=lambda one: one, size=lambda longest: longest, room=10**9, pass_tokens=pass_tokens)
+    for cuts in itertools.product([False, True], repeat=len(ordered) - 1):
+        borders = [0, *(index + 1 for index, cut in enumerate(cuts) if cut), len(ordered)]
+        other = [ordered[a:b] for a, b in itertools.pairwise(borders)]
+        assert cost(made, pass_tokens) <= cost(other, pass_tokens)
