@@ -111,7 +111,7 @@ class ContinuousEngine:
                 raise UserError(
                     f"the model's logits are NaN or infinite after {len(draw.tokens)} new tokens; leave this prompt out"
                 )
-            draw.failed = False
+            draw = draw.again()
 
     async def _run(self, draw: Draw) -> AsyncGenerator[list[Token], None]:
         """Hand a sequence, with the tokens that it has, to the engine, until it ends or fails."""
