@@ -1,5 +1,5 @@
-"""`pldr bench CONFIG | train CONFIG | validate [CONFIG] | data | startup | serve`: how fast the model, training, validation,
-the data path, the command line and a server are."""
+"""`pldr bench CONFIG | train CONFIG | validate [CONFIG] | evaluate CONFIG|BUNDLE | data | startup | serve`: how fast the model,
+training, validation, scoring, the data path, the command line and a server are."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ OPTIONS_OF = {
     "validate": ("overrides", "prompts"),
     "data": ("text", "tokenizer"),
     "startup": ("bundle", "repeats"),
+    "evaluate": ("overrides", "batch", "questions", "repeats"),
     "serve": ("url", "bundle", "clients"),
 }
 
@@ -25,17 +26,22 @@ def add_bench_verb(verbs: Verbs) -> None:
         "bench",
         _bench,
         "time the model against its SDPA twin; train: DeepSpeed and saving; validate: its parts; data: tokenizing, loading; "
-        "startup: pldr itself; serve: a running server",
+        "evaluate: scoring against lm_eval; startup: pldr itself; serve: a running server",
     )
     sub.add_argument(
         "config",
-        metavar="CONFIG|train CONFIG|validate [CONFIG]|data|startup|serve",
-        help="YAML of the run, after the word train or validate or not (validate alone: the papers' 110M); or data, "
-        "startup or serve",
+        metavar="CONFIG|train CONFIG|validate [CONFIG]|evaluate CONFIG|BUNDLE|data|startup|serve",
+        help="YAML of the run, after one of the words or not (validate alone: the papers' 110M; evaluate: also a bundle); or "
+        "data, startup or serve",
     )
     add_overrides(sub, "override a key of the YAML")
     sub.add_argument("--steps", type=int, help="with CONFIG: timed training steps of each model (10)")
-    sub.add_argument("--batch", type=int, help="with CONFIG: sequences in a training step (4)")
+    sub.add_argument(
+        "--batch",
+        type=int,
+        help="with CONFIG: sequences in a training step (4); with evaluate: lm-eval's batch size (8)",
+    )
+    sub.add_argument("--questions", type=int, help="with evaluate: questions of each task (16)")
     sub.add_argument("--prompts", type=int, help="with validate: each part is timed with so many and twice as many (1)")
     sub.add_argument(
         "--text", metavar="FILE", help="with data: text to tokenize (what data.sources reads); else generated"
@@ -46,7 +52,9 @@ def add_bench_verb(verbs: Verbs) -> None:
         metavar="BUNDLE",
         help="with startup: a bundle folder, to time `pldr bundle verify` too; with serve: the bundle that is served",
     )
-    sub.add_argument("--repeats", type=int, help="with startup: how often each command runs; the median counts (5)")
+    sub.add_argument(
+        "--repeats", type=int, help="with startup, evaluate: how often each is timed; the median counts (5, 3)"
+    )
     sub.add_argument("--url", help="with serve: of the server (http://127.0.0.1:8000)")
     sub.add_argument("--clients", type=int, nargs="+", metavar="N", help="with serve: clients at once (1 8 64)")
 
@@ -63,6 +71,7 @@ def _bench(arguments: Any, report: Report) -> Result:
         "validate": _validate,
         "data": _data,
         "startup": _startup,
+        "evaluate": _evaluate,
         "serve": _serve,
     }[what]
     return run(arguments, report)
@@ -139,6 +148,25 @@ def _startup(arguments: Any, report: Report) -> Result:
     if repeats < 1:
         raise ConfigError(f"--repeats {repeats}: at least 1")
     return bench(bundle=arguments.bundle, repeats=repeats, report=report)
+
+
+def _evaluate(arguments: Any, report: Report) -> Result:
+    sources = [word for word in arguments.overrides if "=" not in word]
+    if len(sources) != 1:
+        raise ConfigError("bench evaluate: name one model: pldr bench evaluate CONFIG|BUNDLE [key=value ...]")
+    sizes = {
+        option: getattr(arguments, option)
+        for option in ("questions", "repeats", "batch")
+        if getattr(arguments, option) is not None
+    }
+    for option, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"--{option} {value}: at least 1")
+    from pipeline.bench.evaluate import bench
+
+    if "repeats" in sizes:
+        sizes["rounds"] = sizes.pop("repeats")
+    return bench(sources[0], [word for word in arguments.overrides if "=" in word], **sizes, report=report)
 
 
 def _serve(arguments: Any, report: Report) -> Result:

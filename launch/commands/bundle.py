@@ -8,8 +8,6 @@ from typing import Any
 from launch.commands.verbs import Report, Result, Verbs
 from pipeline.errors import UserError
 
-LONG_NAME = "bundle verify"
-
 
 def add_bundle_verbs(verbs: Verbs) -> None:
     """The verbs `generate` and `verify`; the long name of the latter is `bundle verify`."""
@@ -24,7 +22,7 @@ def add_bundle_verbs(verbs: Verbs) -> None:
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
     sub.add_argument("--seed", type=int, default=None)
-    for name in ("verify", LONG_NAME):
+    for name in ("verify", "bundle verify"):
         sub = verbs.add(
             name, _verify, "check every byte of a bundle, its schemas, and its certificate against its files"
         )

@@ -5,6 +5,7 @@ Whoever runs an export (transformers, vLLM, a server) is compared with these.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -18,11 +19,11 @@ FIRST = 4  # ids below are special
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, the greedy tokens after it, and the log-probability of each token of both (None before the first)."""
+    """A prompt, the greedy tokens after it, and the log-probability of each token of both (NaN for the first)."""
 
     prompt: list[int]
     new: list[int]
-    logprobs: list[float | None]
+    logprobs: list[float]
 
 
 def cases_of(bundle: Bundle, *, count: int = 20, new: int = 40, longest: int = 12, seed: int = 0) -> list[Case]:
@@ -36,9 +37,9 @@ def cases_of(bundle: Bundle, *, count: int = 20, new: int = 40, longest: int = 1
 
 
 @torch.inference_mode()
-def logprobs(bundle: Bundle, ids: list[int]) -> list[float | None]:
-    """The log-probability of each token given those before it; None for the first."""
+def logprobs(bundle: Bundle, ids: list[int]) -> list[float]:
+    """The log-probability of each token given those before it; NaN for the first."""
     logits_BSV = bundle.model(torch.tensor([ids]), padded=False)
     assert isinstance(logits_BSV, torch.Tensor)
     scores_SV = logits_BSV[0, :-1].double().log_softmax(-1)
-    return [None, *scores_SV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()]
+    return [math.nan, *scores_SV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()]

@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel
 
 from launch.cli import build_parser
+from launch.commands.verbs import LONG_NAMES
 from pipeline.config.run import RunConfig
 from pipeline.sweep.config import SweepConfig
 from pldr_model.config import ModelConfig
@@ -249,8 +250,8 @@ def wrong_commands(text: str) -> list[str]:
             parser = subcommands(top).get(verb)
             inner = subcommands(parser) if parser else {}
             second = words[1].split("|") if len(words) > 1 else []
-            if verb == "bundle" and second == ["verify"]:  # `pldr verify`, by its long name
-                parser = subcommands(top).get("verify")
+            if " ".join([verb, *second]) in LONG_NAMES:  # two words that are one verb
+                parser = subcommands(top).get(" ".join([verb, *second]))
             if inner and second and second[0][0].islower():
                 parsers = [inner.get(name) for name in second]
             else:

@@ -27,7 +27,17 @@ SETTINGS = {
     "DO_NOT_TRACK": "1",
 }
 # For fp32 on a CPU; the context is the export's.
-OPTIONS = ["--model-impl", "transformers", "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "32"]
+OPTIONS = [
+    "--model-impl",
+    "transformers",
+    "--dtype",
+    "float32",
+    "--enforce-eager",
+    "--block-size",
+    "32",
+    "--max-num-seqs",
+    "32",
+]
 
 needs_vllm = pytest.mark.skipif(
     not PYTHON.is_file(), reason=f"no vLLM at {PYTHON}; make vllm-venv, or name its Python in PLDR_VLLM_PYTHON"

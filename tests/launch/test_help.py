@@ -24,7 +24,9 @@ def test_pldr_alone_shows_the_verbs_in_groups(capsys):
     assert found == sorted(found)
 
 
-@pytest.mark.parametrize("words", [["verify"], ["bundle", "verify"], ["data", "report"]])
+@pytest.mark.parametrize(
+    "words", [["verify"], ["bundle", "verify"], ["data", "report"], ["export"], ["export", "hf"], ["import", "hf"]]
+)
 def test_a_verbs_help_shows_its_own_name(capsys, words):
     with pytest.raises(SystemExit):
         main([*words, "--help"])

@@ -28,6 +28,10 @@ def export_card(manifest: dict[str, Any], config: ModelConfig, certificate: dict
         f"{config.vocab_size}, context {config.context_length} tokens; weights {manifest['dtype']}"
     )
     statement = f"{certificate['statement']}." if certificate else "There is no certificate for these weights."
+    if certificate and (manifest["live"] or manifest["dtype"] != "fp32"):
+        statement = (
+            f"The certificate is about the fp32 weights with a cached G_LM, and not about this directory: {statement}"
+        )
     parts = [
         FRONT,
         title(manifest),
@@ -67,14 +71,8 @@ def export_card(manifest: dict[str, Any], config: ModelConfig, certificate: dict
 
 def title(manifest: dict[str, Any]) -> str:
     """The first line of the text: certified, or why not."""
-    name = f"# {manifest['name']}: PLDR-LLM"
-    if manifest["live"]:
-        return f"{name}, UNCERTIFIED: with its metric learner, so that no cached G_LM is certified"
-    if manifest["certified"]:
-        return f"{name}, certified: G_LM may be cached"
-    if manifest["dtype"] != "fp32":
-        return f"{name}, UNCERTIFIED: rounded to {manifest['dtype']}, and a certificate is about fp32 weights"
-    return f"{name}, UNCERTIFIED: its cached G_LM may give other answers than the model"
+    why = manifest["uncertified"]
+    return f"# {manifest['name']}: PLDR-LLM, {f'UNCERTIFIED: {why}' if why else 'certified: G_LM may be cached'}"
 
 
 def _about(manifest: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ class PldrConfig(PreTrainedConfig):
         zeros, because some kernels (vLLM on a CPU) take a few sizes only. The real sizes are qk_head_dim and v_head_dim.
     g_source: `constant`: the energy-curvature tensor G_LM of each head is a parameter. `learned`: the metric learner deduces it
         from the prompt; it is kept for decoding.
+    uncertified: why an export is not certified. One that is says so in its MANIFEST.json, which a later training does not copy.
     source_rope_style: how the checkpoint that this was exported from paired the dimensions of a head. Here it is always
         half-split; who reads the weights back needs it.
     """
@@ -42,7 +43,7 @@ class PldrConfig(PreTrainedConfig):
     num_reslayerA: int = 8
     num_denseA: int = 2
     source_rope_style: str = "half"
-    certified: bool = False
+    uncertified: str | None = None
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False

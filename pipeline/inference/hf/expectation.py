@@ -6,6 +6,7 @@ the same model gives the same prompts.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,11 +23,13 @@ from pldr_model.model import PLDRModel
 NUM_PROMPTS = 20
 MAX_PROMPT = 64  # tokens
 MAX_NEW = 32
+EXACT = "exact"  # name of the logits in fp64
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """greedy: the new tokens of each prompt. sequences: the prompts and a full context. ids, decoded: of each of `texts`."""
+    """greedy: the new tokens of each prompt. sequences: the prompts and a full context. ids, decoded: of each of `texts`.
+    rounding: what fp32 does to our own model's logits of the full context, the largest difference from fp64."""
 
     prompts: list[list[int]]
     max_new_tokens: int
@@ -35,6 +38,7 @@ class Expectation:
     texts: list[str]
     ids: list[list[int]]
     decoded: list[str]
+    rounding: float
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -45,8 +49,8 @@ class Expectation:
 def expect(
     model: PLDRModel, tokenizer: Tokenizer, *, seed: str, texts: Sequence[str]
 ) -> tuple[Expectation, dict[str, Tensor]]:
-    """What this model and tokenizer give, and the logits [S,V] of each sequence by its number. A model that learns its G reads
-    every prompt with the prompt's own G."""
+    """What this model and tokenizer give, and the logits [S,V] of each sequence by its number; EXACT: those of the last one, a
+    full context, in fp64. A model that learns its G reads every prompt with the prompt's own G."""
     config = model.config
     draw = random.Random(seed)
     pieces = [token for token in range(4, tokenizer.vocab_size) if tokenizer.byte(token) is None] or [3]
@@ -56,6 +60,7 @@ def expect(
     max_new = max(1, min(MAX_NEW, config.context_length - longest))
     sequences = [*prompts, draw.choices(pieces, k=config.context_length)]
     logits = {str(i): model(torch.tensor([ids]), padded=False)[0].contiguous() for i, ids in enumerate(sequences)}
+    logits[EXACT] = copy.deepcopy(model).double()(torch.tensor(sequences[-1:]), padded=False)[0].contiguous()
     checked = [*texts, *ODD]
     ids = tokenizer.encode_batch(checked)
     expected = Expectation(
@@ -66,5 +71,6 @@ def expect(
         texts=checked,
         ids=ids,
         decoded=[tokenizer.decode(one) for one in ids],
+        rounding=float((logits[EXACT] - logits[str(len(prompts))]).abs().max()),
     )
     return expected, logits

@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError, UserError
-from pipeline.inference.extras import require
 from pipeline.inference.hf.card import export_card
 from pipeline.inference.hf.expectation import expect
-from pipeline.inference.hf.manifest import KIND, SCHEMA_VERSION, is_export
+from pipeline.inference.hf.manifest import KIND, SCHEMA_VERSION, is_export, why_uncertified
 from pipeline.inference.hf.names import from_hf, to_hf
-from pipeline.inference.hf.selfcheck import check_export
+from pipeline.inference.hf.plugin import require_tested
+from pipeline.inference.hf.selfcheck import MAX_DIFFERENCE, check_export
 from pipeline.inference.hf.shards import parse_size, write_shards
 from pipeline.inference.hf.sizes import DTYPES, hf_config
 from pipeline.inference.hf.texts import checked_texts
 from pipeline.inference.hf.tokenizer import save_tokenizer
 from pipeline.inference.source import OpenModel
 from pipeline.io.sealed import publish_sealed
-from pipeline.io.storage import MANIFEST, manifest_of, publish_bytes, publish_dir, publish_json
+from pipeline.io.storage import MANIFEST, manifest_of, publish_bytes, publish_dir, publish_json, require_free_space
 from pldr_model.model import PLDRModel
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -53,7 +53,7 @@ def export_hf(
     held-out texts of the run for the tokenizer's check, if at hand. Raises UserError, and leaves nothing behind, when what
     stock transformers computes is not what our model computes.
     """
-    require("transformers", "tokenizers", extra="hf")
+    require_tested()
     target = Path(folder).absolute()
     _require_replaceable(target)
     shard_bytes = parse_size(shard_size)
@@ -64,11 +64,13 @@ def export_hf(
                 f"--live: {opened.path} has no metric learner; name a run whose model.g_source is learned"
             )
         model = opened.live
-    certified = opened.certified and dtype == "fp32" and not live
+    uncertified = why_uncertified(opened, dtype=dtype, live=live)
     tensors = _in_dtype(to_hf(model.state_dict(), model.config), dtype, opened.path)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    require_free_space(target.parent, size, "the export")
     with publish_dir(target) as temporary:
-        report(f"writing {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()):,} bytes")
-        _write_model(opened, model, tensors, temporary, dtype=dtype, certified=certified, shard_bytes=shard_bytes)
+        report(f"writing {len(tensors)} tensors, {size:,} bytes")
+        _write_model(opened, model, tensors, temporary, dtype=dtype, uncertified=uncertified, shard_bytes=shard_bytes)
         report("self-check: stock transformers in a fresh process against our model")
         passages, passages_from = checked_texts(texts)
         expected, logits = expect(
@@ -85,7 +87,8 @@ def export_hf(
             "bundle_sha256": opened.sha256,
             "source": opened.kind,
             "name": opened.name,
-            "certified": certified,
+            "certified": uncertified is None,
+            "uncertified": uncertified,
             "dtype": dtype,
             "live": live,
             "model": model.config.to_dict(),
@@ -105,11 +108,17 @@ def summary(manifest: dict[str, Any]) -> list[str]:
     check = manifest["selfcheck"]
     logits, greedy, tokenizer = check["logits"], check["greedy"], check["tokenizer"]
     rounded = f" (both sides in fp32 with the {manifest['dtype']} weights)" if "native" in check else ""
+    ties = "" if greedy["equal"] == greedy["prompts"] else f"; the others differ at a tie, by {greedy['gap']:.2g}"
     lines = [
-        f"logits{rounded}: largest difference {logits['difference']:.2g}, largest logit {logits['largest']:.3g}",
-        f"greedy tokens: equal for {greedy['equal']} of {greedy['prompts']} prompts ({greedy['tokens']} tokens)",
+        f"logits{rounded}: largest difference {logits['difference']:.2g}, in fp64 {check['exact']:.2g}; largest logit "
+        f"{logits['largest']:.3g}",
+        f"greedy tokens: equal for {greedy['equal']} of {greedy['prompts']} prompts ({greedy['tokens']} tokens){ties}",
         f"tokenizer: {tokenizer['other_ids']} of {tokenizer['texts']} texts get other ids ({tokenizer['source']})",
     ]
+    if logits["difference"] > MAX_DIFFERENCE * max(1.0, logits["largest"]):
+        lines.append(
+            f"fp32 alone changes our own model's logits by up to {check['rounding']:.2g}: it is ill-conditioned"
+        )
     if native := check.get("native"):
         lines.append(
             f"computed in {manifest['dtype']}: logits differ by up to {native['difference']:.2g}, and the best token is the "
@@ -149,13 +158,13 @@ def _write_model(
     folder: Path,
     *,
     dtype: Dtype,
-    certified: bool,
+    uncertified: str | None,
     shard_bytes: int,
 ) -> None:
     from transformers import GenerationConfig
 
     config = model.config
-    hf_config(config, certified=certified, dtype=dtype).save_pretrained(folder)
+    hf_config(config, uncertified=uncertified, dtype=dtype).save_pretrained(folder)
     GenerationConfig(eos_token_id=config.eos_id, pad_token_id=config.pad_id, do_sample=False).save_pretrained(folder)
     write_shards(tensors, folder, shard_bytes=shard_bytes)
     for name in CODE:

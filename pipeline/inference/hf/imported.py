@@ -21,7 +21,7 @@ from pldr_model.convert import from_reference
 
 
 class Imported(NamedTuple):
-    """weights: our state dict in fp32, with `g_lm` [L,H,K,K] for a constant G. source: what the folder's record names."""
+    """weights: our state dict in fp32 at least, with `g_lm` [L,H,K,K] for a constant G. source: for the folder's record."""
 
     config: ModelConfig
     weights: dict[str, Tensor]

@@ -12,9 +12,9 @@ from torch import Tensor
 from pipeline.bundle.certificate.schema import read_certificate
 from pipeline.bundle.format import parse_model
 from pipeline.errors import UserError
-from pipeline.inference.extras import require
-from pipeline.inference.hf.manifest import read_manifest
+from pipeline.inference.hf.manifest import read_manifest, why_uncertified
 from pipeline.inference.hf.names import check_shapes, from_hf, to_hf
+from pipeline.inference.hf.plugin import require_tested
 from pipeline.inference.hf.shards import find_tensors, read_tensors
 from pipeline.inference.hf.sizes import hf_config, model_config
 from pipeline.inference.hf.tokenizer import fast_tokenizer
@@ -22,6 +22,7 @@ from pipeline.inference.source import OpenModel
 from pipeline.io.storage import MANIFEST, read_json
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig
+from pldr_model.model import PLDRModel
 
 
 class ExportParts(NamedTuple):
@@ -77,14 +78,21 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 def build(opened: OpenModel, *, dtype: str = "fp32", live: bool = False) -> tuple[Any, Any]:
     """`(PldrForCausalLM, PreTrainedTokenizerFast)` of an opened model, in memory, without writing anything."""
-    require("transformers", "tokenizers", extra="hf")
+    source = opened.live if live else opened.model
+    if source is None:
+        raise UserError(f"{opened.path}: has no metric learner, so its G_LM cannot be live; name a run's YAML")
+    model = build_model(source, uncertified=why_uncertified(opened, dtype=dtype, live=live), dtype=dtype)
+    return model, fast_tokenizer(opened.tokenizer, context_length=source.config.context_length)
+
+
+def build_model(source: PLDRModel, *, uncertified: str | None = None, dtype: str = "fp32") -> Any:
+    """`PldrForCausalLM` with a model's weights, in evaluation mode."""
+    require_tested()
     from pipeline.inference.hf.modeling_pldr import PldrForCausalLM
 
-    source = opened.live if live and opened.live is not None else opened.model
-    config = hf_config(source.config, certified=opened.certified and not live, dtype=dtype)
+    config = hf_config(source.config, uncertified=uncertified, dtype=dtype)
     with torch.device("meta"):
         model: Any = PldrForCausalLM(config)  # type: ignore[no-untyped-call]
     state = to_hf(source.state_dict(), source.config)
     model.load_state_dict({name: tensor.to(config.dtype) for name, tensor in state.items()}, assign=True)
-    context = source.config.context_length
-    return model.eval(), fast_tokenizer(opened.tokenizer, context_length=context)
+    return model.eval()

@@ -9,12 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.inference.source import OpenModel
 from pipeline.io.sealed import read_sealed
 from pipeline.io.storage import MANIFEST, parse_json, verify_manifest
 
 SCHEMA_VERSION = 1
 KIND = "pldr-hf-export"
 MAX_SMALL = 64 << 20  # bytes
+
+
+def why_uncertified(opened: OpenModel, *, dtype: str, live: bool) -> str | None:
+    """Why an export of this model is not certified; None for one that is."""
+    if live:
+        return "with its metric learner, so that no cached G_LM is certified"
+    if not opened.certified:
+        return "its cached G_LM may give other answers than the model"
+    if dtype != "fp32":
+        return f"rounded to {dtype}, and a certificate is about fp32 weights"
+    return None
 
 
 def is_export(folder: Path) -> bool:

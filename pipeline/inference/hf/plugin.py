@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 
+from pipeline.inference.extras import require
+
 FIRST, LAST = (5, 19), (5, 24)  # of transformers: the releases whose tests ran
 
 
@@ -25,6 +27,14 @@ def register() -> None:
     AutoModelForCausalLM.register(PldrConfig, PldrForCausalLM, exist_ok=True)
     for each in (PldrConfig, PldrModel, PldrForCausalLM):
         setattr(transformers, each.__name__, each)
+
+
+def require_tested() -> None:
+    """transformers is there, or UserError; a release that was not tested is one line of warning."""
+    require("transformers", "tokenizers", extra="hf")
+    import transformers
+
+    warn_untested(transformers.__version__)
 
 
 def warn_untested(version: str) -> None:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 import pipeline
 from pipeline.errors import UserError, first_line
-from pipeline.inference.hf.expectation import Expectation
+from pipeline.inference.hf.expectation import EXACT, Expectation
 
 RESULT = "result.json"
-MAX_DIFFERENCE = 1e-5  # of logits, in units of the largest logit if that is above 1
+MAX_DIFFERENCE = 1e-5  # of logits, in units of the largest logit if that is above 1; or twice our own model's rounding
+MAX_EXACT = 1e-8  # of logits in fp64, in the same units: what is left is no rounding
 MAX_SHARE = 1e-3  # of texts whose ids or decoded text differ
 
 
@@ -65,9 +66,12 @@ def _problem(result: dict[str, Any]) -> str | None:
     logits, greedy, tokenizer = result["logits"], result["greedy"], result["tokenizer"]
     if not logits["finite"]:
         return "its logits are not finite"
-    if logits["difference"] > MAX_DIFFERENCE * max(1.0, logits["largest"]):
-        return f"logits by {logits['difference']:.2g} (largest logit {logits['largest']:.2g}, allowed {MAX_DIFFERENCE:g} of it)"
-    if greedy["equal"] != greedy["prompts"]:
+    allowed = max(MAX_DIFFERENCE * max(1.0, logits["largest"]), 2 * result["rounding"])
+    if logits["difference"] > allowed:
+        return f"logits by {logits['difference']:.2g} (largest logit {logits['largest']:.2g}, allowed {allowed:.2g})"
+    if result["exact"] > MAX_EXACT * max(1.0, logits["largest"]):
+        return f"logits in fp64 by {result['exact']:.2g}"
+    if greedy["equal"] != greedy["prompts"] and greedy["gap"] > 2 * allowed:
         return f"greedy tokens of {greedy['prompts'] - greedy['equal']} of {greedy['prompts']} prompts"
     for what in ("other_ids", "other_text"):
         if tokenizer[what] > MAX_SHARE * tokenizer["texts"]:
@@ -85,10 +89,11 @@ def measure(folder: str, expected: dict[str, Any], logits: dict[str, Tensor]) ->
     model = _load(folder, torch.float32)
     if not type(model).__module__.startswith("transformers_modules."):
         raise UserError(f"{folder}: transformers did not use the directory's own code but {type(model).__module__}")
-    result = {
+    result: dict[str, Any] = {
         "logits": _compare_logits(model, expected["sequences"], logits),
         "greedy": _compare_greedy(model, expected),
         "tokenizer": _compare_tokenizer(folder, expected),
+        "rounding": expected["rounding"],
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
@@ -96,6 +101,10 @@ def measure(folder: str, expected: dict[str, Any], logits: dict[str, Tensor]) ->
             "tokenizers": tokenizers.__version__,
         },
     }
+    with torch.inference_mode():
+        exact = model.double()(torch.tensor(expected["sequences"][-1:])).logits[0]
+    result["exact"] = float((exact - logits[EXACT]).abs().max().nan_to_num(nan=float("inf")))
+    del model
     if expected["rounded"]:
         result["native"] = _compare_logits(_load(folder, "auto"), expected["sequences"], logits)
     return result
@@ -110,28 +119,37 @@ def _load(folder: str, dtype: Any) -> Any:
 @torch.inference_mode()
 def _compare_logits(model: Any, sequences: list[list[int]], logits: dict[str, Tensor]) -> dict[str, Any]:
     """difference: largest of all; top1: share of positions with the same best token."""
-    difference, largest, same, finite = 0.0, 0.0, 0, True
-    for i, ids in enumerate(sequences):
-        theirs, ours = model(torch.tensor([ids])).logits[0].float(), logits[str(i)]
-        finite = finite and bool(theirs.isfinite().all())
-        difference = max(difference, (theirs - ours).abs().max().item()) if finite else float("nan")
-        largest = max(largest, ours.abs().max().item())
-        same += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
-    top1 = same / sum(map(len, sequences))
-    return {"difference": difference if finite else None, "largest": largest, "top1": top1, "finite": finite}
+    pairs = [(model(torch.tensor([ids])).logits[0].float(), logits[str(i)]) for i, ids in enumerate(sequences)]
+    finite = all(bool(theirs.isfinite().all() and ours.isfinite().all()) for theirs, ours in pairs)
+    same = sum(int((theirs.argmax(-1) == ours.argmax(-1)).sum()) for theirs, ours in pairs)
+    return {
+        "difference": max(float((theirs - ours).abs().max()) for theirs, ours in pairs) if finite else None,
+        "largest": max(float(ours.abs().max()) for _, ours in pairs) if finite else None,
+        "top1": same / sum(map(len, sequences)),
+        "finite": finite,
+    }
 
 
 @torch.inference_mode()
-def _compare_greedy(model: Any, expected: dict[str, Any]) -> dict[str, int]:
-    equal, tokens = 0, 0
+def _compare_greedy(model: Any, expected: dict[str, Any]) -> dict[str, Any]:
+    """gap: where tokens differ first, by how much the logit of the chosen one is above that of ours; the largest of all
+    prompts. Up to what rounding does to both, it is a tie."""
+    equal, tokens, gap = 0, 0, 0.0
     for prompt, ours in zip(expected["prompts"], expected["greedy"], strict=True):
         ids = torch.tensor([prompt])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=expected["max_new_tokens"]
-        )
-        equal += out[0, len(prompt) :].tolist() == ours
+        count = expected["max_new_tokens"]
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
+        theirs = out[0, len(prompt) :].tolist()
+        equal += theirs == ours
         tokens += len(ours)
-    return {"prompts": len(expected["prompts"]), "equal": equal, "tokens": tokens}
+        differ = [i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b]
+        if differ:
+            first = differ[0]
+            scores = model(out[:, : len(prompt) + first]).logits[0, -1]
+            gap = max(gap, float(scores[theirs[first]] - scores[ours[first]]))
+        elif len(theirs) != len(ours):
+            gap = float("inf")
+    return {"prompts": len(expected["prompts"]), "equal": equal, "tokens": tokens, "gap": gap}
 
 
 def _compare_tokenizer(folder: str, expected: dict[str, Any]) -> dict[str, Any]:

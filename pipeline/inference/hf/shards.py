@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ def parse_size(text: str) -> int:
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, *, shard_bytes: int) -> None:
     """Write the tensors in their order; a file that would become larger than `shard_bytes` is ended (one tensor may be)."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -42,11 +44,21 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, *, shard_bytes: in
         filled += tensor.nbytes
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk
+            raise UserError(f"{folder / name}: cannot be written ({error})") from None
+        (folder / name).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         publish_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 class Found(NamedTuple):
@@ -74,12 +86,14 @@ def find_tensors(folder: Path) -> dict[str, Found]:
     where = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise UserError(f"{index}: holds no weight_map of names to files; download or export it again")
-    found: dict[str, Found] = {}
-    for file in sorted(set(where.values())):
+    files = sorted(set(where.values()))
+    for file in files:
         if file != Path(file).name or not file.endswith(".safetensors"):
             raise UserError(f"{index}: {file!r} is no safetensors file in the same folder; download or export it again")
         if not (folder / file).is_file():
             raise UserError(f"{folder / file}: missing, but {INDEX} lists it; download or export it again")
+    found: dict[str, Found] = {}
+    for file in files:
         for name, (_, shape) in read_header(folder / file).items():
             if where.get(name) != file:
                 raise UserError(f"{index}: does not list {name} of {file}; download or export it again")
@@ -95,7 +109,7 @@ def weight_files(found: Mapping[str, Found]) -> list[Path]:
 
 
 def read_tensors(found: Mapping[str, Found]) -> dict[str, Tensor]:
-    """All of them in fp32, and finite."""
+    """All of them, finite, and in fp32 at least."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Tensor] = {}
@@ -103,7 +117,8 @@ def read_tensors(found: Mapping[str, Found]) -> dict[str, Tensor]:
         try:
             with safe_open(file, framework="pt") as stream:
                 for name in stream.keys():  # noqa: SIM118 - not a dictionary
-                    tensors[name] = stream.get_tensor(name).float()
+                    tensor = stream.get_tensor(name)
+                    tensors[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         except SafetensorError as error:  # stricter than `read_header` about the header's JSON
             raise UserError(f"{file}: its safetensors header is damaged ({error}); make the file again") from None
     for name, tensor in tensors.items():

@@ -20,7 +20,7 @@ AUTO_MAP = {
 }
 
 
-def hf_config(config: ModelConfig, *, certified: bool, dtype: str) -> Any:
+def hf_config(config: ModelConfig, *, uncertified: str | None, dtype: str) -> Any:
     """The `PldrConfig` of a model with a constant G (g_source `file`) or a metric learner (`learned`)."""
     from pipeline.inference.hf.configuration_pldr import PldrConfig
 
@@ -41,7 +41,7 @@ def hf_config(config: ModelConfig, *, certified: bool, dtype: str) -> Any:
         layer_norm_eps=config.layer_norm_eps,
         g_source="learned" if learned else "constant",
         source_rope_style=config.rope_style,
-        certified=certified,
+        uncertified=uncertified,
         pad_token_id=config.pad_id,
         eos_token_id=config.eos_id,
         architectures=["PldrForCausalLM"],

@@ -6,6 +6,7 @@ that tokenizers stumble over.
 from __future__ import annotations
 
 import ast
+import functools
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ def checked_texts(held_out: Sequence[str] | None) -> tuple[list[str], str]:
     return [*held_out, *library_texts()], f"{len(held_out)} held-out texts of the run, and {library}"
 
 
+@functools.cache
 def library_texts() -> list[str]:
     """Paragraphs of at least eight words from docstrings of Python's standard library, which is read and not imported."""
     folder = Path(sysconfig.get_paths()["stdlib"])

@@ -42,6 +42,14 @@ def test_a_reference_checkpoint_goes_in_and_out_bit_equal(capsys, tmp_path):
     assert code == 1 and "sha256 differs" in errors and not (tmp_path / "again.pth").exists()
 
 
+def test_a_folder_called_hf_is_exported_as_any_other(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = GOLDEN / "tiny_f64" / "state_dict.safetensors"
+    assert run(capsys, "import", source, "hf", "--context-length", 48)[0] == 0
+    assert run(capsys, "export", "hf", "out.safetensors")[0] == 0
+    assert load_file("out.safetensors").keys() == load_file(source).keys()
+
+
 def test_a_checkpoint_of_another_shape_names_the_key(capsys, tmp_path):
     source = GOLDEN / "tiny_f64" / "state_dict.safetensors"
     code, _, errors = run(capsys, "import", source, tmp_path / "x", "--model", GOLDEN / "padded_f64" / "config.json")

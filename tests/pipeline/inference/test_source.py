@@ -13,6 +13,7 @@ import yaml
 
 from pipeline.bundle.extracted import save_g
 from pipeline.errors import UserError
+from pipeline.inference.hf.export import export_hf
 from pipeline.inference.source import open_model
 from pipeline.io.storage import render_json, sha256_file
 from pipeline.post.extract import extract_g
@@ -81,6 +82,16 @@ def test_a_bundle_with_its_metric_learner_is_live(
         assert torch.equal(opened.live(ids_BS), model(ids_BS))
         assert not torch.allclose(opened.model(ids_BS), model(ids_BS))
     assert open_model(bundle).live is None
+
+
+@pytest.mark.slow
+def test_an_export_with_rounded_weights_is_another_model(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    opened = open_model(make_bundle())
+    export_hf(opened, tmp_path / "bf16", dtype="bf16")
+    rounded = open_model(tmp_path / "bf16")
+    assert rounded.sha256 != opened.sha256 and not rounded.certified and "UNCERTIFIED export" in str(rounded.caution)
+    (tmp_path / "bf16" / "MANIFEST.json").unlink()
+    assert "MANIFEST.json" in refused(tmp_path / "bf16")
 
 
 def test_what_is_no_model_is_refused(

@@ -1,7 +1,7 @@
 """An export in vLLM's `LLM`, run by vLLM's Python: FOLDER REQUEST_JSON OUT_JSON.
 
 The request: `prompts` (lists of ids), `new` (tokens), `ranks`, `trust_remote_code`. Out: for each prompt, decoded with all
-others and then alone, the new tokens and log-probabilities (in the batch the prompt's too), and the model's module on each rank.
+others and then alone, the new tokens and log-probabilities (in the batch the prompt's too); the model's module on each rank.
 """
 
 import json

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from pipeline.inference.runtime import Bundle
-from tests.helpers.expected import Case
+from pldr_model.generation import generate
+from tests.helpers.expected import FIRST, Case
 from tests.helpers.vllm import needs_vllm, server
 
 openai = pytest.importorskip("openai")
 pytestmark = [pytest.mark.slow, needs_vllm, pytest.mark.timeout(1800)]
 TOLERANCE = 1e-5
+ROUNDING = 1e-6  # of a log-probability's own size: the tiny, untrained model has some of -30
 IDS = {"return_token_ids": True}  # vLLM's extension
 
 
@@ -38,7 +40,9 @@ def test_prompts_in_one_request(client: Any, cases: list[Case], new: int) -> Non
     answer = ask(client, [case.prompt for case in cases], max_tokens=new, logprobs=0, extra_body=IDS)
     assert [choice.token_ids for choice in answer.choices] == [case.new for case in cases]
     for choice, case in zip(answer.choices, cases, strict=True):
-        assert choice.logprobs.token_logprobs == pytest.approx(case.logprobs[len(case.prompt) :], abs=TOLERANCE)
+        assert choice.logprobs.token_logprobs == pytest.approx(
+            case.logprobs[len(case.prompt) :], abs=TOLERANCE, rel=ROUNDING
+        )
     assert answer.usage.prompt_tokens == sum(len(case.prompt) for case in cases)
 
 
@@ -55,7 +59,7 @@ def test_echo_gives_the_prompts_log_probabilities(client: Any, cases: list[Case]
         choice = ask(client, case.prompt, max_tokens=4, echo=True, logprobs=0).choices[0]
         end = len(case.prompt) + min(4, len(case.new))
         assert choice.logprobs.token_logprobs[0] is None
-        assert choice.logprobs.token_logprobs[1:] == pytest.approx(case.logprobs[1:end], abs=TOLERANCE)
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(case.logprobs[1:end], abs=TOLERANCE, rel=ROUNDING)
 
 
 def test_stop(client: Any, cases: list[Case], new: int) -> None:
@@ -73,7 +77,8 @@ def test_seed_and_n(client: Any, cases: list[Case], new: int) -> None:
     assert drawn(seed=1) == drawn(seed=1) != drawn(seed=2)
     three = drawn(seed=1, n=3)
     assert len(three) == 3 and len(set(map(tuple, three))) > 1
-    assert drawn(n=2, temperature=0) == [cases[0].new] * 2
+    with pytest.raises(openai.BadRequestError, match="n must be 1 when using greedy"):
+        drawn(n=2, temperature=0)
 
 
 def test_eight_clients_at_once(client: Any, cases: list[Case], new: int) -> None:
@@ -83,13 +88,30 @@ def test_eight_clients_at_once(client: Any, cases: list[Case], new: int) -> None
 
 
 def test_a_text_is_continued_as_by_the_bundle(client: Any, bundle: Bundle, cases: list[Case], new: int) -> None:
-    texts = [bundle.tokenizer.decode(case.prompt) for case in cases]
-    expected = bundle.generate(texts, max_new_tokens=new)
-    answer = ask(client, texts, max_tokens=new)
-    assert [choice.text for choice in answer.choices] == expected
-    assert answer.usage.prompt_tokens == sum(len(bundle.tokenizer.encode(text)) for text in texts)
+    """Up to the first special token, which is written differently: an untrained model emits them, a trained one does not."""
+    compared = 0
+    for text in (bundle.tokenizer.decode(case.prompt) for case in cases):
+        prompt = bundle.tokenizer.encode(text)
+        (ids,) = generate(bundle.model, [prompt], max_new_tokens=new)
+        plain = next((at for at, token in enumerate(ids) if token < FIRST), len(ids))
+        if plain == 0:
+            continue
+        answer = ask(client, text, max_tokens=plain)
+        assert answer.usage.prompt_tokens == len(prompt)
+        assert [answer.choices[0].text] == bundle.generate([text], max_new_tokens=plain)
+        compared += plain
+    assert compared > 20
 
 
 def test_a_prompt_over_the_context_is_refused(client: Any, bundle: Bundle) -> None:
     with pytest.raises(openai.BadRequestError, match="context length|max_model_len|maximum"):
         ask(client, [4] * (bundle.config.context_length + 1), max_tokens=1)
+
+
+def test_two_data_parallel_processes(export: Path, cases: list[Case], new: int, tmp_path: Path) -> None:
+    with server(export, tmp_path / "server.log", "--trust-remote-code", "--data-parallel-size", "2") as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=300)
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda case: ask(client, case.prompt, max_tokens=new, extra_body=IDS), cases))
+    assert [answer.choices[0].token_ids for answer in answers] == [case.new for case in cases]
+    assert all(f"EngineCore_DP{rank}" in (tmp_path / "server.log").read_text() for rank in range(2))
