@@ -63,7 +63,7 @@ def validate(
     sequences_NT: held-out token sequences [N, S+1]; the first `config.prompts` without padding are used. lineage: what
     the certificate records about the origin of the weights. budget: the run's invariance budget, for the fixes. seed: that of
     the training, from which the untrained control is initialized. documents: how many the sequences come from.
-    extra: more kinds of prompts by name, [N, <= context] (prompts.py, `joined`). piece: the text of an id, to name it.
+    extra: more kinds of prompts by name, [N, <= context] (measure/prompts.py, `joined`). piece: the text of an id, to name it.
     Collective where torch.distributed has several ranks: each measures its share, and all return the same. Raises UserError for
     fewer than two different usable prompts, prompts that do not fit the model, or thresholds that no configuration may have.
     """

@@ -66,8 +66,9 @@ class Tab:
                 await asyncio.sleep(0.05)
 
     async def open(self, url: str) -> None:
-        await self.send("Page.navigate", url=url)
-        await self.until("document.readyState === 'complete'")
+        found = await self.send("Page.navigate", url=url)
+        assert "errorText" not in found, found
+        await self.until(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
 
     async def look(self, *, width: int, height: int = 900, dark: bool = False, still: bool = True) -> None:
         """The size of the window and what its user prefers."""

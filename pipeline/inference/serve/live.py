@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -58,7 +58,7 @@ class LiveEngine:
         """One sequence decodes, the others wait."""
         return EngineLoad(running=int(self._turn.locked()), waiting=self._waiting)
 
-    async def decode(self, request: DecodeRequest) -> AsyncIterator[list[Token]]:
+    async def decode(self, request: DecodeRequest) -> AsyncGenerator[list[Token], None]:
         """The new tokens, one at a time. Ends after eos (kept) or max_tokens. Raises UserError, EngineError."""
         async with self._my_turn():
             sequence = _Sequence(self._model, request)

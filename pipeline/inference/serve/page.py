@@ -1,7 +1,7 @@
 """The page at `/`: type a prompt, watch the text come, with the certificate beside it. One answer, no build, no network.
 
-`/` is the same for every model: page.html with page.js and the style of our other pages put in. What it shows of this model
-comes from `/page/facts`, which asks for the token where there is one.
+`/` is the same for every model: page.html with the scripts beside it and the style of our other pages put in. What it shows of
+this model comes from `/page/facts`, which asks for the token where there is one.
 Decision: the content security policy names the hashes of that one script and that one style, and allows nothing but requests to
 this server and pictures in data URIs: text of the model cannot become code or markup.
 """
@@ -28,9 +28,11 @@ from pipeline.inference.source import OpenModel
 from pipeline.report.head_maps import head_maps
 from pipeline.report.numbers import number, short
 
-HERE = Path(__file__).parent
-STYLE = HERE.parents[1] / "report" / "page.css"
+WEB = Path(__file__).parent / "web"
+STYLE = Path(__file__).parents[2] / "report" / "page.css"
+SCRIPTS = tuple(WEB / f"{name}.js" for name in ("server", "answer", "compare", "token", "about", "form", "start"))
 OWN_DRAWS = ("vllm",)  # engines that draw tokens in their own way: with the same seed the live model draws others
+NEVER_KEPT = {"cache-control": "no-store"}
 TIERS = {
     "at round-off": "no variation but rounding",
     "invariant": "varies a little above rounding",
@@ -39,27 +41,31 @@ TIERS = {
 
 
 def add_page(app: FastAPI, opened: OpenModel, engines: Mapping[str, Engine], sentinel: Sentinel | None = None) -> None:
-    """The routes `/` and `/page/facts`. engines: by model id, that of the cached model first."""
+    """The routes `/`, `/page/facts` and `/page/drift`. engines: by model id, that of the cached model first."""
     html, headers = page()
     unchanging = functools.cache(functools.partial(facts, opened, engines))
 
     def show(_: Request) -> Response:
         return HTMLResponse(html, headers=headers)
 
-    def tell(_: Request) -> Response:  # in a thread: the first time it draws pictures
-        drift = None if sentinel is None else drift_rows(sentinel.drift(), sentinel.bound)
-        return JSONResponse({**unchanging(), "drift": drift}, headers={"cache-control": "no-store"})
+    def told(_: Request) -> Response:  # in a thread: the first time it draws pictures
+        return JSONResponse({**unchanging(), "drift": drift()}, headers=NEVER_KEPT)
 
-    app.router.routes.append(Route("/", endpoint=show, methods=["GET"]))
-    app.router.routes.append(Route("/page/facts", endpoint=tell, methods=["GET"]))
+    def drift() -> list[dict[str, Any]] | None:
+        return None if sentinel is None else drift_rows(sentinel.drift(), sentinel.bound)
+
+    def drifted(_: Request) -> Response:
+        return JSONResponse(drift(), headers=NEVER_KEPT)
+
+    for path, endpoint in (("/", show), ("/page/facts", told), ("/page/drift", drifted)):
+        app.router.routes.append(Route(path, endpoint=endpoint, methods=["GET"]))
 
 
 def page() -> tuple[str, dict[str, str]]:
     """The page, and the headers that it is sent with."""
-    parts = {"page.css": STYLE, "page.js": HERE / "page.js"}
-    html = (HERE / "page.html").read_text(encoding="utf-8")
-    for name, file in parts.items():
-        html = html.replace(f"/* {name} */", file.read_text(encoding="utf-8"))
+    html = (WEB / "page.html").read_text(encoding="utf-8")
+    for place, files in (("style", (STYLE,)), ("scripts", SCRIPTS)):
+        html = html.replace(f"/* {place} */", "\n".join(file.read_text(encoding="utf-8") for file in files))
     policy = {
         "default-src": "'none'",
         "script-src": _hash_of(html, "script"),

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -189,7 +190,7 @@ def named(ids: array[int]) -> str:
 
 
 def _digest(ids: array[int]) -> bytes:
-    return hashlib.sha256(b"".join(token.to_bytes(4, "little", signed=True) for token in ids)).digest()
+    return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).digest()
 
 
 def _one_line(error: BaseException) -> str:

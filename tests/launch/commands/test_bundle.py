@@ -79,7 +79,8 @@ def test_the_same_checkpoint_gives_the_same_bytes_elsewhere_and_later(capsys, mo
     moved = [f"run_dir={other}"]
     environment = {**os.environ, "PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo"}
     for weight_format in ("int8", "fp32"):
-        words = [sys.executable, "-c", AGAIN, str(path), *settings, f"post.weight_format={weight_format}"]
+        learner = f"post.with_metric_learner={str(weight_format == 'fp32').lower()}"
+        words = [sys.executable, "-c", AGAIN, str(path), *settings, f"post.weight_format={weight_format}", learner]
         for cwd, extra, env in ((tmp_path, [], os.environ), (other, moved, environment)):
             done = subprocess.run([*words, *extra], cwd=cwd, env=env, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
@@ -94,3 +95,4 @@ def test_the_same_checkpoint_gives_the_same_bytes_elsewhere_and_later(capsys, mo
         assert main(["bundle", "verify", str(second), "--json"]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert result["certified"] is False and result["weight_format"] == weight_format
+        assert result["metric_learner"] is (weight_format == "fp32")

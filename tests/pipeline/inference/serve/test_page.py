@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from pipeline.inference.serve.live import LiveEngine
-from pipeline.inference.serve.page import HERE, STYLE, add_page, drift_rows, facts, page
+from pipeline.inference.serve.page import SCRIPTS, STYLE, WEB, add_page, drift_rows, facts, page
 from pipeline.inference.serve.sentinel import Bound, Drift, watch
 from pipeline.inference.source import open_model
 from pldr_model.model import PLDRModel
@@ -27,7 +27,7 @@ from tests.pipeline.report.test_style import contrast, palette
 
 Make = Callable[..., Path]
 ENGINES: dict[str, Any] = {"name": SimpleNamespace(name="transformers")}
-SCRIPT = (HERE / "page.js").read_text()
+SCRIPT = "".join(file.read_text() for file in SCRIPTS)
 
 
 def test_it_is_one_file_that_loads_nothing() -> None:
@@ -39,6 +39,12 @@ def test_it_is_one_file_that_loads_nothing() -> None:
     assert len(html) < 100_000
     for label in re.findall(r'<(?:input|textarea) id="(\w+)"', html):
         assert f'for="{label}"' in html or f'<label><input id="{label}"' in html or f'"{label}-label"' in html, label
+
+
+def test_every_file_beside_it_is_in_it() -> None:
+    assert {*WEB.iterdir()} == {*SCRIPTS, WEB / "page.html"}
+    html, _ = page()
+    assert all(file.read_text() in html for file in (*SCRIPTS, STYLE)) and html.count('"use strict"') == 1
 
 
 def test_its_policy_allows_its_own_script_and_style_and_no_other() -> None:
@@ -146,12 +152,13 @@ def test_the_routes_and_the_live_model(make_bundle: Make) -> None:
         sentinel.offer([5, 6, 7])
         sentinel.wait()
         assert client.get("/page/facts").json()["drift"][0]["value"] == "1"
+        assert client.get("/page/drift").json() == client.get("/page/facts").json()["drift"]
     sentinel.stop()
     app = FastAPI()
     add_page(app, opened, ENGINES)
     with TestClient(app) as client:
         told = client.get("/page/facts").json()
-        assert told["live"] is None and told["drift"] is None
+        assert told["live"] is None and told["drift"] is client.get("/page/drift").json() is None
 
 
 def test_an_engine_that_draws_in_its_own_way_is_said_to(make_bundle: Make) -> None:
@@ -175,7 +182,7 @@ def test_drift_is_told_in_rows() -> None:
 
 def test_watching_needs_the_metric_learner_and_a_certificate(make_bundle: Make) -> None:
     plain: Any = open_model(make_bundle(), live=None)
-    with pytest.raises(ValueError, match="holds no metric learner .*; make the bundle with `pldr bundle"):
+    with pytest.raises(ValueError, match="holds no metric learner .*; make the bundle with"):
         watch(plain, 0.5)
     live = open_model(make_bundle("live", with_metric_learner=True), live=True)
     with pytest.raises(ValueError, match="has no certificate to compare with; run `pldr validate`"):

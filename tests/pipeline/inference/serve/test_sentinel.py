@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 import threading
 import time
 from array import array
@@ -72,6 +74,7 @@ def test_what_is_not_as_certified_is_counted_and_logged_without_its_text(
     assert found.largest == max(map(max, found.per_head)) > 1e-4
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 5 and all("\n" not in line for line in lines)
+    assert hashlib.sha256(struct.pack("<i", PROMPTS[0][0])).hexdigest() in lines[0]
     assert "1 tokens, sha256" in lines[0] and "allowed 0.0001" in lines[0]
     if what == "a cached G that was changed":
         assert (
