@@ -34,6 +34,12 @@ class Draw:
             self._generator = torch.Generator().manual_seed(self.request.seed)
         return self._generator
 
+    def again(self) -> Draw:
+        """To go on where this one failed. Another object: a pass that has begun may still hold this one."""
+        draw = Draw(self.request)
+        draw.tokens, draw._generator = list(self.tokens), self._generator
+        return draw
+
 
 class Choose(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]  # transformers has no types
     """Knows each sequence by its request id (`draws`). One batch is prepared, then run: the rows of `__call__` are those of

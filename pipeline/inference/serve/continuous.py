@@ -22,7 +22,7 @@ from pldr_model.generation import memory_budget
 
 PAGE = 16  # tokens of one sequence that share a page of the cache
 BATCH_TOKENS = 512  # that one pass reads: new tokens of all sequences, and pieces of prompts
-SCORE_ROWS = 128  # positions whose logits are in memory at once
+SCORE_ROWS = 128  # positions whose log-probabilities are in memory at once
 STOP_S = 10.0
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class ContinuousEngine:
                 raise UserError(
                     f"the model's logits are NaN or infinite after {len(draw.tokens)} new tokens; leave this prompt out"
                 )
-            draw.failed = False
+            draw = draw.again()
 
     async def _run(self, draw: Draw) -> AsyncGenerator[list[Token], None]:
         """Hand a sequence, with the tokens that it has, to the engine, until it ends or fails."""
@@ -150,27 +150,29 @@ class ContinuousEngine:
             del self._choose.draws[name]
 
     async def score(self, ids: list[int], num_top: int) -> list[Token]:
-        """A plain pass beside the engine's: it computes logits of new tokens only."""
+        """A pass of our own model: the engine has logits of new tokens only, and a plain pass of its model, beside its thread,
+        gives other numbers (transformers keeps state in the modules)."""
         async with self._scoring:
             return await asyncio.to_thread(self._score, ids, num_top)
 
     @torch.inference_mode()
-    def _is_finite(self, ids: list[int]) -> bool:
-        """Whether the next token of this sequence has finite logits."""
-        logits = self._model(torch.tensor([ids], device=self._model.device), use_cache=False, logits_to_keep=1).logits
-        return bool(logits.isfinite().all())
-
-    @torch.inference_mode()
     def _score(self, ids: list[int], num_top: int) -> list[Token]:
-        hidden_1SD = self._model.model(
-            torch.tensor([ids], device=self._model.device), use_cache=False
-        ).last_hidden_state
+        logits_SV = self._logits(ids)
         tokens = [Token(ids[0])]
         for start in range(0, len(ids) - 1, SCORE_ROWS):
-            rows = slice(start, min(start + SCORE_ROWS, len(ids) - 1))
-            logits_BV = self._model.lm_head(hidden_1SD[0, rows])
-            tokens += name_tokens(logits_BV, ids[rows.start + 1 : rows.stop + 1], num_top)
+            end = min(start + SCORE_ROWS, len(ids) - 1)
+            tokens += name_tokens(logits_SV[start:end], ids[start + 1 : end + 1], num_top)
         return tokens
+
+    @torch.inference_mode()
+    def _is_finite(self, ids: list[int]) -> bool:
+        """Whether the next token of this sequence has finite logits."""
+        return bool(self._logits(ids)[-1].isfinite().all())
+
+    def _logits(self, ids: list[int]) -> torch.Tensor:
+        logits_BSV = self._opened.model(torch.tensor([ids]), padded=False)
+        assert isinstance(logits_BSV, torch.Tensor)
+        return logits_BSV[0]
 
 
 def cache_config(model: Any, opened: OpenModel, max_sequences: int) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import json
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -276,17 +278,32 @@ def test_prompts_that_are_read_in_pieces(opened: OpenModel, monkeypatch: pytest.
     asyncio.run(main())
 
 
-def test_logits_that_are_not_finite(opened: OpenModel) -> None:
-    """The sequence ends with an error. Those that shared a pass with it get the tokens that they get without it."""
+def test_prompts_are_scored_alike_beside_others(opened: OpenModel, bundle: Bundle) -> None:
+    """While the engine's thread decodes."""
 
     async def main() -> None:
         async with engine_of(opened) as engine:
-            requests = [
-                DecodeRequest([4 + index, 6] * 9, max_tokens=8, temperature=1.0, seed=index) for index in range(6)
-            ]
+            prompts = [[4 + index, 9, 7, 30, 12, 5 + index] for index in range(20)]
+            decoding = [asyncio.ensure_future(decoded(engine, DecodeRequest([5, 6], max_tokens=29))) for _ in range(16)]
+            for prompt in prompts:
+                found = [token.logprob for token in await engine.score(prompt, 1)]
+                assert found[1:] == pytest.approx(logprobs(bundle, prompt)[1:], abs=1e-5)
+            await asyncio.gather(*decoding)
+
+    asyncio.run(main())
+
+
+def test_logits_that_are_not_finite(opened: OpenModel) -> None:
+    """The sequence ends with an error. Those that shared a pass with it get the tokens that they get without it."""
+    damaged = replace(opened, model=copy.deepcopy(opened.model))
+    with torch.no_grad():
+        damaged.model.embedding.weight[40] = torch.nan
+
+    async def main() -> None:
+        requests = [DecodeRequest([4 + index, 6] * 9, max_tokens=8, temperature=1.0, seed=index) for index in range(6)]
+        async with engine_of(opened) as engine:
             expected = [await decoded(engine, request) for request in requests]
-            with torch.no_grad():
-                engine._model.model.embed_tokens.weight[40] = torch.nan
+        async with engine_of(damaged) as engine:
             for _ in range(3):
                 bad, *good = await asyncio.gather(
                     decoded(engine, DecodeRequest([40, 5], max_tokens=4)),
