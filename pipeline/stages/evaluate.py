@@ -28,8 +28,8 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.distributed import end_with_parent
 from pipeline.errors import UserError
-from pipeline.io.sealed import read_sealed
-from pipeline.io.storage import MANIFEST, publish_json, sha256_file
+from pipeline.io.sealed import publish_sealed, read_sealed
+from pipeline.io.storage import MANIFEST, sha256_file
 from pipeline.train.evaluations import FAILED, MODEL, SCORES
 
 PR_SET_PDEATHSIG = 1
@@ -92,7 +92,7 @@ def evaluate_checkpoint(config: RunConfig, paths: RunPaths, name: str) -> dict[s
         "metrics": metrics_of(results),
         "failed": results["failed"],
     }
-    publish_json(folder / SCORES, scores)
+    publish_sealed(folder / SCORES, scores)
     return scores
 
 

@@ -24,7 +24,8 @@ from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.environment import without_other_jobs
 from pipeline.errors import UserError, first_line
-from pipeline.io.storage import MANIFEST, read_json, sha256_file
+from pipeline.io.sealed import read_sealed
+from pipeline.io.storage import MANIFEST, sha256_file
 from pipeline.train.signals import HEAD_FILE, PARENT_PIPE
 
 PROGRAM = "pipeline.stages.evaluate"
@@ -124,7 +125,7 @@ class Evaluations:
     def _scores(self, checkpoint: Path) -> dict[str, Any] | None:
         """The scores of this checkpoint under today's settings; None where there are none."""
         try:
-            scores = read_json(self._paths.evaluations / checkpoint.name / SCORES)
+            scores = read_sealed(self._paths.evaluations / checkpoint.name / SCORES)
             same = scores["checkpoint_sha256"] == sha256_file(checkpoint / MANIFEST)
             same = same and scores["tasks"] == list(self._settings.tasks) and scores["limit"] == self._settings.limit
             return dict(scores) if same and scores["step"] == step_of(checkpoint) else None

@@ -19,7 +19,7 @@ from tests.pipeline.inference.evaluate.small import write_documents
 PLDR = [sys.executable, "-m", "launch.cli"]
 TASKS = ["arc_easy", "winogrande"]
 STEPS = [200, 400, 600]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def pldr(folder, *words, **options):
@@ -60,7 +60,7 @@ def evaluations_of(run_dir):
     return found
 
 
-def wait_for(condition, process, seconds=280):
+def wait_for(condition, process, seconds=900):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read()
@@ -86,7 +86,7 @@ def test_a_killed_evaluation_is_one_line_and_the_last_one_is_waited_for(prepared
     [pid] = evaluations_of(tmp_path / "run")
     wait_for(lambda: os.getpriority(os.PRIO_PROCESS, pid) == 19, training)
     os.kill(pid, signal.SIGKILL)
-    output, _ = training.communicate(timeout=290)
+    output, _ = training.communicate(timeout=900)
     assert training.returncode == 0, output
     assert output.count("the evaluation of step-000200 failed: signal SIGKILL") == 1
     assert "evaluated step-000600: arc_easy/acc" in output and not evaluations_of(tmp_path / "run")
@@ -105,17 +105,17 @@ def test_a_broken_data_folder_does_not_stop_training(prepared, run_in, tmp_path)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "arc_easy.jsonl").write_text("no JSON\n")
     (tmp_path / "broken" / "winogrande.jsonl").mkdir()
-    words = run_in(f"train.evaluate.data={tmp_path / 'broken'}")
-    done = pldr(prepared, *words)
-    assert done.returncode == 0, done.stderr
-    assert "the evaluation of step-000600 failed: winogrande: no documents; looked for" in done.stdout
-    assert "Traceback" not in done.stdout and scores(prepared, words) == {}
+    words = run_in(f"train.evaluate.data={tmp_path / 'broken'}", "train.steps=200")
     check = pldr(prepared, "check", *words[1:])
     assert check.returncode == 2 and "winogrande: no documents; looked for" in check.stderr
+    done = pldr(prepared, *words)
+    assert done.returncode == 0, done.stderr
+    assert "the evaluation of step-000200 failed: winogrande: no documents; looked for" in done.stdout
+    assert "Traceback" not in done.stdout and scores(prepared, words) == {}
 
 
 def test_a_killed_training_leaves_no_evaluation_and_a_resumed_one_makes_it(prepared, run_in, tmp_path):
-    words, run_dir = run_in(), tmp_path / "run"
+    words, run_dir = run_in("train.steps=400"), tmp_path / "run"
     first = subprocess.Popen([*PLDR, *words], cwd=prepared, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: evaluations_of(run_dir), first)
     first.send_signal(signal.SIGKILL)
@@ -128,6 +128,6 @@ def test_a_killed_training_leaves_no_evaluation_and_a_resumed_one_makes_it(prepa
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("evaluated step-000200: arc_easy/acc") == 1
     found = scores(prepared, words)["eval/arc_easy/acc"]
-    assert found[0] == 200 and found[-1] == 600 and len(found) == len(set(found))
+    assert found == [200, 400]
     again = pldr(prepared, *words, "--force")
     assert again.returncode == 0 and "evaluated" not in again.stdout
