@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 
 from pipeline.io import storage
+from pipeline.stages.runner import LOCK
 from pipeline.tracking.sqlite_store import make_store
 from tests.launch.end_to_end.damage_cases import NO_COMMIT, prepare
 
@@ -29,6 +30,7 @@ def folder(tmp_path_factory, make_run):
         folder / "run" / "run.json", {}
     )  # a store in the run directory, so that a copy has one of its own
     make_store(folder / "run" / "mlflow.db")
+    (folder / "run" / LOCK).touch()  # a run's folder, which is not refused as one of other files
     (folder / "run" / "run.json").unlink()
     command = [sys.executable, "-m", "launch.cli", "run", str(config)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, **NO_COMMIT})
