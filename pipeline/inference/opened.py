@@ -41,6 +41,10 @@ class OpenModel:
         if self.certified:
             return None
         failed = [failure["measure"] for failure in self.certificate["failed"]] if self.certificate else []
-        why = f"failed checks: {', '.join(failed) or 'none'}" if self.certificate else "no certificate"
         what = {"bundle": "bundle", "hf": "export", "run": "run"}[self.kind]
+        if self.kind == "hf" and self.certificate and not failed:
+            return (
+                f"{self.path}: UNCERTIFIED {what}: its weights are rounded, and the certificate is about the fp32 ones"
+            )
+        why = f"failed checks: {', '.join(failed) or 'none'}" if self.certificate else "no certificate"
         return f"{self.path}: UNCERTIFIED {what} ({why}): its cached G_LM may change the model's outputs"
