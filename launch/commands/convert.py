@@ -136,10 +136,11 @@ def publish_folder(
     from pipeline.bundle.weights import FREE
     from pipeline.io import storage
     from pipeline.io.sealed import publish_sealed
-    from pipeline.io.tensors import serialize
+    from pipeline.io.tensors import serialize, usual_mode
 
     def write(temporary: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+        usual_mode(temporary)
 
     storage.publish(folder / "model.safetensors", write)
     if "g_lm" in weights:
@@ -166,6 +167,7 @@ def export_reference(source: str, target: str, report: Report) -> Result:
     from pipeline.bundle.weights import FREE
     from pipeline.io import storage
     from pipeline.io.sealed import read_sealed
+    from pipeline.io.tensors import usual_mode
     from pldr_model.config import ModelConfig
     from pldr_model.convert import save_checkpoint_file, to_reference
 
@@ -184,6 +186,7 @@ def export_reference(source: str, target: str, report: Report) -> Result:
     def write(temporary: Path) -> None:
         named = temporary.with_name(temporary.name + suffix)  # the suffix chooses the format
         save_checkpoint_file(weights, named)
+        usual_mode(named)
         named.replace(temporary)
 
     storage.publish(target, write)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,10 @@ def load_tensors(
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds NaN or infinity; training diverged: take an earlier checkpoint")
     return tensors
+
+
+def usual_mode(file: Path) -> None:
+    """Give a file the mode that `open` gives; safetensors' `save_file` writes for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError, UserError
 from pipeline.io.storage import publish_json, read_json
-from pipeline.io.tensors import read_header
+from pipeline.io.tensors import read_header, usual_mode
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,17 +47,11 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, *, shard_bytes: in
             save_file(shard, folder / name, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk
             raise UserError(f"{folder / name}: cannot be written ({error})") from None
-        (folder / name).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+        usual_mode(folder / name)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         publish_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class Found(NamedTuple):

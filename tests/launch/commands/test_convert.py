@@ -34,6 +34,9 @@ def test_a_reference_checkpoint_goes_in_and_out_bit_equal(capsys, tmp_path):
     for state in exported:
         assert state.keys() == original.keys()
         assert all(torch.equal(state[key], original[key]) for key in original)
+    (plain := tmp_path / "plain").touch()
+    for file in ("ours/model.safetensors", "out.safetensors", "out.pth"):  # others may read them, as any file
+        assert (tmp_path / file).stat().st_mode == plain.stat().st_mode
     damaged = tmp_path / "ours" / "model.safetensors"
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
