@@ -6,7 +6,7 @@ cached model is compared with, and the only one (keeping just K/V would freeze G
 
 Decision: every prompt is prefilled alone and unpadded, so that its G and K/V are exactly those of the prompt
 alone; then rows decode together, each at its own length, as many as fit `memory_budget`. Sampling draws from one
-CPU generator per prompt, seeded by (seed, prompt), so that a prompt's tokens do not depend on its neighbours.
+CPU generator per prompt, seeded by (seed, prompt), so that a prompt's tokens do not depend on its neighbors.
 Decision: a row whose logits are NaN or infinite has no next token. It ends; the others go on, and the error comes
 when they are done.
 """

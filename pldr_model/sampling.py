@@ -73,7 +73,7 @@ def token_probabilities(logits_BV: Tensor, *, temperature: float, top_k: int = 0
 
 
 def seeds_of(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
-    """A seed for each prompt, from its tokens and how many equal ones came before it: its neighbours play no part."""
+    """A seed for each prompt, from its tokens and how many equal ones came before it: its neighbors play no part."""
     copies: Counter[bytes] = Counter()
     seeds = []
     for prompt in prompts:

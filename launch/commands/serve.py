@@ -17,7 +17,9 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 def add_serve_verb(verbs: Verbs) -> None:
     """The verb `serve`."""
     sub = verbs.add("serve", _serve, "an OpenAI-compatible server of a bundle", is_work=True)
-    sub.add_argument("model", metavar="BUNDLE", help="a bundle folder, or one that `pldr export hf` wrote")
+    sub.add_argument(
+        "model", metavar="BUNDLE", help="a bundle folder; also an export of `pldr export hf`, or a run's YAML"
+    )
     sub.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
     sub.add_argument("--port", type=int, default=8000, help="0: a free one")
     sub.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")

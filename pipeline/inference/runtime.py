@@ -154,7 +154,7 @@ class Bundle:
     def logprobs(self, text: str) -> dict[str, list[Any]]:
         """`tokens` of a text (the parts that they stand for), their `ids`, `offsets` in characters, and `logprobs`: of each
         token after those before it, of the first after eos. A text longer than the context is read in windows
-        (`pipeline.inference.shared.windows`)."""
+        (`pipeline.inference.grouping.windows`)."""
         (text,) = read_texts("text", [text])
         spans = self.tokenizer.spans(text)
         ids = [token for token, _, _ in spans]

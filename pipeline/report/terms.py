@@ -45,7 +45,7 @@ TERMS = {
     "acc": "accuracy: share of the items for which the right answer has the largest log-likelihood; of a free answer, for "
     "which greedy decoding gives it.",
     "acc_norm": "accuracy by the log-likelihood per character of the answer, as lm-evaluation-harness computes it.",
-    "acc_bytes": "accuracy by the log-likelihood per byte (UTF-8) of the answer: the papers' byte-length normalisation.",
+    "acc_bytes": "accuracy by the log-likelihood per byte (UTF-8) of the answer: the papers' byte-length normalization.",
     "mc1, mc2": "TruthfulQA. mc1: accuracy, one true answer among others. mc2: share of the probability that the true "
     "answers get.",
     "perplexity": "exp of the mean negative log-likelihood of an answer; the whole last word, however many tokens it has.",

@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness, as it ships them, over local JSONL files or the hub.
 
-Decision: a task is the shipped YAML, taken by `include:`; ours only names the data, and adds the normalised accuracies where
+Decision: a task is the shipped YAML, taken by `include:`; ours only names the data, and adds the normalized accuracies where
 the shipped one has none. Its prompts and its scoring stay theirs. lm-eval's `acc_norm` divides by characters; the papers'
-number is normalised by bytes, which is lm-eval's `acc_bytes`. Both are computed.
+number is normalized by bytes, which is lm-eval's `acc_bytes`. Both are computed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ STOCK = {  # task -> its folder in lm-eval, the names that its file of documents
 }
 FOLDERS = ("", "data_eval")  # of a data folder, where files are looked for
 OUTPUTS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
-NORMALISED = ("acc_norm", "acc_bytes")
-MAIN = {  # where the normalised accuracy is not the task's number
+NORMALIZED = ("acc_norm", "acc_bytes")
+MAIN = {  # where the normalized accuracy is not the task's number
     "winogrande": "acc",  # both of its choices are judged by the same words, which follow them
     "truthfulqa_mc1": "acc",
 }
@@ -196,7 +196,7 @@ def _metrics(config: dict[str, Any]) -> list[dict[str, Any]] | None:
         return metrics
     known = [metric["metric"] for metric in metrics]
     return metrics + [
-        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in NORMALISED if name not in known
+        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in NORMALIZED if name not in known
     ]
 
 

@@ -76,7 +76,7 @@ class ContinuousEngine:
         if self._manager is None:
             return "the model is being loaded"
         if not self._manager.is_running():
-            return f"the engine has stopped ({self._manager.background_thread_status.fatal_error or 'it was told to'})"
+            return f"the engine has stopped ({self._manager.background_thread_status.fatal_error or 'on request'})"
         return None
 
     def load(self) -> EngineLoad:

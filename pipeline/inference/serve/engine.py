@@ -43,7 +43,7 @@ class EngineLoad:
 
 
 class EngineError(RuntimeError):
-    """The engine failed; one line. The client is told that the server failed, and the log says why."""
+    """The engine failed; one line. The client learns that the server failed, and the log says why."""
 
 
 class Engine(Protocol):

@@ -48,7 +48,7 @@ def add_page(app: FastAPI, opened: OpenModel, engines: Mapping[str, Engine], sen
     def show(_: Request) -> Response:
         return HTMLResponse(html, headers=headers)
 
-    def told(_: Request) -> Response:  # in a thread: the first time it draws pictures
+    def about(_: Request) -> Response:  # in a thread: the first time it draws pictures
         return JSONResponse({**unchanging(), "drift": drift()}, headers=NEVER_KEPT)
 
     def drift() -> list[dict[str, Any]] | None:
@@ -57,7 +57,7 @@ def add_page(app: FastAPI, opened: OpenModel, engines: Mapping[str, Engine], sen
     def drifted(_: Request) -> Response:
         return JSONResponse(drift(), headers=NEVER_KEPT)
 
-    for path, endpoint in (("/", show), ("/page/facts", told), ("/page/drift", drifted)):
+    for path, endpoint in (("/", show), ("/page/facts", about), ("/page/drift", drifted)):
         app.router.routes.append(Route(path, endpoint=endpoint, methods=["GET"]))
 
 

@@ -58,7 +58,7 @@ class Tangent(NamedTuple):
 
 
 def learned_rows(plga: PLGA) -> Reach:
-    """Push the ball of all normalised density rows through the metric learner."""
+    """Push the ball of all normalized density rows through the metric learner."""
     norm: nn.LayerNorm = plga.density_norm
     z = row_ball(norm.normalized_shape[0])
     by_unit: list[float | None] = []

@@ -1,4 +1,4 @@
-"""What one layer's G_LM is a function of: the normalised rows of its density matrix, in fp64.
+"""What one layer's G_LM is a function of: the normalized rows of its density matrix, in fp64.
 
     row of the density matrix -> z = (row - mean) / std -> metric learner(gamma z + beta) = a row of A;  A -> G_LM
 
@@ -43,7 +43,7 @@ def learned_layers(model: PLDRModel) -> list[PLGA]:
     return [module for module in model.modules() if isinstance(module, PLGA)]
 
 
-def normalised(density: Tensor, norm: nn.LayerNorm) -> Tensor:
+def normalized(density: Tensor, norm: nn.LayerNorm) -> Tensor:
     """The rows z of density matrices [...,K,K], before gamma and beta."""
     return F.layer_norm(density, norm.normalized_shape, eps=norm.eps)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distributed import merged
-from pipeline.post.every_input.rows import learned_layers, normalised
+from pipeline.post.every_input.rows import learned_layers, normalized
 from pipeline.post.every_input.search import Found, Seen
 from pipeline.post.measure.deviation import worst_of
 from pipeline.post.measure.passes import LivePass
@@ -70,7 +70,7 @@ class CloseLook:
             size.append(_squares(q_BHSK @ reference_HKK))
             density_BHKK = q_BHSK.mT @ q_BHSK
             densities.append(density_BHKK.sum(dim=0))
-            rows_BHKK = normalised(density_BHKK, plga.density_norm)
+            rows_BHKK = normalized(density_BHKK, plga.density_norm)
             distance_BHK = (live.tensors["A"][:, layer].double() - self._a_LK[layer].to(q_BHSK.device)).norm(dim=-1)
             self._rows[layer].update(distance_BHK.flatten(), rows_BHKK.flatten(end_dim=2))
             rows.append(rows_BHKK)

@@ -37,7 +37,7 @@ def embedded(model: PLDRModel) -> Tensor:
 
 @torch.no_grad()
 def plain_rows(model: PLDRModel, layer: int) -> None:
-    """The layer's density rows are normalised and no more: gain 1, bias 0."""
+    """The layer's density rows are normalized and no more: gain 1, bias 0."""
     norm = plga_of(model, layer).density_norm
     norm.weight.fill_(1.0)
     norm.bias.zero_()

@@ -48,7 +48,7 @@ def rows(model: PLDRModel, count: int) -> Tensor:
 
 
 def deviation(model: PLDRModel, z_MHKK: Tensor, g_HKK: Tensor, layer: int = 0) -> Tensor:
-    """Of G_LM from the cached one, [M,H]; z are the rows of the normalised density matrix. The model is fp64."""
+    """Of G_LM from the cached one, [M,H]; z are the rows of the normalized density matrix. The model is fp64."""
     plga = model.layers[layer].attention.plga
     A = plga.metric_learner(z_MHKK * plga.density_norm.weight + plga.density_norm.bias)
     G = plga.power_law(A).G_LM

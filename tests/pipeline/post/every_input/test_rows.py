@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.post.every_input.rows import RowFunction, learned_layers, normalised, poles, project
+from pipeline.post.every_input.rows import RowFunction, learned_layers, normalized, poles, project
 
 
 def test_G_of_the_rows_is_the_models_own(tiny: SimpleNamespace, text: torch.Tensor) -> None:
@@ -21,7 +21,7 @@ def test_G_of_the_rows_is_the_models_own(tiny: SimpleNamespace, text: torch.Tens
     with torch.no_grad():
         g_LBHKK = model.compute_g(text[:3, :-1], padded=False)
         for layer, plga in enumerate(learned_layers(model)):
-            rows = normalised(queries[layer].mT @ queries[layer], plga.density_norm)
+            rows = normalized(queries[layer].mT @ queries[layer], plga.density_norm)
             torch.testing.assert_close(project(rows), rows, rtol=1e-12, atol=1e-12)  # they lie in the ball
             function = RowFunction(plga)
             torch.testing.assert_close(function.energy_curvature(function.learned(rows)), g_LBHKK[layer])
