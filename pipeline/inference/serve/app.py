@@ -19,6 +19,7 @@ from pipeline.inference.serve.engine import Engine
 from pipeline.inference.serve.errors import ApiError
 from pipeline.inference.serve.gate import Gate
 from pipeline.inference.serve.limits import Limits, Load, read_body
+from pipeline.inference.serve.live import LIVE
 from pipeline.inference.serve.metrics import Metrics
 from pipeline.inference.serve.models import Models
 from pipeline.inference.serve.page import add_page
@@ -27,6 +28,8 @@ from pipeline.inference.serve.protocol import DetokenizeRequest, Strict, Tokeniz
 from pipeline.inference.serve.sentinel import DriftCollector, Sentinel
 
 log = logging.getLogger(__name__)
+
+LIVE_CAUTION = "G_LM is computed from each prompt; a certificate is about the cached one"
 
 
 class Server:
@@ -130,6 +133,7 @@ class Server:
 
     def _card(self, name: str) -> dict[str, Any]:
         config, about = self.opened.model.config, self.describe()
+        live = name == self.models.default + LIVE
         return {
             "id": name,
             "object": "model",
@@ -137,8 +141,8 @@ class Server:
             "owned_by": "pldr",
             "root": str(self.opened.path),
             "max_model_len": config.context_length,
-            "certified": about["certified"],
-            "caution": about["caution"],
+            "certified": about["certified"] and not live,
+            "caution": LIVE_CAUTION if live else about["caution"],
             "bundle_sha256": about["bundle_sha256"],
         }
 

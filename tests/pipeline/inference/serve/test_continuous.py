@@ -176,6 +176,14 @@ def test_eos_ends_an_answer(client: TestClient, bundle: Bundle, monkeypatch: pyt
     assert texts(answers[0]) == expected
 
 
+def test_the_live_model_is_not_what_the_certificate_is_about(opened: OpenModel) -> None:
+    engine = ContinuousEngine(opened, max_sequences=4)
+    app = Server({"tiny": engine, "tiny:live": engine}, opened, Limits(max_sequences=4)).app
+    cached, live = TestClient(app).get("/v1/models").json()["data"]
+    assert (cached["certified"], cached["caution"]) == (True, None)
+    assert live["certified"] is False and "from each prompt" in live["caution"]
+
+
 def test_what_identifies_the_model(client: TestClient, opened: OpenModel) -> None:
     answer = ask(client, "a", model="tiny")
     assert answer["system_fingerprint"] == opened.sha256 and answer["model"] == "tiny"
