@@ -54,15 +54,18 @@ class OpenModel:
     certified: bool
     sha256: str
     generation: dict[str, Any]
+    rounded: bool = False  # an export's weights are not fp32, and the certificate is about those that were
 
     @property
     def caution(self) -> str | None:
         """One line for whoever uses a model that is not certified; None for one that is."""
         if self.certified:
             return None
+        what = {"bundle": "bundle", "hf": "export", "run": "run"}[self.kind]
+        if self.rounded and self.certificate and self.certificate["verdict"] == "certified":
+            return f"{self.path}: UNCERTIFIED {what}: its weights are rounded, and a certificate is about fp32 weights"
         failed = [failure["measure"] for failure in self.certificate["failed"]] if self.certificate else []
         why = f"failed checks: {', '.join(failed) or 'none'}" if self.certificate else "no certificate"
-        what = {"bundle": "bundle", "hf": "export", "run": "run"}[self.kind]
         return f"{self.path}: UNCERTIFIED {what} ({why}): its cached G_LM may change the model's outputs"
 
 
@@ -144,6 +147,7 @@ def _open_export(path: Path) -> OpenModel:
         certified=parts.manifest["certified"],
         sha256=sha256 if dtype == "fp32" else sha256_json({"bundle": sha256, "dtype": dtype}),
         generation=generation_config(parts.config, parts.tokenizer),
+        rounded=dtype != "fp32" or parts.manifest.get("rounded", False) is not False,
     )
 
 
