@@ -13,7 +13,7 @@ from launch.commands.verbs import Report, Result, Verbs, add_overrides
 from pipeline.errors import Caution, ConfigError, UserError
 
 if TYPE_CHECKING:
-    from pipeline.inference.source import OpenModel
+    from pipeline.inference.opened import OpenModel
 
 EVERY_S, EVERY_PLAIN_S = 0.5, 30.0  # between lines of progress: on a terminal, in a log
 log = logging.getLogger(__name__)

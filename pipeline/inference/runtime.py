@@ -14,9 +14,10 @@ from typing import Any
 
 from pipeline.errors import Caution, UserError
 from pipeline.inference.completion import Completion
+from pipeline.inference.opened import OpenModel
 from pipeline.inference.request import PromptEncoder, read_settings, read_stop, read_texts
 from pipeline.inference.scoring import Scored, Scorer
-from pipeline.inference.source import OpenModel, open_model
+from pipeline.inference.source import open_model
 from pldr_model.generation import NotFiniteError, generate_steps
 from pldr_model.sampling import read_sampling
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.inference.shared import Group, Ids, batches, groups, windows
+from pipeline.inference.grouping import Group, Ids, batches, groups, windows
 from pldr_model.cache import KVCache
 from pldr_model.generation import memory_budget
 from pldr_model.model import PLDRModel

@@ -6,9 +6,8 @@ of. What is done with a model (score, generate, export, serve) does not ask wher
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,50 +22,15 @@ from pipeline.config.load import load_config
 from pipeline.config.paths import RunPaths, data_paths
 from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
+from pipeline.inference.opened import Kind, OpenModel
 from pipeline.io.storage import MANIFEST, read_json, sha256_json
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, to_constant_g
 
-Kind = Literal["bundle", "hf", "run"]
 CERTIFICATE = "certificate.json"
 RUN_RECORD = "run.json"
 MAX_CONFIG = 1 << 20  # bytes of a config.json
-
-
-@dataclass(frozen=True)
-class OpenModel:
-    """An opened model.
-
-    model: evaluation mode, fp32, CPU, with `g_lm` [L,H,K,K] as its constant G. live: the same weights with their metric
-    learner, None unless asked for. certificate: the one that is about these tensors, None where there is none. sha256: names
-    weights and G: the bundle's, or of a run that of both files. generation: how prompts are encoded (generation_config.json).
-    """
-
-    kind: Kind
-    path: Path
-    name: str
-    model: PLDRModel
-    g_lm: Tensor
-    live: PLDRModel | None
-    tokenizer: Tokenizer
-    certificate: dict[str, Any] | None
-    certified: bool
-    sha256: str
-    generation: dict[str, Any]
-    rounded: bool = False  # an export's weights are not fp32, and the certificate is about those that were
-
-    @property
-    def caution(self) -> str | None:
-        """One line for whoever uses a model that is not certified; None for one that is."""
-        if self.certified:
-            return None
-        what = {"bundle": "bundle", "hf": "export", "run": "run"}[self.kind]
-        if self.rounded and self.certificate and self.certificate["verdict"] == "certified":
-            return f"{self.path}: UNCERTIFIED {what}: its weights are rounded, and a certificate is about fp32 weights"
-        failed = [failure["measure"] for failure in self.certificate["failed"]] if self.certificate else []
-        why = f"failed checks: {', '.join(failed) or 'none'}" if self.certificate else "no certificate"
-        return f"{self.path}: UNCERTIFIED {what} ({why}): its cached G_LM may change the model's outputs"
 
 
 def open_model(source: str | Path, overrides: list[str] | None = None, *, live: bool | None = False) -> OpenModel:

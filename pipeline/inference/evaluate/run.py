@@ -24,8 +24,8 @@ from pipeline.inference.evaluate import tasks as definitions
 from pipeline.inference.evaluate.answers import AnswersFile
 from pipeline.inference.evaluate.scores import Items, Tree, chance, compare, finite, largest_change, plain
 from pipeline.inference.evaluate.tasks import Definition
+from pipeline.inference.opened import OpenModel
 from pipeline.inference.scoring import Scorer
-from pipeline.inference.source import OpenModel
 from pipeline.io.storage import publish_bytes, render_json, sha256_json
 
 Report = Callable[[str], None]

@@ -28,7 +28,7 @@ from pipeline.inference.hf.shards import parse_size, write_shards
 from pipeline.inference.hf.sizes import DTYPES, hf_config
 from pipeline.inference.hf.texts import checked_texts
 from pipeline.inference.hf.tokenizer import save_tokenizer
-from pipeline.inference.source import OpenModel
+from pipeline.inference.opened import OpenModel
 from pipeline.io.sealed import publish_sealed
 from pipeline.io.storage import (
     MANIFEST,

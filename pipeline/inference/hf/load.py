@@ -19,7 +19,7 @@ from pipeline.inference.hf.plugin import require_tested
 from pipeline.inference.hf.shards import Found, find_tensors, read_tensors
 from pipeline.inference.hf.sizes import hf_config, model_config
 from pipeline.inference.hf.tokenizer import fast_tokenizer
-from pipeline.inference.source import OpenModel
+from pipeline.inference.opened import OpenModel
 from pipeline.io.storage import MANIFEST, read_json
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig

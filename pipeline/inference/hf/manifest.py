@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.inference.source import OpenModel
+from pipeline.inference.opened import OpenModel
 from pipeline.io.sealed import read_sealed
 from pipeline.io.storage import MANIFEST, parse_json, verify_manifest
 

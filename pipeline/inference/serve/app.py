@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from pipeline.inference.opened import OpenModel
 from pipeline.inference.serve.completions import Completions
 from pipeline.inference.serve.engine import Engine
 from pipeline.inference.serve.errors import ApiError
@@ -24,7 +25,6 @@ from pipeline.inference.serve.page import add_page
 from pipeline.inference.serve.prompt_input import Prompts
 from pipeline.inference.serve.protocol import DetokenizeRequest, Strict, TokenizeRequest, read_request
 from pipeline.inference.serve.sentinel import DriftCollector, Sentinel
-from pipeline.inference.source import OpenModel
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from pipeline.errors import UserError, first_line
+from pipeline.inference.opened import OpenModel
 from pipeline.inference.serve.choose import Choose, Draw, name_tokens
 from pipeline.inference.serve.engine import DecodeRequest, EngineError, EngineLoad, Token
-from pipeline.inference.source import OpenModel
 from pldr_model.generation import memory_budget
 
 PAGE = 16  # tokens of one sequence that share a page of the cache

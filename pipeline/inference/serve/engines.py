@@ -10,9 +10,9 @@ from typing import Literal
 
 from pipeline.errors import ConfigError
 from pipeline.inference.extras import require
+from pipeline.inference.opened import OpenModel
 from pipeline.inference.serve.engine import Engine
 from pipeline.inference.serve.limits import Limits
-from pipeline.inference.source import OpenModel
 
 Name = Literal["auto", "vllm", "transformers"]
 

@@ -21,10 +21,10 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from pipeline.bundle.certificate.statement import rounded_up
+from pipeline.inference.opened import OpenModel
 from pipeline.inference.serve.engine import Engine
 from pipeline.inference.serve.live import LIVE
 from pipeline.inference.serve.sentinel import Bound, Drift, Sentinel, bound_of
-from pipeline.inference.source import OpenModel
 from pipeline.report.head_maps import head_maps
 from pipeline.report.numbers import number, short
 

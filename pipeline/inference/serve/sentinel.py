@@ -33,7 +33,7 @@ from torch import Tensor
 
 from pipeline.bundle.metric_learner import certified_deviation, relative_deviation
 from pipeline.errors import UserError
-from pipeline.inference.source import OpenModel
+from pipeline.inference.opened import OpenModel
 from pldr_model.model import PLDRModel
 
 WAITING = 16  # prompts in the queue

@@ -20,10 +20,10 @@ from typing import Any
 import orjson
 
 from pipeline.errors import UserError
+from pipeline.inference.opened import OpenModel
 from pipeline.inference.serve import guard
 from pipeline.inference.serve.engine import DecodeRequest, EngineError, EngineLoad, Token
 from pipeline.inference.serve.limits import Limits
-from pipeline.inference.source import OpenModel
 
 START_S = 1800.0  # compiling kernels for a GPU takes minutes
 STOP_S = 20.0

@@ -117,7 +117,10 @@ def test_mistakes_are_one_line(capsys, arguments: list[str], code: int, message:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["data", "--help"], ["report", "verify", "show"]), (["bench", "--help"], ["[CONFIG]|data", "--text", "--steps"])],
+    [
+        (["data", "--help"], ["report", "verify", "show"]),
+        (["bench", "--help"], ["[CONFIG]|evaluate", "|data|", "--text", "--steps"]),
+    ],
 )
 def test_help_explains(capsys, arguments: list[str], words: list[str]) -> None:
     with pytest.raises(SystemExit) as end:

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given
 
 from pipeline.errors import UserError
+from pipeline.inference.grouping import windows
 from pipeline.inference.hf.export import export_hf
 from pipeline.inference.runtime import Bundle
-from pipeline.inference.shared import windows
 from pipeline.inference.source import open_model
 from pldr_model.model import PLDRModel
 from tests.helpers.exports import write_bundle

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 
 from pipeline.errors import UserError
+from pipeline.inference.grouping import batches, groups, windows
 from pipeline.inference.scoring import Request, Scored, Scorer
-from pipeline.inference.shared import batches, groups, windows
 from pldr_model.model import PLDRModel, to_constant_g
 from tests.helpers.models import CONFIG, make_model
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.inference.source import OpenModel
+from pipeline.inference.opened import OpenModel
 from pipeline.post.extract import extract_g
 from pipeline.tokenizer import Tokenizer
 from pldr_model.model import to_constant_g

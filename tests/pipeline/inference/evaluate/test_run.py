@@ -103,6 +103,7 @@ def test_without_a_metric_learner_there_is_no_live_score(
     assert "no metric learner" in found["no_live"] and any("no live scores" in line for line in table(found))
 
 
+@pytest.mark.slow
 def test_a_kill_loses_no_scored_chunk_and_changes_no_number(
     tokenizer_path: Path, data: Path, opened: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

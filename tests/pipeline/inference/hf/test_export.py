@@ -23,7 +23,8 @@ from pipeline.inference.hf.imported import read_directory
 from pipeline.inference.hf.load import build, read_export
 from pipeline.inference.hf.selfcheck import _problem, check_export, measure
 from pipeline.inference.hf.texts import checked_texts
-from pipeline.inference.source import OpenModel, open_model
+from pipeline.inference.opened import OpenModel
+from pipeline.inference.source import open_model
 from pipeline.io.storage import render_json
 from pldr_model.config import ModelConfig
 from pldr_model.convert import from_reference

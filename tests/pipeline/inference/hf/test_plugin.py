@@ -32,6 +32,7 @@ print(json.dumps([type(model).__module__, type(base).__name__, transformers.Pldr
 """
 
 
+@pytest.mark.slow
 def test_registered_classes_are_used_and_are_on_the_module(tmp_path: Path) -> None:
     """In a process of its own: registries are global."""
     config = ModelConfig(vocab_size=8, num_layers=1, num_heads=1, head_dim=4, context_length=4).with_constant_g()

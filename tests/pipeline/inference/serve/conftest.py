@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.inference.opened import OpenModel
 from pipeline.inference.runtime import Bundle
-from pipeline.inference.source import OpenModel, open_model
+from pipeline.inference.source import open_model
 from pldr_model.model import PLDRModel
 from tests.helpers.exports import write_bundle
 

@@ -17,12 +17,12 @@ import torch
 from starlette.testclient import TestClient
 
 from pipeline.errors import UserError
+from pipeline.inference.opened import OpenModel
 from pipeline.inference.runtime import Bundle
 from pipeline.inference.serve.app import Server
 from pipeline.inference.serve.continuous import ContinuousEngine
 from pipeline.inference.serve.engine import DecodeRequest, EngineError, Token
 from pipeline.inference.serve.limits import Limits
-from pipeline.inference.source import OpenModel
 from pldr_model.generation import generate
 from tests.helpers.expected import logprobs
 from tests.helpers.serving import until
@@ -240,6 +240,7 @@ def test_a_reader_that_leaves_frees_the_cache(opened: OpenModel) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_more_sequences_than_the_cache_holds(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine then takes some sequences back and reads them again: the tokens stay."""
     from pipeline.inference.serve import continuous
@@ -258,6 +259,7 @@ def test_more_sequences_than_the_cache_holds(opened: OpenModel, monkeypatch: pyt
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_prompts_that_are_read_in_pieces(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass then holds new tokens of some sequences and pieces of other prompts."""
     from pipeline.inference.serve import continuous

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from pipeline.inference.opened import OpenModel
 from pipeline.inference.serve import completions, limits
 from pipeline.inference.serve.app import Server
 from pipeline.inference.serve.limits import Limits
-from pipeline.inference.source import OpenModel, open_model
+from pipeline.inference.source import open_model
 from tests.helpers.serving import Exchange, HeldEngine, exchange, until
 
 Work = Callable[[Server, HeldEngine], Coroutine[Any, Any, None]]

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.inference.opened import OpenModel
 from pipeline.inference.runtime import Bundle
-from pipeline.inference.source import OpenModel
 from tests.helpers.serving import Served, serving
 
 openai = pytest.importorskip("openai")
