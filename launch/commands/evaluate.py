@@ -36,7 +36,7 @@ def add_evaluate_verb(verbs: Verbs) -> None:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a number of items, at least 1")
-    return int(text)
+    return min(int(text), sys.maxsize)
 
 
 def _evaluate(arguments: Any, report: Report) -> Result:
@@ -47,6 +47,7 @@ def _evaluate(arguments: Any, report: Report) -> Result:
     from pipeline.inference.evaluate.run import PAGE, RESULTS, evaluate
     from pipeline.inference.evaluate.table import table
     from pipeline.inference.source import open_model
+    from pipeline.io.storage import require_unsealed
 
     names = list(tasks.STOCK) if arguments.tasks is None else [name for name in arguments.tasks.split(",") if name]
     if not names:
@@ -57,6 +58,7 @@ def _evaluate(arguments: Any, report: Report) -> Result:
     if opened.caution:
         warnings.warn(opened.caution, Caution, stacklevel=2)
     origin = _Origin(opened, arguments)
+    require_unsealed(origin.out)
     live = sys.stdout.isatty() and not arguments.json
     results = evaluate(
         opened,

@@ -59,9 +59,11 @@ def _export(arguments: Any, report: Report) -> Result:
 def _import(arguments: Any, report: Report) -> Result:
     from launch.commands.convert import publish_folder
     from pipeline.inference.hf.imported import read_directory
+    from pipeline.io.storage import require_unsealed
 
     if Path(arguments.target).resolve() == Path(arguments.source).resolve():
         raise ConfigError(f"{arguments.target}: names the directory itself; give another folder")
+    require_unsealed(Path(arguments.target))
     found = read_directory(arguments.source)
     return publish_folder(Path(arguments.target), found.weights, found.config, source=found.source, report=report)
 

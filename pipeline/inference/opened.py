@@ -34,17 +34,16 @@ class OpenModel:
     certified: bool
     sha256: str
     generation: dict[str, Any]
+    rounded: bool = False  # an export's weights are not fp32, and the certificate is about those that were
 
     @property
     def caution(self) -> str | None:
         """One line for whoever uses a model that is not certified; None for one that is."""
         if self.certified:
             return None
-        failed = [failure["measure"] for failure in self.certificate["failed"]] if self.certificate else []
         what = {"bundle": "bundle", "hf": "export", "run": "run"}[self.kind]
-        if self.kind == "hf" and self.certificate and not failed:
-            return (
-                f"{self.path}: UNCERTIFIED {what}: its weights are rounded, and the certificate is about the fp32 ones"
-            )
+        if self.rounded and self.certificate and self.certificate["verdict"] == "certified":
+            return f"{self.path}: UNCERTIFIED {what}: its weights are rounded, and the certificate is about the fp32 ones"
+        failed = [failure["measure"] for failure in self.certificate["failed"]] if self.certificate else []
         why = f"failed checks: {', '.join(failed) or 'none'}" if self.certificate else "no certificate"
         return f"{self.path}: UNCERTIFIED {what} ({why}): its cached G_LM may change the model's outputs"

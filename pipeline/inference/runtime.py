@@ -149,6 +149,11 @@ class Bundle:
         context_ids = self._prefix + self.tokenizer.encode(start)
         whole = [self._prefix + self.tokenizer.encode(context + text) for text in texts]
         requests = [(context_ids, ids[len(context_ids) :]) for ids in whole]
+        for index, (text, (_, ids)) in enumerate(zip(texts, requests, strict=True)):
+            if text and not ids:
+                raise UserError(
+                    f"continuations[{index}]: {text!r} has no token of its own after this context; move the border"
+                )
         return self._scorer().score(requests, name="continuations")
 
     def logprobs(self, text: str) -> dict[str, list[Any]]:

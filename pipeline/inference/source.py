@@ -111,6 +111,7 @@ def _open_export(path: Path) -> OpenModel:
         certified=parts.manifest["certified"],
         sha256=sha256 if dtype == "fp32" else sha256_json({"bundle": sha256, "dtype": dtype}),
         generation=generation_config(parts.config, parts.tokenizer),
+        rounded=dtype != "fp32" or parts.manifest.get("rounded", False) is not False,
     )
 
 

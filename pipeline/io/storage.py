@@ -222,6 +222,14 @@ def verify_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
             raise UserError(f"{path}: sha256 differs from {MANIFEST}: damaged")
 
 
+def require_unsealed(target: Path) -> None:
+    """Nothing is written into a folder whose files a manifest lists: it would not be valid any more. Raises UserError."""
+    resolved = target.resolve()
+    for folder in (resolved, *resolved.parents):
+        if (folder / MANIFEST).is_file():
+            raise UserError(f"{target}: {folder} holds verified files ({MANIFEST}), and no others; name another folder")
+
+
 def safe_member(name: str) -> str:
     """The name, if it stays below its folder. Raises UserError for `../x`, absolute or empty names."""
     parts = Path(name).parts

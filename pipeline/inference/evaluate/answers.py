@@ -56,7 +56,7 @@ class AnswersFile:
         try:
             record = json.loads(line)
             answers = [(float(logprob), bool(greedy)) for logprob, greedy in record["answers"]]
-            key, asker = str(record["key"]), record["asker"]
+            key, asker = str(record["key"]), str(record["asker"])
         except (ValueError, KeyError, TypeError):
             return False
         if asker in self._askers:

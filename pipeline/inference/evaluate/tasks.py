@@ -78,6 +78,7 @@ def quiet(*, offline: bool) -> None:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it says of a file is in our line
 
 
 def find(names: Sequence[str], data: Path | None) -> list[Definition]:
@@ -158,6 +159,8 @@ def load(definition: Definition, folder: Path) -> Any:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)  # lm-eval's own
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; pip install 'pldr[eval]'", exit_code=2) from error
     except Exception as error:  # of the hub, of `datasets`, of a template: any kind
         raise _no_documents(definition, error) from error
     return task
@@ -203,6 +206,8 @@ def _metrics(config: dict[str, Any]) -> list[dict[str, Any]] | None:
 def _no_documents(definition: Definition, error: Exception) -> UserError:
     if definition.file is not None:
         cause = first_line(error.__cause__ or error)
+        if not definition.file.read_bytes().strip():
+            return UserError(f"{definition.file}: not the documents of {definition.name}: it is empty; make it again")
         return UserError(
             f"{definition.file}: not the documents of {definition.name} ({type(error).__name__}: {cause}); "
             "each line is one JSON object with the fields of its data set"

@@ -28,7 +28,7 @@ def export_card(manifest: dict[str, Any], config: ModelConfig, certificate: dict
         f"{config.vocab_size}, context {config.context_length} tokens; weights {manifest['dtype']}"
     )
     statement = f"{certificate['statement']}." if certificate else "There is no certificate for these weights."
-    if certificate and (manifest["live"] or manifest["dtype"] != "fp32"):
+    if certificate and (manifest["live"] or manifest["rounded"]):
         statement = (
             f"The certificate is about the fp32 weights with a cached G_LM, and not about this directory: {statement}"
         )

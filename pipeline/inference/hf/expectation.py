@@ -24,6 +24,7 @@ NUM_PROMPTS = 20
 MAX_PROMPT = 64  # tokens
 MAX_NEW = 32
 EXACT = "exact"  # name of the logits in fp64
+EMBEDDING = "embedding"  # name of the tokens' vectors [V,D]: few of a large vocabulary are in the prompts
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def expect(
     logits = {
         str(i): model(torch.tensor([sequence]), padded=False)[0].contiguous() for i, sequence in enumerate(sequences)
     }
+    logits[EMBEDDING] = model.embedding.weight.detach().clone()
     wide, rounding = copy.deepcopy(model).double(), 0.0
     for i, sequence in enumerate(sequences):
         logits[EXACT] = wide(torch.tensor([sequence]), padded=False)[0].contiguous()

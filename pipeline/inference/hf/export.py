@@ -30,7 +30,15 @@ from pipeline.inference.hf.texts import checked_texts
 from pipeline.inference.hf.tokenizer import save_tokenizer
 from pipeline.inference.opened import OpenModel
 from pipeline.io.sealed import publish_sealed
-from pipeline.io.storage import MANIFEST, manifest_of, publish_bytes, publish_dir, publish_json, require_free_space
+from pipeline.io.storage import (
+    MANIFEST,
+    manifest_of,
+    publish_bytes,
+    publish_dir,
+    publish_json,
+    require_free_space,
+    require_unsealed,
+)
 from pldr_model.model import PLDRModel
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -93,6 +101,7 @@ def export_hf(
             "certified": uncertified is None,
             "uncertified": uncertified,
             "dtype": dtype,
+            "rounded": opened.rounded or dtype != "fp32",
             "live": live,
             "model": model.config.to_dict(),
             "selfcheck": selfcheck,
@@ -136,6 +145,7 @@ def _require_replaceable(target: Path) -> None:
         raise UserError(f"{target}: exists and is no folder; name another one")
     if target.is_dir() and any(target.iterdir()) and not is_export(target):
         raise UserError(f"{target}: holds files that no export wrote; name a new folder, or empty it")
+    require_unsealed(target.parent)
 
 
 def _in_dtype(tensors: dict[str, Tensor], dtype: Dtype, where: Path) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ def why_uncertified(opened: OpenModel, *, dtype: str, live: bool) -> str | None:
     """Why an export of this model is not certified; None for one that is."""
     if live:
         return "with its metric learner, so that no cached G_LM is certified"
+    if opened.rounded:
+        return "made of an export with rounded weights, and a certificate is about fp32 weights"
     if not opened.certified:
         return "its cached G_LM may give other answers than the model"
     if dtype != "fp32":

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import pipeline
 from pipeline.errors import UserError, first_line
-from pipeline.inference.hf.expectation import EXACT, Expectation
+from pipeline.inference.hf.expectation import EMBEDDING, EXACT, Expectation
 
 RESULT = "result.json"
 MAX_DIFFERENCE = 1e-5  # of logits, in units of the largest logit if that is above 1; or twice our own model's rounding
@@ -71,6 +71,8 @@ def _problem(result: dict[str, Any]) -> str | None:
         return f"logits by {logits['difference']:.2g} (largest logit {logits['largest']:.2g}, allowed {allowed:.2g})"
     if result["exact"] > MAX_EXACT * max(1.0, logits["largest"]):
         return f"logits in fp64 by {result['exact']:.2g}"
+    if not result["embedding"]:
+        return "vectors of tokens"
     if greedy["equal"] != greedy["prompts"] and greedy["gap"] > 2 * allowed:
         return f"greedy tokens of {greedy['prompts'] - greedy['equal']} of {greedy['prompts']} prompts"
     for what in ("other_ids", "other_text"):
@@ -102,6 +104,7 @@ def measure(folder: str, expected: dict[str, Any], logits: dict[str, Tensor]) ->
         },
     }
     with torch.inference_mode():
+        result["embedding"] = bool(torch.equal(model.get_input_embeddings().weight, logits[EMBEDDING]))
         exact = model.double()(torch.tensor(expected["sequences"][-1:])).logits[0]
     result["exact"] = float((exact - logits[EXACT]).abs().max().nan_to_num(nan=float("inf")))
     del model

@@ -111,6 +111,8 @@ def read_tensors(found: Mapping[str, Found]) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as stream:
                 for name in stream.keys():  # noqa: SIM118 - not a dictionary
                     tensor = stream.get_tensor(name)
+                    if not tensor.is_floating_point():
+                        raise UserError(f"{file}: {name} is {tensor.dtype}, and weights are floating-point numbers")
                     tensors[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         except SafetensorError as error:  # stricter than `read_header` about the header's JSON
             raise UserError(f"{file}: its safetensors header is damaged ({error}); make the file again") from None

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.inference.extras import require
 from pipeline.tokenizer import Tokenizer
 
@@ -46,7 +46,12 @@ def fast_tokenizer(tokenizer: Tokenizer, *, context_length: int) -> Any:
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context_length: int) -> None:
     """Write tokenizer.json, tokenizer_config.json, and the SentencePiece model itself, which is what we read back."""
     fast = fast_tokenizer(tokenizer, context_length=context_length)
-    fast.save_pretrained(folder)
+    try:
+        fast.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # what tokenizers raises for a full disk
+        raise UserError(f"{folder}: the tokenizer cannot be written ({first_line(error)})") from None
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_bytes())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every release of transformers knows

@@ -73,6 +73,16 @@ def test_wrong_use_is_one_line(
     assert got == code and message in result["error"] and not (bundle / "out").exists()
 
 
+def test_scores_do_not_go_into_another_models_folder(
+    capsys: Any, make_bundle: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    bundle = make_bundle()
+    other = shutil.copytree(bundle, tmp_path / "other")
+    for out in (other, other / "out"):
+        code, result, _ = evaluate(capsys, bundle, "--data", data, "--tasks", "winogrande", "--out", out)
+        assert code == 1 and "name another folder" in result["error"] and not (other / "answers.jsonl").exists()
+
+
 @pytest.mark.parametrize("limit", ["0", "-3", "1.5", "many"])
 def test_a_limit_is_a_number_of_items(capsys: Any, limit: str) -> None:
     with pytest.raises(SystemExit) as stop:

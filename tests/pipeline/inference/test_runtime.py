@@ -253,6 +253,15 @@ def test_the_parts_of_a_text_are_the_text(bundle: Bundle) -> None:
         assert all(type(value) is float and value < 0 for value in found["logprobs"])
 
 
+def test_a_continuation_that_melts_into_the_context_is_not_called_empty(bundle: Bundle) -> None:
+    ids = bundle.tokenizer.encode
+    words = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog")
+    borders = [(word[:i], word[i:]) for word in words for i in range(1, len(word))]
+    context, text = next(each for each in borders if len(ids("".join(each))) <= len(ids(each[0])))
+    with pytest.raises(UserError, match=f"continuations\\[0\\]: '{text}' has no token of its own"):
+        bundle.score(context, [text])
+
+
 @pytest.mark.parametrize(
     ("context", "answers", "message"),
     [

@@ -24,7 +24,16 @@ def test_what_was_kept_is_found_by_the_same_asker_only(tmp_path: Path) -> None:
         assert mine.get(OTHER) is None and answers.of("b").get(ONE) is None
 
 
-@pytest.mark.parametrize("tail", [b'{"key": "x", "asker": "a", "ans', b"\x00\xff\n", b'{"asker": "a"}\n', b"3\n"])
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b'{"key": "x", "asker": "a", "ans',
+        b"\x00\xff\n",
+        b'{"asker": "a"}\n',
+        b"3\n",
+        b'{"key": "x", "asker": [], "answers": []}\n',
+    ],
+)
 def test_a_line_that_was_cut_or_damaged_is_dropped(tmp_path: Path, tail: bytes) -> None:
     file = tmp_path / "answers.jsonl"
     with AnswersFile(file, ["a"]) as answers:

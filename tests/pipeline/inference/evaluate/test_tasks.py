@@ -122,6 +122,20 @@ def test_documents_that_do_not_fit_are_named(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_empty_file_and_a_missing_package_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "piqa.jsonl").write_text("\n")
+    (one,) = tasks.find(["piqa"], tmp_path)
+    with pytest.raises(UserError, match="it is empty"):
+        tasks.load(one, tmp_path / "work")
+
+    def halted(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", halted)
+    with pytest.raises(UserError, match="transformers is not installed; pip install 'pldr\\[eval\\]'"):
+        tasks.load(one, tmp_path / "work")
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     (one,) = tasks.find(["piqa"], None)
     with pytest.raises(tasks.HubUnreachable) as caught:

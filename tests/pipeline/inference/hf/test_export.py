@@ -17,8 +17,9 @@ from launch.cli import main
 from pipeline.bundle.weights import load_weights
 from pipeline.errors import UserError
 from pipeline.inference.hf import export as export_module
-from pipeline.inference.hf.expectation import EXACT, expect
+from pipeline.inference.hf.expectation import EMBEDDING, EXACT, expect
 from pipeline.inference.hf.export import export_hf
+from pipeline.inference.hf.imported import read_directory
 from pipeline.inference.hf.load import build, read_export
 from pipeline.inference.hf.selfcheck import _problem, check_export, measure
 from pipeline.inference.hf.texts import checked_texts
@@ -142,6 +143,11 @@ def test_the_check_counts_what_differs_and_judges_it(written: Path, opened: Open
     right = measure(str(written), values, logits)
     assert _problem(right) is None and right["tokenizer"]["texts"] > 1000
 
+    # Vectors of tokens that are in no prompt.
+    assert _problem({**right, "embedding": False}) == "vectors of tokens"
+    swapped = {**logits, EMBEDDING: logits[EMBEDDING].roll(1, 0)}
+    assert right["embedding"] and not measure(str(written), values, swapped)["embedding"]
+
     logits = {name: tensor.clone() for name, tensor in logits.items()}
     logits["3"][0, 0] += 1
     logits[EXACT][0, 0] += 1e-5
@@ -210,6 +216,53 @@ def test_uncertified_and_rounded_exports_are_marked(
         assert json.loads((tmp_path / "out" / "config.json").read_bytes())["uncertified"] in heading
         assert ("not about this directory" in card) == bool(settings)
         assert not open_model(tmp_path / "out").certified
+
+
+def test_rounded_weights_stay_uncertified_when_they_are_exported_again(
+    opened: OpenModel, tmp_path: Path, unchecked: None
+) -> None:
+    """As fp32 they are not those of the certificate either, and no card says so."""
+    export_hf(opened, tmp_path / "bf16", dtype="bf16")
+    for source, target in (("bf16", "again"), ("again", "third")):
+        rounded = open_model(tmp_path / source)
+        assert "weights are rounded" in str(rounded.caution)
+        manifest = export_hf(rounded, tmp_path / target)
+        card = (tmp_path / target / "README.md").read_text()
+        assert (
+            not manifest["certified"] and manifest["dtype"] == "fp32" and "rounded weights" in manifest["uncertified"]
+        )
+        assert "and not about this directory" in card
+
+
+def test_nothing_is_written_among_verified_files(
+    opened: OpenModel, bundle: Path, export: Path, unchecked: None
+) -> None:
+    for target in (bundle / "hf", bundle / "a" / "b", export / "hf"):
+        assert "name another folder" in refused(lambda target=target: export_hf(opened, target))
+        assert not target.exists()
+    assert main(["import", "hf", str(export), str(bundle)]) == 1  # its files have the names of a bundle's
+    assert open_model(bundle).certified
+    export_hf(opened, export)  # an export itself is replaced
+
+
+def test_a_disk_that_is_full_is_one_line(
+    opened: OpenModel, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    def full(*_: Any, **__: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # what `tokenizers` raises
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    message = refused(lambda: export_hf(opened, tmp_path / "out"))
+    assert "the tokenizer cannot be written (No space left" in message and not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused(export: Path) -> None:
+    (export / "MANIFEST.json").unlink()
+    tensors = load_file(export / "model.safetensors")
+    save_file({name: tensor.to(torch.int32) for name, tensor in tensors.items()}, export / "model.safetensors")
+    assert "floating-point" in refused(lambda: read_directory(export))
 
 
 def test_rounded_weights_come_back_as_they_were_written(opened: OpenModel, tmp_path: Path, unchecked: None) -> None:
