@@ -43,7 +43,9 @@ class OpenModel:
             return None
         what = {"bundle": "bundle", "hf": "export", "run": "run"}[self.kind]
         if self.rounded and self.certificate and self.certificate["verdict"] == "certified":
-            return f"{self.path}: UNCERTIFIED {what}: its weights are rounded, and the certificate is about the fp32 ones"
+            return (
+                f"{self.path}: UNCERTIFIED {what}: its weights are rounded, and the certificate is about the fp32 ones"
+            )
         failed = [failure["measure"] for failure in self.certificate["failed"]] if self.certificate else []
         why = f"failed checks: {', '.join(failed) or 'none'}" if self.certificate else "no certificate"
         return f"{self.path}: UNCERTIFIED {what} ({why}): its cached G_LM may change the model's outputs"

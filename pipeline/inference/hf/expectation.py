@@ -30,7 +30,8 @@ EMBEDDING = "embedding"  # name of the tokens' vectors [V,D]: few of a large voc
 @dataclass(frozen=True)
 class Expectation:
     """greedy: the new tokens of each prompt. sequences: the prompts and a full context. ids, decoded: of each of `texts`.
-    rounding: what fp32 does to our own model's logits, the largest difference from fp64."""
+    rounding: what fp32 does to our own model's logits, the largest difference from fp64. settings: what `generate` and the
+    tokenizer must do by default (`settings_of` in selfcheck.py)."""
 
     prompts: list[list[int]]
     max_new_tokens: int
@@ -40,6 +41,7 @@ class Expectation:
     ids: list[list[int]]
     decoded: list[str]
     rounding: float
+    settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -79,5 +81,13 @@ def expect(
         ids=ids,
         decoded=[tokenizer.decode(one) for one in ids],
         rounding=rounding,
+        settings={
+            "eos_token_id": [config.eos_id] * 3,
+            "pad_token_id": [config.pad_id] * 3,
+            "bos_token_id": None,
+            "context": [config.context_length] * 2,
+            "do_sample": False,
+            "padding_side": "left",
+        },
     )
     return expected, logits

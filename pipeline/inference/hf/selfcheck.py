@@ -71,8 +71,12 @@ def _problem(result: dict[str, Any]) -> str | None:
         return f"logits by {logits['difference']:.2g} (largest logit {logits['largest']:.2g}, allowed {allowed:.2g})"
     if result["exact"] > MAX_EXACT * max(1.0, logits["largest"]):
         return f"logits in fp64 by {result['exact']:.2g}"
+    if result["eager"] > allowed:
+        return f"logits with attention 'eager' by {result['eager']:.2g}"
     if not result["embedding"]:
         return "vectors of tokens"
+    if result["settings"]:
+        return f"{', '.join(result['settings'])} of the configuration, of generation or of the tokenizer"
     if greedy["equal"] != greedy["prompts"] and greedy["gap"] > 2 * allowed:
         return f"greedy tokens of {greedy['prompts'] - greedy['equal']} of {greedy['prompts']} prompts"
     for what in ("other_ids", "other_text"):
@@ -95,6 +99,11 @@ def measure(folder: str, expected: dict[str, Any], logits: dict[str, Tensor]) ->
         "logits": _compare_logits(model, expected["sequences"], logits),
         "greedy": _compare_greedy(model, expected),
         "tokenizer": _compare_tokenizer(folder, expected),
+        "settings": [
+            name
+            for name, value in settings_of(model, _load_tokenizer(folder)).items()
+            if value != expected["settings"][name]
+        ],
         "rounding": expected["rounding"],
         "versions": {
             "python": sys.version.split()[0],
@@ -105,8 +114,13 @@ def measure(folder: str, expected: dict[str, Any], logits: dict[str, Tensor]) ->
     }
     with torch.inference_mode():
         result["embedding"] = bool(torch.equal(model.get_input_embeddings().weight, logits[EMBEDDING]))
+        last = str(len(expected["sequences"]) - 1)
+        model.set_attn_implementation("eager")
+        eager = model(torch.tensor(expected["sequences"][-1:])).logits[0]
+        model.set_attn_implementation("sdpa")
         exact = model.double()(torch.tensor(expected["sequences"][-1:])).logits[0]
     result["exact"] = float((exact - logits[EXACT]).abs().max().nan_to_num(nan=float("inf")))
+    result["eager"] = float((eager - logits[last]).abs().max().nan_to_num(nan=float("inf")))
     del model
     if expected["rounded"]:
         result["native"] = _compare_logits(_load(folder, "auto"), expected["sequences"], logits)
@@ -117,6 +131,27 @@ def _load(folder: str, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+
+
+def _load_tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # else transformers asks: it reads config.json
+
+
+def settings_of(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What decoding does by default: ids as the configuration, generation and the tokenizer have them, and the context."""
+    config, generation = model.config, model.generation_config
+    return {
+        **{
+            name: [getattr(config, name), getattr(generation, name), getattr(tokenizer, name)]
+            for name in ("eos_token_id", "pad_token_id")
+        },
+        "bos_token_id": generation.bos_token_id,
+        "context": [config.max_position_embeddings, tokenizer.model_max_length],
+        "do_sample": bool(generation.do_sample),
+        "padding_side": tokenizer.padding_side,
+    }
 
 
 @torch.inference_mode()
@@ -156,11 +191,7 @@ def _compare_greedy(model: Any, expected: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare_tokenizer(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=True
-    )  # else transformers asks: it reads config.json
+    tokenizer = _load_tokenizer(folder)
     texts, ids = expected["texts"], expected["ids"]
     found = tokenizer(texts, add_special_tokens=True)["input_ids"]  # there are none to add
     decoded = [tokenizer.decode(one) for one in ids]

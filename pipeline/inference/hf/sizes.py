@@ -62,6 +62,12 @@ def model_config(values: Mapping[str, Any], *, where: Path) -> ModelConfig:
             raise ValueError(f"source_rope_style: {style!r} is not one of {', '.join(get_args(RopeStyle))}")
         if values.get("g_source", "constant") not in ("constant", "learned"):
             raise ValueError(f"g_source: {values['g_source']!r} is neither 'constant' nor 'learned'")
+        if (rope_type := values["rope_parameters"].get("rope_type", "default")) != "default":
+            raise ValueError(
+                f"rope_parameters: {rope_type!r} has other positions than this model; only 'default' is read"
+            )
+        if values.get("tie_word_embeddings"):
+            raise ValueError("tie_word_embeddings: true, but this model has an output layer of its own")
         config = ModelConfig(
             vocab_size=values["vocab_size"],
             num_layers=values["num_hidden_layers"],
@@ -75,10 +81,14 @@ def model_config(values: Mapping[str, Any], *, where: Path) -> ModelConfig:
             pad_id=values["pad_token_id"],
             eos_id=values["eos_token_id"],
         )
+        if values.get("v_head_dim", values["qk_head_dim"]) != values["qk_head_dim"]:
+            raise ValueError(f"v_head_dim: {values['v_head_dim']} is not qk_head_dim = {values['qk_head_dim']}")
+        if values.get("hidden_size", config.d_model) != config.d_model:
+            raise ValueError(f"hidden_size: {values['hidden_size']} is not heads * qk_head_dim = {config.d_model}")
         if values.get("g_source") == "learned":
             return replace(config, **{key: values[key] for key in ("A_dff", "num_reslayerA", "num_denseA")})
         return config.with_constant_g()
     except KeyError as error:
         raise UserError(f"{where}: {error.args[0]} is missing; export the model again") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: {error}; export the model again") from None

@@ -148,6 +148,15 @@ def test_the_check_counts_what_differs_and_judges_it(written: Path, opened: Open
     swapped = {**logits, EMBEDDING: logits[EMBEDDING].roll(1, 0)}
     assert right["embedding"] and not measure(str(written), values, swapped)["embedding"]
 
+    # What decoding does by default, and the other attention.
+    assert right["settings"] == [] and right["eager"] <= 1e-5
+    assert "attention 'eager' by 0.1" in str(_problem({**right, "eager": 0.1}))
+    other = {**values, "settings": {**values["settings"], "eos_token_id": [3, 3, 2], "padding_side": "right"}}
+    found = measure(str(written), other, logits)
+    assert found["settings"] == ["eos_token_id", "padding_side"] and "eos_token_id, padding_side" in str(
+        _problem(found)
+    )
+
     logits = {name: tensor.clone() for name, tensor in logits.items()}
     logits["3"][0, 0] += 1
     logits[EXACT][0, 0] += 1e-5
@@ -403,6 +412,10 @@ def test_what_save_pretrained_writes_is_imported(export: Path, opened: OpenModel
         ({"rope_parameters": None}, "config.json"),
         ({"source_rope_style": "spiral"}, "source_rope_style"),
         ({"g_source": "guessed"}, "g_source"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}}, "'yarn'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"hidden_size": 20}, "hidden_size"),
+        ({"v_head_dim": 4}, "v_head_dim"),
     ],
 )
 def test_a_configuration_of_another_model_is_refused(
