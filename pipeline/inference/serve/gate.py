@@ -58,7 +58,7 @@ class Gate:
 
     def _check(self, scope: Any) -> None:
         headers = dict(scope["headers"])
-        # To a browser, a foreign page whose name is made to mean 127.0.0.1 (DNS rebinding) is of this origin. Its name shows it.
+        # A foreign page whose name is made to mean 127.0.0.1 (DNS rebinding) is of this origin to a browser; its name shows it.
         if self._only_local and not is_local(host := headers.get(b"host", b"").decode("latin-1")):
             raise ApiError(
                 403,
