@@ -75,7 +75,8 @@ def _serve(arguments: Any, report: Report) -> Result:
     engines: dict[str, Engine] = {name: engine}
     if opened.live is not None:
         engines[name + LIVE] = LiveEngine(opened.live, eos_id=opened.generation["eos_id"])
-    server = Server(engines, opened, limits, api_key=api_key, sentinel=sentinel)
+    only_local = arguments.host in LOCAL and api_key is None
+    server = Server(engines, opened, limits, api_key=api_key, only_local=only_local, sentinel=sentinel)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     url = f"http://{host}:{bound.getsockname()[1]}"
     report(f"{name} at {url}/v1, engine {engine.name}; the page is {url}/")
@@ -93,6 +94,8 @@ def _limits(arguments: Any) -> Any:
             raise ConfigError(
                 f"--{option.replace('_', '-')} {getattr(arguments, option):g}: a positive number is needed"
             )
+    if arguments.max_body_mib * 2**20 < 1:
+        raise ConfigError(f"--max-body-mib {arguments.max_body_mib:g}: less than a byte; 4 is the default")
     return Limits(
         max_sequences=arguments.max_concurrency,
         max_body=int(arguments.max_body_mib * 2**20),
@@ -103,7 +106,13 @@ def _limits(arguments: Any) -> Any:
 
 def _api_key(file: Path | None) -> str | None:
     """The token, from the file or the environment: a command line can be read by everybody on the machine."""
-    where, text = (f"--api-key-file {file}", file.read_text()) if file else (KEY_VARIABLE, os.environ.get(KEY_VARIABLE))
+    where, text = KEY_VARIABLE, os.environ.get(KEY_VARIABLE)
+    if file is not None:
+        where = f"--api-key-file {file}"
+        try:
+            text = file.read_text(encoding="latin-1")  # what is no ASCII is refused below
+        except OSError as error:
+            raise ConfigError(f"{where}: {error.strerror}") from None
     if text is None:
         return None
     key = text.strip()

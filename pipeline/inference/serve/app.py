@@ -42,6 +42,7 @@ class Server:
         limits: Limits,
         *,
         api_key: str | None = None,
+        only_local: bool = False,
         sentinel: Sentinel | None = None,
     ) -> None:
         self.opened, self.models, self.load, self.metrics = opened, Models(engines), Load(limits), Metrics()
@@ -68,7 +69,7 @@ class Server:
         self.app = FastAPI(lifespan=self._lifespan, docs_url=None, redoc_url=None, openapi_url=None)
         self._add_endpoints()
         add_page(self.app, opened, engines, sentinel)
-        self.app.add_middleware(Gate, api_key=api_key, metrics=self.metrics)
+        self.app.add_middleware(Gate, api_key=api_key, only_local=only_local, metrics=self.metrics)
 
     def describe(self) -> dict[str, Any]:
         """What the model is and how far it may be trusted."""

@@ -164,7 +164,8 @@ class Completions:
         try:
             await asyncio.gather(*tasks)
         except UserError as error:
-            raise wrong("prompt", str(error)) from None
+            param = str(error).partition(":")[0]
+            raise wrong(param if param in CompletionRequest.model_fields else "prompt", str(error)) from None
         except EngineError as error:
             raise ApiError(500, f"the engine failed: {error}", code="engine_failed") from None
         finally:

@@ -46,7 +46,7 @@ class Connection(H11Protocol):  # type: ignore[misc]  # uvicorn's types are not 
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket with this address, which does not listen yet. Raises UserError."""
+    """A socket that listens at this address: two servers may bind one while neither listens. Raises UserError."""
     if not 0 <= port < 2**16:
         raise UserError(f"--port {port}: ports are 0 to 65535", exit_code=2)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -59,6 +59,7 @@ def bind(host: str, port: int) -> socket.socket:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
         bound.bind(address)
+        bound.listen()
     except OSError as error:
         raise UserError(
             f"--host {host} --port {port}: {error.strerror or error}; name another one", exit_code=2

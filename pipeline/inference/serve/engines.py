@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ def make_engine(
     has_vllm = vllm_python is not None or importlib.util.find_spec("vllm") is not None
     if vllm_python is not None and name == "transformers":
         raise ConfigError("--vllm-python: only for --engine vllm or auto")
+    if vllm_python is not None and shutil.which(vllm_python) is None:
+        raise ConfigError(f"--vllm-python {vllm_python}: no such program; name the Python of an environment with vLLM")
     if name == "vllm" and not has_vllm:
         raise ConfigError("--engine vllm: vLLM is not installed here; name the Python that has it with --vllm-python")
     if name == "vllm" or (name == "auto" and has_vllm):

@@ -6,6 +6,7 @@ Plain ASGI, so that streams pass through untouched.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import logging
 from typing import Any
 
@@ -21,10 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class Gate:
-    """An ASGI middleware. api_key: what `Authorization: Bearer …` must name; None for no such thing."""
+    """An ASGI middleware. api_key: what `Authorization: Bearer …` must name; None for no such thing. only_local: answer to no
+    other name than this machine's."""
 
-    def __init__(self, app: Any, *, api_key: str | None, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: Any, *, api_key: str | None, only_local: bool, metrics: Metrics) -> None:
+        self._app, self._only_local, self._metrics = app, only_local, metrics
         self._api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -56,6 +58,14 @@ class Gate:
 
     def _check(self, scope: Any) -> None:
         headers = dict(scope["headers"])
+        # A foreign page whose name is made to mean 127.0.0.1 (DNS rebinding) is of this origin to a browser; its name shows it.
+        if self._only_local and not is_local(host := headers.get(b"host", b"").decode("latin-1")):
+            raise ApiError(
+                403,
+                f"Host: {host[:100]!r} is not this machine; use 127.0.0.1 or localhost, or start the server with a token "
+                "(--api-key-file), then it answers to every name",
+                code="foreign_host",
+            )
         if self._api_key is not None and scope["path"] not in OPEN:
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
             if not hmac.compare_digest(given.strip(), self._api_key) or kind.lower() != b"bearer":
@@ -68,6 +78,18 @@ class Gate:
         # A page of another origin can send any text to 127.0.0.1, but JSON only if that is allowed.
         if scope["method"] == "POST" and headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != JSON:
             raise wrong(None, "content-type: application/json is needed", status=415, code="unsupported_media_type")
+
+
+def is_local(host: str) -> bool:
+    """Whether the value of a Host header is localhost or an address, which no name server has a say in. No header is."""
+    name = host.rpartition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
+    if name.lower() == "localhost" or name.lower().endswith(".localhost") or not host:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 async def send_error(send: Any, error: ApiError) -> None:

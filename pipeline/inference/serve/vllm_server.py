@@ -27,6 +27,7 @@ from pipeline.inference.serve.limits import Limits
 
 START_S = 1800.0  # compiling kernels for a GPU takes minutes
 STOP_S = 20.0
+MAX_TEMPERATURE = 2.0  # vLLM's
 SPARE_S = 30.0  # after our own time limit
 CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
@@ -121,6 +122,8 @@ class VllmEngine:
 
     async def decode(self, request: DecodeRequest) -> AsyncGenerator[list[Token], None]:
         """The tokens of one sequence, as vLLM streams them."""
+        if request.temperature > MAX_TEMPERATURE:
+            raise UserError(f"temperature: {request.temperature:g}; this server's engine, vLLM, takes 0 to 2")
         body = {
             "model": "pldr",
             "prompt": request.ids,

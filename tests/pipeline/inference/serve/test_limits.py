@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pipeline.inference.opened import OpenModel
 from pipeline.inference.serve import completions, limits
 from pipeline.inference.serve.app import Server
 from pipeline.inference.serve.limits import Limits
+from pipeline.inference.serve.vllm_server import VllmEngine
 from pipeline.inference.source import open_model
 from tests.helpers.serving import Exchange, HeldEngine, exchange, until
 
@@ -231,6 +233,51 @@ def test_the_token(run: Callable[..., None]) -> None:
         assert (await asked(path="/health", method="GET").run(server.app)).status == 200
 
     run(work, go=True, api_key="secret")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("192.168.1.2", 200),
+        ("LocalHost:8000", 200),
+        ("pldr.localhost", 200),
+        ("evil.example:8000", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost.evil.example:8000", 403),
+        ("[evil.example]", 403),
+    ],
+)
+def test_a_foreign_name_that_means_this_machine(opened: OpenModel, host: str, status: int) -> None:
+    """DNS rebinding: to a browser, a page of that name is of the server's own origin."""
+
+    async def main() -> None:
+        for only_local in (True, False):
+            server = Server({"tiny": HeldEngine()}, opened, Limits(), only_local=only_local)
+            found = await exchange(method="GET", path="/v1/models", headers={"host": host}).run(server.app)
+            assert found.status == (status if only_local else 200)
+            if found.status != 200:
+                assert "--api-key-file" in error_of(found, 403)["message"]
+
+    asyncio.run(main())
+
+
+def test_a_temperature_that_vllm_does_not_take(
+    opened: OpenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in the request, and no failure of the engine."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def main() -> None:
+        engine = VllmEngine(opened, python=Path("python"), limits=Limits(), report=print)
+        engine._ready = True  # it is never asked
+        server = Server({"tiny": engine}, opened, Limits())
+        for stream in (True, False):
+            found = error_of(await exchange({"temperature": 2.5, "stream": stream}).run(server.app), 400)
+            assert found["param"] == "temperature" and "2.5" in found["message"]
+
+    asyncio.run(main())
 
 
 def test_only_json_is_read(run: Callable[..., None]) -> None:

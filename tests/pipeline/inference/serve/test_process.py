@@ -16,6 +16,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.inference.opened import OpenModel
 from pipeline.inference.runtime import Bundle
+from pipeline.inference.serve.connection import bind
 from tests.helpers.serving import Served, serving
 
 openai = pytest.importorskip("openai")
@@ -111,6 +112,12 @@ def test_a_port_that_is_taken(served: Served, bundle_path: Path) -> None:
     assert other.returncode == 2 and other.stderr.count("\n") == 1 and "--port" in other.stderr
 
 
+def test_a_port_that_is_taken_by_a_server_that_still_starts() -> None:
+    first = bind("127.0.0.1", 0)
+    with first, pytest.raises(UserError, match="in use"):
+        bind("127.0.0.1", first.getsockname()[1])
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -118,7 +125,10 @@ def test_a_port_that_is_taken(served: Served, bundle_path: Path) -> None:
         (["--timeout", "-1"], "--timeout"),
         (["--port", "99999"], "--port"),
         (["--engine", "vllm"], "--vllm-python"),
-        (["--api-key-file", "/nowhere"], "/nowhere"),
+        (["--api-key-file", "/nowhere"], "--api-key-file /nowhere: No such file"),
+        (["--api-key-file", sys.executable], "holds no token"),  # bytes that are no text
+        (["--max-body-mib", "1e-9"], "--max-body-mib"),
+        (["--vllm-python", "/nowhere"], "--vllm-python /nowhere"),
         (["--host", "192.0.2.1"], "--host"),
     ],
 )

@@ -24,6 +24,7 @@ from tests.helpers.serving import Served, serving
 
 openai = pytest.importorskip("openai")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 PROMPTS = ["the quick", "a", "jumps over the lazy dog and ", "pack my box with"]
 
 
@@ -96,7 +97,7 @@ def raw_request(served: Served, body: dict[str, Any]) -> socket.socket:
     connection.settimeout(120)
     connection.connect(("127.0.0.1", served.port))
     data = json.dumps({"prompt": "the quick", **body}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"{HEAD}Content-Length: {len(data)}\r\n\r\n"
     connection.sendall(head.encode() + data)
     return connection
 
@@ -215,9 +216,7 @@ def test_sigterm_drains(bundle_path: Path, tmp_path: Path) -> None:
 def test_a_second_signal_ends_at_once(bundle_path: Path, tmp_path: Path) -> None:
     with serving(bundle_path, tmp_path / "log", "--drain", "600") as served:
         with socket.create_connection(("127.0.0.1", served.port)) as never:
-            never.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
-            )
+            never.sendall(HEAD.encode() + b"Content-Length: 9\r\n\r\n{")
             time.sleep(0.5)
             served.signal()
             while served.health()[0] != 503:
