@@ -116,9 +116,13 @@ def tensor_lines(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     seen: set[int] = set()
     for name, tensor in tensors:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen:
+        try:
+            address = storage.data_ptr()
+        except RuntimeError:  # a fake tensor, of torch.compile or torch.export: it holds nothing
             continue
-        seen.add(storage.data_ptr())
+        if address in seen:
+            continue
+        seen.add(address)
         kind = f"{name or 'tensor'} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {tensor.device}"
         sizes[kind] += storage.nbytes()
         counts[kind] += 1

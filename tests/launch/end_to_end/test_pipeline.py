@@ -299,6 +299,7 @@ def test_a_corrupted_token_tar_stops_training_with_its_name(finished, tmp_path):
         tar.write_bytes(bytes(data))
 
 
+@pytest.mark.slow
 def test_a_failed_certificate_is_exit_3_and_can_be_packaged_marked(tmp_path, make_run):
     path = make_run(tmp_path, steps=20, warmup_steps=2, metric_weight_decay=0.1, validate_every=20, checkpoint_every=20)
     code, output, errors = pldr("run", path, "train.ranks=1", "--json")

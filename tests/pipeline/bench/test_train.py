@@ -46,6 +46,7 @@ def configuration(run_dir, **train):
     )
 
 
+@pytest.mark.slow
 def test_a_tiny_model_is_timed_and_saved_in_its_run_dir(tmp_path):
     run_dir = tmp_path / "new" / "run"
     words = [json.dumps(configuration(run_dir).as_dict()), str(free_port())]

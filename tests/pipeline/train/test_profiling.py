@@ -36,3 +36,11 @@ def test_a_storage_counts_once_and_the_largest_comes_first():
     lines = tensor_lines([("view", big[:10]), ("again", big), ("", torch.zeros(4)), ("", torch.ones(4))])
     assert lines[0].endswith("in 3 tensors")
     assert "view (10,) float64" in lines[1] and "2 x  tensor (4,) float32" in lines[2] and len(lines) == 3
+
+
+def test_fake_tensors_hold_nothing():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.zeros(1000)
+    assert tensor_lines([("fake", fake), ("", torch.zeros(4))])[0].endswith("in 1 tensors")

@@ -109,6 +109,7 @@ def test_parquet_that_this_arrow_cannot_read(tmp_path: Path, monkeypatch: pytest
         refuse(pa.ArrowMemoryError("malloc of size 9 failed"))
 
 
+@pytest.mark.slow
 def test_parquet_with_a_large_schema_is_read(tmp_path: Path) -> None:
     table = pa.table({"text": pa.array(["x"]), **{f"column-{i:05d}": pa.array([i]) for i in range(3000)}})
     table = table.replace_schema_metadata({"note": "n" * 101_000_000})  # Arrow's own limit is 100,000,000

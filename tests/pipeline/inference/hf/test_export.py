@@ -189,6 +189,7 @@ def test_the_check_counts_what_differs_and_judges_it(written: Path, opened: Open
     assert "not finite" in str(_problem(measure(str(written), values, logits)))
 
 
+@pytest.mark.slow
 def test_an_export_that_differs_is_not_published(
     opened: OpenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
