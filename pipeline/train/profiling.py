@@ -115,12 +115,12 @@ def tensor_lines(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     counts: Counter[str] = Counter()
     seen: set[int] = set()
     for name, tensor in tensors:
-        storage = tensor.untyped_storage()
         try:
-            address = storage.data_ptr()
-        except RuntimeError:  # a fake tensor, of torch.compile or torch.export: it holds nothing
+            storage = tensor.untyped_storage()
+            address = storage.data_ptr() if storage.device.type != "meta" else None
+        except (RuntimeError, NotImplementedError):  # of torch.compile or torch.export: there is nothing behind it
             continue
-        if address in seen:
+        if address is None or address in seen:
             continue
         seen.add(address)
         kind = f"{name or 'tensor'} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {tensor.device}"
