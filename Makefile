@@ -12,7 +12,7 @@ quickstart: $(READY)
 	$(BIN)/pldr run configs/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or multinode"
