@@ -28,7 +28,7 @@ from pipeline.inference.source import open_model
 from pipeline.io.storage import render_json
 from pldr_model.config import ModelConfig
 from pldr_model.convert import from_reference
-from tests.helpers.exports import write_bundle, write_export
+from tests.helpers.exports import write_export
 
 pytest.importorskip("transformers")
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "tiny_f64"
@@ -46,8 +46,9 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: Any, invariant: Any, text: Any, certificate: Any, tokenizer_path: Path) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("export") / "bundle", invariant, text, certificate, tokenizer_path)
+def bundle(bundle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of its own: tests here aim at it."""
+    return Path(shutil.copytree(bundle_folder, tmp_path_factory.mktemp("export") / "bundle"))
 
 
 @pytest.fixture(scope="module")

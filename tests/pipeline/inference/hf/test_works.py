@@ -18,22 +18,11 @@ from pipeline.inference.source import open_model
 from pipeline.network import free_port
 from pldr_model.model import PLDRModel
 from tests.helpers.expected import Case, cases_of, logprobs
-from tests.helpers.exports import write_bundle, write_export
+from tests.helpers.exports import write_export
 
 transformers = pytest.importorskip("transformers")
 NEW = 16  # tokens after each prompt; the context is 32
 TOLERANCE = 1e-5  # of log-probabilities in fp32
-
-
-@pytest.fixture(scope="module")
-def bundle_folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    invariant: PLDRModel,
-    text: torch.Tensor,
-    certificate: dict[str, Any],
-    tokenizer_path: Path,
-) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("works") / "bundle", invariant, text, certificate, tokenizer_path)
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,10 @@ KEY = "a-secret-of-this-test"
 
 
 @pytest.fixture(scope="module")
-def served(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(bundle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     (folder / "key").write_text(f"{KEY}\n")
-    with serving(bundle_path, folder / "log", "--api-key-file", str(folder / "key"), "--max-body-mib", "1") as served:
+    with serving(bundle_folder, folder / "log", "--api-key-file", str(folder / "key"), "--max-body-mib", "1") as served:
         yield served
         assert served.process.poll() is None
         assert served.stop() == 0  # SIGTERM: done, not failed
@@ -94,20 +94,20 @@ def test_sockets_that_misbehave(served: Served, client: Any) -> None:
 
 
 def test_the_benchmark(
-    served: Served, bundle_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    served: Served, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from pipeline.bench.serve import bench
 
     monkeypatch.setenv("PLDR_API_KEY", KEY)
-    found = bench(url=served.url, bundle=str(bundle_path), clients=[2], report=print)
+    found = bench(url=served.url, bundle=str(bundle_folder), clients=[2], report=print)
     assert found["clients"][2]["requests_s"] > 0 and found["clients"][2]["tokens_s"] > 0
     assert "2 clients" in capsys.readouterr().out
     with pytest.raises(UserError, match="no OpenAI-compatible server"):
-        bench(url="http://127.0.0.1:9", bundle=str(bundle_path), clients=[1], report=print)
+        bench(url="http://127.0.0.1:9", bundle=str(bundle_folder), clients=[1], report=print)
 
 
-def test_a_port_that_is_taken(served: Served, bundle_path: Path) -> None:
-    command = [sys.executable, "-m", "launch.cli", "serve", str(bundle_path), "--port", str(served.port)]
+def test_a_port_that_is_taken(served: Served, bundle_folder: Path) -> None:
+    command = [sys.executable, "-m", "launch.cli", "serve", str(bundle_folder), "--port", str(served.port)]
     other = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert other.returncode == 2 and other.stderr.count("\n") == 1 and "--port" in other.stderr
 
@@ -133,11 +133,11 @@ def test_a_port_that_is_taken_by_a_server_that_still_starts() -> None:
     ],
 )
 def test_wrong_usage_is_one_line(
-    bundle_path: Path, options: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+    bundle_folder: Path, options: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from launch.cli import main
 
-    assert main(["serve", str(bundle_path), "--port", "0", *options]) in (1, 2)
+    assert main(["serve", str(bundle_folder), "--port", "0", *options]) in (1, 2)
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and problem in error
     assert os.environ.get("PLDR_API_KEY") is None and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -29,9 +29,9 @@ PROMPTS = ["the quick", "a", "jumps over the lazy dog and ", "pack my box with"]
 
 
 @pytest.fixture(scope="module")
-def served(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(bundle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("served") / "log"
-    with serving(bundle_path, log) as served:
+    with serving(bundle_folder, log) as served:
         yield served
         assert served.stop() == 0 and "Traceback" not in log.read_text()
 
@@ -175,15 +175,15 @@ def test_any_json_is_answered_and_never_with_a_500(served: Served, body: Any, da
         assert error.code in (400, 404, 413) and "\n" not in message and "Traceback" not in message
 
 
-def test_kill_and_start_again(bundle_path: Path, tmp_path: Path) -> None:
+def test_kill_and_start_again(bundle_folder: Path, tmp_path: Path) -> None:
     """On the same port, while clients are connected; the answers stay."""
-    with serving(bundle_path, tmp_path / "first") as first:
+    with serving(bundle_folder, tmp_path / "first") as first:
         client = openai.OpenAI(base_url=f"{first.url}/v1", api_key="none", timeout=300, max_retries=0)
         alone = [ask(client, request) for request in requests(8)]
         left = [raw_request(first, {"stream": True, "n": 4}) for _ in range(8)]
         first.signal(signal.SIGKILL)
         first.process.wait()
-        second = Served(bundle_path, tmp_path / "second", port=first.port)
+        second = Served(bundle_folder, tmp_path / "second", port=first.port)
         try:
             second.wait_ready()
             assert [ask(client, request) for request in requests(8)] == alone
@@ -194,9 +194,9 @@ def test_kill_and_start_again(bundle_path: Path, tmp_path: Path) -> None:
             connection.close()
 
 
-def test_sigterm_drains(bundle_path: Path, tmp_path: Path) -> None:
+def test_sigterm_drains(bundle_folder: Path, tmp_path: Path) -> None:
     """What was begun is answered in full; what comes later is refused; then it ends with 0."""
-    with serving(bundle_path, tmp_path / "log", "--drain", "120") as served:
+    with serving(bundle_folder, tmp_path / "log", "--drain", "120") as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", timeout=300, max_retries=0)
         request = {"model": "tiny", "prompt": PROMPTS[1], "max_tokens": 28, "n": 16, "seed": 1}
         alone = ask(client, request)
@@ -213,8 +213,8 @@ def test_sigterm_drains(bundle_path: Path, tmp_path: Path) -> None:
         assert served.process.wait(timeout=60) == 0
 
 
-def test_a_second_signal_ends_at_once(bundle_path: Path, tmp_path: Path) -> None:
-    with serving(bundle_path, tmp_path / "log", "--drain", "600") as served:
+def test_a_second_signal_ends_at_once(bundle_folder: Path, tmp_path: Path) -> None:
+    with serving(bundle_folder, tmp_path / "log", "--drain", "600") as served:
         with socket.create_connection(("127.0.0.1", served.port)) as never:
             never.sendall(HEAD.encode() + b"Content-Length: 9\r\n\r\n{")
             time.sleep(0.5)

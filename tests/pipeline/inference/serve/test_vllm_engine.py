@@ -24,11 +24,11 @@ PROMPTS = ["the quick", "a", "jumps over the lazy dog and ", "pack my box with"]
 
 
 @pytest.fixture(scope="module")
-def served(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(bundle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The last test kills it."""
     folder = tmp_path_factory.mktemp("served")
     options = ("--engine", "vllm", "--vllm-python", str(PYTHON), "--max-concurrency", "32")
-    with serving(bundle_path, folder / "log", *options, XDG_CACHE_HOME=str(folder / "cache")) as served:
+    with serving(bundle_folder, folder / "log", *options, XDG_CACHE_HOME=str(folder / "cache")) as served:
         yield served
 
 

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from pipeline.inference.runtime import Bundle
-from pldr_model.model import PLDRModel
 from tests.helpers.expected import Case, cases_of
-from tests.helpers.exports import write_bundle, write_export
+from tests.helpers.exports import write_export
 
 LONGEST = 12  # tokens of a prompt
 
 
 @pytest.fixture(scope="session")
-def bundle_folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    invariant: PLDRModel,
-    text: torch.Tensor,
-    certificate: dict[str, Any],
-    tokenizer_path: Path,
-) -> Path:
-    if named := os.environ.get("PLDR_VLLM_BUNDLE"):
-        return Path(named)
-    return write_bundle(tmp_path_factory.mktemp("vllm") / "bundle", invariant, text, certificate, tokenizer_path)
+def bundle_folder(bundle_folder: Path) -> Path:
+    named = os.environ.get("PLDR_VLLM_BUNDLE")
+    return Path(named) if named else bundle_folder
 
 
 @pytest.fixture(scope="session")
