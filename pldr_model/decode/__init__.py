@@ -1,0 +1,1 @@
+"""Decoding with a KV-cache. Torch and safetensors only."""
