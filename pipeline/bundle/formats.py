@@ -4,8 +4,8 @@ Decisions. Only matrices are packed: biases, norms and G_LM are under a hundredt
 and weight-only: row i of a matrix [out, in] is stored as round(127 w / max|w|) with the fp32 scale max|w| / 127 of that row
 (a row of the embedding is a token's vector), ties to even, so that equal weights give equal bytes. int4 (int4.py) is for the
 layers' matrices; embedding and output layer, where it costs most, stay int8. Packed weights are computed with as they are
-(pldr_model/decode/kernels.py). pipeline/post/package/measured_formats.py measures what that costs; the certificate carries it as
-its section `weight_format`.
+(pldr_model/decode/kernels.py). pipeline/post/package/measured_formats.py measures what that costs; the certificate carries that
+as its section `weight_format`.
 """
 
 from __future__ import annotations
@@ -103,6 +103,9 @@ class StoredWeights(Mapping[str, Matrix | Tensor]):
             if stored == "int8"
             else Matrix.int4(values, scale, self._shapes[name][1], bias)
         )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes and name in self._packed
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._shapes if name in self._packed)

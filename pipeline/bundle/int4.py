@@ -1,8 +1,8 @@
 """int4: 4-bit numbers in groups of 32 columns, and the scales that are closest to the weights.
 
-Decision. A group's numbers are `(n - 8) * scale`, n in 0..15. One scale of either sign: a group whose largest weight is positive
-can use -8 for it as well. Of the largest weight at -8, 7 or 8 steps, each also shortened to 0.7, the scale with the least square
-error is taken; it is bf16, as the kernel has it, and the numbers are rounded with that very scale.
+Decision. A group's numbers are `(n - 8) * scale`, n in 0..15. The scale may be negative, so that the largest weight of a group
+can be -8 whatever its sign. Of the largest weight at -8, 7 or 8 steps, each also shortened down to 0.7, the scale with the
+least square error is taken. It is bf16, as the kernel has it, and the numbers are rounded with that very scale.
 
 Shapes: R rows, C columns, G groups.
 """
@@ -22,7 +22,7 @@ STEPS = (-8, 7, 8)
 def quantize(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
     """A weight as `Matrix.int4` takes it: numbers, two a byte, uint8 [R, 16 G], and scales, bf16 [R,G]."""
     rows = max(1, BLOCK // weight_RC.shape[1])
-    parts = [_quantize(part_RC) for part_RC in torch.split(weight_RC.float(), rows)]  # type: ignore[no-untyped-call]
+    parts = [_quantize(part_RC) for part_RC in torch.split(weight_RC.float(), rows)]
     values, scales = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(scales)
 

@@ -22,9 +22,10 @@ Kind = Literal["bundle", "hf", "run"]
 class OpenModel:
     """An opened model.
 
-    held: what is in memory: the model, or, of packed weights, what decodes with them. unpack: the model of those. live: the same weights with their metric
-    learner, None unless asked for. certificate: the one that is about these tensors, None where there is none. sha256: names
-    weights and G: the bundle's, or of a run that of both files. generation: how prompts are encoded (generation_config.json).
+    held: what is in memory: the model, or, of packed weights, what decodes with them; unpack: the model of those. live: the
+    same weights with their metric learner, None unless asked for. certificate: the one that is about these tensors, None where
+    there is none. sha256: names weights and G: the bundle's, or of a run that of both files. generation: how prompts are
+    encoded (generation_config.json).
     """
 
     kind: Kind
