@@ -7,11 +7,14 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from pipeline.bundle.certificate.key_rank import SECTION
 from pipeline.bundle.certificate.schema import read_certificate
 from pipeline.bundle.format import (
     METRIC_LEARNER,
+    RANKS,
     SCHEMA_VERSION,
     generation_config,
     state_shapes,
@@ -36,13 +39,15 @@ from pipeline.io.storage import (
 from pipeline.io.tensors import load_tensors
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig
+from pldr_model.decode.low_rank import truncate_g
 from pldr_model.model import PLDRModel, g_shape
 
 ATTEMPTS = 5
 
 
 class BundleParts(NamedTuple):
-    """A verified bundle's contents; `weights` unpacked to fp32. `metric_learner`: its tensors, None without the file."""
+    """A verified bundle's contents; `weights` unpacked to fp32. `metric_learner`: its tensors, None without the file.
+    `key_ranks` [L,H]: how many numbers of a key the cache holds; None: all. `g_lm` is the full G_LM."""
 
     config: ModelConfig
     weight_format: WeightFormat
@@ -53,6 +58,11 @@ class BundleParts(NamedTuple):
     certificate: dict[str, Any]
     manifest: dict[str, Any]
     metric_learner: dict[str, Tensor] | None = None
+    key_ranks: Tensor | None = None
+
+    def g_in_force(self) -> Tensor:
+        """The G_LM that the bundle decodes with: `g_lm`, of the ranks that its keys have."""
+        return self.g_lm if self.key_ranks is None else truncate_g(self.g_lm, self.key_ranks)
 
     def live_model(self) -> PLDRModel | None:
         """The model with its metric learner, in evaluation mode; None without one. It shares the tensors of `weights`."""
@@ -63,7 +73,7 @@ class BundleParts(NamedTuple):
 
 def verify_bundle(path: str | Path) -> dict[str, Any]:
     """Check everything that a reader relies on; returns {"path", "bundle_sha256", "certified", "verdict", "tier",
-    "weight_format", "metric_learner", "files"}.
+    "weight_format", "numbers_per_key" (None: keys are full), "metric_learner", "files"}.
 
     Raises UserError, one line, for anything that is missing, extra, changed, too large, or does not belong together.
     """
@@ -75,6 +85,7 @@ def verify_bundle(path: str | Path) -> dict[str, Any]:
         "verdict": parts.certificate["verdict"],
         "tier": parts.certificate["tier"],
         "weight_format": parts.weight_format,
+        "numbers_per_key": parts.certificate[SECTION]["numbers_per_key"] if parts.key_ranks is not None else None,
         "metric_learner": parts.metric_learner is not None,
         "files": len(parts.manifest["files"]) + 1,
     }
@@ -141,4 +152,7 @@ def _read(path: Path) -> BundleParts:
         raise UserError(
             f"{path / 'generation_config.json'}: does not match this model and tokenizer.model; make the bundle again"
         )
-    return BundleParts(config, weight_format, weights, g_lm, tokenizer, generation, certificate, manifest, learner)
+    ranks = None if record.get(RANKS) is None else torch.tensor(record[RANKS])
+    return BundleParts(
+        config, weight_format, weights, g_lm, tokenizer, generation, certificate, manifest, learner, ranks
+    )

@@ -18,8 +18,9 @@ Kind = Literal["bundle", "hf", "run"]
 class OpenModel:
     """An opened model.
 
-    model: evaluation mode, fp32, CPU, with `g_lm` [L,H,K,K] as its constant G. live: the same weights with their metric
-    learner, None unless asked for. certificate: the one that is about these tensors, None where there is none. sha256: names
+    model: evaluation mode, fp32, CPU, with `g_lm` [L,H,K,K] as its constant G. key_ranks [L,H]: of a bundle with low-rank keys,
+    how many numbers of a key its cache holds; its model's G is then `g_lm` of these ranks. live: the same weights with their
+    metric learner, None unless asked for. certificate: the one about these tensors, None where there is none. sha256: names
     weights and G: the bundle's, or of a run that of both files. generation: how prompts are encoded (generation_config.json).
     """
 
@@ -34,6 +35,7 @@ class OpenModel:
     certified: bool
     sha256: str
     generation: dict[str, Any]
+    key_ranks: Tensor | None = None
     rounded: bool = False  # an export's weights are not fp32, and the certificate is about those that were
 
     @property
