@@ -1,1 +1,1 @@
-"""Decoding with a KV-cache. Torch and safetensors only."""
+"""Cached decoding: prepared weights, KV cache, one token per row and step."""
