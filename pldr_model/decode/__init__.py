@@ -1,0 +1,1 @@
+"""Cached decoding: prepared weights, KV cache, one token per row and step."""
