@@ -1,5 +1,5 @@
-"""`pldr bench CONFIG | decode CONFIG | train CONFIG | validate [CONFIG] | evaluate CONFIG|BUNDLE | data | startup | serve`: how fast
-the model, decoding, training, validation, scoring, the data path, the command line and a server are."""
+"""`pldr bench CONFIG | decode CONFIG | train CONFIG | validate [CONFIG] | evaluate CONFIG|BUNDLE | data | startup | serve`: how
+fast the model, decoding, training, validation, scoring, the data path, the command line and a server are."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def add_bench_verb(verbs: Verbs) -> None:
     sub = verbs.add(
         "bench",
         _bench,
-        "time the model against its SDPA twin; decode: cached decoding, by format, batch and prompt; train: DeepSpeed and saving; validate: its parts; data: tokenizing, loading; "
-        "evaluate: scoring against lm_eval; startup: pldr itself; serve: a running server",
+        "time the model against its SDPA twin; decode: cached decoding, by format, batch and cached tokens; train: DeepSpeed "
+        "and saving; validate: its parts; data: tokenizing, loading; evaluate: scoring against lm_eval; startup: pldr itself; "
+        "serve: a running server",
     )
     sub.add_argument(
         "config",
@@ -47,7 +48,11 @@ def add_bench_verb(verbs: Verbs) -> None:
     )
     sub.add_argument("--prompt", type=int, nargs="+", metavar="N", help="with decode: cached tokens (16 512)")
     sub.add_argument(
-        "--cached", type=int, nargs="*", metavar="N", help="with decode: long caches, full and low-rank keys (4096 16384)"
+        "--cached",
+        type=int,
+        nargs="*",
+        metavar="N",
+        help="with decode: long caches, full and low-rank keys (4096 16384)",
     )
     sub.add_argument("--tokens", type=int, help="with decode: steps that are timed as one (as many as take 30 ms)")
     sub.add_argument("--rounds", type=int, help="with decode: how often each is timed; the median counts (9)")

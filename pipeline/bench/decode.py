@@ -17,12 +17,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from pipeline.bench.decode_contenders import TWIN, Contender, Shared, make_contenders
-from pipeline.bench.decode_loop import measure_loop
+from pipeline.bench.decode_contenders import FULL, LOW_RANK, TWIN, Block, Caches, Contender, make_contenders
+from pipeline.bench.decode_loop import sampling_cost, speculation
 from pipeline.bench.decode_table import table
 from pipeline.bench.rounds import Timed, bandwidth, in_rounds, machine, speed_ratio
 from pldr_model.config import ModelConfig
@@ -71,71 +72,93 @@ def _bench(
     key_rank: int | None,
     report: Report,
 ) -> dict[str, Any]:
-    device = torch.device("cpu")
-    fits = [length for length in prompts if length + (tokens or 1) <= config.context_length]
+    context = config.context_length
+    fits = [length for length in prompts if length + (tokens or 1) <= context]
     if not fits:
         raise ValueError(
-            f"prompt: {min(prompts)} cached tokens and {tokens or 1} new ones are over the context_length of "
-            f"{config.context_length}; give smaller numbers"
+            f"prompt: {min(prompts)} cached tokens and {tokens or 1} new ones are over the context_length of {context}; give "
+            "smaller numbers"
         )
     rank = max(1, config.head_dim // 4) if key_rank is None else key_rank
     if rank > config.head_dim:
         raise ValueError(f"key_rank: {rank} is over the head size of {config.head_dim}; give at most that")
     started = time.perf_counter()
-    found = make_contenders(config, rank)
+    found = make_contenders(config, rank, max(context, *(length + MAX_BLOCK for length in long), 0))
+    cells = Cells(found, tokens, rounds)
     result: dict[str, Any] = {
-        "machine": machine(device),
+        "machine": machine(cells.device),
         "parameters": config.num_parameters()["total"],
         "rounds": rounds,
         "key_rank": rank,
-        "bandwidth": bandwidth(found[TWIN].weight_bytes, device),
+        "bandwidth": cells.bandwidth,
         "weights_mb": {name: one.weight_bytes / 2**20 for name, one in found.items()},
-        "left_out": [f"prompt {length}: the context is {config.context_length}" for length in prompts if length not in fits],
-        "by_batch": {},
+        "left_out": [f"prompt {length}: the context is {context}" for length in prompts if length not in fits],
     }
-    for size in batches:
-        cells = result["by_batch"][str(size)] = {}
-        for length in fits:
-            room = config.context_length - length
-            cells[str(length)] = _cell(found, size, length, room, tokens, rounds, result["bandwidth"]["read"])
-    result["cached"] = {}
-    for length in long:
-        pair = {name: one.with_context(length + MAX_BLOCK) for name, one in found.items() if name in ("bundle", "low_rank")}
-        cell = _cell(pair, 1, length, MAX_BLOCK, tokens, rounds, result["bandwidth"]["read"], against="bundle")
-        result["cached"][str(length)] = cell
-    result |= measure_loop(config, rounds=rounds)
-    result |= _headline(result, str(fits[0]))
+    result["by_batch"] = {
+        str(size): {str(length): cells.measure(list(found), size, length, context - length) for length in fits}
+        for size in batches
+    }
+    pair = [name for name in (FULL, LOW_RANK) if name in found]
+    result["cached"] = {str(length): cells.measure(pair, 1, length, MAX_BLOCK, against=FULL) for length in long}
+    result["sampling"] = sampling_cost(found[FULL].decoder, sorted({min(batches), max(batches)}), rounds)
+    result["speculation"] = speculation(config, rounds)
+    result |= _headline(result["by_batch"], str(fits[0]))
     result["seconds"] = time.perf_counter() - started
     for line in table(result):
         report(line)
     return result
 
 
-def _cell(
-    found: Mapping[str, Contender],
-    size: int,
-    length: int,
-    room: int,
-    tokens: int | None,
-    rounds: int,
-    read: float,
-    *,
-    against: str = TWIN,
-) -> dict[str, Any]:
-    """All contenders with `size` rows of `length` cached tokens each."""
-    steps = min(room, tokens or MAX_BLOCK)
-    shared = Shared()
-    blocks = {name: one.block(size, length, steps, shared) for name, one in found.items()}
-    for block in blocks.values():
-        block(1)
-    if tokens is None:
-        seconds = min(in_rounds({"one": lambda: blocks[against](1)}, 3, torch.device("cpu"))["one"].seconds)
-        steps = max(1, min(steps, round(BLOCK_S / seconds)))
-    times = in_rounds(
-        {name: (lambda block=block: block(steps)) for name, block in blocks.items()}, rounds, torch.device("cpu")
-    )
-    cell: dict[str, Any] = {"steps": steps}
-    for name, one in found.items():
-        floor = one.bytes_of_step(size, length) / read
-        cell[name] = _numbers(times[name], times[against], steps, size, floor)
-    return cell
+def _headline(by_batch: Mapping[str, Any], length: str) -> dict[str, Any]:
+    """The ratios at batch 1, and what the largest batch gains over it, at the fewest cached tokens."""
+    if "1" not in by_batch:
+        return {}
+    one, largest = by_batch["1"][length], max(by_batch, key=int)
+    found = {
+        f"{'decode' if name == FULL else name}_ratio_to_{TWIN}": one[name]["ratio_to_sdpa"]
+        for name in one
+        if name != TWIN
+    }
+    speeds = [by_batch[size][length][FULL]["tokens_per_second"] for size in ("1", largest)]
+    return {**found, "largest_batch": int(largest), "batch_speedup": speeds[1] / speeds[0]}
+
+
+class Cells:
+    """Measurements of contenders at a number of rows and of cached tokens."""
+
+    def __init__(self, found: Mapping[str, Contender], tokens: int | None, rounds: int) -> None:
+        self.found, self.tokens, self.rounds = found, tokens, rounds
+        self.device = found[TWIN].decoder.device
+        self.bandwidth = bandwidth(found[TWIN].weight_bytes, self.device)
+
+    def measure(
+        self, names: Sequence[str], size: int, length: int, room: int, *, against: str = TWIN
+    ) -> dict[str, dict[str, float]]:
+        """By contender: tokens a second, ratios to `against` by seconds and by CPU seconds, share of the floor."""
+        limit, caches = min(room, self.tokens or MAX_BLOCK), Caches()
+        blocks = {name: self.found[name].block(size, length, limit, caches) for name in names}
+        for block in blocks.values():
+            block(1)
+        steps = self.tokens or self._steps(blocks[against], limit)
+        times = in_rounds({name: partial(block, steps) for name, block in blocks.items()}, self.rounds, self.device)
+        return {name: self._numbers(name, times, against, size, length, steps) for name in names}
+
+    def _steps(self, block: Block, limit: int) -> int:
+        """Steps that take about `BLOCK_S`."""
+        seconds = min(in_rounds({"one": partial(block, 1)}, 3, self.device)["one"].seconds)
+        return max(1, min(limit, round(BLOCK_S / seconds)))
+
+    def _numbers(
+        self, name: str, times: Mapping[str, Timed], against: str, size: int, length: int, steps: int
+    ) -> dict[str, float]:
+        one, other = times[name], times[against]
+        step_s = statistics.median(one.seconds) / steps
+        floor_s = self.found[name].bytes_of_step(size, length) / self.bandwidth["read"]
+        ratio = "ratio_to_sdpa" if against == TWIN else "ratio_to_full"
+        return {
+            "tokens_per_second": size / step_s,
+            ratio: speed_ratio(one.seconds, other.seconds),
+            f"cpu_{ratio}": speed_ratio(one.cpu, other.cpu),
+            "share_of_floor": floor_s / step_s,
+            "steps": steps,
+        }

@@ -10,10 +10,9 @@ import torch
 from pldr_model.config import ModelConfig
 from pldr_model.decode.cache import KVCache, LayerShape
 from pldr_model.decode.decoder import Decoder, Weights
-from pldr_model.decode.linear import Matrix
 from pldr_model.model import PLDRModel, g_shape
 
-TWIN, FULL, LOW_RANK = "sdpa", "bundle", "low_rank"
+TWIN, FULL, LIVE, LOW_RANK = "sdpa", "bundle", "live", "low_rank"
 FIRST_ID = 4  # past the special ids
 
 Block = Callable[[int], None]
@@ -85,27 +84,15 @@ class Caches:
         return cache
 
 
-def make_contenders(config: ModelConfig, key_rank: int) -> dict[str, Contender]:
+def make_contenders(config: ModelConfig, key_rank: int, context_length: int) -> dict[str, Contender]:
     """By name: `sdpa` and `bundle` in fp32, `live` if G is learned, `low_rank`, and the packed formats."""
-    twin, constant = config.sdpa_twin(), config.with_constant_g()
+    twin, constant = (replace(c, context_length=context_length) for c in (config.sdpa_twin(), config.with_constant_g()))
     weights = PLDRModel(twin).requires_grad_(False).state_dict()
     g_lm = torch.randn(g_shape(config))
     found = {TWIN: Contender.of(twin, weights), FULL: Contender.of(constant, weights, g_lm)}
     if config.g_source == "learned":
-        found["live"] = replace(found[TWIN], decoder=Decoder(config, weights, deduce=_no_prompt))
-    found[LOW_RANK] = Contender.of(constant, weights, g_lm, _ranks(config, key_rank))
-    for name in FORMATS:
-        found[name] = Contender.of(constant, packed(weights, name), g_lm)
+        found[LIVE] = replace(found[TWIN], decoder=Decoder(twin, weights, deduce=_no_prompt))
     return found
-
-
-def long_contenders(found: Mapping[str, Contender], context_length: int) -> dict[str, Contender]:
-    """Full and low-rank keys, in a context of another length."""
-    ...
-
-
-def _ranks(config: ModelConfig, key_rank: int) -> torch.Tensor:
-    return torch.full((config.num_layers, config.num_heads), key_rank)
 
 
 def _no_prompt(ids_1S: torch.Tensor) -> torch.Tensor:

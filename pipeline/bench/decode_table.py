@@ -18,11 +18,11 @@ LABELS = {
 
 def table(result: Mapping[str, Any]) -> Iterator[str]:
     """Line by line: where and how, steps by batch and cached tokens, long caches, then what has no columns."""
-    found = result["machine"]
+    found, gb = result["machine"], {name: value / 1e9 for name, value in result["bandwidth"].items()}
     yield (
-        f"{found['date']}, {found['device']}, {found['cores']} cores, load {found['load_average']}, {found['threads']} threads, "
-        f"torch {found['torch']}; {result['parameters'] / 1e6:.1f}M parameters, {result['rounds']} rounds; "
-        f"reading {result['bandwidth']['read'] / 1e9:.1f} GB/s, copying {result['bandwidth']['copy'] / 1e9:.1f} GB/s"
+        f"{found['date']}, {found['device']}, {found['cores']} cores, load {found['load_average']}, threads: "
+        f"{found['threads']}, torch {found['torch']}; {result['parameters'] / 1e6:.1f}M parameters, {result['rounds']} rounds; "
+        f"reading {gb['read']:.1f} GB/s, copying {gb['copy']:.1f} GB/s"
     )
     yield from (f"left out: {line}" for line in result["left_out"])
     cells = [
