@@ -23,7 +23,8 @@ from torch import Tensor
 
 from pldr_model.config import ModelConfig
 from pldr_model.decode.cache import KeyGroup, KVCache, LayerMemory, LayerShape
-from pldr_model.decode.linear import Matrix
+from pldr_model.decode.kernels import prepare
+from pldr_model.decode.linear import Matrix, Product
 from pldr_model.layers import rope_tables
 from pldr_model.model import PLDRModel, g_shape
 
@@ -47,11 +48,11 @@ class Norm(NamedTuple):
 class Layer:
     """The weights of a decoder layer; `g` [H,K,K] is its constant G, None for the identity (or one that prompts bring)."""
 
-    qkv: Matrix
-    output: Matrix
+    qkv: Product
+    output: Product
     attention_norm: Norm
-    gate_value: Matrix
-    down: Matrix
+    gate_value: Product
+    down: Product
     feed_forward_norm: Norm
     g: Tensor | None
 
@@ -94,7 +95,7 @@ class Decoder:
             self._pairs_K = self._pairs_K.view(2, K // 2).T.flatten()
         self._embedding = _matrix(weights, "embedding")
         self._embedding_norm = _norm(weights, "embedding_norm", config.layer_norm_eps / config.d_model)
-        self._output = _matrix(weights, "output")
+        self._output = prepare(_matrix(weights, "output"), self.dtype)
         g = [None] * config.num_layers if g_lm is None else self.prepare_g(g_lm)
         self._layers = [self._layer(weights, f"layers.{index}", g[index]) for index in range(config.num_layers)]
         self._shapes = [LayerShape((KeyGroup(H, K),), H, K)] * config.num_layers
@@ -254,11 +255,11 @@ class Decoder:
             qkv = qkv.permuted(rows)
         eps = config.layer_norm_eps
         return Layer(
-            qkv,
-            _matrix(weights, f"{name}.attention.output"),
+            prepare(qkv, self.dtype),
+            prepare(_matrix(weights, f"{name}.attention.output"), self.dtype),
             _norm(weights, f"{name}.attention_norm", eps),
-            _matrix(weights, f"{name}.feed_forward.w12"),
-            _matrix(weights, f"{name}.feed_forward.w3"),
+            prepare(_matrix(weights, f"{name}.feed_forward.w12"), self.dtype),
+            prepare(_matrix(weights, f"{name}.feed_forward.w3"), self.dtype),
             _norm(weights, f"{name}.feed_forward_norm", eps),
             g,
         )
