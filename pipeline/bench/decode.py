@@ -8,8 +8,8 @@ Decision: weights and cached keys are random; speed does not depend on their val
 same in all of them, and the memory of caches of one size, so that addresses differ in nothing but what is compared.
 
 The floor of a step is the bytes that it has to read (weights without the embedding's other rows, G, cached keys and values)
-over the measured bandwidth; `share_of_floor` is how much of that speed is reached. A model that fits the processor's caches
-has a bandwidth measured there, too: the buffers are as large as its fp32 weights.
+over the bandwidth of reading a buffer as large as the fp32 weights (which may fit a processor's caches), once in every round;
+`share_of_floor` is how much of that speed is reached.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ import torch
 from pipeline.bench.decode_contenders import FULL, LOW_RANK, TWIN, Block, Caches, Contender, make_contenders
 from pipeline.bench.decode_loop import sampling_cost, speculation
 from pipeline.bench.decode_table import table
-from pipeline.bench.rounds import Timed, bandwidth, in_rounds, machine, speed_ratio
+from pipeline.bench.rounds import Memory, Timed, Work, in_rounds, machine, speed_ratio
 from pldr_model.config import ModelConfig
 
 BATCH, PROMPT, CACHED, ROUNDS = (1, 8, 32), (16, 512), (4096, 16384), 9
+READ = "read"
 BLOCK_S, MAX_BLOCK = 0.03, 32  # a block of steps takes about so many seconds of the twin, and has at most so many steps
 
 Report = Callable[[str], None]
@@ -90,7 +91,7 @@ def _bench(
         "parameters": config.num_parameters()["total"],
         "rounds": rounds,
         "key_rank": rank,
-        "bandwidth": cells.bandwidth,
+        "bandwidth": {"read": cells.memory.read_bandwidth(), "copy": cells.memory.copy_bandwidth()},
         "weights_mb": {name: one.weight_bytes / 2**20 for name, one in found.items()},
         "left_out": [f"prompt {length}: the context is {context}" for length in prompts if length not in fits],
     }
@@ -129,7 +130,7 @@ class Cells:
     def __init__(self, found: Mapping[str, Contender], tokens: int | None, rounds: int) -> None:
         self.found, self.tokens, self.rounds = found, tokens, rounds
         self.device = found[TWIN].decoder.device
-        self.bandwidth = bandwidth(found[TWIN].weight_bytes, self.device)
+        self.memory = Memory(found[TWIN].weight_bytes, self.device)
 
     def measure(
         self, names: Sequence[str], size: int, length: int, room: int, *, against: str = TWIN
@@ -140,7 +141,8 @@ class Cells:
         for block in blocks.values():
             block(1)
         steps = self.tokens or self._steps(blocks[against], limit)
-        times = in_rounds({name: partial(block, steps) for name, block in blocks.items()}, self.rounds, self.device)
+        works: dict[str, Work] = {name: partial(block, steps) for name, block in blocks.items()}
+        times = in_rounds({READ: self.memory, **works}, self.rounds, self.device)
         return {name: self._numbers(name, times, against, size, length, steps) for name in names}
 
     def _steps(self, block: Block, limit: int) -> int:
@@ -151,14 +153,12 @@ class Cells:
     def _numbers(
         self, name: str, times: Mapping[str, Timed], against: str, size: int, length: int, steps: int
     ) -> dict[str, float]:
-        one, other = times[name], times[against]
-        step_s = statistics.median(one.seconds) / steps
-        floor_s = self.found[name].bytes_of_step(size, length) / self.bandwidth["read"]
-        ratio = "ratio_to_sdpa" if against == TWIN else "ratio_to_full"
+        one, ratio = times[name], "ratio_to_sdpa" if against == TWIN else "ratio_to_full"
+        passes = steps * self.found[name].bytes_of_step(size, length) / self.memory.nbytes
         return {
-            "tokens_per_second": size / step_s,
-            ratio: speed_ratio(one.seconds, other.seconds),
-            f"cpu_{ratio}": speed_ratio(one.cpu, other.cpu),
-            "share_of_floor": floor_s / step_s,
+            "tokens_per_second": size * steps / statistics.median(one.seconds),
+            ratio: speed_ratio(one.seconds, times[against].seconds),
+            f"cpu_{ratio}": speed_ratio(one.cpu, times[against].cpu),
+            "share_of_floor": passes * speed_ratio(one.seconds, times[READ].seconds),
             "steps": steps,
         }

@@ -49,7 +49,7 @@ def _step_rows(result: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) ->
 
 
 def _long_rows(cached: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
-    for name in ("bundle", "low_rank"):
+    for name in next(iter(cached.values())):
         cells = [cell[name] for cell in cached.values()]
         yield [LABELS[name], *(f"{c['tokens_per_second']:,.4g} ({c['ratio_to_full']:.2f})" for c in cells)]
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 Work = Callable[[], float | None]  # returns the seconds that count, or None: all that it took
-PASSES = 7  # over a buffer, for a bandwidth: the fastest counts
+PASSES = 5  # over a buffer, for a bandwidth: the fastest counts
 
 
 class Timed(NamedTuple):
@@ -57,23 +56,42 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def bandwidth(nbytes: int, device: torch.device) -> dict[str, float]:
-    """Bytes a second, with the threads in force, over buffers of `nbytes`: `copy` (read and written bytes count both) and
-    `read` (the faster of a sum and a product of a matrix and a vector, which is what decoding does)."""
-    side = max(1, nbytes // 4 // 1024)
-    source, target, vector = (torch.randn(size, device=device) for size in ((side, 1024), (side, 1024), (1024,)))
-    matrix_bytes = source.nbytes
-    copy = matrix_bytes * 2 / _fastest(lambda: target.copy_(source), device)
-    read = matrix_bytes / min(_fastest(source.sum, device), _fastest(lambda: torch.mv(source, vector), device))
-    return {"copy": copy, "read": read}
+class Memory:
+    """A buffer of `nbytes`, to find how fast the threads in force move memory. Calling it reads the buffer once, by the faster of
+    a sum and a product of a matrix and a vector, which is what decoding does."""
 
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.device = device
+        self._source = torch.randn(max(1, nbytes // 4 // 1024), 1024, device=device)
+        self._vector = torch.randn(1024, device=device)
+        self.nbytes = self._source.nbytes
+        self._read = min((self._sum, self._product), key=self._fastest)
 
-def _fastest(work: Callable[[], Tensor], device: torch.device) -> float:
-    def run() -> None:
+    def __call__(self) -> None:
+        self._read()
+
+    def copy_bandwidth(self) -> float:
+        """Bytes a second of a copy: those read and those written."""
+        target = torch.empty_like(self._source)
+
+        def copy() -> None:
+            target.copy_(self._source)
+
+        return 2 * self.nbytes / self._fastest(copy)
+
+    def read_bandwidth(self) -> float:
+        """Bytes a second of reading."""
+        return self.nbytes / self._fastest(self)
+
+    def _sum(self) -> None:
+        self._source.sum()
+
+    def _product(self) -> None:
+        torch.mv(self._source, self._vector)
+
+    def _fastest(self, work: Work) -> float:
         work()
-
-    run()
-    return min(in_rounds({"run": run}, PASSES, device)["run"].seconds)
+        return min(in_rounds({"work": work}, PASSES, self.device)["work"].seconds)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
