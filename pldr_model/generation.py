@@ -5,8 +5,8 @@ caches the whole sequence is read again for each token and G is computed from it
 cached model is compared with, and the only one (keeping just K/V would freeze G as well).
 
 Decision: every prompt is prefilled alone and unpadded, so that its G and K/V are exactly those of the prompt
-alone; then rows decode together, each at its own length, as many as fit `memory_budget`. Sampling draws from one
-CPU generator per prompt, seeded by (seed, prompt), so that a prompt's tokens do not depend on its neighbors.
+alone; then rows decode together, each at its own length, as many as fit `memory_budget`. A prompt's random numbers
+come from (seed, prompt) and the index of the token, so that its tokens do not depend on its neighbors.
 Decision: a row whose logits are NaN or infinite has no next token. It ends; the others go on, and the error comes
 when they are done.
 """
@@ -21,13 +21,14 @@ from torch import Tensor
 
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, g_shape
-from pldr_model.sampling import Sampling, read_sampling, seeds_of, token_probabilities
+from pldr_model.next_token import RowSettings, choose
+from pldr_model.sampling import Sampling, read_sampling, seeds_of
 
 Stop = Callable[[int, list[int]], bool] | Sequence[Sequence[int]]
 
 CPU_MEMORY = 512 << 20  # bytes for the rows that decode together
 GPU_SHARE = 0.25  # of the device's memory, whatever is free: the same call makes the same batches
-SAMPLED_COPIES = 8  # fp64 tensors [B,V] that `token_probabilities` holds at once
+SAMPLED_COPIES = 8  # fp64 and int64 tensors [B,V] that `choose` holds at once
 
 
 class NotFiniteError(ValueError):
@@ -52,6 +53,8 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     eos_id: int | None = None,
     stop: Stop | None = None,
     use_cache: bool = True,
@@ -62,9 +65,8 @@ def generate(
 
     A row ends with `max_new_tokens`, with a full context, with `eos_id` (kept as its last token), or when
     `stop` matches: a predicate on (index of the prompt, its new tokens), asked once after each of them, or token
-    sequences one of which they end with (kept as well). temperature 0 is greedy. Otherwise logits / temperature, then
-    the `top_k` best (0: all), then the smallest set of best tokens whose probability reaches `top_p` (the token that
-    crosses it is kept).
+    sequences one of which they end with (kept as well). How tokens are chosen: `pldr_model.next_token`; temperature 0 is
+    greedy.
     g_lm: [L,H,K,K] for every prompt. None: the model's constant G, or, for a model that learns G, that of
         each prompt.
     use_cache False: no KV- and no G-cache, the whole sequence each time (a given `g_lm` still replaces the
@@ -83,6 +85,8 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         eos_id=eos_id,
         stop=stop,
         use_cache=use_cache,
@@ -102,6 +106,8 @@ def generate_steps(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     eos_id: int | None = None,
     stop: Stop | None = None,
     use_cache: bool = True,
@@ -111,7 +117,13 @@ def generate_steps(
     """`generate` step by step, for streaming: after each step, every row's new tokens so far (one list, which grows; rows of
     a later batch are still empty). Nothing is checked or computed before the first step is asked for."""
     sampling = read_sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
     )
     if stop is not None and not callable(stop) and not all(stop):
         raise ValueError("stop: holds an empty sequence, which would end every row immediately; remove it")
@@ -122,14 +134,15 @@ def generate_steps(
         for row, own in zip(rows, seeds_of([row.prompt for row in rows], sampling.seed), strict=True):
             row.seed = own
     new = [row.new for row in rows]
-    choose = _Choice(sampling, model.config.context_length, eos_id, stop)
+    device = model.embedding.weight.device
+    chooser = _Chooser(sampling, model.config, device, eos_id, stop)
     row_bytes = _row_bytes(model, sampling, live_g=g_lm is None, use_cache=use_cache)
     room = memory_budget(model) if memory is None else memory
     for batch in _batches(rows, sampling.max_new_tokens, model.config.context_length, row_bytes, room):
         if use_cache:
-            steps = _decode_cached(model, batch, choose, g_lm=g_lm, max_new_tokens=sampling.max_new_tokens)
+            steps = _decode_cached(model, batch, chooser, g_lm=g_lm, max_new_tokens=sampling.max_new_tokens)
         else:
-            steps = _decode_uncached(model, batch, choose, g_lm=g_lm)
+            steps = _decode_uncached(model, batch, chooser, g_lm=g_lm)
         for _ in steps:
             yield new
     if failed := {row.index: len(row.new) for row in rows if row.failed}:
@@ -147,57 +160,51 @@ def memory_budget(model: PLDRModel) -> int:
 class _Row:
     """A prompt that is being continued."""
 
-    __slots__ = ("_generator", "failed", "index", "new", "prompt", "seed")
+    __slots__ = ("failed", "index", "new", "prompt", "seed")
 
     def __init__(self, index: int, prompt: array[int]) -> None:
         self.index, self.prompt = index, prompt
         self.new: list[int] = []
         self.failed = False  # its logits were not finite
-        self.seed: int | None = None
-        self._generator: torch.Generator | None = None
-
-    @property
-    def generator(self) -> torch.Generator:
-        """Made when it is first drawn from: it takes 5 KB."""
-        assert self.seed is not None, "greedy rows draw nothing"
-        if self._generator is None:
-            self._generator = torch.Generator().manual_seed(self.seed)
-        return self._generator
-
-    def end(self) -> None:
-        """Let go of what only a row that goes on needs."""
-        self._generator = None
+        self.seed = 0
 
 
-class _Choice:
+class _Chooser:
     """Gives rows their next tokens, and knows when they end."""
 
-    def __init__(self, sampling: Sampling, context_length: int, eos_id: int | None, stop: Stop | None) -> None:
-        self.sampling, self.context_length, self.eos_id, self.stop = sampling, context_length, eos_id, stop
+    def __init__(
+        self, sampling: Sampling, config: ModelConfig, device: torch.device, eos_id: int | None, stop: Stop | None
+    ) -> None:
+        self.sampling, self.context_length, self.eos_id, self.stop = sampling, config.context_length, eos_id, stop
+        self.settings = RowSettings.of([sampling], vocab_size=config.vocab_size, device=device)
 
     def __call__(self, live: list[_Row], logits_BV: Tensor) -> list[int]:
         """Give every live row its next token; returns the indices of those that continue."""
         finite_B = logits_BV.isfinite().all(dim=-1)
         for row, finite in zip(live, finite_B.tolist(), strict=True):
             row.failed = not finite
-        if self.sampling.temperature == 0:
-            chosen = logits_BV.argmax(dim=-1).tolist()
-        else:
-            chosen = self._draw(live, logits_BV.where(finite_B.unsqueeze(-1), 0.0))
+        device = logits_BV.device
+        chosen = choose(
+            logits_BV,
+            self.settings,
+            seed_B=torch.tensor([row.seed for row in live], device=device),
+            number_B=torch.tensor([len(row.new) for row in live], device=device),
+            seen_BV=self._seen(live, logits_BV) if self.settings.penalizes else None,
+        ).tolist()
         going = []
         for index, (row, token) in enumerate(zip(live, chosen, strict=True)):
             if not row.failed:
                 row.new.append(token)
-            if row.failed or self._ended(row):
-                row.end()
-            else:
+            if not row.failed and not self._ended(row):
                 going.append(index)
         return going
 
-    def _draw(self, live: list[_Row], logits_BV: Tensor) -> list[int]:
-        s = self.sampling
-        p_BV = token_probabilities(logits_BV.cpu(), temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
-        return [int(p_V.multinomial(1, generator=row.generator)) for row, p_V in zip(live, p_BV, strict=True)]
+    @staticmethod
+    def _seen(live: list[_Row], logits_BV: Tensor) -> Tensor:
+        seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+        for seen_V, row in zip(seen_BV, live, strict=True):
+            seen_V[row.prompt.tolist() + row.new] = True
+        return seen_BV
 
     def _ended(self, row: _Row) -> bool:
         full = len(row.new) == self.sampling.max_new_tokens or len(row.prompt) + len(row.new) == self.context_length
@@ -206,7 +213,7 @@ class _Choice:
 
 
 def _decode_cached(
-    model: PLDRModel, rows: list[_Row], choose: _Choice, *, g_lm: Tensor | None, max_new_tokens: int
+    model: PLDRModel, rows: list[_Row], chooser: _Chooser, *, g_lm: Tensor | None, max_new_tokens: int
 ) -> Iterator[None]:
     device, context_length = model.embedding.weight.device, model.config.context_length
     # The last new token is chosen and never read.
@@ -220,7 +227,7 @@ def _decode_cached(
         cache.stack_row(index, alone)
     live = rows
     while True:
-        going = choose(live, logits_BV)
+        going = chooser(live, logits_BV)
         yield
         if not going:
             return
@@ -231,7 +238,7 @@ def _decode_cached(
         logits_BV = model.extend(last_B1, cache)
 
 
-def _decode_uncached(model: PLDRModel, rows: list[_Row], choose: _Choice, *, g_lm: Tensor | None) -> Iterator[None]:
+def _decode_uncached(model: PLDRModel, rows: list[_Row], chooser: _Chooser, *, g_lm: Tensor | None) -> Iterator[None]:
     """Rows of one length share a pass: padding to a common length would change G, a sum over the sequence."""
     for length in sorted({len(row.prompt) for row in rows}):
         live = [row for row in rows if len(row.prompt) == length]
@@ -239,7 +246,7 @@ def _decode_uncached(model: PLDRModel, rows: list[_Row], choose: _Choice, *, g_l
             ids = [row.prompt.tolist() + row.new for row in live]
             ids_BS = torch.tensor(ids, device=model.embedding.weight.device)
             logits_BSV = model(ids_BS, g_lm=g_lm, padded=False, last_only=True)
-            live = [live[index] for index in choose(live, logits_BSV[:, -1])]
+            live = [live[index] for index in chooser(live, logits_BSV[:, -1])]
             yield
 
 

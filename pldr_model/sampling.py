@@ -1,4 +1,7 @@
-"""How tokens are chosen: the settings of a request, checked here and nowhere else, and the distribution they draw from."""
+"""The settings of a request, checked here and nowhere else, and a seed for each of its prompts.
+
+How a token is chosen by them is in `pldr_model.next_token`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,6 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-import torch
-from torch import Tensor
-
 SEEDS = range(-(2**63), 2**64)  # what torch's generators take
 
 
@@ -25,10 +25,21 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
 
 
-def read_sampling(*, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Sampling:
+def read_sampling(
+    *,
+    max_new_tokens: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    seed: Any,
+    min_p: Any = 0.0,
+    repetition_penalty: Any = 1.0,
+) -> Sampling:
     """The settings, whoever asks and in whatever numeric type (numpy's too).
 
     Errors: ValueError, one line, for a wrong type (bool, text, bytes, None; 8.0 where a count is meant) and for what is out of
@@ -39,6 +50,7 @@ def read_sampling(*, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: A
     """
     count, k = _integer("max_new_tokens", max_new_tokens), _integer("top_k", top_k)
     t, p = _number("temperature", temperature), _number("top_p", top_p)
+    low, penalty = _number("min_p", min_p), _number("repetition_penalty", repetition_penalty)
     if count < 1:
         raise ValueError(f"max_new_tokens: {_short(count)} must be at least 1")
     if not 0 <= t < math.inf:
@@ -47,29 +59,14 @@ def read_sampling(*, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: A
         raise ValueError(f"top_k: {_short(k)} must be 0 (all tokens) or positive")
     if not 0 < p <= 1:
         raise ValueError(f"top_p: {p} must be in (0, 1]")
+    if not 0 <= low <= 1:
+        raise ValueError(f"min_p: {low} must be in [0, 1]")
+    if not 0 < penalty < math.inf:
+        raise ValueError(f"repetition_penalty: {penalty} must be a positive number (1: none)")
     chosen = secrets.randbits(63) if seed is None else _integer("seed", seed)
     if chosen not in SEEDS:
         raise ValueError(f"seed: {_short(chosen)} must have at most 64 bits")
-    return Sampling(count, t, k, p, chosen if t > 0 else None)
-
-
-def token_probabilities(logits_BV: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """The distribution that sampling draws from, [B,V] in fp64: temperature, top-k, then top-p (nucleus).
-
-    top-p keeps the fewest best tokens whose probabilities sum to at least `top_p`: the token that crosses it
-    is kept.
-    """
-    wide_BV = logits_BV.double()
-    # The best logit becomes 0 first: a tiny temperature gives -inf for the others, and never inf - inf.
-    p_BV = ((wide_BV - wide_BV.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
-    sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
-    if 0 < top_k < sorted_BV.shape[-1]:
-        sorted_BV[:, top_k:] = 0.0
-        sorted_BV /= sorted_BV.sum(dim=-1, keepdim=True)
-    if top_p < 1.0:
-        before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV
-        sorted_BV[before_BV >= top_p] = 0.0
-    return torch.zeros_like(p_BV).scatter_(-1, order_BV, sorted_BV / sorted_BV.sum(dim=-1, keepdim=True))
+    return Sampling(count, t, k, p, low, penalty, chosen if t > 0 else None)
 
 
 def seeds_of(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:

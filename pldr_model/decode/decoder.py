@@ -62,7 +62,8 @@ class Pass:
     """Where the tokens of one pass stand: what all layers share."""
 
     rows: int  # B
-    rotation_N1P: Tensor  # complex, P = K/2 pairs
+    tokens: int  # S
+    rotation_ND: Tensor  # complex, of all pairs of queries and keys
     place: dict[int, Tensor]  # number of heads n -> where in a store of n heads the vectors go, [N*n]
     mask: Tensor | None  # added to the scores, [B,1,S,T]
     causal: bool
@@ -101,6 +102,8 @@ class Decoder:
         self._shapes = [LayerShape((KeyGroup(H, K),), H, K)] * config.num_layers
         cos, sin = rope_tables(config.context_length, K, base=config.rope_base, dtype=self.dtype, device=self.device)
         self._rotation_TP = torch.complex(cos, sin)
+        self._wide = cos.dtype == self.dtype
+        self._seen, self._hidden = torch.tensor([0.0, -torch.inf], dtype=self.dtype, device=self.device)
 
     @classmethod
     @torch.no_grad()
@@ -168,7 +171,7 @@ class Decoder:
         place = {n: (first.unsqueeze(1) + position_BS.unsqueeze(2)).view(-1) for n, first in cache.first.items()}
         mask = None if causal else self._mask(position_BS, cache.key_T[:end])
         known_N = position_BS.clamp(max=self.config.context_length - 1).view(-1)  # padding may stand beyond
-        where = Pass(B, self._rotation_TP[known_N].unsqueeze(1), place, mask, causal, end)
+        where = Pass(B, S, self._rotation(known_N), place, mask, causal, end)
         x_ND = self._run(ids_BS.reshape(-1), cache, where)
         cache.length_B.add_(S if lengths is None else torch.tensor(lengths, device=self.device))
         return x_ND.view(B, S, -1)
@@ -189,15 +192,18 @@ class Decoder:
         length_B1 = cache.length_B.unsqueeze(1)
         place = {n: (first + length_B1).view(-1) for n, first in cache.first.items()}
         mask = self._mask(length_B1, cache.key_T[: cache.bound])
-        rotation_N1P = self._rotation_TP.index_select(0, cache.length_B).unsqueeze(1)
-        x_ND = self._run(ids_B, cache, Pass(len(ids_B), rotation_N1P, place, mask, False, None))
+        where = Pass(len(ids_B), 1, self._rotation(cache.length_B), place, mask, False, None)
+        x_ND = self._run(ids_B, cache, where)
         cache.length_B.add_(1)
         return self._output(x_ND)
 
     def _mask(self, position_BS: Tensor, key_T: Tensor) -> Tensor:
         """0 for the keys up to a query's own position, else -inf: [B,1,S,T]."""
-        hidden_B1ST = key_T > position_BS[:, None, :, None]
-        return torch.zeros_like(hidden_B1ST, dtype=self.dtype).masked_fill_(hidden_B1ST, -torch.inf)
+        return torch.where(key_T > position_BS[:, None, :, None], self._hidden, self._seen)
+
+    def _rotation(self, position_N: Tensor) -> Tensor:
+        rotation_N1P = self._rotation_TP.index_select(0, position_N).unsqueeze(1)
+        return rotation_N1P.expand(-1, 2 * self.config.num_heads, -1).flatten(1)
 
     def _run(self, ids_N: Tensor, cache: KVCache, where: Pass) -> Tensor:
         x_ND = self._embedding_norm(self._embedding.rows(ids_N).to(self.dtype))
@@ -222,28 +228,29 @@ class Decoder:
         where: Pass,
     ) -> Tensor:
         """The heads' values, side by side: [N,D] -> [N,D]."""
-        N, B, H, K = len(x_ND), where.rows, self.config.num_heads, self.config.head_dim
-        q_NHK, kv_NHK = self._rotated(layer.qkv(x_ND).view(N, 3 * H, K), where).split((H, 2 * H), dim=1)
+        B, S, H, K = where.rows, where.tokens, self.config.num_heads, self.config.head_dim
+        qkv_NW = self._rotate(layer.qkv(x_ND), where)
+        q_NHK, kv_NHK = qkv_NW.view(-1, 3 * H, K).split_with_sizes((H, 2 * H), 1)
         memory.flat[0].index_copy_(0, where.place[2 * H], kv_NHK.reshape(-1, K))
         if g is not None and g.ndim == 3:
-            q_BHSK = torch.bmm(q_NHK.transpose(0, 1), g).view(H, B, -1, K).transpose(0, 1)
-        else:
-            q_BHSK = q_NHK.view(B, -1, H, K).transpose(1, 2)
-            q_BHSK = q_BHSK if g is None else q_BHSK @ g
+            q_NHK = torch.bmm(q_NHK.transpose(0, 1), g).transpose(0, 1)
+        q_BHSK = q_NHK.unsqueeze(2) if S == 1 else q_NHK.unflatten(0, (B, S)).transpose(1, 2)
+        if g is not None and g.ndim == 4:
+            q_BHSK = q_BHSK @ g
         (keys,), values = attended
         heads_BHSK = F.scaled_dot_product_attention(q_BHSK, keys, values, attn_mask=where.mask, is_causal=where.causal)
-        return heads_BHSK.transpose(1, 2).reshape(N, -1)
+        heads_NHK = heads_BHSK if S == 1 else heads_BHSK.transpose(1, 2)
+        return heads_NHK.reshape(len(x_ND), -1)
 
-    def _rotated(self, qkv_NHK: Tensor, where: Pass) -> Tensor:
-        """Queries and keys turned by their positions; overwrites them where there are complex numbers of this precision."""
-        N, heads, K = qkv_NHK.shape
-        qk_NHK = qkv_NHK.narrow(1, 0, 2 * heads // 3)
-        if self.dtype in (torch.float32, torch.float64):
-            torch.view_as_complex(qk_NHK.view(N, -1, K // 2, 2)).mul_(where.rotation_N1P)
-        else:
-            turned = torch.view_as_complex(qk_NHK.float().view(N, -1, K // 2, 2)).mul_(where.rotation_N1P)
-            qk_NHK.copy_(torch.view_as_real(turned).view_as(qk_NHK))
-        return qkv_NHK
+    def _rotate(self, qkv_NW: Tensor, where: Pass) -> Tensor:
+        """Turn queries and keys by their positions, in place."""
+        qk_NW = qkv_NW.narrow(1, 0, 2 * self.config.d_model)
+        complex_dtype = where.rotation_ND.dtype
+        if self._wide:
+            qk_NW.view(complex_dtype).mul_(where.rotation_ND)
+        else:  # half precision has no complex numbers
+            qk_NW.copy_(qk_NW.float().view(complex_dtype).mul_(where.rotation_ND).view(torch.float32))
+        return qkv_NW
 
     def _layer(self, weights: Weights, name: str, g: Tensor | None) -> Layer:
         config = self.config

@@ -11,7 +11,8 @@ from pldr_model.cache import KVCache
 from pldr_model.config import ModelConfig
 from pldr_model.generation import NotFiniteError, generate
 from pldr_model.model import PLDRModel
-from pldr_model.sampling import token_probabilities
+from pldr_model.next_token import RowSettings, token_probabilities
+from pldr_model.sampling import read_sampling
 
 CONFIG = ModelConfig(vocab_size=61, num_layers=2, num_heads=2, head_dim=8, context_length=40, A_dff=12, num_reslayerA=2)
 
@@ -222,8 +223,13 @@ def test_the_cache_is_no_larger_than_what_is_read_and_shrinks_with_its_rows(mode
     assert seen == [(1, 38), (1, 39)]
 
 
+def setting_of(vocab_size, **changes):
+    given = {"max_new_tokens": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    return RowSettings.of([read_sampling(**given | changes)], vocab_size=vocab_size)
+
+
 def kept(probabilities, **setting):
-    p = token_probabilities(torch.tensor([probabilities]).log(), temperature=1.0, **setting)
+    p = token_probabilities(torch.tensor([probabilities]).log(), setting_of(len(probabilities), **setting))
     assert p.sum().item() == pytest.approx(1)
     return [round(value, 4) for value in p[0].tolist()]
 
@@ -251,7 +257,10 @@ def test_top_k_comes_before_top_p():
 )
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(logits, top_p, temperature):
     p = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(-1)
-    chosen = token_probabilities(torch.tensor([logits]), temperature=temperature, top_p=top_p)[0] > 0
+    chosen = (
+        token_probabilities(torch.tensor([logits]), setting_of(len(logits), temperature=temperature, top_p=top_p))[0]
+        > 0
+    )
     assert p[chosen].sum() >= top_p - 1e-6
     assert p[chosen].sum() - p[chosen].min() < top_p + 1e-6
     assert p[~chosen].max() <= p[chosen].min() + 1e-6 if (~chosen).any() else True
@@ -262,7 +271,7 @@ def test_samples_follow_the_distribution(model):
     prompt = [5, 6, 7]
     with torch.no_grad():
         logits = model(torch.tensor([prompt]), padded=False)[:, -1]
-    p = token_probabilities(logits, temperature=1.0, top_k=6)[0]
+    p = token_probabilities(logits, setting_of(61, top_k=6))[0]
     drawn = generate(model, [prompt] * 2000, max_new_tokens=1, temperature=1.0, top_k=6, seed=0)
     counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=61).double()
     assert counts[p == 0].sum() == 0

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pldr_model.sampling import Sampling, read_sampling, seeds_of, token_probabilities
+from pldr_model.next_token import RowSettings, token_probabilities
+from pldr_model.sampling import Sampling, read_sampling, seeds_of
 
 GOOD = {"max_new_tokens": 3, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 
@@ -85,8 +86,8 @@ def test_numbers_of_all_kinds_become_plain_ones():
         top_p=Fraction(1, 2),
         seed=np.int32(-4),
     )
-    assert got == Sampling(10**12, 0.5, 3, 0.5, -4)
-    assert [type(value) for value in vars(got).values()] == [int, float, int, float, int]
+    assert got == Sampling(10**12, 0.5, 3, 0.5, 0.0, 1.0, -4)
+    assert [type(value) for value in vars(got).values()] == [int, float, int, float, float, float, int]
     assert read(max_new_tokens=10**5000, top_k=10**5000, temperature=1).temperature == 1.0
     assert read(temperature=0).seed is None, "greedy draws nothing"
     assert read(seed=2**64 - 1).seed == 2**64 - 1 and read(seed=-(2**63)).seed == -(2**63)
@@ -96,10 +97,11 @@ def test_numbers_of_all_kinds_become_plain_ones():
 def test_any_positive_temperature_gives_a_distribution(temperature):
     logits = torch.tensor([[3e38, -3e38, 1.0, 3e38], [1.0, 2.0, 3.0, -1e-30], [0.0, 0.0, 0.0, 0.0]])
     for settings in ({}, {"top_k": 2}, {"top_k": 10**5000}, {"top_p": 1e-320}, {"top_k": 3, "top_p": 0.5}):
-        p = token_probabilities(logits, temperature=temperature, **settings)
+        p = token_probabilities(logits, RowSettings.of([read(temperature=temperature, **settings)], vocab_size=4))
         assert p.isfinite().all() and (p.sum(dim=-1) - 1).abs().max() < 1e-12
     if temperature < 1e-100:
-        assert token_probabilities(logits, temperature=temperature)[:2].tolist() == [[0.5, 0, 0, 0.5], [0, 0, 1, 0]]
+        one = RowSettings.of([read(temperature=temperature)], vocab_size=4)
+        assert token_probabilities(logits, one)[:2].tolist() == [[0.5, 0, 0, 0.5], [0, 0, 1, 0]]
 
 
 def test_the_seed_of_a_prompt_depends_on_its_tokens_and_its_copies_alone():

@@ -1,13 +1,12 @@
 """How a token is chosen inside transformers' continuous batching: as `Bundle.generate` chooses it.
 
 Their engine draws all sequences of a batch from one generator, so that a sequence's tokens depend on its neighbors. This is one
-of their per-request logits processors: it draws each token itself, from the sequence's own generator, and leaves the engine
+of their per-request logits processors: it chooses the tokens of all rows (`pldr_model.next_token`) and leaves the engine
 scores with one finite number, whose argmax is that token. It sees the logits first, so log-probabilities come from here, too.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -15,7 +14,10 @@ from torch import Tensor
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
 from pipeline.inference.serve.engine import DecodeRequest, Token
-from pldr_model.sampling import token_probabilities
+from pldr_model.next_token import RowSettings, choose
+from pldr_model.sampling import Sampling
+
+GREEDY = Sampling(1)
 
 
 class Draw:
@@ -25,19 +27,12 @@ class Draw:
         self.request = request
         self.tokens: list[Token] = []
         self.failed = False  # its logits were NaN or infinite; it gets no more tokens
-        self._generator: torch.Generator | None = None
-
-    @property
-    def generator(self) -> torch.Generator:
-        """Its own; on the CPU, so that every device draws the same."""
-        if self._generator is None:
-            self._generator = torch.Generator().manual_seed(self.request.seed)
-        return self._generator
+        self.sampling = request.sampling()
 
     def again(self) -> Draw:
         """To go on where this one failed. Another object: a pass that has begun may still hold this one."""
         draw = Draw(self.request)
-        draw.tokens, draw._generator = list(self.tokens), self._generator
+        draw.tokens = list(self.tokens)
         return draw
 
 
@@ -72,33 +67,33 @@ class Choose(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]  # transf
 
     def _choose(self, scores: Tensor) -> Tensor:
         """The tokens of `_rows`, which get them."""
-        chosen_B = scores.argmax(dim=-1)
+        device, draws = scores.device, self._rows
+        settings = RowSettings.of(
+            [GREEDY if draw is None else draw.sampling for draw in draws], vocab_size=scores.shape[-1], device=device
+        )
+        chosen_B = choose(
+            scores,
+            settings,
+            seed_B=torch.tensor([0 if draw is None else draw.request.seed for draw in draws], device=device),
+            number_B=torch.tensor([0 if draw is None else len(draw.tokens) for draw in draws], device=device),
+            seen_BV=self._seen(scores) if settings.penalizes else None,
+        )
         finite_B = scores.isfinite().all(dim=-1).tolist()
-        rows = list(zip(self._rows, finite_B, strict=True))
-        live = [(i, draw) for i, (draw, finite) in enumerate(rows) if draw is not None and finite and not draw.failed]
-        for index, drawn in self._drawn(scores, live).items():
-            chosen_B[index] = drawn
-        for (draw, finite), token in zip(rows, self._tokens(scores, chosen_B.tolist()), strict=True):
+        tokens = self._tokens(scores, chosen_B.tolist())
+        for draw, finite, token in zip(draws, finite_B, tokens, strict=True):
             if draw is not None:
                 draw.failed |= not finite
                 if not draw.failed:
                     draw.tokens.append(token)
         return chosen_B
 
-    def _drawn(self, scores: Tensor, live: list[tuple[int, Draw]]) -> dict[int, int]:
-        """The rows that sample, by row. Those of the same settings are sorted together."""
-        groups: dict[tuple[float, int, float], list[tuple[int, Draw]]] = defaultdict(list)
-        for index, draw in live:
-            request = draw.request
-            if request.temperature > 0:
-                groups[request.temperature, request.top_k, request.top_p].append((index, draw))
-        drawn = {}
-        for (temperature, top_k, top_p), members in groups.items():
-            logits_BV = scores[[index for index, _ in members]].cpu()
-            p_BV = token_probabilities(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p)
-            for (index, draw), p_V in zip(members, p_BV, strict=True):
-                drawn[index] = int(p_V.multinomial(1, generator=draw.generator))
-        return drawn
+    def _seen(self, scores: Tensor) -> Tensor:
+        """The tokens of each prompt and the new ones, where a repetition penalty asks for them."""
+        seen_BV = torch.zeros_like(scores, dtype=torch.bool)
+        for seen_V, draw in zip(seen_BV, self._rows, strict=True):
+            if draw is not None and draw.request.repetition_penalty != 1:
+                seen_V[draw.request.ids + [token.id for token in draw.tokens]] = True
+        return seen_BV
 
     def _tokens(self, scores: Tensor, chosen: list[int]) -> list[Token]:
         """The chosen tokens, with log-probabilities where they were asked for."""

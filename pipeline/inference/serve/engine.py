@@ -6,13 +6,16 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
+from pldr_model.sampling import Sampling
+
 
 @dataclass(frozen=True)
 class DecodeRequest:
     """One sequence to decode. The server has checked all of it: ids, settings, and that it fits the context.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 disable those. seed: of this very sequence; its tokens depend on nothing else.
-    num_top: how many of the best tokens to name at each position; None for no log-probabilities at all.
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 disable those. seed: of this very sequence; its
+    tokens depend on nothing else. num_top: how many of the best tokens to name at each position; None for no
+    log-probabilities at all.
     """
 
     ids: list[int]
@@ -20,8 +23,22 @@ class DecodeRequest:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
     num_top: int | None = None
+
+    def sampling(self) -> Sampling:
+        """What `pldr_model.next_token` chooses by."""
+        return Sampling(
+            self.max_tokens,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.repetition_penalty,
+            self.seed,
+        )
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 Each prompt is answered with the G_LM that the metric learner deduces from it, which decoding then keeps, like keys and values.
 Decisions. One sequence decodes at a time, and others wait: this is a reference to compare with, not a way to serve. Tokens are
-drawn as every engine here draws them (`pldr_model.sampling`, one CPU generator for each sequence), so that the same seed gives
-both models the same draws and a difference is the models'. Log-probabilities of a prompt (`score`) are those of one pass with
-G_LM of the complete prompt: it has seen the tokens that it predicts.
+chosen as `Bundle.generate` chooses them (`pldr_model.next_token`), so that the same seed gives both models the same draws and a
+difference is the models'. Log-probabilities of a prompt (`score`) are those of one pass with G_LM of the complete prompt: it
+has seen the tokens that it predicts.
 
 Shapes: S tokens, V vocabulary.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.inference.serve.engine import DecodeRequest, EngineError, EngineLoad, Token
 from pldr_model.model import PLDRModel
-from pldr_model.sampling import token_probabilities
+from pldr_model.next_token import RowSettings, choose
 
 LIVE = ":live"  # how the id of a live model ends
 Result = TypeVar("Result")
@@ -103,21 +103,22 @@ class _Sequence:
         capacity = len(request.ids) + request.max_tokens - 1  # the last new token is chosen and never read
         self._cache = model.new_cache(batch_size=1, capacity=max(capacity, len(request.ids)))
         self._unread = request.ids
-        self._generator = torch.Generator().manual_seed(request.seed)
+        V = model.config.vocab_size
+        self._settings = RowSettings.of([request.sampling()], vocab_size=V)
+        self._seed_1, self._number = torch.tensor([request.seed]), 0
+        self._seen_1V = torch.zeros(1, V, dtype=torch.bool)
 
     @torch.inference_mode()
     def next(self) -> Token:
         """Read what has not been read, and choose a token."""
         logits_V = self._model.extend(torch.tensor([self._unread]), self._cache)[0]
         _require_finite(logits_V)
-        r = self._request
-        if r.temperature == 0:
-            chosen = int(logits_V.argmax())
-        else:
-            p_1V = token_probabilities(logits_V[None], temperature=r.temperature, top_k=r.top_k, top_p=r.top_p)
-            chosen = int(p_1V[0].multinomial(1, generator=self._generator))
-        self._unread = [chosen]
-        return _token(chosen, logits_V, r.num_top)
+        self._seen_1V[:, self._unread] = True
+        number_1 = torch.tensor([self._number])
+        token_1 = choose(logits_V[None], self._settings, seed_B=self._seed_1, number_B=number_1, seen_BV=self._seen_1V)
+        chosen = int(token_1)
+        self._unread, self._number = [chosen], self._number + 1
+        return _token(chosen, logits_V, self._request.num_top)
 
 
 @torch.inference_mode()
