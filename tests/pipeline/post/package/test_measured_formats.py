@@ -20,7 +20,9 @@ from tests.helpers.bundles import measured
 Make = Callable[..., Path]
 
 
-@pytest.mark.parametrize(("weight_format", "dtype", "share"), [("bf16", "BF16", 0.6), ("int8", "I8", 0.45)])
+@pytest.mark.parametrize(
+    ("weight_format", "dtype", "share"), [("bf16", "BF16", 0.6), ("int8", "I8", 0.45), ("int4", "U8", 0.4)]
+)
 def test_a_bundle_in_a_smaller_format_is_certified_with_its_measured_cost(
     make_bundle: Make, invariant: PLDRModel, text: torch.Tensor, weight_format: str, dtype: str, share: float
 ) -> None:
