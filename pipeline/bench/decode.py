@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from pipeline.bench.decode_contenders import FULL, LOW_RANK, TWIN, Block, Caches, Contender, make_contenders
+from pipeline.bench.blocks import Block, Caches, Contender
+from pipeline.bench.decode_contenders import FULL, LOW_RANK, TWIN, make_contenders
 from pipeline.bench.decode_loop import sampling_cost, speculation
 from pipeline.bench.decode_table import table
 from pipeline.bench.rounds import Memory, Timed, Work, in_rounds, machine, speed_ratio

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-Work = Callable[[], float | None]  # returns the seconds that count, or None: all that it took
+Work = Callable[[], object]  # a float that it returns are the seconds that count; else all that it took do
 PASSES = 5  # over a buffer, for a bandwidth: the fastest counts
 
 
@@ -40,7 +40,7 @@ def in_rounds(works: Mapping[str, Work], rounds: int, device: torch.device) -> d
             started, cpu_started = time.perf_counter(), time.process_time()
             own = works[name]()
             wait(device)
-            times[name].seconds.append(time.perf_counter() - started if own is None else own)
+            times[name].seconds.append(own if isinstance(own, float) else time.perf_counter() - started)
             times[name].cpu.append(time.process_time() - cpu_started)
     return times
 
@@ -57,12 +57,13 @@ def wait(device: torch.device) -> None:
 
 
 class Memory:
-    """A buffer of `nbytes`, to find how fast the threads in force move memory. Calling it reads the buffer once, by the faster of
-    a sum and a product of a matrix and a vector, which is what decoding does."""
+    """A buffer of `nbytes`, to find how fast the threads in force move memory. Calling it reads the buffer once, by the faster
+    of a sum and a product of a matrix and a vector, which is what decoding does."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.device = device
         self._source = torch.randn(max(1, nbytes // 4 // 1024), 1024, device=device)
+        self._target = torch.empty_like(self._source)
         self._vector = torch.randn(1024, device=device)
         self.nbytes = self._source.nbytes
         self._read = min((self._sum, self._product), key=self._fastest)
@@ -70,14 +71,13 @@ class Memory:
     def __call__(self) -> None:
         self._read()
 
+    def copy(self) -> None:
+        """Copy the buffer once."""
+        self._target.copy_(self._source)
+
     def copy_bandwidth(self) -> float:
         """Bytes a second of a copy: those read and those written."""
-        target = torch.empty_like(self._source)
-
-        def copy() -> None:
-            target.copy_(self._source)
-
-        return 2 * self.nbytes / self._fastest(copy)
+        return 2 * self.nbytes / self._fastest(self.copy)
 
     def read_bandwidth(self) -> float:
         """Bytes a second of reading."""
