@@ -100,7 +100,7 @@ class Decoder:
         g = [None] * config.num_layers if g_lm is None else self.prepare_g(g_lm)
         self._layers = [self._layer(weights, f"layers.{index}", g[index]) for index in range(config.num_layers)]
         self._shapes = [LayerShape((KeyGroup(H, K),), H, K)] * config.num_layers
-        cos, sin = rope_tables(config.context_length, K, base=config.rope_base, dtype=self.dtype, device=self.device)
+        cos, sin = rope_tables(config, config.context_length, dtype=self.dtype, device=self.device)
         self._rotation_TP = torch.complex(cos, sin)
         self._wide = cos.dtype == self.dtype
         self._seen, self._hidden = torch.tensor([0.0, -torch.inf], dtype=self.dtype, device=self.device)

@@ -58,7 +58,7 @@ def read_export(folder: str | Path) -> ExportParts:
 def _differ(one: ModelConfig, other: ModelConfig) -> bool:
     """Whether two configurations are of different mathematics, whatever they record beside it."""
     keys = ("vocab_size", "num_layers", "num_heads", "head_dim", "context_length", "feed_forward_size", "rope_base",
-            "rope_style", "layer_norm_eps", "g_source", "pad_id", "eos_id")  # fmt: skip
+            "rope_style", "rope_scaling", "layer_norm_eps", "g_source", "pad_id", "eos_id")  # fmt: skip
     return any(getattr(one, key) != getattr(other, key) for key in keys)
 
 

@@ -24,6 +24,8 @@ def hf_config(config: ModelConfig, *, uncertified: str | None, dtype: str) -> An
     """The `PldrConfig` of a model with a constant G (g_source `file`) or a metric learner (`learned`)."""
     from pipeline.inference.hf.configuration_pldr import PldrConfig
 
+    if config.rope_scaling is not None:
+        raise UserError("model.rope_scaling: the export has no scaled rotary positions; export a model without it")
     K = config.head_dim
     learned = config.g_source == "learned"
     sizes = {key: getattr(config, key) for key in ("A_dff", "num_reslayerA", "num_denseA")} if learned else {}

@@ -75,6 +75,7 @@ def configurations(repository):
 def of_stage_160ea30(config, name):
     """As `Line._inputs` of 160ea30 and, for shard, `stage_inputs` built it."""
     tree = config.as_dict()
+    model = {key: value for key, value in tree["model"].items() if key != "rope_scaling"}
     return {
         "shard": {key: value for key, value in tree["data"].items() if key not in NOT_IN_RESULT},
         "tokenizer": {**tree["tokenizer"], "vocab_size": tree["model"]["vocab_size"]},
@@ -83,7 +84,7 @@ def of_stage_160ea30(config, name):
             "context_length": tree["model"]["context_length"],
         },
         "train": {
-            **{k: tree[k] for k in ("model", "seed")},
+            **{"model": model, "seed": tree["seed"]},
             "train": {k: v for k, v in tree["train"].items() if k not in (*ADDED, "evaluate")},
         },
         "consolidate": {},
@@ -91,7 +92,7 @@ def of_stage_160ea30(config, name):
         "validate": {
             k: v for k, v in tree["post"].items() if k not in (*OF_BUNDLE, *ADDED_TO_POST, "sample_prompt", "ranks")
         }
-        | {"model": tree["model"]},
+        | {"model": model},
         "bundle": {k: tree["post"][k] for k in OF_BUNDLE} | {"tracking": tree["tracking"]},
     }[name]
 
@@ -107,6 +108,15 @@ def test_what_decides_a_stages_output_is_what_it_was(repository, stage):
         ours, theirs = keys.of_stage(config, stage), of_stage_160ea30(config, stage)
         assert ours == theirs
         assert storage.sha256_json(ours) == storage.sha256_json(theirs)
+
+
+def test_scaled_positions_are_another_model(repository):
+    [config, *_] = configurations(repository)
+    scaled = config.model_copy(update={"model": replace(config.model, rope_scaling={"type": "linear", "factor": 2})})
+    for stage in ("shard", "tokenizer", "tokenize", "train", "consolidate", "extract", "validate", "bundle"):
+        same = keys.of_stage(config, stage) == keys.of_stage(scaled, stage)
+        assert same is (stage not in ("train", "validate")), stage
+    assert keys.added_defaults()["model.rope_scaling"] is None
 
 
 def test_every_flat_key_resumes_as_it_did(repository):
