@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from pipeline.bench.blocks import Contender
-from pipeline.bundle.formats import SCALE, pack
+from pipeline.bundle.formats import StoredWeights, pack
 from pipeline.config.post import WeightFormat
 from pldr_model.config import ModelConfig
 from pldr_model.decode.decoder import Decoder
-from pldr_model.decode.linear import Matrix
 from pldr_model.model import PLDRModel, g_shape
 
 TWIN, FULL, LIVE, LOW_RANK = "sdpa", "bundle", "live", "low_rank"
-FORMATS: tuple[WeightFormat, ...] = ("bf16", "int8")
+FORMATS: tuple[WeightFormat, ...] = ("bf16", "int8", "int4")
 
 
 def make_contenders(config: ModelConfig, key_rank: int, context_length: int) -> dict[str, Contender]:
@@ -27,25 +27,24 @@ def make_contenders(config: ModelConfig, key_rank: int, context_length: int) -> 
     found = {TWIN: Contender.of(twin, weights), FULL: Contender.of(constant, weights, g_lm)}
     if config.g_source == "learned":
         found[LIVE] = replace(found[TWIN], decoder=Decoder(twin, weights, deduce=_no_prompt))
+    ranks = torch.full((config.num_layers, config.num_heads), key_rank)
+    found[LOW_RANK] = Contender.of(constant, weights, g_lm, ranks)
     for name in FORMATS:
-        found[name] = Contender.of(constant, packed(weights, name), g_lm)
+        found[name] = packed(constant, weights, g_lm, name)
     return found
 
 
-def packed(weights: Mapping[str, torch.Tensor], weight_format: WeightFormat) -> dict[str, Matrix | torch.Tensor]:
-    """A state dict with its matrices in a format that a bundle is stored in."""
+def packed(config: ModelConfig, weights: Mapping[str, Tensor], g_lm: Tensor, weight_format: WeightFormat) -> Contender:
+    """What a bundle of this format is opened as."""
     stored = pack(weights, weight_format)
-    found: dict[str, Matrix | torch.Tensor] = {}
-    for name, tensor in stored.items():
-        bias = stored.get(f"{name.removesuffix('weight')}bias")
-        if tensor.dtype == torch.int8:
-            found[name] = Matrix.int8(tensor, stored[name + SCALE], bias)
-        elif tensor.dtype == torch.bfloat16:
-            found[name] = Matrix.bf16(tensor, bias)
-        elif not name.endswith(SCALE):
-            found[name] = tensor
-    return found
+    sizes = {name: tensor.nbytes for name, tensor in stored.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    return Contender(
+        Decoder(config, StoredWeights(stored, shapes, weight_format), g_lm),
+        weight_bytes=sum(sizes.values()) + g_lm.nbytes,
+        embedding_bytes=sum(size for name, size in sizes.items() if name.startswith("embedding.")),
+    )
 
 
-def _no_prompt(ids_1S: torch.Tensor) -> torch.Tensor:
+def _no_prompt(ids_1S: Tensor) -> Tensor:
     raise AssertionError("no prompt is read")
