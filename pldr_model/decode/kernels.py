@@ -1,0 +1,177 @@
+"""Products with packed weights on a CPU, each one kernel for any number of rows.
+
+Decision. What a step costs at batch 1 is the bytes of its weights, so they are multiplied as they are stored, and the sums are
+fp32: nothing but the weights is rounded in bf16 and int8, and one kernel for one row and for many gives a row the same numbers
+in any batch.
+
+| stored | kernel | activations |
+|---|---|---|
+| bf16 | fbgemm's fp16 weights (`quantized.linear_dynamic_fp16`): the same from 8e-6 up, below it off by 3e-8 at most | fp32 |
+| int8 | oneDNN (`onednn.qlinear_pointwise`: VNNI, AMX), exact int32 sums | 16 bits of a row's largest, as two rows of bytes |
+| int4 | `aten::_weight_int4pack_mm_for_cpu` | bf16, and so is the result |
+
+Where the machine lacks a kernel, or it fails a trial of a few numbers, the weight is unpacked.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pldr_model.decode.linear import GROUP, Int4, Int8, Matrix, Product, Rounded
+
+CHUNK = 256  # rows of x at a time: int8's sums take twice the result
+STEPS = 32512  # of a row's largest activation: 127 * 256, so that both bytes stand for -128..127
+OFFSET = 32896.5  # 128 * 257, which makes both bytes positive, and a half, which makes truncation rounding
+FP16_MAX = torch.finfo(torch.float16).max
+ROWS = 16  # int4's kernel takes a multiple of them
+
+
+def prepare(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Product:
+    """The product to decode with in this dtype: packed if this machine has a kernel for it, else the matrix itself or (fp32 on
+    a CPU without the kernel) its unpacked numbers. The matrix may be dropped then."""
+    if isinstance(matrix, Rounded | Int8 | Int4) and dtype == torch.float32 and _device(matrix).type == "cpu":
+        usable = _works(type(matrix)) and not (isinstance(matrix, Rounded) and matrix.values_RC.abs().max() > FP16_MAX)
+        return KERNELS[type(matrix)](matrix) if usable else Matrix.fp(matrix.dense(), matrix.bias)
+    return matrix
+
+
+class Fp16Product(Product):
+    """bf16 weights, as fp16."""
+
+    def __init__(self, matrix: Rounded) -> None:
+        self._shape = matrix.shape
+        self._packed = torch.ops.quantized.linear_prepack_fp16(matrix.values_RC.float(), matrix.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+        return y
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._shape
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self._shape[0] * self._shape[1] + 4 * self._shape[0]
+
+
+class Int8Product(Product):
+    """int8 weights.
+
+    A row x of activations is `m / STEPS * (256 h + l)` with m its largest and h, l in -128..127: h and l are two rows of bytes
+    for the kernel. A row of zeros gives garbage bytes, times m = 0; one with NaN or infinity gives no finite number.
+    """
+
+    def __init__(self, matrix: Int8) -> None:
+        self._shape = matrix.shape
+        self._packed = torch.ops.onednn.qlinear_prepack(matrix.values_RC, None)
+        self._scale_R = matrix.scale_R.float()
+        self._zero_R = torch.zeros(self._shape[0], dtype=torch.int64)
+        self._bias_R = torch.zeros(self._shape[0]) if matrix.bias is None else matrix.bias
+        self._offset = torch.tensor(OFFSET)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        R, C = self._shape
+        x_NC = x.reshape(-1, C)
+        if len(x_NC) <= CHUNK:
+            return self._product(x_NC).view(*x.shape[:-1], R)
+        parts = (x_NC[start : start + CHUNK] for start in range(0, len(x_NC), CHUNK))
+        return torch.cat([self._product(part) for part in parts]).view(*x.shape[:-1], R)
+
+    def _product(self, x_NC: Tensor) -> Tensor:
+        N, C = x_NC.shape
+        largest_N1 = torch.linalg.vector_norm(x_NC, torch.inf, dim=-1, keepdim=True)
+        whole_NC = torch.addcdiv(self._offset, x_NC, largest_N1, value=STEPS).int()
+        bytes_2NC = whole_NC.view(torch.uint8).view(N, C, 4)[..., :2].permute(2, 0, 1).reshape(2 * N, C)
+        y_2NR = torch.ops.onednn.qlinear_pointwise.default(
+            bytes_2NC,
+            1.0,
+            128,
+            self._packed,
+            self._scale_R,
+            self._zero_R,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        y_NR = y_2NR[:N].add_(y_2NR[N:], alpha=256)
+        return torch.addcmul(self._bias_R, y_NR, largest_N1, value=1 / STEPS)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._shape
+
+    @property
+    def nbytes(self) -> int:
+        return self._shape[0] * (self._shape[1] + 16)
+
+
+class Int4Product(Product):
+    """int4 weights. The kernel reads a multiple of 16 rows and whole groups of columns: what lacks is added here."""
+
+    def __init__(self, matrix: Int4) -> None:
+        self._shape = matrix.shape
+        integers_RC = F.pad(matrix.integers(slice(None)).int(), (0, 0, 0, -self._shape[0] % ROWS))
+        scale_RG = F.pad(matrix.scale_RG, (0, 0, 0, -self._shape[0] % ROWS))
+        self._missing = integers_RC.shape[1] - self._shape[1]
+        self._packed = torch._convert_weight_to_int4pack_for_cpu(integers_RC, 1)
+        self._scale_GR2 = torch.stack((scale_RG, torch.zeros_like(scale_RG)), dim=-1).transpose(0, 1).contiguous()
+        self._bias_R = torch.zeros(self._shape[0]) if matrix.bias is None else matrix.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        R, C = self._shape
+        x_NC = x.reshape(-1, C).bfloat16()
+        if self._missing:
+            x_NC = F.pad(x_NC, (0, self._missing))
+        y_NR = torch._weight_int4pack_mm_for_cpu(x_NC, self._packed, GROUP, self._scale_GR2)
+        return torch.add(y_NR[:, :R], self._bias_R).view(*x.shape[:-1], R)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._shape
+
+    @property
+    def nbytes(self) -> int:
+        return self._packed.nbytes + self._scale_GR2.nbytes + self._bias_R.nbytes
+
+
+KERNELS: dict[type[Matrix], Callable[..., Product]] = {Rounded: Fp16Product, Int8: Int8Product, Int4: Int4Product}
+
+
+@functools.cache
+def _works(kind: type[Matrix]) -> bool:
+    """Whether this machine has the kernel, and it multiplies the largest numbers right: without VNNI the sums of int8 may
+    saturate."""
+    generator = torch.Generator().manual_seed(0)
+    x_NC = torch.ones(3, 72).index_fill_(0, torch.tensor([1]), -1.0)
+    x_NC[2] = torch.randn(72, generator=generator)
+    bias_R = torch.randn(20, generator=generator)
+    matrix: Matrix
+    if kind is Int8:
+        matrix = Matrix.int8(torch.full((20, 72), 127, dtype=torch.int8), torch.rand(20, generator=generator), bias_R)
+    elif kind is Int4:
+        values_RP = torch.randint(256, (20, 48), generator=generator, dtype=torch.uint8)
+        matrix = Matrix.int4(values_RP, torch.rand(20, 3, generator=generator).bfloat16(), 72, bias_R)
+    else:
+        matrix = Matrix.bf16(torch.randn(20, 72, generator=generator).bfloat16(), bias_R)
+    try:
+        y_NR = KERNELS[kind](matrix)(x_NC)
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
+    expected_NR = matrix(x_NC.double())
+    tolerance = 2e-2 if kind is Int4 else 1e-4
+    return bool((y_NR - expected_NR).abs().max() <= tolerance * expected_NR.abs().max())
+
+
+def _device(matrix: Rounded | Int8 | Int4) -> torch.device:
+    tensor = matrix.values_RP if isinstance(matrix, Int4) else matrix.values_RC
+    return tensor.device
