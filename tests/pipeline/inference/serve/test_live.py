@@ -133,7 +133,7 @@ def test_stopping_ends_what_is_being_decoded(model: PLDRModel) -> None:
 
 
 def test_what_torch_raises_is_one_line_of_the_engine(model: PLDRModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of\nmemory")
 
     monkeypatch.setattr(Decoder, "prefill", fail)
