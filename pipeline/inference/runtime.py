@@ -45,8 +45,8 @@ class NotFiniteRows(UserError):
 class Bundle:
     """A loaded model, ready to use: a bundle, and just as well an export or a run (`open_model`).
 
-    `certificate`, `certified`, `config`, `tokenizer` and `model` are public and read-only. A live one computes G_LM anew from the
-    complete text for each token, without any cache: the control that a cached G_LM is compared with.
+    `certificate`, `certified`, `config`, `tokenizer` and `model` are public and read-only. A live one computes G_LM anew from
+    the complete text for each token, without any cache: the control that a cached G_LM is compared with.
     """
 
     def __init__(self, opened: OpenModel) -> None:

@@ -67,7 +67,8 @@ def test_generating_and_scoring_makes_no_fp32_matrix(
     assert sorted(fp32_matrices(least)) == sorted(before)
     unpacked = Bundle(replace(model.opened, held=model.opened.model))  # what was there to be made
     assert len(fp32_matrices(least)) > len(before)
-    assert unpacked.score("the quick", [" brown fox"])[0].logprob == pytest.approx(scored[0].logprob, abs=2e-2)
+    near = 1e-2 if weight_format == "int4" else 1e-4  # its kernel rounds activations
+    assert unpacked.score("the quick", [" brown fox"])[0].logprob == pytest.approx(scored[0].logprob, rel=near)
     assert weight_format == "int4" or unpacked.generate(["the quick", "brown"], max_new_tokens=5) == completions
 
 
