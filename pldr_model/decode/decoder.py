@@ -103,7 +103,10 @@ class Decoder:
         g = [None] * config.num_layers if g_lm is None else self.prepare_g(g_lm)
         low_rank: list[LowRankKeys | None] = [None] * config.num_layers
         if key_ranks is not None:
-            low_rank = [LowRankKeys.of(own, ranks) for own, ranks in zip(g, key_ranks.cpu(), strict=True)]
+            assert g_lm is not None, "the identity is of full rank"
+            low_rank = [
+                LowRankKeys.of(own, ranks) for own, ranks in zip(self.prepare_g(g_lm), key_ranks.cpu(), strict=True)
+            ]
         self._layers = [
             self._layer(weights, f"layers.{index}", g[index], low_rank[index]) for index in range(config.num_layers)
         ]
