@@ -55,7 +55,7 @@ class KVCache:
         self.v_LBHTK = torch.zeros(shape, dtype=dtype, device=device)
         self.g_lm = g_lm
         self.lengths = [0] * batch_size
-        self.rope = rope_tables(capacity, config.head_dim, base=config.rope_base, dtype=dtype, device=device)
+        self.rope = rope_tables(config, capacity, dtype=dtype, device=device)
 
     @property
     def capacity(self) -> int:

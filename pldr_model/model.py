@@ -260,9 +260,7 @@ class PLDRModel(nn.Module):
             positions_BS = torch.arange(num_positions, device=ids_BS.device).expand_as(ids_BS)
             mask = attention_mask(positions_BS, num_positions, padding_BT=padding_BS)
         x_BSD = self._embed(ids_BS)
-        rope = rope_tables(
-            num_positions, config.head_dim, base=config.rope_base, dtype=x_BSD.dtype, device=x_BSD.device
-        )
+        rope = rope_tables(config, num_positions, dtype=x_BSD.dtype, device=x_BSD.device)
         return x_BSD, RopeTables(rope.cos.unsqueeze(1), rope.sin.unsqueeze(1)), mask
 
     def _g_in_force(self, given: Tensor | None, batch_size: int) -> Tensor | None:

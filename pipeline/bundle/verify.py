@@ -92,7 +92,7 @@ def read_config(path: Path, manifest: dict[str, Any], record: dict[str, Any]) ->
         raise UserError(
             f"{file}: g_source {config.g_source!r}, but the G_LM of a bundle comes from a file; make the bundle again"
         )
-    data_bytes = BYTES[weight_format] * config.num_parameters()["total"]
+    data_bytes = round(BYTES[weight_format] * config.num_parameters()["total"])
     if manifest["files"]["model.safetensors"]["size"] < data_bytes:  # before the shapes of a huge model are computed
         raise UserError(
             f"{file}: describes a model of {data_bytes} bytes, but the weights are smaller; make the bundle again"

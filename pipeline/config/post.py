@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from pipeline.config.section import Kind, Section, kinds
 from pldr_model.config import ModelConfig
 
-WeightFormat = Literal["fp32", "bf16", "int8"]
+WeightFormat = Literal["fp32", "bf16", "int8", "int4"]
 KindName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,40}$")]
 MAX_FORMAT_LOSS = 0.1  # nats; weights that cost more are another model
 MAX_KEY_LOSS = 0.1  # nats; the same of low-rank keys
@@ -123,9 +123,9 @@ class PostConfig(Section):
     min_top1_agreement: float = at_least(
         0.999, "share of tokens with the same first choice, cached against full recomputation", ge=0.9, le=1
     )
-    weight_format: WeightFormat = packaging("fp32", "of the bundle's matrices; bf16 and int8: docs/bundle.md")
+    weight_format: WeightFormat = packaging("fp32", "of the bundle's matrices; bf16, int8, int4: docs/bundle.md")
     max_format_loss: float = packaging(
-        0.01, "nats, |held-out loss of bf16 or int8 weights - of fp32|", ge=0, le=MAX_FORMAT_LOSS
+        0.01, "nats, |held-out loss of bf16, int8 or int4 weights - of fp32|", ge=0, le=MAX_FORMAT_LOSS
     )
     key_rank: KeyRankConfig | None = packaging_added(
         None, "low-rank keys: a smaller KV-cache; null: every key keeps its head_dim numbers"

@@ -113,7 +113,7 @@ def _low_rank_keys(
 ) -> dict[str, Any]:
     """The certificate's section `key_rank`: the ranks that `post.key_rank` asks for, chosen on one half of the held-out
     sequences and measured on the other, both with the weights that the bundle stores."""
-    from pipeline.bundle.format import certified_files
+    from pipeline.bundle.format import certified_files, state_shapes
     from pipeline.bundle.formats import unpack
     from pipeline.devices import has_gpu
     from pipeline.post.measure.prompts import held_out_text
@@ -124,7 +124,8 @@ def _low_rank_keys(
     stored = to_constant_g(model, g_lm).eval()
     sha256 = certified_files(model, g_lm)["model.safetensors"]
     if packed is not None:
-        stored.load_state_dict({**stored.state_dict(), **unpack(packed.tensors)})
+        shapes = {name: shape for name, shape in state_shapes(stored.config).items() if name != "g_lm"}
+        stored.load_state_dict({**stored.state_dict(), **unpack(packed.tensors, shapes, config.post.weight_format)})
         sha256 = packed.section["sha256"]
     if has_gpu():
         stored.cuda()

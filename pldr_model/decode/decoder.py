@@ -103,16 +103,14 @@ class Decoder:
         g = [None] * config.num_layers if g_lm is None else self.prepare_g(g_lm)
         low_rank: list[LowRankKeys | None] = [None] * config.num_layers
         if key_ranks is not None:
-            assert g_lm is not None, "the identity is of full rank"
-            low_rank = [
-                LowRankKeys.of(own, ranks) for own, ranks in zip(self.prepare_g(g_lm), key_ranks.cpu(), strict=True)
-            ]
+            assert g_lm is not None, "the identity has no low rank"
+            low_rank = [LowRankKeys.of(own, r) for own, r in zip(self.prepare_g(g_lm), key_ranks.cpu(), strict=True)]
         self._layers = [
             self._layer(weights, f"layers.{index}", g[index], low_rank[index]) for index in range(config.num_layers)
         ]
         full = (KeyGroup(H, K),)
         self._shapes = [LayerShape(keys.groups if keys else full, H, K) for keys in low_rank]
-        cos, sin = rope_tables(config.context_length, K, base=config.rope_base, dtype=self.dtype, device=self.device)
+        cos, sin = rope_tables(config, config.context_length, dtype=self.dtype, device=self.device)
         self._rotation_TP = torch.complex(cos, sin)
         self._wide = cos.dtype == self.dtype
         self._seen, self._hidden = torch.tensor([0.0, -torch.inf], dtype=self.dtype, device=self.device)

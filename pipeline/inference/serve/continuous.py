@@ -181,7 +181,7 @@ def cache_config(model: Any, opened: OpenModel, max_sequences: int) -> Any:
     mask."""
     from transformers import ContinuousBatchingConfig
 
-    config, sizes = opened.model.config, model.config
+    config, sizes = opened.config, model.config
     itemsize = model.dtype.itemsize
     head = sizes.num_attention_heads * sizes.head_dim * itemsize
     batch_tokens = max(BATCH_TOKENS, max_sequences)
