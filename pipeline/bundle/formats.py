@@ -1,28 +1,30 @@
-"""How a bundle's weights are stored: fp32, bf16, or int8 with a scale for each output channel.
+"""How a bundle's weights are stored: fp32, bf16, int8 with a scale for each output channel, or int4 with one for 32 numbers.
 
 Decisions. Only matrices are packed: biases, norms and G_LM are under a hundredth of the bytes and stay fp32. int8 is symmetric
 and weight-only: row i of a matrix [out, in] is stored as round(127 w / max|w|) with the fp32 scale max|w| / 127 of that row
-(a row of the embedding is a token's vector), ties to even, so that equal weights give equal bytes. Readers unpack to fp32: a
-smaller file, not a faster model. pipeline/post/package/measured_formats.py measures what packing costs; the certificate
-carries that as its section `weight_format`.
+(a row of the embedding is a token's vector), ties to even, so that equal weights give equal bytes. int4 (int4.py) is for the
+layers' matrices; embedding and output layer, where it costs most, stay int8. Packed weights are computed with as they are
+(pldr_model/decode/kernels.py). pipeline/post/package/measured_formats.py measures what that costs; the certificate carries that
+as its section `weight_format`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from pipeline.bundle.int4 import quantize
 from pipeline.config.post import WeightFormat
 from pipeline.errors import UserError
+from pldr_model.decode.linear import GROUP, Matrix
 
 SECTION = "weight_format"  # of the certificate; absent for fp32
-BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a matrix's entry
+BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}  # of a matrix's entry, at least
 FORMATS = get_args(WeightFormat)
 SCALE = ".scale"
-DTYPE = {"fp32": "F32", "bf16": "BF16", "int8": "I8"}
 
 
 class Packed(NamedTuple):
@@ -32,38 +34,93 @@ class Packed(NamedTuple):
     section: dict[str, Any]
 
 
+def format_of(name: str, ndim: int, weight_format: WeightFormat) -> WeightFormat:
+    """How the tensor of this name is stored in a bundle of this format."""
+    if ndim != 2:
+        return "fp32"
+    return "int8" if weight_format == "int4" and not name.startswith("layers.") else weight_format
+
+
 def pack(weights: Mapping[str, Tensor], weight_format: WeightFormat) -> dict[str, Tensor]:
-    """fp32 weights in the format to store: bf16 or int8 matrices, the latter with `NAME.scale` [out]."""
+    """fp32 weights in the format to store; of int8 and int4 matrices there is `NAME.scale` as well."""
     packed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        if tensor.ndim != 2 or weight_format == "fp32":
-            packed[name] = tensor.float()
-        elif weight_format == "bf16":
-            packed[name] = tensor.bfloat16()
-        else:
-            scale = tensor.float().abs().amax(dim=1) / 127
-            steps = (tensor.float() / scale[:, None]).round().clamp(-127, 127)
-            packed[name] = torch.where(scale[:, None] > 0, steps, 0.0).to(torch.int8)  # a row of zeros has no scale
-            packed[name + SCALE] = scale
+        match format_of(name, tensor.ndim, weight_format):
+            case "fp32":
+                packed[name] = tensor.float()
+            case "bf16":
+                packed[name] = tensor.bfloat16()
+            case "int8":
+                scale = tensor.float().abs().amax(dim=1) / 127
+                steps = (tensor.float() / scale[:, None]).round().clamp(-127, 127)
+                packed[name] = torch.where(scale[:, None] > 0, steps, 0.0).to(torch.int8)  # a row of zeros has no scale
+                packed[name + SCALE] = scale
+            case "int4":
+                packed[name], packed[name + SCALE] = quantize(tensor)
     return packed
-
-
-def unpack(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Packed weights back to fp32, which a model computes with."""
-    weights = {name: tensor.float() for name, tensor in packed.items() if not name.endswith(SCALE)}
-    for name, scale in packed.items():
-        if name.endswith(SCALE):
-            weights[name.removesuffix(SCALE)] *= scale[:, None]
-    return weights
 
 
 def packed_shapes(
     shapes: Mapping[str, tuple[int, ...]], weight_format: WeightFormat
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shapes and dtypes (as safetensors names them) of the tensors that `pack` makes of weights of these shapes."""
-    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
-    scales = {name + SCALE: shapes[name][:1] for name in matrices} if weight_format == "int8" else {}
-    return {**shapes, **scales}, dict.fromkeys(matrices, DTYPE[weight_format])
+    packed, dtypes = dict(shapes), {}
+    for name, shape in shapes.items():
+        match format_of(name, len(shape), weight_format):
+            case "bf16":
+                dtypes[name] = "BF16"
+            case "int8":
+                packed[name + SCALE], dtypes[name] = shape[:1], "I8"
+            case "int4":
+                groups = -(-shape[1] // GROUP)
+                packed[name], dtypes[name] = (shape[0], groups * GROUP // 2), "U8"
+                packed[name + SCALE], dtypes[name + SCALE] = (shape[0], groups), "BF16"
+    return packed, dtypes
+
+
+class StoredWeights(Mapping[str, Matrix | Tensor]):
+    """Packed weights as a decoder takes them. Each matrix is handed over once: by then it is out of `packed`, so that a decoder
+    that keeps it in another storage never holds two of all.
+
+    shapes: of the fp32 weights.
+    """
+
+    def __init__(
+        self, packed: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]], weight_format: WeightFormat
+    ) -> None:
+        self._packed, self._shapes, self._weight_format = packed, shapes, weight_format
+
+    def __getitem__(self, name: str) -> Matrix | Tensor:
+        stored = format_of(name, len(self._shapes[name]), self._weight_format)
+        if stored == "fp32":
+            return self._packed[name]
+        values, bias = self._packed.pop(name), self._packed.get(name.removesuffix("weight") + "bias")
+        if stored == "bf16":
+            return Matrix.bf16(values, bias)
+        scale = self._packed.pop(name + SCALE)
+        return (
+            Matrix.int8(values, scale, bias)
+            if stored == "int8"
+            else Matrix.int4(values, scale, self._shapes[name][1], bias)
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes and name in self._packed
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._shapes if name in self._packed)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def unpack(
+    packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], weight_format: WeightFormat
+) -> dict[str, Tensor]:
+    """Packed weights back to fp32. shapes: of the fp32 weights."""
+    stored = StoredWeights(dict(packed), shapes, weight_format)
+    weights = {name: stored[name] for name in shapes}
+    return {name: weight.dense() if isinstance(weight, Matrix) else weight for name, weight in weights.items()}
 
 
 def check_section(section: Any, *, weight_format: str, sha256: str, where: str) -> bool:

@@ -52,7 +52,7 @@ class Bundle:
         self.opened = opened
         self.live = opened.live is not None
         self.model = opened.live if opened.live is not None else opened.model
-        self.config, self.tokenizer = opened.model.config, opened.tokenizer
+        self.config, self.tokenizer = opened.config, opened.tokenizer
         self.certificate, self.certified, self.generation = opened.certificate, opened.certified, opened.generation
         # Bytes for the rows that are computed together; None: what `pldr_model.generation.memory_budget` says.
         self.memory: int | None = None

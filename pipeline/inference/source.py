@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.bundle.certificate.schema import read_certificate
 from pipeline.bundle.extracted import load_g
-from pipeline.bundle.format import WithoutInit, certified_files, generation_config
-from pipeline.bundle.read import read_bundle
+from pipeline.bundle.format import certified_files, generation_config
+from pipeline.bundle.read import constant_model, read_bundle
 from pipeline.bundle.verify import check_tokenizer
 from pipeline.bundle.weights import load_weights
 from pipeline.config.load import load_config
@@ -25,7 +24,6 @@ from pipeline.errors import ConfigError, UserError
 from pipeline.inference.opened import Kind, OpenModel
 from pipeline.io.storage import MANIFEST, read_json, sha256_json
 from pipeline.tokenizer import Tokenizer
-from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, to_constant_g
 
 CERTIFICATE = "certificate.json"
@@ -77,19 +75,32 @@ def _kind_of(path: Path) -> Kind:
 
 def _open_bundle(path: Path, *, live: bool) -> OpenModel:
     parts = read_bundle(path)
+    sha256 = parts.manifest["bundle_sha256"]
+    packed = parts.weight_format != "fp32"
     return OpenModel(
         kind="bundle",
         path=path,
         name=_name_of(path),
-        model=_constant(parts.config, parts.weights, parts.g_lm),
+        config=parts.config,
+        held=parts.packed_decoder() if packed else parts.model(),
+        unpack=(lambda: _unpacked(path, sha256)) if packed else None,
         g_lm=parts.g_lm,
+        key_ranks=parts.key_ranks,
         live=parts.live_model() if live else None,
         tokenizer=parts.tokenizer,
         certificate=parts.certificate,
         certified=parts.manifest["certified"],
-        sha256=parts.manifest["bundle_sha256"],
+        sha256=sha256,
         generation=parts.generation,
     )
+
+
+def _unpacked(path: Path, sha256: str) -> PLDRModel:
+    """The model of a bundle that was opened packed, read once more: its packed weights are not kept twice."""
+    parts = read_bundle(path)
+    if parts.manifest["bundle_sha256"] != sha256:
+        raise UserError(f"{path}: has been replaced since it was opened; open it again")
+    return parts.model()
 
 
 def _open_export(path: Path) -> OpenModel:
@@ -103,7 +114,8 @@ def _open_export(path: Path) -> OpenModel:
         kind="hf",
         path=path,
         name=_name_of(path),
-        model=_constant(parts.config, parts.weights, parts.weights["g_lm"]),
+        config=parts.config,
+        held=constant_model(parts.config, parts.weights, parts.weights["g_lm"]),
         g_lm=parts.weights["g_lm"],
         live=None,
         tokenizer=parts.tokenizer,
@@ -113,14 +125,6 @@ def _open_export(path: Path) -> OpenModel:
         generation=generation_config(parts.config, parts.tokenizer),
         rounded=dtype != "fp32" or parts.manifest.get("rounded", False) is not False,
     )
-
-
-def _constant(config: ModelConfig, weights: dict[str, Tensor], g_lm: Tensor) -> PLDRModel:
-    """The model with these weights, which it shares and does not copy."""
-    with torch.device("meta"), WithoutInit():
-        model = PLDRModel(config, g_lm_LHKK=g_lm)
-    model.load_state_dict({**weights, "g_lm": g_lm}, assign=True)
-    return model.eval().requires_grad_(False)
 
 
 def _open_run(path: Path, overrides: list[str], *, live: bool | None) -> OpenModel:
@@ -153,7 +157,8 @@ def open_weights(config: RunConfig, paths: RunPaths, path: Path, *, live: bool |
         kind="run",
         path=path,
         name=config.name,
-        model=model,
+        config=model.config,
+        held=model,
         g_lm=extracted.g_lm,
         live=whole if learned and live is not False else None,
         tokenizer=tokenizer,

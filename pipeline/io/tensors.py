@@ -80,7 +80,8 @@ def load_tensors(
 ) -> dict[str, Tensor]:
     """Tensors with exactly these names and shapes, all finite; fp32 unless `dtypes` says otherwise.
 
-    dtypes: name -> safetensors' name of a dtype. Raises UserError naming the file and the tensor; nothing is allocated before
+    dtypes: name -> safetensors' name of a dtype; these tensors are copies, each with memory that ends with it, while the others
+    are views of the file. Raises UserError naming the file and the tensor; nothing is allocated before
     names, dtypes and shapes match.
     """
     header = read_header(path)
@@ -96,13 +97,22 @@ def load_tensors(
             raise UserError(f"{path}: {name} is not part of this model; the file belongs to another model")
     try:
         with safe_open(path, framework="pt") as stream:
-            tensors: dict[str, Tensor] = {name: stream.get_tensor(name) for name in expected}
+            tensors: dict[str, Tensor] = {
+                name: _copied(path, name) if dtypes and name in dtypes else stream.get_tensor(name) for name in expected
+            }
     except SafetensorError as error:  # stricter than we are about the header's JSON
         raise UserError(f"{path}: its safetensors header is damaged ({error}); make the file again") from None
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds NaN or infinity; training diverged: take an earlier checkpoint")
     return tensors
+
+
+def _copied(path: Path, name: str) -> Tensor:
+    """A tensor whose memory is its own: those read from one opening of a file keep all of it mapped."""
+    with safe_open(path, framework="pt") as stream:
+        tensor: Tensor = stream.get_tensor(name)
+        return tensor.clone()
 
 
 def usual_mode(file: Path) -> None:

@@ -1,7 +1,7 @@
 """Decoder: a model's weights, prepared for reading tokens on top of a KV cache.
 
-At small sizes a step is bound by Python and launches, at large ones by reading weights; so a layer here is a row of plain tensor
-functions on weights that may stay packed (`Matrix`), and G costs one of them.
+At small sizes a step is bound by Python and launches, at large ones by reading weights; so a layer here is a row of plain
+tensor functions on weights that may stay packed (`Matrix`), and G costs one of them.
 Decisions. RoPE turns pairs of numbers, so queries and keys are seen as complex numbers and multiplied once, in place; for
 `half`, whose pairs are K/2 apart, the rows of W_q and W_k (and G) are permuted at preparation so that pairs lie together. G is
 applied to the query, one [K,K] product a head; for G = identity it is left out. sqrt(D) of the embedding is folded into the
@@ -25,6 +25,7 @@ from pldr_model.config import ModelConfig
 from pldr_model.decode.cache import KeyGroup, KVCache, LayerMemory, LayerShape
 from pldr_model.decode.kernels import prepare
 from pldr_model.decode.linear import Matrix, Product
+from pldr_model.decode.low_rank_keys import LowRankKeys
 from pldr_model.layers import rope_tables
 from pldr_model.model import PLDRModel, g_shape
 
@@ -46,7 +47,8 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of a decoder layer; `g` [H,K,K] is its constant G, None for the identity (or one that prompts bring)."""
+    """The weights of a decoder layer; `g` [H,K,K] is its constant G, None for the identity (or one that prompts bring).
+    low_rank: how it attends over low-rank keys; then qkv has its order of heads."""
 
     qkv: Product
     output: Product
@@ -55,6 +57,7 @@ class Layer:
     down: Product
     feed_forward_norm: Norm
     g: Tensor | None
+    low_rank: LowRankKeys | None
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Decoder:
     """Reads tokens on top of those in a cache.
 
     weights: a model's state dict; a `Matrix` in the place of NAME.weight brings its bias along. g_lm: the constant G [L,H,K,K];
-    None: identity, or, with `deduce` (ids [1,S] -> [L,1,H,K,K]), the G of each prompt.
+    None: identity, or, with `deduce` (ids [1,S] -> [L,1,H,K,K]), the G of each prompt. key_ranks [L,H]: how many numbers of a
+    key its cache holds; G is then of these ranks (low_rank.py).
     """
 
     def __init__(
@@ -86,7 +90,6 @@ class Decoder:
         *,
         deduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        assert key_ranks is None, "not yet"
         self.config, self.deduce = config, deduce
         norm = _tensor(weights, "embedding_norm.weight")
         self.device, self.dtype = norm.device, norm.dtype
@@ -98,8 +101,15 @@ class Decoder:
         self._embedding_norm = _norm(weights, "embedding_norm", config.layer_norm_eps / config.d_model)
         self._output = prepare(_matrix(weights, "output"), self.dtype)
         g = [None] * config.num_layers if g_lm is None else self.prepare_g(g_lm)
-        self._layers = [self._layer(weights, f"layers.{index}", g[index]) for index in range(config.num_layers)]
-        self._shapes = [LayerShape((KeyGroup(H, K),), H, K)] * config.num_layers
+        low_rank: list[LowRankKeys | None] = [None] * config.num_layers
+        if key_ranks is not None:
+            assert g_lm is not None, "the identity has no low rank"
+            low_rank = [LowRankKeys.of(own, r) for own, r in zip(self.prepare_g(g_lm), key_ranks.cpu(), strict=True)]
+        self._layers = [
+            self._layer(weights, f"layers.{index}", g[index], low_rank[index]) for index in range(config.num_layers)
+        ]
+        full = (KeyGroup(H, K),)
+        self._shapes = [LayerShape(keys.groups if keys else full, H, K) for keys in low_rank]
         cos, sin = rope_tables(config, config.context_length, dtype=self.dtype, device=self.device)
         self._rotation_TP = torch.complex(cos, sin)
         self._wide = cos.dtype == self.dtype
@@ -122,11 +132,15 @@ class Decoder:
             own = own[..., self._pairs_K, :][..., self._pairs_K]
         return list(own.unbind(0))
 
-    def new_cache(self, *, batch_size: int, capacity: int, g_lm: Tensor | None = None) -> KVCache:
+    def new_cache(
+        self, *, batch_size: int, capacity: int, g_lm: Tensor | None = None, scratch: bool = False
+    ) -> KVCache:
         """An empty cache. `g_lm` [L,H,K,K] or [L,B,H,K,K] is the G to decode with, in place of the decoder's own. One that each
-        prompt brings is written by `prefill`."""
+        prompt brings comes with `KVCache.write_row`. scratch: for a single pass."""
         g = None
         if g_lm is not None:
+            if any(layer.low_rank for layer in self._layers):
+                raise ValueError("g_lm: this decoder's keys have few numbers, by the ranks of its own G")
             L, *rest = g_shape(self.config)
             if tuple(g_lm.shape) not in ((L, *rest), (L, batch_size, *rest)):
                 raise ValueError(
@@ -137,8 +151,19 @@ class Decoder:
             L, *rest = g_shape(self.config)
             g = [torch.zeros(batch_size, *rest, dtype=self.dtype, device=self.device) for _ in range(L)]
         return KVCache(
-            self._shapes, batch_size=batch_size, capacity=capacity, dtype=self.dtype, device=self.device, g=g
+            self._shapes,
+            batch_size=batch_size,
+            capacity=capacity,
+            dtype=self.dtype,
+            device=self.device,
+            g=g,
+            scratch=scratch,
         )
+
+    def hidden(self, ids_BS: Tensor, *, g_lm: Tensor | None = None) -> Tensor:
+        """What `logits` takes, [B,S,D], of whole sequences; nothing is kept. `g_lm` as in `new_cache`."""
+        B, S = ids_BS.shape
+        return self.read(ids_BS, self.new_cache(batch_size=B, capacity=S, g_lm=g_lm, scratch=True))
 
     @torch.inference_mode()
     def prefill(
@@ -155,7 +180,7 @@ class Decoder:
         if g_lm is None and self.deduce is not None:
             g_lm = self.deduce(ids_1S)
         cache = self.new_cache(batch_size=1, capacity=capacity or ids_1S.shape[1], g_lm=g_lm)
-        for piece_1S in ids_1S.split(chunk, dim=1):
+        for piece_1S in torch.split(ids_1S, chunk, dim=1):
             hidden_1SD = self.read(piece_1S, cache)
         return cache, self.logits(hidden_1SD[:, -1])
 
@@ -223,18 +248,20 @@ class Decoder:
         layer: Layer,
         x_ND: Tensor,
         memory: LayerMemory,
-        attended: tuple[tuple[Tensor, ...], Tensor],
+        attended: tuple[list[Tensor], Tensor],
         g: Tensor | None,
         where: Pass,
     ) -> Tensor:
         """The heads' values, side by side: [N,D] -> [N,D]."""
         B, S, H, K = where.rows, where.tokens, self.config.num_heads, self.config.head_dim
         qkv_NW = self._rotate(layer.qkv(x_ND), where)
+        if layer.low_rank is not None:
+            return layer.low_rank.attend(qkv_NW, memory, attended, where)
         q_NHK, kv_NHK = qkv_NW.view(-1, 3 * H, K).split_with_sizes((H, 2 * H), 1)
         memory.flat[0].index_copy_(0, where.place[2 * H], kv_NHK.reshape(-1, K))
         if g is not None and g.ndim == 3:
             q_NHK = torch.bmm(q_NHK.transpose(0, 1), g).transpose(0, 1)
-        q_BHSK = q_NHK.unsqueeze(2) if S == 1 else q_NHK.unflatten(0, (B, S)).transpose(1, 2)
+        q_BHSK = q_NHK.unsqueeze(2) if S == 1 else q_NHK.view(B, S, H, K).transpose(1, 2)
         if g is not None and g.ndim == 4:
             q_BHSK = q_BHSK @ g
         (keys,), values = attended
@@ -252,14 +279,15 @@ class Decoder:
             qk_NW.copy_(qk_NW.float().view(complex_dtype).mul_(where.rotation_ND).view(torch.float32))
         return qkv_NW
 
-    def _layer(self, weights: Weights, name: str, g: Tensor | None) -> Layer:
+    def _layer(self, weights: Weights, name: str, g: Tensor | None, low_rank: LowRankKeys | None) -> Layer:
         config = self.config
         qkv = _matrix(weights, f"{name}.attention.qkv")
-        if config.rope_style == "half":
-            D, K = config.d_model, config.head_dim
-            rows = torch.arange(3 * D, device=self.device)
-            rows[: 2 * D] = (rows[: 2 * D : K].unsqueeze(1) + self._pairs_K).view(-1)
-            qkv = qkv.permuted(rows)
+        if config.rope_style == "half" or low_rank is not None:
+            H, K = config.num_heads, config.head_dim
+            heads_3H = torch.arange(3 * H, device=self.device) if low_rank is None else low_rank.heads_3H
+            rows_3HK = heads_3H.unsqueeze(1) * K + torch.arange(K, device=self.device)
+            rows_3HK[: 2 * H] = rows_3HK[: 2 * H, self._pairs_K]
+            qkv = qkv.permuted(rows_3HK.flatten())
         eps = config.layer_norm_eps
         return Layer(
             prepare(qkv, self.dtype),
@@ -269,6 +297,7 @@ class Decoder:
             prepare(_matrix(weights, f"{name}.feed_forward.w3"), self.dtype),
             _norm(weights, f"{name}.feed_forward_norm", eps),
             g,
+            low_rank,
         )
 
 

@@ -154,9 +154,9 @@ class Files(Part):
 
 
 class SmallerWeights(Part):
-    """What a bundle's bf16 or int8 weights cost on held-out text. Losses and KL in nats per token."""
+    """What a bundle's bf16, int8 or int4 weights cost on held-out text. Losses and KL in nats per token."""
 
-    format: Literal["bf16", "int8"]
+    format: Literal["bf16", "int8", "int4"]
     sha256: Sha256
     bytes: int
     bytes_fp32: int

@@ -118,7 +118,7 @@ def _head(opened: OpenModel, limit: int | None) -> Tree:
             "name": opened.name,
             "sha256": opened.sha256,
             "parameters": sum(parameter.numel() for parameter in opened.model.parameters()),
-            "context_length": opened.model.config.context_length,
+            "context_length": opened.config.context_length,
         },
         "certified": opened.certified,
         "no_live": None if opened.live is not None else _why_not_live(opened),
@@ -135,7 +135,7 @@ def _head(opened: OpenModel, limit: int | None) -> Tree:
 def _why_not_live(opened: OpenModel) -> str:
     """Why there is no live score."""
     if opened.kind == "run":
-        return f"G_LM of this model is no function of its input (model.g_source: {opened.model.config.g_source})"
+        return f"G_LM of this model is no function of its input (model.g_source: {opened.config.g_source})"
     return (
         f"this {'bundle' if opened.kind == 'bundle' else 'export'} holds no metric learner; evaluate the run's YAML, or a "
         "bundle made with --with-metric-learner"
@@ -169,7 +169,7 @@ class _Task:
         lm = ScoringLM(
             score,
             self._opened.tokenizer,
-            context_length=self._opened.model.config.context_length,
+            context_length=self._opened.config.context_length,
             answers=answers,
             progress=progress,
         )
@@ -188,7 +188,7 @@ class _Task:
         self._left_out = len(samples) - len(self._samples)
         if not self._samples:
             raise UserError(
-                f"every item has an answer longer than the model's context of {self._opened.model.config.context_length}"
+                f"every item has an answer longer than the model's context of {self._opened.config.context_length}"
             )
         metrics = {
             metric: [plain(sample[metric]) for sample in self._samples] for metric in self._samples[0]["metrics"]

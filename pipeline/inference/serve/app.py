@@ -46,7 +46,7 @@ class Server:
         sentinel: Sentinel | None = None,
     ) -> None:
         self.opened, self.models, self.load, self.metrics = opened, Models(engines), Load(limits), Metrics()
-        config = opened.model.config
+        config = opened.config
         self.prompts = Prompts(
             opened.tokenizer,
             context_length=config.context_length,
@@ -133,7 +133,7 @@ class Server:
         return JSONResponse(self._card(name))
 
     def _card(self, name: str) -> dict[str, Any]:
-        config, about = self.opened.model.config, self.describe()
+        config, about = self.opened.config, self.describe()
         live = name == self.models.default + LIVE
         return {
             "id": name,

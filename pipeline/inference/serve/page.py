@@ -94,7 +94,7 @@ def facts(opened: OpenModel, engines: Mapping[str, Engine]) -> dict[str, Any]:
     """What the page shows of a model, as plain values and words."""
     name = next(iter(engines))
     live = name + LIVE if name + LIVE in engines else None
-    config, certificate = opened.model.config, opened.certificate
+    config, certificate = opened.config, opened.certificate
     deviation = None if certificate is None else certificate["measures"]["deviations"].get("fp32", {}).get("G_LM")
     maps = head_maps(opened.g_lm, deviation and deviation["per_head"])
     heads = [head for layer in maps for head in layer["heads"]]

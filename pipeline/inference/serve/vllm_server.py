@@ -69,7 +69,7 @@ class VllmEngine:
     def _spawn(self, export: Path) -> subprocess.Popen[bytes]:
         import torch
 
-        config = self._opened.model.config
+        config = self._opened.config
         on_cpu = not torch.cuda.is_available()
         command = [
             *(str(self._python), "-m", "vllm.entrypoints.openai.api_server"),

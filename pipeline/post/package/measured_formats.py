@@ -1,6 +1,8 @@
 """What a smaller weight format costs on held-out text.
 
 Measured with the cached G_LM, against the fp32 weights that the certificate is about, and bounded by `post.max_format_loss`.
+The packed weights are computed with as a reader of the bundle does, by the decoder and its kernels: what those round (of int4
+the activations, to bf16) is part of the cost.
 
 Shapes: N sequences or tokens, R tokens of a slice, T = S+1 tokens of a sequence, B batch, V vocabulary.
 """
@@ -14,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.bundle.format import bundle_tensors
-from pipeline.bundle.formats import Packed, pack, unpack
+from pipeline.bundle.formats import Packed, StoredWeights, pack
 from pipeline.config.post import WeightFormat
 from pipeline.io.tensors import sha256_tensors
 from pipeline.post.measure.observe import batches, slice_rows
 from pipeline.post.measure.prompts import PromptKind, held_out_text, sha256_kinds
+from pldr_model.decode.decoder import Decoder
 from pldr_model.model import PLDRModel, to_constant_g
 
 
@@ -39,8 +42,9 @@ def pack_measured(
     assert weight_format != "fp32", "fp32 weights are what the certificate is about; there is nothing to pack"
     original = bundle_tensors(model)
     packed = pack(original, weight_format)
-    fp32, small = (to_constant_g(model, g_LHKK).eval() for _ in range(2))
-    small.load_state_dict({**small.state_dict(), **unpack(packed)})
+    fp32 = to_constant_g(model, g_LHKK).eval()
+    shapes = {name: tuple(tensor.shape) for name, tensor in original.items()}
+    small = Decoder(fp32.config, StoredWeights(dict(packed), shapes, weight_format), g_LHKK)
     text_NT, _ = held_out_text(sequences_NT, model.config, limit=max_prompts)
     # Rounded before it is judged, so that a reader comes to the same verdict.
     measured = {k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in _compare(fp32, small, text_NT).items()}
@@ -60,15 +64,18 @@ def pack_measured(
 
 
 @torch.inference_mode()
-def _compare(fp32: PLDRModel, small: PLDRModel, text_NT: Tensor) -> dict[str, float]:
+def _compare(fp32: PLDRModel, small: Decoder, text_NT: Tensor) -> dict[str, float]:
     """Losses in nats per token, their difference, KL(fp32 || small) in nats per token, and top-1 agreement."""
     sums = dict.fromkeys(("loss_fp32", "loss", "kl", "same"), 0.0)
     rows = slice_rows(fp32.config.vocab_size)
     for ids_BT in batches(text_NT, fp32):
         targets_N = ids_BT[:, 1:].flatten()
-        logits = [model(ids_BT[:, :-1], padded=False).flatten(0, 1) for model in (fp32, small)]
+        cache = small.new_cache(batch_size=len(ids_BT), capacity=ids_BT.shape[1] - 1)
+        hidden = fp32.hidden(ids_BT[:, :-1], padded=False), small.read(ids_BT[:, :-1], cache)
         for start in range(0, len(targets_N), rows):
-            log_p_RV, log_q_RV = (x_NV[start : start + rows].double().log_softmax(-1) for x_NV in logits)
+            part, small_part = (hidden_BSD.flatten(0, 1)[start : start + rows] for hidden_BSD in hidden)
+            logits = fp32.output(part), small.logits(small_part)
+            log_p_RV, log_q_RV = (x_RV.double().log_softmax(-1) for x_RV in logits)
             targets_R = targets_N[start : start + rows]
             sums["loss_fp32"] += F.nll_loss(log_p_RV, targets_R, reduction="sum").item()
             sums["loss"] += F.nll_loss(log_q_RV, targets_R, reduction="sum").item()

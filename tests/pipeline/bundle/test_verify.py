@@ -204,7 +204,7 @@ def test_the_section_has_to_be_about_these_weights(make_bundle: Make, invariant:
     edit(bundle / "certificate.json", weight_format=section)
     reseal(bundle)
     for weight_format, message in (
-        ("int4", "not one of fp32, bf16, int8"),
+        ("int2", "not one of fp32, bf16, int8, int4"),
         ("fp32", "a different model.safetensors|smaller"),
     ):
         edit(bundle / "config.json", weight_format=weight_format)

@@ -33,7 +33,8 @@ ADDED = (
     "decay_shape",
 )  # since; in a digest only with another value than the default
 ADDED_TO_POST = ("effect_prompts", "order_parameter", "prove", "extra_prompts", "max_relative_deviation_g_fp32",
-                 "max_query_deviation", "max_worst_row_deviation", "with_metric_learner")  # fmt: skip
+                 "max_query_deviation", "max_worst_row_deviation", "with_metric_learner", "key_rank",
+                 "max_key_loss")  # fmt: skip
 NOT_IN_RESULT = ("workers", "of", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
 RECIPE = (
     *(

@@ -119,7 +119,7 @@ def test_a_certified_bundle_is_written_checked_and_marked(written: Path, opened:
 def test_it_comes_back_bit_for_bit(written: Path, opened: OpenModel, tmp_path: Path) -> None:
     parts = read_export(written)
     state = opened.model.state_dict()
-    assert parts.config == opened.model.config and parts.tokenizer.sha256 == opened.tokenizer.sha256
+    assert parts.config == opened.config and parts.tokenizer.sha256 == opened.tokenizer.sha256
     assert parts.weights.keys() == state.keys() and all(torch.equal(parts.weights[name], state[name]) for name in state)
     assert main(["import", "hf", str(written), str(tmp_path / "folder")]) == 0
     model, source = load_weights(tmp_path / "folder")
