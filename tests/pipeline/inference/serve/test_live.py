@@ -45,7 +45,16 @@ async def all_of(engine: LiveEngine, **settings: Any) -> list[Token]:
     return [token for step in [step async for step in engine.decode(DecodeRequest(**settings))] for token in step]
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.1, "top_k": 20, "top_p": 0.9}, {"temperature": 0.7}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 1.1, "top_k": 20, "top_p": 0.9},
+        {"temperature": 0.7},
+        {"repetition_penalty": 1.8},
+        {"temperature": 1.5, "min_p": 0.1, "repetition_penalty": 1.3},
+    ],
+)
 def test_it_decodes_what_generate_does_with_the_prompts_own_G(model: PLDRModel, settings: dict[str, Any]) -> None:
     expected = generate(model, [PROMPT], max_new_tokens=12, seed=4, eos_id=3, **settings)[0]
     (seed,) = seeds_of([PROMPT], 4)
