@@ -63,5 +63,8 @@ def _verify(arguments: Any, report: Report) -> Result:
     report(
         f"{arguments.bundle}: {result['files']} files, every byte as in its manifest; the certificate is of these files"
     )
-    report(f"{state}, G_LM {result['tier']}, weights {result['weight_format']}, sha256 {result['bundle_sha256']}")
+    numbers = result["numbers_per_key"]
+    keys = "" if numbers is None else f"keys of {numbers:.3g} numbers on average, "
+    weights = f"weights {result['weight_format']}"
+    report(f"{state}, G_LM {result['tier']}, {weights}, {keys}sha256 {result['bundle_sha256']}")
     return result

@@ -90,6 +90,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.freeze_g: model.g_source {self.model.g_source!r} has no learned G to freeze; remove it"
             )
+        if self.post.key_rank is not None and (wrong := self.post.key_rank.unfit(self.model)):
+            raise ValueError(f"post.key_rank.ranks: {wrong}")
         return self
 
     def trained_model(self, *, frozen: bool) -> ModelConfig:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline.bundle.read import read_bundle, verify_bundle
 from pipeline.errors import UserError
@@ -25,23 +24,20 @@ Make = Callable[..., Path]
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 8}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def scaled() -> PLDRModel:
+    """The `invariant` model at other positions: with the same weights and the same G, which depends on no input."""
     return make_model(config=replace(CONFIG, rope_scaling=YARN))
 
 
-@pytest.fixture(scope="module")
-def scaled_text(scaled: PLDRModel) -> torch.Tensor:
-    return sample_text(scaled)
+@pytest.mark.slow
+def test_a_certificate_names_the_scaling(scaled: PLDRModel) -> None:
+    found = certify(scaled, sample_text(scaled))
+    assert found["verdict"] == "certified" and found["model"]["rope_scaling"] == YARN
 
 
-@pytest.fixture(scope="module")
-def of_scaled(scaled: PLDRModel, scaled_text: torch.Tensor) -> dict[str, Any]:
-    return certify(scaled, scaled_text)
-
-
-def test_a_bundle_carries_the_scaling(make_bundle: Make, scaled: PLDRModel, of_scaled: dict[str, Any]) -> None:
-    assert of_scaled["verdict"] == "certified" and of_scaled["model"]["rope_scaling"] == YARN
+def test_a_bundle_carries_the_scaling(make_bundle: Make, scaled: PLDRModel, certificate: dict[str, Any]) -> None:
+    of_scaled = {**certificate, "model": {**certificate["model"], "rope_scaling": YARN}}
     bundle = make_bundle(model=scaled, certificate=of_scaled)
     record = json.loads((bundle / "config.json").read_text())
     assert record["model"]["rope_scaling"] == YARN and verify_bundle(bundle)["certified"] is True

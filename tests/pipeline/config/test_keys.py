@@ -26,12 +26,29 @@ MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.w
 FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
 RECORDED = ("seed", "data.", "tokens.", "tokenizer.", "model.", "train.")
 OF_BUNDLE = ("weight_format", "max_format_loss", "register_as")
-ADDED = ("schedule", "decay_share", "decay_shape")  # since; in a digest only with another value than the default
+ADDED = (
+    "init_from",
+    "schedule",
+    "decay_share",
+    "decay_shape",
+)  # since; in a digest only with another value than the default
 ADDED_TO_POST = ("effect_prompts", "order_parameter", "prove", "extra_prompts", "max_relative_deviation_g_fp32",
-                 "max_query_deviation", "max_worst_row_deviation", "with_metric_learner")  # fmt: skip
+                 "max_query_deviation", "max_worst_row_deviation", "with_metric_learner", "key_rank",
+                 "max_key_loss")  # fmt: skip
 NOT_IN_RESULT = ("workers", "of", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
 RECIPE = (
-    *("steps", "global_batch", "max_lr", "warmup_steps", *ADDED, "min_lr_ratio", "betas", "eps", "weight_decay"),
+    *(
+        "init_from",
+        "steps",
+        "global_batch",
+        "max_lr",
+        "warmup_steps",
+        *ADDED[1:],
+        "min_lr_ratio",
+        "betas",
+        "eps",
+        "weight_decay",
+    ),
     *("metric_weight_decay", "clip_by", "clip", "precision", "freeze_g"),
 )
 
