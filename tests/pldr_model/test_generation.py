@@ -1,14 +1,13 @@
 """Generation: caches against full passes, batches against single prompts, sampling by its definition."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pldr_model.cache import KVCache
 from pldr_model.config import ModelConfig
+from pldr_model.decode.cache import KVCache
+from pldr_model.decode.decoder import Decoder
 from pldr_model.generation import NotFiniteError, generate
 from pldr_model.model import PLDRModel
 
@@ -59,25 +58,6 @@ def test_without_cache_g_follows_the_sequence(model):
         live = argmax_by_full_passes(model, prompt, 30, None)
     assert generate(model, [prompt], max_new_tokens=30, use_cache=False) == [live]
     assert generate(model, [prompt], max_new_tokens=30) != [live]
-
-
-@pytest.mark.parametrize("g_source", ["identity", "random"])
-def test_cached_logits_of_rows_of_different_lengths_equal_the_full_pass(g_source):
-    model = PLDRModel(replace(CONFIG, g_source=g_source)).double()
-    rows = [torch.randint(0, 61, (1, length)) for length in (12, 20, 17)]
-    starts = (3, 11, 8)
-    with torch.inference_mode():
-        cache = model.new_cache(batch_size=3, capacity=20)
-        for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
-            alone = model.new_cache(batch_size=1, capacity=start)
-            model.extend(ids[:, :start], alone)
-            cache.stack_row(row, alone)
-        for step in range(9):
-            token_B1 = torch.cat([ids[:, start + step, None] for ids, start in zip(rows, starts, strict=True)])
-            logits_BV = model.extend(token_B1, cache)
-            for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
-                full = model(ids[:, : start + step + 1], padded=False)[0, -1]
-                assert (logits_BV[row] - full).abs().max() < 1e-12
 
 
 def test_equal_copies_of_a_prompt_sample_differently_and_repeatably(model):
@@ -173,26 +153,31 @@ def test_a_row_whose_logits_are_not_finite_ends_and_the_others_go_on(model, use_
     assert caught.value.rows == {0: 1} and caught.value.new == [[60]]
 
 
-def test_rows_decode_together_as_many_as_fit_the_memory(model, monkeypatch):
-    prompts = [[i % 60 + 1] * (i % 30 + 1) for i in range(40)]
-    sizes = []
+@pytest.fixture
+def caches(monkeypatch):
+    """Rows and bytes of every cache that is made."""
+    made = []
     real = KVCache.__init__
 
-    def made(self, config, **given):
-        real(self, config, **given)
-        if given["batch_size"] > 1:  # not that of a prompt alone
-            sizes.append((given["batch_size"], 2 * self.k_LBHTK.nbytes))
+    def watched(self, shapes, **given):
+        real(self, shapes, **given)
+        made.append((given["batch_size"], given["capacity"], self.nbytes))
 
-    monkeypatch.setattr(KVCache, "__init__", made)
+    monkeypatch.setattr(KVCache, "__init__", watched)
+    return made
+
+
+def test_rows_decode_together_as_many_as_fit_the_memory(model, caches):
+    prompts = [[i % 60 + 1] * (i % 30 + 1) for i in range(40)]
     for setting in ({"max_new_tokens": 9}, {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}):
-        sizes.clear()
+        caches.clear()
         together = generate(model, prompts, **setting)
-        assert [count for count, _ in sizes] == [40]
-        sizes.clear()
+        assert caches[0][0] == 40
+        caches.clear()
         assert generate(model, prompts, memory=500_000, **setting) == together
-        assert 1 < len(sizes) < 40 and sum(count for count, _ in sizes) == 40
-        assert all(size < 500_000 for _, size in sizes)
-        assert sizes[0][0] > sizes[-1][0], "short rows share a batch, not the place that a long one needs"
+        rows = [count for count, _, _ in caches if count > 1]
+        assert 1 < rows[0] < 40 and all(2 * size < 500_000 for _, _, size in caches)
+        assert rows[0] > 1.5 * min(rows[-3:]) > 0, "short rows do not take the place that a long one needs"
     prompts = prompts[:12]
     for use_cache in (True, False):
         setting = {"max_new_tokens": 3, "use_cache": use_cache}
@@ -200,25 +185,66 @@ def test_rows_decode_together_as_many_as_fit_the_memory(model, monkeypatch):
             assert generate(model, prompts, memory=memory, **setting) == generate(model, prompts, **setting)
 
 
+prompts_that_repeat = st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=9), min_size=1, max_size=7)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    prompts=prompts_that_repeat,
+    block=st.integers(1, 20),
+    memory=st.sampled_from([1, 20_000, 40_000, None]),
+    temperature=st.sampled_from([0.0, 1.0]),
+    penalty=st.sampled_from([1.0, 1.3]),
+    eos_id=st.sampled_from([None, *range(61)]),
+)
+def test_blocks_and_slots_change_no_token(model, prompts, block, memory, temperature, penalty, eos_id):
+    """Ends by eos and by stop inside a block, places taken by the next prompt, rows that idle: every prompt gets the same."""
+    setting = {"max_new_tokens": 12, "temperature": temperature, "repetition_penalty": penalty, "seed": 7}
+    setting |= {"eos_id": eos_id, "stop": lambda _, new: sum(new) % 11 == 0}
+    expected = generate(model, prompts, **setting)
+    assert generate(model, prompts, block=block, memory=memory, **setting) == expected
+
+
+def test_a_row_that_ends_is_given_to_the_next_prompt(model, monkeypatch):
+    """Two places for five prompts: as many steps as the longer place needs, and not as the longest rows of three batches."""
+    steps = []
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, ids, cache: steps.append(len(ids)) or step(self, ids, cache))
+    ends = {0: 2, 1: 9, 2: 3, 3: 2, 4: 2}
+    memory = 2 * (61 * 16 + 2 * 8 * (2 * 2 * 2 * 8 * 10 + 2 * 2 * 8 * 8)) + 100  # logits, keys and values, G
+    new = generate(
+        model, [[5 + i] for i in range(5)], max_new_tokens=10, memory=memory, stop=lambda i, new: len(new) == ends[i]
+    )
+    assert [len(row) for row in new] == list(ends.values())
+    assert steps == [2] * 5 + [1] * 3, "8 steps for the second row; beside it 1 + 2 + 1 + 1"
+
+
 def test_the_cache_is_no_larger_than_what_is_read_and_shrinks_with_its_rows(model, monkeypatch):
     """The last token is chosen, and never read."""
     seen = []
-    extend = PLDRModel.extend
+    step = Decoder.step
 
-    def watched(self, ids_BS, cache):
-        seen.append((len(cache.lengths), cache.capacity))
-        return extend(self, ids_BS, cache)
+    def watched(self, ids_B, cache):
+        seen.append((cache.batch_size, cache.capacity))
+        return step(self, ids_B, cache)
 
-    monkeypatch.setattr(PLDRModel, "extend", watched)
+    monkeypatch.setattr(Decoder, "step", watched)
     free = generate(model, [[5, 6, 7], [9], [11, 30, 2, 8]], max_new_tokens=12)
-    assert seen == [(1, 1), (1, 3), (1, 4)] + [(3, 15)] * 11
+    assert seen == [(3, 15)] * 11
     seen.clear()
     ended = generate(model, [[5, 6, 7], [9], [11, 30, 2, 8]], max_new_tokens=12, eos_id=free[1][4])
     rows = [sum(len(new) > step + 1 for new in ended) for step in range(11)]
-    assert [count for count, _ in seen[3:]] == [count for count in rows if count]
+    assert [count for count, _ in seen] == [count for count in rows if count]
     seen.clear()
     generate(model, [[5] * 38], max_new_tokens=10**12)
-    assert seen == [(1, 38), (1, 39)]
+    assert seen == [(1, 39)]
+
+
+def test_a_decoder_generates_what_its_model_does(model):
+    setting = {"max_new_tokens": 6, "temperature": 0.7, "seed": 2}
+    assert generate(Decoder.of(model), [[5, 6], [7]], **setting) == generate(model, [[5, 6], [7]], **setting)
+    with pytest.raises(ValueError, match="use_cache: False needs the model"):
+        generate(Decoder.of(model), [[5]], max_new_tokens=2, use_cache=False)
 
 
 def test_samples_follow_the_distribution(model):
