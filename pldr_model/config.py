@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from pldr_model.rope_scaling import RopeScaling
+
 RopeStyle = Literal["interleaved", "half"]
 GSource = Literal["learned", "constant", "identity", "random", "file"]
 GStart = Literal["paper", "identity"]
@@ -71,6 +73,8 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     rope_style: RopeStyle = "interleaved"
     """`interleaved` rotates (x0,x1),(x2,x3),… (v51); `half` rotates (x0,x_{K/2}),… (v52)."""
+    rope_scaling: RopeScaling | None = None
+    """Rotary frequencies that were changed for a longer context: `{type: linear | llama3 | yarn, factor, ...}`."""
     layer_norm_eps: float = 1e-6
     """Epsilon of every LayerNorm."""
     g_source: GSource = "learned"
@@ -98,6 +102,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if isinstance(self.dag_coefficients, list):  # as JSON and YAML have it
             object.__setattr__(self, "dag_coefficients", tuple(self.dag_coefficients))
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+            object.__setattr__(self, "rope_scaling", _read_rope_scaling(self.rope_scaling))
         sizes = ["vocab_size", "num_layers", "num_heads", "head_dim", "context_length", "A_dff"]
         sizes += ["num_reslayerA", "num_denseA"] + (["d_ff"] if self.d_ff is not None else [])
         for key in sizes:
@@ -118,6 +124,8 @@ class ModelConfig:
             raise ValueError(f"g_file: only read with g_source 'file', not {self.g_source!r}; drop one of the two")
         if self.g_start != "paper" and self.g_source != "learned":
             raise ValueError(f"g_start: only read with g_source 'learned', not {self.g_source!r}; drop it")
+        if self.rope_scaling is not None and self.rope_scaling.type == "yarn" and self.rope_base <= 1:
+            raise ValueError(f"rope_base: {self.rope_base} must be over 1 for rope_scaling of type 'yarn'")
         _require_int("g_seed", self.g_seed, at_least=0)
         self._check_dag_coefficients()
         for key in ("pad_id", "unk_id", "bos_id", "eos_id"):
@@ -146,8 +154,11 @@ class ModelConfig:
         return 8 * self.d_model // 3 if self.d_ff is None else self.d_ff
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; `from_dict` reads it back to an equal configuration."""
-        return {**asdict(self), "dag_coefficients": list(self.dag_coefficients)}
+        """JSON-able form; `from_dict` reads it back to an equal configuration. `rope_scaling` is left out where there is none,
+        as in files from before the key existed."""
+        values = {**asdict(self), "dag_coefficients": list(self.dag_coefficients)}
+        del values["rope_scaling"]
+        return values if self.rope_scaling is None else {**values, "rope_scaling": self.rope_scaling.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -246,6 +257,15 @@ def frozen_g_changes(become: str) -> dict[str, Any]:
     """The fields of a ModelConfig that change when a learned G is frozen, to a `constant` or to a `parameter`."""
     source: GSource = "constant" if become == "parameter" else "file"
     return {"g_source": source, "g_start": "paper", "g_file": None, "dag_coefficients": (0.0, 0.0, 0.0)}
+
+
+def _read_rope_scaling(values: object) -> RopeScaling:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"rope_scaling: {values!r} must be null or {{type: ..., factor: ...}}")
+    try:
+        return RopeScaling.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"rope_scaling.{error}") from None
 
 
 def _require_int(key: str, value: object, *, at_least: int) -> None:

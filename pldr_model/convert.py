@@ -159,12 +159,14 @@ def _our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _key_table(config: ModelConfig) -> dict[str, list[str]]:
-    """Our key -> the reference keys whose tensors are stacked in it. Errors: ValueError for g_source `constant`."""
+    """Our key -> the reference keys whose tensors are stacked in it. Errors: ValueError for what the reference lacks."""
     if config.g_source == "constant":
         raise ValueError(
             "g_source: the reference has no trained constant G; its weights would be exported without it. Extract G_LM and "
             "hand it to the reference as an external G"
         )
+    if config.rope_scaling is not None:
+        raise ValueError("rope_scaling: the reference has none; its model would have other positions")
     table: dict[str, list[str]] = {"embedding.weight": ["decoder.embedding.weight"]}
 
     def add(ours: str, *theirs: str) -> None:

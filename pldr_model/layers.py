@@ -10,13 +10,15 @@ Shapes: B batch, S sequence, N heads of any kind, K head dim.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pldr_model.config import RopeStyle
+from pldr_model.config import ModelConfig, RopeStyle
+from pldr_model.rope_scaling import RopeScaling
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -58,20 +60,59 @@ class RopeTables(NamedTuple):
     sin: Tensor
 
 
-def rope_tables(
-    num_positions: int, head_dim: int, *, base: float, dtype: torch.dtype, device: torch.device
-) -> RopeTables:
-    """Angles `position * base^(-2i/K)` for positions 0…S-1.
+def rope_tables(config: ModelConfig, num_positions: int, *, dtype: torch.dtype, device: torch.device) -> RopeTables:
+    """Angles `position * frequency` for positions 0…S-1.
 
     Computed in the model's own dtype (fp32 for bf16, which cannot count beyond 256). They are made anew for
     each pass (a few microseconds) and never stored in the module: a buffer made in fp32 and later cast would
     be silently wrong.
     """
     dtype = at_least_float32(dtype)
-    exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
     positions = torch.arange(num_positions, dtype=dtype, device=device)
-    angles = torch.outer(positions, 1.0 / base**exponents)
-    return RopeTables(angles.cos(), angles.sin())
+    angles = torch.outer(positions, rope_frequencies(config, dtype=dtype, device=device))
+    magnitude = rope_magnitude(config)
+    return RopeTables(angles.cos() * magnitude, angles.sin() * magnitude)
+
+
+def rope_frequencies(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Radians per position of each rotated pair, [K/2]: `base^(-2i/K)`, scaled as `rope_scaling` says."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device) / config.head_dim
+    frequencies = 1.0 / config.rope_base**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.type == "linear":
+        return frequencies / scaling.factor
+    kept = _kept_llama3(frequencies, scaling) if scaling.type == "llama3" else _kept_yarn(frequencies, scaling, config)
+    return frequencies / scaling.factor * (1 - kept) + frequencies * kept
+
+
+def rope_magnitude(config: ModelConfig) -> float:
+    """What rotating multiplies the norms of queries and keys by."""
+    return 1.0 if config.rope_scaling is None else config.rope_scaling.magnitude
+
+
+def _kept_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """How much of each frequency stays, 0 to 1, by how many of its waves fit into the original context."""
+    assert scaling.original_context_length and scaling.low_freq_factor and scaling.high_freq_factor
+    waves = frequencies * (scaling.original_context_length / (2 * math.pi))
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return ((waves - low) / (high - low)).clamp(0, 1)
+
+
+def _kept_yarn(frequencies: Tensor, scaling: RopeScaling, config: ModelConfig) -> Tensor:
+    """How much of each frequency stays, 0 to 1: a ramp between the pairs that turn `beta_fast` and `beta_slow` times in the
+    original context (rounded outwards to pairs)."""
+    assert scaling.original_context_length
+
+    def pair_that_turns(times: float) -> float:
+        return math.log(length / (times * 2 * math.pi)) * config.head_dim / (2 * math.log(config.rope_base))
+
+    length = scaling.original_context_length
+    first = max(math.floor(pair_that_turns(scaling.beta_fast or 32)), 0)
+    last = min(math.ceil(pair_that_turns(scaling.beta_slow or 1)), config.head_dim - 1)
+    pairs = torch.arange(len(frequencies), dtype=frequencies.dtype, device=frequencies.device)
+    return 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
 
 
 def apply_rope(x_BSNK: Tensor, tables: RopeTables, *, style: RopeStyle) -> Tensor:

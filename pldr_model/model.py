@@ -208,9 +208,7 @@ class PLDRModel(nn.Module):
         if padded or (padded is None and bool(padding_BS.any())):
             mask = _padding_mask(padding_BS)
         x_BSD = self._embed(ids_BS)
-        rope = rope_tables(
-            num_positions, config.head_dim, base=config.rope_base, dtype=x_BSD.dtype, device=x_BSD.device
-        )
+        rope = rope_tables(config, num_positions, dtype=x_BSD.dtype, device=x_BSD.device)
         return x_BSD, RopeTables(rope.cos.unsqueeze(1), rope.sin.unsqueeze(1)), mask
 
     def _g_in_force(self, given: Tensor | None, batch_size: int) -> Tensor | None:

@@ -1,5 +1,5 @@
-"""`pldr bench CONFIG | train CONFIG | validate [CONFIG] | evaluate CONFIG|BUNDLE | data | startup | serve`: how fast the model,
-training, validation, scoring, the data path, the command line and a server are."""
+"""`pldr bench CONFIG | decode CONFIG | train CONFIG | validate [CONFIG] | evaluate CONFIG|BUNDLE | data | startup | serve`: how
+fast the model, decoding, training, validation, scoring, the data path, the command line and a server are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pipeline.errors import ConfigError
 # Options that only some benchmarks have; the others refuse them.
 OPTIONS_OF = {
     "model": ("overrides", "steps", "batch"),
+    "decode": ("overrides", "batch", "prompt", "tokens", "rounds", "threads", "cached", "key_rank"),
     "train": ("overrides", "steps", "batch"),
     "validate": ("overrides", "prompts"),
     "data": ("text", "tokenizer"),
@@ -25,12 +26,13 @@ def add_bench_verb(verbs: Verbs) -> None:
     sub = verbs.add(
         "bench",
         _bench,
-        "time the model against its SDPA twin; train: DeepSpeed and saving; validate: its parts; data: tokenizing, loading; "
-        "evaluate: scoring against lm_eval; startup: pldr itself; serve: a running server",
+        "time the model against its SDPA twin; decode: cached decoding, by format, batch and cached tokens; train: DeepSpeed "
+        "and saving; validate: its parts; data: tokenizing, loading; evaluate: scoring against lm_eval; startup: pldr itself; "
+        "serve: a running server",
     )
     sub.add_argument(
         "config",
-        metavar="CONFIG|train CONFIG|validate [CONFIG]|evaluate CONFIG|BUNDLE|data|startup|serve",
+        metavar="CONFIG|decode CONFIG|train CONFIG|validate [CONFIG]|evaluate CONFIG|BUNDLE|data|startup|serve",
         help="YAML of the run, after one of the words or not (validate alone: the papers' 110M; evaluate: also a bundle); or "
         "data, startup or serve",
     )
@@ -39,8 +41,23 @@ def add_bench_verb(verbs: Verbs) -> None:
     sub.add_argument(
         "--batch",
         type=int,
-        help="with CONFIG: sequences in a training step (4); with evaluate: lm-eval's batch size (8)",
+        nargs="+",
+        metavar="N",
+        help="with CONFIG: sequences in a training step (4); with decode: rows that decode together, one or several numbers "
+        "(1 8 32); with evaluate: lm-eval's batch size (8)",
     )
+    sub.add_argument("--prompt", type=int, nargs="+", metavar="N", help="with decode: cached tokens (16 512)")
+    sub.add_argument(
+        "--cached",
+        type=int,
+        nargs="*",
+        metavar="N",
+        help="with decode: long caches, full and low-rank keys (4096 16384)",
+    )
+    sub.add_argument("--tokens", type=int, help="with decode: steps that are timed as one (as many as take 30 ms)")
+    sub.add_argument("--rounds", type=int, help="with decode: how often each is timed; the median counts (9)")
+    sub.add_argument("--threads", type=int, help="with decode: of the CPU (1)")
+    sub.add_argument("--key-rank", type=int, help="with decode: numbers of a key that low-rank keys keep (a quarter)")
     sub.add_argument("--questions", type=int, help="with evaluate: questions of each task (16)")
     sub.add_argument("--prompts", type=int, help="with validate: each part is timed with so many and twice as many (1)")
     sub.add_argument(
@@ -65,8 +82,13 @@ def _bench(arguments: Any, report: Report) -> Result:
         if getattr(arguments, option) and option not in OPTIONS_OF[what]:
             other = next(name for name, options in OPTIONS_OF.items() if option in options).replace("model", "CONFIG")
             raise ConfigError(f"bench {what}: takes no {option}; that is for `pldr bench {other}`")
+    if arguments.batch is not None and what != "decode":
+        if len(arguments.batch) > 1:
+            raise ConfigError(f"bench {what}: --batch takes one number; several are for `pldr bench decode`")
+        arguments.batch = arguments.batch[0]
     run = {
         "model": _model,
+        "decode": _decode,
         "train": _train,
         "validate": _validate,
         "data": _data,
@@ -92,13 +114,30 @@ def _model(arguments: Any, report: Report) -> Result:
     return result
 
 
+def _decode(arguments: Any, report: Report) -> Result:
+    from pipeline.config.load import load_config
+
+    config = load_config(*_one_yaml("decode", arguments))
+    sizes = {
+        option: getattr(arguments, option)
+        for option in OPTIONS_OF["decode"][1:]
+        if getattr(arguments, option) is not None
+    }
+    for option, value in sizes.items():
+        if min(value if isinstance(value, list) else [value], default=1) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} {_words(value)}: at least 1")
+    from pipeline.bench.decode import bench
+
+    try:
+        return bench(config.model, **sizes, report=report)
+    except ValueError as error:
+        raise ConfigError(f"{config.name}: bench decode: {error}") from None
+
+
 def _train(arguments: Any, report: Report) -> Result:
     from pipeline.config.load import load_config
 
-    files = [word for word in arguments.overrides if "=" not in word]
-    if len(files) != 1:
-        raise ConfigError("bench train: name one YAML: pldr bench train CONFIG [key=value ...]")
-    config = load_config(files[0], [word for word in arguments.overrides if "=" in word])
+    config = load_config(*_one_yaml("train", arguments))
     from pipeline.bench.train import bench
     from pipeline.network import free_port
 
@@ -106,6 +145,14 @@ def _train(arguments: Any, report: Report) -> Result:
     for key, value in result.items():
         report(f"{key:<32} {_number(value)}")
     return result
+
+
+def _one_yaml(what: str, arguments: Any) -> tuple[str, list[str]]:
+    """CONFIG and its overrides, after the word that names the benchmark."""
+    files = [word for word in arguments.overrides if "=" not in word]
+    if len(files) != 1:
+        raise ConfigError(f"bench {what}: name one YAML: pldr bench {what} CONFIG [key=value ...]")
+    return files[0], [word for word in arguments.overrides if "=" in word]
 
 
 def _validate(arguments: Any, report: Report) -> Result:
@@ -133,6 +180,10 @@ def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}"
     return f"{value:,}" if type(value) is int else str(value)
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _data(arguments: Any, report: Report) -> Result:

@@ -23,7 +23,10 @@ def add_hf_verbs(verbs: Verbs) -> None:
     sub.add_argument("source", metavar="SOURCE", help="a bundle folder, an earlier export, or the YAML of a run")
     sub.add_argument("target", metavar="DIR", help="a new folder, or an earlier export, which is replaced")
     add_overrides(sub, help="only for a YAML: override a key")
-    sub.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights (fp32)")
+    sub.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int8"), default="fp32", help="of the weights (fp32)")
+    sub.add_argument(
+        "--pack-output", action="store_true", help="with --dtype int8: the output layer, too; vLLM does not read that"
+    )
     sub.add_argument("--shard-size", metavar="SIZE", default="5GB", help="largest weight file, like 200MB (5GB)")
     sub.add_argument(
         "--live", action="store_true", help="with the metric learner, uncached; such a model is not certified"
@@ -47,6 +50,7 @@ def _export(arguments: Any, report: Report) -> Result:
         dtype=arguments.dtype,
         shard_size=arguments.shard_size,
         live=arguments.live,
+        pack_output=arguments.pack_output,
         texts=texts,
         report=report,
     )

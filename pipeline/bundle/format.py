@@ -1,6 +1,6 @@
 """What a bundle is made of: its files and the tensors in them.
 
-    config.json                 ModelConfig of the constant-G model, weight format, and whether it is certified
+    config.json                 ModelConfig of the constant-G model, weight format, ranks of keys, and whether it is certified
     model.safetensors           weights without the metric learner: fp32, bf16 or int8 (formats.py)
     g_lm.safetensors            the cached G_LM [L,H,K,K]
     metric_learner.safetensors  optional: the metric learner, fp32 (metric_learner.py)
@@ -43,6 +43,7 @@ FILES = (
     "model.safetensors",
     "tokenizer.model",
 )
+RANKS = "key_ranks"  # in config.json: of keys, [L][H]; left out where they are full
 METRIC_LEARNER = "metric_learner.safetensors"  # optional
 
 

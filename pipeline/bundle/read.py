@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.bundle.certificate.key_rank import SECTION
 from pipeline.bundle.certificate.schema import read_certificate
 from pipeline.bundle.format import (
     METRIC_LEARNER,
+    RANKS,
     SCHEMA_VERSION,
     WithoutInit,
     generation_config,
@@ -39,13 +41,15 @@ from pipeline.io.tensors import load_tensors
 from pipeline.tokenizer import Tokenizer
 from pldr_model.config import ModelConfig
 from pldr_model.decode.decoder import Decoder
+from pldr_model.decode.low_rank import truncate_g
 from pldr_model.model import PLDRModel, g_shape
 
 ATTEMPTS = 5
 
 
 class BundleParts(NamedTuple):
-    """A verified bundle's contents; `weights` as they are stored. `metric_learner`: its tensors, None without the file."""
+    """A verified bundle's contents; `weights` as they are stored. `metric_learner`: its tensors, None without the file.
+    `key_ranks` [L,H]: how many numbers of a key the cache holds; None: all. `g_lm` is the full G_LM."""
 
     config: ModelConfig
     weight_format: WeightFormat
@@ -56,20 +60,24 @@ class BundleParts(NamedTuple):
     certificate: dict[str, Any]
     manifest: dict[str, Any]
     metric_learner: dict[str, Tensor] | None = None
+    key_ranks: Tensor | None = None
+
+    def g_in_force(self) -> Tensor:
+        """The G_LM that the bundle decodes with: `g_lm`, of the ranks that its keys have."""
+        return self.g_lm if self.key_ranks is None else truncate_g(self.g_lm, self.key_ranks)
 
     def model(self) -> PLDRModel:
         """The fp32 model, in evaluation mode. It shares fp32 weights and does not copy them; others are unpacked."""
         weights = self.weights
         if self.weight_format != "fp32":
             weights = unpack(weights, _weight_shapes(self.config), self.weight_format)
-        return constant_model(self.config, weights, self.g_lm)
+        return constant_model(self.config, weights, self.g_in_force())
 
     def packed_decoder(self) -> Decoder:
         """What decodes with packed weights as they are: it takes them out of `weights`, which is of no use after that."""
         assert self.weight_format != "fp32", "fp32 weights are a model's"
-        return Decoder(
-            self.config, StoredWeights(self.weights, _weight_shapes(self.config), self.weight_format), self.g_lm
-        )
+        weights = StoredWeights(self.weights, _weight_shapes(self.config), self.weight_format)
+        return Decoder(self.config, weights, self.g_lm, self.key_ranks)
 
     def live_model(self) -> PLDRModel | None:
         """The model with its metric learner, in evaluation mode; None without one. It shares the tensors of `weights`."""
@@ -88,7 +96,7 @@ def constant_model(config: ModelConfig, weights: dict[str, Tensor], g_lm: Tensor
 
 def verify_bundle(path: str | Path) -> dict[str, Any]:
     """Check everything that a reader relies on; returns {"path", "bundle_sha256", "certified", "verdict", "tier",
-    "weight_format", "metric_learner", "files"}.
+    "weight_format", "numbers_per_key" (None: keys are full), "metric_learner", "files"}.
 
     Raises UserError, one line, for anything that is missing, extra, changed, too large, or does not belong together.
     """
@@ -100,6 +108,7 @@ def verify_bundle(path: str | Path) -> dict[str, Any]:
         "verdict": parts.certificate["verdict"],
         "tier": parts.certificate["tier"],
         "weight_format": parts.weight_format,
+        "numbers_per_key": parts.certificate[SECTION]["numbers_per_key"] if parts.key_ranks is not None else None,
         "metric_learner": parts.metric_learner is not None,
         "files": len(parts.manifest["files"]) + 1,
     }
@@ -164,7 +173,10 @@ def _read(path: Path) -> BundleParts:
         raise UserError(
             f"{path / 'generation_config.json'}: does not match this model and tokenizer.model; make the bundle again"
         )
-    return BundleParts(config, weight_format, weights, g_lm, tokenizer, generation, certificate, manifest, learner)
+    ranks = None if record.get(RANKS) is None else torch.tensor(record[RANKS])
+    return BundleParts(
+        config, weight_format, weights, g_lm, tokenizer, generation, certificate, manifest, learner, ranks
+    )
 
 
 def _weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -9,8 +9,17 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from pipeline.bundle.certificate import key_rank
 from pipeline.bundle.certificate.verdict import plain
-from pipeline.bundle.format import FILES, MAX_SMALL, METRIC_LEARNER, SCHEMA_VERSION, UNCERTIFIED_LINE, parse_model
+from pipeline.bundle.format import (
+    FILES,
+    MAX_SMALL,
+    METRIC_LEARNER,
+    RANKS,
+    SCHEMA_VERSION,
+    UNCERTIFIED_LINE,
+    parse_model,
+)
 from pipeline.bundle.formats import BYTES, FORMATS, SECTION, check_section
 from pipeline.config.post import WeightFormat
 from pipeline.errors import UserError
@@ -88,6 +97,9 @@ def read_config(path: Path, manifest: dict[str, Any], record: dict[str, Any]) ->
         raise UserError(
             f"{file}: describes a model of {data_bytes} bytes, but the weights are smaller; make the bundle again"
         )
+    ranks = record.get(RANKS)  # a bundle whose keys are full has none
+    if ranks is not None and (wrong := key_rank.wrong_ranks(ranks, config.to_dict())):
+        raise UserError(f"{file}: {RANKS}: {wrong}; make the bundle again")
     return config, weight_format
 
 
@@ -100,13 +112,16 @@ def check_certificate(
     packed_ok = weight_format == "fp32" or check_section(
         certificate.get(SECTION), weight_format=weight_format, sha256=stored, where=str(where)
     )
+    ranks_ok = key_rank.check_section(
+        certificate.get(key_rank.SECTION), ranks=record.get(RANKS), sha256=stored, where=str(where)
+    )
     for name, sha256 in certificate["files"].items():
         packed = name == "model.safetensors" and weight_format != "fp32"  # then `files` names the fp32 weights
         if not packed and manifest["files"][name]["sha256"] != sha256:
             raise UserError(f"{where}: it certifies a different {name}; validate this model and bundle it again")
     certified = manifest["certified"]
     first_line = (path / "README.md").read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-    passed = certificate["verdict"] == "certified" and packed_ok
+    passed = certificate["verdict"] == "certified" and packed_ok and ranks_ok
     if (
         certified is not record.get("certified")
         or certificate.get("packaged") != ("certified" if certified else "uncertified")

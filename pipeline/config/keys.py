@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from pipeline.config.run import MODEL_KEYS, RunConfig
 from pipeline.config.section import Kind, OnResume, kind_of, section_in
+from pldr_model.config import ModelConfig
 
 UP_TO_TRAINING = ("shard", "tokenizer", "tokenize", "train")
 # How a stage's settings are written in its record on disk: keys of these sections stand at the top, those of others below
@@ -74,7 +75,12 @@ def all_kinds() -> dict[str, Kind]:
 def added_defaults() -> dict[str, Any]:
     """The default of each key that is later than the first records (`Kind.added`): what a run from before it had."""
     sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
-    return {
+    of_model = {
+        f"model.{one.name}": one.default
+        for one in fields(ModelConfig)
+        if one.name in MODEL_KEYS and MODEL_KEYS[one.name].added
+    }
+    return of_model | {
         f"{name}.{key}": field.default
         for name, section in sections.items()
         if isinstance(section, type) and issubclass(section, BaseModel)
@@ -113,15 +119,21 @@ def _deciding(tree: dict[str, Any], section: type[BaseModel], prefix: str, stage
     for name, field in section.model_fields.items():
         key, annotation = f"{prefix}{name}", field.annotation
         if is_dataclass(annotation):
-            part = {k: value for k, value in tree[name].items() if all_kinds()[f"{key}.{k}"].decides(stage)}
+            defaults = {f"{key}.{one.name}": one.default for one in fields(annotation)}
+            part = {k: v for k, v in tree[name].items() if _counts(f"{key}.{k}", v, defaults[f"{key}.{k}"], stage)}
         elif section_in(annotation) is annotation:
             part = _deciding(tree[name], annotation, f"{key}.", stage)
         else:
-            kind = all_kinds()[key]
-            counts = kind.decides(stage) or (stage == "train" and key.startswith("train."))
-            if counts and not (kind.added and tree[name] == field.default):
+            if _counts(key, tree[name], field.default, stage):
                 found[name] = tree[name]
             continue
         if part:
             found[name] = part
     return found
+
+
+def _counts(key: str, value: Any, default: Any, stage: str) -> bool:
+    """Whether a key's value is one of those that decide the stage's output."""
+    kind = all_kinds()[key]
+    decides = kind.decides(stage) or (stage == "train" and key.startswith("train."))
+    return decides and not (kind.added and value == default)

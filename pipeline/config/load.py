@@ -11,8 +11,9 @@ import contextlib
 import difflib
 import os
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from pydantic import ValidationError
@@ -22,6 +23,7 @@ from pipeline.config.section import section_in
 from pipeline.errors import ConfigError
 from pipeline.io.urls import without_secrets
 from pldr_model.config import ModelConfig
+from pldr_model.rope_scaling import RopeScaling
 
 EXTENDS = "extends"
 COMMAND_LINE = "command line"
@@ -202,11 +204,15 @@ def known_keys(path: Location = ()) -> list[str]:
     for part in path:
         if isinstance(part, int):  # an entry of a list
             continue
-        field = getattr(section, "model_fields", {}).get(part)
-        section = None if field is None else section_in(field.annotation, ModelConfig)
-    if section is ModelConfig:
-        return list(ModelConfig.__dataclass_fields__)
-    return list(getattr(section, "model_fields", {}))
+        section = section_in(_annotations(section).get(part), ModelConfig, RopeScaling)
+    return list(_annotations(section))
+
+
+def _annotations(section: Any) -> dict[str, Any]:
+    """The annotation of each key of a section or a dataclass; of neither, none."""
+    if is_dataclass(section):
+        return get_type_hints(section)
+    return {name: field.annotation for name, field in getattr(section, "model_fields", {}).items()}
 
 
 def _one_line(error: ValidationError, where: str, origins: Origins) -> str:

@@ -12,10 +12,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.section import Kind, Section, kinds
+from pldr_model.config import ModelConfig
 
 WeightFormat = Literal["fp32", "bf16", "int8", "int4"]
 KindName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,40}$")]
 MAX_FORMAT_LOSS = 0.1  # nats; weights that cost more are another model
+MAX_KEY_LOSS = 0.1  # nats; the same of low-rank keys
 
 measuring = Kind("may change", ("extract", "validate"), result=True, certificate="settings")
 held_out = replace(measuring, stages=("extract", "validate", "bundle"), result=("extract", "validate"))
@@ -27,6 +29,47 @@ beside = Kind("may change", ("validate",), result=True)  # shown with the certif
 work = replace(beside, result=False)  # how validation is done; and a sample that nothing is judged by
 since_5 = replace(at_most, added=True)  # thresholds that certificates before schema 5 did not have
 packaging = Kind("may change", ("bundle",), result=True)
+packaging_added = replace(packaging, added=True)
+
+
+class KeyRankConfig(Section):
+    """How many of a key's head_dim numbers the KV-cache holds: the rank of G_LM per layer and head (docs/bundle.md). Exactly
+    one of energy, max_loss and ranks."""
+
+    energy: float | None = packaging_added(
+        None, "the smallest ranks that drop at most this share of a head's squared singular values", gt=0, lt=1
+    )
+    max_loss: float | None = packaging_added(
+        None, "nats; few numbers for this held-out loss, found by measuring head after head", gt=0, le=MAX_KEY_LOSS
+    )
+    ranks: int | list[list[int]] | None = packaging_added(
+        None, "the ranks themselves: one number for all heads, or [layers][heads]"
+    )
+    multiple: int = packaging_added(4, "of energy and max_loss: ranks are rounded up to a multiple of it", ge=1)
+    groups: int = packaging_added(
+        3,
+        "of energy and max_loss: different ranks in a layer, at most; each is a tensor and a product of its own",
+        ge=1,
+    )
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> KeyRankConfig:
+        given = [key for key in ("energy", "max_loss", "ranks") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given) or 'neither energy, max_loss nor ranks'} given; give exactly one of the three"
+            )
+        return self
+
+    def unfit(self, model: ModelConfig) -> str | None:
+        """What is wrong with given ranks for this model, in one line; None when they fit."""
+        size = model.head_dim
+        rows = [[self.ranks]] if isinstance(self.ranks, int) else self.ranks or []
+        if outside := [rank for row in rows for rank in row if not 1 <= rank <= size]:
+            return f"{outside[0]} is not one of 1 to {size}, model.head_dim; {size} keeps the keys as they are"
+        if isinstance(self.ranks, list) and [len(row) for row in rows] != [model.num_heads] * model.num_layers:
+            return f"not {model.num_layers} layers of {model.num_heads} heads each, as the model has"
+        return None
 
 
 class PostConfig(Section):
@@ -84,7 +127,16 @@ class PostConfig(Section):
     max_format_loss: float = packaging(
         0.01, "nats, |held-out loss of bf16, int8 or int4 weights - of fp32|", ge=0, le=MAX_FORMAT_LOSS
     )
-    with_metric_learner: bool = replace(packaging, added=True)(
+    key_rank: KeyRankConfig | None = packaging_added(
+        None, "low-rank keys: a smaller KV-cache; null: every key keeps its head_dim numbers"
+    )
+    max_key_loss: float = packaging_added(
+        1e-3,
+        "nats, |held-out loss with low-rank keys - with full ones|; with key_rank.max_loss it is that",
+        ge=0,
+        le=MAX_KEY_LOSS,
+    )
+    with_metric_learner: bool = packaging_added(
         False, "keep the metric learner in the bundle, to compare the cached G with the live one (needs fp32)"
     )
     twin: str | None = beside(None, "run_dir of the SDPA twin (model.g_source=identity): the page shows its loss")

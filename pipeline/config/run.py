@@ -22,10 +22,12 @@ from pipeline.config.train import TrainConfig
 from pipeline.errors import UserError
 from pipeline.io.urls import check_url, without_secrets
 from pldr_model.config import ModelConfig
+from pldr_model.rope_scaling import RopeScaling
 
-# A stdlib dataclass as a pydantic field: unknown keys in `model:` must be errors like everywhere else, and the docstrings
+# Stdlib dataclasses as pydantic fields: unknown keys in `model:` must be errors like everywhere else, and the docstrings
 # below its fields are their meanings.
-ModelConfig.__pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # type: ignore[attr-defined]
+CLOSED = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+ModelConfig.__pydantic_config__ = RopeScaling.__pydantic_config__ = CLOSED  # type: ignore[attr-defined]
 
 about_the_run = Kind("may change", (), result=False)  # what it is called and where it is
 randomness = Kind("fixed", ("train", "validate"), result=("train",))
@@ -35,6 +37,7 @@ registry = Kind("may change", ("bundle",), result=True)  # training logs there t
 MODEL_KEYS = {
     "vocab_size": replace(weights, stages=("tokenizer", *weights.stages)),
     "context_length": replace(weights, stages=("tokenize", *weights.stages)),
+    "rope_scaling": replace(weights, added=True),
 }
 
 
@@ -87,6 +90,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.freeze_g: model.g_source {self.model.g_source!r} has no learned G to freeze; remove it"
             )
+        if self.post.key_rank is not None and (wrong := self.post.key_rank.unfit(self.model)):
+            raise ValueError(f"post.key_rank.ranks: {wrong}")
         return self
 
     def trained_model(self, *, frozen: bool) -> ModelConfig:

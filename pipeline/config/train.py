@@ -13,7 +13,7 @@ from pipeline.io.urls import check_url, is_http
 from pldr_model.config import ActivationCheckpointing
 
 recipe = Kind("fixed", ("train",), result=True)  # what the trained weights come from: another value is another run
-of_schedule = replace(recipe, added=True)
+since = replace(recipe, added=True)
 arithmetic = Kind("may change", ("train",), result=True)  # another rounding of the same run
 work = Kind("may change", ("train",), result=False)  # how the training is spread, watched and saved
 
@@ -43,19 +43,20 @@ class FreezeConfig(Section):
 class TrainConfig(Section):
     """Pretraining (stage `train`). Sizes count sequences of `model.context_length` tokens."""
 
+    init_from: str | None = since(
+        None, "run directory or folder of consolidated weights that step 0 begins with; null: new weights"
+    )
     steps: int = recipe(250_000, "optimizer steps", ge=1)
     global_batch: int = recipe(32, "sequences of one step, over all ranks", ge=1)
     micro_batch: int = work(4, "sequences of one forward pass of a rank", ge=1)
     ranks: int | None = work(None, "processes on this node; null: every GPU, or 2 on a CPU", ge=1)
     max_lr: float = recipe(1e-3, "peak learning rate", gt=0)
     warmup_steps: int = recipe(2000, "steps of linear warm-up from 0", ge=0)
-    schedule: Literal["cosine", "wsd", "constant"] = of_schedule(
+    schedule: Literal["cosine", "wsd", "constant"] = since(
         "cosine", "after the warm-up: cosine to the end, stable with a decay at the end (WSD), or constant"
     )
-    decay_share: float = of_schedule(0.2, "wsd: share of the steps, the last ones, that decay", gt=0, le=1)
-    decay_shape: Literal["linear", "1-sqrt"] = of_schedule(
-        "linear", "wsd: how the rate falls from max_lr to min_lr_ratio"
-    )
+    decay_share: float = since(0.2, "wsd: share of the steps, the last ones, that decay", gt=0, le=1)
+    decay_shape: Literal["linear", "1-sqrt"] = since("linear", "wsd: how the rate falls from max_lr to min_lr_ratio")
     min_lr_ratio: float = recipe(0.1, "the last learning rate as a share of max_lr", ge=0, le=1)
     betas: tuple[float, float] = recipe((0.9, 0.95), "AdamW's beta1 and beta2")
     eps: float = recipe(1e-5, "AdamW's epsilon", gt=0)

@@ -22,10 +22,11 @@ Kind = Literal["bundle", "hf", "run"]
 class OpenModel:
     """An opened model.
 
-    held: what is in memory: the model, or, of packed weights, what decodes with them; unpack: the model of those. live: the
-    same weights with their metric learner, None unless asked for. certificate: the one that is about these tensors, None where
-    there is none. sha256: names weights and G: the bundle's, or of a run that of both files. generation: how prompts are
-    encoded (generation_config.json).
+    held: what is in memory: the model, or, of packed weights, what decodes with them; unpack: the model of those. key_ranks
+    [L,H]: of a bundle with low-rank keys, how many numbers of a key its cache holds; its model's G is then `g_lm` of these
+    ranks. live: the same weights with their metric learner, None unless asked for. certificate: the one that is about these
+    tensors, None where there is none. sha256: names weights and G: the bundle's, or of a run that of both files. generation:
+    how prompts are encoded (generation_config.json).
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class OpenModel:
     sha256: str
     generation: dict[str, Any]
     unpack: Callable[[], PLDRModel] | None = None
+    key_ranks: Tensor | None = None
     rounded: bool = False  # an export's weights are not fp32, and the certificate is about those that were
 
     @cached_property
@@ -55,7 +57,7 @@ class OpenModel:
     @cached_property
     def decoder(self) -> Decoder:
         """What generates and scores."""
-        return self.held if isinstance(self.held, Decoder) else Decoder.of(self.held)
+        return self.held if isinstance(self.held, Decoder) else Decoder.of(self.held, key_ranks=self.key_ranks)
 
     @property
     def caution(self) -> str | None:

@@ -87,6 +87,8 @@ class Bundle:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         seed: int | None = 0,
         **unknown: Any,
@@ -94,15 +96,23 @@ class Bundle:
         """Continue each prompt; returns the completions without the prompts, in their order.
 
         A completion ends after `max_new_tokens`, at a full context, at eos, or before the first `stop` string.
-        temperature 0 is greedy; `top_k` 0 and `top_p` 1 disable those; the token that crosses `top_p` is kept. The same seed
-        gives the same text; None draws a new one. Prompts of a batch do not affect each other, and decode together as many as
-        fit `memory`.
+        temperature 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 disable those; their order and
+        meaning are transformers' (`pldr_model.next_token`). The same seed gives the same text; None draws a new one. Prompts of
+        a batch do not affect each other, and decode together as many as fit `memory`.
         Raises UserError, before anything is computed, for empty prompts, prompts that leave no room in the context, and
         settings that are unknown, of a wrong type or out of range. Raises NotFiniteRows (a UserError), after all others have
         ended, for prompts whose logits were NaN or infinite; it holds the completions of the others.
         """
-        given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        settings = read_settings({**given, "seed": seed, **unknown})
+        given = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
+        settings = read_settings({**given, **unknown})
         encoded, stops = self._encode(prompts), read_stop(stop)
         texts = [Completion(self._decode, stops) for _ in encoded]
         take = (lambda index, new: texts[index].take(new)) if stops else None

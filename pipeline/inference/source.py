@@ -85,6 +85,7 @@ def _open_bundle(path: Path, *, live: bool) -> OpenModel:
         held=parts.packed_decoder() if packed else parts.model(),
         unpack=(lambda: _unpacked(path, sha256)) if packed else None,
         g_lm=parts.g_lm,
+        key_ranks=parts.key_ranks,
         live=parts.live_model() if live else None,
         tokenizer=parts.tokenizer,
         certificate=parts.certificate,

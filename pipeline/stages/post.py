@@ -7,7 +7,7 @@ itself.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.format import committed
 from pipeline.config.paths import RunPaths, data_paths
@@ -16,6 +16,12 @@ from pipeline.errors import UserError
 from pipeline.stages.trained import as_trained, held_out, lineage, notes
 from pipeline.stages.validate import CERTIFICATE, require_own_run
 from pipeline.tracking.run import run_named
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.bundle.formats import Packed
+    from pldr_model.model import PLDRModel
 
 
 def consolidate_newest(config: RunConfig, paths: RunPaths) -> dict[str, Any]:
@@ -73,7 +79,9 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
             max_loss_difference=config.post.max_format_loss,
             max_prompts=config.post.prompts,
         )
-    passed = certificate["verdict"] == "certified" and (packed is None or packed.section["passed"])
+    ranks = None if config.post.key_rank is None else _low_rank_keys(config, paths, model, g_lm, packed)
+    costs = [section for section in (packed and packed.section, ranks) if section]
+    passed = certificate["verdict"] == "certified" and all(section["passed"] for section in costs)
     result = build_bundle(
         model,
         g_lm,
@@ -84,6 +92,7 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
         notes=notes(config, source),
         uncertified=uncertified and not passed,
         packed=packed,
+        key_rank_section=ranks,
         with_metric_learner=config.post.with_metric_learner,
     )
     if config.post.register_as is not None:
@@ -97,3 +106,33 @@ def package(config: RunConfig, paths: RunPaths, *, uncertified: bool) -> dict[st
         )
         result = {**result, "model_version": version["version"], "model_uri": version["uri"]}
     return result
+
+
+def _low_rank_keys(
+    config: RunConfig, paths: RunPaths, model: PLDRModel, g_lm: Tensor, packed: Packed | None
+) -> dict[str, Any]:
+    """The certificate's section `key_rank`: the ranks that `post.key_rank` asks for, chosen on one half of the held-out
+    sequences and measured on the other, both with the weights that the bundle stores."""
+    from pipeline.bundle.format import certified_files, state_shapes
+    from pipeline.bundle.formats import unpack
+    from pipeline.devices import has_gpu
+    from pipeline.post.measure.prompts import held_out_text
+    from pipeline.post.package.key_ranks import choose_ranks
+    from pipeline.post.package.measured_keys import measure_keys
+    from pldr_model.model import to_constant_g
+
+    stored = to_constant_g(model, g_lm).eval()
+    sha256 = certified_files(model, g_lm)["model.safetensors"]
+    if packed is not None:
+        shapes = {name: shape for name, shape in state_shapes(stored.config).items() if name != "g_lm"}
+        stored.load_state_dict({**stored.state_dict(), **unpack(packed.tensors, shapes, config.post.weight_format)})
+        sha256 = packed.section["sha256"]
+    if has_gpu():
+        stored.cuda()
+    other_NT, judged_NT = (
+        held_out_text(held_out(config, paths, half=half).sequences_NT, model.config, limit=config.post.prompts)[0]
+        for half in (0, 1)
+    )
+    assert config.post.key_rank is not None, "asked for"
+    rank_LH = choose_ranks(stored, g_lm, other_NT, config.post.key_rank, judged_tokens=judged_NT[:, 1:].numel())
+    return measure_keys(stored, g_lm, rank_LH, judged_NT, config.post, sha256=sha256)

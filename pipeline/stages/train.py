@@ -165,6 +165,13 @@ def _prepare(
             "bf16 at ZeRO stage 0: gradients are accumulated in bf16, and a resumed run is not bit-equal; "
             "use train.zero_stage=1"
         )
+    if start.checkpoint is None and config.train.init_from is not None:
+        from pipeline.train.initial import require_fitting
+
+        source = require_fitting(config, tokenizer_sha256=index.tokenizer_sha256)
+        report(
+            f"begins      with the weights of {config.train.init_from} ({source.get('checkpoint', 'unknown checkpoint')})"
+        )
     if start.checkpoint is not None:
         for line in _going_on(config, start.state, parse_resume(resume).path):
             report(line)

@@ -48,10 +48,11 @@ def require_same(config: RunConfig, paths: RunPaths, model: ModelConfig, source:
 
     frozen = config.train.freeze_g is not None and model.g_source != "learned"
     ours, theirs = config.trained_model(frozen=frozen).to_dict(), model.to_dict()
-    for key, value in ours.items():
-        if key != "g_file" and theirs[key] != value:
+    for key in ours | theirs:
+        if key != "g_file" and theirs.get(key) != ours.get(key):
             raise ConfigError(
-                f"{paths.weights}: a checkpoint of another model: its {key} is {theirs[key]}, the configuration's is {value}; "
+                f"{paths.weights}: a checkpoint of another model: its {key} is {theirs.get(key)}, the configuration's is "
+                f"{ours.get(key)}; "
                 "name the configuration that it was trained with"
             )
     index = TokenIndex.load(tokens_folder(config))

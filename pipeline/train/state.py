@@ -19,6 +19,7 @@ from pipeline.config.continued import budget_of
 from pipeline.config.run import RunConfig
 from pipeline.config.train import TrainConfig
 from pipeline.train.engine import build_engine, release, set_recipe
+from pipeline.train.initial import initial_weights
 from pipeline.train.spikes import Guard
 from pldr_model.model import PLDRModel
 
@@ -85,7 +86,8 @@ class Lineage:
 def begin(config: RunConfig, start: Path | None) -> tuple[Any, TrainState]:
     """A new engine and its state: of new weights, or of a checkpoint's."""
     if start is None:
-        return engine_of(config, None), TrainState()
+        init_from = config.train.init_from
+        return engine_of(config, None, None if init_from is None else initial_weights(init_from)), TrainState()
     saved = verify(start)
     frozen = saved.get("frozen") is not None
     g_lm = frozen_g(ZeroState(start / checkpoint_name(saved["step"]))) if frozen else None
@@ -93,11 +95,15 @@ def begin(config: RunConfig, start: Path | None) -> tuple[Any, TrainState]:
     return engine, _load(engine, start, saved, config.train)
 
 
-def engine_of(config: RunConfig, g_lm_LHKK: Tensor | None) -> Any:
-    """A DeepSpeed engine with safe checkpoints: of the model with a learned G, or of the frozen one with this G."""
+def engine_of(config: RunConfig, g_lm_LHKK: Tensor | None, initial: dict[str, Tensor] | None = None) -> Any:
+    """A DeepSpeed engine with safe checkpoints: of the model with a learned G, or of the frozen one with this G. initial: its
+    weights, where they are not drawn."""
     torch.manual_seed(config.seed)  # the same weights on every rank and at every world size
     chosen = config.trained_model(frozen=g_lm_LHKK is not None)
     model = PLDRModel(chosen, g_lm_LHKK=g_lm_LHKK if chosen.g_source == "file" else None)
+    if initial is not None:
+        rest = model.load_state_dict(initial, strict=False)
+        assert not rest.unexpected_keys and rest.missing_keys in ([], ["g_lm"]), "compared before ranks start"
     engine = build_engine(model, config.train, dist.get_world_size())
     load.make_safe(engine)
     return engine

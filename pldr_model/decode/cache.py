@@ -49,7 +49,9 @@ class LayerShape:
         """Heads and width of the tensors that hold it."""
         if self.fused:
             return (KeyGroup(2 * self.num_heads, self.head_dim),)
-        return (*self.keys, KeyGroup(self.num_heads, self.head_dim))
+        # Keys of few numbers stand as [width,T], each number a vector of its own.
+        few = (KeyGroup(group.num_heads * group.width, 1) for group in self.keys)
+        return (*few, KeyGroup(self.num_heads, self.head_dim))
 
 
 class LayerMemory:
@@ -67,7 +69,11 @@ class LayerMemory:
             keys, self.values = self.stores[0].chunk(2, dim=1)
             self.keys = [keys]
         else:
-            *self.keys, self.values = self.stores
+            *stores, self.values = self.stores
+            self.keys = [
+                store.view(batch_size, group.num_heads, group.width, capacity).mT
+                for store, group in zip(stores, shape.keys, strict=True)
+            ]
 
     def until(self, end: int) -> tuple[list[Tensor], Tensor]:
         """Keys and values of the first `end` tokens."""

@@ -25,6 +25,7 @@ from pldr_model.config import ModelConfig
 from pldr_model.decode.cache import KeyGroup, KVCache, LayerMemory, LayerShape
 from pldr_model.decode.kernels import prepare
 from pldr_model.decode.linear import Matrix, Product
+from pldr_model.decode.low_rank_keys import LowRankKeys
 from pldr_model.layers import rope_tables
 from pldr_model.model import PLDRModel, g_shape
 
@@ -46,7 +47,8 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of a decoder layer; `g` [H,K,K] is its constant G, None for the identity (or one that prompts bring)."""
+    """The weights of a decoder layer; `g` [H,K,K] is its constant G, None for the identity (or one that prompts bring).
+    low_rank: how it attends over low-rank keys; then qkv has its order of heads."""
 
     qkv: Product
     output: Product
@@ -55,6 +57,7 @@ class Layer:
     down: Product
     feed_forward_norm: Norm
     g: Tensor | None
+    low_rank: LowRankKeys | None
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Decoder:
     """Reads tokens on top of those in a cache.
 
     weights: a model's state dict; a `Matrix` in the place of NAME.weight brings its bias along. g_lm: the constant G [L,H,K,K];
-    None: identity, or, with `deduce` (ids [1,S] -> [L,1,H,K,K]), the G of each prompt.
+    None: identity, or, with `deduce` (ids [1,S] -> [L,1,H,K,K]), the G of each prompt. key_ranks [L,H]: how many numbers of a
+    key its cache holds; G is then of these ranks (low_rank.py).
     """
 
     def __init__(
@@ -86,7 +90,6 @@ class Decoder:
         *,
         deduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        assert key_ranks is None, "not yet"
         self.config, self.deduce = config, deduce
         norm = _tensor(weights, "embedding_norm.weight")
         self.device, self.dtype = norm.device, norm.dtype
@@ -98,9 +101,16 @@ class Decoder:
         self._embedding_norm = _norm(weights, "embedding_norm", config.layer_norm_eps / config.d_model)
         self._output = prepare(_matrix(weights, "output"), self.dtype)
         g = [None] * config.num_layers if g_lm is None else self.prepare_g(g_lm)
-        self._layers = [self._layer(weights, f"layers.{index}", g[index]) for index in range(config.num_layers)]
-        self._shapes = [LayerShape((KeyGroup(H, K),), H, K)] * config.num_layers
-        cos, sin = rope_tables(config.context_length, K, base=config.rope_base, dtype=self.dtype, device=self.device)
+        low_rank: list[LowRankKeys | None] = [None] * config.num_layers
+        if key_ranks is not None:
+            assert g_lm is not None, "the identity has no low rank"
+            low_rank = [LowRankKeys.of(own, r) for own, r in zip(self.prepare_g(g_lm), key_ranks.cpu(), strict=True)]
+        self._layers = [
+            self._layer(weights, f"layers.{index}", g[index], low_rank[index]) for index in range(config.num_layers)
+        ]
+        full = (KeyGroup(H, K),)
+        self._shapes = [LayerShape(keys.groups if keys else full, H, K) for keys in low_rank]
+        cos, sin = rope_tables(config, config.context_length, dtype=self.dtype, device=self.device)
         self._rotation_TP = torch.complex(cos, sin)
         self._wide = cos.dtype == self.dtype
         self._seen, self._hidden = torch.tensor([0.0, -torch.inf], dtype=self.dtype, device=self.device)
@@ -129,6 +139,8 @@ class Decoder:
         prompt brings comes with `KVCache.write_row`. scratch: for a single pass."""
         g = None
         if g_lm is not None:
+            if any(layer.low_rank for layer in self._layers):
+                raise ValueError("g_lm: this decoder's keys have few numbers, by the ranks of its own G")
             L, *rest = g_shape(self.config)
             if tuple(g_lm.shape) not in ((L, *rest), (L, batch_size, *rest)):
                 raise ValueError(
@@ -243,6 +255,8 @@ class Decoder:
         """The heads' values, side by side: [N,D] -> [N,D]."""
         B, S, H, K = where.rows, where.tokens, self.config.num_heads, self.config.head_dim
         qkv_NW = self._rotate(layer.qkv(x_ND), where)
+        if layer.low_rank is not None:
+            return layer.low_rank.attend(qkv_NW, memory, attended, where)
         q_NHK, kv_NHK = qkv_NW.view(-1, 3 * H, K).split_with_sizes((H, 2 * H), 1)
         memory.flat[0].index_copy_(0, where.place[2 * H], kv_NHK.reshape(-1, K))
         if g is not None and g.ndim == 3:
@@ -265,14 +279,15 @@ class Decoder:
             qk_NW.copy_(qk_NW.float().view(complex_dtype).mul_(where.rotation_ND).view(torch.float32))
         return qkv_NW
 
-    def _layer(self, weights: Weights, name: str, g: Tensor | None) -> Layer:
+    def _layer(self, weights: Weights, name: str, g: Tensor | None, low_rank: LowRankKeys | None) -> Layer:
         config = self.config
         qkv = _matrix(weights, f"{name}.attention.qkv")
-        if config.rope_style == "half":
-            D, K = config.d_model, config.head_dim
-            rows = torch.arange(3 * D, device=self.device)
-            rows[: 2 * D] = (rows[: 2 * D : K].unsqueeze(1) + self._pairs_K).view(-1)
-            qkv = qkv.permuted(rows)
+        if config.rope_style == "half" or low_rank is not None:
+            H, K = config.num_heads, config.head_dim
+            heads_3H = torch.arange(3 * H, device=self.device) if low_rank is None else low_rank.heads_3H
+            rows_3HK = heads_3H.unsqueeze(1) * K + torch.arange(K, device=self.device)
+            rows_3HK[: 2 * H] = rows_3HK[: 2 * H, self._pairs_K]
+            qkv = qkv.permuted(rows_3HK.flatten())
         eps = config.layer_norm_eps
         return Layer(
             prepare(qkv, self.dtype),
@@ -282,6 +297,7 @@ class Decoder:
             prepare(_matrix(weights, f"{name}.feed_forward.w3"), self.dtype),
             _norm(weights, f"{name}.feed_forward_norm", eps),
             g,
+            low_rank,
         )
 
 

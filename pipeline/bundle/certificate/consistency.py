@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pipeline.bundle.certificate import key_rank
 from pipeline.config.post import MAX_FORMAT_LOSS
 
 Tree = Mapping[str, Any]
@@ -51,6 +52,7 @@ def inconsistent(certificate: Tree) -> str | None:
         or untrained(certificate["controls"], learned=learned)
         or _prompts(certificate)
         or _smaller_weights(certificate)
+        or key_rank.inconsistent(certificate)
     )
 
 

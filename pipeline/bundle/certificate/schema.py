@@ -239,6 +239,35 @@ class Prompts(Part):
     seed: int
 
 
+class LowRankKeys(Part):
+    """Low-rank keys: their ranks [L][H], what they save, and what they cost on held-out text. Losses and KL in nats per token.
+
+    `by`: the key of `post.key_rank` that chose them. `sha256`: of the model.safetensors that was measured. `numbers_per_key`:
+    the mean rank; `bytes_per_token`: fp32, keys and values of all layers. `greedy_agreement`: the share of the tokens of greedy
+    texts with full keys that low-rank keys choose too; `greedy_identical`: of those texts without a difference.
+    """
+
+    by: Literal["energy", "max_loss", "ranks"]
+    ranks: list[list[int]]
+    sha256: Sha256
+    numbers_per_key: float
+    bytes_per_token: int
+    bytes_per_token_full: int
+    prompts: int
+    prompts_sha256: Sha256
+    loss_full: Number
+    loss: Number
+    loss_difference: Number
+    kl: Number
+    top1_agreement: Number
+    greedy_agreement: Number
+    greedy_identical: Number
+    greedy_texts: int
+    greedy_tokens: int
+    max_loss_difference: float
+    passed: bool
+
+
 class Certificate(Part):
     """certificate.json: whether G_LM may be cached, and all the evidence for it (docs/certificate.md)."""
 
@@ -261,6 +290,7 @@ class Certificate(Part):
     software: dict[str, str | None]
     packaged: Literal["certified", "uncertified"] | None = None
     weight_format: SmallerWeights | None = None
+    key_rank: LowRankKeys | None = None
 
     @model_validator(mode="after")
     def _follows(self) -> Certificate:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from decimal import ROUND_CEILING, Context
 
+from pipeline.bundle.certificate import key_rank
 from pipeline.bundle.certificate.checks import Tier
 from pipeline.bundle.certificate.rules import FULL_PROMPTS, Tree
 
@@ -24,6 +25,8 @@ def statement(certificate: Tree, tier: Tier, failed: list[str], looser: str) -> 
         found += [_alive(certificate), _plain(certificate)]
     if not constant:
         found.append(sampled(certificate))
+    if section := certificate.get(key_rank.SECTION):
+        found.append(key_rank.describe(section, certificate["model"]["head_dim"]))
     found += [_limits(certificate), f"Thresholds looser than the defaults: {looser}" if looser else ""]
     return ". ".join(part for part in found if part)
 

@@ -13,6 +13,9 @@ class PldrConfig(PreTrainedConfig):
     uncertified: why an export is not certified. One that is says so in its MANIFEST.json, which a later training does not copy.
     source_rope_style: how the checkpoint that this was exported from paired the dimensions of a head. Here it is always
         half-split; who reads the weights back needs it.
+    source_intermediate_size: the size of the gated linear units without the zeros that they are filled up with.
+    packed_embedding: the vectors of tokens are int8, with a scale each.
+    transformers_only: why vLLM cannot run this export.
     """
 
     model_type = "pldr"
@@ -43,6 +46,9 @@ class PldrConfig(PreTrainedConfig):
     num_reslayerA: int = 8
     num_denseA: int = 2
     source_rope_style: str = "half"
+    source_intermediate_size: int | None = None
+    packed_embedding: bool = False
+    transformers_only: str | None = None
     uncertified: str | None = None
     initializer_range: float = 0.02
     use_cache: bool = True

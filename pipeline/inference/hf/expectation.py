@@ -50,10 +50,11 @@ class Expectation:
 
 @torch.inference_mode()
 def expect(
-    model: PLDRModel, tokenizer: Tokenizer, *, seed: str, texts: Sequence[str]
+    model: PLDRModel, tokenizer: Tokenizer, *, seed: str, texts: Sequence[str], wide: PLDRModel | None = None
 ) -> tuple[Expectation, dict[str, Tensor]]:
     """What this model and tokenizer give, and the logits [S,V] of each sequence by its number; EXACT: those of the last one, a
-    full context, in fp64. A model that learns its G reads every prompt with the prompt's own G."""
+    full context, in fp64. A model that learns its G reads every prompt with the prompt's own G. wide: the model in fp64, where
+    that is not the same numbers in another type (int8 times a scale is rounded in fp32)."""
     config = model.config
     draw = random.Random(seed)
     pieces = [token for token in range(4, tokenizer.vocab_size) if tokenizer.byte(token) is None] or [3]
@@ -66,7 +67,7 @@ def expect(
         str(i): model(torch.tensor([sequence]), padded=False)[0].contiguous() for i, sequence in enumerate(sequences)
     }
     logits[EMBEDDING] = model.embedding.weight.detach().clone()
-    wide, rounding = copy.deepcopy(model).double(), 0.0
+    wide, rounding = copy.deepcopy(model).double() if wide is None else wide, 0.0
     for i, sequence in enumerate(sequences):
         logits[EXACT] = wide(torch.tensor([sequence]), padded=False)[0].contiguous()
         rounding = max(rounding, float((logits[EXACT] - logits[str(i)]).abs().max().nan_to_num(nan=float("inf"))))

@@ -12,22 +12,21 @@ import shutil
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.errors import ConfigError, UserError
 from pipeline.inference.hf.card import export_card
 from pipeline.inference.hf.expectation import expect
 from pipeline.inference.hf.manifest import KIND, SCHEMA_VERSION, is_export, why_uncertified
-from pipeline.inference.hf.names import from_hf, to_hf
 from pipeline.inference.hf.plugin import require_tested
 from pipeline.inference.hf.selfcheck import MAX_DIFFERENCE, check_export
 from pipeline.inference.hf.shards import parse_size, write_shards
-from pipeline.inference.hf.sizes import DTYPES, hf_config
+from pipeline.inference.hf.sizes import hf_config
 from pipeline.inference.hf.texts import checked_texts
 from pipeline.inference.hf.tokenizer import save_tokenizer
+from pipeline.inference.hf.weights import Dtype, Weights, measured_format, weights_of
 from pipeline.inference.opened import OpenModel
 from pipeline.io.sealed import publish_sealed
 from pipeline.io.storage import (
@@ -39,10 +38,8 @@ from pipeline.io.storage import (
     require_free_space,
     require_unsealed,
 )
-from pldr_model.model import PLDRModel
 
-Dtype = Literal["fp32", "bf16", "fp16"]
-CODE = ("configuration_pldr.py", "modeling_pldr.py")
+CODE = ("configuration_pldr.py", "layers_pldr.py", "modeling_pldr.py")
 
 
 def export_hf(
@@ -52,13 +49,15 @@ def export_hf(
     dtype: Dtype = "fp32",
     shard_size: str = "5GB",
     live: bool = False,
+    pack_output: bool = False,
     texts: Sequence[str] | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write, check and publish an export; returns its manifest.
 
-    live: with the metric learner: G_LM of a full pass is that of its input, and a prompt's is kept for decoding. texts:
-    held-out texts of the run for the tokenizer's check, if at hand. Raises UserError, and leaves nothing behind, when what
+    live: with the metric learner: G_LM of a full pass is that of its input, and a prompt's is kept for decoding. pack_output:
+    with int8, the output layer too, which vLLM does not read. texts: held-out texts of the run for the tokenizer's check, if
+    at hand. Raises UserError, and leaves nothing behind, when what
     stock transformers computes is not what our model computes.
     """
     require_tested()
@@ -72,25 +71,28 @@ def export_hf(
                 f"--live: {opened.path} has no metric learner; name a run whose model.g_source is learned"
             )
         model = opened.live
-    uncertified = why_uncertified(opened, dtype=dtype, live=live)
-    tensors = _in_dtype(to_hf(model.state_dict(), model.config), dtype, opened.path)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    require_free_space(target.parent, size, "the export")
+    measured = measured_format(opened)
+    uncertified = why_uncertified(opened, dtype=dtype, live=live, measured=measured)
+    weights = weights_of(opened, model, dtype, pack_output=pack_output)
+    require_free_space(target.parent, weights.nbytes, "the export")
     with publish_dir(target) as temporary:
-        report(f"writing {len(tensors)} tensors, {size:,} bytes")
-        _write_model(opened, model, tensors, temporary, dtype=dtype, uncertified=uncertified, shard_bytes=shard_bytes)
+        report(f"writing {len(weights.tensors)} tensors, {weights.nbytes:,} bytes")
+        _write_model(opened, weights, temporary, dtype=dtype, uncertified=uncertified, shard_bytes=shard_bytes)
         report("self-check: stock transformers in a fresh process against our model")
         passages, passages_from = checked_texts(texts)
         try:
             expected, logits = expect(
-                _rounded(model, tensors) if dtype != "fp32" else model,
+                weights.as_model(torch.float32) if dtype != "fp32" else model,
                 opened.tokenizer,
                 seed=opened.sha256,
                 texts=passages,
+                wide=weights.as_model(torch.float64) if dtype == "int8" else None,
             )
         except ValueError as error:  # logits that are not finite
             raise UserError(f"{opened.path}: {error}") from None
-        selfcheck = check_export(temporary, expected, logits, rounded=dtype != "fp32")
+        selfcheck = check_export(
+            temporary, expected, logits, rounded=dtype in ("bf16", "fp16"), stored_bytes=weights.nbytes
+        )
         selfcheck["tokenizer"]["source"] = passages_from
         manifest = {
             "schema_version": SCHEMA_VERSION,
@@ -101,7 +103,11 @@ def export_hf(
             "certified": uncertified is None,
             "uncertified": uncertified,
             "dtype": dtype,
-            "rounded": opened.rounded or dtype != "fp32",
+            "rounded": opened.rounded or dtype != "fp32" or measured is not None,
+            "weight_format": measured,
+            "bytes": weights.nbytes,
+            "bytes_fp32": 4 * sum(tensor.numel() for tensor in model.state_dict().values()),
+            "transformers_only": weights.keys.get("transformers_only"),
             "live": live,
             "model": model.config.to_dict(),
             "selfcheck": selfcheck,
@@ -148,28 +154,9 @@ def _require_replaceable(target: Path) -> None:
     require_unsealed(target.parent)
 
 
-def _in_dtype(tensors: dict[str, Tensor], dtype: Dtype, where: Path) -> dict[str, Tensor]:
-    cast = {name: tensor.to(getattr(torch, DTYPES[dtype])) for name, tensor in tensors.items()}
-    for name, tensor in cast.items():
-        if not tensors[name].isfinite().all():
-            raise UserError(f"{where}: {name} holds NaN or infinity; training diverged: take an earlier checkpoint")
-        if not tensor.isfinite().all():
-            raise UserError(f"{where}: {name} holds numbers that {dtype} cannot; export it as bf16 or fp32")
-    return cast
-
-
-def _rounded(model: PLDRModel, tensors: dict[str, Tensor]) -> PLDRModel:
-    """Our model with the weights that were written."""
-    state = from_hf({name: tensor.float() for name, tensor in tensors.items()}, model.config)
-    rounded = PLDRModel(model.config, g_lm_LHKK=state.get("g_lm"))
-    rounded.load_state_dict(state)
-    return rounded.eval()
-
-
 def _write_model(
     opened: OpenModel,
-    model: PLDRModel,
-    tensors: dict[str, Tensor],
+    weights: Weights,
     folder: Path,
     *,
     dtype: Dtype,
@@ -178,10 +165,10 @@ def _write_model(
 ) -> None:
     from transformers import GenerationConfig
 
-    config = model.config
-    hf_config(config, uncertified=uncertified, dtype=dtype).save_pretrained(folder)
+    config = weights.model
+    hf_config(config, uncertified=uncertified, dtype=dtype, more=weights.keys).save_pretrained(folder)
     GenerationConfig(eos_token_id=config.eos_id, pad_token_id=config.pad_id, do_sample=False).save_pretrained(folder)
-    write_shards(tensors, folder, shard_bytes=shard_bytes)
+    write_shards(weights.tensors, folder, shard_bytes=shard_bytes, metadata=weights.metadata)
     for name in CODE:
         shutil.copyfile(str(files("pipeline.inference.hf") / name), folder / name)
     save_tokenizer(opened.tokenizer, folder, context_length=config.context_length)

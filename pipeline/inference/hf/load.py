@@ -15,6 +15,7 @@ from pipeline.bundle.format import parse_model
 from pipeline.errors import UserError
 from pipeline.inference.hf.manifest import read_manifest, why_uncertified
 from pipeline.inference.hf.names import check_shapes, from_hf, to_hf
+from pipeline.inference.hf.packed import from_packed, holds_integers, is_packed, unpacked_shapes
 from pipeline.inference.hf.plugin import require_tested
 from pipeline.inference.hf.shards import Found, find_tensors, read_tensors
 from pipeline.inference.hf.sizes import hf_config, model_config
@@ -58,7 +59,7 @@ def read_export(folder: str | Path) -> ExportParts:
 def _differ(one: ModelConfig, other: ModelConfig) -> bool:
     """Whether two configurations are of different mathematics, whatever they record beside it."""
     keys = ("vocab_size", "num_layers", "num_heads", "head_dim", "context_length", "feed_forward_size", "rope_base",
-            "rope_style", "layer_norm_eps", "g_source", "pad_id", "eos_id")  # fmt: skip
+            "rope_style", "rope_scaling", "layer_norm_eps", "g_source", "pad_id", "eos_id")  # fmt: skip
     return any(getattr(one, key) != getattr(other, key) for key in keys)
 
 
@@ -66,11 +67,17 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Our state dict in fp32. Sizes, names and shapes are compared before anything is allocated."""
     found = find_tensors(folder)
     check_size(found, config, folder)
+    packed, shapes = is_packed(found), {name: each.shape for name, each in found.items()}
     try:
-        check_shapes({name: each.shape for name, each in found.items()}, config)
+        if packed:
+            filled = read_json(folder / "config.json")["intermediate_size"]  # as `model_config` checked it
+            shapes = unpacked_shapes(shapes, config, filled)
+        check_shapes(shapes, config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    return from_hf(read_tensors(found), config)
+    if not packed:
+        return from_hf(read_tensors(found), config)
+    return from_hf(from_packed(read_tensors(found, may_be_int8=holds_integers), config, torch.float32), config)
 
 
 def check_size(found: Mapping[str, Found], config: ModelConfig, folder: Path) -> None:

@@ -5,6 +5,7 @@ As in a bundle, it finds damage, mix-ups and careless edits; it is not a signatu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ KIND = "pldr-hf-export"
 MAX_SMALL = 64 << 20  # bytes
 
 
-def why_uncertified(opened: OpenModel, *, dtype: str, live: bool) -> str | None:
-    """Why an export of this model is not certified; None for one that is."""
+def why_uncertified(
+    opened: OpenModel, *, dtype: str, live: bool, measured: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why an export of this model is not certified; None for one that is. measured: the certificate's section on the smaller
+    weights of the bundle, where they are not fp32."""
     if live:
         return "with its metric learner, so that no cached G_LM is certified"
     if opened.rounded:
@@ -28,6 +32,8 @@ def why_uncertified(opened: OpenModel, *, dtype: str, live: bool) -> str | None:
         return "its cached G_LM may give other answers than the model"
     if dtype != "fp32":
         return f"rounded to {dtype}, and a certificate is about fp32 weights"
+    if measured:
+        return f"made of a bundle with {measured['format']} weights, and a certificate is about fp32 weights"
     return None
 
 

@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_pldr import PldrConfig
+from .layers_pldr import PackedEmbedding, PldrMetricLearner, PldrMLP
 
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"  # renamed in transformers 5.24
 
@@ -29,43 +30,6 @@ def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs
     scores = query @ key.transpose(2, 3) * scaling + (0.0 if attention_mask is None else attention_mask)
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class PldrMLP(nn.Module):
-    """Gated linear unit, biased: W3(silu(W1 x) * W2 x)."""
-
-    def __init__(self, size, hidden):
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(size, hidden), nn.Linear(size, hidden)
-        self.down_proj, self.act_fn = nn.Linear(hidden, size), nn.SiLU()
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class PldrMetricLearner(nn.Module):
-    """Rotated queries [B, H, S, K] of a prompt -> its G_LM [B, H, K, K]; density matrix and power law in fp32 at least."""
-
-    def __init__(self, config):
-        super().__init__()
-        H, K, eps = config.num_attention_heads, config.qk_head_dim, config.layer_norm_eps
-        self.density_norm = nn.LayerNorm(K, eps=eps)
-        self.metric_learner = nn.ModuleList()
-        for _ in range(config.num_reslayerA):
-            glus = nn.Sequential(*(PldrMLP(K, config.A_dff) for _ in range(config.num_denseA)))
-            self.metric_learner.append(nn.ModuleDict({"glus": glus, "norm": nn.LayerNorm(K, eps=eps)}))
-        for name in ("W", "b", "P", "a", "b_a"):
-            setattr(self, name, nn.Parameter(torch.empty(H, K, K)))
-
-    def forward(self, q):
-        wide, norm = torch.promote_types(q.dtype, torch.float32), self.density_norm
-        density, weight, bias = q.to(wide).mT @ q.to(wide), norm.weight.to(wide), norm.bias.to(wide)
-        A = nn.functional.layer_norm(density, norm.normalized_shape, weight, bias, norm.eps).to(q.dtype)
-        for unit in self.metric_learner:
-            A = unit["norm"](A + unit["glus"](A))
-        u = self.W.to(wide) @ A.to(wide) + self.b.to(wide)
-        A_LM = u * nn.functional.silu(u) + 1e-9
-        return self.a.to(wide) @ A_LM ** self.P.to(wide) + self.b_a.to(wide)
 
 
 class PldrAttention(nn.Module):
@@ -148,7 +112,10 @@ class PldrPreTrainedModel(PreTrainedModel):
 class PldrModel(PldrPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config._attn_implementation == "vllm" and config.transformers_only:
+            raise ValueError(f"not for vLLM: {config.transformers_only}")
+        table = PackedEmbedding if config.packed_embedding else nn.Embedding
+        self.embed_tokens = table(config.vocab_size, config.hidden_size)
         self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(PldrDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.gradient_checkpointing = False

@@ -1,4 +1,4 @@
-"""Our state dict <-> the one of modeling_pldr.py, bit for bit.
+"""Our state dict <-> the one of modeling_pldr.py, bit for bit. int8 matrices go with the scales of their rows, NAME.scale.
 
 Two things differ. Matrices that read the same input are one tensor here and several there. And rotary pairs are half-split
 there, so for an `interleaved` model the dimensions of each head are put in another order: the rows of W_q and W_k, both axes of
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.bundle.format import state_shapes
+from pipeline.bundle.formats import SCALE
 from pipeline.errors import UserError
 from pldr_model.config import ModelConfig
 
@@ -34,8 +35,9 @@ def to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]
     order = _order(config)
     theirs: dict[str, Tensor] = {}
     for ours, parts in _table(config).items():
-        for part, tensor in zip(parts, state[ours].chunk(len(parts)), strict=True):
-            theirs[part.name] = _permute(tensor, part, order).contiguous().clone()
+        for kind in ("", SCALE) if ours + SCALE in state else ("",):
+            for part, tensor in zip(parts, state[ours + kind].chunk(len(parts)), strict=True):
+                theirs[part.name + kind] = _permute(tensor, part, order).contiguous().clone()
     if config.g_source != "learned":
         for i, g_HKK in enumerate(state["g_lm"]):
             part = _g_part(i)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import pipeline
 from pipeline.errors import UserError, first_line
@@ -25,21 +26,25 @@ from pipeline.inference.hf.expectation import EMBEDDING, EXACT, Expectation
 RESULT = "result.json"
 MAX_DIFFERENCE = 1e-5  # of logits, in units of the largest logit if that is above 1; or twice our own model's rounding
 MAX_EXACT = 1e-8  # of logits in fp64, in the same units: what is left is no rounding
+MAX_HELD = 1.01  # of the files' bytes: weights stay as small as they were stored
 MAX_SHARE = 1e-3  # of texts whose ids or decoded text differ
 
 
 def check_export(
-    folder: Path, expected: Expectation, logits: dict[str, Tensor], *, rounded: bool = False
+    folder: Path, expected: Expectation, logits: dict[str, Tensor], *, rounded: bool = False, stored_bytes: int
 ) -> dict[str, Any]:
-    """The numbers of the self-check. rounded: the weights are not fp32, so both sides compute in fp32 with the rounded ones,
-    and what the directory's own dtype does is measured beside it.
+    """The numbers of the self-check. rounded: the weights are of a smaller type, so both sides compute in fp32 with the rounded
+    ones, and what the directory's own dtype does is measured beside it (int8 weights are computed with in fp32 anyhow).
+    stored_bytes: of the files' tensors, and the model may not take more.
 
     Raises UserError when the directory does not load, or differs.
     """
     with tempfile.TemporaryDirectory(prefix="pldr-selfcheck-") as temporary:
         work = Path(temporary)
         save_file(logits, work / "logits.safetensors")
-        (work / "expected.json").write_text(json.dumps({**expected.to_dict(), "rounded": rounded}))
+        (work / "expected.json").write_text(
+            json.dumps({**expected.to_dict(), "rounded": rounded, "stored_bytes": stored_bytes})
+        )
         root = str(Path(pipeline.__file__).resolve().parents[1])
         path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
         quiet = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules"), "TRANSFORMERS_VERBOSITY": "error"}
@@ -73,6 +78,8 @@ def _problem(result: dict[str, Any]) -> str | None:
         return f"logits in fp64 by {result['exact']:.2g}"
     if result["eager"] > allowed:
         return f"logits with attention 'eager' by {result['eager']:.2g}"
+    if result["held_bytes"] > MAX_HELD * result["stored_bytes"]:
+        return f"weights take {result['held_bytes']:,} bytes in memory, and {result['stored_bytes']:,} in the files"
     if not result["embedding"]:
         return "vectors of tokens"
     if result["settings"]:
@@ -105,6 +112,7 @@ def measure(folder: str, expected: dict[str, Any], logits: dict[str, Tensor]) ->
             if value != expected["settings"][name]
         ],
         "rounding": expected["rounding"],
+        "stored_bytes": expected["stored_bytes"],
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
@@ -113,18 +121,46 @@ def measure(folder: str, expected: dict[str, Any], logits: dict[str, Tensor]) ->
         },
     }
     with torch.inference_mode():
-        result["embedding"] = bool(torch.equal(model.get_input_embeddings().weight, logits[EMBEDDING]))
+        vectors = model.get_input_embeddings()(torch.arange(len(logits[EMBEDDING])))
+        result["embedding"] = bool(torch.equal(vectors, logits[EMBEDDING]))
         last = str(len(expected["sequences"]) - 1)
+        result["held_bytes"] = held_bytes(model)
         model.set_attn_implementation("eager")
         eager = model(torch.tensor(expected["sequences"][-1:])).logits[0]
         model.set_attn_implementation("sdpa")
-        exact = model.double()(torch.tensor(expected["sequences"][-1:])).logits[0]
+        exact = _widen(model)(torch.tensor(expected["sequences"][-1:])).logits[0]
     result["exact"] = float((exact - logits[EXACT]).abs().max().nan_to_num(nan=float("inf")))
     result["eager"] = float((eager - logits[last]).abs().max().nan_to_num(nan=float("inf")))
     del model
     if expected["rounded"]:
-        result["native"] = _compare_logits(_load(folder, "auto"), expected["sequences"], logits)
+        native = _load(folder, "auto")
+        result["native"] = _compare_logits(native, expected["sequences"], logits)
+        result["held_bytes"] = held_bytes(native)
     return result
+
+
+def held_bytes(model: Any) -> int:
+    """Bytes of a model's weights as they are in memory; of a packed one, those of its parts."""
+    parts = [
+        part
+        for tensor in (*model.parameters(), *model.buffers())
+        for part in (
+            [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]] if _packed(tensor) else [tensor]
+        )
+    ]
+    return sum(part.nbytes for part in parts)
+
+
+def _packed(tensor: Tensor) -> bool:
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def _widen(model: Any) -> Any:
+    """The same model, computing in fp64; int8 weights stay as they are, and `model.double()` does not take them."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not _packed(tensor) and tensor.is_floating_point():
+            tensor.data = tensor.data.double()
+    return model
 
 
 def _load(folder: str, dtype: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +28,11 @@ def parse_size(text: str) -> int:
     return int(match[1]) * UNITS[match[2].upper()]
 
 
-def write_shards(tensors: Mapping[str, Tensor], folder: Path, *, shard_bytes: int) -> None:
-    """Write the tensors in their order; a file that would become larger than `shard_bytes` is ended (one tensor may be)."""
+def write_shards(
+    tensors: Mapping[str, Tensor], folder: Path, *, shard_bytes: int, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the tensors in their order; a file that would become larger than `shard_bytes` is ended (one tensor may be).
+    metadata: of every file."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -44,7 +47,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, *, shard_bytes: in
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True):
         try:
-            save_file(shard, folder / name, metadata={"format": "pt"})
+            save_file(shard, folder / name, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:  # a full disk
             raise UserError(f"{folder / name}: cannot be written ({error})") from None
         usual_mode(folder / name)
@@ -101,8 +104,10 @@ def weight_files(found: Mapping[str, Found]) -> list[Path]:
     return sorted({each.file for each in found.values()})
 
 
-def read_tensors(found: Mapping[str, Found]) -> dict[str, Tensor]:
-    """All of them, finite, and in fp32 at least."""
+def read_tensors(
+    found: Mapping[str, Found], *, may_be_int8: Callable[[str], bool] = lambda _: False
+) -> dict[str, Tensor]:
+    """All of them, finite, and in fp32 at least, or int8 where that may be."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Tensor] = {}
@@ -111,6 +116,9 @@ def read_tensors(found: Mapping[str, Found]) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as stream:
                 for name in stream.keys():  # noqa: SIM118 - not a dictionary
                     tensor = stream.get_tensor(name)
+                    if tensor.dtype == torch.int8 and may_be_int8(name):
+                        tensors[name] = tensor
+                        continue
                     if not tensor.is_floating_point():
                         raise UserError(f"{file}: {name} is {tensor.dtype}, and weights are floating-point numbers")
                     tensors[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))

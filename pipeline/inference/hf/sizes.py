@@ -12,7 +12,7 @@ from pldr_model.config import ModelConfig, RopeStyle
 
 # Sizes of a head that vLLM's attention kernel for CPUs takes (0.32); heads are filled up with zeros to the next one.
 HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "float32"}  # of what is not packed
 AUTO_MAP = {
     "AutoConfig": "configuration_pldr.PldrConfig",
     "AutoModel": "modeling_pldr.PldrModel",
@@ -20,14 +20,18 @@ AUTO_MAP = {
 }
 
 
-def hf_config(config: ModelConfig, *, uncertified: str | None, dtype: str) -> Any:
-    """The `PldrConfig` of a model with a constant G (g_source `file`) or a metric learner (`learned`)."""
+def hf_config(
+    config: ModelConfig, *, uncertified: str | None, dtype: str, more: Mapping[str, Any] | None = None
+) -> Any:
+    """The `PldrConfig` of a model with a constant G (g_source `file`) or a metric learner (`learned`). more: other keys."""
     from pipeline.inference.hf.configuration_pldr import PldrConfig
 
+    if config.rope_scaling is not None:
+        raise UserError("model.rope_scaling: the export has no scaled rotary positions; export a model without it")
     K = config.head_dim
     learned = config.g_source == "learned"
     sizes = {key: getattr(config, key) for key in ("A_dff", "num_reslayerA", "num_denseA")} if learned else {}
-    return PldrConfig(
+    values = dict(
         vocab_size=config.vocab_size,
         hidden_size=config.d_model,
         intermediate_size=config.feed_forward_size,
@@ -49,6 +53,7 @@ def hf_config(config: ModelConfig, *, uncertified: str | None, dtype: str) -> An
         dtype=DTYPES[dtype],
         **sizes,
     )
+    return PldrConfig(**{**values, **(more or {})})
 
 
 def model_config(values: Mapping[str, Any], *, where: Path) -> ModelConfig:
@@ -74,7 +79,7 @@ def model_config(values: Mapping[str, Any], *, where: Path) -> ModelConfig:
             num_heads=values["num_attention_heads"],
             head_dim=values["qk_head_dim"],
             context_length=values["max_position_embeddings"],
-            d_ff=values["intermediate_size"],
+            d_ff=values.get("source_intermediate_size") or values["intermediate_size"],
             rope_base=values["rope_parameters"]["rope_theta"],
             rope_style=style,
             layer_norm_eps=values["layer_norm_eps"],

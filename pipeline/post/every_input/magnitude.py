@@ -20,7 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pldr_model.layers import GLU
+from pldr_model.layers import GLU, rope_magnitude
 from pldr_model.model import DecoderLayer, PLDRModel
 from pldr_model.plga import PLGA, ResidualUnit
 
@@ -45,6 +45,7 @@ def may_overflow(model: PLDRModel, g_LHKK: Tensor) -> list[str]:
             for unit, size in enumerate(_units(attention.plga)):
                 look(f"layer {index}, unit {unit} of the metric learner", size, LARGEST_SQUARED)
         q_HK, k_HK, v_HK = _outputs(attention.qkv, entering).view(3, attention.num_heads, attention.head_dim)
+        q_HK, k_HK = q_HK * rope_magnitude(model.config), k_HK * rope_magnitude(model.config)
         for head, (q_K, k_K, g_KK) in enumerate(zip(q_HK, k_HK, g_LHKK[index].double().cpu(), strict=True)):
             where = f"layer {index}, head {head}"
             look(f"{where}, density matrix", model.config.context_length * q_K.norm() ** 2, LARGEST_SQUARED)

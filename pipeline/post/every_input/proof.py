@@ -39,6 +39,7 @@ from pipeline.post.every_input.balls import (
 )
 from pipeline.post.every_input.ellipsoid import Ellipsoid
 from pipeline.post.every_input.learner import learned_rows, sigmoid
+from pldr_model.layers import rope_magnitude
 from pldr_model.model import Attention, DecoderLayer, PLDRModel
 from pldr_model.plga import METRIC_FLOOR, PLGA
 
@@ -72,7 +73,7 @@ def prove(model: PLDRModel, g_LHKK: Tensor) -> dict[str, Any]:
             deviations = [_deviation(head, rows, g_KK) for head, g_KK in zip(_heads(layer), g_HKK, strict=True)]
             per_head.append([_relative(far, g_KK) for far, g_KK in zip(deviations, g_HKK, strict=True)])
             by_unit.append([None if radius is None else _number(radius) for radius in radii])
-            scores.append(_score_bound(layer.attention, entering, deviations))
+            scores.append(_score_bound(layer.attention, entering, deviations, magnitude=rope_magnitude(model.config)))
             entering = layer.feed_forward_norm
     worst = max(max(heads) for heads in per_head)
     return {
@@ -194,10 +195,11 @@ def _relative(deviation: arb, g_KK: Tensor) -> float:
     return rounded_up(deviation / norm) if norm > 0 else math.inf
 
 
-def _score_bound(attention: Attention, entering: nn.LayerNorm, deviations: list[arb]) -> float:
+def _score_bound(attention: Attention, entering: nn.LayerNorm, deviations: list[arb], *, magnitude: float) -> float:
     """How far an attention score of the layer can be from the one with the cached G, for the same input of the layer.
 
-    The input is a LayerNorm's output, |dG|_2 <= |dG|_F, and RoPE keeps norms: |q dG k| / sqrt(K) <= |q| |dG|_F |k| / sqrt(K).
+    The input is a LayerNorm's output, |dG|_2 <= |dG|_F, and RoPE multiplies norms by `magnitude` (1 but for yarn):
+    |q dG k| / sqrt(K) <= |q| |dG|_F |k| / sqrt(K).
     """
     H, K = attention.num_heads, attention.head_dim
     queries, keys, _ = attention.qkv.weight.view(3, H, K, -1)
@@ -206,7 +208,7 @@ def _score_bound(attention: Attention, entering: nn.LayerNorm, deviations: list[
     for h, deviation in enumerate(deviations):
         longest_q = _longest(exact(queries[h]), exact(query_biases[h]), entering)
         longest_k = _longest(exact(keys[h]), exact(key_biases[h]), entering)
-        scores.append(rounded_up(longest_q * longest_k * deviation / arb(K).sqrt()))
+        scores.append(rounded_up(longest_q * longest_k * arb(magnitude) ** 2 * deviation / arb(K).sqrt()))
     return max(scores)
 
 

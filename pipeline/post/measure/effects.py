@@ -28,7 +28,7 @@ from pipeline.distributed import bounds, merged, share
 from pipeline.post.measure.downstream import Agreement, Totals, compare, logits, nll
 from pipeline.post.measure.observe import batches
 from pldr_model.config import ModelConfig
-from pldr_model.layers import RopeTables
+from pldr_model.layers import RopeTables, rope_frequencies
 from pldr_model.model import PLDRModel
 
 EFFECTS = ("zero", "identity", "plain")
@@ -49,7 +49,7 @@ def plain_part(g_LHKK: Tensor, config: ModelConfig) -> Tensor:
     order = pairs.flatten()  # frequency by frequency
     L, H, K, _ = g_LHKK.shape
     blocks = g_LHKK[..., order[:, None], order].view(L, H, half, 2, half, 2).transpose(-3, -2)
-    frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float64, device=g_LHKK.device) / half)
+    frequency = rope_frequencies(config, dtype=torch.float64, device=g_LHKK.device)
     same = frequency[:, None] == frequency
     a = (blocks[..., 0, 0] + blocks[..., 1, 1]).where(same, 0) / 2
     b = (blocks[..., 1, 0] - blocks[..., 0, 1]).where(same, 0) / 2

@@ -8,7 +8,7 @@ Every function but `samples` is collective where there are several ranks. Shapes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,25 +45,25 @@ def greedy_agreement(
     decisions. `identical` is the share of texts without a difference. Both are NaN when any logits were not finite.
     """
     totals = Totals()
-    for prompts in _prompt_batches(model, text_NT, num_tokens, num_prompts):
-        new, broken = _continue(model, prompts, max_new_tokens=num_tokens, g_lm=g_LHKK)
+    for ids_BS, num_new, broken in greedy_continuations(
+        model, g_LHKK, text_NT, num_tokens=num_tokens, num_prompts=num_prompts
+    ):
         totals.add("not finite", broken)
-        new_BM = torch.tensor(new)
-        ids_BS = torch.cat((torch.tensor(prompts), new_BM), dim=1).to(model.embedding.weight.device)
-        checked = _one_in_each_part(new_BM.shape[1], seed)
-        differs_B = torch.zeros(len(prompts), dtype=torch.bool)
+        prompt_length = ids_BS.shape[1] - num_new
+        checked = _one_in_each_part(num_new, seed)
+        differs_B = torch.zeros(len(ids_BS), dtype=torch.bool)
         for index in checked:
-            until = len(prompts[0]) + index
+            until = prompt_length + index
             live_BV = model(ids_BS[:, :until], padded=False, last_only=True)[:, -1]
             totals.add("not finite", int((~live_BV.isfinite().all(dim=-1)).sum()))
             wrong_B = (live_BV.argmax(dim=-1) != ids_BS[:, until]).cpu()
             differs_B |= wrong_B
             totals.add("differences", int(wrong_B.sum()))
-        totals.add("decisions", len(prompts) * len(checked))
+        totals.add("decisions", len(ids_BS) * len(checked))
         totals.add("texts that differ", int(differs_B.sum()))
-        totals.add("prompts", len(prompts))
-        totals.take("tokens", new_BM.shape[1])
-        totals.take("prompt", len(prompts[0]))
+        totals.add("prompts", len(ids_BS))
+        totals.take("tokens", num_new)
+        totals.take("prompt", prompt_length)
     totals = merged(totals)
     sums = totals.sums
     known = math.nan if sums["not finite"] else 1.0
@@ -76,6 +76,17 @@ def greedy_agreement(
         "decisions": sums["decisions"],
         "live_checks": sums["decisions"],
     }
+
+
+def greedy_continuations(
+    model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, *, num_tokens: int, num_prompts: int
+) -> Iterator[tuple[Tensor, int, int]]:
+    """This rank's prompts with their greedy continuations, ids [B,S] on the model's device; how many tokens of a row are new;
+    how many rows had logits that were not finite."""
+    for prompts in _prompt_batches(model, text_NT, num_tokens, num_prompts):
+        new, broken = _continue(model, prompts, max_new_tokens=num_tokens, g_lm=g_LHKK)
+        ids_BS = torch.cat((torch.tensor(prompts), torch.tensor(new)), dim=1)
+        yield ids_BS.to(model.embedding.weight.device), len(new[0]), broken
 
 
 def order_parameters(

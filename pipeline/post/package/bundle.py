@@ -12,8 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.bundle.certificate import key_rank
+from pipeline.bundle.certificate.schema import SCHEMA_VERSION as SCHEMA_OF_TODAY
+from pipeline.bundle.certificate.verdict import judged
 from pipeline.bundle.format import (
     METRIC_LEARNER,
+    RANKS,
     SCHEMA_VERSION,
     bundle_g,
     bundle_tensors,
@@ -53,6 +57,7 @@ def build_bundle(
     notes: Sequence[str] = (),
     uncertified: bool = False,
     packed: Packed | None = None,
+    key_rank_section: dict[str, Any] | None = None,
     with_metric_learner: bool = False,
 ) -> dict[str, Any]:
     """Write, verify and publish the bundle folder `out`; returns {"path", "bundle_sha256", "certified", "bytes"}.
@@ -65,7 +70,7 @@ def build_bundle(
     fit the model.
     """
     if not uncertified:
-        _require_passed(certificate, packed)
+        _require_passed(certificate, packed, key_rank_section)
     _require_same_tensors(model, g_LHKK, certificate, packed)
     certified = not uncertified
     config = model.config.with_constant_g()
@@ -86,6 +91,8 @@ def build_bundle(
             *notes,
             f"Stored as {describe_format(packed.section)}. The certificate's measures are those of the fp32 weights.",
         ]
+    if key_rank_section is not None:
+        certificate = _with_ranks(certificate, key_rank_section)
     require_free_space(out, 2 * (len(weights) + len(g_lm) + len(learner or b"")), "the bundle")
     with publish_dir(out) as temporary:
         publish_bytes(temporary / "model.safetensors", weights)
@@ -104,6 +111,7 @@ def build_bundle(
                 "variant": model.config.g_source,
                 "weight_format": weight_format,
                 "model": config.to_dict(),
+                **({} if key_rank_section is None else {RANKS: key_rank_section["ranks"]}),
             },
         )
         publish_json(temporary / "generation_config.json", generation_config(config, spm))
@@ -142,8 +150,18 @@ def _require_same_tensors(model: PLDRModel, g_LHKK: Tensor, certificate: dict[st
             raise UserError("the packed weights are of a different model than the certificate; pack this model again")
 
 
-def _require_passed(certificate: dict[str, Any], packed: Packed | None) -> None:
-    """Raise UserError, exit code 3, unless certificate and weight format have passed."""
+def _with_ranks(certificate: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
+    """The certificate with what low-rank keys save and cost, which its statement says too."""
+    if certificate["schema_version"] != SCHEMA_OF_TODAY:
+        raise UserError(
+            f"a certificate of schema_version {certificate['schema_version']} has no low-rank keys; validate this model again"
+        )
+    certificate = {**certificate, key_rank.SECTION: section}
+    return {**certificate, "statement": judged(certificate)["statement"]}
+
+
+def _require_passed(certificate: dict[str, Any], packed: Packed | None, ranks: dict[str, Any] | None) -> None:
+    """Raise UserError, exit code 3, unless certificate, weight format and low-rank keys have passed."""
     otherwise = "or package it as uncertified (--uncertified)"
     if certificate["verdict"] != "certified":
         names = ", ".join(failure["measure"] for failure in certificate["failed"])
@@ -152,5 +170,11 @@ def _require_passed(certificate: dict[str, Any], packed: Packed | None) -> None:
         raise UserError(
             f"{describe_format(packed.section)}: too much; use another post.weight_format, raise post.max_format_loss, "
             f"{otherwise}",
+            exit_code=3,
+        )
+    if ranks is not None and not ranks["passed"]:
+        raise UserError(
+            f"{key_rank.describe(ranks, certificate['model']['head_dim'])}: too much; give post.key_rank more numbers, raise "
+            f"post.max_key_loss, {otherwise}",
             exit_code=3,
         )

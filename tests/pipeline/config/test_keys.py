@@ -26,12 +26,29 @@ MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.w
 FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
 RECORDED = ("seed", "data.", "tokens.", "tokenizer.", "model.", "train.")
 OF_BUNDLE = ("weight_format", "max_format_loss", "register_as")
-ADDED = ("schedule", "decay_share", "decay_shape")  # since; in a digest only with another value than the default
+ADDED = (
+    "init_from",
+    "schedule",
+    "decay_share",
+    "decay_shape",
+)  # since; in a digest only with another value than the default
 ADDED_TO_POST = ("effect_prompts", "order_parameter", "prove", "extra_prompts", "max_relative_deviation_g_fp32",
-                 "max_query_deviation", "max_worst_row_deviation", "with_metric_learner")  # fmt: skip
+                 "max_query_deviation", "max_worst_row_deviation", "with_metric_learner", "key_rank",
+                 "max_key_loss")  # fmt: skip
 NOT_IN_RESULT = ("workers", "of", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
 RECIPE = (
-    *("steps", "global_batch", "max_lr", "warmup_steps", *ADDED, "min_lr_ratio", "betas", "eps", "weight_decay"),
+    *(
+        "init_from",
+        "steps",
+        "global_batch",
+        "max_lr",
+        "warmup_steps",
+        *ADDED[1:],
+        "min_lr_ratio",
+        "betas",
+        "eps",
+        "weight_decay",
+    ),
     *("metric_weight_decay", "clip_by", "clip", "precision", "freeze_g"),
 )
 
@@ -75,6 +92,7 @@ def configurations(repository):
 def of_stage_160ea30(config, name):
     """As `Line._inputs` of 160ea30 and, for shard, `stage_inputs` built it."""
     tree = config.as_dict()
+    model = {key: value for key, value in tree["model"].items() if key != "rope_scaling"}
     return {
         "shard": {key: value for key, value in tree["data"].items() if key not in NOT_IN_RESULT},
         "tokenizer": {**tree["tokenizer"], "vocab_size": tree["model"]["vocab_size"]},
@@ -83,7 +101,7 @@ def of_stage_160ea30(config, name):
             "context_length": tree["model"]["context_length"],
         },
         "train": {
-            **{k: tree[k] for k in ("model", "seed")},
+            **{"model": model, "seed": tree["seed"]},
             "train": {k: v for k, v in tree["train"].items() if k not in (*ADDED, "evaluate")},
         },
         "consolidate": {},
@@ -91,7 +109,7 @@ def of_stage_160ea30(config, name):
         "validate": {
             k: v for k, v in tree["post"].items() if k not in (*OF_BUNDLE, *ADDED_TO_POST, "sample_prompt", "ranks")
         }
-        | {"model": tree["model"]},
+        | {"model": model},
         "bundle": {k: tree["post"][k] for k in OF_BUNDLE} | {"tracking": tree["tracking"]},
     }[name]
 
@@ -107,6 +125,15 @@ def test_what_decides_a_stages_output_is_what_it_was(repository, stage):
         ours, theirs = keys.of_stage(config, stage), of_stage_160ea30(config, stage)
         assert ours == theirs
         assert storage.sha256_json(ours) == storage.sha256_json(theirs)
+
+
+def test_scaled_positions_are_another_model(repository):
+    [config, *_] = configurations(repository)
+    scaled = config.model_copy(update={"model": replace(config.model, rope_scaling={"type": "linear", "factor": 2})})
+    for stage in ("shard", "tokenizer", "tokenize", "train", "consolidate", "extract", "validate", "bundle"):
+        same = keys.of_stage(config, stage) == keys.of_stage(scaled, stage)
+        assert same is (stage not in ("train", "validate")), stage
+    assert keys.added_defaults()["model.rope_scaling"] is None
 
 
 def test_every_flat_key_resumes_as_it_did(repository):

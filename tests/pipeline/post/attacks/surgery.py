@@ -47,9 +47,7 @@ def plain_rows(model: PLDRModel, layer: int) -> None:
 def rows(model: PLDRModel, layer: int, ids_BS: Tensor) -> Tensor:
     """The rows that the layer's metric learner sees for these sequences, [B,H,K,K]."""
     x_BSD = model._embed(ids_BS)
-    tables = rope_tables(
-        ids_BS.shape[1], model.config.head_dim, base=model.config.rope_base, dtype=x_BSD.dtype, device=x_BSD.device
-    )
+    tables = rope_tables(model.config, ids_BS.shape[1], dtype=x_BSD.dtype, device=x_BSD.device)
     rope = RopeTables(tables.cos.unsqueeze(1), tables.sin.unsqueeze(1))
     for below in model.layers[:layer]:
         x_BSD, _ = below(x_BSD, rope)

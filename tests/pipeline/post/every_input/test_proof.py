@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -210,6 +211,16 @@ def test_scores_stay_within_their_bound() -> None:
         A = plga.metric_learner(z * plga.density_norm.weight + plga.density_norm.bias)
         dG = plga.power_law(A.unsqueeze(0)).G_LM - g_LHKK[layer].double()
         assert float((q @ dG @ k.mT / K**0.5).abs().max()) <= bounds[layer]
+
+
+def test_what_yarn_multiplies_queries_and_keys_by_is_in_the_bound_of_scores() -> None:
+    model = build(seed=11, decay=0.1)
+    scaling = {"type": "yarn", "factor": 2, "original_context_length": 8, "attention_factor": 3.0}
+    scaled = PLDRModel(replace(model.config, rope_scaling=scaling))
+    scaled.load_state_dict(model.state_dict())
+    plain, other = prove(model, cached(model)), prove(scaled, cached(model))
+    assert other["per_head"] == plain["per_head"]
+    assert other["score_bound"] == pytest.approx([9 * bound for bound in plain["score_bound"]], rel=1e-8)
 
 
 def test_the_cached_g_is_part_of_the_bound() -> None:

@@ -22,7 +22,7 @@ DOUBLE = {"dtype": torch.float64, "device": torch.device("cpu")}
 
 def rotations(config: ModelConfig) -> torch.Tensor:
     """[64,K,K] in fp64: what RoPE does to a query at each position, q -> q R."""
-    tables = rope_tables(64, config.head_dim, base=config.rope_base, **DOUBLE)
+    tables = rope_tables(config, 64, **DOUBLE)
     identity_1SKK = torch.eye(config.head_dim, dtype=torch.float64).expand(1, 64, -1, -1)
     tables = type(tables)(*(t.unsqueeze(1) for t in tables))
     return apply_rope(identity_1SKK, tables, style=config.rope_style)[0]
