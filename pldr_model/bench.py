@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from pldr_model.config import ModelConfig
+from pldr_model.decode.decoder import Decoder
 from pldr_model.loss import cross_entropy, total_loss
 from pldr_model.model import PLDRModel, g_shape
 
@@ -75,8 +76,8 @@ def bench(
     train_frozen()
     result["train_ratio_to_sdpa_frozen"] = 1 / in_turn(train_frozen, train_twin, steps, device)[2]
     prompt_1S = ids_BS[:1, :prompt_length]
-    decode_model = _decoding_step(model, prompt_1S, decode_tokens)
-    decode_twin = _decoding_step(twin, prompt_1S, decode_tokens)
+    decode_model = _decoding_step(Decoder.of(model), prompt_1S, decode_tokens)
+    decode_twin = _decoding_step(Decoder(config.sdpa_twin(), model.state_dict()), prompt_1S, decode_tokens)
     model_seconds, twin_seconds, ratio = in_turn(decode_model, decode_twin, decode_tokens, device)
     result |= {
         "decode_tokens_per_second": 1 / model_seconds,
@@ -129,16 +130,14 @@ def _training_step(model: PLDRModel, ids_BS: torch.Tensor) -> Callable[[], None]
     return step
 
 
-def _decoding_step(model: PLDRModel, prompt_1S: torch.Tensor, num_tokens: int) -> Callable[[], None]:
+def _decoding_step(decoder: Decoder, prompt_1S: torch.Tensor, num_tokens: int) -> Callable[[], None]:
     """Prefill (not timed), then each call decodes one greedy token."""
-    cache = model.new_cache(batch_size=1, capacity=prompt_1S.shape[1] + num_tokens)
-    with torch.inference_mode():
-        last_11 = model.extend(prompt_1S, cache).argmax(dim=-1, keepdim=True)
+    cache, logits_1V = decoder.prefill(prompt_1S[0], capacity=prompt_1S.shape[1] + num_tokens)
+    last_1 = logits_1V.argmax(dim=-1)
 
     def step() -> None:
-        nonlocal last_11
-        with torch.inference_mode():
-            last_11 = model.extend(last_11, cache).argmax(dim=-1, keepdim=True)
+        nonlocal last_1
+        last_1 = decoder.step(last_1, cache).argmax(dim=-1)
 
     return step
 

@@ -5,8 +5,9 @@ caches the whole sequence is read again for each token and G is computed from it
 cached model is compared with, and the only one (keeping just K/V would freeze G as well).
 
 Decision: every prompt is prefilled alone and unpadded, so that its G and K/V are exactly those of the prompt
-alone; then rows decode together, each at its own length, as many as fit `memory_budget`. A prompt's random numbers
-come from (seed, prompt) and the index of the token, so that its tokens do not depend on its neighbors.
+alone; then rows decode together, each at its own length, as many as fit `memory_budget`, and a row that has ended is
+given to the next prompt (`decode.slots`). A prompt's random numbers come from (seed, prompt) and the index of the token,
+so that its tokens do not depend on its neighbors.
 Decision: a row whose logits are NaN or infinite has no next token. It ends; the others go on, and the error comes
 when they are done.
 """
@@ -14,21 +15,24 @@ when they are done.
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from pldr_model.config import ModelConfig
+from pldr_model.decode.decoder import Decoder
+from pldr_model.decode.rows import Draws, Row, Rules, Stop
+from pldr_model.decode.slots import Slots
 from pldr_model.model import PLDRModel, g_shape
-from pldr_model.next_token import RowSettings, choose
+from pldr_model.next_token import RowSettings
 from pldr_model.sampling import Sampling, read_sampling, seeds_of
-
-Stop = Callable[[int, list[int]], bool] | Sequence[Sequence[int]]
 
 CPU_MEMORY = 512 << 20  # bytes for the rows that decode together
 GPU_SHARE = 0.25  # of the device's memory, whatever is free: the same call makes the same batches
 SAMPLED_COPIES = 8  # fp64 and int64 tensors [B,V] that `choose` holds at once
+GPU_BLOCK = 16  # tokens between two looks of the host, which waits for a GPU then
 
 
 class NotFiniteError(ValueError):
@@ -45,7 +49,7 @@ class NotFiniteError(ValueError):
 
 
 def generate(
-    model: PLDRModel,
+    model: PLDRModel | Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -60,8 +64,10 @@ def generate(
     use_cache: bool = True,
     seed: int | None = None,
     memory: int | None = None,
+    block: int | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt; returns the new tokens only, in the order of the prompts.
+    """Continue each prompt; returns the new tokens only, in the order of the prompts. A decoder of the model spares
+    preparing one.
 
     A row ends with `max_new_tokens`, with a full context, with `eos_id` (kept as its last token), or when
     `stop` matches: a predicate on (index of the prompt, its new tokens), asked once after each of them, or token
@@ -73,6 +79,7 @@ def generate(
         live one).
     seed: None: a fresh random one. Copies of one prompt differ; the same call gives the same tokens.
     memory: bytes that the rows which decode together may take (never less than one row); None: `memory_budget`.
+    block: tokens of a row between two looks of the host; None: 1, and GPU_BLOCK on a GPU. It changes no token.
     Errors: ValueError for no or empty prompts, a prompt that leaves no room in the context, ids outside the
     vocabulary, settings of a wrong type or out of range (`read_sampling`). NotFiniteError, when all rows have ended, for
     those whose logits were not finite.
@@ -92,13 +99,14 @@ def generate(
         use_cache=use_cache,
         seed=seed,
         memory=memory,
+        block=block,
     )
     return new
 
 
 @torch.inference_mode()
 def generate_steps(
-    model: PLDRModel,
+    model: PLDRModel | Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -113,6 +121,7 @@ def generate_steps(
     use_cache: bool = True,
     seed: int | None = None,
     memory: int | None = None,
+    block: int | None = None,
 ) -> Iterator[list[list[int]]]:
     """`generate` step by step, for streaming: after each step, every row's new tokens so far (one list, which grows; rows of
     a later batch are still empty). Nothing is checked or computed before the first step is asked for."""
@@ -129,158 +138,106 @@ def generate_steps(
         raise ValueError("stop: holds an empty sequence, which would end every row immediately; remove it")
     if g_lm is not None and tuple(g_lm.shape) != g_shape(model.config):
         raise ValueError(f"g_lm: shape {tuple(g_lm.shape)}, generation needs [L,H,K,K] = {g_shape(model.config)}")
-    rows = [_Row(index, prompt) for index, prompt in enumerate(_read_prompts(model.config, prompts))]
+    config = model.config
+    rows = [
+        Row(index, prompt, min(sampling.max_new_tokens, config.context_length - len(prompt)))
+        for index, prompt in enumerate(_read_prompts(config, prompts))
+    ]
     if sampling.seed is not None:
         for row, own in zip(rows, seeds_of([row.prompt for row in rows], sampling.seed), strict=True):
             row.seed = own
     new = [row.new for row in rows]
-    device = model.embedding.weight.device
-    chooser = _Chooser(sampling, model.config, device, eos_id, stop)
-    row_bytes = _row_bytes(model, sampling, live_g=g_lm is None, use_cache=use_cache)
-    room = memory_budget(model) if memory is None else memory
-    for batch in _batches(rows, sampling.max_new_tokens, model.config.context_length, row_bytes, room):
-        if use_cache:
-            steps = _decode_cached(model, batch, chooser, g_lm=g_lm, max_new_tokens=sampling.max_new_tokens)
+    device, dtype = _place(model)
+    rules, settings = Rules(eos_id, stop), RowSettings.of([sampling], vocab_size=config.vocab_size, device=device)
+    row_bytes = _row_bytes(config, dtype, sampling, live_g=g_lm is None, use_cache=use_cache)
+    room = memory_budget(device) if memory is None else memory
+    decoder = None
+    if use_cache:
+        decoder = model if isinstance(model, Decoder) else Decoder.of(model)
+    elif isinstance(model, Decoder):
+        raise ValueError("use_cache: False needs the model; a decoder has nothing but caches")
+    for wave, num_slots in _waves(rows, row_bytes, room):
+        if decoder is not None:
+            slots = Slots(
+                decoder,
+                rules,
+                settings,
+                num_slots=num_slots,
+                capacity=max(row.length for row in wave),
+                g_lm=g_lm,
+                block=block or (1 if device.type == "cpu" else GPU_BLOCK),
+            )
+            steps = slots.run(deque(wave))
         else:
-            steps = _decode_uncached(model, batch, chooser, g_lm=g_lm)
+            assert isinstance(model, PLDRModel)
+            steps = _decode_uncached(model, wave, num_slots, rules, settings, g_lm=g_lm)
         for _ in steps:
             yield new
     if failed := {row.index: len(row.new) for row in rows if row.failed}:
         raise NotFiniteError(failed, new)
 
 
-def memory_budget(model: PLDRModel) -> int:
+def memory_budget(device: torch.device) -> int:
     """Bytes for the rows that decode together: CPU_MEMORY, or on a GPU a fixed share of its memory."""
-    device = model.embedding.weight.device
     if device.type != "cuda":
         return CPU_MEMORY
     return int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE)
 
 
-class _Row:
-    """A prompt that is being continued."""
-
-    __slots__ = ("failed", "index", "new", "prompt", "seed")
-
-    def __init__(self, index: int, prompt: array[int]) -> None:
-        self.index, self.prompt = index, prompt
-        self.new: list[int] = []
-        self.failed = False  # its logits were not finite
-        self.seed = 0
+def _place(model: PLDRModel | Decoder) -> tuple[torch.device, torch.dtype]:
+    if isinstance(model, Decoder):
+        return model.device, model.dtype
+    weight = model.embedding.weight
+    return weight.device, weight.dtype
 
 
-class _Chooser:
-    """Gives rows their next tokens, and knows when they end."""
-
-    def __init__(
-        self, sampling: Sampling, config: ModelConfig, device: torch.device, eos_id: int | None, stop: Stop | None
-    ) -> None:
-        self.sampling, self.context_length, self.eos_id, self.stop = sampling, config.context_length, eos_id, stop
-        self.settings = RowSettings.of([sampling], vocab_size=config.vocab_size, device=device)
-
-    def __call__(self, live: list[_Row], logits_BV: Tensor) -> list[int]:
-        """Give every live row its next token; returns the indices of those that continue."""
-        finite_B = logits_BV.isfinite().all(dim=-1)
-        for row, finite in zip(live, finite_B.tolist(), strict=True):
-            row.failed = not finite
-        device = logits_BV.device
-        chosen = choose(
-            logits_BV,
-            self.settings,
-            seed_B=torch.tensor([row.seed for row in live], device=device),
-            number_B=torch.tensor([len(row.new) for row in live], device=device),
-            seen_BV=self._seen(live, logits_BV) if self.settings.penalizes else None,
-        ).tolist()
-        going = []
-        for index, (row, token) in enumerate(zip(live, chosen, strict=True)):
-            if not row.failed:
-                row.new.append(token)
-            if not row.failed and not self._ended(row):
-                going.append(index)
-        return going
-
-    @staticmethod
-    def _seen(live: list[_Row], logits_BV: Tensor) -> Tensor:
-        seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
-        for seen_V, row in zip(seen_BV, live, strict=True):
-            seen_V[row.prompt.tolist() + row.new] = True
-        return seen_BV
-
-    def _ended(self, row: _Row) -> bool:
-        full = len(row.new) == self.sampling.max_new_tokens or len(row.prompt) + len(row.new) == self.context_length
-        stopped = self.stop is not None and _stopped(row, self.stop)
-        return full or stopped or row.new[-1] == self.eos_id
-
-
-def _decode_cached(
-    model: PLDRModel, rows: list[_Row], chooser: _Chooser, *, g_lm: Tensor | None, max_new_tokens: int
+def _decode_uncached(
+    model: PLDRModel, wave: list[Row], num_rows: int, rules: Rules, settings: RowSettings, *, g_lm: Tensor | None
 ) -> Iterator[None]:
-    device, context_length = model.embedding.weight.device, model.config.context_length
-    # The last new token is chosen and never read.
-    capacity = max(min(context_length, len(row.prompt) + max_new_tokens) - 1 for row in rows)
-    cache = model.new_cache(batch_size=len(rows), capacity=capacity, g_lm=g_lm)
-    logits_BV = model.embedding.weight.new_empty(len(rows), model.config.vocab_size)
-    for index, row in enumerate(rows):
-        alone = model.new_cache(batch_size=1, capacity=len(row.prompt), g_lm=g_lm)
-        prompt_1S = torch.tensor([row.prompt.tolist()], device=device)
-        logits_BV[index] = model.extend(prompt_1S, alone)[0]
-        cache.stack_row(index, alone)
-    live = rows
-    while True:
-        going = chooser(live, logits_BV)
-        yield
-        if not going:
-            return
-        if len(going) < len(live):
-            cache.keep(going)
-            live = [live[index] for index in going]
-        last_B1 = torch.tensor([[row.new[-1]] for row in live], device=device)
-        logits_BV = model.extend(last_B1, cache)
-
-
-def _decode_uncached(model: PLDRModel, rows: list[_Row], chooser: _Chooser, *, g_lm: Tensor | None) -> Iterator[None]:
     """Rows of one length share a pass: padding to a common length would change G, a sum over the sequence."""
-    for length in sorted({len(row.prompt) for row in rows}):
-        live = [row for row in rows if len(row.prompt) == length]
-        while live:
-            ids = [row.prompt.tolist() + row.new for row in live]
-            ids_BS = torch.tensor(ids, device=model.embedding.weight.device)
-            logits_BSV = model(ids_BS, g_lm=g_lm, padded=False, last_only=True)
-            live = [live[index] for index in chooser(live, logits_BSV[:, -1])]
-            yield
+    device = model.embedding.weight.device
+    for length in sorted({len(row.prompt) for row in wave}):
+        waiting = [row for row in wave if len(row.prompt) == length]
+        while waiting:
+            live, waiting = waiting[:num_rows], waiting[num_rows:]
+            draws = Draws(live, settings, device)
+            while live:
+                ids_BS = torch.tensor([row.prompt.tolist() + row.new for row in live], device=device)
+                logits_BSV = model(ids_BS, g_lm=g_lm, padded=False, last_only=True)
+                tokens, finite = draws.next(logits_BSV[:, -1]).tolist()
+                going = [index for index, row in enumerate(live) if rules.take(row, tokens[index], bool(finite[index]))]
+                live = [live[index] for index in going]
+                draws.keep(going)
+                yield
 
 
-def _stopped(row: _Row, stop: Stop) -> bool:
-    if callable(stop):
-        return stop(row.index, row.new)
-    return any(row.new[-len(ending) :] == list(ending) for ending in stop)
-
-
-def _row_bytes(model: PLDRModel, sampling: Sampling, *, live_g: bool, use_cache: bool) -> Callable[[int], int]:
+def _row_bytes(
+    config: ModelConfig, dtype: torch.dtype, sampling: Sampling, *, live_g: bool, use_cache: bool
+) -> Callable[[int], int]:
     """Bytes of one row of this many tokens while it decodes. Logits count twice (the next ones are there before the last ones
     are gone), and cached keys, values and G too: when rows end, those that go on are copied."""
-    config, weight = model.config, model.embedding.weight
     L, H, K, V = config.num_layers, config.num_heads, config.head_dim, config.vocab_size
-    logits = V * (2 * weight.itemsize + (8 * SAMPLED_COPIES if sampling.temperature else 0))
+    logits = V * (2 * dtype.itemsize + (8 * SAMPLED_COPIES if sampling.temperature else 0))
     if not use_cache:  # every pass reads all tokens again: inputs and outputs of the widest products
-        return lambda length: logits + length * weight.itemsize * (4 * config.d_model + 3 * config.feed_forward_size)
+        return lambda length: logits + length * dtype.itemsize * (4 * config.d_model + 3 * config.feed_forward_size)
     own_g = L * H * K * K if live_g and config.g_source == "learned" else 0
-    return lambda length: logits + 2 * weight.itemsize * (2 * L * H * K * length + own_g)
+    return lambda length: logits + 2 * dtype.itemsize * (2 * L * H * K * length + own_g)
 
 
-def _batches(
-    rows: list[_Row], max_new_tokens: int, context_length: int, row_bytes: Callable[[int], int], memory: int
-) -> Iterator[list[_Row]]:
-    """The rows in batches that take no more than `memory` (one row at least). The short ones come first: every row of a batch
-    takes what its longest needs."""
-    batch: list[_Row] = []
-    for row in sorted(rows, key=lambda row: len(row.prompt)):
-        length = min(context_length, len(row.prompt) + max_new_tokens)
-        if batch and (len(batch) + 1) * row_bytes(length) > memory:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
+def _waves(rows: list[Row], row_bytes: Callable[[int], int], memory: int) -> Iterator[tuple[list[Row], int]]:
+    """Rows that take turns in one cache, and how many of them at once take no more than `memory` (one at least). All of them
+    if they fit at once; else short ones come first and share no cache with those that need more than twice their place."""
+
+    def fitting(length: int) -> int:
+        return max(1, memory // row_bytes(length))
+
+    wave: list[Row] = []
+    for row in sorted(rows, key=lambda row: row.length):
+        if wave and len(wave) >= fitting(row.length) and row.length > 2 * wave[0].length:
+            yield wave, min(len(wave), fitting(wave[-1].length))
+            wave = []
+        wave.append(row)
+    yield wave, min(len(wave), fitting(wave[-1].length))
 
 
 def _read_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> list[array[int]]:

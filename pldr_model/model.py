@@ -12,7 +12,7 @@ Shapes: B batch, S sequence, D = H*K model width, H heads, K head dim, V vocabul
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -22,12 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pldr_model.cache import KVCache, attention_mask
 from pldr_model.config import ActivationCheckpointing, ModelConfig
 from pldr_model.layers import GLU, Linear, RopeTables, apply_rope, rope_tables
 from pldr_model.plga import PLGA, ConstantG, DeductiveOutputs
-
-Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Attention(nn.Module):
@@ -50,11 +47,9 @@ class Attention(nn.Module):
         *,
         g: Tensor | None = None,
         mask: Tensor | None = None,
-        append: Append | None = None,
         return_outputs: bool = False,
     ) -> tuple[Tensor, DeductiveOutputs | None]:
-        """`g` [H,K,K] or [B,H,K,K] replaces the metric learner; `mask` (True = attend) replaces causal
-        attention; `append` stores new keys and values in a cache and returns all of them."""
+        """`g` [H,K,K] or [B,H,K,K] replaces the metric learner; `mask` (True = attend) replaces causal attention."""
         q_BHSK, k_BHSK, v_BHSK = self.project(x_BSD, rope)
         outputs: DeductiveOutputs | None = None
         if g is None and isinstance(self.plga, ConstantG):
@@ -64,10 +59,7 @@ class Attention(nn.Module):
             g = outputs.G_LM
         if g is not None:
             q_BHSK = q_BHSK @ g.to(q_BHSK.dtype)
-        if append is not None:
-            k_BHSK, v_BHSK = append(k_BHSK, v_BHSK)
-        causal = mask is None and q_BHSK.shape[2] > 1
-        heads_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask, is_causal=causal)
+        heads_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask, is_causal=mask is None)
         y_BSD = self.output(heads_BHSK.transpose(1, 2).flatten(2))
         return y_BSD, outputs if return_outputs else None
 
@@ -102,11 +94,10 @@ class DecoderLayer(nn.Module):
         *,
         g: Tensor | None = None,
         mask: Tensor | None = None,
-        append: Append | None = None,
         return_outputs: bool = False,
     ) -> tuple[Tensor, DeductiveOutputs | None]:
         """Arguments as in `Attention.forward`; the deductive outputs are None unless `return_outputs`."""
-        y_BSD, outputs = self.attention(x_BSD, rope, g=g, mask=mask, append=append, return_outputs=return_outputs)
+        y_BSD, outputs = self.attention(x_BSD, rope, g=g, mask=mask, return_outputs=return_outputs)
         h_BSD = self.attention_norm(y_BSD + x_BSD)
         return self.feed_forward_norm(self.feed_forward(h_BSD) + h_BSD), outputs
 
@@ -203,48 +194,6 @@ class PLDRModel(nn.Module):
         modules = [cast(DecoderLayer, layer).attention.plga for layer in self.layers]
         return torch.stack([module.G_LM for module in modules if isinstance(module, ConstantG)])
 
-    def extend(self, ids_BS: Tensor, cache: KVCache) -> Tensor:
-        """Read new tokens on top of those in `cache`; returns the logits after the last one, [B,V]. As in `read`."""
-        logits_BV: Tensor = self.output(self.read(ids_BS, cache)[:, -1])
-        return logits_BV
-
-    def read(self, ids_BS: Tensor, cache: KVCache, *, lengths: Sequence[int] | None = None) -> Tensor:
-        """Read new tokens on top of those in `cache`; returns what `output` makes logits of, [B,S,D].
-
-        If the cache is empty and holds no G and the model learns its own, G of these very tokens is computed on the way and
-        kept there. No id is padding here. lengths: how many of a row's tokens count, where rows differ; the others, at its
-        end, are read and forgotten. Only for a constant or given G: a learned one would be of them, too.
-        """
-        step = cache.begin(ids_BS.shape[1])
-        prefill_g = cache.g_lm is None and self.config.g_source == "learned"
-        assert not (prefill_g and (cache.lengths[0] or lengths)), "a learned G has to come from the prompt alone"
-        g_lm = self._g_in_force(cache.g_lm, ids_BS.shape[0])
-        x_BSD = self._embed(ids_BS)
-        deduced_g = []
-        for index, layer in enumerate(self.layers):
-            g = None if g_lm is None else g_lm[index]
-            append = functools.partial(cache.append, index, step)
-            x_BSD, outputs = layer(x_BSD, step.rope, g=g, mask=step.mask, append=append, return_outputs=prefill_g)
-            if prefill_g:
-                deduced_g.append(outputs.G_LM)
-        if prefill_g:
-            cache.g_lm = torch.stack(deduced_g)
-        cache.advance(ids_BS.shape[1] if lengths is None else lengths)
-        return x_BSD
-
-    def new_cache(self, *, batch_size: int, capacity: int, g_lm: Tensor | None = None) -> KVCache:
-        """An empty cache in the model's dtype and device; `g_lm` [L,H,K,K] or [L,B,H,K,K] is its G."""
-        weight = self.embedding.weight
-        g_lm = None if g_lm is None else g_lm.to(device=weight.device, dtype=weight.dtype)
-        return KVCache(
-            self.config,
-            batch_size=batch_size,
-            capacity=capacity,
-            dtype=weight.dtype,
-            device=weight.device,
-            g_lm=g_lm,
-        )
-
     def _embed(self, ids_BS: Tensor) -> Tensor:
         x_BSD: Tensor = self.embedding_norm(self.embedding(ids_BS) * self.config.d_model**0.5)
         return x_BSD
@@ -257,8 +206,7 @@ class PLDRModel(nn.Module):
         mask = None
         padding_BS = ids_BS == config.pad_id
         if padded or (padded is None and bool(padding_BS.any())):
-            positions_BS = torch.arange(num_positions, device=ids_BS.device).expand_as(ids_BS)
-            mask = attention_mask(positions_BS, num_positions, padding_BT=padding_BS)
+            mask = _padding_mask(padding_BS)
         x_BSD = self._embed(ids_BS)
         rope = rope_tables(config, num_positions, dtype=x_BSD.dtype, device=x_BSD.device)
         return x_BSD, RopeTables(rope.cos.unsqueeze(1), rope.sin.unsqueeze(1)), mask
@@ -273,6 +221,20 @@ class PLDRModel(nn.Module):
                 f"g_lm: shape {tuple(given.shape)} is neither [L,H,K,K] = {shape} nor [L,B,H,K,K] of {batch_size} rows"
             )
         return given
+
+
+def _padding_mask(padding_BS: Tensor) -> Tensor:
+    """Which query attends to which key, True = yes: [B,1,S,S]. Keys up to the query's own position that are not padding.
+
+    A query with nothing but padding before it attends to itself, so that its softmax is finite (the reference
+    averages over the whole sequence there, future included; such a query is padding itself and reaches no
+    loss).
+    """
+    S = padding_BS.shape[1]
+    causal_SS = torch.ones(S, S, dtype=torch.bool, device=padding_BS.device).tril()
+    allowed_BSS = causal_SS & ~padding_BS[:, None, :]
+    own_SS = torch.eye(S, dtype=torch.bool, device=padding_BS.device)
+    return (allowed_BSS | (own_SS & ~allowed_BSS.any(dim=-1, keepdim=True))).unsqueeze(1)
 
 
 def set_activation_checkpointing(model: PLDRModel, what: ActivationCheckpointing) -> None:

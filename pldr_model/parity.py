@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pldr_model.config import ModelConfig
 from pldr_model.convert import from_reference, load_checkpoint_file, to_reference
+from pldr_model.decode.decoder import Decoder
 from pldr_model.generation import generate
 from pldr_model.loss import dag_regularizer, total_loss
 from pldr_model.model import PLDRModel
@@ -209,10 +210,9 @@ def _sequence(golden: _Golden) -> Tensor:
 def _logits_through_caches(golden: _Golden, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Logits after the golden prompt and after each later token, [1,S,V]."""
     model, ids_1S, start = golden.model(weights), _sequence(golden), len(golden.generation["prompt"])
-    cache = model.new_cache(batch_size=1, capacity=ids_1S.shape[1])
-    cached = [model.extend(ids_1S[:, :start], cache)]
-    for position in range(start, ids_1S.shape[1]):
-        cached.append(model.extend(ids_1S[:, position : position + 1], cache))
+    decoder = Decoder.of(model)
+    cache, logits_1V = decoder.prefill(ids_1S[0, :start], capacity=ids_1S.shape[1])
+    cached = [logits_1V, *(decoder.step(ids_1, cache) for ids_1 in ids_1S[:, start:].unbind(1))]
     return {"cached_logits": torch.stack(cached, dim=1)}
 
 

@@ -18,8 +18,14 @@ def add_bundle_verbs(verbs: Verbs) -> None:
     sub.add_argument("--prompt", action="append", required=True, help="text to continue; several make a batch")
     sub.add_argument("--max-new-tokens", type=int, default=100)
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    sub.add_argument("--top-k", type=int, default=0)
-    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--top-k", type=int, default=0, help="of the best tokens; 0 for all")
+    sub.add_argument("--top-p", type=float, default=1.0, help="the best tokens that reach this probability")
+    sub.add_argument(
+        "--min-p", type=float, default=0.0, help="tokens of at least this share of the best one's probability"
+    )
+    sub.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1 against tokens of the prompt and the text so far"
+    )
     sub.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
     sub.add_argument("--seed", type=int, default=None)
     for name in ("verify", "bundle verify"):
@@ -42,6 +48,8 @@ def _generate(arguments: Any, report: Report) -> Result:
             temperature=arguments.temperature,
             top_k=arguments.top_k,
             top_p=arguments.top_p,
+            min_p=arguments.min_p,
+            repetition_penalty=arguments.repetition_penalty,
             stop=arguments.stop,
             seed=arguments.seed,
         )

@@ -162,7 +162,7 @@ def _compare(scorer: Scorer, theirs: Any, requests: list[Request], rounds: int) 
 
     ours()
     hf()
-    seconds, their_seconds, ratio = in_turn(timed(ours), timed(hf), rounds, scorer.model.embedding.weight.device)
+    seconds, their_seconds, ratio = in_turn(timed(ours), timed(hf), rounds, scorer.decoder.device)
     tokens = sum(len(context) + len(answer) for context, answer in requests)
     return {
         "tokens": tokens,

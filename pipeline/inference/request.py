@@ -17,7 +17,15 @@ from pipeline.tokenizer import Tokenizer
 MIN_PROMPT_BYTES = 1 << 20  # a tokenizer may shorten a text (white space, unknown characters); up to here it is asked
 MAX_STOP_STRINGS = 1_000_000
 MAX_STOP_CHARACTERS = 1000
-SETTINGS = {"max_new_tokens": 128, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}  # and their defaults
+SETTINGS = {  # and their defaults
+    "max_new_tokens": 128,
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "seed": 0,
+}
 
 
 class PromptEncoder:

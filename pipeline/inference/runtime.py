@@ -19,6 +19,7 @@ from pipeline.inference.request import PromptEncoder, read_settings, read_stop, 
 from pipeline.inference.scoring import Scored, Scorer
 from pipeline.inference.source import open_model
 from pldr_model.generation import NotFiniteError, generate_steps
+from pldr_model.model import PLDRModel
 from pldr_model.sampling import read_sampling
 
 NAMED = 5  # prompts in a message
@@ -44,14 +45,14 @@ class NotFiniteRows(UserError):
 class Bundle:
     """A loaded model, ready to use: a bundle, and just as well an export or a run (`open_model`).
 
-    `certificate`, `certified`, `config` and `tokenizer` are public and read-only. A live one computes G_LM anew from the
-    complete text for each token, without any cache: the control that a cached G_LM is compared with.
+    `certificate`, `certified`, `config`, `tokenizer` and `model` are public and read-only. A live one computes G_LM anew from
+    the complete text for each token, without any cache: the control that a cached G_LM is compared with.
     """
 
     def __init__(self, opened: OpenModel) -> None:
         self.opened = opened
         self.live = opened.live is not None
-        self.model = opened.live if opened.live is not None else opened.model
+        self._reader = opened.decoder if opened.live is None else opened.live
         self.config, self.tokenizer = opened.config, opened.tokenizer
         self.certificate, self.certified, self.generation = opened.certificate, opened.certified, opened.generation
         # Bytes for the rows that are computed together; None: what `pldr_model.generation.memory_budget` says.
@@ -73,6 +74,11 @@ class Bundle:
             warnings.warn(opened.caution, Caution, stacklevel=2)
         return cls(opened)
 
+    @property
+    def model(self) -> PLDRModel:
+        """The model itself, in fp32; packed weights are unpacked for it."""
+        return self.opened.model if self.opened.live is None else self.opened.live
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -81,6 +87,8 @@ class Bundle:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         seed: int | None = 0,
         **unknown: Any,
@@ -88,15 +96,23 @@ class Bundle:
         """Continue each prompt; returns the completions without the prompts, in their order.
 
         A completion ends after `max_new_tokens`, at a full context, at eos, or before the first `stop` string.
-        temperature 0 is greedy; `top_k` 0 and `top_p` 1 disable those; the token that crosses `top_p` is kept. The same seed
-        gives the same text; None draws a new one. Prompts of a batch do not affect each other, and decode together as many as
-        fit `memory`.
+        temperature 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 disable those; their order and
+        meaning are transformers' (`pldr_model.next_token`). The same seed gives the same text; None draws a new one. Prompts of
+        a batch do not affect each other, and decode together as many as fit `memory`.
         Raises UserError, before anything is computed, for empty prompts, prompts that leave no room in the context, and
         settings that are unknown, of a wrong type or out of range. Raises NotFiniteRows (a UserError), after all others have
         ended, for prompts whose logits were NaN or infinite; it holds the completions of the others.
         """
-        given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        settings = read_settings({**given, "seed": seed, **unknown})
+        given = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
+        settings = read_settings({**given, **unknown})
         encoded, stops = self._encode(prompts), read_stop(stop)
         texts = [Completion(self._decode, stops) for _ in encoded]
         take = (lambda index, new: texts[index].take(new)) if stops else None
@@ -171,7 +187,7 @@ class Bundle:
         }
 
     def _scorer(self) -> Scorer:
-        return Scorer(self.model, live=self.live, eos_id=self.generation["eos_id"], memory=self.memory)
+        return Scorer(self._reader, live=self.live, eos_id=self.generation["eos_id"], memory=self.memory)
 
     def _steps(
         self, encoded: list[Any], *, stop: Callable[[int, list[int]], bool] | None, settings: dict[str, Any]
@@ -182,7 +198,7 @@ class Bundle:
         except ValueError as error:
             raise UserError(f"generate: {error}") from None
         return generate_steps(
-            self.model,
+            self._reader,
             encoded,
             stop=stop,
             eos_id=self.generation["eos_id"],

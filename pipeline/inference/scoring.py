@@ -23,7 +23,8 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.inference.grouping import Group, Ids, batches, groups, windows
-from pldr_model.cache import KVCache
+from pldr_model.decode.cache import KVCache
+from pldr_model.decode.decoder import Decoder
 from pldr_model.generation import memory_budget
 from pldr_model.model import PLDRModel
 
@@ -43,7 +44,7 @@ class Scored:
 
 
 class Scorer:
-    """Scores token ids with a model.
+    """Scores token ids with a model, or a decoder of it (which spares preparing one).
 
     g_lm: [L,H,K,K], in place of the model's own G. live: G_LM is computed from each request. eos_id: what an empty context is.
     memory: bytes for a batch; None: `pldr_model.generation.memory_budget`.
@@ -55,7 +56,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: PLDRModel,
+        model: PLDRModel | Decoder,
         *,
         g_lm: Tensor | None = None,
         live: bool = False,
@@ -63,14 +64,14 @@ class Scorer:
         memory: int | None = None,
     ) -> None:
         learned = model.config.g_source == "learned"
-        if live and (g_lm is not None or not learned):
+        if live and (g_lm is not None or not learned or isinstance(model, Decoder)):
             raise ValueError("live: needs a model with a metric learner, and no g_lm in its place")
         if not live and g_lm is None and learned:
             raise ValueError("g_lm: missing; without it this model's G depends on the request: pass live=True")
-        weight = model.embedding.weight
-        self.model, self.live, self.eos_id = model, live, eos_id
-        self.g_lm = None if g_lm is None else g_lm.to(device=weight.device, dtype=weight.dtype)
-        self.memory = memory_budget(model) if memory is None else memory
+        self.live = model if live and isinstance(model, PLDRModel) else None
+        self.decoder = model if isinstance(model, Decoder) else Decoder.of(model)
+        self.config, self.g_lm, self.eos_id = model.config, g_lm, eos_id
+        self.memory = memory_budget(self.decoder.device) if memory is None else memory
 
     def score(
         self, requests: Sequence[Request], *, progress: Progress | None = None, name: str = "requests"
@@ -91,7 +92,7 @@ class Scorer:
 
     def rolling(self, texts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> list[list[float]]:
         """`token_logprobs` of several texts."""
-        limit = self.model.config.context_length
+        limit = self.config.context_length
         parts = [windows(ids, first=self.eos_id, context_length=limit) for ids in texts]
         run = self._run([pair for pairs in parts for pair in pairs], progress, "windows")
         logprobs = iter(run.logprobs)
@@ -101,14 +102,14 @@ class Scorer:
     def _run(self, requests: Sequence[Request], progress: Progress | None, name: str) -> _Run:
         inputs = [self._input(f"{name}[{index}]", *request) for index, request in enumerate(requests)]
         run = _Run(self, inputs, [list(continuation) for _, continuation in requests], progress, name)
-        found = [Group([ids], 0) for ids in run.asking] if self.live else groups(run.asking)
+        found = [Group([ids], 0) for ids in run.asking] if self.live is not None else groups(run.asking)
         run.alone([group.members[0] for group in found if len(group.members) == 1])
         run.shared([group for group in found if len(group.members) > 1])
         return run
 
     def _input(self, name: str, context: Sequence[int], continuation: Sequence[int]) -> Ids:
         """What the model reads of a request: all but the last token, as much as the context holds."""
-        config = self.model.config
+        config = self.config
         if not len(continuation):
             raise UserError(f"{name}: an empty continuation has no score; leave it out")
         if len(continuation) > config.context_length:
@@ -138,15 +139,15 @@ class _Run:
     def __init__(
         self, scorer: Scorer, inputs: Sequence[Ids], targets: list[list[int]], progress: Progress | None, name: str
     ) -> None:
-        self.model, self.g_lm, self.memory, self.equal = scorer.model, scorer.g_lm, scorer.memory, scorer.live
+        self.decoder, self.g_lm, self.memory, self.live = scorer.decoder, scorer.g_lm, scorer.memory, scorer.live
         self.targets, self.progress, self.name = targets, progress, name
         self.asking: dict[Ids, list[int]] = {}  # input -> its requests: the same input is read once
         for request, ids in enumerate(inputs):
             self.asking.setdefault(ids, []).append(request)
         self.logprobs = [[math.nan] * len(each) for each in targets]
         self.greedy = [True] * len(targets)
-        self.pass_tokens = PASS_TOKENS["cuda" if self.model.embedding.weight.device.type == "cuda" else "cpu"]
-        config, itemsize = self.model.config, self.model.embedding.weight.itemsize
+        self.pass_tokens = PASS_TOKENS["cuda" if self.decoder.device.type == "cuda" else "cpu"]
+        config, itemsize = scorer.config, self.decoder.dtype.itemsize
         self.cache_bytes = 2 * config.num_layers * config.d_model * itemsize  # a token's keys and values
         self.pass_bytes = (
             5 * config.d_model + 3 * config.feed_forward_size
@@ -156,8 +157,13 @@ class _Run:
     def alone(self, inputs: Iterable[Ids]) -> None:
         """Sequences that share nothing: no cache."""
         size, room = (lambda longest: longest * self.pass_bytes), self.memory // 2
-        for batch in batches(inputs, length=len, size=size, room=room, pass_tokens=self.pass_tokens, equal=self.equal):
-            hidden_BSD = self.model.hidden(self._padded(batch), g_lm=self.g_lm, padded=False)
+        equal = self.live is not None
+        for batch in batches(inputs, length=len, size=size, room=room, pass_tokens=self.pass_tokens, equal=equal):
+            ids_BS = self._padded(batch)
+            if self.live is not None:
+                hidden_BSD = self.live.hidden(ids_BS, padded=False)
+            else:
+                hidden_BSD = self.decoder.hidden(ids_BS, g_lm=self.g_lm)
             self._read_off(hidden_BSD, [one for row, ids in enumerate(batch) for one in self._asked(row, ids)])
             self._finished(batch)
 
@@ -168,8 +174,8 @@ class _Run:
             found, length=lambda group: group.num_shared, size=size, room=room, pass_tokens=2 * self.pass_tokens
         ):
             prefixes = [group.prefix for group in batch]
-            cache = self.model.new_cache(batch_size=len(batch), capacity=len(prefixes[0]), g_lm=self.g_lm)
-            hidden_BSD = self.model.read(self._padded(prefixes), cache, lengths=[len(ids) for ids in prefixes])
+            cache = self.decoder.new_cache(batch_size=len(batch), capacity=len(prefixes[0]), g_lm=self.g_lm)
+            hidden_BSD = self.decoder.read(self._padded(prefixes), cache, lengths=[len(ids) for ids in prefixes])
             members = [(row, ids) for row, group in enumerate(batch) for ids in group.members]
             asked = [one for row, ids in members for one in self._asked(row, ids, end=cache.lengths[row])]
             self._read_off(hidden_BSD, asked)
@@ -193,7 +199,7 @@ class _Run:
             own = cache.fork([row for row, _ in batch], room=rest(batch[0]))
             starts = list(own.lengths)
             parts = [ids[start:] for start, (_, ids) in zip(starts, batch, strict=True)]
-            hidden_BSD = self.model.read(self._padded(parts), own, lengths=[len(part) for part in parts])
+            hidden_BSD = self.decoder.read(self._padded(parts), own, lengths=[len(part) for part in parts])
             rows = enumerate(zip(starts, batch, strict=True))
             self._read_off(hidden_BSD, [one for row, (start, (_, ids)) in rows for one in self._asked(row, ids, start)])
 
@@ -218,7 +224,7 @@ class _Run:
             targets = [(index, self.targets[one.request][one.token]) for index, one in here]
             row_N, position_N = torch.tensor(chunk, device=hidden_BSD.device).T
             index_M, target_M = torch.tensor(targets, device=hidden_BSD.device).T
-            logprob_M, greedy_M = _logprobs(self.model.output(hidden_BSD[row_N, position_N]), index_M, target_M)
+            logprob_M, greedy_M = _logprobs(self.decoder.logits(hidden_BSD[row_N, position_N]), index_M, target_M)
             for (_, one), logprob, greedy in zip(here, logprob_M.tolist(), greedy_M.tolist(), strict=True):
                 if not math.isfinite(logprob):
                     raise UserError(f"{self.name}[{one.request}]: the model's logits are NaN or infinite; leave it out")
@@ -229,7 +235,7 @@ class _Run:
         """[B,S], zeros at the end."""
         longest = max(map(len, rows))
         ids = [(*row, *(0,) * (longest - len(row))) for row in rows]
-        return torch.tensor(ids, device=self.model.embedding.weight.device)
+        return torch.tensor(ids, device=self.decoder.device)
 
     def _finished(self, inputs: Iterable[Ids]) -> None:
         if self.progress is not None:

@@ -1,7 +1,7 @@
 """KV-cache: what decoding keeps of the tokens it has read.
 
-Background (2502.13502): with G_LM held constant a PLDR-LLM decodes like any SDPA decoder; the keys and values of past tokens are
-kept (KV-cache) and the metric learner never runs again (G-cache).
+Background (2502.13502): with G_LM held constant a PLDR-LLM decodes like any SDPA decoder; the keys and values of past
+tokens are kept (KV-cache) and the metric learner never runs again (G-cache).
 Decisions. The memory is allocated once and never moves, and where the next token goes is a tensor, so that a step can be
 captured. Each length is known twice: on the device, and on the host without asking the device (nothing that the device computes
 changes a length). From the host's come the assertions and `bound`, the keys that a step attends over: rounded up, so that it
@@ -55,7 +55,7 @@ class LayerShape:
 
 
 class LayerMemory:
-    """Keys and values of one layer. `stores` [B,heads,T,width] are the memory, `keys` (one a group) and `values` views of it."""
+    """Keys and values of one layer: `stores` [B,heads,T,width] are the memory, `keys` (one a group) and `values` views."""
 
     def __init__(
         self, shape: LayerShape, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -66,25 +66,26 @@ class LayerMemory:
         ]
         self.flat = [store.view(-1, store.shape[-1]) for store in self.stores]  # [B*heads*T,width], to write to
         if shape.fused:
-            keys, self.values = self.stores[0].split(shape.num_heads, dim=1)
-            self.keys = (keys,)
+            keys, self.values = self.stores[0].chunk(2, dim=1)
+            self.keys = [keys]
         else:
             *stores, self.values = self.stores
-            self.keys = tuple(
+            self.keys = [
                 store.view(batch_size, group.num_heads, group.width, capacity).mT
                 for store, group in zip(stores, shape.keys, strict=True)
-            )
+            ]
 
-    def until(self, end: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    def until(self, end: int) -> tuple[list[Tensor], Tensor]:
         """Keys and values of the first `end` tokens."""
-        return tuple(keys.narrow(2, 0, end) for keys in self.keys), self.values.narrow(2, 0, end)
+        return [keys.narrow(2, 0, end) for keys in self.keys], self.values.narrow(2, 0, end)
 
 
 class KVCache:
     """Rows of tokens that a `Decoder` has read; made by `Decoder.new_cache`.
 
     g: G of each layer where it is not the decoder's own: [H,K,K], or [B,H,K,K] where each row has one.
-    lengths: tokens of each row; `length_B` the same on the device. bound: keys that a step attends over, host-known.
+    lengths: tokens of each row; `length_B` the same on the device. bound: keys that a step attends over, host-known. scratch:
+    the layers take turns in one memory, for a single pass that nothing follows.
     """
 
     def __init__(
@@ -96,9 +97,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         g: list[Tensor] | None = None,
+        scratch: bool = False,
     ) -> None:
         self.shapes, self.capacity, self.dtype, self.device, self.g = shapes, capacity, dtype, device, g
-        self.layers = [LayerMemory(shape, batch_size, capacity, dtype, device) for shape in shapes]
+        kinds = {shape: LayerMemory(shape, batch_size, capacity, dtype, device) for shape in shapes} if scratch else {}
+        self.layers = [kinds.get(shape) or LayerMemory(shape, batch_size, capacity, dtype, device) for shape in shapes]
         self.lengths = [0] * batch_size
         self.length_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.key_T = torch.arange(capacity, device=device)

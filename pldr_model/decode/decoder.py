@@ -1,7 +1,7 @@
 """Decoder: a model's weights, prepared for reading tokens on top of a KV cache.
 
-At small sizes a step is bound by Python and launches, at large ones by reading weights; so a layer here is a row of plain tensor
-functions on weights that may stay packed (`Matrix`), and G costs one of them.
+At small sizes a step is bound by Python and launches, at large ones by reading weights; so a layer here is a row of plain
+tensor functions on weights that may stay packed (`Matrix`), and G costs one of them.
 Decisions. RoPE turns pairs of numbers, so queries and keys are seen as complex numbers and multiplied once, in place; for
 `half`, whose pairs are K/2 apart, the rows of W_q and W_k (and G) are permuted at preparation so that pairs lie together. G is
 applied to the query, one [K,K] product a head; for G = identity it is left out. sqrt(D) of the embedding is folded into the
@@ -132,9 +132,11 @@ class Decoder:
             own = own[..., self._pairs_K, :][..., self._pairs_K]
         return list(own.unbind(0))
 
-    def new_cache(self, *, batch_size: int, capacity: int, g_lm: Tensor | None = None) -> KVCache:
+    def new_cache(
+        self, *, batch_size: int, capacity: int, g_lm: Tensor | None = None, scratch: bool = False
+    ) -> KVCache:
         """An empty cache. `g_lm` [L,H,K,K] or [L,B,H,K,K] is the G to decode with, in place of the decoder's own. One that each
-        prompt brings is written by `prefill`."""
+        prompt brings comes with `KVCache.write_row`. scratch: for a single pass."""
         g = None
         if g_lm is not None:
             if any(layer.low_rank for layer in self._layers):
@@ -149,8 +151,19 @@ class Decoder:
             L, *rest = g_shape(self.config)
             g = [torch.zeros(batch_size, *rest, dtype=self.dtype, device=self.device) for _ in range(L)]
         return KVCache(
-            self._shapes, batch_size=batch_size, capacity=capacity, dtype=self.dtype, device=self.device, g=g
+            self._shapes,
+            batch_size=batch_size,
+            capacity=capacity,
+            dtype=self.dtype,
+            device=self.device,
+            g=g,
+            scratch=scratch,
         )
+
+    def hidden(self, ids_BS: Tensor, *, g_lm: Tensor | None = None) -> Tensor:
+        """What `logits` takes, [B,S,D], of whole sequences; nothing is kept. `g_lm` as in `new_cache`."""
+        B, S = ids_BS.shape
+        return self.read(ids_BS, self.new_cache(batch_size=B, capacity=S, g_lm=g_lm, scratch=True))
 
     @torch.inference_mode()
     def prefill(
@@ -167,7 +180,7 @@ class Decoder:
         if g_lm is None and self.deduce is not None:
             g_lm = self.deduce(ids_1S)
         cache = self.new_cache(batch_size=1, capacity=capacity or ids_1S.shape[1], g_lm=g_lm)
-        for piece_1S in ids_1S.split(chunk, dim=1):
+        for piece_1S in torch.split(ids_1S, chunk, dim=1):
             hidden_1SD = self.read(piece_1S, cache)
         return cache, self.logits(hidden_1SD[:, -1])
 
@@ -235,7 +248,7 @@ class Decoder:
         layer: Layer,
         x_ND: Tensor,
         memory: LayerMemory,
-        attended: tuple[tuple[Tensor, ...], Tensor],
+        attended: tuple[list[Tensor], Tensor],
         g: Tensor | None,
         where: Pass,
     ) -> Tensor:
@@ -248,7 +261,7 @@ class Decoder:
         memory.flat[0].index_copy_(0, where.place[2 * H], kv_NHK.reshape(-1, K))
         if g is not None and g.ndim == 3:
             q_NHK = torch.bmm(q_NHK.transpose(0, 1), g).transpose(0, 1)
-        q_BHSK = q_NHK.unsqueeze(2) if S == 1 else q_NHK.unflatten(0, (B, S)).transpose(1, 2)
+        q_BHSK = q_NHK.unsqueeze(2) if S == 1 else q_NHK.view(B, S, H, K).transpose(1, 2)
         if g is not None and g.ndim == 4:
             q_BHSK = q_BHSK @ g
         (keys,), values = attended

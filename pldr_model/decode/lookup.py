@@ -12,11 +12,18 @@ bounded whatever the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from pldr_model.decode.decoder import Decoder
+from pldr_model.decode.rows import Draws, Row, Rules
+from pldr_model.next_token import RowSettings
 
 GRAMS = (4, 2)  # tokens that must have stood there before, the most first
 # Tokens of a pass -> what it costs in steps of one token, at most; measured (docs/inference.md).
-COSTS = ((3, 1.25), (16, 2.75), (32, 3.5))
+COSTS = ((3, 1.5), (16, 2.75), (32, 3.5))
 START = 0.5  # steps that may be lost before anything was gained
 INCOME = 0.02  # and for each token; so decoding takes at most 1 + INCOME times as long, and START steps more
 MOST = 4.0  # that is kept of what was gained, so that losses end soon where a text stops repeating itself
@@ -74,3 +81,31 @@ class Pace:
             up = kept == drafted
             self._level = min(self._level + 1, len(COSTS) - 1) if up else max(self._level - (kept + 1 < cost), 0)
         self._credit = min(self._credit + gain, MOST)
+
+
+def continue_alone(
+    decoder: Decoder, row: Row, rules: Rules, settings: RowSettings, *, g_lm: Tensor | None
+) -> Iterator[None]:
+    """Continue one row; yields after each of its new tokens."""
+    cache, logits_WV = decoder.prefill(row.prompt, capacity=row.length, g_lm=g_lm)
+    draws, drafts, pace = Draws([row], settings, decoder.device), Drafts(row.prompt), Pace()
+    draft: list[int] = []
+    while True:
+        for kept, logits_1V in enumerate(logits_WV.split(1)):
+            (token,), (finite,) = draws.next(logits_1V).tolist()
+            going = rules.take(row, token, bool(finite))
+            yield
+            if not going:
+                return
+            drafts.append(token)
+            if draft[kept : kept + 1] != [token]:
+                break
+        pace.passed(len(draft), kept)
+        if kept < len(draft):
+            cache.rollback([len(drafts.tokens) - 1])  # the last one is chosen, and not yet read
+        draft = drafts.find(min(pace.count(), row.left - 1))
+        if draft:
+            ids_1W = torch.tensor([[token, *draft]], device=decoder.device)
+            logits_WV = decoder.logits(decoder.read(ids_1W, cache)[0])
+        else:
+            logits_WV = decoder.step(draws.token_B, cache)

@@ -1,16 +1,17 @@
 """Generation: caches against full passes, batches against single prompts, sampling by its definition."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pldr_model.cache import KVCache
 from pldr_model.config import ModelConfig
+from pldr_model.decode.cache import KVCache
+from pldr_model.decode.decoder import Decoder
 from pldr_model.generation import NotFiniteError, generate
 from pldr_model.model import PLDRModel
+from pldr_model.next_token import RowSettings, choose
+from pldr_model.sampling import read_sampling, seeds_of
 
 CONFIG = ModelConfig(vocab_size=61, num_layers=2, num_heads=2, head_dim=8, context_length=40, A_dff=12, num_reslayerA=2)
 
@@ -61,23 +62,36 @@ def test_without_cache_g_follows_the_sequence(model):
     assert generate(model, [prompt], max_new_tokens=30) != [live]
 
 
-@pytest.mark.parametrize("g_source", ["identity", "random"])
-def test_cached_logits_of_rows_of_different_lengths_equal_the_full_pass(g_source):
-    model = PLDRModel(replace(CONFIG, g_source=g_source)).double()
-    rows = [torch.randint(0, 61, (1, length)) for length in (12, 20, 17)]
-    starts = (3, 11, 8)
-    with torch.inference_mode():
-        cache = model.new_cache(batch_size=3, capacity=20)
-        for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
-            alone = model.new_cache(batch_size=1, capacity=start)
-            model.extend(ids[:, :start], alone)
-            cache.stack_row(row, alone)
-        for step in range(9):
-            token_B1 = torch.cat([ids[:, start + step, None] for ids, start in zip(rows, starts, strict=True)])
-            logits_BV = model.extend(token_B1, cache)
-            for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
-                full = model(ids[:, : start + step + 1], padded=False)[0, -1]
-                assert (logits_BV[row] - full).abs().max() < 1e-12
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"repetition_penalty": 2.5},
+        {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.4},
+        {"temperature": 0.9, "min_p": 0.2},
+    ],
+)
+def test_every_setting_is_that_of_each_row_wherever_it_decodes(model, changes):
+    """Against a loop over full passes with one row and its own set of tokens."""
+    prompts, count, eos_id, given = [[5, 6, 5], [9], [11, 30, 2, 8], [9, 9], [60, 1, 2]], 12, 17, {"seed": 3, **changes}
+    g_lm = model.compute_g(torch.tensor([[7, 8]]), padded=False)[:, 0].detach()
+    sampling = read_sampling(**{"max_new_tokens": 1, "temperature": 0.0, "top_k": 0, "top_p": 1.0} | given)
+    one = RowSettings.of([sampling], vocab_size=61)
+
+    @torch.no_grad()
+    def alone(prompt, seed):
+        ids = list(prompt)
+        while len(ids) - len(prompt) < count and (ids == prompt or ids[-1] != eos_id):
+            logits_1V = model(torch.tensor([ids]), g_lm=g_lm, padded=False)[:, -1]
+            seen_1V = torch.tensor([[token in ids for token in range(61)]])
+            number = torch.tensor([len(ids) - len(prompt)])
+            ids.append(int(choose(logits_1V, one, seed_B=torch.tensor([seed]), number_B=number, seen_BV=seen_1V)))
+        return ids[len(prompt) :]
+
+    expected = [alone(prompt, seed) for prompt, seed in zip(prompts, seeds_of(prompts, 3), strict=True)]
+    for how in ({}, {"block": 5}, {"memory": 1}, {"memory": 60_000, "block": 2}, {"use_cache": False}):
+        assert generate(model, prompts, max_new_tokens=count, eos_id=eos_id, g_lm=g_lm, **given, **how) == expected
+    without = {"temperature": given.get("temperature", 0.0), "seed": 3}
+    assert generate(model, prompts, max_new_tokens=count, eos_id=eos_id, g_lm=g_lm, **without) != expected
 
 
 def test_equal_copies_of_a_prompt_sample_differently_and_repeatably(model):
@@ -137,6 +151,8 @@ def test_generation_ends_at_the_context(model):
         ({"top_k": -1}, "top_k: -1"),
         ({"top_p": 0.0}, r"top_p: 0\.0"),
         ({"top_p": 1.5}, r"top_p: 1\.5"),
+        ({"min_p": 1.5}, r"min_p: 1\.5"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty: 0\.0"),
         ({"g_lm": torch.zeros(1)}, r"g_lm: shape \(1,\)"),
         ({"stop": [[]]}, "stop: holds an empty sequence"),
         ({"prompts": [[5], [0.5]]}, r"prompts\[1\]: token ids are integers"),
@@ -173,26 +189,31 @@ def test_a_row_whose_logits_are_not_finite_ends_and_the_others_go_on(model, use_
     assert caught.value.rows == {0: 1} and caught.value.new == [[60]]
 
 
-def test_rows_decode_together_as_many_as_fit_the_memory(model, monkeypatch):
-    prompts = [[i % 60 + 1] * (i % 30 + 1) for i in range(40)]
-    sizes = []
+@pytest.fixture
+def caches(monkeypatch):
+    """Rows and bytes of every cache that is made."""
+    made = []
     real = KVCache.__init__
 
-    def made(self, config, **given):
-        real(self, config, **given)
-        if given["batch_size"] > 1:  # not that of a prompt alone
-            sizes.append((given["batch_size"], 2 * self.k_LBHTK.nbytes))
+    def watched(self, shapes, **given):
+        real(self, shapes, **given)
+        made.append((given["batch_size"], given["capacity"], self.nbytes))
 
-    monkeypatch.setattr(KVCache, "__init__", made)
+    monkeypatch.setattr(KVCache, "__init__", watched)
+    return made
+
+
+def test_rows_decode_together_as_many_as_fit_the_memory(model, caches):
+    prompts = [[i % 60 + 1] * (i % 30 + 1) for i in range(40)]
     for setting in ({"max_new_tokens": 9}, {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}):
-        sizes.clear()
+        caches.clear()
         together = generate(model, prompts, **setting)
-        assert [count for count, _ in sizes] == [40]
-        sizes.clear()
+        assert caches[0][0] == 40
+        caches.clear()
         assert generate(model, prompts, memory=500_000, **setting) == together
-        assert 1 < len(sizes) < 40 and sum(count for count, _ in sizes) == 40
-        assert all(size < 500_000 for _, size in sizes)
-        assert sizes[0][0] > sizes[-1][0], "short rows share a batch, not the place that a long one needs"
+        rows = [count for count, _, _ in caches if count > 1]
+        assert 1 < rows[0] < 40 and all(2 * size < 500_000 for _, _, size in caches)
+        assert rows[0] > 1.5 * min(rows[-3:]) > 0, "short rows do not take the place that a long one needs"
     prompts = prompts[:12]
     for use_cache in (True, False):
         setting = {"max_new_tokens": 3, "use_cache": use_cache}
@@ -200,36 +221,77 @@ def test_rows_decode_together_as_many_as_fit_the_memory(model, monkeypatch):
             assert generate(model, prompts, memory=memory, **setting) == generate(model, prompts, **setting)
 
 
+prompts_that_repeat = st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=9), min_size=1, max_size=7)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    prompts=prompts_that_repeat,
+    block=st.integers(1, 20),
+    memory=st.sampled_from([1, 20_000, 40_000, None]),
+    temperature=st.sampled_from([0.0, 1.0]),
+    penalty=st.sampled_from([1.0, 1.3]),
+    eos_id=st.sampled_from([None, *range(61)]),
+)
+def test_blocks_and_slots_change_no_token(model, prompts, block, memory, temperature, penalty, eos_id):
+    """Ends by eos and by stop inside a block, places taken by the next prompt, rows that idle: every prompt gets the same."""
+    setting = {"max_new_tokens": 12, "temperature": temperature, "repetition_penalty": penalty, "seed": 7}
+    setting |= {"eos_id": eos_id, "stop": lambda _, new: sum(new) % 11 == 0}
+    expected = generate(model, prompts, **setting)
+    assert generate(model, prompts, block=block, memory=memory, **setting) == expected
+
+
+def test_a_row_that_ends_is_given_to_the_next_prompt(model, monkeypatch):
+    """Two places for five prompts: as many steps as the longer place needs, and not as the longest rows of three batches."""
+    steps = []
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, ids, cache: steps.append(len(ids)) or step(self, ids, cache))
+    ends = {0: 2, 1: 9, 2: 3, 3: 2, 4: 2}
+    memory = 2 * (61 * 16 + 2 * 8 * (2 * 2 * 2 * 8 * 10 + 2 * 2 * 8 * 8)) + 100  # logits, keys and values, G
+    new = generate(
+        model, [[5 + i] for i in range(5)], max_new_tokens=10, memory=memory, stop=lambda i, new: len(new) == ends[i]
+    )
+    assert [len(row) for row in new] == list(ends.values())
+    assert steps == [2] * 5 + [1] * 3, "8 steps for the second row; beside it 1 + 2 + 1 + 1"
+
+
 def test_the_cache_is_no_larger_than_what_is_read_and_shrinks_with_its_rows(model, monkeypatch):
     """The last token is chosen, and never read."""
     seen = []
-    extend = PLDRModel.extend
+    step = Decoder.step
 
-    def watched(self, ids_BS, cache):
-        seen.append((len(cache.lengths), cache.capacity))
-        return extend(self, ids_BS, cache)
+    def watched(self, ids_B, cache):
+        seen.append((cache.batch_size, cache.capacity))
+        return step(self, ids_B, cache)
 
-    monkeypatch.setattr(PLDRModel, "extend", watched)
+    monkeypatch.setattr(Decoder, "step", watched)
     free = generate(model, [[5, 6, 7], [9], [11, 30, 2, 8]], max_new_tokens=12)
-    assert seen == [(1, 1), (1, 3), (1, 4)] + [(3, 15)] * 11
+    assert seen == [(3, 15)] * 11
     seen.clear()
     ended = generate(model, [[5, 6, 7], [9], [11, 30, 2, 8]], max_new_tokens=12, eos_id=free[1][4])
     rows = [sum(len(new) > step + 1 for new in ended) for step in range(11)]
-    assert [count for count, _ in seen[3:]] == [count for count in rows if count]
+    assert [count for count, _ in seen] == [count for count in rows if count]
     seen.clear()
     generate(model, [[5] * 38], max_new_tokens=10**12)
-    assert seen == [(1, 38), (1, 39)]
+    assert seen == [(1, 39)]
+
+
+def test_a_decoder_generates_what_its_model_does(model):
+    setting = {"max_new_tokens": 6, "temperature": 0.7, "seed": 2}
+    assert generate(Decoder.of(model), [[5, 6], [7]], **setting) == generate(model, [[5, 6], [7]], **setting)
+    with pytest.raises(ValueError, match="use_cache: False needs the model"):
+        generate(Decoder.of(model), [[5]], max_new_tokens=2, use_cache=False)
 
 
 def test_samples_follow_the_distribution(model):
-    """2,000 first tokens at temperature 1 against the softmax: chi-square far inside its 1e-6 quantile."""
+    """500 first tokens at temperature 1 against the softmax: chi-square inside its 1e-6 quantile (more: test_next_token.py)."""
     prompt = [5, 6, 7]
     with torch.no_grad():
         logits = model(torch.tensor([prompt]), padded=False)[:, -1]
     best = logits[0].double().topk(6)
     p = torch.zeros(61, dtype=torch.float64).scatter(0, best.indices, best.values.softmax(0))
-    drawn = generate(model, [prompt] * 2000, max_new_tokens=1, temperature=1.0, top_k=6, seed=0)
+    drawn = generate(model, [prompt] * 500, max_new_tokens=1, temperature=1.0, top_k=6, seed=0)
     counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=61).double()
     assert counts[p == 0].sum() == 0
-    expected = 2000 * p[p > 0]
+    expected = 500 * p[p > 0]
     assert ((counts[p > 0] - expected) ** 2 / expected).sum() < 36  # 5 degrees of freedom: P(> 36) ~ 1e-6

@@ -209,6 +209,8 @@ class Completions:
                 temperature=request.temperature,
                 top_k=max(request.top_k, 0),
                 top_p=request.top_p,
+                min_p=request.min_p,
+                repetition_penalty=request.repetition_penalty,
                 seed=seed,
                 num_top=request.logprobs,
             )

@@ -186,7 +186,9 @@ def cache_config(model: Any, opened: OpenModel, max_sequences: int) -> Any:
     head = sizes.num_attention_heads * sizes.head_dim * itemsize
     batch_tokens = max(BATCH_TOKENS, max_sequences)
     token_bytes = 2 * sizes.num_hidden_layers * head + 3 * head + batch_tokens * itemsize
-    tokens = min(max_sequences * config.context_length, memory_budget(opened.model) // token_bytes)
+    tokens = min(
+        max_sequences * config.context_length, memory_budget(opened.model.embedding.weight.device) // token_bytes
+    )
     # One page more for each sequence than it fills, and what their scheduler keeps free before it begins a new one.
     pages = max(tokens, 2 * config.context_length) // PAGE + max_sequences
     return ContinuousBatchingConfig(

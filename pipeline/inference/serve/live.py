@@ -22,6 +22,8 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.inference.serve.engine import DecodeRequest, EngineError, EngineLoad, Token
+from pldr_model.decode.cache import KVCache
+from pldr_model.decode.decoder import Decoder
 from pldr_model.model import PLDRModel
 from pldr_model.next_token import RowSettings, choose
 
@@ -35,7 +37,7 @@ class LiveEngine:
     name = "live"
 
     def __init__(self, model: PLDRModel, *, eos_id: int) -> None:
-        self._model, self._eos_id = model, eos_id
+        self._model, self._decoder, self._eos_id = model, Decoder.of(model), eos_id
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._thread: ThreadPoolExecutor | None = None
@@ -61,7 +63,7 @@ class LiveEngine:
     async def decode(self, request: DecodeRequest) -> AsyncGenerator[list[Token], None]:
         """The new tokens, one at a time. Ends after eos (kept) or max_tokens. Raises UserError, EngineError."""
         async with self._my_turn():
-            sequence = _Sequence(self._model, request)
+            sequence = _Sequence(self._decoder, request)
             for _ in range(request.max_tokens):
                 token = await self._in_thread(sequence.next)
                 yield [token]
@@ -98,12 +100,12 @@ class LiveEngine:
 class _Sequence:
     """A prompt and what follows it."""
 
-    def __init__(self, model: PLDRModel, request: DecodeRequest) -> None:
-        self._model, self._request = model, request
-        capacity = len(request.ids) + request.max_tokens - 1  # the last new token is chosen and never read
-        self._cache = model.new_cache(batch_size=1, capacity=max(capacity, len(request.ids)))
+    def __init__(self, decoder: Decoder, request: DecodeRequest) -> None:
+        self._request = request
+        self._decoder = decoder
+        self._cache: KVCache | None = None
         self._unread = request.ids
-        V = model.config.vocab_size
+        V = decoder.config.vocab_size
         self._settings = RowSettings.of([request.sampling()], vocab_size=V)
         self._seed_1, self._number = torch.tensor([request.seed]), 0
         self._seen_1V = torch.zeros(1, V, dtype=torch.bool)
@@ -111,7 +113,12 @@ class _Sequence:
     @torch.inference_mode()
     def next(self) -> Token:
         """Read what has not been read, and choose a token."""
-        logits_V = self._model.extend(torch.tensor([self._unread]), self._cache)[0]
+        if self._cache is None:
+            capacity = len(self._unread) + self._request.max_tokens - 1  # the last new token is chosen and never read
+            self._cache, logits_1V = self._decoder.prefill(self._unread, capacity=max(capacity, len(self._unread)))
+        else:
+            logits_1V = self._decoder.step(torch.tensor(self._unread), self._cache)
+        logits_V = logits_1V[0]
         _require_finite(logits_V)
         self._seen_1V[:, self._unread] = True
         number_1 = torch.tensor([self._number])

@@ -131,6 +131,8 @@ class VllmEngine:
             "temperature": request.temperature,
             "top_k": request.top_k,
             "top_p": request.top_p,
+            "min_p": request.min_p,
+            "repetition_penalty": request.repetition_penalty,
             "seed": request.seed,
             "stream": True,
             "logprobs": request.num_top,

@@ -41,6 +41,20 @@ def test_generate_prints_the_others_and_names_the_prompt_without_logits(capsys, 
     assert json.loads(out.splitlines()[-1])["completions"] == [" one", None, " three"]
 
 
+def test_generate_takes_every_setting(capsys, make_bundle):
+    path = make_bundle()
+    given = {"max_new_tokens": 9, "temperature": 1.5, "top_k": 30, "top_p": 0.95}
+    given |= {"min_p": 0.01, "repetition_penalty": 1.3, "seed": 4}
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["generate", str(path), "--prompt", "the quick", "--json", *words]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])["completions"]
+    assert said == Bundle.load(path).generate(["the quick"], **given)
+    for name in given:
+        if name not in ("max_new_tokens", "seed"):
+            assert main(["generate", str(path), "--prompt", "the", f"--{name.replace('_', '-')}=-1"]) == 1
+            assert capsys.readouterr().err.startswith(f"pldr: error: generate: {name}: -1")
+
+
 def test_an_uncertified_bundle_is_one_clean_line(capsys, make_bundle):
     for certified, lines in ((True, 0), (False, 1)):
         bundle = make_bundle(f"bundle-{certified}", uncertified=not certified)

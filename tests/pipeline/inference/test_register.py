@@ -68,7 +68,10 @@ def test_a_registered_bundle_is_loaded_by_alias_and_generates(
     served = [{"prompt": np.array(text)} for text in texts]  # how MLflow's server hands over {"inputs": [{...}]}
     for asked in (texts, [{"prompt": t} for t in texts], pd.DataFrame({"prompt": texts}), np.array(texts), served):
         assert model.predict(asked, params=params) == expected
-    sampled = {"max_new_tokens": 9, "temperature": 1.0, "top_p": 0.9, "top_k": 20, "seed": 7, "stop": ["e"]}
+    sampled = {"max_new_tokens": 9, "temperature": 1.0, "top_p": 0.9, "top_k": 20, "seed": 7, "stop": ["e"]} | {
+        "min_p": 0.01,
+        "repetition_penalty": 1.1,
+    }
     assert model.predict(texts, params=sampled) == bundle.generate(texts, **sampled)
     assert model.predict(texts, params={**sampled, "seed": 8}) != model.predict(texts, params=sampled)
     with pytest.warns(UserWarning, match="UNCERTIFIED"):
@@ -211,6 +214,8 @@ def test_a_request_that_cannot_be_answered_is_refused_as_mlflow_refuses(served: 
         (["a"], {"temperature": float("nan")}, "temperature: nan must be 0"),
         (["a"], {"temperature": "0.8"}, "Invalid parameters found: .*temperature"),
         (["a"], {"top_p": float("inf")}, "top_p: inf must be in"),
+        (["a"], {"min_p": -0.5}, "min_p: -0.5 must be in"),
+        (["a"], {"repetition_penalty": 0.0}, "repetition_penalty: 0.0 must be a positive"),
         (["a"], {"seed": 2**70}, "seed: 1180591620717411303424 must have at most 64 bits"),
         (["a"], {"stop": ["x" * 1001]}, r"stop\[0\]: 1001 characters"),
         (["a\ud800"], {}, r"prompts\[0\]: not valid UTF-8"),

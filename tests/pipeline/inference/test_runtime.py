@@ -17,6 +17,8 @@ from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
 
 PROMPTS = ["the quick", "a", "jumps over the lazy dog and "]
+PENALIZED = {"repetition_penalty": 1.8}  # greedy
+MIN_P = {"temperature": 1.5, "min_p": 0.2, "repetition_penalty": 1.3, "seed": 2}
 
 
 @pytest.fixture
@@ -35,11 +37,32 @@ def test_the_bundle_generates_what_the_full_model_does_without_any_cache(bundle:
 
 
 def test_a_batch_gives_what_each_prompt_gives_alone(bundle: Bundle) -> None:
-    for settings in ({}, {"temperature": 1.0, "top_p": 0.9, "seed": 5}, {"temperature": 0.7, "top_k": 3, "seed": 1}):
+    for settings in (
+        {},
+        {"temperature": 1.0, "top_p": 0.9, "seed": 5},
+        {"temperature": 0.7, "top_k": 3, "seed": 1},
+        PENALIZED,
+        MIN_P,
+    ):
         together = bundle.generate(PROMPTS, max_new_tokens=12, **settings)
         assert together == [bundle.generate([prompt], max_new_tokens=12, **settings)[0] for prompt in PROMPTS]
         assert together == bundle.generate(PROMPTS, max_new_tokens=12, **settings)
+        (alone,) = bundle.generate(PROMPTS[:1], max_new_tokens=12, **settings)
+        assert "".join(bundle.stream(PROMPTS[0], max_new_tokens=12, **settings)) == alone
     assert bundle.generate(PROMPTS, temperature=1.0, seed=1) != bundle.generate(PROMPTS, temperature=1.0, seed=2)
+
+
+def test_greedy_with_a_repetition_penalty_is_that_of_transformers(bundle: Bundle) -> None:
+    """Over the prompt and the new tokens."""
+    from pipeline.inference.hf.load import build
+
+    model, _ = build(bundle.opened)
+    for prompt in PROMPTS:
+        ids = bundle.tokenizer.encode(prompt)
+        theirs = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, repetition_penalty=1.8)
+        ours = generate(bundle.model, [ids], max_new_tokens=12, eos_id=3, repetition_penalty=1.8)
+        assert ours == [theirs[0, len(ids) :].tolist()]
+    assert bundle.generate(PROMPTS, max_new_tokens=12, **PENALIZED) != bundle.generate(PROMPTS, max_new_tokens=12)
 
 
 def test_generation_ends_at_the_context(bundle: Bundle) -> None:
@@ -122,13 +145,16 @@ def test_eos_ends_a_completion_and_is_not_in_it(make_bundle: Callable[..., Path]
         (["a"], {"temperature": "0.8"}, "temperature: '0.8' is no number"),
         (["a"], {"top_p": None}, "top_p: None is no number"),
         (["a"], {"top_k": 1.5}, "top_k: 1.5 is no integer"),
+        (["a"], {"min_p": 1.5}, r"min_p: 1.5 must be in \[0, 1\]"),
+        (["a"], {"repetition_penalty": 0}, r"repetition_penalty: 0.0 must be a positive number \(1: none\)"),
         (["a"], {"max_new_tokens": True}, "max_new_tokens: True is no integer"),
         (["a"], {"seed": "x"}, "seed: 'x' is no integer"),
         (["a"], {"tempurature": 1.0}, "tempurature: no setting of a completion; did you mean temperature\\?"),
         (
             ["a"],
             {"n": 2},
-            "n: no setting of a completion; there are max_new_tokens, temperature, top_k, top_p, seed, stop",
+            "n: no setting of a completion; there are max_new_tokens, temperature, top_k, top_p, min_p, "
+            "repetition_penalty, seed, stop",
         ),
     ],
 )

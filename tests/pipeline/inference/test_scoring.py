@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from pipeline.errors import UserError
 from pipeline.inference.grouping import batches, groups, windows
 from pipeline.inference.scoring import Request, Scored, Scorer
+from pldr_model.decode.decoder import Decoder
 from pldr_model.model import PLDRModel, to_constant_g
 from tests.helpers.models import CONFIG, make_model
 
@@ -151,9 +152,11 @@ def test_a_beginning_is_read_once_and_only_asked_logits_are_made(
     constant: PLDRModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, made = [], []
-    embed, output = PLDRModel._embed, constant.output.forward
-    monkeypatch.setattr(PLDRModel, "_embed", lambda self, ids: read.append(ids.numel()) or embed(self, ids))
-    monkeypatch.setattr(constant.output, "forward", lambda x: made.append(x.shape[0]) or output(x))
+    pass_, logits = Decoder.read, Decoder.logits
+    monkeypatch.setattr(
+        Decoder, "read", lambda self, ids, *rest, **given: read.append(ids.numel()) or pass_(self, ids, *rest, **given)
+    )
+    monkeypatch.setattr(Decoder, "logits", lambda self, x: made.append(x.shape[0]) or logits(self, x))
     context = list(range(5, 25))
     Scorer(constant, eos_id=EOS).score([(context, [answer, 4]) for answer in (30, 31, 32, 33)])
     assert sum(read) == len(context) + 4
@@ -165,8 +168,8 @@ def test_a_beginning_is_read_once_and_only_asked_logits_are_made(
 
 def test_memory_bounds_what_is_made_at_once(constant: PLDRModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    output = constant.output.forward
-    monkeypatch.setattr(constant.output, "forward", lambda x: sizes.append(x.shape[0]) or output(x))
+    logits = Decoder.logits
+    monkeypatch.setattr(Decoder, "logits", lambda self, x: sizes.append(x.shape[0]) or logits(self, x))
     memory = 20 * 8 * V * 2 * 4  # 20 rows of logits
     Scorer(constant, eos_id=EOS, memory=memory).score([([5], list(range(4, 34)))] * 3 + [([6], [7] * 30)])
     assert max(sizes) == 20

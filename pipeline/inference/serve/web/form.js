@@ -1,13 +1,16 @@
 // The prompt and its settings; generating, stopping, and what goes wrong.
+const SETTINGS = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"];
+const NOT_OPENAIS = ["top_k", "min_p", "repetition_penalty"];  // its client takes them in extra_body
+
 function read() {
   const prompt = $("prompt").value;
   if (!prompt) throw [$("prompt"), "Type a prompt first."];
-  for (const id of ["max_tokens", "temperature", "top_p", "top_k", "seed"]) {
+  for (const id of [...SETTINGS, "seed"]) {
     const field = $(id);
     if (!field.checkValidity()) throw [field, `${document.querySelector(`label[for=${id}]`).textContent}: ${field.validationMessage}`];
   }
   const request = { prompt };
-  for (const id of ["max_tokens", "temperature", "top_p", "top_k"]) if ($(id).value !== "") request[id] = Number($(id).value);
+  for (const id of SETTINGS) if ($(id).value !== "") request[id] = Number($(id).value);
   // One seed for both models: with equal probabilities they then draw equal tokens.
   request.seed = $("seed").value === "" ? crypto.getRandomValues(new Uint32Array(1))[0] : Number($("seed").value);
   const stop = $("stops").value.split("\n").filter(line => line).map(line => line.replaceAll("\\n", "\n"));
@@ -99,9 +102,10 @@ function showCurl() {
   try { request = { model: facts.name, ...read() }; } catch (wrong) { $("curl").textContent = Array.isArray(wrong) ? wrong[1] : String(wrong); return; }
   const token = sessionStorage.getItem("token") ? " \\\n  -H 'Authorization: Bearer TOKEN'" : "";
   const body = JSON.stringify(request).replaceAll("'", "'\\''");
-  const { top_k = 0, ...plain } = request;
-  const python = Object.entries(plain).map(([key, value]) => `\n    ${key}=${JSON.stringify(value)},`).join("");
+  const extra = Object.fromEntries(Object.entries(request).filter(([key]) => NOT_OPENAIS.includes(key)));
+  const python = Object.entries(request).filter(([key]) => !(key in extra)).map(([key, value]) => `\n    ${key}=${JSON.stringify(value)},`).join("") +
+    (Object.keys(extra).length ? `\n    extra_body=${JSON.stringify(extra)},` : "");
   $("curl").textContent = `curl ${location.origin}/v1/completions -H 'Content-Type: application/json'${token} \\\n  -d '${body}'\n\n` +
     `from openai import OpenAI\nclient = OpenAI(base_url="${location.origin}/v1", api_key="${token ? "TOKEN" : "none"}")\n` +
-    `client.completions.create(${python}\n    extra_body={"top_k": ${top_k}},\n).choices[0].text`;
+    `client.completions.create(${python}\n).choices[0].text`;
 }

@@ -56,7 +56,16 @@ def texts(answer: Any) -> list[str]:
     return [choice["text"] for choice in answer["choices"]]
 
 
-@pytest.mark.parametrize("settings", [{}, DRAWN, {"temperature": 0.7, "top_k": 3, "seed": 1, "stop": ["e", "qu"]}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        DRAWN,
+        {"temperature": 0.7, "top_k": 3, "seed": 1, "stop": ["e", "qu"]},
+        {"repetition_penalty": 1.8},
+        {"temperature": 1.5, "min_p": 0.2, "repetition_penalty": 1.3, "seed": 2},
+    ],
+)
 def test_answers_are_those_of_the_bundle(client: TestClient, bundle: Bundle, settings: dict[str, Any]) -> None:
     expected = bundle.generate(PROMPTS, max_new_tokens=12, **settings)
     assert texts(ask(client, PROMPTS, **settings)) == expected
@@ -86,6 +95,9 @@ def test_many_at_once_answer_as_one_after_the_other(server: Server, client: Test
             max_tokens=8,
             temperature=(0.0, 1.0, 0.5)[index % 3],
             top_k=(0, 5)[index % 2],
+            top_p=(1.0, 1.0, 0.9)[index % 3],
+            min_p=(0.0, 0.1)[index % 8 == 7],
+            repetition_penalty=(1.0, 1.5)[index % 5 == 4],
             seed=index,
             num_top=(None, 2)[index % 2],
         )

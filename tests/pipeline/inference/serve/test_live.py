@@ -12,6 +12,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.inference.serve.engine import DecodeRequest, EngineError, Token
 from pipeline.inference.serve.live import LiveEngine
+from pldr_model.decode.decoder import Decoder
 from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
 from pldr_model.sampling import seeds_of
@@ -45,7 +46,16 @@ async def all_of(engine: LiveEngine, **settings: Any) -> list[Token]:
     return [token for step in [step async for step in engine.decode(DecodeRequest(**settings))] for token in step]
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.1, "top_k": 20, "top_p": 0.9}, {"temperature": 0.7}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 1.1, "top_k": 20, "top_p": 0.9},
+        {"temperature": 0.7},
+        {"repetition_penalty": 1.8},
+        {"temperature": 1.5, "min_p": 0.1, "repetition_penalty": 1.3},
+    ],
+)
 def test_it_decodes_what_generate_does_with_the_prompts_own_G(model: PLDRModel, settings: dict[str, Any]) -> None:
     expected = generate(model, [PROMPT], max_new_tokens=12, seed=4, eos_id=3, **settings)[0]
     (seed,) = seeds_of([PROMPT], 4)
@@ -123,9 +133,9 @@ def test_stopping_ends_what_is_being_decoded(model: PLDRModel) -> None:
 
 
 def test_what_torch_raises_is_one_line_of_the_engine(model: PLDRModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(model, "extend", fail)
+    monkeypatch.setattr(Decoder, "prefill", fail)
     with pytest.raises(EngineError, match="^the live model failed: out of memory$"):
         with_engine(model, all_of)

@@ -94,7 +94,7 @@ def ready(url: str) -> None:
 def test_a_person_types_streams_compares_and_points(make_bundle: Make, tmp_path: Path) -> None:
     """With the server that users start, cached beside live."""
     bundle = make_bundle(with_metric_learner=True)
-    settings = {"max_tokens": 14, "temperature": 1, "seed": 5}
+    settings = {"max_tokens": 14, "temperature": 1, "seed": 5, "min_p": 0.01, "repetition_penalty": 1.2}
     with started("-m", "launch.cli", "serve", str(bundle), "--port", "0", "--watch", "1") as (url, _):
         ready(url)
 
@@ -106,6 +106,11 @@ def test_a_person_types_streams_compares_and_points(make_bundle: Make, tmp_path:
             live = asked(url, model=f"{name}:live", prompt="the quick", **settings)
             assert await tab.value(COMPLETION.format(0)) == expected["text"] != ""
             assert await tab.value(COMPLETION.format(1)) == live["text"] == expected["text"]
+            await tab.value("showCurl()")
+            said = await tab.value(f"{FIELD.format('curl')}.textContent")
+            assert (
+                'extra_body={"min_p":0.01,"repetition_penalty":1.2},' in said and '"min_p":0.01' in said.split("-d ")[1]
+            )
             assert "agree on all" in await tab.value(f"{FIELD.format('compared')}.textContent")
             assert await tab.value("document.querySelectorAll('.diff').length") == 0
 

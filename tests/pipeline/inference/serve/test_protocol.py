@@ -50,6 +50,8 @@ def test_json_that_is_no_object(body: bytes) -> None:
         *(("temperature", value) for value in (-0.1, "1", True, [1])),
         *(("top_p", value) for value in (0, 1.01, -1, "1")),
         *(("top_k", value) for value in (-2, 1.5, "all")),
+        *(("min_p", value) for value in (-0.1, 1.01, "0", True)),
+        *(("repetition_penalty", value) for value in (0, -1, "1", True)),
         *(("n", value) for value in (0, -1, 1.0, True, "2")),
         *(("seed", value) for value in (2**63, -(2**63) - 1, 1.5, "1", True)),
         *(("logprobs", value) for value in (-1, 21, True, 1.5)),

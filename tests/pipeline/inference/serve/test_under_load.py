@@ -45,7 +45,7 @@ def requests(count: int) -> list[dict[str, Any]]:
     kinds = [
         {"temperature": 0},
         {"temperature": 1.0, "top_p": 0.9},
-        {"temperature": 0.7, "stop": ["e"]},
+        {"temperature": 0.7, "stop": ["e"], "extra_body": {"min_p": 0.05, "repetition_penalty": 1.2}},
         {"logprobs": 2},
     ]
     return [
