@@ -61,9 +61,7 @@ class LowRankKeys:
             torch.tensor(order, device=g_HKK.device).argsort(),
         )
 
-    def attend(
-        self, qkv_NW: Tensor, memory: LayerMemory, attended: tuple[list[Tensor], Tensor], where: Pass
-    ) -> Tensor:
+    def attend(self, qkv_NW: Tensor, memory: LayerMemory, attended: tuple[list[Tensor], Tensor], where: Pass) -> Tensor:
         """Store the new keys and values; returns the heads' values side by side, [N,H*K]. Queries and keys are rotated."""
         B, S, H, K = where.rows, where.tokens, len(self.place_H), memory.values.shape[-1]
         *qk_NHK, v_NHK = torch.split(
