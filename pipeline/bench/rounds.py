@@ -33,7 +33,7 @@ def in_rounds(works: Mapping[str, Work], rounds: int, device: torch.device) -> d
     times = {name: Timed([], []) for name in works}
     for index in range(rounds):
         names = list(works)
-        start = index % len(names)
+        start = index // 2 % len(names)
         order = names[start:] + names[:start]
         for name in order if index % 2 == 0 else reversed(order):
             wait(device)

@@ -19,6 +19,7 @@ from pipeline.inference.request import PromptEncoder, read_settings, read_stop, 
 from pipeline.inference.scoring import Scored, Scorer
 from pipeline.inference.source import open_model
 from pldr_model.generation import NotFiniteError, generate_steps
+from pldr_model.model import PLDRModel
 from pldr_model.sampling import read_sampling
 
 NAMED = 5  # prompts in a message
@@ -44,14 +45,14 @@ class NotFiniteRows(UserError):
 class Bundle:
     """A loaded model, ready to use: a bundle, and just as well an export or a run (`open_model`).
 
-    `certificate`, `certified`, `config` and `tokenizer` are public and read-only. A live one computes G_LM anew from the
-    complete text for each token, without any cache: the control that a cached G_LM is compared with.
+    `certificate`, `certified`, `config`, `tokenizer` and `model` are public and read-only. A live one computes G_LM anew from
+    the complete text for each token, without any cache: the control that a cached G_LM is compared with.
     """
 
     def __init__(self, opened: OpenModel) -> None:
         self.opened = opened
         self.live = opened.live is not None
-        self.model = opened.live if opened.live is not None else opened.model
+        self._reader = opened.decoder if opened.live is None else opened.live
         self.config, self.tokenizer = opened.config, opened.tokenizer
         self.certificate, self.certified, self.generation = opened.certificate, opened.certified, opened.generation
         # Bytes for the rows that are computed together; None: what `pldr_model.generation.memory_budget` says.
@@ -72,6 +73,11 @@ class Bundle:
         if opened.caution is not None:
             warnings.warn(opened.caution, Caution, stacklevel=2)
         return cls(opened)
+
+    @property
+    def model(self) -> PLDRModel:
+        """The model itself, in fp32; packed weights are unpacked for it."""
+        return self.opened.model if self.opened.live is None else self.opened.live
 
     def generate(
         self,
@@ -188,7 +194,7 @@ class Bundle:
         }
 
     def _scorer(self) -> Scorer:
-        return Scorer(self.model, live=self.live, eos_id=self.generation["eos_id"], memory=self.memory)
+        return Scorer(self._reader, live=self.live, eos_id=self.generation["eos_id"], memory=self.memory)
 
     def _steps(
         self,
@@ -204,7 +210,7 @@ class Bundle:
         except ValueError as error:
             raise UserError(f"generate: {error}") from None
         return generate_steps(
-            self.model,
+            self._reader,
             encoded,
             stop=stop,
             eos_id=self.generation["eos_id"],

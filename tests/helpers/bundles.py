@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.bundle.format import certified_files
 from pipeline.bundle.formats import Packed
 from pipeline.bundle.read import verify_bundle
+from pipeline.config.post import KeyRankConfig, PostConfig
 from pipeline.errors import UserError
 from pipeline.io.storage import MANIFEST, manifest_of, render_json, sha256_json
 from pipeline.post.extract import extract_g
 from pipeline.post.package.measured_formats import pack_measured
+from pipeline.post.package.measured_keys import measure_keys
 from pldr_model.model import PLDRModel
 
 OLD = Path(__file__).resolve().parents[1] / "data" / "bundle-160ea30.tar.xz"
@@ -47,6 +50,18 @@ def measured(model: PLDRModel, text: torch.Tensor, weight_format: Any, *, allowe
     """The model's weights in a smaller format, their cost measured over this text."""
     g_lm = extract_g(model, text[:, :-1], "mean").g_lm
     return pack_measured(model, g_lm, text, weight_format, max_loss_difference=allowed, max_prompts=16)
+
+
+def measured_keys(
+    model: PLDRModel, text: torch.Tensor, ranks: list[list[int]], *, allowed: float = 0.1
+) -> dict[str, Any]:
+    """The certificate's section of low-rank keys, measured over this text with fp32 weights."""
+    g_lm = extract_g(model, text[:, :-1], "mean").g_lm
+    config = PostConfig(
+        key_rank=KeyRankConfig(ranks=ranks), max_key_loss=allowed, generate_prompts=4, generate_tokens=12
+    )
+    sha256 = certified_files(model, g_lm)["model.safetensors"]
+    return measure_keys(model, g_lm, torch.tensor(ranks), text[:16], config, sha256=sha256)
 
 
 @pytest.fixture

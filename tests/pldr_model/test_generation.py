@@ -10,6 +10,8 @@ from pldr_model.decode.cache import KVCache
 from pldr_model.decode.decoder import Decoder
 from pldr_model.generation import NotFiniteError, generate
 from pldr_model.model import PLDRModel
+from pldr_model.next_token import RowSettings, choose
+from pldr_model.sampling import read_sampling, seeds_of
 
 CONFIG = ModelConfig(vocab_size=61, num_layers=2, num_heads=2, head_dim=8, context_length=40, A_dff=12, num_reslayerA=2)
 
@@ -58,6 +60,38 @@ def test_without_cache_g_follows_the_sequence(model):
         live = argmax_by_full_passes(model, prompt, 30, None)
     assert generate(model, [prompt], max_new_tokens=30, use_cache=False) == [live]
     assert generate(model, [prompt], max_new_tokens=30) != [live]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"repetition_penalty": 2.5},
+        {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.4},
+        {"temperature": 0.9, "min_p": 0.2},
+    ],
+)
+def test_every_setting_is_that_of_each_row_wherever_it_decodes(model, changes):
+    """Against a loop over full passes with one row and its own set of tokens."""
+    prompts, count, eos_id, given = [[5, 6, 5], [9], [11, 30, 2, 8], [9, 9], [60, 1, 2]], 12, 17, {"seed": 3, **changes}
+    g_lm = model.compute_g(torch.tensor([[7, 8]]), padded=False)[:, 0].detach()
+    sampling = read_sampling(**{"max_new_tokens": 1, "temperature": 0.0, "top_k": 0, "top_p": 1.0} | given)
+    one = RowSettings.of([sampling], vocab_size=61)
+
+    @torch.no_grad()
+    def alone(prompt, seed):
+        ids = list(prompt)
+        while len(ids) - len(prompt) < count and (ids == prompt or ids[-1] != eos_id):
+            logits_1V = model(torch.tensor([ids]), g_lm=g_lm, padded=False)[:, -1]
+            seen_1V = torch.tensor([[token in ids for token in range(61)]])
+            number = torch.tensor([len(ids) - len(prompt)])
+            ids.append(int(choose(logits_1V, one, seed_B=torch.tensor([seed]), number_B=number, seen_BV=seen_1V)))
+        return ids[len(prompt) :]
+
+    expected = [alone(prompt, seed) for prompt, seed in zip(prompts, seeds_of(prompts, 3), strict=True)]
+    for how in ({}, {"block": 5}, {"memory": 1}, {"memory": 60_000, "block": 2}, {"use_cache": False}):
+        assert generate(model, prompts, max_new_tokens=count, eos_id=eos_id, g_lm=g_lm, **given, **how) == expected
+    without = {"temperature": given.get("temperature", 0.0), "seed": 3}
+    assert generate(model, prompts, max_new_tokens=count, eos_id=eos_id, g_lm=g_lm, **without) != expected
 
 
 def test_equal_copies_of_a_prompt_sample_differently_and_repeatably(model):
@@ -117,6 +151,8 @@ def test_generation_ends_at_the_context(model):
         ({"top_k": -1}, "top_k: -1"),
         ({"top_p": 0.0}, r"top_p: 0\.0"),
         ({"top_p": 1.5}, r"top_p: 1\.5"),
+        ({"min_p": 1.5}, r"min_p: 1\.5"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty: 0\.0"),
         ({"g_lm": torch.zeros(1)}, r"g_lm: shape \(1,\)"),
         ({"stop": [[]]}, "stop: holds an empty sequence"),
         ({"prompts": [[5], [0.5]]}, r"prompts\[1\]: token ids are integers"),
@@ -248,14 +284,14 @@ def test_a_decoder_generates_what_its_model_does(model):
 
 
 def test_samples_follow_the_distribution(model):
-    """2,000 first tokens at temperature 1 against the softmax: chi-square far inside its 1e-6 quantile."""
+    """500 first tokens at temperature 1 against the softmax: chi-square inside its 1e-6 quantile (more: test_next_token.py)."""
     prompt = [5, 6, 7]
     with torch.no_grad():
         logits = model(torch.tensor([prompt]), padded=False)[:, -1]
     best = logits[0].double().topk(6)
     p = torch.zeros(61, dtype=torch.float64).scatter(0, best.indices, best.values.softmax(0))
-    drawn = generate(model, [prompt] * 2000, max_new_tokens=1, temperature=1.0, top_k=6, seed=0)
+    drawn = generate(model, [prompt] * 500, max_new_tokens=1, temperature=1.0, top_k=6, seed=0)
     counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=61).double()
     assert counts[p == 0].sum() == 0
-    expected = 2000 * p[p > 0]
+    expected = 500 * p[p > 0]
     assert ((counts[p > 0] - expected) ** 2 / expected).sum() < 36  # 5 degrees of freedom: P(> 36) ~ 1e-6

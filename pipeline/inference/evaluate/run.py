@@ -63,7 +63,7 @@ def evaluate(
     askers = {name: _asker(opened, name) for name in ("cached", "live")}
     results = _head(opened, limit)
     with AnswersFile(out / ANSWERS, askers.values()) as answers, tempfile.TemporaryDirectory() as folder:
-        models: dict[str, Scorer] = {"cached": Scorer(opened.model, eos_id=opened.tokenizer.eos_id)}
+        models: dict[str, Scorer] = {"cached": Scorer(opened.decoder, eos_id=opened.tokenizer.eos_id)}
         if opened.live is not None:
             models["live"] = Scorer(opened.live, live=True, eos_id=opened.tokenizer.eos_id)
         loaded = _load(found, Path(folder), results["failed"], report)
@@ -117,7 +117,7 @@ def _head(opened: OpenModel, limit: int | None) -> Tree:
             "path": str(opened.path),
             "name": opened.name,
             "sha256": opened.sha256,
-            "parameters": sum(parameter.numel() for parameter in opened.model.parameters()),
+            "parameters": opened.config.num_parameters()["total"],
             "context_length": opened.config.context_length,
         },
         "certified": opened.certified,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.bundle.formats import describe_format
 from pldr_model.config import ModelConfig
 
 FRONT = """---
@@ -41,6 +42,7 @@ def export_card(manifest: dict[str, Any], config: ModelConfig, certificate: dict
         statement,
         "",
         f"- Model: {sizes}.",
+        *_packed(manifest),
         f"- Made from: {manifest['source']} `{manifest['name']}`, sha256 {manifest['bundle_sha256']}.",
         "- Prompts are encoded without bos, which was never trained. Evaluators that need a first token take eos.",
         "- The generated text is unfiltered, and no better than the training data.",
@@ -84,10 +86,28 @@ def _about(manifest: dict[str, Any]) -> str:
     )
 
 
+def _packed(manifest: dict[str, Any]) -> list[str]:
+    """What smaller weights are, and what is known of their cost."""
+    lines = []
+    if manifest["dtype"] == "int8":
+        ratio = manifest["bytes"] / manifest["bytes_fp32"]
+        lines.append(
+            f"- int8 weights stay packed in memory: {manifest['bytes']:,} bytes, {ratio:.2f} of fp32. Loading them needs "
+            "`pip install torchao`."
+        )
+    if section := manifest["weight_format"]:
+        same = section["format"] == manifest["dtype"] or manifest["dtype"] == "fp32"
+        about = "these very values" if same else "the bundle's weights, which are rounded once more here"
+        lines.append(f"- Measured when the bundle was made, of {about}: {describe_format(section)}.")
+    return lines
+
+
 def _vllm(manifest: dict[str, Any]) -> list[str]:
     if manifest["live"]:
         return []
-    dtype = "float32" if manifest["dtype"] == "fp32" else "auto"
+    if manifest["transformers_only"]:
+        return [f"Not for vLLM: {manifest['transformers_only']}.", ""]
+    dtype = "float32" if manifest["dtype"] in ("fp32", "int8") else "auto"
     return [
         "```sh",
         f"vllm serve PATH --trust-remote-code --model-impl transformers --dtype {dtype}",

@@ -42,7 +42,9 @@ def check_export(
     with tempfile.TemporaryDirectory(prefix="pldr-selfcheck-") as temporary:
         work = Path(temporary)
         save_file(logits, work / "logits.safetensors")
-        (work / "expected.json").write_text(json.dumps({**expected.to_dict(), "rounded": rounded}))
+        (work / "expected.json").write_text(
+            json.dumps({**expected.to_dict(), "rounded": rounded, "stored_bytes": stored_bytes})
+        )
         root = str(Path(pipeline.__file__).resolve().parents[1])
         path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
         quiet = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules"), "TRANSFORMERS_VERBOSITY": "error"}
@@ -58,7 +60,6 @@ def check_export(
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise UserError(f"the export does not work in a fresh process: {lines[-1][:300]}; nothing was written")
         result: dict[str, Any] = json.loads((work / RESULT).read_text())
-    result["stored_bytes"] = stored_bytes
     if problem := _problem(result):
         raise UserError(
             f"the export differs from the model: {problem}; nothing was written", details={"selfcheck": result}
@@ -111,6 +112,7 @@ def measure(folder: str, expected: dict[str, Any], logits: dict[str, Tensor]) ->
             if value != expected["settings"][name]
         ],
         "rounding": expected["rounding"],
+        "stored_bytes": expected["stored_bytes"],
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,

@@ -26,7 +26,7 @@ from pipeline.post.package.measured_keys import measure_outputs
 from pldr_model.decode.low_rank import ranks_by_energy, round_ranks, truncate_g
 from pldr_model.model import PLDRModel
 
-ENERGIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-7)  # whose ranks a head is tried with: at most so many passes a head
+ENERGIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6)  # whose ranks a head is tried with, and the smallest: a pass each
 PROMPTS_OF_A_HEAD = 8  # that the passes of single heads are over, at most
 PROMPTS_TOGETHER = 64  # that the passes of all heads together are over, at most
 
@@ -86,7 +86,7 @@ def _moves(model: PLDRModel, g_LHKK: Tensor, text_NT: Tensor, multiple: int) -> 
     L, H, K, _ = g_LHKK.shape
     by_energy = [round_ranks(ranks_by_energy(g_LHKK, energy), K, multiple=multiple) for energy in ENERGIES]
     tried = {
-        (layer, head): sorted({int(rank_LH[layer, head]) for rank_LH in by_energy} - {K})
+        (layer, head): sorted({min(multiple, K), *(int(rank_LH[layer, head]) for rank_LH in by_energy)} - {K})
         for layer in range(L)
         for head in range(H)
     }

@@ -23,7 +23,7 @@ from pipeline.io.tensors import serialize
 from pipeline.post.extract import extract_g
 from pipeline.post.package.card import CERTIFIED_LINE
 from pldr_model.model import PLDRModel
-from tests.helpers.bundles import edit, measured, refused, reseal
+from tests.helpers.bundles import edit, measured, measured_keys, refused, reseal
 
 Make = Callable[..., Path]
 
@@ -184,6 +184,32 @@ def test_a_lineage_that_contradicts_the_certificate_is_refused(
     edit(bundle / MANIFEST, lineage={**original, **lineage})
     reseal(bundle)
     assert message in refused(bundle)
+
+
+def test_ranks_of_keys_are_those_that_were_measured(
+    make_bundle: Make, invariant: PLDRModel, text: torch.Tensor
+) -> None:
+    section = measured_keys(invariant, text, [[6, 7], [8, 6]])
+    bundle = make_bundle(key_rank_section=section)
+    config, certificate = (json.loads((bundle / f"{name}.json").read_text()) for name in ("config", "certificate"))
+    ours = "it holds no measurement of these key ranks and weights"
+    for file, changes, message in (
+        ("config", {"key_ranks": [[7, 6], [8, 6]]}, ours),
+        ("config", {"key_ranks": None}, ours),
+        ("config", {"key_ranks": [[8, 9], [8, 8]]}, "config.json: key_ranks: rank 9 is not a whole number from 1 to 8"),
+        ("config", {"key_ranks": [[8, 3]]}, "config.json: key_ranks: not the ranks of 2 layers of 2 heads"),
+        ("config", {"key_ranks": "all"}, "config.json: key_ranks: not the ranks"),
+        ("certificate", {"key_rank": None}, "statement"),
+        ("certificate", {"key_rank": {**section, "sha256": "0" * 64}}, ours),
+        ("certificate", {"key_rank": {**section, "ranks": [[6, 7], [8, 5]]}}, "numbers_per_key"),
+    ):
+        edit(bundle / f"{file}.json", **changes)
+        reseal(bundle)
+        assert message in refused(bundle)
+        for name, values in (("config", config), ("certificate", certificate)):
+            edit(bundle / f"{name}.json", **values)
+    reseal(bundle)
+    assert verify_bundle(bundle)["numbers_per_key"] == 6.75
 
 
 def test_the_section_has_to_be_about_these_weights(make_bundle: Make, invariant: PLDRModel, text: torch.Tensor) -> None:

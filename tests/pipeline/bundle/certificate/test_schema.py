@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.bundle.certificate.schema import Certificate, read_certificate
+from pipeline.bundle.certificate.verdict import judged
 from pipeline.config.post import PostConfig
 from pipeline.errors import UserError
 from tests.helpers.evidence import KINDS, edited, judged_by_hand, varying
@@ -18,6 +19,19 @@ SMALLER = {
     **{"format": "int8", "sha256": "3" * 64, "bytes": 1, "bytes_fp32": 4, "prompts": 8, "prompts_sha256": "4" * 64},
     **{"loss_fp32": 5.0, "loss": 7.0, "loss_difference": 2.0, "kl": 1.0, "top1_agreement": 0.5},
     **{"max_loss_difference": 1e9, "passed": True},
+}
+KEYS = {
+    **{"by": "energy", "ranks": [[8, 3], [2, 1]], "sha256": "3" * 64},
+    **{"numbers_per_key": 3.5, "bytes_per_token": 184, "bytes_per_token_full": 256},
+    **{"prompts": 8, "prompts_sha256": "4" * 64, "loss_full": 5.0, "loss": 5.0004, "loss_difference": 4e-4, "kl": 3e-4},
+    **{
+        "top1_agreement": 0.99,
+        "greedy_agreement": 1.0,
+        "greedy_identical": 1.0,
+        "greedy_texts": 4,
+        "greedy_tokens": 48,
+    },
+    **{"max_loss_difference": 1e-3, "passed": True},
 }
 
 
@@ -160,6 +174,34 @@ def test_what_does_not_follow_or_is_unknown_is_refused_in_one_line(
         read(edited(judged_by_hand(), path, value), tmp_path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert "certificate.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranks": [[8, 3]]}, "key_rank.ranks: not the ranks of 2 layers of 2 heads"),
+        ({"ranks": [[8, 9], [2, 1]]}, "key_rank.ranks: rank 9 is not a whole number from 1 to 8"),
+        ({"ranks": [[8, 3], [2, 0]]}, "key_rank.ranks: rank 0 is not"),
+        ({"ranks": [[8, 3], [2, 2]]}, "key_rank.numbers_per_key: 3.5 does not follow from the ranks (3.75)"),
+        ({"bytes_per_token": 100}, "key_rank.bytes_per_token: 100 does not follow from the ranks (184)"),
+        ({"max_loss_difference": 9.0}, "key_rank.max_loss_difference: 9 nats; at most 0.1 may be allowed"),
+        ({"loss": 5.1}, "key_rank.loss_difference: 0.0004 is not that of the losses 5.1 and 5.0"),
+        ({"loss": None}, "key_rank.loss_difference: 0.0004 is not that of the losses None"),
+        ({"loss": 5.1, "loss_difference": 0.1}, "key_rank.passed: True contradicts a loss difference of 0.1"),
+        ({"passed": False}, "key_rank.passed: False contradicts"),
+        ({"kl": 1e-9}, "statement"),
+        ({"surprise": 1}, "key_rank.surprise: Extra inputs"),
+    ],
+)
+def test_edited_ranks_or_numbers_of_low_rank_keys_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    certificate = {**judged_by_hand(), "key_rank": KEYS}
+    certificate["statement"] = judged(certificate)["statement"]
+    assert "Keys hold 3.5 of 8 numbers on average" in read(certificate, tmp_path)["statement"]
+    with pytest.raises(UserError) as caught:
+        read({**certificate, "key_rank": {**KEYS, **changes}}, tmp_path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

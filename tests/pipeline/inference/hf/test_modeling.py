@@ -24,13 +24,16 @@ CONFIG = ModelConfig(
 def test_it_is_short_stands_alone_and_has_what_others_parse() -> None:
     source = CODE.read_text()
     assert len(source.splitlines()) <= 200
+    layers = (files("pipeline.inference.hf") / "layers_pldr.py").read_text()
     assert source.count("ALL_ATTENTION_FUNCTIONS.get_interface(") == 1
     for name in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend"):
         assert name in source
-    modules = {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)} | {
-        alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names
+    nodes = [node for text in (source, layers) for node in ast.walk(ast.parse(text))]
+    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)} | {
+        alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
     }
-    assert {module.partition(".")[0] for module in modules} == {"torch", "transformers", "configuration_pldr"}
+    allowed = {"torch", "transformers", "configuration_pldr", "layers_pldr"}
+    assert {module.partition(".")[0] for module in modules} == allowed
 
 
 @pytest.mark.parametrize("learned", [False, True])

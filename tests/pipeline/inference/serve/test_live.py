@@ -12,6 +12,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.inference.serve.engine import DecodeRequest, EngineError, Token
 from pipeline.inference.serve.live import LiveEngine
+from pldr_model.decode.decoder import Decoder
 from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
 from pldr_model.sampling import seeds_of
@@ -132,9 +133,9 @@ def test_stopping_ends_what_is_being_decoded(model: PLDRModel) -> None:
 
 
 def test_what_torch_raises_is_one_line_of_the_engine(model: PLDRModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(model, "extend", fail)
+    monkeypatch.setattr(Decoder, "prefill", fail)
     with pytest.raises(EngineError, match="^the live model failed: out of memory$"):
         with_engine(model, all_of)
