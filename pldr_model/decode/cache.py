@@ -88,6 +88,7 @@ class KVCache:
     the layers take turns in one memory, for a single pass that nothing follows.
     """
 
+    @torch.inference_mode(False)  # a step that was compiled takes no tensors made in that mode
     def __init__(
         self,
         shapes: Sequence[LayerShape],

@@ -168,6 +168,23 @@ def test_half_precision_decodes_near_fp32() -> None:
     assert (x - y).abs().max() < 0.05 * x.std()
 
 
+@pytest.mark.slow
+def test_a_step_compiles_as_one_graph(model: PLDRModel) -> None:
+    """Over several bounds, with the tokens of the eager one: no graph break, and no new graph for each token."""
+    config = replace(CONFIG, context_length=150)
+    decoder = Decoder.of(PLDRModel(config).double())
+    compiled = torch.compile(decoder.step, fullgraph=True)
+    torch._dynamo.reset()
+    cache, other = (decoder.prefill([5, 6, 7], capacity=140)[0] for _ in range(2))
+    token_1 = torch.tensor([3])
+    for _ in range(137):
+        logits_1V, same_1V = decoder.step(token_1, cache), compiled(token_1, other)
+        assert (logits_1V - same_1V).abs().max() < EXACT
+        token_1 = torch.tensor(logits_1V.argmax(dim=-1).tolist())
+    assert cache.lengths == other.lengths == other.length_B.tolist() == [140]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
 def test_two_threads_generate_from_one_model_at_once(model: PLDRModel) -> None:
     """Each gets the tokens that it gets alone."""
     learned = PLDRModel(replace(CONFIG, g_source="learned")).double()
