@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pldr_model.config import ModelConfig
+from pldr_model.decode.capture import CapturedStep
 from pldr_model.decode.decoder import Decoder
 from pldr_model.decode.rows import Draws, Row, Rules, Stop
 from pldr_model.decode.slots import Slots
@@ -65,6 +66,7 @@ def generate(
     seed: int | None = None,
     memory: int | None = None,
     block: int | None = None,
+    capture: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt; returns the new tokens only, in the order of the prompts. A decoder of the model spares
     preparing one.
@@ -80,6 +82,7 @@ def generate(
     seed: None: a fresh random one. Copies of one prompt differ; the same call gives the same tokens.
     memory: bytes that the rows which decode together may take (never less than one row); None: `memory_budget`.
     block: tokens of a row between two looks of the host; None: 1, and GPU_BLOCK on a GPU. It changes no token.
+    capture: run steps as CUDA graphs, which are made anew by each call: for thousands of tokens.
     Errors: ValueError for no or empty prompts, a prompt that leaves no room in the context, ids outside the
     vocabulary, settings of a wrong type or out of range (`read_sampling`). NotFiniteError, when all rows have ended, for
     those whose logits were not finite.
@@ -100,6 +103,7 @@ def generate(
         seed=seed,
         memory=memory,
         block=block,
+        capture=capture,
     )
     return new
 
@@ -122,6 +126,7 @@ def generate_steps(
     seed: int | None = None,
     memory: int | None = None,
     block: int | None = None,
+    capture: bool = False,
 ) -> Iterator[list[list[int]]]:
     """`generate` step by step, for streaming: after each step, every row's new tokens so far (one list, which grows; rows of
     a later batch are still empty). Nothing is checked or computed before the first step is asked for."""
@@ -156,6 +161,8 @@ def generate_steps(
         decoder = model if isinstance(model, Decoder) else Decoder.of(model)
     elif isinstance(model, Decoder):
         raise ValueError("use_cache: False needs the model; a decoder has nothing but caches")
+    if capture and device.type != "cuda":
+        raise ValueError(f"capture: CUDA graphs need a GPU, the model is on the {device.type.upper()}; leave it off")
     for wave, num_slots in _waves(rows, row_bytes, room):
         if decoder is not None:
             slots = Slots(
@@ -166,6 +173,7 @@ def generate_steps(
                 capacity=max(row.length for row in wave),
                 g_lm=g_lm,
                 block=block or (1 if device.type == "cpu" else GPU_BLOCK),
+                step=CapturedStep(decoder.step_kernels) if capture else None,
             )
             steps = slots.run(deque(wave))
         else:
