@@ -28,9 +28,7 @@ ALL = ["sdpa", "bundle", "live", "low_rank", "bf16", "int8", "int4"]
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     lines: list[str] = []
-    found = decode.bench(
-        TINY, batch=[1, 2], prompt=[8, 60, 512], cached=[80], tokens=3, rounds=2, report=lines.append
-    )
+    found = decode.bench(TINY, batch=[1, 2], prompt=[8, 60, 512], cached=[80], tokens=3, rounds=2, report=lines.append)
     return {**found, "lines": lines}
 
 
@@ -154,7 +152,9 @@ def test_the_command_takes_sizes_and_prints_json(tmp_path: Any, capsys: pytest.C
         (["quickstart", "--batch", "1", "2"], "--batch takes one number; several are for `pldr bench decode`"),
     ],
 )
-def test_wrong_use_is_one_line(words: list[str], part: str, repository: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_is_one_line(
+    words: list[str], part: str, repository: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = str(repository / "configs" / "quickstart.yaml")
     assert main(["bench", *(config if word == "quickstart" else word for word in words)]) == 2
     errors = capsys.readouterr().err
