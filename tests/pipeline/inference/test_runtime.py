@@ -52,6 +52,12 @@ def test_a_batch_gives_what_each_prompt_gives_alone(bundle: Bundle) -> None:
     assert bundle.generate(PROMPTS, temperature=1.0, seed=1) != bundle.generate(PROMPTS, temperature=1.0, seed=2)
 
 
+def test_a_text_that_is_read_ahead_is_the_same(bundle: Bundle) -> None:
+    for settings in ({}, {"temperature": 0.3, "seed": 5}, PENALIZED, {"stop": ["e"]}):
+        plain, ahead = (bundle.generate(["the the the the"], speculate=on, **settings) for on in (False, True))
+        assert plain == ahead == ["".join(bundle.stream("the the the the", speculate=True, **settings))]
+
+
 def test_greedy_with_a_repetition_penalty_is_that_of_transformers(bundle: Bundle) -> None:
     """Over the prompt and the new tokens."""
     from pipeline.inference.hf.load import build
