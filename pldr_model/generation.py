@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pldr_model.config import ModelConfig
+from pldr_model.decode.capture import CapturedStep
 from pldr_model.decode.decoder import Decoder
 from pldr_model.decode.lookup import continue_alone
 from pldr_model.decode.rows import Draws, Row, Rules, Stop
@@ -67,6 +68,7 @@ def generate(
     memory: int | None = None,
     block: int | None = None,
     speculate: bool | None = None,
+    capture: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt; returns the new tokens only, in the order of the prompts. A decoder of the model spares
     preparing one.
@@ -84,6 +86,7 @@ def generate(
     block: tokens of a row between two looks of the host; None: 1, and GPU_BLOCK on a GPU. It changes no token.
     speculate: where one row decodes at a time, whether tokens that followed before are read ahead (`decode.lookup`); None: on a
         CPU. It changes no token.
+    capture: run steps as CUDA graphs, which are made anew by each call: for thousands of tokens.
     Errors: ValueError for no or empty prompts, a prompt that leaves no room in the context, ids outside the
     vocabulary, settings of a wrong type or out of range (`read_sampling`). NotFiniteError, when all rows have ended, for
     those whose logits were not finite.
@@ -105,6 +108,7 @@ def generate(
         memory=memory,
         block=block,
         speculate=speculate,
+        capture=capture,
     )
     return new
 
@@ -128,6 +132,7 @@ def generate_steps(
     memory: int | None = None,
     block: int | None = None,
     speculate: bool | None = None,
+    capture: bool = False,
 ) -> Iterator[list[list[int]]]:
     """`generate` step by step, for streaming: after each step, every row's new tokens so far (one list, which grows; rows of
     a later batch are still empty). Nothing is checked or computed before the first step is asked for."""
@@ -163,6 +168,8 @@ def generate_steps(
     elif isinstance(model, Decoder):
         raise ValueError("use_cache: False needs the model; a decoder has nothing but caches")
     steps: Iterator[None]
+    if capture and device.type != "cuda":
+        raise ValueError(f"capture: CUDA graphs need a GPU, the model is on the {device.type.upper()}; leave it off")
     for wave, num_slots in _waves(rows, row_bytes, room):
         if decoder is not None and num_slots == 1 and (device.type == "cpu" if speculate is None else speculate):
             steps = chain.from_iterable(continue_alone(decoder, row, rules, settings, g_lm=g_lm) for row in wave)
@@ -175,6 +182,7 @@ def generate_steps(
                 capacity=max(row.length for row in wave),
                 g_lm=g_lm,
                 block=block or (1 if device.type == "cpu" else GPU_BLOCK),
+                step=CapturedStep(decoder.step_kernels) if capture else None,
             )
             steps = slots.run(deque(wave))
         else:
