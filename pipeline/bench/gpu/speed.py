@@ -155,7 +155,9 @@ def generation(setting: Setting) -> Found:
     new = 2 * setting.steps
     for batch in setting.batches:
         prompts = torch.randint(4, setting.config.vocab_size, (batch, setting.length)).tolist()
-        settings: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0})
+        settings: list[dict[str, Any]] = [{}, {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}]
+        if setting.device.type == "cuda":
+            settings += [{**how, "capture": True} for how in settings]
         for how in settings:
             run = partial(generate, decoder, prompts, max_new_tokens=new, **how)
             run()
@@ -166,6 +168,7 @@ def generation(setting: Setting) -> Found:
                 "batch": batch,
                 "prompt": setting.length,
                 "new": new,
-                "sampled": bool(how),
+                "sampled": "temperature" in how,
+                "captured": "capture" in how,
                 "tokens_per_second": batch * new / statistics.median(times),
             }
