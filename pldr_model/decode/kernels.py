@@ -42,7 +42,7 @@ ROWS = 16  # int4's kernel takes a multiple of them
 def prepare(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Product:
     """The product to decode with in this dtype: packed if this machine has a kernel for it, else the matrix itself or (fp32 on
     a CPU without the kernel) its unpacked numbers. The matrix may be dropped then."""
-    if isinstance(matrix, Rounded | Int8 | Int4) and dtype == torch.float32 and _device(matrix).type == "cpu":
+    if isinstance(matrix, Rounded | Int8 | Int4) and dtype == torch.float32 and matrix.device.type == "cpu":
         usable = _works(type(matrix)) and not (isinstance(matrix, Rounded) and matrix.values_RC.abs().max() > FP16_MAX)
         return KERNELS[type(matrix)](matrix) if usable else Matrix.fp(matrix.dense(), matrix.bias)
     if (
@@ -206,8 +206,3 @@ def _works(kind: type[Matrix]) -> bool:
     expected_NR = matrix(x_NC.double())
     tolerance = 2e-2 if kind is Int4 else 1e-4
     return bool((y_NR - expected_NR).abs().max() <= tolerance * expected_NR.abs().max())
-
-
-def _device(matrix: Rounded | Int8 | Int4) -> torch.device:
-    tensor = matrix.values_RP if isinstance(matrix, Int4) else matrix.values_RC
-    return tensor.device
