@@ -17,6 +17,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch import Tensor
 from pldr_model.config import ModelConfig
 from pldr_model.decode.capture import CapturedStep
 from pldr_model.decode.decoder import Decoder
+from pldr_model.decode.lookup import continue_alone
 from pldr_model.decode.rows import Draws, Row, Rules, Stop
 from pldr_model.decode.slots import Slots
 from pldr_model.model import PLDRModel, g_shape
@@ -66,6 +68,7 @@ def generate(
     seed: int | None = None,
     memory: int | None = None,
     block: int | None = None,
+    speculate: bool | None = None,
     capture: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt; returns the new tokens only, in the order of the prompts. A decoder of the model spares
@@ -82,6 +85,8 @@ def generate(
     seed: None: a fresh random one. Copies of one prompt differ; the same call gives the same tokens.
     memory: bytes that the rows which decode together may take (never less than one row); None: `memory_budget`.
     block: tokens of a row between two looks of the host; None: 1, and GPU_BLOCK on a GPU. It changes no token.
+    speculate: where one row decodes at a time, whether tokens that followed before are read ahead (`decode.lookup`); None: on a
+        CPU. It changes no token.
     capture: run steps as CUDA graphs, which are made anew by each call: for thousands of tokens.
     Errors: ValueError for no or empty prompts, a prompt that leaves no room in the context, ids outside the
     vocabulary, settings of a wrong type or out of range (`read_sampling`). NotFiniteError, when all rows have ended, for
@@ -103,6 +108,7 @@ def generate(
         seed=seed,
         memory=memory,
         block=block,
+        speculate=speculate,
         capture=capture,
     )
     return new
@@ -126,6 +132,7 @@ def generate_steps(
     seed: int | None = None,
     memory: int | None = None,
     block: int | None = None,
+    speculate: bool | None = None,
     capture: bool = False,
 ) -> Iterator[list[list[int]]]:
     """`generate` step by step, for streaming: after each step, every row's new tokens so far (one list, which grows; rows of
@@ -161,10 +168,13 @@ def generate_steps(
         decoder = model if isinstance(model, Decoder) else Decoder.of(model)
     elif isinstance(model, Decoder):
         raise ValueError("use_cache: False needs the model; a decoder has nothing but caches")
+    steps: Iterator[None]
     if capture and device.type != "cuda":
         raise ValueError(f"capture: CUDA graphs need a GPU, the model is on the {device.type.upper()}; leave it off")
     for wave, num_slots in _waves(rows, row_bytes, room):
-        if decoder is not None:
+        if decoder is not None and num_slots == 1 and (device.type == "cpu" if speculate is None else speculate):
+            steps = chain.from_iterable(continue_alone(decoder, row, rules, settings, g_lm=g_lm) for row in wave)
+        elif decoder is not None:
             slots = Slots(
                 decoder,
                 rules,

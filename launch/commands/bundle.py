@@ -28,6 +28,9 @@ def add_bundle_verbs(verbs: Verbs) -> None:
     )
     sub.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
     sub.add_argument("--seed", type=int, default=None)
+    sub.add_argument(
+        "--no-speculate", action="store_true", help="read one token after another, also where a text repeats itself"
+    )
     for name in ("verify", "bundle verify"):
         sub = verbs.add(
             name, _verify, "check every byte of a bundle, its schemas, and its certificate against its files"
@@ -52,6 +55,7 @@ def _generate(arguments: Any, report: Report) -> Result:
             repetition_penalty=arguments.repetition_penalty,
             stop=arguments.stop,
             seed=arguments.seed,
+            speculate=False if arguments.no_speculate else None,
         )
     except NotFiniteRows as error:
         refused, texts = error, error.completions

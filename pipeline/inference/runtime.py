@@ -91,6 +91,7 @@ class Bundle:
         repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         seed: int | None = 0,
+        speculate: bool | None = None,
         **unknown: Any,
     ) -> list[str]:
         """Continue each prompt; returns the completions without the prompts, in their order.
@@ -98,7 +99,8 @@ class Bundle:
         A completion ends after `max_new_tokens`, at a full context, at eos, or before the first `stop` string.
         temperature 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 disable those; their order and
         meaning are transformers' (`pldr_model.next_token`). The same seed gives the same text; None draws a new one. Prompts of
-        a batch do not affect each other, and decode together as many as fit `memory`.
+        a batch do not affect each other, and decode together as many as fit `memory`. speculate: whether a single prompt's text
+        is read ahead where it repeats itself (`pldr_model.decode.lookup`); None: on a CPU. The tokens are the same.
         Raises UserError, before anything is computed, for empty prompts, prompts that leave no room in the context, and
         settings that are unknown, of a wrong type or out of range. Raises NotFiniteRows (a UserError), after all others have
         ended, for prompts whose logits were NaN or infinite; it holds the completions of the others.
@@ -118,7 +120,7 @@ class Bundle:
         take = (lambda index, new: texts[index].take(new)) if stops else None
         failed: dict[int, int] = {}
         try:
-            *_, new = self._steps(encoded, stop=take, settings=settings)
+            *_, new = self._steps(encoded, stop=take, settings=settings, speculate=speculate)
         except NotFiniteError as error:
             failed, new = error.rows, error.new
         for text, ids in zip(texts, new, strict=True):
@@ -127,7 +129,9 @@ class Bundle:
             raise NotFiniteRows(failed, [None if i in failed else text.finish() for i, text in enumerate(texts)])
         return [text.finish() for text in texts]
 
-    def stream(self, prompt: str, *, stop: Sequence[str] = (), **settings: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: str, *, stop: Sequence[str] = (), speculate: bool | None = None, **settings: Any
+    ) -> Iterator[str]:
         """The completion that `generate` gives for one prompt, in pieces as they come. Settings and errors are those of
         `generate`; NotFiniteRows comes after the last piece, all others before this returns.
 
@@ -135,7 +139,10 @@ class Bundle:
         """
         text = Completion(self._decode, read_stop(stop))
         steps = self._steps(
-            self._encode([prompt]), stop=lambda _, new: text.take(new), settings=read_settings(settings)
+            self._encode([prompt]),
+            stop=lambda _, new: text.take(new),
+            settings=read_settings(settings),
+            speculate=speculate,
         )
         return self._pieces(text, steps)
 
@@ -190,7 +197,12 @@ class Bundle:
         return Scorer(self._reader, live=self.live, eos_id=self.generation["eos_id"], memory=self.memory)
 
     def _steps(
-        self, encoded: list[Any], *, stop: Callable[[int, list[int]], bool] | None, settings: dict[str, Any]
+        self,
+        encoded: list[Any],
+        *,
+        stop: Callable[[int, list[int]], bool] | None,
+        settings: dict[str, Any],
+        speculate: bool | None,
     ) -> Iterator[list[list[int]]]:
         """The new tokens of every prompt after each step. Settings are checked now, the rest follows when it is asked for."""
         try:
@@ -204,6 +216,7 @@ class Bundle:
             eos_id=self.generation["eos_id"],
             use_cache=not self.live,
             memory=self.memory,
+            speculate=speculate,
             **settings,
         )
 

@@ -91,8 +91,8 @@ def continue_alone(
     draws, drafts, pace = Draws([row], settings, decoder.device), Drafts(row.prompt), Pace()
     draft: list[int] = []
     while True:
-        for kept, logits_1V in enumerate(logits_WV.split(1)):
-            (token,), (finite,) = draws.next(logits_1V).tolist()
+        for kept in range(len(logits_WV)):
+            (token,), (finite,) = draws.next(logits_WV[kept : kept + 1]).tolist()
             going = rules.take(row, token, bool(finite))
             yield
             if not going:

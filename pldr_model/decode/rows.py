@@ -54,7 +54,10 @@ class Rules:
         return finite and not self._ended(row)
 
     def _ended(self, row: Row) -> bool:
-        return row.left == 0 or row.new[-1] == self.eos_id or (self.stop is not None and _stopped(row, self.stop))
+        stopped = self.stop is not None and _stopped(
+            row, self.stop
+        )  # asked of the last token, too: a stream reads it there
+        return stopped or row.left == 0 or row.new[-1] == self.eos_id
 
 
 class Draws:

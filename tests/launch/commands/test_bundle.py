@@ -49,6 +49,8 @@ def test_generate_takes_every_setting(capsys, make_bundle):
     assert main(["generate", str(path), "--prompt", "the quick", "--json", *words]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])["completions"]
     assert said == Bundle.load(path).generate(["the quick"], **given)
+    assert main(["generate", str(path), "--prompt", "the quick", "--no-speculate", "--json", *words]) == 0
+    assert said == json.loads(capsys.readouterr().out.splitlines()[-1])["completions"]
     for name in given:
         if name not in ("max_new_tokens", "seed"):
             assert main(["generate", str(path), "--prompt", "the", f"--{name.replace('_', '-')}=-1"]) == 1

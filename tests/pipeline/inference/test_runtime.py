@@ -13,6 +13,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.inference.runtime import Bundle, NotFiniteRows
 from pipeline.tokenizer import Tokenizer
+from pldr_model.decode.rows import Draws
 from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
 
@@ -52,6 +53,12 @@ def test_a_batch_gives_what_each_prompt_gives_alone(bundle: Bundle) -> None:
     assert bundle.generate(PROMPTS, temperature=1.0, seed=1) != bundle.generate(PROMPTS, temperature=1.0, seed=2)
 
 
+def test_a_text_that_is_read_ahead_is_the_same(bundle: Bundle) -> None:
+    for settings in ({}, {"temperature": 0.3, "seed": 5}, PENALIZED, {"stop": ["e"]}):
+        plain, ahead = (bundle.generate(["the the the the"], speculate=on, **settings) for on in (False, True))
+        assert plain == ahead == ["".join(bundle.stream("the the the the", speculate=True, **settings))]
+
+
 def test_greedy_with_a_repetition_penalty_is_that_of_transformers(bundle: Bundle) -> None:
     """Over the prompt and the new tokens."""
     from pipeline.inference.hf.load import build
@@ -86,8 +93,8 @@ def test_text_is_cut_before_the_first_stop_string_also_one_that_spans_tokens(bun
 
 def test_stop_strings_end_the_generation_and_not_only_the_text(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    extend = PLDRModel.extend
-    monkeypatch.setattr(PLDRModel, "extend", lambda self, *a, **k: calls.append(1) or extend(self, *a, **k))
+    choose = Draws.next
+    monkeypatch.setattr(Draws, "next", lambda self, logits_BV: calls.append(1) or choose(self, logits_BV))
     settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 3}
     (full,) = bundle.generate(["the"], **settings)
     steps = len(calls)
