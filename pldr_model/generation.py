@@ -30,11 +30,10 @@ from pldr_model.decode.rows import Draws, Row, Rules, Stop
 from pldr_model.decode.slots import Slots
 from pldr_model.model import PLDRModel, g_shape
 from pldr_model.next_token import RowSettings
-from pldr_model.sampling import Sampling, read_sampling, seeds_of
+from pldr_model.sampling import read_sampling, seeds_of
 
 CPU_MEMORY = 512 << 20  # bytes for the rows that decode together
 GPU_SHARE = 0.25  # of the device's memory, whatever is free: the same call makes the same batches
-SAMPLED_COPIES = 8  # fp64 and int64 tensors [B,V] that `choose` holds at once
 GPU_BLOCK = 16  # tokens between two looks of the host, which waits for a GPU then
 
 
@@ -161,7 +160,7 @@ def generate_steps(
     new = [row.new for row in rows]
     device, dtype = _place(model)
     rules, settings = Rules(eos_id, stop), RowSettings.of([sampling], vocab_size=config.vocab_size, device=device)
-    row_bytes = _row_bytes(config, dtype, sampling, live_g=g_lm is None, use_cache=use_cache)
+    row_bytes = _row_bytes(config, dtype, settings, live_g=g_lm is None, use_cache=use_cache)
     room = memory_budget(device) if memory is None else memory
     decoder = None
     if use_cache:
@@ -230,12 +229,12 @@ def _decode_uncached(
 
 
 def _row_bytes(
-    config: ModelConfig, dtype: torch.dtype, sampling: Sampling, *, live_g: bool, use_cache: bool
+    config: ModelConfig, dtype: torch.dtype, settings: RowSettings, *, live_g: bool, use_cache: bool
 ) -> Callable[[int], int]:
     """Bytes of one row of this many tokens while it decodes. Logits count twice (the next ones are there before the last ones
     are gone), and cached keys, values and G too: when rows end, those that go on are copied."""
     L, H, K, V = config.num_layers, config.num_heads, config.head_dim, config.vocab_size
-    logits = V * (2 * dtype.itemsize + (8 * SAMPLED_COPIES if sampling.temperature else 0))
+    logits = V * (2 * dtype.itemsize + 8 * settings.copies)
     if not use_cache:  # every pass reads all tokens again: inputs and outputs of the widest products
         return lambda length: logits + length * dtype.itemsize * (4 * config.d_model + 3 * config.feed_forward_size)
     own_g = L * H * K * K if live_g and config.g_source == "learned" else 0

@@ -86,8 +86,9 @@ class Slots:
                 if row is not None and not self._rules.take(row, tokens[slot], bool(finite[slot])):
                     self._rows[slot] = None
         for slot, row in enumerate(self._rows):
-            if row is None and self._cache.lengths[slot] > self._block:
-                self._cache.reset(slot)
+            length = self._cache.lengths[slot]
+            if row is None and length > min(self._block, self._cache.capacity - self._block):
+                self._cache.reset(slot)  # it goes idle, and needs room for a block as the others do
 
     def _shrink(self) -> None:
         live = [slot for slot, row in enumerate(self._rows) if row is not None]

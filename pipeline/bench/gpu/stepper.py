@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Literal
+
 import torch
-from torch import Tensor
 
 from pipeline.bench.blocks import Step
-from pldr_model.decode.cache import KVCache
 from pldr_model.decode.capture import CapturedStep
 from pldr_model.decode.decoder import Decoder
 
+Mode = Literal["eager", "captured", "compiled"]
 
-def stepper(decoder: Decoder, mode: str) -> Step:
-    """mode: `eager`, `captured`, or `compiled` (which is captured, too, where graphs exist)."""
-    if mode == "eager":
-        return decoder.step
-    kernels: Step = decoder.step_kernels
+
+def stepper(decoder: Decoder, mode: Mode) -> Step:
+    """Compiled steps are captured, too. A device without graphs runs the step as it is, or compiled."""
     if mode == "compiled":
-        kernels = torch.compile(kernels, dynamic=False)
-    return CapturedStep(kernels) if decoder.device.type == "cuda" else _Grown(kernels)
-
-
-class _Grown:
-    """The host's side of a step, then its kernels."""
-
-    def __init__(self, kernels: Step) -> None:
-        self._kernels = kernels
-
-    def __call__(self, ids_B: Tensor, cache: KVCache) -> Tensor:
-        cache.grow(1)
-        return self._kernels(ids_B, cache)
+        decoder = copy.copy(decoder)
+        decoder.step_kernels = torch.compile(decoder.step_kernels, dynamic=False)  # type: ignore[method-assign]
+    captures = mode != "eager" and decoder.device.type == "cuda"
+    return CapturedStep(decoder.step_kernels) if captures else decoder.step
