@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 from pldr_model.config import ModelConfig
+from pldr_model.decode.capture import CapturedStep
 from pldr_model.decode.decoder import Decoder
 from pldr_model.decode.lookup import continue_alone
 from pldr_model.decode.rows import Draws, Row, Rules, Stop
 from pldr_model.decode.slots import Slots
 from pldr_model.model import PLDRModel, g_shape
 from pldr_model.next_token import RowSettings
-from pldr_model.sampling import Sampling, read_sampling, seeds_of
+from pldr_model.sampling import read_sampling, seeds_of
 
 CPU_MEMORY = 512 << 20  # bytes for the rows that decode together
 GPU_SHARE = 0.25  # of the device's memory, whatever is free: the same call makes the same batches
-SAMPLED_COPIES = 8  # fp64 and int64 tensors [B,V] that `choose` holds at once
 GPU_BLOCK = 16  # tokens between two looks of the host, which waits for a GPU then
 
 
@@ -68,6 +68,7 @@ def generate(
     memory: int | None = None,
     block: int | None = None,
     speculate: bool | None = None,
+    capture: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt; returns the new tokens only, in the order of the prompts. A decoder of the model spares
     preparing one.
@@ -85,6 +86,7 @@ def generate(
     block: tokens of a row between two looks of the host; None: 1, and GPU_BLOCK on a GPU. It changes no token.
     speculate: where one row decodes at a time, whether tokens that followed before are read ahead (`decode.lookup`); None: on a
         CPU. It changes no token.
+    capture: run steps as CUDA graphs, which are made anew by each call: for thousands of tokens.
     Errors: ValueError for no or empty prompts, a prompt that leaves no room in the context, ids outside the
     vocabulary, settings of a wrong type or out of range (`read_sampling`). NotFiniteError, when all rows have ended, for
     those whose logits were not finite.
@@ -106,6 +108,7 @@ def generate(
         memory=memory,
         block=block,
         speculate=speculate,
+        capture=capture,
     )
     return new
 
@@ -129,6 +132,7 @@ def generate_steps(
     memory: int | None = None,
     block: int | None = None,
     speculate: bool | None = None,
+    capture: bool = False,
 ) -> Iterator[list[list[int]]]:
     """`generate` step by step, for streaming: after each step, every row's new tokens so far (one list, which grows; rows of
     a later batch are still empty). Nothing is checked or computed before the first step is asked for."""
@@ -156,7 +160,7 @@ def generate_steps(
     new = [row.new for row in rows]
     device, dtype = _place(model)
     rules, settings = Rules(eos_id, stop), RowSettings.of([sampling], vocab_size=config.vocab_size, device=device)
-    row_bytes = _row_bytes(config, dtype, sampling, live_g=g_lm is None, use_cache=use_cache)
+    row_bytes = _row_bytes(config, dtype, settings, live_g=g_lm is None, use_cache=use_cache)
     room = memory_budget(device) if memory is None else memory
     decoder = None
     if use_cache:
@@ -164,6 +168,8 @@ def generate_steps(
     elif isinstance(model, Decoder):
         raise ValueError("use_cache: False needs the model; a decoder has nothing but caches")
     steps: Iterator[None]
+    if capture and device.type != "cuda":
+        raise ValueError(f"capture: CUDA graphs need a GPU, the model is on the {device.type.upper()}; leave it off")
     for wave, num_slots in _waves(rows, row_bytes, room):
         if decoder is not None and num_slots == 1 and (device.type == "cpu" if speculate is None else speculate):
             steps = chain.from_iterable(continue_alone(decoder, row, rules, settings, g_lm=g_lm) for row in wave)
@@ -176,6 +182,7 @@ def generate_steps(
                 capacity=max(row.length for row in wave),
                 g_lm=g_lm,
                 block=block or (1 if device.type == "cpu" else GPU_BLOCK),
+                step=CapturedStep(decoder.step_kernels) if capture else None,
             )
             steps = slots.run(deque(wave))
         else:
@@ -222,12 +229,12 @@ def _decode_uncached(
 
 
 def _row_bytes(
-    config: ModelConfig, dtype: torch.dtype, sampling: Sampling, *, live_g: bool, use_cache: bool
+    config: ModelConfig, dtype: torch.dtype, settings: RowSettings, *, live_g: bool, use_cache: bool
 ) -> Callable[[int], int]:
     """Bytes of one row of this many tokens while it decodes. Logits count twice (the next ones are there before the last ones
     are gone), and cached keys, values and G too: when rows end, those that go on are copied."""
     L, H, K, V = config.num_layers, config.num_heads, config.head_dim, config.vocab_size
-    logits = V * (2 * dtype.itemsize + (8 * SAMPLED_COPIES if sampling.temperature else 0))
+    logits = V * (2 * dtype.itemsize + 8 * settings.copies)
     if not use_cache:  # every pass reads all tokens again: inputs and outputs of the widest products
         return lambda length: logits + length * dtype.itemsize * (4 * config.d_model + 3 * config.feed_forward_size)
     own_g = L * H * K * K if live_g and config.g_source == "learned" else 0

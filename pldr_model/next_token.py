@@ -18,6 +18,7 @@ Shapes: B rows, R rows of settings (B, or 1 for all), V vocabulary, N best token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,6 +77,13 @@ class RowSettings:
             min_weight=column([int(row.min_p * 2.0 ** _scale(V)) for row in plain], torch.int64),
             penalty=column([row.repetition_penalty for row in rows], torch.float64),
         )
+
+    @property
+    def copies(self) -> int:
+        """Tensors of the logits' size, with 8 bytes a number, that `choose` holds at once, at most (measured)."""
+        if not self.draws:
+            return 2 if self.penalizes else 0
+        return 3 + math.ceil(5 * self.best / self.vocab_size)
 
 
 def choose(
@@ -145,6 +153,7 @@ def _weights(logits_BV: Tensor, settings: RowSettings) -> Tensor:
     share_BV = logits_BV.to(torch.float64, copy=True).sub_(logits_BV.amax(dim=-1, keepdim=True))
     share_BV = share_BV.div_(settings.temperature).exp_()
     weight_BV = share_BV.mul_(2.0 ** _scale(V)).to(torch.int64)
+    del share_BV
     if settings.best:
         total_B1 = weight_BV.sum(dim=-1, keepdim=True)
         key_BV = weight_BV.bitwise_left_shift_(bits)
@@ -179,11 +188,11 @@ def _search(key_BV: Tensor, total_B1: Tensor, top_k_B1: Tensor, top_p_B1: Tensor
     last_B1 = top_k_B1.clamp(1, best) - 1
     total_B1 = torch.where(top_k_B1 > 0, until_BN.gather(-1, last_B1), total_B1)
     wanted_B1 = torch.where(top_p_B1 < 1, (top_p_B1 * total_B1.double()).ceil().to(torch.int64), total_B1)
-    # A token stays if those before it do not reach what is wanted.
-    at_B1 = (until_BN - weight_BN < wanted_B1).sum(dim=-1, keepdim=True).clamp(min=1) - 1
-    at_B1 = torch.where(top_k_B1 > 0, at_B1.minimum(last_B1), at_B1)
     limited_B1 = (top_k_B1 > 0) | (top_p_B1 < 1)
     found_B1 = (top_k_B1 <= best) & (until_BN[:, -1:] >= wanted_B1)
+    # A token stays if those before it do not reach what is wanted.
+    at_B1 = (until_BN.sub_(weight_BN) < wanted_B1).sum(dim=-1, keepdim=True).clamp(min=1) - 1
+    at_B1 = torch.where(top_k_B1 > 0, at_B1.minimum(last_B1), at_B1)
     return key_BN.gather(-1, at_B1).where(limited_B1, 0), found_B1 | ~limited_B1
 
 

@@ -36,8 +36,8 @@ def sampling_cost(decoder: Decoder, sizes: list[int], rounds: int) -> dict[str, 
     found: dict[str, Any] = {}
     for size in sizes:
         works = {
-            "greedy": partial(_step_s, decoder, ids[:size], new // 2),
-            "sampled": partial(_step_s, decoder, ids[:size], new // 2, **SAMPLED),
+            "greedy": partial(_step_s, decoder, ids[:size], new // 2, speculate=False),
+            "sampled": partial(_step_s, decoder, ids[:size], new // 2, speculate=False, **SAMPLED),
         }
         times = in_rounds(works, rounds, decoder.device)
         greedy, sampled = times["greedy"].seconds, times["sampled"].seconds
@@ -57,7 +57,7 @@ def speculation(config: ModelConfig, rounds: int) -> dict[str, float]:
         decoder = Decoder.of(cyclic_model(config, cycle))
         prompt = [[token % cycle for token in range(start)]]
         works = {
-            "plain": partial(_step_s, decoder, prompt, new),
+            "plain": partial(_step_s, decoder, prompt, new, speculate=False),
             "speculating": partial(_step_s, decoder, prompt, new, speculate=True),
         }
         times = in_rounds(works, rounds, decoder.device)

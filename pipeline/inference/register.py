@@ -91,6 +91,7 @@ def _register(client: Any, bundle: Path, parts: BundleParts, *, run_id: str, nam
         "tier": parts.certificate["tier"],
         "certified": str(certified).lower(),
         "weight_format": parts.weight_format,
+        **({} if parts.key_ranks is None else {"numbers_per_key": f"{parts.key_ranks.double().mean():.3g}"}),
         **{key: str(lineage[key]) for key in LINEAGE_TAGS if lineage.get(key) is not None},
     }
     model = log_model(client, parts, partial(save_pyfunc, bundle), run_id=run_id, name=name, tags=tags)

@@ -1,16 +1,21 @@
-"""Products with packed weights on a CPU, each one kernel for any number of rows.
+"""Products on a CPU, with weights as they are stored.
 
-Decision. What a step costs at batch 1 is the bytes of its weights, so they are multiplied as they are stored, and the sums are
-fp32: nothing but the weights is rounded in bf16 and int8, and one kernel for one row and for many gives a row the same numbers
-in any batch.
+Decision. What a step costs at batch 1 is the bytes of its weights, so they are multiplied packed, by one kernel for any number
+of rows. Sums are fp32: of bf16 and int8 nothing but the weights is rounded, and int8 gives a row the same numbers in any batch.
 
-| stored | kernel | activations |
-|---|---|---|
-| bf16 | fbgemm's fp16 weights (`quantized.linear_dynamic_fp16`): the same from 8e-6 up, below it off by 3e-8 at most | fp32 |
-| int8 | oneDNN (`onednn.qlinear_pointwise`: VNNI, AMX), exact int32 sums | 16 bits of a row's largest, as two rows of bytes |
-| int4 | `aten::_weight_int4pack_mm_for_cpu` | bf16, and so is the result |
+| stored | kernel | activations | 1 row | 8 rows | 32 rows |
+|---|---|---|---|---|---|
+| fp32 | `linear`; from 3 to 32 rows in blocks of weights (8 rows: 153 in place of 230 ms) | fp32 | 37 | 106 | 120 |
+| bf16 | fbgemm's fp16 weights, `quantized.linear_dynamic_fp16` | fp32 | 33 | 45 | 98 |
+| int8 | oneDNN's VNNI and AMX, `onednn.qlinear_pointwise` | 16 bits, as two rows of bytes | 23 | 30 | 45 |
+| int4 (layers) | `aten::_weight_int4pack_mm_for_cpu` | bf16, and so is the result | 14 | 26 | 69 |
+| not taken: bf16 | `linear` | bf16, and so is the result | 46 | 58 | 67 |
+| not taken: int8 | `aten::_weight_int8pack_mm` | bf16, and so is the result | 23 | 50 | 139 |
 
-Where the machine lacks a kernel, or it fails a trial of a few numbers, the weight is unpacked.
+ms of processor time for all products of a token at 110M (median of 9, interleaved, one thread, 2-core CPU busy with other work,
+2026-11-28; fp32 without blocks). bf16's numbers are fp16's from 8e-6 up; smaller ones are off by 3e-8 at most. torchao 0.18 has
+none of these in eager mode (docs/compatibility.md). Where the machine lacks a kernel, or it fails a trial of a few numbers, the
+weight is unpacked.
 """
 
 from __future__ import annotations
@@ -22,12 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pldr_model.decode.linear import GROUP, Int4, Int8, Matrix, Product, Rounded
+from pldr_model.decode.linear import GROUP, Floating, Int4, Int8, Matrix, Product, Rounded
 
 CHUNK = 256  # rows of x at a time: int8's sums take twice the result
 STEPS = 32512  # of a row's largest activation: 127 * 256, so that both bytes stand for -128..127
 OFFSET = 32896.5  # 128 * 257, which makes both bytes positive, and a half, which makes truncation rounding
 FP16_MAX = torch.finfo(torch.float16).max
+WEIGHT_ROWS = 256  # of fp32, which stay in a cache while they meet all rows of x
+BLOCKED = range(3, 33)  # rows of x
+LARGE = 1 << 19  # numbers of fp32 that no cache keeps
 ROWS = 16  # int4's kernel takes a multiple of them
 
 
@@ -37,7 +45,35 @@ def prepare(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Product:
     if isinstance(matrix, Rounded | Int8 | Int4) and dtype == torch.float32 and _device(matrix).type == "cpu":
         usable = _works(type(matrix)) and not (isinstance(matrix, Rounded) and matrix.values_RC.abs().max() > FP16_MAX)
         return KERNELS[type(matrix)](matrix) if usable else Matrix.fp(matrix.dense(), matrix.bias)
+    if (
+        isinstance(matrix, Floating)
+        and matrix.weight_RC.dtype == torch.float32
+        and matrix.weight_RC.device.type == "cpu"
+    ):
+        return BlockedProduct(matrix) if matrix.weight_RC.numel() >= LARGE else matrix
     return matrix
+
+
+class BlockedProduct(Product):
+    """fp32 weights, in blocks of rows where that is faster. Shares the tensors."""
+
+    def __init__(self, matrix: Floating) -> None:
+        self._whole = matrix
+        rows = [slice(start, start + WEIGHT_ROWS) for start in range(0, matrix.shape[0], WEIGHT_ROWS)]
+        self._blocks = [(matrix.weight_RC[each], None if matrix.bias is None else matrix.bias[each]) for each in rows]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() // x.shape[-1] not in BLOCKED:
+            return self._whole(x)
+        return torch.cat([F.linear(x, weight, bias) for weight, bias in self._blocks], dim=-1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._whole.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self._whole.nbytes
 
 
 class Fp16Product(Product):

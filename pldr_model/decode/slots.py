@@ -10,17 +10,15 @@ copies then cost less than the steps, however the rows end. A captured step keep
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from pldr_model.decode.cache import KVCache
+from pldr_model.decode.capture import Step
 from pldr_model.decode.decoder import Decoder
 from pldr_model.decode.rows import Draws, Row, Rules
 from pldr_model.next_token import RowSettings
-
-Step = Callable[[Tensor, KVCache], Tensor]
 
 
 class Slots:
@@ -63,8 +61,11 @@ class Slots:
         free = [slot for slot, row in enumerate(self._rows) if row is None]
         new = [waiting.popleft() for _ in free[: len(waiting)]]
         logits = []
+        before = None
         for slot, row in zip(free, new, strict=False):
-            own, logits_1V = self._decoder.prefill(row.prompt, g_lm=self._g_lm)
+            if row.prompt != before:  # several samples of one prompt read it once
+                own, logits_1V = self._decoder.prefill(row.prompt, g_lm=self._g_lm)
+                before = row.prompt
             self._cache.write_row(slot, own)
             logits.append(logits_1V)
         draws = Draws(new, self._settings, self._decoder.device)
@@ -85,8 +86,9 @@ class Slots:
                 if row is not None and not self._rules.take(row, tokens[slot], bool(finite[slot])):
                     self._rows[slot] = None
         for slot, row in enumerate(self._rows):
-            if row is None and self._cache.lengths[slot] > self._block:
-                self._cache.reset(slot)
+            length = self._cache.lengths[slot]
+            if row is None and length > min(self._block, self._cache.capacity - self._block):
+                self._cache.reset(slot)  # it goes idle, and needs room for a block as the others do
 
     def _shrink(self) -> None:
         live = [slot for slot, row in enumerate(self._rows) if row is not None]

@@ -1,5 +1,8 @@
 """Generation: caches against full passes, batches against single prompts, sampling by its definition."""
 
+from array import array
+from collections import deque
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,10 +11,12 @@ from hypothesis import strategies as st
 from pldr_model.config import ModelConfig
 from pldr_model.decode.cache import KVCache
 from pldr_model.decode.decoder import Decoder
+from pldr_model.decode.rows import Row, Rules
+from pldr_model.decode.slots import Slots
 from pldr_model.generation import NotFiniteError, generate
 from pldr_model.model import PLDRModel
 from pldr_model.next_token import RowSettings, choose
-from pldr_model.sampling import read_sampling, seeds_of
+from pldr_model.sampling import Sampling, read_sampling, seeds_of
 
 CONFIG = ModelConfig(vocab_size=61, num_layers=2, num_heads=2, head_dim=8, context_length=40, A_dff=12, num_reslayerA=2)
 
@@ -224,7 +229,7 @@ def test_rows_decode_together_as_many_as_fit_the_memory(model, caches):
 prompts_that_repeat = st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=9), min_size=1, max_size=7)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     prompts=prompts_that_repeat,
     block=st.integers(1, 20),
@@ -239,6 +244,30 @@ def test_blocks_and_slots_change_no_token(model, prompts, block, memory, tempera
     setting |= {"eos_id": eos_id, "stop": lambda _, new: sum(new) % 11 == 0}
     expected = generate(model, prompts, **setting)
     assert generate(model, prompts, block=block, memory=memory, **setting) == expected
+
+
+def test_a_cache_that_must_stay_keeps_rows_that_idle(model):
+    """As a captured step wants it: rows that have ended are neither copied away nor written to beyond the capacity."""
+    prompts = [[5, 6, 7], [9], [11, 30, 2, 8], [4, 4]]
+    rows = [Row(index, array("i", prompt), 30) for index, prompt in enumerate(prompts)]
+    decoder, greedy = Decoder.of(model), RowSettings.of([Sampling(30)], vocab_size=61)
+    seen = set()
+
+    def step(ids_B, cache):
+        seen.add(cache)
+        return decoder.step(ids_B, cache)
+
+    def stop(index, new):
+        return len(new) >= 3 * (1 + index)
+
+    capacity = max(row.length for row in rows)
+    slots = Slots(decoder, Rules(None, stop), greedy, num_slots=3, capacity=capacity, g_lm=None, block=4, step=step)
+    for _ in slots.run(deque(rows)):
+        pass
+    assert [row.new for row in rows] == generate(model, prompts, max_new_tokens=30, stop=stop)
+    assert len(seen) == 1 and [len(row.new) for row in rows] == [3, 6, 9, 12]
+    with pytest.raises(ValueError, match="capture: CUDA graphs need a GPU, the model is on the CPU"):
+        generate(model, prompts, max_new_tokens=2, capture=True)
 
 
 def test_a_row_that_ends_is_given_to_the_next_prompt(model, monkeypatch):

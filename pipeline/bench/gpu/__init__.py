@@ -1,5 +1,6 @@
 """Decoding on a GPU, in one run of at most eight minutes: `python -m pipeline.bench.gpu OUT`.
 
-Needs torch, and for two of its parts transformers and sentencepiece; no MLflow, no DeepSpeed, no network. Every part is a
-process of its own with a limit, so that one that fails or hangs costs the others nothing; what it measured until then stays.
+In: nothing but sizes, and for one part a folder with the reference implementation's code; imports `pldr_model`, the timing in
+`pipeline/bench/`, and for one part the export's code in `pipeline/inference/hf/`.
+Out: OUT/result.json, and of each part its results line by line and its log.
 """

@@ -1,6 +1,8 @@
 """`python -m pipeline.bench.gpu OUT`: runs the parts one after the other and gathers what they measured in OUT/result.json.
 
-On a machine without a GPU, `--device cpu --tiny` goes the same way with a small model; nothing is captured there.
+Every part is a process of its own with a limit, so that one that fails or hangs costs the others nothing, and what it measured
+until then stays. Needs torch, and for two parts transformers and sentencepiece; no MLflow, no DeepSpeed, no network. On a
+machine without a GPU, `--device cpu --tiny` goes the same way with a small model; nothing is captured there.
 """
 
 from __future__ import annotations

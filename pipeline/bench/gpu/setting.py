@@ -41,11 +41,6 @@ class Setting:
             return cls(place, TINY, (1, 2), 8, 40, 3, 2, 1 << 16, reference)
         return cls(place, PAPER_110M, (1, 8, 64), 512, 16384, 24, 5, 1 << 30, reference)
 
-    @property
-    def can_capture(self) -> bool:
-        """CUDA graphs exist."""
-        return self.device.type == "cuda"
-
 
 @dataclass(frozen=True)
 class Form:

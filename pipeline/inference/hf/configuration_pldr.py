@@ -65,8 +65,10 @@ class PldrConfig(PreTrainedConfig):
         self.head_dim = self.head_dim or max(self.qk_head_dim, self.v_head_dim)
         self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         super().__post_init__(**kwargs)
-        if self.num_key_value_heads != heads or self.rope_parameters["rope_type"] != "default":
-            raise ValueError("a PLDR-LLM has as many key-value heads as heads, and plain rotary positions")
+        if self.num_key_value_heads != heads:
+            raise ValueError("a PLDR-LLM has as many key-value heads as heads")
+        if self.rope_parameters["rope_type"] not in ("default", "linear", "llama3", "yarn"):
+            raise ValueError(f"rope_type: {self.rope_parameters['rope_type']!r}; known: default, linear, llama3, yarn")
         if self.head_dim < max(self.qk_head_dim, self.v_head_dim):
             raise ValueError(f"head_dim: {self.head_dim} is less than qk_head_dim or v_head_dim")
         if self.g_source not in ("constant", "learned"):

@@ -1,7 +1,32 @@
 """PLDR-LLM for transformers: layers, and the metric learner, which most exports do not have."""
 
+import math
+
 import torch
 from torch import nn
+
+
+def rotary(config, dtype, device):
+    """Radians per position of each pair [K/2], and what rotating multiplies norms by: transformers' rope types, in `dtype`."""
+    rope, K = config.rope_parameters, config.qk_head_dim
+    kind, theta, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor", 1.0)
+    plain, length = (
+        1.0 / theta ** (torch.arange(0, K, 2, dtype=dtype, device=device) / K),
+        rope.get("original_max_position_embeddings"),
+    )
+    if kind in ("default", "linear"):
+        return plain / factor, 1.0
+    if kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept, magnitude = ((plain * (length / (2 * math.pi)) - low) / (high - low)).clamp(0, 1), 1.0
+    else:  # yarn
+        first, last = (K * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+                       for times in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1))  # fmt: skip
+        first, last = max(math.floor(first), 0), min(math.ceil(last), K - 1)
+        pairs = torch.arange(K // 2, dtype=dtype, device=device)
+        kept = 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
+        magnitude = rope.get("attention_factor") or 0.1 * math.log(factor) + 1.0
+    return plain / factor * (1 - kept) + plain * kept, magnitude
 
 
 class PackedEmbedding(nn.Module):

@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_pldr import PldrConfig
-from .layers_pldr import PackedEmbedding, PldrMetricLearner, PldrMLP
+from .layers_pldr import PackedEmbedding, PldrMetricLearner, PldrMLP, rotary
 
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"  # renamed in transformers 5.24
 
@@ -133,11 +133,11 @@ class PldrModel(PldrPreTrainedModel):
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + past
         mask = create_causal_mask(self.config, x, attention_mask, position_ids=position_ids, **{CACHE: cache})
         # Made anew for each pass: a buffer would be cast with the model, and bf16 cannot count to 300.
-        K, wide = self.config.qk_head_dim, torch.promote_types(x.dtype, torch.float32)
-        exponents = torch.arange(0, K, 2, dtype=wide, device=x.device) / K
-        frequencies = 1.0 / self.config.rope_parameters["rope_theta"] ** exponents
+        wide = torch.promote_types(x.dtype, torch.float32)
+        frequencies, magnitude = rotary(self.config, wide, x.device)
         angles = position_ids[:, None, :, None].to(wide) * frequencies
-        kwargs.update(position_ids=position_ids, position_embeddings=(angles.cos(), angles.sin()))
+        tables = (angles.cos() * magnitude, angles.sin() * magnitude)
+        kwargs.update(position_ids=position_ids, position_embeddings=tables)
         x = self.embed_norm(x * self.config.hidden_size**0.5)
         for layer in self.layers:
             x = layer(x, attention_mask=mask, past_key_values=cache, **kwargs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError, UserError
+from pipeline.inference.hf.aligned import save_aligned
 from pipeline.io.storage import publish_json, read_json
 from pipeline.io.tensors import read_header, usual_mode
 
@@ -32,7 +33,7 @@ def write_shards(
     tensors: Mapping[str, Tensor], folder: Path, *, shard_bytes: int, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write the tensors in their order; a file that would become larger than `shard_bytes` is ended (one tensor may be).
-    metadata: of every file."""
+    metadata: of every file of an int8 export."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -47,8 +48,11 @@ def write_shards(
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True):
         try:
-            save_file(shard, folder / name, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:  # a full disk
+            if metadata:
+                save_aligned(shard, folder / name, {"format": "pt", **metadata})
+            else:
+                save_file(shard, folder / name, metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:  # a full disk
             raise UserError(f"{folder / name}: cannot be written ({error})") from None
         usual_mode(folder / name)
     if len(shards) > 1:

@@ -80,7 +80,7 @@ def _stored(opened: OpenModel) -> dict[str, Tensor] | None:
         raise UserError(f"{file}: has changed since the bundle was opened; export it again")
     shapes = {name: shape for name, shape in state_shapes(config).items() if name != "g_lm"}
     stored, dtypes = packed_shapes(shapes, "int8")
-    return {**load_tensors(file, stored, dtypes=dtypes), "g_lm": opened.g_lm}
+    return {**load_tensors(file, stored, dtypes=dtypes), "g_lm": opened.model.constant_g()}
 
 
 def _in_dtype(tensors: dict[str, Tensor], dtype: Dtype, where: Path) -> dict[str, Tensor]:

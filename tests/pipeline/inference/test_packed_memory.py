@@ -20,10 +20,9 @@ from pipeline.inference.runtime import Bundle
 from pipeline.io.storage import sha256_file
 from pipeline.io.tensors import sha256_tensors
 from pipeline.post.package.bundle import build_bundle
-from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, g_shape
 from tests.helpers.bundles import measured
-from tests.helpers.models import LINEAGE
+from tests.helpers.models import CONFIG, LINEAGE
 
 Make = Callable[..., Path]
 
@@ -75,11 +74,9 @@ def test_generating_and_scoring_makes_no_fp32_matrix(
 def large_bundle(
     out: Path, tokenizer: Path, certificate: dict[str, Any], section: dict[str, Any] | None
 ) -> tuple[Path, int]:
-    """A random model of the papers' 110M, uncertified: its certificate is a tiny model's, with this one's names and hashes.
-    Returns the bundle, and the bytes of its weights in fp32."""
-    config = ModelConfig(
-        vocab_size=32000, context_length=1024, num_layers=5, num_heads=14, head_dim=64, d_ff=2389, A_dff=170
-    )
+    """A random model of about 100M parameters, uncertified: its certificate is that of a tiny one with as many layers and
+    heads, with this one's sizes and hashes. Returns the bundle, and the bytes of its weights in fp32."""
+    config = replace(CONFIG, head_dim=1024 // CONFIG.num_heads, d_ff=50_000_000 // (3 * 1024), A_dff=4)
     torch.manual_seed(0)
     model = PLDRModel(config).eval().requires_grad_(False)
     g_lm = torch.randn(g_shape(config)) / 8
@@ -111,7 +108,7 @@ def test_a_process_that_generates_takes_a_third_of_the_memory(
     tmp_path: Path,
     repository: Path,
 ) -> None:
-    """110M, int8 against fp32: the process's memory above what Python, torch and our code take."""
+    """100M, int8 against fp32: the process's memory above what Python, torch and our code take."""
     section = measured(invariant, text, "int8").section
     taken = {}
     for name, own in (("fp32", None), ("int8", section)):

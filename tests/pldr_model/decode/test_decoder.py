@@ -169,19 +169,21 @@ def test_half_precision_decodes_near_fp32() -> None:
 
 
 @pytest.mark.slow
-def test_a_step_compiles_as_one_graph(model: PLDRModel) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("backend", "capacity"), [("aot_eager", 140), ("inductor", 6)])
+def test_a_step_compiles_as_one_graph(backend: str, capacity: int) -> None:
     """Over several bounds, with the tokens of the eager one: no graph break, and no new graph for each token."""
-    config = replace(CONFIG, context_length=150)
-    decoder = Decoder.of(PLDRModel(config).double())
-    compiled = torch.compile(decoder.step, fullgraph=True)
+    decoder = Decoder.of(PLDRModel(replace(CONFIG, context_length=150)).double())
     torch._dynamo.reset()
-    cache, other = (decoder.prefill([5, 6, 7], capacity=140)[0] for _ in range(2))
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(decoder.step, fullgraph=True, backend=backend)
+    cache, other = (decoder.prefill([5, 6, 7], capacity=capacity)[0] for _ in range(2))
     token_1 = torch.tensor([3])
-    for _ in range(137):
+    for _ in range(3, capacity):
         logits_1V, same_1V = decoder.step(token_1, cache), compiled(token_1, other)
         assert (logits_1V - same_1V).abs().max() < EXACT
         token_1 = torch.tensor(logits_1V.argmax(dim=-1).tolist())
-    assert cache.lengths == other.lengths == other.length_B.tolist() == [140]
+    assert cache.lengths == other.lengths == other.length_B.tolist() == [capacity]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
 
 

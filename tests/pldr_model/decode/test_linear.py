@@ -131,3 +131,17 @@ def test_without_a_kernel_the_weight_is_unpacked(monkeypatch: pytest.MonkeyPatch
 def test_bf16_beyond_fp16_is_unpacked() -> None:
     matrix = Matrix.bf16(torch.full((2, 3), 1e6).bfloat16())
     assert error(prepare(matrix)(torch.ones(1, 3)), matrix, torch.ones(1, 3)) <= 1e-6
+
+
+def test_blocks_of_fp32_weights_are_the_product_and_no_copy() -> None:
+    torch.manual_seed(3)
+    for bias in (torch.randn(900), None):
+        matrix = Matrix.fp(torch.randn(900, 600), bias)
+        product = prepare(matrix)
+        assert product is not matrix and product.shape == matrix.shape and product.nbytes == matrix.nbytes
+        for shape in ((1, 600), (3, 600), (2, 4, 600), (33, 600)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(product(x), matrix(x), rtol=1e-5, atol=1e-4)
+        matrix.dense().zero_()  # seen by the blocks: they are views
+        assert torch.equal(product(torch.ones(4, 600)), torch.zeros(4, 900) if bias is None else bias.expand(4, -1))
+    assert isinstance(prepare(Matrix.fp(torch.randn(900, 600).double()), torch.float64), Matrix)

@@ -8,6 +8,7 @@ import torch
 from pldr_model.config import ModelConfig
 from pldr_model.decode.decoder import Decoder
 from pldr_model.decode.low_rank import truncate_g
+from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
 
 RANKS = torch.tensor([[2, 8, 3, 2], [8, 8, 8, 8], [1, 1, 5, 4]])  # with full heads, and a layer that is full
@@ -80,3 +81,22 @@ def test_a_cache_with_another_g_is_refused() -> None:
     full, _ = a_model("interleaved")
     with pytest.raises(ValueError, match="by the ranks of its own G"):
         Decoder.of(full, key_ranks=RANKS).new_cache(batch_size=1, capacity=4, g_lm=full.constant_g())
+
+
+def test_generated_tokens_are_those_of_the_model_with_g_of_these_ranks() -> None:
+    full, low = a_model("interleaved")
+    prompts = [ids(1, length)[0].tolist() for length in (3, 17, 9, 5)]
+    alone = [generate(low, [prompt], max_new_tokens=20, use_cache=False)[0] for prompt in prompts]
+    assert generate(Decoder.of(full, key_ranks=RANKS), prompts, max_new_tokens=20) == alone
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_step_compiles_as_one_graph() -> None:
+    full, _ = a_model("interleaved")
+    decoder, ids_BS = Decoder.of(full, key_ranks=RANKS), ids(2, 9)
+    cache, other = (decoder.new_cache(batch_size=2, capacity=48) for _ in range(2))
+    for one in (cache, other):
+        decoder.read(ids_BS, one)
+    compiled = torch.compile(decoder.step, fullgraph=True)
+    assert (decoder.step(ids_BS[:, 0], cache) - compiled(ids_BS[:, 0], other)).abs().max() < 1e-11

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from pipeline.inference.hf.names import check_shapes, from_hf, hf_shapes, to_hf
 from pipeline.inference.hf.sizes import HEAD_SIZES, hf_config, model_config
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel, to_constant_g
+from pldr_model.rope_scaling import RopeScaling
 
 pytest.importorskip("transformers")
 
@@ -73,6 +75,37 @@ def test_same_logits_in_fp64_and_the_same_bits_back(
         found = in_transformers(model, attention=attention)(ids).logits
     assert found.dtype == torch.float64
     assert (found - ours).abs().max() <= 1e-9 * max(1.0, ours.abs().max().item())
+
+
+SCALINGS = [
+    {"type": "linear", "factor": 3.0},
+    {"type": "llama3", "factor": 4.0, "original_context_length": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"type": "yarn", "factor": 4.0, "original_context_length": 16},
+    {"type": "yarn", "factor": 4.0, "original_context_length": 16, "beta_fast": 8.0, "attention_factor": 1.25},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["type"])
+def test_scaled_positions_beyond_the_original_context(scaling: dict[str, Any]) -> None:
+    """Our logits in fp64, and the frequencies that transformers has for these rope types."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from pipeline.inference.hf.layers_pldr import rotary
+
+    config = ModelConfig(
+        vocab_size=40, num_layers=2, num_heads=2, head_dim=32, context_length=64, rope_scaling=RopeScaling(**scaling)
+    )
+    model = make(config, learned=False, seed=1)
+    theirs = in_transformers(model)
+    ids = torch.randint(0, 40, (1, 64))
+    with torch.no_grad():
+        ours = model(ids, padded=False)
+        assert (theirs(ids).logits - ours).abs().max() <= 1e-12 * ours.abs().max()
+    frequencies, magnitude = rotary(theirs.config, torch.float64, torch.device("cpu"))
+    expected, factor = ROPE_INIT_FUNCTIONS[scaling["type"]](theirs.config, torch.device("cpu"))
+    torch.testing.assert_close(frequencies.float(), expected)
+    assert magnitude == pytest.approx(factor)
+    assert model_config(theirs.config.to_dict(), where=Path()).rope_scaling == config.rope_scaling
 
 
 @settings(max_examples=20, deadline=None)

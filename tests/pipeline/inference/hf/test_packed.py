@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from pipeline.bundle.formats import SCALE, pack
 from pipeline.errors import ConfigError, UserError
+from pipeline.inference.hf.aligned import save_aligned
 from pipeline.inference.hf.expectation import expect
 from pipeline.inference.hf.export import export_hf
-from pipeline.inference.hf.imported import read_directory
 from pipeline.inference.hf.load import build, read_export
 from pipeline.inference.hf.names import check_shapes, from_hf, to_hf
 from pipeline.inference.hf.packed import (
@@ -34,6 +34,7 @@ from pipeline.inference.hf.selfcheck import check_export, held_bytes
 from pipeline.inference.hf.weights import weights_of
 from pipeline.inference.opened import OpenModel
 from pipeline.inference.source import open_model
+from pipeline.io.tensors import read_header
 from pldr_model.config import ModelConfig
 from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
@@ -62,6 +63,7 @@ def test_values_and_scales_are_those_of_a_bundle(style: Any, pack_output: bool) 
                 exact = exact.float().double()
             found = from_hf(from_packed(packed, model.config, torch.float64), model.config)[name]
             assert torch.equal(found, exact), name
+
     q_proj = packed["model.layers.0.self_attn.q_proj" + VALUES]
     rows = [0, 2, 4, 6, 1, 3, 5, 7] if style == "interleaved" else list(range(8))
     assert torch.equal(q_proj[:8], state["layers.0.attention.qkv.weight"][rows])
@@ -77,6 +79,26 @@ def test_values_and_scales_are_those_of_a_bundle(style: Any, pack_output: bool) 
     check_shapes(
         unpacked_shapes({name: tuple(t.shape) for name, t in packed.items()}, model.config, size), model.config
     )
+
+
+def test_int8_matrices_are_aligned_in_the_file(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.ones(3, dtype=torch.int8),
+        "b": torch.arange(96, dtype=torch.int8).view(6, 16),
+        "c": torch.rand(5),
+        "d": torch.arange(32, dtype=torch.int8).view(2, 16),
+        "e": torch.rand(2, 2),
+    }
+    file = tmp_path / "x.safetensors"
+    save_aligned(tensors, file, {"format": "pt", "z": '{"quoted": "\u00e9"}'})
+    found = load_file(file)
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    header_length = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + header_length])
+    assert all((8 + header_length + header[name]["data_offsets"][0]) % 16 == 0 for name in "bd")
+    first = file.read_bytes()
+    save_aligned(tensors, file, {"z": '{"quoted": "\u00e9"}', "format": "pt"})
+    assert file.read_bytes() == first and read_header(file).keys() == tensors.keys()
 
 
 def test_what_cannot_be_packed_is_refused(opened: OpenModel) -> None:
@@ -175,6 +197,7 @@ def test_stock_transformers_keeps_it_packed_and_gives_our_tokens(written_int8: P
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     assert len(linear) == 2 * 7 + 1 and all(isinstance(module.weight, Int8Tensor) for module in linear)
     assert model.model.embed_tokens.weight.dtype == torch.int8
+    assert all(module.weight.qdata.data_ptr() % 16 == 0 for module in linear), "as torch.compile's kernel needs it"
     assert held_bytes(model) == check["held_bytes"] == check["stored_bytes"] < 0.5 * held_bytes(build(int8_bundle)[0])
 
     prompts = [[7, 8, 9, 30, 12], [5], [11, 12, 13]]
@@ -186,15 +209,10 @@ def test_stock_transformers_keeps_it_packed_and_gives_our_tokens(written_int8: P
 
 
 @pytest.mark.slow
-def test_saved_again_it_loads_and_is_imported(written_int8: Path, int8_bundle: OpenModel, tmp_path: Path) -> None:
-    model = load(written_int8)
-    model.save_pretrained(tmp_path / "again")
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.inference_mode():
-        assert torch.equal(load(tmp_path / "again")(ids).logits, model(ids).logits)
-    found = read_directory(tmp_path / "again").weights
-    state = int8_bundle.model.state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+def test_transformers_cannot_save_it_again(written_int8: Path, tmp_path: Path) -> None:
+    """When this fails, transformers has learned it: docs/export.md says that it cannot."""
+    with pytest.raises(NotImplementedError):
+        load(written_int8).save_pretrained(tmp_path / "again")
 
 
 COMPILED = """
@@ -210,7 +228,8 @@ print("DIFFERENCE", float((plain - compiled).abs().max()), float(plain.abs().max
 
 @pytest.mark.slow
 def test_compiled_in_bf16_it_gives_the_same(written_int8: Path) -> None:
-    """Where columns are no multiple of 16, the kernel that torch.compile takes gives garbage, or ends the process."""
+    """The kernel that torch.compile takes gives garbage, or ends the process, where columns are no multiple of 16 or weights
+    are not at a multiple of 16 bytes."""
     done = subprocess.run([sys.executable, "-c", COMPILED, written_int8], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     difference, largest = map(float, done.stdout.split("DIFFERENCE")[1].split())

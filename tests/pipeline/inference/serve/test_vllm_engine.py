@@ -51,6 +51,15 @@ def test_greedy_texts_are_the_bundles(client: Any, bundle: Bundle) -> None:
     assert "".join(chunk.choices[0].text for chunk in stream) == whole[1]
 
 
+def test_its_settings_are_those_of_the_bundle(client: Any, bundle: Bundle) -> None:
+    """Where nothing is left to draw: greedy with a penalty, and the best token's share as min-p."""
+    penalized = bundle.generate(PROMPTS, max_new_tokens=12, repetition_penalty=1.8)
+    assert texts(client, PROMPTS, extra_body={"repetition_penalty": 1.8}) == penalized
+    assert penalized != bundle.generate(PROMPTS, max_new_tokens=12)
+    only_best = {"temperature": 1.5, "seed": 1, "extra_body": {"min_p": 1.0}}
+    assert texts(client, PROMPTS, **only_best) == bundle.generate(PROMPTS, max_new_tokens=12)
+
+
 def test_log_probabilities_are_the_bundles(client: Any, bundle: Bundle) -> None:
     ids = bundle.tokenizer.encode(PROMPTS[2])
     settings: dict[str, Any] = {"temperature": 0, "max_tokens": 6, "echo": True, "logprobs": 3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from pipeline.bundle.read import verify_bundle
 from pipeline.config.post import PostConfig
 from pipeline.io.storage import render_json
 from pipeline.post.package.measured_formats import pack_measured
+from pipeline.post.package.measured_keys import measure_keys
 from pldr_model.model import PLDRModel
 from tests.helpers.bundles import reseal
 from tests.pipeline.post.attacks.cheats import faint
-from tests.pipeline.post.attacks.trained import BASE, POST, Lab, language
+from tests.pipeline.post.attacks.trained import BASE, POST, SIZES, Lab, language
 from tests.pipeline.post.attacks.verdicts import Cases, Refused, failed_by
 
 CHEATS = Cases()
@@ -104,6 +106,37 @@ def edited_proof(lab: Lab) -> dict[str, Any]:
     return _edited(lab, "proof", certificate)
 
 
+@CHEATS.add(Refused("too much"))
+def low_rank_keys_that_cost_nats(lab: Lab) -> dict[str, Any]:
+    """Keys of one number each, for which the certificate of the full ones is to stand."""
+    _low_rank(lab, 1, "one-number")
+    return lab.certificate()
+
+
+@CHEATS.add(Refused("no measurement of these key ranks"))
+def edited_ranks(lab: Lab) -> dict[str, Any]:
+    """A bundle is to decode with fewer numbers of a key than were measured."""
+    path = _low_rank(lab, SIZES.head_dim, "ranks")
+    record = json.loads((path / "config.json").read_bytes())
+    record["key_ranks"] = [[1 for _ in row] for row in record["key_ranks"]]
+    (path / "config.json").write_bytes(render_json(record))
+    reseal(path)
+    verify_bundle(path)
+    return lab.certificate()
+
+
+@CHEATS.add(Refused("does not follow from the ranks"))
+def edited_numbers_of_keys(lab: Lab) -> dict[str, Any]:
+    """The certificate claims a smaller cache than its ranks give."""
+    path = _low_rank(lab, SIZES.head_dim, "numbers")
+    certificate = json.loads((path / "certificate.json").read_bytes())
+    certificate["key_rank"]["bytes_per_token"] = 8
+    (path / "certificate.json").write_bytes(render_json(certificate))
+    reseal(path)
+    verify_bundle(path)
+    return lab.certificate()
+
+
 @CHEATS.add(Refused("outside the model's vocabulary"))
 def tokens_of_another_tokenizer(lab: Lab) -> dict[str, Any]:
     """The prompts have ids that the model does not know."""
@@ -120,6 +153,17 @@ def one_prompt_repeated(lab: Lab) -> dict[str, Any]:
 def few_prompts_repeated(lab: Lab) -> dict[str, Any]:
     """100 prompts, of which 5 are different."""
     return lab.certify(lab.trained(), text_NT=language(BASE, count=5, seed=2).repeat(POST.prompts // 5, 1))
+
+
+def _low_rank(lab: Lab, rank: int, name: str) -> Path:
+    """A bundle of the base model whose keys all have this rank."""
+    model, certificate = lab.trained(), lab.certificate()
+    g_LHKK = lab.g_lm(model)
+    post = PostConfig.model_validate({**POST.model_dump(), "key_rank": {"ranks": rank}, "max_key_loss": 0.1})
+    rank_LH = torch.full(g_LHKK.shape[:2], rank)
+    text_NT, sha256 = language(BASE, count=50, seed=2), certificate["files"]["model.safetensors"]
+    section = measure_keys(model, g_LHKK, rank_LH, text_NT, post, sha256=sha256)
+    return lab.bundle(model, certificate, name, key_rank_section=section)
 
 
 def _edited(lab: Lab, name: str, certificate: dict[str, Any]) -> dict[str, Any]:
