@@ -5,8 +5,9 @@ tensor functions on weights that may stay packed (`Matrix`), and G costs one of 
 Decisions. RoPE turns pairs of numbers, so queries and keys are seen as complex numbers and multiplied once, in place; for
 `half`, whose pairs are K/2 apart, the rows of W_q and W_k (and G) are permuted at preparation so that pairs lie together. G is
 applied to the query, one [K,K] product a head; for G = identity it is left out. sqrt(D) of the embedding is folded into the
-epsilon of its LayerNorm. A decoder does not change after it is made, and all that a pass changes is in its cache: threads can
-use one at a time each with caches of their own.
+epsilon of its LayerNorm. A step can be compiled, and is not: on one CPU thread, 4 layers x 128, that made 0.83 of the tokens
+(2026-11-28, RoPE in real numbers for it). A decoder does not change after it is made, and all that a pass changes is in its
+cache: any number of threads can use one, each with caches of its own.
 
 Shapes: B rows, S new tokens of a row, N = B*S tokens, D model width, H heads, K head dim, T keys, V vocabulary, L layers.
 """
@@ -133,6 +134,7 @@ class Decoder:
             own = own[..., self._pairs_K, :][..., self._pairs_K]
         return list(own.unbind(0))
 
+    @torch.inference_mode(False)  # whoever changes it need not be in that mode
     def new_cache(
         self, *, batch_size: int, capacity: int, g_lm: Tensor | None = None, scratch: bool = False
     ) -> KVCache:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from pldr_model.config import ModelConfig
+from pldr_model.decode.capture import CapturedStep
 from pldr_model.decode.decoder import Decoder
 from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
@@ -185,6 +186,19 @@ def test_a_step_compiles_as_one_graph(backend: str, capacity: int) -> None:
         token_1 = torch.tensor(logits_1V.argmax(dim=-1).tolist())
     assert cache.lengths == other.lengths == other.length_B.tolist() == [capacity]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_captured_step_is_the_eager_one() -> None:
+    decoder = Decoder.of(PLDRModel(replace(CONFIG, context_length=150)).double().cuda())
+    captured = CapturedStep(decoder.step_kernels)
+    cache, other = (decoder.prefill([5, 6, 7], capacity=140)[0] for _ in range(2))
+    token_1 = torch.tensor([3], device="cuda")
+    for _ in range(3, 140):
+        logits_1V = decoder.step(token_1, cache)
+        assert (logits_1V - captured(token_1, other)).abs().max() < EXACT
+        token_1 = logits_1V.argmax(dim=-1)
+    assert cache.lengths == other.lengths == other.length_B.tolist() == [140]
 
 
 def test_two_threads_generate_from_one_model_at_once(model: PLDRModel) -> None:
