@@ -259,14 +259,14 @@ class Decoder:
         qkv_NW = self._rotate(layer.qkv(x_ND), where)
         if layer.low_rank is not None:
             return layer.low_rank.attend(qkv_NW, memory, attended, where)
-        D, W = H * K, 3 * H * K
+        D, W = H * K, qkv_NW.stride(0)
         memory.flat[0].index_copy_(0, where.place[2 * H], qkv_NW.narrow(1, D, 2 * D).reshape(-1, K))
         # One view instead of a split, a view and a transposition of it: a twentieth of a small step.
-        if g is None or g.ndim == 4:
+        if g is None or (g.ndim == 4 and B > 1):
             q_BHSK = qkv_NW.as_strided((B, H, S, K), (S * W, K, W, 1))
             q_BHSK = q_BHSK if g is None else q_BHSK @ g
         else:
-            q_HNK = torch.bmm(qkv_NW.as_strided((H, N, K), (K, W, 1)), g)
+            q_HNK = torch.bmm(qkv_NW.as_strided((H, N, K), (K, W, 1)), g if g.ndim == 3 else g[0])
             q_BHSK = q_HNK.as_strided((B, H, S, K), (S * K, N * K, K, 1))
         (keys,), values = attended
         heads_BHSK = F.scaled_dot_product_attention(q_BHSK, keys, values, attn_mask=where.mask, is_causal=where.causal)

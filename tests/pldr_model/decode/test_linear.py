@@ -72,7 +72,7 @@ def check_all_sizes() -> None:
             product = prepare(matrix)
             assert product.shape == matrix.shape == (rows, columns)
             for number in ROWS:
-                x = torch.randn(number, columns)
+                x = torch.randn(number, columns) if number != 7 else torch.randn(columns, number).T
                 y = product(x)
                 assert y.dtype == x.dtype and y.shape == (number, rows)
                 assert error(y, matrix, x) <= allowed, (kind, rows, columns, number)
