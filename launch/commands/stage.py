@@ -120,7 +120,7 @@ def _run(arguments: Any, report: Report) -> Result:
     from pipeline.stages.resume import parse_resume
     from pipeline.stages.runner import exclusive
 
-    findings = _preflight(pipeline, begins=parse_resume(arguments.resume).path)
+    findings = _preflight(pipeline, begins=parse_resume(arguments.resume).path, goes_on=arguments.resume != "auto")
     for line in lines([finding for finding in findings if finding.status == "warn"]):
         report(line)
     _require_ready(findings, report)
@@ -141,10 +141,10 @@ def _check(arguments: Any, report: Report) -> Result:
     return {"findings": [asdict(finding) for finding in findings]}
 
 
-def _preflight(pipeline: Pipeline, *, begins: Path | None = None) -> list[Finding]:
+def _preflight(pipeline: Pipeline, *, begins: Path | None = None, goes_on: bool = False) -> list[Finding]:
     from pipeline.stages.preflight import preflight
 
-    return preflight(pipeline.config, done=pipeline.finished(), begins=begins)
+    return preflight(pipeline.config, done=pipeline.finished(), begins=begins, goes_on=goes_on)
 
 
 def _require_ready(findings: list[Finding], report: Report) -> None:

@@ -260,4 +260,6 @@ def _explain(error: Any) -> str:
         choices = re.findall(r"'([^']+)'", error["ctx"]["expected"])
         near = difflib.get_close_matches(str(given), choices, n=1)
         got += f"; did you mean {near[0]}?" if near else ""
+    if kind in ("model_type", "model_attributes_type", "dataclass_type"):
+        return f"{key}: must be a section{got}; its keys: {', '.join(known_keys(location))}"
     return f"{key}: {message}{got}" if key else message

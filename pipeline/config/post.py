@@ -7,9 +7,9 @@ a certificate checks its thresholds against the same bounds.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from pipeline.config.section import Kind, Section, kinds
 from pldr_model.config import ModelConfig
@@ -52,12 +52,27 @@ class KeyRankConfig(Section):
         ge=1,
     )
 
+    @field_validator("ranks", mode="wrap")
+    @classmethod
+    def _whole_numbers(cls, given: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """One line for both forms; `true` is no number."""
+        rows = given if isinstance(given, list) else [[given]]
+        if given is not None and any(
+            not isinstance(row, list) or any(type(rank) is not int for rank in row) for row in rows
+        ):
+            raise ValueError("give one integer for all heads, or one for each, [layers][heads]: [[4, 8], [16, 12]]")
+        return check(given)
+
     @model_validator(mode="after")
     def _one_of_three(self) -> KeyRankConfig:
         given = [key for key in ("energy", "max_loss", "ranks") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(
                 f"{' and '.join(given) or 'neither energy, max_loss nor ranks'} given; give exactly one of the three"
+            )
+        if self.ranks is not None and (self.multiple, self.groups) != (4, 3):
+            raise ValueError(
+                "multiple and groups round what energy and max_loss find, and not given ranks; remove them"
             )
         return self
 

@@ -53,10 +53,14 @@ class Finding:
 
 
 def preflight(
-    config: RunConfig, *, done: Mapping[str, dict[str, Any]] | None = None, begins: Path | None = None
+    config: RunConfig,
+    *,
+    done: Mapping[str, dict[str, Any]] | None = None,
+    begins: Path | None = None,
+    goes_on: bool = False,
 ) -> list[Finding]:
     """Every finding about a run. done: the results of its stages that are complete, by name. begins: what `--resume PATH`
-    names."""
+    names. goes_on: `--resume` names a run or a checkpoint."""
     done = done or {}
     found: list[Finding] = []
 
@@ -85,6 +89,9 @@ def preflight(
         check("batch", lambda: _batch(config))
         check("memory", lambda: _memory(config))
         check("budget", lambda: _budget(config, begins))
+        # Read for step 0 only: the folder may be gone when a run goes on.
+        if config.train.init_from is not None and not goes_on and newest_in(RunPaths(config.run_dir).root) is None:
+            check("init_from", lambda: _initial(config))
         if (settings := config.train.evaluate) is not None:
             check("evaluate", lambda: _evaluate(settings))
     if config.post.extra_prompts and "validate" not in done:
@@ -132,6 +139,15 @@ def _tokenizer(config: RunConfig) -> Iterator[Finding]:
     else:
         unused = f", {wanted - has:,} ids of the model are unused" if has < wanted else ""
         yield Finding("tokenizer", "ok", f"{given} with {has:,} pieces{unused}")
+
+
+def _initial(config: RunConfig) -> Iterator[Finding]:
+    from pipeline.tokenizer import Tokenizer
+    from pipeline.train.initial import require_fitting
+
+    given = config.tokenizer.model
+    source = require_fitting(config, tokenizer_sha256=None if given is None else Tokenizer.load(given).sha256)
+    yield Finding("init_from", "ok", f"{config.train.init_from} ({source.get('checkpoint', 'unknown checkpoint')})")
 
 
 def _prompts(config: RunConfig) -> Iterator[Finding]:

@@ -21,8 +21,9 @@ from pipeline.io.sealed import read_sealed
 MAY_DIFFER = ("context_length", "rope_base", "rope_scaling", "dag_coefficients", "g_start", "g_file", "g_seed")
 
 
-def require_fitting(config: RunConfig, *, tokenizer_sha256: str) -> dict[str, Any]:
-    """What `train.init_from` says of where its weights come from (`source`). Reads no weights.
+def require_fitting(config: RunConfig, *, tokenizer_sha256: str | None) -> dict[str, Any]:
+    """What `train.init_from` says of where its weights come from (`source`). Reads no weights. tokenizer_sha256: None
+    before the tokenizer is trained.
 
     Raises UserError or ConfigError, one line, where it is no folder of weights, or of another model or tokenizer.
     """
@@ -38,7 +39,7 @@ def require_fitting(config: RunConfig, *, tokenizer_sha256: str) -> dict[str, An
                 f"{', '.join(MAY_DIFFER)} may differ"
             )
     source: dict[str, Any] = record.get("source") or {}
-    if source.get("tokenizer_sha256") not in (None, tokenizer_sha256):
+    if tokenizer_sha256 is not None and source.get("tokenizer_sha256") not in (None, tokenizer_sha256):
         raise ConfigError(
             f"train.init_from {folder}: trained with another tokenizer; set tokenizer.model to that run's "
             "tokenizer/tokenizer.model"

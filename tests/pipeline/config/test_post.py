@@ -57,6 +57,8 @@ def test_every_threshold_has_a_floor_or_a_cap() -> None:
         ("key_rank", {"ranks": 0}),
         ("key_rank", {"ranks": 5}),
         ("key_rank", {"ranks": [[4], [4]]}),
+        ("key_rank", {"ranks": True}),
+        ("key_rank", {"ranks": 2, "multiple": 8}),
         *((key, 0) for key in ("fp64_prompts", "effect_prompts", "generate_tokens", "generate_prompts")),
         ("extra_prompts", {"Code": "x.txt"}),
         ("extra_prompts", {"a b": "x.txt"}),
@@ -70,6 +72,20 @@ def test_what_would_mean_nothing_is_refused_in_one_line_that_names_the_key(key: 
         parse_config({**TREE, "post": {key: value}}, where="test.yaml")
     message = str(caught.value)
     assert ("\n" not in message and f"post.{key}" in message) or key in message
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (8, "post.key_rank: must be a section (got 8); its keys: energy, max_loss, ranks, multiple, groups"),
+        ({"ranks": [8, 8]}, "post.key_rank.ranks: give one integer for all heads, or one for each, [layers][heads]"),
+        ({"ranks": 8.5}, "post.key_rank.ranks: give one integer for all heads, or one for each, [layers][heads]"),
+    ],
+)
+def test_ranks_of_a_wrong_form_are_told_the_right_one(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**TREE, "post": {"key_rank": given}}, where="test.yaml")
+    assert message in str(caught.value) and "valid" not in str(caught.value)
 
 
 def test_the_tiers_are_in_order() -> None:

@@ -54,6 +54,13 @@ def test_all_mistakes_are_told_at_once_each_with_its_fix(check, capsys):
     assert not (check.yaml.parent / "run" / "stages").exists()
 
 
+def test_weights_to_begin_with_are_looked_at_before_the_data_are_made(check):
+    found = check("train.init_from=gone")["init_from"]
+    assert found.status == "FAIL" and "name a run directory where `pldr consolidate` has run" in found.text
+    config = load_config(check.yaml, ["train.init_from=gone"])
+    assert "init_from" not in {finding.about for finding in preflight(config, goes_on=True)}
+
+
 def test_files_of_more_prompts_are_looked_at_before_training(check):
     (check.yaml.parent / "code.txt").write_text("a = 1\n\nb = 2\n")
     assert check("post.extra_prompts={code: code.txt}")["prompts"].text == "2 of kind code"
