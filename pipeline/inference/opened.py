@@ -70,5 +70,11 @@ class OpenModel:
                 f"{self.path}: UNCERTIFIED {what}: its weights are rounded, and the certificate is about the fp32 ones"
             )
         failed = [failure["measure"] for failure in self.certificate["failed"]] if self.certificate else []
+        for section in ("weight_format", "key_rank"):
+            cost = (self.certificate or {}).get(section)
+            if cost and not cost["passed"]:
+                failed.append(
+                    f"{section} costs {cost['loss_difference']:.2g} nats, allowed {cost['max_loss_difference']:g}"
+                )
         why = f"failed checks: {', '.join(failed) or 'none'}" if self.certificate else "no certificate"
         return f"{self.path}: UNCERTIFIED {what} ({why}): its cached G_LM may change the model's outputs"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BOUND_STEP = 64  # `bound` is a multiple of it: views are made anew, and graphs captured, once in so many tokens
+BOUND_STEP = 64  # `bound` is a multiple of it, so views (and captured graphs) are made anew only every 64 tokens
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,9 @@ class KVCache:
         return sum(store.nbytes for layer in self.layers for store in layer.stores)
 
     def grow(self, num_new: int | Sequence[int], *, width: int | None = None) -> None:
-        """Host side of reading: the rows get `num_new` tokens more, each the same or its own number, of `width` that are
-        written: what a row was given beyond its own number is padding, which the next tokens overwrite."""
+        """Count `num_new` tokens more on the host, before they are read: one number for all rows, or one for each. width: where
+        rows differ, the tokens that a pass writes to every row; those beyond a row's own number are padding, which its next
+        tokens overwrite."""
         new = [num_new] * self.batch_size if isinstance(num_new, int) else num_new
         written = max(self.lengths) + (max(new) if width is None else width)
         assert written <= self.capacity, "more tokens than the cache was allocated for"

@@ -1,8 +1,8 @@
 """A decoding step as CUDA graphs: all its launches at once, for a GPU that waits for Python.
 
-A graph replays the same kernels on the same memory, so it belongs to one cache, and to one `bound` of it: one is captured in so
-many tokens as `bound` counts (`BOUND_STEP`), and kept for as long as the cache. Not for a CPU, and not worth its capture for a
-few tokens.
+A graph replays the same kernels on the same memory, so it belongs to one cache and to one `bound` of it. `bound` grows every
+`BOUND_STEP` tokens; another graph is captured then, and all are kept for as long as the cache. Not for a CPU, and not worth its
+capture for a few tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class CapturedStep:
         return captured.logits_BV
 
     def _capture(self, ids_B: Tensor, cache: KVCache) -> Graph:
-        """What the runs before it write, the step itself writes again."""
+        """Capture the step for the cache's `bound`. The warm-up runs write keys and add to lengths: lengths are put back, and
+        the replay that follows writes the same keys again."""
         own_B, length_B = ids_B.clone(), cache.length_B.clone()
         stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

@@ -50,7 +50,7 @@ class Norm(NamedTuple):
 @dataclass(frozen=True)
 class Layer:
     """The weights of a decoder layer; `g` [H,K,K] is its constant G, None for the identity (or one that prompts bring).
-    low_rank: how it attends over low-rank keys; then qkv has its order of heads."""
+    low_rank: how it attends over low-rank keys, None for full ones; qkv then gives the heads in the order that it wants."""
 
     qkv: Product
     output: Product

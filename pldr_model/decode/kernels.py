@@ -30,7 +30,7 @@ from torch import Tensor
 from pldr_model.decode.linear import GROUP, Floating, Int4, Int8, Matrix, Product, Rounded
 
 CHUNK = 256  # rows of x at a time: int8's sums take twice the result
-STEPS = 32512  # of a row's largest activation: 127 * 256, so that both bytes stand for -128..127
+STEPS = 32512  # 127 * 256: a row's largest activation becomes this integer, so both of its bytes are in -128..127
 OFFSET = 32896.5  # 128 * 257, which makes both bytes positive, and a half, which makes truncation rounding
 FP16_MAX = torch.finfo(torch.float16).max
 WEIGHT_ROWS = 256  # of fp32, which stay in a cache while they meet all rows of x
@@ -153,7 +153,7 @@ class Int8Product(Product):
 
 
 class Int4Product(Product):
-    """int4 weights. The kernel reads a multiple of 16 rows and whole groups of columns: what lacks is added here."""
+    """int4 weights. The kernel reads a multiple of 16 rows and whole groups of columns: zeros fill both up."""
 
     def __init__(self, matrix: Int4) -> None:
         self._shape = matrix.shape

@@ -47,8 +47,8 @@ class Drafts:
         tokens.append(token)
 
     def find(self, count: int) -> list[int]:
-        """The `count` tokens that are likely to come; none where the last ones are new. Where they end with the row itself, it
-        is continued: a period goes on."""
+        """The `count` tokens that are likely to come: those that followed the last ones the time before; none where these are
+        new. Where the row ends before there are `count`, they begin again: a text that repeats itself goes on so."""
         tokens = self.tokens
         for size, places in zip(GRAMS, self._next, strict=True):
             place = places.get(tuple(tokens[-size:]))

@@ -22,8 +22,8 @@ from pldr_model.next_token import RowSettings
 
 
 class Slots:
-    """`num_slots` rows with `capacity` tokens each. block: tokens between two looks of the host. step: in place of
-    `decoder.step`, one that wants the cache to stay as it is."""
+    """`num_slots` rows with `capacity` tokens each. block: tokens between two looks of the host. step: one in place
+    of `decoder.step`, whose cache must stay the same object (a captured one)."""
 
     def __init__(
         self,

@@ -75,6 +75,13 @@ def test_verify_says_how_many_numbers_a_key_has(capsys, make_bundle, invariant, 
     assert main(["generate", str(bundle), "--prompt", "the", "--max-new-tokens", "4"]) == 0
 
 
+def test_what_keys_cost_too_much_is_why_a_bundle_is_not_certified(capsys, make_bundle, invariant, text):
+    section = measured_keys(invariant, text, [[1, 1], [1, 1]], allowed=0.0)
+    bundle = make_bundle(key_rank_section=section, uncertified=True)
+    assert main(["generate", str(bundle), "--prompt", "the", "--max-new-tokens", "2"]) == 0
+    assert "(failed checks: key_rank costs " in capsys.readouterr().err
+
+
 AGAIN = """
 import sys
 from launch.cli import main
