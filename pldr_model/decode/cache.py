@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pldr_model.decode import huge_pages
+
 BOUND_STEP = 64  # `bound` is a multiple of it: views are made anew, and graphs captured, once in so many tokens
 
 
@@ -61,7 +63,7 @@ class LayerMemory:
         self, shape: LayerShape, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.stores = [
-            torch.zeros(batch_size, store.num_heads, capacity, store.width, dtype=dtype, device=device)
+            huge_pages.zeros(batch_size, store.num_heads, capacity, store.width, dtype=dtype, device=device)
             for store in shape.stores
         ]
         self.flat = [store.view(-1, store.shape[-1]) for store in self.stores]  # [B*heads*T,width], to write to

@@ -75,6 +75,10 @@ class BlockedProduct(Product):
     def nbytes(self) -> int:
         return self._whole.nbytes
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return self._whole.tensors
+
 
 class Fp16Product(Product):
     """bf16 weights, as fp16."""
