@@ -194,6 +194,29 @@ def test_a_row_whose_logits_are_not_finite_ends_and_the_others_go_on(model, use_
     assert caught.value.rows == {0: 1} and caught.value.new == [[60]]
 
 
+def test_what_is_not_finite_does_not_stay_for_the_next_prompt(model):
+    """A place is taken again where a prompt was, one whose keys and values are NaN."""
+    broken = PLDRModel(CONFIG).double()
+    broken.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        broken.embedding.weight[60] = float("nan")
+        broken.output.bias[60] = -1e4
+    prompts = [[1, 2, 3, 60], *([i, 9] for i in range(6))]
+    with pytest.raises(NotFiniteError) as caught:
+        generate(broken, prompts, max_new_tokens=100, memory=150_000)
+    assert caught.value.rows == {0: 0}
+    assert caught.value.new[1:] == [generate(broken, [prompt], max_new_tokens=100)[0] for prompt in prompts[1:]]
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_a_prompt_that_ends_with_its_first_token_leaves_room_for_the_others(model, block):
+    """It fills the whole cache, and the others go on beside it."""
+    prompts = [*([i + 1, 9] for i in range(8)), [3] * 39]
+    together = generate(model, prompts, max_new_tokens=100, block=block)
+    assert together == [generate(model, [prompt], max_new_tokens=100)[0] for prompt in prompts]
+    assert [len(new) for new in together] == [38] * 8 + [1]
+
+
 @pytest.fixture
 def caches(monkeypatch):
     """Rows and bytes of every cache that is made."""
