@@ -30,6 +30,7 @@ from pipeline.bench.rounds import Memory, Timed, Work, in_rounds, machine, speed
 from pldr_model.config import ModelConfig
 
 BATCH, PROMPT, CACHED, ROUNDS = (1, 8, 32), (16, 512), (4096, 16384), 9
+LOOP_ROUNDS = 5  # at most, of what goes through `generate`
 READ = "read"
 BLOCK_S, MAX_BLOCK = 0.03, 32  # a block of steps takes about so many seconds of the twin, and has at most so many steps
 
@@ -102,8 +103,10 @@ def _bench(
     }
     pair = [name for name in (FULL, LOW_RANK) if name in found]
     result["cached"] = {str(length): cells.measure(pair, 1, length, MAX_BLOCK, against=FULL) for length in long}
-    result["sampling"] = sampling_cost(found[FULL].decoder, sorted({min(batches), max(batches)}), rounds)
-    result["speculation"] = speculation(config, rounds)
+    result["sampling"] = sampling_cost(
+        found[FULL].decoder, sorted({min(batches), max(batches)}), min(rounds, LOOP_ROUNDS)
+    )
+    result["speculation"] = speculation(config, min(rounds, LOOP_ROUNDS))
     result |= _headline(result["by_batch"], str(fits[0]))
     result["seconds"] = time.perf_counter() - started
     for line in table(result):

@@ -36,8 +36,8 @@ def sampling_cost(decoder: Decoder, sizes: list[int], rounds: int) -> dict[str, 
     found: dict[str, Any] = {}
     for size in sizes:
         works = {
-            "greedy": partial(_step_s, decoder, ids[:size], new // 2, speculate=False),
-            "sampled": partial(_step_s, decoder, ids[:size], new // 2, speculate=False, **SAMPLED),
+            "greedy": partial(_step_s, decoder, ids[:size], new // 4, speculate=False),
+            "sampled": partial(_step_s, decoder, ids[:size], new // 4, speculate=False, **SAMPLED),
         }
         times = in_rounds(works, rounds, decoder.device)
         greedy, sampled = times["greedy"].seconds, times["sampled"].seconds

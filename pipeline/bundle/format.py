@@ -1,7 +1,7 @@
 """What a bundle is made of: its files and the tensors in them.
 
     config.json                 ModelConfig of the constant-G model, weight format, ranks of keys, and whether it is certified
-    model.safetensors           weights without the metric learner: fp32, bf16 or int8 (formats.py)
+    model.safetensors           weights without the metric learner: fp32, bf16, int8 or int4 (formats.py)
     g_lm.safetensors            the cached G_LM [L,H,K,K]
     metric_learner.safetensors  optional: the metric learner, fp32 (metric_learner.py)
     tokenizer.model             SentencePiece

@@ -42,7 +42,7 @@ ROWS = 16  # int4's kernel takes a multiple of them
 def prepare(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Product:
     """The product to decode with in this dtype: packed if this machine has a kernel for it, else the matrix itself or (fp32 on
     a CPU without the kernel) its unpacked numbers. The matrix may be dropped then."""
-    if isinstance(matrix, Rounded | Int8 | Int4) and dtype == torch.float32 and _device(matrix).type == "cpu":
+    if isinstance(matrix, Rounded | Int8 | Int4) and dtype == torch.float32 and matrix.device.type == "cpu":
         usable = _works(type(matrix)) and not (isinstance(matrix, Rounded) and matrix.values_RC.abs().max() > FP16_MAX)
         return KERNELS[type(matrix)](matrix) if usable else Matrix.fp(matrix.dense(), matrix.bias)
     if (
@@ -112,18 +112,19 @@ class Int8Product(Product):
         self._offset = torch.tensor(OFFSET)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.ndim == 2 and len(x) <= CHUNK:
+            return self._product(x)
         R, C = self._shape
         x_NC = x.reshape(-1, C)
-        if len(x_NC) <= CHUNK:
-            return self._product(x_NC).view(*x.shape[:-1], R)
         parts = (x_NC[start : start + CHUNK] for start in range(0, len(x_NC), CHUNK))
         return torch.cat([self._product(part) for part in parts]).view(*x.shape[:-1], R)
 
     def _product(self, x_NC: Tensor) -> Tensor:
         N, C = x_NC.shape
         largest_N1 = torch.linalg.vector_norm(x_NC, torch.inf, dim=-1, keepdim=True)
-        whole_NC = torch.addcdiv(self._offset, x_NC, largest_N1, value=STEPS).int()
-        bytes_2NC = whole_NC.view(torch.uint8).view(N, C, 4)[..., :2].permute(2, 0, 1).reshape(2 * N, C)
+        whole_M = torch.addcdiv(self._offset, x_NC, largest_N1, value=STEPS).int().flatten()
+        halves_2NC = whole_M.view(torch.uint8).as_strided((2, N, C), (1, 4 * C, 4))  # the lower two of each four bytes
+        bytes_2NC = halves_2NC.reshape(2 * N, C)
         y_2NR = torch.ops.onednn.qlinear_pointwise.default(
             bytes_2NC,
             1.0,
@@ -165,7 +166,7 @@ class Int4Product(Product):
 
     def __call__(self, x: Tensor) -> Tensor:
         R, C = self._shape
-        x_NC = x.reshape(-1, C).bfloat16()
+        x_NC = x.reshape(-1, C).bfloat16().contiguous()
         if self._missing:
             x_NC = F.pad(x_NC, (0, self._missing))
         y_NR = torch._weight_int4pack_mm_for_cpu(x_NC, self._packed, GROUP, self._scale_GR2)
@@ -206,8 +207,3 @@ def _works(kind: type[Matrix]) -> bool:
     expected_NR = matrix(x_NC.double())
     tolerance = 2e-2 if kind is Int4 else 1e-4
     return bool((y_NR - expected_NR).abs().max() <= tolerance * expected_NR.abs().max())
-
-
-def _device(matrix: Rounded | Int8 | Int4) -> torch.device:
-    tensor = matrix.values_RP if isinstance(matrix, Int4) else matrix.values_RC
-    return tensor.device

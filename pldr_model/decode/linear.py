@@ -1,8 +1,8 @@
 """The weights of cached decoding: matrices as they are stored, in floating point, bf16, int8 or int4.
 
-Decision. A stored matrix says what its numbers are: it gives rows (an embedding), permutes them, and multiplies by unpacking a
-block of rows at a time, in any floating dtype and on any device; under torch.compile that is fused. `kernels.prepare` turns it
-into one that is multiplied packed, where this machine has a kernel for that.
+Decision. A stored matrix says what its numbers are: it gives rows (an embedding), permutes them, and multiplies by unpacking,
+in any floating dtype and on any device (on a CPU a block of rows at a time; on a GPU all, which torch.compile may fuse).
+`kernels.prepare` turns it into one that is multiplied packed, where this machine has a kernel for that.
 int8: a scale for each row. int4: a bf16 scale for each 32 columns of a row, and two numbers a byte (low half: even column).
 
 Shapes: R rows of the weight (out_features), C its columns (in_features), G groups of columns, N ids of any shape.
@@ -82,9 +82,9 @@ class Matrix(Product):
     def permuted(self, order_R: Tensor) -> Matrix:
         """Row i of the result is row `order_R[i]` of this one (with its bias)."""
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """The weight [R,C], unpacked."""
-        return self.rows(torch.arange(self.shape[0]))
 
     @property
     def nbytes(self) -> int:
@@ -136,9 +136,14 @@ class Stored(Matrix):
     def dense(self) -> Tensor:
         return torch.cat([self.unpacked(rows, self.dtype) for rows in self._blocks()])
 
+    @property
+    def device(self) -> torch.device:
+        """Where its numbers are."""
+        return next(tensor.device for tensor in vars(self).values() if isinstance(tensor, Tensor))
+
     def _blocks(self) -> Iterator[slice]:
         R, C = self.shape
-        size = max(1, BLOCK // C)
+        size = max(1, BLOCK // C) if self.device.type == "cpu" else R
         return (slice(start, start + size) for start in range(0, R, size))
 
 

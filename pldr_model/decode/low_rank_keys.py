@@ -32,13 +32,13 @@ class LowRankKeys:
     """How one layer attends. factors: of each group, [2*Hg,K,r]: first for its queries (1/sqrt(K) in it), then for its keys.
 
     heads_3H: the model's heads (queries 0…H-1, keys, values) in the order that `attend` takes them; place_H: where each head
-    then stands among the values.
+    then stands among the values; None where the order is the model's own.
     """
 
     groups: tuple[KeyGroup, ...]
     factors: tuple[Tensor, ...]
     heads_3H: Tensor
-    place_H: Tensor
+    place_H: Tensor | None
 
     @classmethod
     def of(cls, g_HKK: Tensor, rank_H: Tensor) -> LowRankKeys | None:
@@ -58,12 +58,12 @@ class LowRankKeys:
             tuple(KeyGroup(len(group.heads), group.rank) for group in found),
             tuple(factors),
             torch.tensor([*pairs, *(head + 2 * H for head in order)], device=g_HKK.device),
-            torch.tensor(order, device=g_HKK.device).argsort(),
+            None if order == sorted(order) else torch.tensor(order, device=g_HKK.device).argsort(),
         )
 
     def attend(self, qkv_NW: Tensor, memory: LayerMemory, attended: tuple[list[Tensor], Tensor], where: Pass) -> Tensor:
         """Store the new keys and values; returns the heads' values side by side, [N,H*K]. Queries and keys are rotated."""
-        B, S, H, K = where.rows, where.tokens, len(self.place_H), memory.values.shape[-1]
+        B, S, H, K = where.rows, where.tokens, len(self.heads_3H) // 3, memory.values.shape[-1]
         *qk_NHK, v_NHK = torch.split(
             qkv_NW.view(-1, 3 * H, K), [*(2 * group.num_heads for group in self.groups), H], dim=1
         )
@@ -75,7 +75,8 @@ class LowRankKeys:
         memory.flat[-1].index_copy_(0, where.place[H], v_NHK.reshape(-1, K))
         keys, values = attended
         if S <= FEW and not (where.causal and S > 1):
-            scores_BHST = torch.cat([q @ k.mT for q, k in zip(queries, keys, strict=True)], dim=1)
+            scores = [q @ k.mT for q, k in zip(queries, keys, strict=True)]
+            scores_BHST = scores[0] if len(scores) == 1 else torch.cat(scores, dim=1)
             if where.mask is not None:
                 scores_BHST.add_(where.mask)
             share_BHST = scores_BHST.softmax(-1, dtype=torch.promote_types(scores_BHST.dtype, torch.float32))
@@ -87,4 +88,5 @@ class LowRankKeys:
             heads_BHSK = F.scaled_dot_product_attention(
                 q_BHSK, k_BHTK, values, attn_mask=where.mask, is_causal=where.causal, scale=1.0
             )
-        return heads_BHSK.transpose(1, 2).reshape(len(qkv_NW), H, K).index_select(1, self.place_H).flatten(1)
+        heads_NHK = heads_BHSK.transpose(1, 2).reshape(-1, H, K)
+        return (heads_NHK if self.place_H is None else heads_NHK.index_select(1, self.place_H)).flatten(1)

@@ -14,9 +14,15 @@ from pldr_model.model import PLDRModel
 from pldr_model.parity import NUMBERS, parity
 
 
+@pytest.fixture(scope="module")
+def found(golden):
+    """The results of the cases that are used several times."""
+    return {name: parity(golden / name) for name in ("tiny_f64", "padded_f64")}
+
+
 @pytest.mark.parametrize("case", ["tiny_f64", "padded_f64"])
-def test_these_fp64_cases_agree_in_everything(golden, case):
-    result = parity(golden / case)
+def test_these_fp64_cases_agree_in_everything(found, case):
+    result = found[case]
     assert {name: result[name] for name in NUMBERS if not result[name] <= 1e-9} == {}
     assert result["greedy_equal"] is True and result["failed"] == [] and result["ill_conditioned"] == []
     assert all(0 < result["spread"][name] < 1e-8 for name in NUMBERS)
@@ -31,9 +37,9 @@ def test_fp32_case_agrees_in_logits_and_tokens(golden):
     assert result["greedy_equal"] is True and result["failed"] == []
 
 
-def test_reference_overflow_is_named_and_left_out(golden):
-    assert parity(golden / "tiny_f64")["dag_overflowed_in_reference"] == ["A_P", "G_LM"]
-    assert parity(golden / "padded_f64")["dag_overflowed_in_reference"] == []
+def test_reference_overflow_is_named_and_left_out(found):
+    assert found["tiny_f64"]["dag_overflowed_in_reference"] == ["A_P", "G_LM"]
+    assert found["padded_f64"]["dag_overflowed_in_reference"] == []
 
 
 def test_a_wrong_weight_is_seen(golden, tmp_path):

@@ -216,7 +216,7 @@ def _prompts(certificate: Tree) -> str | None:
 
 
 def _smaller_weights(certificate: Tree) -> str | None:
-    """Whether bf16 or int8 weights were allowed to cost more than any configuration may."""
+    """Whether packed weights were allowed to cost more than any configuration may."""
     section = certificate.get("weight_format")
     if section and not 0 <= section["max_loss_difference"] <= MAX_FORMAT_LOSS:
         allowed = section["max_loss_difference"]

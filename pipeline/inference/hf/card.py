@@ -43,6 +43,7 @@ def export_card(manifest: dict[str, Any], config: ModelConfig, certificate: dict
         "",
         f"- Model: {sizes}.",
         *_packed(manifest),
+        *_low_rank(manifest, config),
         f"- Made from: {manifest['source']} `{manifest['name']}`, sha256 {manifest['bundle_sha256']}.",
         "- Prompts are encoded without bos, which was never trained. Evaluators that need a first token take eos.",
         "- The generated text is unfiltered, and no better than the training data.",
@@ -84,6 +85,17 @@ def _about(manifest: dict[str, Any]) -> str:
         "Power-law decoder language model with a constant energy-curvature tensor G_LM (PLDR-LLM v510Gi, arXiv 2502.13502): "
         "a decoder whose attention scores are (q G_LM) k^T / sqrt(K), so that decoding needs only a KV-cache."
     )
+
+
+def _low_rank(manifest: dict[str, Any], config: ModelConfig) -> list[str]:
+    if manifest["key_ranks"] is None:
+        return []
+    ranks, K = manifest["key_ranks"], config.head_dim
+    share, sizes = (sum(ranks) / len(ranks) + K) / (2 * K), ", ".join(map(str, ranks))
+    return [
+        f"- Low-rank keys: with attention `sdpa` or `eager` the cache holds {sizes} of {K} numbers of a key "
+        f"(by layer), keys and values {share:.2f} of the full ones. Elsewhere (vLLM, `generate_batch`) it is full."
+    ]
 
 
 def _packed(manifest: dict[str, Any]) -> list[str]:

@@ -15,6 +15,8 @@ class PldrConfig(PreTrainedConfig):
         half-split; who reads the weights back needs it.
     source_intermediate_size: the size of the gated linear units without the zeros that they are filled up with.
     packed_embedding: the vectors of tokens are int8, with a scale each.
+    key_ranks: of each layer, how many numbers of a key the cache holds, for attention `sdpa` and `eager`; others fill them up
+        to head_dim. None: qk_head_dim.
     transformers_only: why vLLM cannot run this export.
     """
 
@@ -48,6 +50,7 @@ class PldrConfig(PreTrainedConfig):
     source_rope_style: str = "half"
     source_intermediate_size: int | None = None
     packed_embedding: bool = False
+    key_ranks: list[int] | None = None
     transformers_only: str | None = None
     uncertified: str | None = None
     initializer_range: float = 0.02

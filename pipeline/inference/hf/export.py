@@ -74,6 +74,7 @@ def export_hf(
     measured = measured_format(opened)
     uncertified = why_uncertified(opened, dtype=dtype, live=live, measured=measured)
     weights = weights_of(opened, model, dtype, pack_output=pack_output)
+    low_rank = weights.keys.get("key_ranks") is not None
     require_free_space(target.parent, weights.nbytes, "the export")
     with publish_dir(target) as temporary:
         report(f"writing {len(weights.tensors)} tensors, {weights.nbytes:,} bytes")
@@ -82,11 +83,11 @@ def export_hf(
         passages, passages_from = checked_texts(texts)
         try:
             expected, logits = expect(
-                weights.as_model(torch.float32) if dtype != "fp32" else model,
+                weights.as_model(torch.float32) if dtype != "fp32" or low_rank else model,
                 opened.tokenizer,
                 seed=opened.sha256,
                 texts=passages,
-                wide=weights.as_model(torch.float64) if dtype == "int8" else None,
+                wide=weights.as_model(torch.float64) if dtype == "int8" or low_rank else None,
             )
         except ValueError as error:  # logits that are not finite
             raise UserError(f"{opened.path}: {error}") from None
@@ -107,6 +108,7 @@ def export_hf(
             "weight_format": measured,
             "bytes": weights.nbytes,
             "bytes_fp32": 4 * sum(tensor.numel() for tensor in model.state_dict().values()),
+            "key_ranks": weights.keys.get("key_ranks"),
             "transformers_only": weights.keys.get("transformers_only"),
             "live": live,
             "model": model.config.to_dict(),

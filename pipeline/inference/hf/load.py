@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.bundle.certificate.schema import read_certificate
 from pipeline.bundle.format import parse_model
 from pipeline.errors import UserError
+from pipeline.inference.hf.low_rank import join_g, joined_shapes
 from pipeline.inference.hf.manifest import read_manifest, why_uncertified
 from pipeline.inference.hf.names import check_shapes, from_hf, to_hf
 from pipeline.inference.hf.packed import from_packed, holds_integers, is_packed, unpacked_shapes
@@ -72,12 +73,13 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
         if packed:
             filled = read_json(folder / "config.json")["intermediate_size"]  # as `model_config` checked it
             shapes = unpacked_shapes(shapes, config, filled)
-        check_shapes(shapes, config)
+        check_shapes(joined_shapes(shapes), config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if not packed:
-        return from_hf(read_tensors(found), config)
-    return from_hf(from_packed(read_tensors(found, may_be_int8=holds_integers), config, torch.float32), config)
+        return from_hf(join_g(read_tensors(found)), config)
+    tensors = from_packed(read_tensors(found, may_be_int8=holds_integers), config, torch.float32)
+    return from_hf(join_g(tensors), config)
 
 
 def check_size(found: Mapping[str, Found], config: ModelConfig, folder: Path) -> None:

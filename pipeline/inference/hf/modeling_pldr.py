@@ -6,7 +6,7 @@ G_LM is folded into the query, so that any attention kernel does the rest. With 
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel, initialization
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -44,14 +44,18 @@ class PldrAttention(nn.Module):
         if config.g_source == "learned":
             self.plga = PldrMetricLearner(config)
         else:
-            self.g_lm = nn.Parameter(torch.empty(H, K, K))
+            size = config.key_ranks[layer_idx] if config.key_ranks else K
+            self.g_lm = nn.Parameter(torch.empty(H, K, size))
+        self.key_factor = nn.Parameter(torch.empty(H, K, size)) if config.key_ranks else None
+
+    def own_heads(self, x, parameter):
+        """x times the parameter of the heads of this rank."""
+        mesh = getattr(self.o_proj.weight, "device_mesh", None)  # tensor parallel in transformers; else in vLLM
+        rank = getattr(self.o_proj, "tp_rank", 0) if mesh is None else mesh.get_local_rank()
+        return x @ parameter[rank * x.shape[1] : (rank + 1) * x.shape[1]].to(x.dtype)
 
     def energy_curvature(self, q, attention_mask, cache):
-        """G_LM of the heads of this rank. A learned one is deduced from the first tokens read, without padding."""
-        if self.config.g_source == "constant":
-            mesh = getattr(self.o_proj.weight, "device_mesh", None)  # tensor parallel in transformers; else in vLLM
-            rank = getattr(self.o_proj, "tp_rank", 0) if mesh is None else mesh.get_local_rank()
-            return self.g_lm[rank * q.shape[1] : (rank + 1) * q.shape[1]]
+        """A learned G_LM, deduced from the first tokens read, without padding."""
         if self.config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError("G_LM is deduced from a complete prompt: use attention 'sdpa' or 'eager', no paged cache")
         kept = getattr(cache, "g_lm", {})  # layer -> G_LM of the prompt
@@ -70,14 +74,21 @@ class PldrAttention(nn.Module):
         k = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
         v = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
         q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
-        q = q @ self.energy_curvature(q, attention_mask, past_key_values).to(q.dtype)
-        if self.head_dim > min(self.qk_head_dim, self.v_head_dim):  # zeros change no score and are cut off below
+        if self.config.g_source == "learned":
+            q = q @ self.energy_curvature(q, attention_mask, past_key_values).to(q.dtype)
+        else:
+            q = self.own_heads(q, self.g_lm)
+        k = k if self.key_factor is None else self.own_heads(k, self.key_factor)
+        # Kernels and caches of one size: zeros change no score and are cut off below.
+        own_sizes = self.config._attn_implementation in ("eager", "sdpa") and isinstance(past_key_values, Cache | None)
+        if not own_sizes:
             q, k, v = (nn.functional.pad(x, (0, self.head_dim - x.shape[-1])) for x in (q, k, v))
+        size = v.shape[-1]
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx, kwargs=kwargs)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         heads, weights = attention(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.o_proj(heads.reshape(*shape, -1, self.head_dim)[..., : self.v_head_dim].flatten(-2)), weights
+        return self.o_proj(heads.reshape(*shape, -1, size)[..., : self.v_head_dim].flatten(-2)), weights
 
 
 class PldrDecoderLayer(GradientCheckpointingLayer):
@@ -106,7 +117,9 @@ class PldrPreTrainedModel(PreTrainedModel):
             for name, parameter in module.named_parameters(recurse=False):
                 (initialization.zeros_ if name in ("b", "b_a") else initialization.xavier_normal_)(parameter)
         elif hasattr(module, "g_lm"):
-            initialization.copy_(module.g_lm, torch.eye(module.qk_head_dim).expand_as(module.g_lm))
+            for factor in (module.g_lm, module.key_factor):
+                if factor is not None:
+                    initialization.copy_(factor, torch.eye(*factor.shape[1:]).expand_as(factor))
 
 
 class PldrModel(PldrPreTrainedModel):

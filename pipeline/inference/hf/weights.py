@@ -14,6 +14,7 @@ from pipeline.bundle.format import state_shapes
 from pipeline.bundle.formats import SECTION, pack, packed_shapes
 from pipeline.errors import ConfigError, UserError
 from pipeline.inference.extras import require
+from pipeline.inference.hf.low_rank import join_g, layer_ranks, split_g
 from pipeline.inference.hf.names import from_hf, to_hf
 from pipeline.inference.hf.packed import check_sizes, config_keys, from_packed, metadata_of, to_packed
 from pipeline.inference.hf.sizes import DTYPES
@@ -41,7 +42,7 @@ class Weights:
 
     def as_model(self, dtype: torch.dtype) -> PLDRModel:
         """Our model with the weights that were written."""
-        state = from_hf(from_packed(self.tensors, self.model, dtype), self.model)
+        state = from_hf(join_g(from_packed(self.tensors, self.model, dtype)), self.model)
         model = PLDRModel(self.model, g_lm_LHKK=state.get("g_lm")).to(dtype)
         model.load_state_dict(state)
         return model.eval()
@@ -51,17 +52,20 @@ def weights_of(opened: OpenModel, model: PLDRModel, dtype: Dtype, *, pack_output
     """Raises UserError for numbers that the dtype cannot hold, and for a model that cannot be packed."""
     if pack_output and dtype != "int8":
         raise ConfigError(f"--pack-output: packs the output layer of --dtype int8, and this is {dtype}; leave it out")
+    ranks = None if model.config.g_source == "learned" else layer_ranks(opened.key_ranks, model.config.head_dim)
+    keys: dict[str, Any] = {"key_ranks": ranks}
     if dtype != "int8":
-        tensors = to_hf(model.state_dict(), model.config)
-        return Weights(model.config, _in_dtype(tensors, dtype, opened.path))
+        tensors = split_g(to_hf(model.state_dict(), model.config), ranks or [])
+        return Weights(model.config, _in_dtype(tensors, dtype, opened.path), keys)
     if model.config.g_source == "learned":
         raise ConfigError("--dtype int8: a metric learner is not packed; leave out --live, or export it as bf16")
     check_sizes(model.config)
     require("torchao", extra="hf-int8")
-    theirs = to_hf(_stored(opened) or pack(model.state_dict(), "int8"), model.config)
+    theirs = split_g(to_hf(_stored(opened) or pack(model.state_dict(), "int8"), model.config), ranks or [])
     _require_finite(theirs, opened.path)
     packed = to_packed(theirs, pack_output=pack_output)
-    return Weights(model.config, packed, config_keys(model.config, pack_output=pack_output), metadata_of(packed))
+    keys |= config_keys(model.config, pack_output=pack_output)
+    return Weights(model.config, packed, keys, metadata_of(packed))
 
 
 def measured_format(opened: OpenModel) -> dict[str, Any] | None:

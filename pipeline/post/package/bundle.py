@@ -139,7 +139,7 @@ def build_bundle(
 def _require_same_tensors(model: PLDRModel, g_LHKK: Tensor, certificate: dict[str, Any], packed: Packed | None) -> None:
     """Raise UserError unless the certificate is of this model's fp32 weights and G_LM, and `packed` is the same weights.
 
-    A reader of a bf16 or int8 bundle cannot check this: the fp32 weights are not in it.
+    A reader of a packed bundle cannot check this: the fp32 weights are not in it.
     """
     for name, sha256 in certified_files(model, g_LHKK).items():
         if certificate["files"][name] != sha256:

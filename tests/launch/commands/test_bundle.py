@@ -12,6 +12,7 @@ from launch.cli import main
 from pipeline.inference.runtime import Bundle, NotFiniteRows
 from pipeline.io.storage import MANIFEST
 from pipeline.tracking.sqlite_store import merge_log
+from tests.helpers.bundles import measured_keys
 
 
 def test_bundle_verify_is_verify_and_an_error_is_one_line(capsys, tmp_path):
@@ -67,6 +68,13 @@ def test_an_uncertified_bundle_is_one_clean_line(capsys, make_bundle):
             assert errors.startswith(f"pldr: warning: {bundle}: UNCERTIFIED bundle (failed checks: none)")
 
 
+def test_verify_says_how_many_numbers_a_key_has(capsys, make_bundle, invariant, text):
+    bundle = make_bundle(key_rank_section=measured_keys(invariant, text, [[6, 7], [8, 6]]))
+    assert main(["verify", str(bundle)]) == 0
+    assert "weights fp32, keys of 6.75 numbers on average, sha256" in capsys.readouterr().out
+    assert main(["generate", str(bundle), "--prompt", "the", "--max-new-tokens", "4"]) == 0
+
+
 AGAIN = """
 import sys
 from launch.cli import main
@@ -91,7 +99,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_elsewhere_and_later(capsys, mo
     shutil.copytree(tmp_path / "run", other)
     merge_log(tmp_path / "mlflow.db")
     shutil.copy(tmp_path / "mlflow.db", other.parent)  # with its store: else it would be refused as a copy
-    settings = ["post.max_format_loss=0.1", "post.register_as=null"]
+    settings = ["post.max_format_loss=0.1", "post.register_as=null", "post.key_rank={max_loss: 0.01}"]
     moved = [f"run_dir={other}"]
     environment = {**os.environ, "PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo"}
     for weight_format in ("int8", "fp32"):
@@ -111,4 +119,4 @@ def test_the_same_checkpoint_gives_the_same_bytes_elsewhere_and_later(capsys, mo
         assert main(["bundle", "verify", str(second), "--json"]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert result["certified"] is False and result["weight_format"] == weight_format
-        assert result["metric_learner"] is (weight_format == "fp32")
+        assert result["metric_learner"] is (weight_format == "fp32") and result["numbers_per_key"] > 0

@@ -65,7 +65,7 @@ def test_the_table_is_markdown_with_a_row_for_each(result: dict[str, Any]) -> No
     lines = result["lines"]
     assert lines == list(table(result)) and "left out: prompt 512: the context is 64" in lines
     rows = [line for line in lines if line.startswith("|")]
-    assert len(rows) == 2 + len(ALL) + 2 + 2 and {row.count("|") for row in rows[: 2 + len(ALL)]} == {8}
+    assert len(rows) == 2 + len(ALL) + 2 + 2 and {row.count("|") for row in rows[: 2 + len(ALL)]} == {9}
     assert rows[0].split(" | ")[2:6] == ["1 x 8", "1 x 60", "2 x 8", "2 x 60"]
 
 

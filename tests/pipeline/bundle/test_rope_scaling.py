@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 
 from pipeline.bundle.read import read_bundle, verify_bundle
-from pipeline.errors import UserError
-from pipeline.inference.hf.sizes import hf_config
 from pipeline.inference.runtime import Bundle
 from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
@@ -62,8 +60,3 @@ def test_a_bundle_without_scaling_has_no_such_key(make_bundle: Make, certificate
     bundle = make_bundle()
     assert "rope_scaling" not in (bundle / "config.json").read_text() + (bundle / "certificate.json").read_text()
     assert read_bundle(bundle).config.rope_scaling is None
-
-
-def test_an_export_without_scaled_positions_is_refused(scaled: PLDRModel) -> None:
-    with pytest.raises(UserError, match=r"model.rope_scaling: the export has no scaled rotary positions"):
-        hf_config(scaled.config.with_constant_g(), uncertified=None, dtype="fp32")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.tracking.sqlite_store import make_store
 from pldr_model.model import PLDRModel
 from tests.helpers.exports import write_bundle
 
@@ -21,3 +22,11 @@ def bundle_folder(
     tokenizer_path: Path,
 ) -> Path:
     return write_bundle(tmp_path_factory.mktemp("tiny") / "tiny", invariant, text, certificate, tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store without experiments, to be copied: MLflow takes seconds to make one."""
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    make_store(file)
+    return file

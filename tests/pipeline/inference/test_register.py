@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +23,11 @@ Make = Callable[..., Path]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[SimpleNamespace]:
+def store(tmp_path: Path, empty_mlflow: Path) -> Iterator[SimpleNamespace]:
     """An SQLite store with local artifacts and a training run in it that is still running."""
     import mlflow
 
+    shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = mlflow.MlflowClient(uri, uri)
     experiment = client.create_experiment("x", artifact_location=str(tmp_path / "artifacts"))

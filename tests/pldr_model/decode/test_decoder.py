@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from dataclasses import replace
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pldr_model.config import ModelConfig
+from pldr_model.decode.capture import CapturedStep
 from pldr_model.decode.decoder import Decoder
+from pldr_model.decode.rows import Draws, Row
 from pldr_model.generation import generate
 from pldr_model.model import PLDRModel
+from pldr_model.next_token import RowSettings
+from pldr_model.sampling import Sampling
 
 CONFIG = ModelConfig(
     vocab_size=24, num_layers=2, num_heads=2, head_dim=4, context_length=24, A_dff=4, g_source="random"
@@ -168,6 +175,39 @@ def test_half_precision_decodes_near_fp32() -> None:
     assert (x - y).abs().max() < 0.05 * x.std()
 
 
+class Watched(TorchDispatchMode):
+    """Notes the operations whose result the host needs, or whose shape depends on numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.num_seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_seen += 1
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+            self.asked.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@torch.inference_mode()
+def test_no_token_of_a_block_waits_for_the_host(model: PLDRModel, temperature: float) -> None:
+    decoder = Decoder.of(model)
+    sampling = Sampling(9, temperature=temperature, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2, seed=3)
+    rows = [Row(index, array("i", prompt), 9) for index, prompt in enumerate(([5, 6], [7]))]
+    draws = Draws(rows, RowSettings.of([sampling], vocab_size=24), decoder.device)
+    cache = decoder.new_cache(batch_size=2, capacity=9)
+    decoder.read(padded([[5, 6], [7]]), cache, lengths=[2, 1])
+    with Watched() as watched:
+        for _ in range(4):
+            draws.next(decoder.step(draws.token_B, cache))
+    assert watched.num_seen > 100 and watched.asked == []
+    with Watched() as watched:
+        int(draws.token_B[0])
+    assert len(watched.asked) == 1, "the watch sees it"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("backend", "capacity"), [("aot_eager", 140), ("inductor", 6)])
@@ -185,6 +225,19 @@ def test_a_step_compiles_as_one_graph(backend: str, capacity: int) -> None:
         token_1 = torch.tensor(logits_1V.argmax(dim=-1).tolist())
     assert cache.lengths == other.lengths == other.length_B.tolist() == [capacity]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_captured_step_is_the_eager_one() -> None:
+    decoder = Decoder.of(PLDRModel(replace(CONFIG, context_length=150)).double().cuda())
+    captured = CapturedStep(decoder.step_kernels)
+    cache, other = (decoder.prefill([5, 6, 7], capacity=140)[0] for _ in range(2))
+    token_1 = torch.tensor([3], device="cuda")
+    for _ in range(3, 140):
+        logits_1V = decoder.step(token_1, cache)
+        assert (logits_1V - captured(token_1, other)).abs().max() < EXACT
+        token_1 = logits_1V.argmax(dim=-1)
+    assert cache.lengths == other.lengths == other.length_B.tolist() == [140]
 
 
 def test_two_threads_generate_from_one_model_at_once(model: PLDRModel) -> None:

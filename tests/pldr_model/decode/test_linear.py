@@ -6,15 +6,19 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pldr_model.config import ModelConfig
 from pldr_model.decode import kernels
+from pldr_model.decode.decoder import Decoder
 from pldr_model.decode.kernels import prepare
 from pldr_model.decode.linear import GROUP, Matrix
+from pldr_model.model import PLDRModel
 
 SIZES = [(1, 1), (3, 5), (17, 40), (5, 2392), (100, 63), (31, 129), (48, 64), (340, 72)]
 ROWS = [1, 2, 7, 33]
@@ -37,6 +41,19 @@ def make(kind: str, rows: int, columns: int, *, bias: bool = True, dtype: torch.
     return Matrix.int4(values, torch.rand(rows, groups).bfloat16(), columns, own, dtype=dtype)
 
 
+def packed(kind: str, weight: Tensor, bias: Tensor | None) -> Matrix:
+    """This weight in a format, for fp64."""
+    if kind == "bf16":
+        return Matrix.bf16(weight.bfloat16(), bias, dtype=weight.dtype)
+    if kind == "int8":
+        scale = weight.abs().amax(1) / 127
+        return Matrix.int8((weight / scale[:, None]).round().to(torch.int8), scale, bias, dtype=weight.dtype)
+    padded = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    scale = (padded.abs().amax(-1) / 7).bfloat16()
+    integers = ((padded / scale.unsqueeze(-1)).round() + 8).clamp(0, 15).to(torch.uint8).flatten(1)
+    return Matrix.int4(integers[:, ::2] | integers[:, 1::2] << 4, scale, weight.shape[1], bias, dtype=weight.dtype)
+
+
 def error(y: Tensor, matrix: Matrix, x: Tensor) -> float:
     """Largest error beside what a product of these sizes rounds to: sums of |x| |w|."""
     bias = None if matrix.bias is None else matrix.bias.double()
@@ -55,7 +72,7 @@ def check_all_sizes() -> None:
             product = prepare(matrix)
             assert product.shape == matrix.shape == (rows, columns)
             for number in ROWS:
-                x = torch.randn(number, columns)
+                x = torch.randn(number, columns) if number != 7 else torch.randn(columns, number).T
                 y = product(x)
                 assert y.dtype == x.dtype and y.shape == (number, rows)
                 assert error(y, matrix, x) <= allowed, (kind, rows, columns, number)
@@ -145,3 +162,45 @@ def test_blocks_of_fp32_weights_are_the_product_and_no_copy() -> None:
         matrix.dense().zero_()  # seen by the blocks: they are views
         assert torch.equal(product(torch.ones(4, 600)), torch.zeros(4, 900) if bias is None else bias.expand(4, -1))
     assert isinstance(prepare(Matrix.fp(torch.randn(900, 600).double()), torch.float64), Matrix)
+
+
+@pytest.mark.parametrize("rope_style", ["interleaved", "half"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_packed_decoder_is_the_model_of_its_unpacked_weights(
+    kind: str, rope_style: Literal["interleaved", "half"]
+) -> None:
+    """In fp64 exactly, whatever the batch and the cache; in fp32 as near as the kernels round."""
+    torch.manual_seed(4)
+    config = ModelConfig(
+        vocab_size=40, context_length=16, num_layers=2, num_heads=2, head_dim=8, d_ff=20, g_source="random"
+    )
+    config = dataclasses.replace(config, rope_style=rope_style)
+    model = PLDRModel(config).double().eval().requires_grad_(False)
+    weights: dict[str, Matrix | Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        weights[name] = tensor
+        if tensor.ndim == 2:
+            matrix = packed(kind, tensor, model.state_dict().get(name.removesuffix("weight") + "bias"))
+            weights[name] = matrix
+            tensor.copy_(matrix.dense())
+    ids = torch.randint(40, (3, 9))
+    expected = model(ids, padded=False)
+    exact = Decoder(config, weights, model.constant_g())
+    cache = exact.new_cache(batch_size=3, capacity=9)
+    exact.read(ids[:, :5], cache)
+    steps = torch.stack([exact.step(ids[:, index], cache) for index in range(5, 9)], dim=1)
+    torch.testing.assert_close(steps, expected[:, 5:], rtol=0, atol=1e-12)
+    alone = exact.prefill(ids[1])[1][0]
+    torch.testing.assert_close(alone, expected[1, -1], rtol=0, atol=1e-12)
+
+    narrow = {
+        name: dataclasses.replace(
+            weight, bias=None if weight.bias is None else weight.bias.float(), dtype=torch.float32
+        )  # type: ignore[type-var, call-arg]
+        if isinstance(weight, Matrix)
+        else weight.float()
+        for name, weight in weights.items()
+    }
+    logits = Decoder(config, narrow, model.constant_g()).prefill(ids[1])[1][0]
+    scale = expected.abs().max()
+    assert (logits - expected[1, -1]).abs().max() <= (0.1 if kind == "int4" else 2e-4) * scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ def results(opened: Callable[..., Any], data: Path, tmp_path: Path) -> dict[str,
     return run.evaluate(opened(), names, out=tmp_path / "out", data=data, report=lambda _: None)
 
 
-def test_scores_are_metrics_and_a_table_of_the_run(results: dict[str, Any], tmp_path: Path) -> None:
+def test_scores_are_metrics_and_a_table_of_the_run(results: dict[str, Any], tmp_path: Path, empty_mlflow: Path) -> None:
+    shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = open_client(uri)
     experiment = client.create_experiment("e", artifact_location=(tmp_path / "artifacts").as_uri())

@@ -317,7 +317,7 @@ def test_prompts_are_scored_alike_beside_others(opened: OpenModel, bundle: Bundl
 
 def test_logits_that_are_not_finite(opened: OpenModel) -> None:
     """The sequence ends with an error. Those that shared a pass with it get the tokens that they get without it."""
-    damaged = replace(opened, model=copy.deepcopy(opened.model))
+    damaged = replace(opened, held=copy.deepcopy(opened.model))
     with torch.no_grad():
         damaged.model.embedding.weight[40] = torch.nan
 
