@@ -164,6 +164,7 @@ def test_generation_ends_at_the_context(model):
         ({"max_new_tokens": True}, "max_new_tokens: True is no integer"),
         ({"temperature": "0.8"}, "temperature: '0.8' is no number"),
         ({"seed": 2**64}, "seed: 18446744073709551616 must have at most 64 bits"),
+        ({"prompts": [[5], [6]], "block": -1}, "block: -1 must be at least 1"),
     ],
 )
 def test_bad_requests_are_named(model, change, message):
