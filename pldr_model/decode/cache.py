@@ -143,11 +143,13 @@ class KVCache:
         self.rollback([0 if index == row else length for index, length in enumerate(self.lengths)])
 
     def write_row(self, row: int, other: KVCache) -> None:
-        """Put the only row of `other` (a prefilled prompt, with its G if it has its own) in the place of a row."""
+        """Put the only row of `other` (a prefilled prompt, with its G if it has its own) in the place of a row. All that was
+        there is erased: a mask hides it, but NaN times zero is NaN."""
         (length,) = other.lengths
         for ours, theirs in zip(self.layers, other.layers, strict=True):
             for store, new in zip(ours.stores, theirs.stores, strict=True):
                 store[row, :, :length] = new[0, :, :length]
+                store[row, :, length:] = 0
         if self.g is not None and other.g is not None and self.g[0].ndim == 4:
             for mine, its in zip(self.g, other.g, strict=True):
                 mine[row] = its[0]
