@@ -147,6 +147,8 @@ def generate_steps(
     )
     if stop is not None and not callable(stop) and not all(stop):
         raise ValueError("stop: holds an empty sequence, which would end every row immediately; remove it")
+    if block is not None and block < 1:
+        raise ValueError(f"block: {block} must be at least 1 token")
     if g_lm is not None and tuple(g_lm.shape) != g_shape(model.config):
         raise ValueError(f"g_lm: shape {tuple(g_lm.shape)}, generation needs [L,H,K,K] = {g_shape(model.config)}")
     config = model.config

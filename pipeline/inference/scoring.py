@@ -232,9 +232,9 @@ class _Run:
                 self.greedy[one.request] &= greedy
 
     def _padded(self, rows: Sequence[Ids]) -> Tensor:
-        """[B,S], zeros at the end."""
+        """[B,S], the last token again at the end: of one that is not finite (id 0 may be) the row would become NaN."""
         longest = max(map(len, rows))
-        ids = [(*row, *(0,) * (longest - len(row))) for row in rows]
+        ids = [(*row, *row[-1:] * (longest - len(row))) for row in rows]
         return torch.tensor(ids, device=self.decoder.device)
 
     def _finished(self, inputs: Iterable[Ids]) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pldr_model.decode import huge_pages
+
 BOUND_STEP = 64  # `bound` is a multiple of it, so views (and captured graphs) are made anew only every 64 tokens
 
 
@@ -61,7 +63,7 @@ class LayerMemory:
         self, shape: LayerShape, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.stores = [
-            torch.zeros(batch_size, store.num_heads, capacity, store.width, dtype=dtype, device=device)
+            huge_pages.zeros(batch_size, store.num_heads, capacity, store.width, dtype=dtype, device=device)
             for store in shape.stores
         ]
         self.flat = [store.view(-1, store.shape[-1]) for store in self.stores]  # [B*heads*T,width], to write to
@@ -142,11 +144,13 @@ class KVCache:
         self.rollback([0 if index == row else length for index, length in enumerate(self.lengths)])
 
     def write_row(self, row: int, other: KVCache) -> None:
-        """Put the only row of `other` (a prefilled prompt, with its G if it has its own) in the place of a row."""
+        """Put the only row of `other` (a prefilled prompt, with its G if it has its own) in the place of a row. All that was
+        there is erased: a mask hides it, but NaN times zero is NaN."""
         (length,) = other.lengths
         for ours, theirs in zip(self.layers, other.layers, strict=True):
             for store, new in zip(ours.stores, theirs.stores, strict=True):
                 store[row, :, :length] = new[0, :, :length]
+                store[row, :, length:] = 0
         if self.g is not None and other.g is not None and self.g[0].ndim == 4:
             for mine, its in zip(self.g, other.g, strict=True):
                 mine[row] = its[0]

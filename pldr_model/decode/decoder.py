@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pldr_model.config import ModelConfig
+from pldr_model.decode import huge_pages
 from pldr_model.decode.cache import KeyGroup, KVCache, LayerMemory, LayerShape
 from pldr_model.decode.kernels import prepare
 from pldr_model.decode.linear import Matrix, Product
@@ -60,6 +61,11 @@ class Layer:
     feed_forward_norm: Norm
     g: Tensor | None
     low_rank: LowRankKeys | None
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """All matrices."""
+        return self.qkv, self.output, self.gate_value, self.down
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,8 @@ class Decoder:
         self._rotation_TP = torch.complex(cos, sin)
         self._wide = cos.dtype == self.dtype
         self._seen, self._hidden = torch.tensor([0.0, -torch.inf], dtype=self.dtype, device=self.device)
+        products = [product for layer in self._layers for product in layer.products]
+        huge_pages.collapse(tensor for product in (self._output, *products) for tensor in product.tensors)
 
     @classmethod
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """Products on a CPU, with weights as they are stored.
 
 Decision. What a step costs at batch 1 is the bytes of its weights, so they are multiplied packed, by one kernel for any number
-of rows. Sums are fp32: of bf16 and int8 nothing but the weights is rounded, and int8 gives a row the same numbers in any batch.
+of rows. Sums are fp32. Of bf16 nothing but the weights is rounded; of int8 the activations are too, to 16 bits, so that what
+attention rounds by its batch grows to a step of these (the product itself gives a row the same numbers in any batch).
 
 | stored | kernel | activations | 1 row | 8 rows | 32 rows |
 |---|---|---|---|---|---|
@@ -74,6 +75,10 @@ class BlockedProduct(Product):
     @property
     def nbytes(self) -> int:
         return self._whole.nbytes
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return self._whole.tensors
 
 
 class Fp16Product(Product):

@@ -39,6 +39,11 @@ class Product(ABC):
     def nbytes(self) -> int:
         """Bytes that it holds."""
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that hold them, as far as they can be reached."""
+        return [tensor for tensor in vars(self).values() if isinstance(tensor, Tensor)]
+
 
 class Matrix(Product):
     """A stored weight. Its `rows` and `dense` have the dtype it was made for; it multiplies in the dtype of x."""
@@ -88,7 +93,7 @@ class Matrix(Product):
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in vars(self).values() if isinstance(tensor, Tensor))
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, eq=False)

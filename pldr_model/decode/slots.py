@@ -77,6 +77,7 @@ class Slots:
         for slot, row, token, good in zip(free, new, tokens, finite, strict=False):
             if self._rules.take(row, token, bool(good)):
                 self._rows[slot] = row
+        self._idle()
 
     def _decode_block(self) -> None:
         count = min(self._block, *(row.left for row in self._rows if row is not None))
@@ -85,10 +86,14 @@ class Slots:
             for slot, row in enumerate(self._rows):
                 if row is not None and not self._rules.take(row, tokens[slot], bool(finite[slot])):
                     self._rows[slot] = None
+        self._idle()
+
+    def _idle(self) -> None:
+        """Rows that nobody has go on with the others, and need room for a block as they do."""
         for slot, row in enumerate(self._rows):
             length = self._cache.lengths[slot]
             if row is None and length > min(self._block, self._cache.capacity - self._block):
-                self._cache.reset(slot)  # it goes idle, and needs room for a block as the others do
+                self._cache.reset(slot)
 
     def _shrink(self) -> None:
         live = [slot for slot, row in enumerate(self._rows) if row is not None]

@@ -164,6 +164,7 @@ def test_generation_ends_at_the_context(model):
         ({"max_new_tokens": True}, "max_new_tokens: True is no integer"),
         ({"temperature": "0.8"}, "temperature: '0.8' is no number"),
         ({"seed": 2**64}, "seed: 18446744073709551616 must have at most 64 bits"),
+        ({"prompts": [[5], [6]], "block": -1}, "block: -1 must be at least 1"),
     ],
 )
 def test_bad_requests_are_named(model, change, message):
@@ -192,6 +193,29 @@ def test_a_row_whose_logits_are_not_finite_ends_and_the_others_go_on(model, use_
     with pytest.raises(NotFiniteError) as caught:
         generate(broken, [[5, 6, 7]], **setting)
     assert caught.value.rows == {0: 1} and caught.value.new == [[60]]
+
+
+def test_what_is_not_finite_does_not_stay_for_the_next_prompt(model):
+    """A place is taken again where a prompt was, one whose keys and values are NaN."""
+    broken = PLDRModel(CONFIG).double()
+    broken.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        broken.embedding.weight[60] = float("nan")
+        broken.output.bias[60] = -1e4
+    prompts = [[1, 2, 3, 60], *([i, 9] for i in range(6))]
+    with pytest.raises(NotFiniteError) as caught:
+        generate(broken, prompts, max_new_tokens=100, memory=150_000)
+    assert caught.value.rows == {0: 0}
+    assert caught.value.new[1:] == [generate(broken, [prompt], max_new_tokens=100)[0] for prompt in prompts[1:]]
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_a_prompt_that_ends_with_its_first_token_leaves_room_for_the_others(model, block):
+    """It fills the whole cache, and the others go on beside it."""
+    prompts = [*([i + 1, 9] for i in range(8)), [3] * 39]
+    together = generate(model, prompts, max_new_tokens=100, block=block)
+    assert together == [generate(model, [prompt], max_new_tokens=100)[0] for prompt in prompts]
+    assert [len(new) for new in together] == [38] * 8 + [1]
 
 
 @pytest.fixture

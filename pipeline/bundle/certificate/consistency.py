@@ -17,6 +17,7 @@ SEARCH_ROUND_OFF = 1e-10  # the search computes in fp64, the proof bounds exact 
 PROMPT_ROUND_OFF = 1e-6  # a deviation below it may be round-off; a proven bound does not speak of that
 AS_WRITTEN = 1e-8  # relative; numbers were rounded after they were counted
 LOSS_ROUND_OFF = 1e-7  # of a loss: nine digits are written
+FORMAT_ROUND_OFF = 1e-5  # of the losses of packed weights, relative above 1: six digits are written
 KL_ROUND_OFF = 1e-5  # of a divergence in fp32, which may come out below 0
 ALWAYS = ("text", "random", "repeated", "padded", "lengths")  # kinds of prompts; others depend on the length of text
 
@@ -216,12 +217,16 @@ def _prompts(certificate: Tree) -> str | None:
 
 
 def _smaller_weights(certificate: Tree) -> str | None:
-    """Whether packed weights were allowed to cost more than any configuration may."""
+    """Whether packed weights were allowed to cost more than any configuration may, or cost what their losses contradict."""
     section = certificate.get("weight_format")
-    if section and not 0 <= section["max_loss_difference"] <= MAX_FORMAT_LOSS:
+    if not section:
+        return None
+    if not 0 <= section["max_loss_difference"] <= MAX_FORMAT_LOSS:
         allowed = section["max_loss_difference"]
         return f"weight_format.max_loss_difference: {allowed:g} nats; at most {MAX_FORMAT_LOSS:g} may be allowed"
-    return None
+    loss, full, difference = (section[key] for key in ("loss", "loss_fp32", "loss_difference"))
+    wrong = key_rank.wrong_difference(loss, full, difference, FORMAT_ROUND_OFF)
+    return f"weight_format.{wrong}" if wrong else None
 
 
 def _flat(per_head: Iterable[Iterable[float | None]]) -> list[float | None]:

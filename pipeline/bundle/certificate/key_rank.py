@@ -15,7 +15,7 @@ from pipeline.config.post import MAX_KEY_LOSS
 from pipeline.errors import UserError
 
 SECTION = "key_rank"
-LOSS_ROUND_OFF = 1e-7  # of a loss: nine digits are written
+LOSS_ROUND_OFF = 1e-7  # of a loss, relative above 1: nine digits are written
 Ranks = Sequence[Sequence[int]]  # [L][H]
 
 
@@ -49,6 +49,17 @@ def passed(section: Mapping[str, Any]) -> bool:
     return difference is not None and math.isfinite(difference) and abs(difference) <= section["max_loss_difference"]
 
 
+def wrong_difference(
+    loss: float | None, full: float | None, difference: float | None, round_off: float = LOSS_ROUND_OFF
+) -> str | None:
+    """Whether a loss difference is not that of the two losses (all of them as written), in one line; None when it is."""
+    if loss is None or full is None:
+        fits = difference is None
+    else:
+        fits = difference is not None and abs(loss - full - difference) <= round_off * max(1.0, loss, full)
+    return None if fits else f"loss_difference: {difference} is not that of the losses {loss} and {full}"
+
+
 def inconsistent(certificate: Mapping[str, Any]) -> str | None:
     """The first number of the section that another contradicts, in one line; None when all fit, or there is no section."""
     section = certificate.get(SECTION)
@@ -62,10 +73,9 @@ def inconsistent(certificate: Mapping[str, Any]) -> str | None:
     if not 0 <= section["max_loss_difference"] <= MAX_KEY_LOSS:
         allowed = section["max_loss_difference"]
         return f"{SECTION}.max_loss_difference: {allowed:g} nats; at most {MAX_KEY_LOSS:g} may be allowed"
-    full, low, difference = (section[key] for key in ("loss_full", "loss", "loss_difference"))
-    known = None not in (full, low)
-    if known is not (difference is not None) or (known and abs(low - full - difference) > LOSS_ROUND_OFF):
-        return f"{SECTION}.loss_difference: {difference} is not that of the losses {low} and {full}"
+    if wrong := wrong_difference(section["loss"], section["loss_full"], section["loss_difference"]):
+        return f"{SECTION}.{wrong}"
+    difference = section["loss_difference"]
     if section["passed"] is not passed(section):
         return f"{SECTION}.passed: {section['passed']} contradicts a loss difference of {difference}"
     return None

@@ -200,6 +200,17 @@ def test_logits_that_are_not_finite_are_no_score(constant: PLDRModel) -> None:
         scorer.score([([5], [6]), ([40], [6]), ([7], [8])])
 
 
+def test_padding_reaches_nobody_whatever_its_embedding_is(constant: PLDRModel) -> None:
+    """Masked or not: zero times NaN is NaN."""
+    broken = PLDRModel(constant.config, g_lm_LHKK=constant.g_lm).double()
+    broken.load_state_dict(constant.state_dict())
+    with torch.no_grad():
+        broken.embedding.weight[0] = float("nan")
+    begun = [5, 6, 7, 8, 9]
+    for asked in ([([5, 6], [7]), ([8, 9, 10], [11, 12])], [(begun, [7]), ([*begun, 4], [8]), (begun, [8, 9, 10])]):
+        assert_same(Scorer(broken, eos_id=EOS).score(asked), [naive(broken, *each) for each in asked])
+
+
 def test_a_live_model_must_be_asked_for(live: PLDRModel, constant: PLDRModel) -> None:
     with pytest.raises(ValueError, match="live"):
         Scorer(live, eos_id=EOS)

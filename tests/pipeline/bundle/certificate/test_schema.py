@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.bundle.certificate.key_rank import wrong_difference
 from pipeline.bundle.certificate.schema import Certificate, read_certificate
 from pipeline.bundle.certificate.verdict import judged
 from pipeline.config.post import PostConfig
@@ -165,6 +166,11 @@ def test_a_certificate_is_read_back(tmp_path: Path, post: dict[str, Any]) -> Non
         ("measures.coverage.seen", 60, "60 of 47 ids"),
         ("measures.coverage.seen", 46, "ids_covered: value 47.0 does not follow"),
         ("weight_format", SMALLER, "weight_format.max_loss_difference: 1e+09 nats; at most 0.1 may be allowed"),
+        (
+            "weight_format",
+            SMALLER | {"max_loss_difference": 0.1, "loss_difference": 1e-4},
+            "weight_format.loss_difference: 0.0001 is not that of the losses 7.0 and 5.0",
+        ),
     ],
 )
 def test_what_does_not_follow_or_is_unknown_is_refused_in_one_line(
@@ -202,6 +208,14 @@ def test_edited_ranks_or_numbers_of_low_rank_keys_are_refused(
     with pytest.raises(UserError) as caught:
         read({**certificate, "key_rank": {**KEYS, **changes}}, tmp_path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_losses_of_any_size_are_compared_as_they_are_written() -> None:
+    """Nine digits of 1234.5 are four of a difference of 1e-3."""
+    for full, difference in ((4.08079453219, 2.44189e-4), (12.3456789499, 1e-3), (1234.567894999, 1e-3)):
+        low, full, difference = (float(f"{value:.9g}") for value in (full + difference, full, difference))
+        assert wrong_difference(low, full, difference) is None
+        assert wrong_difference(low, full, 2 * difference) is not None
 
 
 @pytest.mark.parametrize(
