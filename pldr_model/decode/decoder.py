@@ -127,6 +127,7 @@ class Decoder:
             return cls(model.config, weights, deduce=lambda ids_1S: model.compute_g(ids_1S, padded=False))
         return cls(model.config, weights, None if source == "identity" else model.constant_g().detach(), key_ranks)
 
+    @torch.no_grad()
     def prepare_g(self, g_lm: Tensor) -> list[Tensor]:
         """[L,...,K,K] -> of each layer, with rows and columns as queries and keys have them here."""
         own = g_lm.to(device=self.device, dtype=self.dtype)

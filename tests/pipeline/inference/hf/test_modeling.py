@@ -32,7 +32,7 @@ def test_it_is_short_stands_alone_and_has_what_others_parse() -> None:
     modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)} | {
         alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
     }
-    allowed = {"torch", "transformers", "configuration_pldr", "layers_pldr"}
+    allowed = {"math", "torch", "transformers", "configuration_pldr", "layers_pldr"}
     assert {module.partition(".")[0] for module in modules} == allowed
 
 

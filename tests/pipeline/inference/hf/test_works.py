@@ -136,6 +136,8 @@ def test_beams_find_what_our_logits_rate_higher(model: Any, bundle: Bundle, case
         assert out.sequences.shape[1] == len(case.prompt) + 8
         score = sum(logprobs(bundle, out.sequences[0].tolist())[len(case.prompt) :])
         assert out.sequences_scores[0].item() == pytest.approx(score, abs=1e-4)
+        if len(case.new) < 8:
+            continue  # its greedy tokens end with eos, which the beams may not take
         one = sum(case.logprobs[len(case.prompt) : len(case.prompt) + 8])
         assert score >= one - 0.5, "beams may lose the best beginning, but not by much"
         better += score > one + 1e-4
