@@ -26,6 +26,7 @@ from pipeline.bench.blocks import Block, Caches, Contender
 from pipeline.bench.decode_contenders import FULL, LOW_RANK, TWIN, make_contenders
 from pipeline.bench.decode_loop import sampling_cost, speculation
 from pipeline.bench.decode_table import table
+from pipeline.bench.pages import huge_pages_gain
 from pipeline.bench.rounds import Memory, Timed, Work, in_rounds, machine, speed_ratio
 from pldr_model.config import ModelConfig
 
@@ -107,6 +108,7 @@ def _bench(
         found[FULL].decoder, sorted({min(batches), max(batches)}), min(rounds, LOOP_ROUNDS)
     )
     result["speculation"] = speculation(config, min(rounds, LOOP_ROUNDS))
+    result["huge_pages_gain"] = huge_pages_gain(config, rounds, cells.device)
     result |= _headline(result["by_batch"], str(fits[0]))
     result["seconds"] = time.perf_counter() - started
     for line in table(result):

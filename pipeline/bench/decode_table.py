@@ -69,6 +69,12 @@ def _rest(result: Mapping[str, Any]) -> Iterator[str]:
         )
     speculation = ", ".join(f"{ratio:.2f} on {text} text" for text, ratio in result["speculation"].items())
     yield f"prompt lookup, times as fast: {speculation}"
+    gain = result["huge_pages_gain"]
+    yield (
+        "huge pages: none here"
+        if gain is None
+        else f"huge pages: the fp32 products of a step are {gain:.2f} times as fast"
+    )
 
 
 def _rows(head: Sequence[str], rows: Iterator[list[str]]) -> Iterator[str]:

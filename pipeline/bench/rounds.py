@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pldr_model.decode import huge_pages
+
 Work = Callable[[], object]  # a float that it returns are the seconds that count; else all that it took do
 PASSES = 5  # over a buffer, for a bandwidth: the fastest counts
 
@@ -63,6 +65,7 @@ class Memory:
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.device = device
         self._source = torch.randn(max(1, nbytes // 4 // 1024), 1024, device=device)
+        huge_pages.collapse([self._source])  # as weights are
         self._target = torch.empty_like(self._source)
         self._vector = torch.randn(1024, device=device)
         self.nbytes = self._source.nbytes

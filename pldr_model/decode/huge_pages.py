@@ -1,7 +1,7 @@
 """Weights and caches on huge pages, where Linux offers them.
 
 A step reads every weight once, in pieces of a few MB. On pages of 4 KB a CPU spends a good part of that on finding the pages
-(docs/speed.md, "Huge pages").
+(`pldr bench decode` says how much).
 Decision: memory that is filled (weights) moves to huge pages by MADV_COLLAPSE (Linux 6.1); memory that is new (caches) is asked
 to be on them before it is written to. Numbers and addresses stay as they are. Where the kernel has no such pages or none left,
 nothing happens. PyTorch's own switch, THP_MEM_ALLOC_ENABLE, has to be set before the process starts, and does not reach weights
