@@ -20,6 +20,7 @@ from torch import Tensor
 
 HUGE = 1 << 21  # bytes of a huge page, on x86-64 and on arm64 with pages of 4 KB
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # Linux, include/uapi/asm-generic/mman-common.h
+SMALL = 1 << 18  # bytes of a tensor that stays where it is: a cache keeps it
 NEAR = 1 << 13  # bytes between the ends of two neighbors: malloc's own, and what is left of a page
 
 
@@ -37,14 +38,14 @@ def zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _advise(tensors: Iterable[Tensor], advice: int) -> int:
-    """`advice` for the whole huge pages in the memory of these; returns the bytes of those for which it was taken."""
+    """`advice` for all huge pages that hold a part of these tensors, if they are the process's throughout; returns the bytes of
+    those for which it was taken. What else lies on them moves along."""
     madvise, taken = _madvise(), 0
     if madvise is None:
         return 0
     for start, end in _joined(_ranges(tensors)):
-        first, last = -(-start // HUGE) * HUGE, end // HUGE * HUGE
-        if first < last and madvise(first, last - first, advice) == 0:
-            taken += last - first
+        for first in range(start // HUGE * HUGE, end, HUGE):
+            taken += HUGE if madvise(first, HUGE, advice) == 0 else 0
     return taken
 
 
@@ -58,7 +59,7 @@ def _ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
         elif tensor.device.type == "cpu":
             storage = tensor.untyped_storage()
             found.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
-    return found
+    return [(start, end) for start, end in found if end - start >= SMALL]
 
 
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

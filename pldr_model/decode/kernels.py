@@ -126,7 +126,7 @@ class Int8Product(Product):
 
     def _product(self, x_NC: Tensor) -> Tensor:
         N, C = x_NC.shape
-        largest_N1 = torch.linalg.vector_norm(x_NC, torch.inf, dim=-1, keepdim=True)
+        largest_N1 = x_NC.abs().amax(dim=-1, keepdim=True)
         whole_M = torch.addcdiv(self._offset, x_NC, largest_N1, value=STEPS).int().flatten()
         halves_2NC = whole_M.view(torch.uint8).as_strided((2, N, C), (1, 4 * C, 4))  # the lower two of each four bytes
         bytes_2NC = halves_2NC.reshape(2 * N, C)

@@ -38,9 +38,9 @@ def test_weights_move_and_stay_what_they_are(offered: None) -> None:
     weight_RC = torch.randn(3000, 1000)
     copy_RC, address = weight_RC.clone(), weight_RC.data_ptr()
     moved = huge_pages.collapse([weight_RC])
-    assert moved >= weight_RC.nbytes - 2 * huge_pages.HUGE
+    assert moved >= weight_RC.nbytes  # with what else lies on its first and last page
     assert weight_RC.data_ptr() == address and torch.equal(weight_RC, copy_RC)
-    assert _kilobytes(weight_RC) * 1024 >= moved
+    assert _kilobytes(weight_RC) * 1024 >= weight_RC.nbytes - 2 * huge_pages.HUGE
 
 
 @pytest.mark.parametrize("pack", [Matrix.fp, lambda w: Matrix.int8(w.mul(40).to(torch.int8), torch.ones(len(w)))])
