@@ -14,6 +14,7 @@ Shapes: B rows, S new tokens of a row, N = B*S tokens, D model width, H heads, K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,11 +27,12 @@ from pldr_model.config import ModelConfig
 from pldr_model.decode import huge_pages
 from pldr_model.decode.cache import KeyGroup, KVCache, LayerMemory, LayerShape
 from pldr_model.decode.kernels import prepare
-from pldr_model.decode.linear import Matrix, Product
+from pldr_model.decode.linear import Matrix, Product, Stored
 from pldr_model.decode.low_rank_keys import LowRankKeys
 from pldr_model.layers import rope_tables
 from pldr_model.model import PLDRModel, g_shape
 
+CACHED = 1 << 19  # numbers of a packed matrix that is unpacked
 CHUNK = 512  # tokens of a prompt that are read at once: scores need CHUNK x T numbers a head at most
 
 Weights = Mapping[str, Matrix | Tensor]
@@ -107,7 +109,7 @@ class Decoder:
             self._pairs_K = self._pairs_K.view(2, K // 2).T.flatten()
         self._embedding = _matrix(weights, "embedding")
         self._embedding_norm = _norm(weights, "embedding_norm", config.layer_norm_eps / config.d_model)
-        self._output = prepare(_matrix(weights, "output"), self.dtype)
+        self._output = self._product(_matrix(weights, "output"), exact=True)
         g = [None] * config.num_layers if g_lm is None else self.prepare_g(g_lm)
         low_rank: list[LowRankKeys | None] = [None] * config.num_layers
         if key_ranks is not None:
@@ -292,6 +294,13 @@ class Decoder:
             qk_NW.copy_(qk_NW.float().view(complex_dtype).mul_(where.rotation_ND).view(torch.float32))
         return qkv_NW
 
+    def _product(self, matrix: Matrix, *, exact: bool = False) -> Product:
+        """The matrix as a step multiplies with it. One that a CPU's cache holds in fp32 is unpacked: packed kernels read faster from
+        memory only, and a call of them costs more."""
+        if isinstance(matrix, Stored) and self.device.type == "cpu" and math.prod(matrix.shape) <= CACHED:
+            return Matrix.fp(matrix.dense(), matrix.bias)
+        return prepare(matrix, self.dtype, exact=exact)
+
     def _layer(self, weights: Weights, name: str, g: Tensor | None, low_rank: LowRankKeys | None) -> Layer:
         config = self.config
         qkv = _matrix(weights, f"{name}.attention.qkv")
@@ -303,11 +312,11 @@ class Decoder:
             qkv = qkv.permuted(rows_3HK.flatten())
         eps = config.layer_norm_eps
         return Layer(
-            prepare(qkv, self.dtype),
-            prepare(_matrix(weights, f"{name}.attention.output"), self.dtype),
+            self._product(qkv),
+            self._product(_matrix(weights, f"{name}.attention.output")),
             _norm(weights, f"{name}.attention_norm", eps),
-            prepare(_matrix(weights, f"{name}.feed_forward.w12"), self.dtype),
-            prepare(_matrix(weights, f"{name}.feed_forward.w3"), self.dtype),
+            self._product(_matrix(weights, f"{name}.feed_forward.w12")),
+            self._product(_matrix(weights, f"{name}.feed_forward.w3")),
             _norm(weights, f"{name}.feed_forward_norm", eps),
             g,
             low_rank,

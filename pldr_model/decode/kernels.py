@@ -1,22 +1,21 @@
 """Products on a CPU, with weights as they are stored.
 
 Decision. What a step costs at batch 1 is the bytes of its weights, so they are multiplied packed, by one kernel for any number
-of rows. Sums are fp32. Of bf16 nothing but the weights is rounded; of int8 the activations are too, to 16 bits, so that what
-attention rounds by its batch grows to a step of these (the product itself gives a row the same numbers in any batch).
+of rows, and from memory that can be moved to huge pages (huge_pages.py). What attention rounds by its batch grows to a step of
+the roundings below; int8's product itself gives a row the same numbers in any batch.
 
-| stored | kernel | activations | 1 row | 8 rows | 32 rows |
-|---|---|---|---|---|---|
-| fp32 | `linear`; from 3 to 32 rows in blocks of weights (8 rows: 153 in place of 230 ms) | fp32 | 37 | 106 | 120 |
-| bf16 | fbgemm's fp16 weights, `quantized.linear_dynamic_fp16` | fp32 | 33 | 45 | 98 |
-| int8 | oneDNN's VNNI and AMX, `onednn.qlinear_pointwise` | 16 bits, as two rows of bytes | 23 | 30 | 45 |
-| int4 (layers) | `aten::_weight_int4pack_mm_for_cpu` | bf16, and so is the result | 14 | 26 | 69 |
-| not taken: bf16 | `linear` | bf16, and so is the result | 46 | 58 | 67 |
-| not taken: int8 | `aten::_weight_int8pack_mm` | bf16, and so is the result | 23 | 50 | 139 |
+| stored | kernel | activations |
+|---|---|---|
+| fp32 | `linear`; from 3 to 32 rows in blocks of weights, which a cache keeps: 8 rows in two thirds of the time | fp32 |
+| bf16 | oneDNN's, `mkldnn._linear_pointwise`; the output layer is unpacked in blocks, for logits | bf16, so is the result |
+| int8 | oneDNN's VNNI and AMX, `onednn.qlinear_pointwise`, with exact sums | 16 bits, as two rows of bytes |
+| int4 (layers) | `aten::_weight_int4pack_mm_for_cpu` | bf16, so is the result |
 
-ms of processor time for all products of a token at 110M (median of 9, interleaved, one thread, 2-core CPU busy with other work,
-2026-11-28; fp32 without blocks). bf16's numbers are fp16's from 8e-6 up; smaller ones are off by 3e-8 at most. torchao 0.18 has
-none of these in eager mode (docs/compatibility.md). Where the machine lacks a kernel, or it fails a trial of a few numbers, the
-weight is unpacked.
+Not taken: `aten::_weight_int8pack_mm` (no faster at one row, three times slower at 32, result in bf16, reads out of bounds
+where in_features is no multiple of 16); fbgemm's fp16 for bf16 weights (fp32 activations, but its memory cannot be reached: on
+pages of 4 KB it took up to five times as long as fp32 on huge ones). torchao 0.18 has none of these in eager mode
+(docs/compatibility.md). Speeds: docs/speed.md, `pldr bench decode`. Where the machine lacks a kernel, or it fails a trial of a
+few numbers, the weight is unpacked.
 """
 
 from __future__ import annotations
@@ -33,19 +32,19 @@ from pldr_model.decode.linear import GROUP, Floating, Int4, Int8, Matrix, Produc
 CHUNK = 256  # rows of x at a time: int8's sums take twice the result
 STEPS = 32512  # 127 * 256: a row's largest activation becomes this integer, so both of its bytes are in -128..127
 OFFSET = 32896.5  # 128 * 257, which makes both bytes positive, and a half, which makes truncation rounding
-FP16_MAX = torch.finfo(torch.float16).max
 WEIGHT_ROWS = 256  # of fp32, which stay in a cache while they meet all rows of x
 BLOCKED = range(3, 33)  # rows of x
 LARGE = 1 << 19  # numbers of fp32 that no cache keeps
 ROWS = 16  # int4's kernel takes a multiple of them
 
 
-def prepare(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Product:
+def prepare(matrix: Matrix, dtype: torch.dtype = torch.float32, *, exact: bool = False) -> Product:
     """The product to decode with in this dtype: packed if this machine has a kernel for it, else the matrix itself or (fp32 on
-    a CPU without the kernel) its unpacked numbers. The matrix may be dropped then."""
+    a CPU without the kernel) its unpacked numbers. The matrix may be dropped then. exact: activations stay fp32."""
+    if isinstance(matrix, Rounded) and exact:
+        return matrix
     if isinstance(matrix, Rounded | Int8 | Int4) and dtype == torch.float32 and matrix.device.type == "cpu":
-        usable = _works(type(matrix)) and not (isinstance(matrix, Rounded) and matrix.values_RC.abs().max() > FP16_MAX)
-        return KERNELS[type(matrix)](matrix) if usable else Matrix.fp(matrix.dense(), matrix.bias)
+        return KERNELS[type(matrix)](matrix) if _works(type(matrix)) else Matrix.fp(matrix.dense(), matrix.bias)
     if (
         isinstance(matrix, Floating)
         and matrix.weight_RC.dtype == torch.float32
@@ -81,16 +80,18 @@ class BlockedProduct(Product):
         return self._whole.tensors
 
 
-class Fp16Product(Product):
-    """bf16 weights, as fp16."""
+class Bf16Product(Product):
+    """bf16 weights, as oneDNN packs them."""
 
     def __init__(self, matrix: Rounded) -> None:
         self._shape = matrix.shape
-        self._packed = torch.ops.quantized.linear_prepack_fp16(matrix.values_RC.float(), matrix.bias)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(matrix.values_RC, 1)
+        self._bias_R = torch.zeros(self._shape[0]) if matrix.bias is None else matrix.bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
-        return y
+        x_NC = x.reshape(-1, x.shape[-1]).bfloat16()
+        y_NR = torch.ops.mkldnn._linear_pointwise(x_NC, self._packed, None, "none", [], "")
+        return torch.add(y_NR, self._bias_R).view(*x.shape[:-1], self._shape[0])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,7 +99,7 @@ class Fp16Product(Product):
 
     @property
     def nbytes(self) -> int:
-        return 2 * self._shape[0] * self._shape[1] + 4 * self._shape[0]
+        return 2 * self._shape[0] * self._shape[1] + self._bias_R.nbytes
 
 
 class Int8Product(Product):
@@ -186,7 +187,7 @@ class Int4Product(Product):
         return self._packed.nbytes + self._scale_GR2.nbytes + self._bias_R.nbytes
 
 
-KERNELS: dict[type[Matrix], Callable[..., Product]] = {Rounded: Fp16Product, Int8: Int8Product, Int4: Int4Product}
+KERNELS: dict[type[Matrix], Callable[..., Product]] = {Rounded: Bf16Product, Int8: Int8Product, Int4: Int4Product}
 
 
 @functools.cache
@@ -205,10 +206,12 @@ def _works(kind: type[Matrix]) -> bool:
         matrix = Matrix.int4(values_RP, torch.rand(20, 3, generator=generator).bfloat16(), 72, bias_R)
     else:
         matrix = Matrix.bf16(torch.randn(20, 72, generator=generator).bfloat16(), bias_R)
+    if kind is Rounded and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False  # it would be emulated
     try:
         y_NR = KERNELS[kind](matrix)(x_NC)
     except (RuntimeError, NotImplementedError, AttributeError):
         return False
     expected_NR = matrix(x_NC.double())
-    tolerance = 2e-2 if kind is Int4 else 1e-4
+    tolerance = 1e-4 if kind is Int8 else 2e-2
     return bool((y_NR - expected_NR).abs().max() <= tolerance * expected_NR.abs().max())

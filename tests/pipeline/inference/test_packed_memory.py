@@ -20,6 +20,7 @@ from pipeline.inference.runtime import Bundle
 from pipeline.io.storage import sha256_file
 from pipeline.io.tensors import sha256_tensors
 from pipeline.post.package.bundle import build_bundle
+from pldr_model.decode import decoder
 from pldr_model.model import PLDRModel, g_shape
 from tests.helpers.bundles import measured
 from tests.helpers.models import CONFIG, LINEAGE
@@ -54,8 +55,9 @@ def fp32_matrices(least: int) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4"])
 def test_generating_and_scoring_makes_no_fp32_matrix(
-    make_bundle: Make, invariant: PLDRModel, text: torch.Tensor, weight_format: str
+    make_bundle: Make, invariant: PLDRModel, text: torch.Tensor, weight_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(decoder, "CACHED", 0)  # else matrices as small as these are unpacked
     bundle = make_bundle(packed=measured(invariant, text, weight_format), uncertified=True)
     least = min(t.numel() for t in bundle_tensors(invariant).values() if t.ndim == 2)
     before = fp32_matrices(least)
@@ -66,9 +68,9 @@ def test_generating_and_scoring_makes_no_fp32_matrix(
     assert sorted(fp32_matrices(least)) == sorted(before)
     unpacked = Bundle(replace(model.opened, held=model.opened.model))  # what was there to be made
     assert len(fp32_matrices(least)) > len(before)
-    near = 1e-2 if weight_format == "int4" else 1e-4  # its kernel rounds activations
+    near = 1e-4 if weight_format == "int8" else 1e-2  # the others' kernels round activations to bf16
     assert unpacked.score("the quick", [" brown fox"])[0].logprob == pytest.approx(scored[0].logprob, rel=near)
-    assert weight_format == "int4" or unpacked.generate(["the quick", "brown"], max_new_tokens=5) == completions
+    assert weight_format != "int8" or unpacked.generate(["the quick", "brown"], max_new_tokens=5) == completions
 
 
 def large_bundle(

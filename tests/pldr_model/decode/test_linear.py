@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pldr_model.config import ModelConfig
-from pldr_model.decode import kernels
+from pldr_model.decode import decoder, kernels
 from pldr_model.decode.decoder import Decoder
 from pldr_model.decode.kernels import prepare
 from pldr_model.decode.linear import GROUP, Matrix
@@ -66,7 +66,7 @@ def error(y: Tensor, matrix: Matrix, x: Tensor) -> float:
 def check_all_sizes() -> None:
     """What a kernel that reads out of bounds may crash: run in a process of its own."""
     torch.manual_seed(0)
-    for kind, allowed in (("bf16", 1e-6), ("int8", 2e-4), ("int4", 1e-2)):
+    for kind, allowed in (("bf16", 1e-2), ("int8", 2e-4), ("int4", 1e-2)):
         for rows, columns in SIZES:
             matrix = make(kind, rows, columns, bias=columns % 2 == 0)
             product = prepare(matrix)
@@ -145,9 +145,10 @@ def test_without_a_kernel_the_weight_is_unpacked(monkeypatch: pytest.MonkeyPatch
         kernels._works.cache_clear()
 
 
-def test_bf16_beyond_fp16_is_unpacked() -> None:
-    matrix = Matrix.bf16(torch.full((2, 3), 1e6).bfloat16())
-    assert error(prepare(matrix)(torch.ones(1, 3)), matrix, torch.ones(1, 3)) <= 1e-6
+def test_exact_products_of_bf16_round_nothing_but_the_weights() -> None:
+    torch.manual_seed(4)
+    matrix, x = make("bf16", 500, 600), torch.randn(3, 600)
+    assert error(prepare(matrix, exact=True)(x), matrix, x) <= 1e-6 < error(prepare(matrix)(x), matrix, x)
 
 
 def test_blocks_of_fp32_weights_are_the_product_and_no_copy() -> None:
@@ -167,9 +168,9 @@ def test_blocks_of_fp32_weights_are_the_product_and_no_copy() -> None:
 @pytest.mark.parametrize("rope_style", ["interleaved", "half"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_packed_decoder_is_the_model_of_its_unpacked_weights(
-    kind: str, rope_style: Literal["interleaved", "half"]
+    kind: str, rope_style: Literal["interleaved", "half"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp64 exactly, whatever the batch and the cache; in fp32 as near as the kernels round."""
+    """In fp64 exactly, whatever the batch and the cache; in fp32 as near as the kernels round, or, unpacked, as fp32 does."""
     torch.manual_seed(4)
     config = ModelConfig(
         vocab_size=40, context_length=16, num_layers=2, num_heads=2, head_dim=8, d_ff=20, g_source="random"
@@ -201,6 +202,9 @@ def test_a_packed_decoder_is_the_model_of_its_unpacked_weights(
         else weight.float()
         for name, weight in weights.items()
     }
-    logits = Decoder(config, narrow, model.constant_g()).prefill(ids[1])[1][0]
     scale = expected.abs().max()
-    assert (logits - expected[1, -1]).abs().max() <= (0.1 if kind == "int4" else 2e-4) * scale
+    small = Decoder(config, narrow, model.constant_g()).prefill(ids[1])[1][0]
+    assert (small - expected[1, -1]).abs().max() <= 1e-5 * scale
+    monkeypatch.setattr(decoder, "CACHED", 0)
+    logits = Decoder(config, narrow, model.constant_g()).prefill(ids[1])[1][0]
+    assert (logits - expected[1, -1]).abs().max() <= {"bf16": 0.02, "int8": 2e-4, "int4": 0.1}[kind] * scale
