@@ -295,8 +295,8 @@ class Decoder:
         return qkv_NW
 
     def _product(self, matrix: Matrix, *, exact: bool = False) -> Product:
-        """The matrix as a step multiplies with it. One that a CPU's cache holds in fp32 is unpacked: packed kernels gain where weights
-        come from memory, and a call of them costs more."""
+        """The matrix as a step multiplies with it. One that a CPU's cache holds in fp32 is unpacked: packed
+        kernels gain where weights come from memory, and a call of them costs more."""
         if isinstance(matrix, Stored) and self.device.type == "cpu" and math.prod(matrix.shape) <= CACHED:
             return Matrix.fp(matrix.dense(), matrix.bias)
         return prepare(matrix, self.dtype, exact=exact)
