@@ -58,11 +58,12 @@ class Choose(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]  # transf
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         """scores: logits [B,V], fp32. Returns [B,V] whose argmax are the chosen tokens.
 
-        A batch with pieces of prompts has more rows than sequences with a new token: their rows come first, and the others are
-        read by nobody.
+        A batch with pieces of prompts has more rows than sequences with a new token (it may have none): their rows come first,
+        and the others are read by nobody.
         """
         chosen = torch.full_like(scores, -torch.inf)
-        chosen[: len(self._rows)].scatter_(-1, self._choose(scores[: len(self._rows)]).unsqueeze(-1), 0.0)
+        if self._rows:
+            chosen[: len(self._rows)].scatter_(-1, self._choose(scores[: len(self._rows)]).unsqueeze(-1), 0.0)
         return chosen
 
     def _choose(self, scores: Tensor) -> Tensor:
