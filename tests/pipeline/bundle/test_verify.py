@@ -220,7 +220,8 @@ def test_the_section_has_to_be_about_these_weights(make_bundle: Make, invariant:
         (None, "it holds no measurement of these int8 weights"),
         ({**section, "sha256": "0" * 64}, "it holds no measurement of these int8 weights"),
         ({**section, "format": "bf16"}, "it holds no measurement of these int8 weights"),
-        ({**section, "loss_difference": 3.0}, "contradicts passed=True"),
+        ({**section, "loss_difference": 3.0}, "is not that of the losses"),
+        ({**section, "loss": section["loss_fp32"] + 3.0, "loss_difference": 3.0}, "contradicts passed=True"),
         ({**section, "loss_difference": "x"}, "loss_difference: Input should be a valid number"),
     ):
         edit(bundle / "certificate.json", weight_format=changed)
