@@ -25,8 +25,8 @@ NEAR = 1 << 13  # bytes between the ends of two neighbors: malloc's own, and wha
 
 
 def collapse(tensors: Iterable[Tensor]) -> int:
-    """Move the memory of these tensors to huge pages; returns how many bytes are on them then. Half a second for 100 MB, the
-    first time."""
+    """Move the memory of these tensors to huge pages; returns how many bytes are on them then. A third of a second for 100
+    MB, the first time."""
     return _advise(tensors, MADV_COLLAPSE)
 
 
