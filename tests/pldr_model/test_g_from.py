@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pldr_model.loss import cross_entropy, total_loss
+from pldr_model.loss import cross_entropy, losses_of_logits, total_loss
 from pldr_model.model import PLDRModel, set_activation_checkpointing
 from tests.helpers.definition import logits_by_definition
 
@@ -67,11 +67,11 @@ def test_with_batch_only_the_first_sequence_deduces(model, ids):
 def test_the_dag_regularizer_is_of_what_was_deduced(tiny, ids, g_from):
     config = replace(tiny, dag_coefficients=(0.01, 0.0, 0.02))
     model = PLDRModel(config).double()
-    logits, outputs = model(ids[:, :-1], g_from=g_from, return_outputs=True)
-    ours = total_loss(logits, ids[:, 1:], config, outputs=outputs)
+    tokens, outputs = model(ids[:, :-1], targets=ids[:, 1:], g_from=g_from, return_outputs=True)
+    ours = total_loss(tokens, config, outputs=outputs)
     theirs, deduced = logits_by_definition(model, ids[:, :-1], g_from)
     used = [alone[0] for alone in deduced] if g_from == "batch" else [one for alone in deduced for one in alone]
-    right = total_loss(theirs, ids[:, 1:], config, outputs=used)
+    right = total_loss(losses_of_logits(theirs, ids[:, 1:]), config, outputs=used)
     assert torch.allclose(ours.total, right.total, rtol=1e-10)
     one, other = gradient(model, ours.total), gradient(model, right.total)
     assert (one - other).norm() < 1e-9 * other.norm()

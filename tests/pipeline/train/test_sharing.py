@@ -1,5 +1,5 @@
-"""`train.g_from` and `train.share_g_below` (pipeline/train/sharing.py): the rule, gradients on real ranks, and resumes around the
-step after which G is shared."""
+"""`train.g_from` and `train.share_g_below` (pipeline/train/sharing.py): the rule, gradients on real ranks, and resumes around
+the step after which G is shared."""
 
 import numpy as np
 import pytest
