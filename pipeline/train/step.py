@@ -29,7 +29,7 @@ import torch.distributed as dist
 from pipeline.train.signals import StopRequest, signal_name
 from pipeline.train.targets import has_padding, num_targets
 from pipeline.train.telemetry import Stopwatch
-from pldr_model.config import ModelConfig
+from pldr_model.config import GFrom, ModelConfig
 from pldr_model.loss import total_loss
 
 
@@ -53,9 +53,10 @@ def global_step(
     device: torch.device,
     forward: Stopwatch,
     z_loss: float = 0.0,
+    g_from: GFrom = "own",
 ) -> Outcome:
     """Forward, backward and update over this rank's micro batches, each [n, S+1]; collective. `forward`: times the forward
-    passes."""
+    passes; `g_from`: whose G a sequence uses (PLDRModel.forward)."""
     wants_outputs = any(model.dag_coefficients)
     loss_sum = torch.zeros((), device=device)
     skipped_before = int(engine.skipped_steps)
@@ -68,7 +69,14 @@ def global_step(
         ids = torch.from_numpy(micro).to(device, non_blocking=True)
         with forward.running():
             padded = has_padding(micro, model.pad_id)
-            result = engine(ids[:, :-1], targets=ids[:, 1:], z_loss=z_loss, padded=padded, return_outputs=wants_outputs)
+            result = engine(
+                ids[:, :-1],
+                targets=ids[:, 1:],
+                z_loss=z_loss,
+                g_from=g_from,
+                padded=padded,
+                return_outputs=wants_outputs,
+            )
         tokens, outputs = result if wants_outputs else (result, None)
         weight = targets[number - 1] * passes / all_targets  # 1 without padding, NaN without any target
         try:

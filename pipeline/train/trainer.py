@@ -36,6 +36,7 @@ from pipeline.train.freeze import FreezeRule, freeze, mean_g, num_batches
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.optim import gradient_norm
 from pipeline.train.profiling import StepProfiler, record_history
+from pipeline.train.sharing import g_in_use, share, training_flops
 from pipeline.train.signals import StopRequest, signal_name
 from pipeline.train.spikes import Event, Sequences, describe, judge, rollback_target
 from pipeline.train.state import Batch, Lineage, TrainData, TrainState, begin, record, roll_back
@@ -144,6 +145,7 @@ class Trainer:
             device=self.device,
             forward=self.measures.forward,
             z_loss=self.settings.z_loss,
+            g_from=g_in_use(self.settings, self.state),
         )
 
     def _freeze(self) -> None:
@@ -239,10 +241,12 @@ class Trainer:
             **self.measures.gather(),
         }
         if self.peak is not None:
-            flops = values["train/tokens_per_second"] * self.model.flops_per_token(training=True)
+            flops = values["train/tokens_per_second"] * training_flops(self.model, settings, state)
             values["train/mfu"] = flops / (self.peak * dist.get_world_size())
         if settings.freeze_g is not None:
             values["invariance/frozen"] = float(state.frozen is not None)
+        if settings.share_g_below is not None:
+            values["invariance/shared"] = float(state.shared is not None)
         if self.config.model.g_source == "learned":
             values["invariance/budget"] = state.budget
         if outcome.skipped:
@@ -264,7 +268,10 @@ class Trainer:
             )
         if not values:
             return {}
-        self.freeze_rule.count(self.state, values.get("invariance/order_parameter_G"))
+        order_parameter = values.get("invariance/order_parameter_G")
+        self.freeze_rule.count(self.state, order_parameter)
+        if (text := share(self.settings, self.state, order_parameter)) is not None:
+            self._announce(text)
         cached = values["val/loss_cached"]
         self.state.val_loss_cached = cached if math.isfinite(cached) else None
         self.state.val_step = self.state.step

@@ -32,6 +32,8 @@ ADDED = (
     "decay_share",
     "decay_shape",
     "z_loss",
+    "g_from",
+    "share_g_below",
 )  # since; in a digest only with another value than the default
 ADDED_TO_POST = ("effect_prompts", "order_parameter", "prove", "extra_prompts", "max_relative_deviation_g_fp32",
                  "max_query_deviation", "max_worst_row_deviation", "with_metric_learner", "key_rank",
@@ -50,7 +52,7 @@ RECIPE = (
         "eps",
         "weight_decay",
     ),
-    *("metric_weight_decay", "clip_by", "clip", "z_loss", "precision", "freeze_g"),
+    *("metric_weight_decay", "clip_by", "clip", "z_loss", "precision", "freeze_g", "g_from", "share_g_below"),
 )
 
 TREE = {
