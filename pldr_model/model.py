@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pldr_model.config import ActivationCheckpointing, ModelConfig
 from pldr_model.layers import GLU, Linear, RopeTables, apply_rope, rope_tables
+from pldr_model.mask import attention_mask, document_starts
 from pldr_model.plga import PLGA, ConstantG, DeductiveOutputs
 
 
@@ -128,6 +129,7 @@ class PLDRModel(nn.Module):
         ids_BS: Tensor,
         *,
         g_lm: Tensor | None = None,
+        documents: Tensor | None = None,
         padded: bool | None = None,
         return_outputs: bool = False,
         last_only: bool = False,
@@ -137,6 +139,8 @@ class PLDRModel(nn.Module):
         ids_BS: token ids, S <= context length. Ids equal to `pad_id` are padding: no query attends to them,
             while they still enter the density matrix (so does the reference).
         g_lm: [L,H,K,K] or [L,B,H,K,K]; replaces the model's own G. The metric learner is then not run.
+        documents: [B,S], which document each token of a packed sequence is of: each is then read as if it stood alone
+            (mask.py). A learned G_LM still sums over the whole sequence, and so over all of its documents.
         padded: None: look for padding (on a GPU that waits for the device). False: the caller knows that
             there is none: causal kernel, no mask, no check; training passes this. True: build the mask without a
             look.
@@ -146,19 +150,27 @@ class PLDRModel(nn.Module):
         """
         if return_outputs and (g_lm is not None or self.config.g_source != "learned"):
             raise ValueError("return_outputs: no metric learner runs with a constant or given G, so nothing is deduced")
-        x_BSD, deduced = self._run_layers(ids_BS, g_lm=g_lm, padded=padded, return_outputs=return_outputs)
+        x_BSD, deduced = self._run_layers(
+            ids_BS, g_lm=g_lm, documents=documents, padded=padded, return_outputs=return_outputs
+        )
         logits_BSV: Tensor = self.output(x_BSD[:, -1:] if last_only else x_BSD)
         return (logits_BSV, deduced) if return_outputs else logits_BSV
 
     def hidden(self, ids_BS: Tensor, *, g_lm: Tensor | None = None, padded: bool | None = None) -> Tensor:
         """What `output` makes logits of, [B,S,D]: for whoever needs those of some tokens only. Arguments as in `forward`."""
-        return self._run_layers(ids_BS, g_lm=g_lm, padded=padded, return_outputs=False)[0]
+        return self._run_layers(ids_BS, g_lm=g_lm, documents=None, padded=padded, return_outputs=False)[0]
 
     def _run_layers(
-        self, ids_BS: Tensor, *, g_lm: Tensor | None, padded: bool | None, return_outputs: bool
+        self,
+        ids_BS: Tensor,
+        *,
+        g_lm: Tensor | None,
+        documents: Tensor | None,
+        padded: bool | None,
+        return_outputs: bool,
     ) -> tuple[Tensor, list[DeductiveOutputs]]:
         """The decoder layers, one after the other."""
-        x_BSD, rope, mask = self._enter(ids_BS, padded)
+        x_BSD, rope, mask = self._enter(ids_BS, padded, documents)
         g_lm = self._g_in_force(g_lm, ids_BS.shape[0])
         deduced: list[DeductiveOutputs] = []
         for index, layer in enumerate(self.layers):
@@ -198,18 +210,29 @@ class PLDRModel(nn.Module):
         x_BSD: Tensor = self.embedding_norm(self.embedding(ids_BS) * self.config.d_model**0.5)
         return x_BSD
 
-    def _enter(self, ids_BS: Tensor, padded: bool | None) -> tuple[Tensor, RopeTables, Tensor | None]:
-        """What every full pass starts with: embedded tokens, rotary tables, a mask if there is padding."""
+    def _enter(
+        self, ids_BS: Tensor, padded: bool | None, documents_BS: Tensor | None = None
+    ) -> tuple[Tensor, RopeTables, Tensor | None]:
+        """What every full pass starts with: embedded tokens, rotary tables, a mask if there is padding or several documents."""
         config, num_positions = self.config, ids_BS.shape[1]
         if num_positions > config.context_length:
             raise ValueError(f"sequence of {num_positions} tokens: over the context_length of {config.context_length}")
-        mask = None
+        if documents_BS is not None and documents_BS.shape != ids_BS.shape:
+            raise ValueError(
+                f"documents: shape {tuple(documents_BS.shape)} is not that of the ids, {tuple(ids_BS.shape)}"
+            )
         padding_BS = ids_BS == config.pad_id
-        if padded or (padded is None and bool(padding_BS.any())):
-            mask = _padding_mask(padding_BS)
+        is_padded = padded or (padded is None and bool(padding_BS.any()))
         x_BSD = self._embed(ids_BS)
         rope = rope_tables(config, num_positions, dtype=x_BSD.dtype, device=x_BSD.device)
-        return x_BSD, RopeTables(rope.cos.unsqueeze(1), rope.sin.unsqueeze(1)), mask
+        starts_BS, mask = None, None
+        if documents_BS is not None:
+            starts_BS = document_starts(documents_BS)
+            positions_BS = torch.arange(num_positions, device=ids_BS.device) - starts_BS
+            rope = RopeTables(rope.cos[positions_BS], rope.sin[positions_BS])
+        if is_padded or starts_BS is not None:
+            mask = attention_mask(padding_BS if is_padded else None, starts_BS)
+        return x_BSD, RopeTables(rope.cos.unsqueeze(-2), rope.sin.unsqueeze(-2)), mask
 
     def _g_in_force(self, given: Tensor | None, batch_size: int) -> Tensor | None:
         """The given G (shape checked), else the fixed one; None where layers have their own or G is the identity."""
@@ -221,20 +244,6 @@ class PLDRModel(nn.Module):
                 f"g_lm: shape {tuple(given.shape)} is neither [L,H,K,K] = {shape} nor [L,B,H,K,K] of {batch_size} rows"
             )
         return given
-
-
-def _padding_mask(padding_BS: Tensor) -> Tensor:
-    """Which query attends to which key, True = yes: [B,1,S,S]. Keys up to the query's own position that are not padding.
-
-    A query with nothing but padding before it attends to itself, so that its softmax is finite (the reference
-    averages over the whole sequence there, future included; such a query is padding itself and reaches no
-    loss).
-    """
-    S = padding_BS.shape[1]
-    causal_SS = torch.ones(S, S, dtype=torch.bool, device=padding_BS.device).tril()
-    allowed_BSS = causal_SS & ~padding_BS[:, None, :]
-    own_SS = torch.eye(S, dtype=torch.bool, device=padding_BS.device)
-    return (allowed_BSS | (own_SS & ~allowed_BSS.any(dim=-1, keepdim=True))).unsqueeze(1)
 
 
 def set_activation_checkpointing(model: PLDRModel, what: ActivationCheckpointing) -> None:

@@ -104,6 +104,9 @@ class TrainConfig(Section):
     freeze_g: FreezeConfig | None = recipe(
         None, "when G is frozen and the metric learner dropped; null: it trains to the end"
     )
+    document_masks: bool = since(
+        False, "attention only within a document of a packed sequence; needs tokens.boundaries"
+    )
     evaluate: EvaluateConfig | None = beside(None, "benchmark scores of checkpoints while training runs; null: none")
     max_restarts: int = work(0, "restarts after a crash, from the last commit; not after a stop or a user error", ge=0)
     profile_steps: tuple[int, int] | None = work(
