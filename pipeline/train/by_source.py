@@ -13,10 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-
-from pldr_model.layers import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -36,14 +33,12 @@ class SourceLosses:
         width = 0 if sources is None else len(sources.names) + 1
         self._sums = torch.zeros(2, width, dtype=torch.float64, device=device)  # losses and targets, by number
 
-    def add(self, logits_BSV: Tensor, targets_BS: Tensor, rows: np.ndarray, *, pad_id: int) -> None:
-        """Add the losses of these rows of the held-out sequences; targets that are padding do not count."""
+    def add(self, nll_BS: Tensor, targets_BS: Tensor, rows: np.ndarray, *, pad_id: int) -> None:
+        """Add the losses (0 at padding) of these rows of the held-out sequences."""
         if self._sources is None:
             return
-        logits = logits_BSV.to(at_least_float32(logits_BSV.dtype)).flatten(0, 1)
-        losses = F.cross_entropy(logits, targets_BS.flatten(), ignore_index=pad_id, reduction="none").double()
-        counts = (targets_BS.flatten() != pad_id).double()
-        numbers = torch.from_numpy(self._sources.numbers[rows, 1:].reshape(-1)).to(losses.device)
+        numbers = torch.from_numpy(self._sources.numbers[rows, 1:].reshape(-1)).to(nll_BS.device)
+        losses, counts = nll_BS.flatten().double(), (targets_BS.flatten() != pad_id).double()
         self._sums.index_add_(1, numbers, torch.stack([losses, counts]))
 
     def read(self) -> dict[str, float]:

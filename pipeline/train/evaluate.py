@@ -21,7 +21,6 @@ import torch.distributed as dist
 from pipeline.train.by_source import SourceLosses, Sources
 from pipeline.train.targets import has_padding, masks, num_targets, with_documents
 from pldr_model.config import ModelConfig
-from pldr_model.loss import cross_entropy
 from pldr_model.model import g_shape
 
 
@@ -60,8 +59,8 @@ def validate(
     first: list[Any] = []
     if learned:
         padded = has_padding(sequences[:1], config.pad_id)
-        ids, apart = torch.from_numpy(sequences[:1]).to(device), masks(documents, device, slice(1))
-        _, first = engine(ids[:, :-1], padded=padded, return_outputs=True, **apart)
+        ids, apart = torch.from_numpy(sequences[:1, :-1]).to(device), masks(documents, device, slice(1))
+        _, first = engine(ids, padded=padded, return_outputs=True, last_only=True, **apart)
         constant["cached"] = torch.stack([layer.G_LM[0] for layer in first])
         eye = torch.eye(config.head_dim, device=device, dtype=dtype).expand(g_shape(config))
         constant |= {"zero": torch.zeros_like(eye), "identity": eye}
@@ -78,17 +77,17 @@ def validate(
         inputs, targets = ids[:, :-1], ids[:, 1:]
         sums[0] += num
         if learned:
-            logits, outputs = engine(inputs, padded=padded, return_outputs=True, **apart)
+            tokens, outputs = engine(inputs, targets=targets, padded=padded, return_outputs=True, **apart)
             sums[-8:] += _deviations(outputs, first, real)
         else:
-            logits = engine(inputs, padded=padded, **apart)
-            by_source.add(logits, targets, here, pad_id=config.pad_id)
-        sums[1] += cross_entropy(logits, targets, pad_id=config.pad_id).double() * num
+            tokens = engine(inputs, targets=targets, padded=padded, **apart)
+            by_source.add(tokens.nll_BS, targets, here, pad_id=config.pad_id)
+        sums[1] += tokens.nll_BS.sum(dtype=torch.float64)
         for slot, (name, g) in enumerate(constant.items(), start=2):
-            logits = engine(inputs, g_lm=g, padded=padded, **apart)
-            sums[slot] += cross_entropy(logits, targets, pad_id=config.pad_id).double() * num
+            tokens = engine(inputs, targets=targets, g_lm=g, padded=padded, **apart)
+            sums[slot] += tokens.nll_BS.sum(dtype=torch.float64)
             if name == "cached":
-                by_source.add(logits, targets, here, pad_id=config.pad_id)
+                by_source.add(tokens.nll_BS, targets, here, pad_id=config.pad_id)
     dist.all_reduce(sums)
     engine.train(training)
     block, *others = (sums[1:-8] / sums[0]).tolist()

@@ -106,8 +106,8 @@ def mean_g(engine: Any, config: ModelConfig, batches: Iterable[Sequence[np.ndarr
     for batch in batches:
         for micro, documents in map(with_documents, batch):
             ids = torch.from_numpy(micro.astype(np.int64)).to(device_of_rank())
-            apart = masks(documents, device_of_rank())
-            _, outputs = engine(ids[:, :-1], padded=has_padding(micro, config.pad_id), return_outputs=True, **apart)
+            padded, apart = has_padding(micro, config.pad_id), masks(documents, device_of_rank())
+            _, outputs = engine(ids[:, :-1], padded=padded, return_outputs=True, last_only=True, **apart)
             total += torch.stack([layer.G_LM.double().sum(dim=0) for layer in outputs])
             count += len(micro)
     dist.all_reduce(total)
