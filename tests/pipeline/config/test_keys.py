@@ -34,6 +34,7 @@ ADDED = (
     "document_masks",
     "g_from",
     "share_g_below",
+    "z_loss",
 )  # since; in a digest only with another value than the default
 ADDED_TO_POST = ("effect_prompts", "order_parameter", "prove", "extra_prompts", "max_relative_deviation_g_fp32",
                  "max_query_deviation", "max_worst_row_deviation", "with_metric_learner", "key_rank",
@@ -52,7 +53,8 @@ RECIPE = (
         "eps",
         "weight_decay",
     ),
-    *("metric_weight_decay", "clip_by", "clip", "precision", "freeze_g", "document_masks", "g_from", "share_g_below"),
+    *("metric_weight_decay", "clip_by", "clip", "z_loss", "precision", "freeze_g", "document_masks", "g_from"),
+    "share_g_below",
 )
 
 TREE = {
