@@ -105,6 +105,9 @@ class TrainConfig(Section):
     freeze_g: FreezeConfig | None = recipe(
         None, "when G is frozen and the metric learner dropped; null: it trains to the end"
     )
+    document_masks: bool = since(
+        False, "attention only within a document of a packed sequence; needs tokens.boundaries"
+    )
     g_from: GFrom = since(
         "own",
         "whose learned G a sequence uses: its own, that of the first of its micro batch, or of its neighbor there",

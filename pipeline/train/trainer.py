@@ -28,6 +28,7 @@ from pipeline.config.schedule import learning_rate
 from pipeline.errors import UserError
 from pipeline.tracking.metrics import Tracker
 from pipeline.tracking.publish import Publisher
+from pipeline.train.by_source import Sources
 from pipeline.train.console import Progress
 from pipeline.train.engine import device_of_rank, release, set_learning_rate
 from pipeline.train.evaluate import validate
@@ -50,8 +51,9 @@ log = logging.getLogger(__name__)
 class Trainer:
     """One rank of a training run: `Trainer(...).train()`. Every rank makes one and calls the same methods; collective.
 
-    `data`: this rank's batches; `held_out`: validation sequences [n, S+1]; `tracker`, `publisher`, `evaluations`:
-    rank 0's, else None; `resume_from`: a committed checkpoint, or None.
+    `data`: this rank's batches; `held_out`: validation sequences [n, S+1] (with document masks [2, n, S+1]), and the `sources`
+    of their tokens, where they are known; `tracker`, `publisher`, `evaluations`: rank 0's, else None; `resume_from`: a
+    committed checkpoint, or None.
     `engine` and `state` are the current ones: a freeze or a rollback replaces them. Raises UserError when a checkpoint does not
     fit this run.
     """
@@ -71,9 +73,10 @@ class Trainer:
         evaluations: Evaluations | None = None,
         heart: Heartbeat | None = None,
         stop: StopRequest | None = None,
+        sources: Sources | None = None,
     ) -> None:
         self.config, self.settings, self.checkpoints = config, config.train, paths.checkpoints
-        self.data, self.held_out, self.bytes_per_token = data, held_out, bytes_per_token
+        self.data, self.held_out, self.sources, self.bytes_per_token = data, held_out, sources, bytes_per_token
         self.lineage, self.tracker, self.evaluations = lineage, tracker, evaluations
         self.heart, self.stop = heart or Heartbeat(), stop or StopRequest()
         self.device = device_of_rank()
@@ -264,6 +267,7 @@ class Trainer:
                 self.held_out,
                 batch_size=self.settings.micro_batch,
                 bytes_per_token=self.bytes_per_token,
+                sources=self.sources,
                 stopped=self._stop_is_asked,
             )
         if not values:

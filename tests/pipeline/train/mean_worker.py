@@ -83,6 +83,7 @@ def gradient(config, data=Padded):
         micro,
         config.model,
         z_loss=config.train.z_loss,
+        g_from=config.train.g_from,
         stop=StopRequest(),
         device=CPU,
         forward=Stopwatch(CPU),
