@@ -1,4 +1,4 @@
-"""PLDRModel: token ids -> logits, with a learned, a constant or a given energy-curvature tensor G_LM.
+"""PLDRModel: token ids -> logits or losses, with a learned, a constant or a given energy-curvature tensor G_LM.
 
 Background: arXiv 2410.16703 (architecture, post-norm), 2502.13502 (G_LM as a constant). A PLDR-LLM layer is a
 decoder layer whose scores are `(q G_LM) k^T / sqrt(K)`; with G_LM = identity it is scaled dot-product
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pldr_model.config import ActivationCheckpointing, ModelConfig
 from pldr_model.layers import GLU, Linear, RopeTables, apply_rope, rope_tables
+from pldr_model.loss import OutputLayer, TokenLosses
 from pldr_model.plga import PLGA, ConstantG, DeductiveOutputs
 
 
@@ -119,7 +120,7 @@ class PLDRModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)  # N(0, 1), torch's default
         self.embedding_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
-        self.output = Linear(config.d_model, config.vocab_size)
+        self.output = OutputLayer(config.d_model, config.vocab_size)
         g_lm = _constant_g(config, g_lm_LHKK)
         self.register_buffer("g_lm", g_lm, persistent=config.g_source != "identity")
 
@@ -127,15 +128,19 @@ class PLDRModel(nn.Module):
         self,
         ids_BS: Tensor,
         *,
+        targets: Tensor | None = None,
+        z_loss: float = 0.0,
         g_lm: Tensor | None = None,
         padded: bool | None = None,
         return_outputs: bool = False,
         last_only: bool = False,
-    ) -> Tensor | tuple[Tensor, list[DeductiveOutputs]]:
-        """Logits [B,S,V]; with `return_outputs` also each layer's A, A_LM, A_P, G_LM [B,H,K,K].
+    ) -> Tensor | TokenLosses | tuple[Tensor | TokenLosses, list[DeductiveOutputs]]:
+        """Logits [B,S,V], or with `targets` their losses; with `return_outputs` also each layer's A, A_LM, A_P, G_LM [B,H,K,K].
 
         ids_BS: token ids, S <= context length. Ids equal to `pad_id` are padding: no query attends to them,
             while they still enter the density matrix (so does the reference).
+        targets: [B,S], the id that follows each; `pad_id` where there is none. No logits of the whole batch are made then.
+        z_loss: coefficient of the mean squared logsumexp of the logits in the loss.
         g_lm: [L,H,K,K] or [L,B,H,K,K]; replaces the model's own G. The metric learner is then not run.
         padded: None: look for padding (on a GPU that waits for the device). False: the caller knows that
             there is none: causal kernel, no mask, no check; training passes this. True: build the mask without a
@@ -147,8 +152,12 @@ class PLDRModel(nn.Module):
         if return_outputs and (g_lm is not None or self.config.g_source != "learned"):
             raise ValueError("return_outputs: no metric learner runs with a constant or given G, so nothing is deduced")
         x_BSD, deduced = self._run_layers(ids_BS, g_lm=g_lm, padded=padded, return_outputs=return_outputs)
-        logits_BSV: Tensor = self.output(x_BSD[:, -1:] if last_only else x_BSD)
-        return (logits_BSV, deduced) if return_outputs else logits_BSV
+        result: Tensor | TokenLosses
+        if targets is None:
+            result = self.output(x_BSD[:, -1:] if last_only else x_BSD)
+        else:
+            result = self.output(x_BSD, targets, pad_id=self.config.pad_id, z_loss=z_loss)
+        return (result, deduced) if return_outputs else result
 
     def hidden(self, ids_BS: Tensor, *, g_lm: Tensor | None = None, padded: bool | None = None) -> Tensor:
         """What `output` makes logits of, [B,S,D]: for whoever needs those of some tokens only. Arguments as in `forward`."""

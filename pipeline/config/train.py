@@ -74,6 +74,7 @@ class TrainConfig(Section):
         "value", "each gradient's entries (the papers), or the norm of all gradients"
     )
     clip: float = recipe(1.0, "where gradients are clipped", gt=0)
+    z_loss: float = since(0.0, "coefficient of the mean squared logsumexp of the logits in the loss", ge=0)
     precision: Literal["fp32", "bf16"] = arithmetic(
         "bf16", "of the forward and backward passes; master weights are fp32"
     )

@@ -39,10 +39,9 @@ from pipeline.train.profiling import StepProfiler, record_history
 from pipeline.train.signals import StopRequest, signal_name
 from pipeline.train.spikes import Event, Sequences, describe, judge, rollback_target
 from pipeline.train.state import Batch, Lineage, TrainData, TrainState, begin, record, roll_back
-from pipeline.train.step import LossFunction, Outcome, global_step
+from pipeline.train.step import Outcome, global_step
 from pipeline.train.telemetry import Measures, Throughput, first_on_node, peak_flops
 from pldr_model.config import ModelConfig
-from pldr_model.loss import total_loss
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +50,7 @@ class Trainer:
     """One rank of a training run: `Trainer(...).train()`. Every rank makes one and calls the same methods; collective.
 
     `data`: this rank's batches; `held_out`: validation sequences [n, S+1]; `tracker`, `publisher`, `evaluations`:
-    rank 0's, else None; `resume_from`: a committed checkpoint, or None; `loss`: what is minimized (total_loss of
-    pldr_model/loss.py).
+    rank 0's, else None; `resume_from`: a committed checkpoint, or None.
     `engine` and `state` are the current ones: a freeze or a rollback replaces them. Raises UserError when a checkpoint does not
     fit this run.
     """
@@ -72,12 +70,11 @@ class Trainer:
         evaluations: Evaluations | None = None,
         heart: Heartbeat | None = None,
         stop: StopRequest | None = None,
-        loss: LossFunction = total_loss,
     ) -> None:
         self.config, self.settings, self.checkpoints = config, config.train, paths.checkpoints
         self.data, self.held_out, self.bytes_per_token = data, held_out, bytes_per_token
         self.lineage, self.tracker, self.evaluations = lineage, tracker, evaluations
-        self.heart, self.stop, self.loss = heart or Heartbeat(), stop or StopRequest(), loss
+        self.heart, self.stop = heart or Heartbeat(), stop or StopRequest()
         self.device = device_of_rank()
         if self.settings.memory_history:
             record_history()
@@ -146,7 +143,7 @@ class Trainer:
             stop=self.stop,
             device=self.device,
             forward=self.measures.forward,
-            loss=self.loss,
+            z_loss=self.settings.z_loss,
         )
 
     def _freeze(self) -> None:
