@@ -87,7 +87,6 @@ def gradient(config, data=Padded):
         stop=StopRequest(),
         device=CPU,
         forward=Stopwatch(CPU),
-        g_from=config.train.g_from,
     )
     return {"gradient": found, "loss": outcome.loss, "targets": outcome.targets}
 
