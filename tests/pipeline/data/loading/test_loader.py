@@ -123,6 +123,8 @@ def test_tokens_without_boundaries_have_no_segments(tmp_path: Path, write_tokens
     write_tokens(tmp_path / "plain", train=[3])
     with pytest.raises(UserError, match="no document boundaries; run `pldr tokenize` with tokens.boundaries=true"):
         TokenReader(TokenIndex.load(tmp_path / "plain"), "train").segments([0])
+    with pytest.raises(UserError, match="no document boundaries; run `pldr tokenize` with tokens.boundaries=true"):
+        TokenIndex.load(tmp_path / "plain").check(boundaries=True)  # before training with document masks
 
 
 def test_numbers_outside_the_split(reader: TokenReader) -> None:
