@@ -7,7 +7,9 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 
-_OPTIONS: dict[str, tuple[type, str]] = {  # name -> its type, its help; defaults are Cluster's (pipeline/config/scale/cluster.py)
+_OPTIONS: dict[
+    str, tuple[type, str]
+] = {  # name -> its type, its help; defaults are Cluster's (pipeline/config/scale/cluster.py)
     "gpus_per_node": (int, "devices of one node (8)"),
     "link_gbps": (float, "Gbit/s between nodes, all network cards of a node together (400)"),
     "nvlink_gbps": (float, "Gbit/s of a device within its node (3600)"),
@@ -21,7 +23,9 @@ _OPTIONS: dict[str, tuple[type, str]] = {  # name -> its type, its help; default
 
 def add_cluster_options(sub: argparse.ArgumentParser) -> None:
     """Each of them asks for the plan of a cluster."""
-    group = sub.add_argument_group("a cluster (docs/scale.md); any of these shows communication, failures and sizes from 8 to 4096")
+    group = sub.add_argument_group(
+        "a cluster (docs/scale.md); any of these shows communication, failures and sizes from 8 to 4096"
+    )
     for name, (kind, text) in _OPTIONS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
 
@@ -32,7 +36,7 @@ def wants_cluster(arguments: Any) -> bool:
 
 
 def cluster_values(arguments: Any, assumed: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a Cluster. assumed: mfu, peak_tflops and devices where given. Raises ConfigError for what is not positive."""
+    """The fields of a Cluster. assumed: mfu, peak_tflops, devices where given. Raises ConfigError for what is not positive."""
     given = {name: getattr(arguments, name) for name in _OPTIONS}
     values = {name: value for name, value in given.items() if value is not None}
     for name, value in values.items():

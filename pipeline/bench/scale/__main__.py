@@ -29,9 +29,13 @@ BOUND, BYTES_BOUND = 0.2, 0.01
 def main(words: list[str] | None = None) -> int:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.bench.scale", description=__doc__)
-    parser.add_argument("--mbit", type=float, nargs="+", default=[100.0, 1000.0], help="rates of the link (%(default)s)")
+    parser.add_argument(
+        "--mbit", type=float, nargs="+", default=[100.0, 1000.0], help="rates of the link (%(default)s)"
+    )
     parser.add_argument("--stages", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3])
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each case; the median counts (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="timed steps of each case; the fastest counts (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args(words)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts are removed
@@ -51,7 +55,9 @@ def main(words: list[str] | None = None) -> int:
 def measure(stages: list[int], mbit: list[float], steps: int) -> dict[str, Any]:
     """Every case. Prints a line for each as it is known."""
     sizes, cases = Sizes(), []
-    print("ZeRO   Mbit/s   link Gbit/s  alpha us   compute s  predicted s  measured s  ratio   MB predicted  MB measured  ratio")
+    print(
+        "ZeRO   Mbit/s   link Gbit/s  alpha us   compute s  predicted s  measured s  ratio   MB predicted  MB measured  ratio"
+    )
     with tempfile.TemporaryDirectory(prefix="pldr-scale-") as name, TwoHosts() as hosts:
         ranks = Ranks(hosts, Path(name), sizes, steps)
         for number, stage in enumerate(stages):
@@ -69,7 +75,11 @@ def measure(stages: list[int], mbit: list[float], steps: int) -> dict[str, Any]:
                     f"{case['bytes_ratio']:>6.4f}",
                     flush=True,
                 )
-    return {"machine": machine(torch.device("cpu")), "parameters": config.model.num_parameters()["total"], "cases": cases}
+    return {
+        "machine": machine(torch.device("cpu")),
+        "parameters": config.model.num_parameters()["total"],
+        "cases": cases,
+    }
 
 
 if __name__ == "__main__":

@@ -77,7 +77,13 @@ class Ranks:
                 overrides = self.sizes.overrides(stage, world)
                 job.write_text(
                     json.dumps(
-                        {"config": str(config), "overrides": overrides, "mbit": mbit, "steps": self.steps, "out": str(outs[host])}
+                        {
+                            "config": str(config),
+                            "overrides": overrides,
+                            "mbit": mbit,
+                            "steps": self.steps,
+                            "out": str(outs[host]),
+                        }
                     )
                 )
                 log = stack.enter_context(open(self.folder / f"rank{host}.log", "w+b"))

@@ -38,11 +38,11 @@ OPERATIONS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_re
 HEADERS = 66  # bytes of Ethernet, IPv4, and TCP with its timestamps, of a packet
 
 
-class Collectives(TorchDispatchMode):  # type: ignore[misc]
+class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, every collective that torch dispatches is written down: (operation, bytes of its whole tensor)."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

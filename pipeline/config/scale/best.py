@@ -70,7 +70,9 @@ def problem_with(config: RunConfig, devices: int) -> str | None:
     """Why this many devices cannot share the global batch, or None."""
     batch = config.train.global_batch
     if batch < devices:
-        return f"global_batch {batch} feeds {batch} devices at most: raise train.global_batch to a multiple of {devices}"
+        return (
+            f"global_batch {batch} feeds {batch} devices at most: raise train.global_batch to a multiple of {devices}"
+        )
     if batch % devices:
         return f"global_batch {batch} is no multiple of {devices}: set train.global_batch={batch // devices * devices}"
     return None

@@ -30,9 +30,9 @@ class Cluster:
     """Share of the peak that the computation alone reaches, 0..1: without communication."""
     mtbf_hours: float = 50_000.0
     """Mean hours between two failures of one device, with its share of host and network. Llama 3's report: 419 unexpected
-    interruptions of 16,384 GPUs in 54 days, one in 50,700 device hours (arXiv 2407.21783, section 3.3.4)."""
+    interruptions of 16,384 GPUs in 54 days, one in 50,700 device hours (arXiv 2407.21783)."""
     restart_minutes: float = 10.0
-    """From a failure until training computes again: noticing it, replacing the node, starting, without reading the checkpoint."""
+    """From a failure until training computes again: noticing it, a new node, starting; without reading the checkpoint."""
     repair_hours: float = 24.0
     """Until a failed node can be used again."""
     storage_gb_per_s: float = 10.0

@@ -5,8 +5,8 @@ the ZeRO paper says (Rajbhandari et al. 2020, arXiv 1910.02054, section 7): stag
 (`use_multi_rank_bucket_allreduce`), so that they send half as much again as stage 0, where the paper has the same; and stage 3
 keeps weights gathered from the forward to the backward pass if they are needed again within `stage3_max_reuse_distance`.
 
-P: parameters. N, m, n: ranks, nodes, ranks of a node. B: bytes of a collective's whole tensor. alpha, beta: seconds of a message
-and of a byte (the alpha-beta model: Hockney 1994; for collectives Thakur, Rabenseifner, Gropp 2005).
+P: parameters. N, m, n: ranks, nodes, ranks of a node. B: bytes of a collective's whole tensor. alpha, beta: seconds of a
+message and of a byte (the alpha-beta model: Hockney 1994; for collectives Thakur, Rabenseifner, Gropp 2005).
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def collectives(config: RunConfig, ranks: int) -> list[Collective]:
     small = [size for size in sizes if size <= zero["stage3_param_persistence_threshold"]]
     rest, fetch = P - sum(small), ceil(P / zero["stage3_prefetch_bucket_size"])
     again = max(0, rest - zero["stage3_max_reuse_distance"] // 2)
-    traffic = [Collective("all-gather", "weights, forward", rest * weight, fetch, micro, "forward" if overlaps else None)]
+    traffic = [
+        Collective("all-gather", "weights, forward", rest * weight, fetch, micro, "forward" if overlaps else None)
+    ]
     if again:
         traffic.append(Collective("all-gather", "weights, backward", again * weight, fetch, micro, behind))
     traffic.append(Collective("reduce-scatter", "gradients", P * gradient, buckets, micro, behind))
@@ -112,7 +114,7 @@ def collectives(config: RunConfig, ranks: int) -> list[Collective]:
 
 
 def small_calls(config: RunConfig, cluster: Cluster) -> int:
-    """All-reduces of a few bytes in a step: targets, loss and flags (train/step.py); from stage 1 on the overflow and the norm."""
+    """All-reduces of a few bytes in a step: targets, loss and flags; from stage 1 on the overflow and the norm."""
     return 0 if cluster.devices == 1 else 2 if config.train.zero_stage == 0 else 4
 
 

@@ -35,8 +35,8 @@ def _step_lines(report: dict[str, Any]) -> list[str]:
     way, overlapped = report["as_configured"], report["with_overlap_comm"]
     step = way["step_seconds"]
     lines = [
-        f"step                {_time(step['total'])}: {_time(step['compute'])} of computing, {_time(step['exposed'])} of waiting "
-        f"for {_time(step['communication'])} of communication ({_size(step['sent_bytes'])} sent by a rank)",
+        f"step                {_time(step['total'])}: {_time(step['compute'])} of computing, {_time(step['exposed'])} of "
+        f"waiting for {_time(step['communication'])} of communication ({_size(step['sent_bytes'])} sent by a rank)",
     ]
     for one in report["traffic"]:
         hidden = f"behind the {one['behind']} pass" if one["behind"] else "nothing hides it"

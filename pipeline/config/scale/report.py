@@ -21,8 +21,10 @@ def scale(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     problem = problem_with(config, cluster.devices)
     train = config.train
     if problem is None and train.global_batch % (train.micro_batch * cluster.devices):
-        problem = f"micro_batch {train.micro_batch} x {cluster.devices} devices does not divide global_batch {train.global_batch}"
-        problem += f": set train.micro_batch={_fitting_micro_batch(config, cluster.devices)}"
+        problem = f"micro_batch {train.micro_batch} x {cluster.devices} devices does not divide "
+        problem += (
+            f"global_batch {train.global_batch}: set train.micro_batch={_fitting_micro_batch(config, cluster.devices)}"
+        )
     if problem is not None:
         raise ConfigError(f"plan: {problem}")
     way = judge(config, cluster)

@@ -1,4 +1,4 @@
-"""The sizes of a model's parameters, one by one: ZeRO 3 treats small ones in another way. Without torch, which takes seconds."""
+"""The sizes of a model's parameters, one by one: ZeRO 3 treats small ones in another way. Without torch."""
 
 from __future__ import annotations
 

@@ -32,7 +32,14 @@ def load(tmp_path):
 @pytest.mark.parametrize("g_source", ["learned", "constant", "identity", "random"])
 def test_sizes_of_parameters_are_the_models(g_source):
     config = ModelConfig(
-        vocab_size=50, context_length=8, num_layers=2, num_heads=2, head_dim=4, num_reslayerA=3, A_dff=6, g_source=g_source
+        vocab_size=50,
+        context_length=8,
+        num_layers=2,
+        num_heads=2,
+        head_dim=4,
+        num_reslayerA=3,
+        A_dff=6,
+        g_source=g_source,
     )
     assert sorted(parameter_sizes(config)) == sorted(p.numel() for p in PLDRModel(config).parameters())
 

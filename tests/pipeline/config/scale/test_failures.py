@@ -11,7 +11,9 @@ NODES, PER_NODE, MONTHS = 512, 8, 20
 HOUR = 3600.0
 
 
-def simulated(failures: Failures, *, nodes: int = NODES, extra: int | None = None, commit: float = 0.0, repair=24 * HOUR):
+def simulated(
+    failures: Failures, *, nodes: int = NODES, extra: int | None = None, commit: float = 0.0, repair=24 * HOUR
+):
     """Goodput, its standard error, and the share of time without a full set of nodes, over many months."""
     pytest.importorskip("simpy", reason="the simulation needs SimPy (pip install -e .[dev])")
     from tests.pipeline.config.scale.month import DAY_S, Month, Site

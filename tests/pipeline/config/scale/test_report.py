@@ -40,16 +40,25 @@ def test_the_best_way_at_every_size(load):
 
 
 def test_a_model_that_fits_only_sharded_or_recomputed(load):
-    large = ("model.num_layers=300", "model.num_heads=64", "model.d_ff=null", "train.global_batch=1024", "train.micro_batch=1")
+    large = (
+        "model.num_layers=300",
+        "model.num_heads=64",
+        "model.d_ff=null",
+        "train.global_batch=1024",
+        "train.micro_batch=1",
+    )
     report = scale(load(*large), Cluster(devices=256))
     rows = {row["devices"]: row for row in report["world_sizes"]}
     assert "nothing fits 80 GB" in rows[8]["problem"] and rows[256]["zero_stage"] == 3
     assert [one["fits"] for one in report["stages"]][:3] == [False, False, False]
-    assert any("weights, backward" in one["what"] for one in scale(load(*large, "train.zero_stage=3"), Cluster(devices=256))["traffic"])  # fmt: skip
+    sharded = scale(load(*large, "train.zero_stage=3"), Cluster(devices=256))
+    assert any("weights, backward" in one["what"] for one in sharded["traffic"])
 
 
 def test_devices_that_do_not_divide_the_batch_are_refused_with_the_fix(load):
-    with pytest.raises(ConfigError, match="global_batch 32 feeds 32 devices at most: raise train.global_batch to a multiple"):
+    with pytest.raises(
+        ConfigError, match="global_batch 32 feeds 32 devices at most: raise train.global_batch to a multiple"
+    ):
         scale(load(), Cluster(devices=64))
     with pytest.raises(ConfigError, match="does not divide global_batch 32: set train.micro_batch=2"):
         scale(load(), Cluster(devices=16))
@@ -71,7 +80,9 @@ def test_checkpoints_have_the_size_that_is_planned(repository, tmp_path):
 
 def test_restarts_read_the_checkpoint_and_staging_shortens_the_stall(load):
     cluster = Cluster(devices=32, storage_gb_per_s=1)
-    plain, staged = (judge(load("train.micro_batch=1", f"train.staging={where}"), cluster) for where in ("null", "/tmp/x"))
+    plain, staged = (
+        judge(load("train.micro_batch=1", f"train.staging={where}"), cluster) for where in ("null", "/tmp/x")
+    )
     assert plain.files.stall_s == pytest.approx(109_689_362 * 14 / 1e9)
     assert staged.files.stall_s < plain.files.stall_s and staged.files.commit_s == plain.files.stall_s
     assert staged.checkpoint_every < plain.checkpoint_every
@@ -84,7 +95,12 @@ def test_the_command(capsys, repository):
     before = capsys.readouterr().out
     assert main([*words, "--gpus-per-node", "8", "--mtbf-hours", "50000", "--price-per-gpu-hour", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(before.rstrip("\n")) and "32 devices on 4 nodes" in out and "cost" in out and "cost" not in before
+    assert (
+        out.startswith(before.rstrip("\n"))
+        and "32 devices on 4 nodes" in out
+        and "cost" in out
+        and "cost" not in before
+    )
     assert main([*words, "--link-gbps", "400", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["scale"]["as_configured"]["devices"] == 32 and len(result["scale"]["world_sizes"]) == 10
