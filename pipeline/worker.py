@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.tracking.metrics import Tracker
     from pipeline.tracking.publish import Publisher
+    from pipeline.train.by_source import Sources
     from pipeline.train.evaluations import Evaluations
 
 log = logging.getLogger(__name__)
@@ -143,11 +144,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Data:
-    """What this rank trains on. held_out: validation sequences [n, S+1], the same on every rank."""
+    """What this rank trains on. held_out: validation sequences [n, S+1], with document masks [2, n, S+1], the same on every
+    rank; sources: of their tokens."""
 
     index: TokenIndex
     loader: TrainLoader
     held_out: np.ndarray
+    sources: Sources | None
 
 
 def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
@@ -227,8 +230,9 @@ def open_data(job: Job) -> Data:
     from pipeline.data.loading.reader import TokenReader, open_split
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.stages.compatible import require_newest
+    from pipeline.train.by_source import Sources
 
-    config = job.config
+    config, masked = job.config, job.config.train.document_masks
     stamps = Stamps(job.stamp)  # what the ranks check together is checked once a start on each node
 
     def check_and_open() -> tuple[TokenIndex, TokenReader, TokenReader]:
@@ -236,8 +240,9 @@ def open_data(job: Job) -> Data:
         require_disk(config, job.paths, job.rank)
         index = TokenIndex.load(tokens_folder(config))
         index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
-        reader = open_split(index, "train", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
-        val = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
+        more: dict[str, Any] = {"cache_gigabytes": config.data.cache_gigabytes, "stamps": stamps, "segments": masked}
+        reader = open_split(index, "train", **more)
+        val = open_split(index, "val", **more, sources=bool(index.sources))
         if config.data.on_bad_shard == "error":  # else what cannot be read is skipped
             val.read(np.arange(min(1, val.num_sequences)))
         return index, reader, val
@@ -250,7 +255,8 @@ def open_data(job: Job) -> Data:
     chosen = evenly_spread(val, np.arange(val.num_sequences), wanted, skip=skip, agree=agree)
     if len(chosen) < 2:
         raise UserError(f"{index.folder}: a single held-out sequence, validation needs two; raise data.val_fraction")
-    held_out = val.read(chosen)
+    held_out = val.read_with_documents(chosen) if masked else val.read(chosen)
+    sources = Sources(index.sources, val.sources(chosen)) if index.sources else None
     loader = TrainLoader(
         reader,
         seed=config.seed,
@@ -260,8 +266,9 @@ def open_data(job: Job) -> Data:
         world_size=job.world,
         on_bad_shard=config.data.on_bad_shard,
         agree=agree,
+        documents=masked,
     )
-    return Data(index, loader, held_out)
+    return Data(index, loader, held_out, sources)
 
 
 def open_tracking(job: Job) -> tuple[Tracker | None, Publisher | None, Evaluations | None]:
@@ -316,6 +323,7 @@ def train(
         resume_from=job.start,
         heart=heart,
         stop=stop,
+        sources=data.sources,
     )
     stop.leaving(None)
     _enter(job, "compiling, and the first step" if job.config.train.compile else "the first step")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -145,6 +145,8 @@ def generate_steps(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    if stop is not None and not callable(stop) and not all(isinstance(ending, Iterable) for ending in stop):
+        raise ValueError("stop: holds what is not a sequence of token ids; give a list of sequences, or a predicate")
     if stop is not None and not callable(stop) and not all(stop):
         raise ValueError("stop: holds an empty sequence, which would end every row immediately; remove it")
     if block is not None and block < 1:
@@ -265,6 +267,8 @@ def _read_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> list
         raise ValueError("prompts: none given")
     read = []
     for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, Iterable):
+            raise ValueError(f"prompts: holds {prompt!r}; give a list of prompts, each a sequence of token ids")
         if not len(prompt):
             raise ValueError(f"prompts[{index}]: empty; give at least one token (bos or eos will do)")
         if len(prompt) >= config.context_length:
@@ -272,10 +276,11 @@ def _read_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> list
                 f"prompts[{index}]: {len(prompt)} tokens leave no room for a new one in the context of "
                 f"{config.context_length}; shorten it"
             )
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ValueError(f"prompts[{index}]: holds ids outside the vocabulary of {config.vocab_size}")
         try:
-            read.append(array("i", list(prompt)))
-        except TypeError:
+            ids = array("q", list(prompt))
+        except (TypeError, OverflowError):
             raise ValueError(f"prompts[{index}]: token ids are integers") from None
+        if min(ids) < 0 or max(ids) >= config.vocab_size:
+            raise ValueError(f"prompts[{index}]: holds ids outside the vocabulary of {config.vocab_size}")
+        read.append(array("i", ids))
     return read

@@ -126,9 +126,16 @@ def unpack(
 def check_section(section: Any, *, weight_format: str, sha256: str, where: str) -> bool:
     """Whether, by the certificate's section, these packed weights may be called certified.
 
-    section: as certificate/schema.py checked it, or None. sha256: that of the bundle's model.safetensors. Raises
-    UserError when the section is missing, about another file or format, or `passed` does not follow from its numbers.
+    section: as certificate/schema.py checked it, or None, as it must be beside fp32 weights. sha256: that of the bundle's
+    model.safetensors. Raises UserError when the section is missing, about another file or format, or `passed` does not follow
+    from its numbers.
     """
+    if weight_format == "fp32":
+        if section is not None:
+            raise UserError(
+                f"{where}: it judges {section['format']} weights, and these are fp32; make the bundle again"
+            )
+        return True
     if not isinstance(section, dict) or section.get("format") != weight_format or section.get("sha256") != sha256:
         raise UserError(f"{where}: it holds no measurement of these {weight_format} weights; make the bundle again")
     difference, allowed = section["loss_difference"], section["max_loss_difference"]

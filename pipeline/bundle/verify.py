@@ -109,9 +109,7 @@ def check_certificate(
     """The certificate (certificate/schema.py has checked its schema and verdict) is of these tensors, and every mark agrees."""
     where = path / "certificate.json"
     weight_format, stored = record.get("weight_format", "fp32"), manifest["files"]["model.safetensors"]["sha256"]
-    packed_ok = weight_format == "fp32" or check_section(
-        certificate.get(SECTION), weight_format=weight_format, sha256=stored, where=str(where)
-    )
+    packed_ok = check_section(certificate.get(SECTION), weight_format=weight_format, sha256=stored, where=str(where))
     ranks_ok = key_rank.check_section(
         certificate.get(key_rank.SECTION), ranks=record.get(RANKS), sha256=stored, where=str(where)
     )

@@ -10,7 +10,7 @@ from pydantic import field_validator, model_validator
 from pipeline.config.section import Kind, Section
 from pipeline.config.train_evaluate import EvaluateConfig, beside
 from pipeline.io.urls import check_url, is_http
-from pldr_model.config import ActivationCheckpointing
+from pldr_model.config import ActivationCheckpointing, GFrom
 
 recipe = Kind("fixed", ("train",), result=True)  # what the trained weights come from: another value is another run
 since = replace(recipe, added=True)
@@ -58,6 +58,14 @@ class TrainConfig(Section):
     decay_share: float = since(0.2, "wsd: share of the steps, the last ones, that decay", gt=0, le=1)
     decay_shape: Literal["linear", "1-sqrt"] = since("linear", "wsd: how the rate falls from max_lr to min_lr_ratio")
     min_lr_ratio: float = recipe(0.1, "the last learning rate as a share of max_lr", ge=0, le=1)
+    optimizer: Literal["adamw", "muon"] = since(
+        "adamw",
+        "muon: torch's Muon for the matrices of attention and feed-forward, AdamW for all else; ZeRO stage 0 only",
+    )
+    muon_lr: float | None = since(
+        None, "muon: its peak learning rate; null: max_lr, which its update is scaled for", gt=0
+    )
+    muon_momentum: float = since(0.95, "muon: its (Nesterov) momentum", ge=0, lt=1)
     betas: tuple[float, float] = recipe((0.9, 0.95), "AdamW's beta1 and beta2")
     eps: float = recipe(1e-5, "AdamW's epsilon", gt=0)
     weight_decay: float = recipe(0.1, "AdamW's weight decay", ge=0)
@@ -66,6 +74,7 @@ class TrainConfig(Section):
         "value", "each gradient's entries (the papers), or the norm of all gradients"
     )
     clip: float = recipe(1.0, "where gradients are clipped", gt=0)
+    z_loss: float = since(0.0, "coefficient of the mean squared logsumexp of the logits in the loss", ge=0)
     precision: Literal["fp32", "bf16"] = arithmetic(
         "bf16", "of the forward and backward passes; master weights are fp32"
     )
@@ -103,6 +112,16 @@ class TrainConfig(Section):
     spike_threshold: float = work(8.0, "how many deviations above the median are a spike", gt=0)
     freeze_g: FreezeConfig | None = recipe(
         None, "when G is frozen and the metric learner dropped; null: it trains to the end"
+    )
+    document_masks: bool = since(
+        False, "attention only within a document of a packed sequence; needs tokens.boundaries"
+    )
+    g_from: GFrom = since(
+        "own",
+        "whose learned G a sequence uses: its own, that of the first of its micro batch, or of its neighbor there",
+    )
+    share_g_below: float | None = since(
+        None, "g_from becomes batch after the first validation whose order parameter of G is below this", gt=0
     )
     evaluate: EvaluateConfig | None = beside(None, "benchmark scores of checkpoints while training runs; null: none")
     max_restarts: int = work(0, "restarts after a crash, from the last commit; not after a stop or a user error", ge=0)
@@ -143,10 +162,27 @@ class TrainConfig(Section):
                 f"offload {self.offload!r} needs zero_stage {'3' if self.offload == 'parameters' else '1, 2 or 3'}, "
                 f"not {self.zero_stage}"
             )
+        if self.optimizer == "muon" and self.zero_stage:
+            raise ValueError(
+                f"optimizer muon: ZeRO stage {self.zero_stage} cuts matrices into flat pieces, which Muon cannot "
+                "orthogonalize; set zero_stage=0"
+            )
+        for key in ("muon_lr", "muon_momentum") if self.optimizer != "muon" else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is only read with optimizer muon, not {self.optimizer}; remove it")
         at_step = self.freeze_g.at_step if self.freeze_g is not None else None
         if at_step is not None and at_step >= self.steps:
             raise ValueError(
                 f"freeze_g.at_step {at_step} must be smaller than steps {self.steps}: G would never be frozen"
+            )
+        if self.g_from == "batch" and self.share_g_below is not None:
+            raise ValueError(
+                "share_g_below is not read with g_from batch, where G is shared from the start; remove one"
+            )
+        if self.mixes_g and self.micro_batch == 1:
+            key = "g_from" if self.g_from != "own" else "share_g_below"
+            raise ValueError(
+                f"{key} {getattr(self, key)} needs a micro_batch of 2 or more: there is no other sequence in 1"
             )
         if self.evaluate is not None and self.evaluate.every % self.checkpoint_every:
             raise ValueError(
@@ -163,6 +199,11 @@ class TrainConfig(Section):
     def decay_begins(self) -> int:
         """With schedule wsd: the first step, from 0, after which the rate is below max_lr."""
         return self.steps - max(1, round(self.decay_share * self.steps))
+
+    @property
+    def mixes_g(self) -> bool:
+        """Whether a sequence's G can come from another one of its micro batch: micro_batch is then part of the recipe."""
+        return self.g_from != "own" or self.share_g_below is not None
 
     @property
     def metric_decay(self) -> float:

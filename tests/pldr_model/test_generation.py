@@ -1,7 +1,9 @@
 """Generation: caches against full passes, batches against single prompts, sampling by its definition."""
 
+import re
 from array import array
 from collections import deque
+from typing import Any
 
 import pytest
 import torch
@@ -348,3 +350,19 @@ def test_samples_follow_the_distribution(model):
     assert counts[p == 0].sum() == 0
     expected = 500 * p[p > 0]
     assert ((counts[p > 0] - expected) ** 2 / expected).sum() < 36  # 5 degrees of freedom: P(> 36) ~ 1e-6
+
+
+@pytest.mark.parametrize(
+    ("prompts", "stop", "message"),
+    [
+        ("ab", None, "prompts[0]: token ids are integers"),
+        (["ab"], None, "prompts[0]: token ids are integers"),
+        ([3, 4], None, "prompts: holds 3"),
+        ([[3.5]], None, "prompts[0]: token ids are integers"),
+        ([[10**30]], None, "prompts[0]: token ids are integers"),
+        ([[3]], [5], "stop: holds what is not a sequence"),
+    ],
+)
+def test_what_are_no_token_ids_is_refused_by_name(model: PLDRModel, prompts: Any, stop: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        generate(model, prompts, max_new_tokens=2, stop=stop)

@@ -18,7 +18,6 @@ PROMPT_ROUND_OFF = 1e-6  # a deviation below it may be round-off; a proven bound
 AS_WRITTEN = 1e-8  # relative; numbers were rounded after they were counted
 LOSS_ROUND_OFF = 1e-7  # of a loss: nine digits are written
 FORMAT_ROUND_OFF = 1e-5  # of the losses of packed weights, relative above 1: six digits are written
-KL_ROUND_OFF = 1e-5  # of a divergence in fp32, which may come out below 0
 ALWAYS = ("text", "random", "repeated", "padded", "lengths")  # kinds of prompts; others depend on the length of text
 
 
@@ -134,7 +133,7 @@ def _possible(measures: Tree) -> str | None:
     for name, found in measures["agreement"].items():
         if found["top1"] is not None and not 0 <= found["top1"] <= 1:
             return f"measures.agreement.{name}.top1: {found['top1']:g} is no share"
-        if found["kl"] is not None and found["kl"] < -KL_ROUND_OFF:
+        if found["kl"] is not None and found["kl"] < -key_rank.KL_ROUND_OFF:
             return f"measures.agreement.{name}.kl: {found['kl']:g} is less than 0"
     greedy = measures["greedy"]
     if not greedy:
@@ -225,7 +224,7 @@ def _smaller_weights(certificate: Tree) -> str | None:
         allowed = section["max_loss_difference"]
         return f"weight_format.max_loss_difference: {allowed:g} nats; at most {MAX_FORMAT_LOSS:g} may be allowed"
     loss, full, difference = (section[key] for key in ("loss", "loss_fp32", "loss_difference"))
-    wrong = key_rank.wrong_difference(loss, full, difference, FORMAT_ROUND_OFF)
+    wrong = key_rank.impossible(section) or key_rank.wrong_difference(loss, full, difference, FORMAT_ROUND_OFF)
     return f"weight_format.{wrong}" if wrong else None
 
 

@@ -15,6 +15,7 @@ from pipeline.config.post import MAX_KEY_LOSS
 from pipeline.errors import UserError
 
 SECTION = "key_rank"
+KL_ROUND_OFF = 1e-5  # of a divergence, which may come out below 0
 LOSS_ROUND_OFF = 1e-7  # of a loss, relative above 1: nine digits are written
 Ranks = Sequence[Sequence[int]]  # [L][H]
 
@@ -60,6 +61,20 @@ def wrong_difference(
     return None if fits else f"loss_difference: {difference} is not that of the losses {loss} and {full}"
 
 
+def impossible(section: Mapping[str, Any]) -> str | None:
+    """A number that a comparison over held-out text cannot give, in one line; None when there is none."""
+    if section["prompts"] < 1:
+        return f"prompts: {section['prompts']} measure nothing"
+    kl = section["kl"]
+    if kl is not None and not -KL_ROUND_OFF <= kl < math.inf:
+        return f"kl: {kl} is not a divergence"
+    for key in ("top1_agreement", "greedy_agreement", "greedy_identical"):
+        share = section.get(key)
+        if share is not None and not 0 <= share <= 1:
+            return f"{key}: {share} is not a share"
+    return None
+
+
 def inconsistent(certificate: Mapping[str, Any]) -> str | None:
     """The first number of the section that another contradicts, in one line; None when all fit, or there is no section."""
     section = certificate.get(SECTION)
@@ -73,6 +88,8 @@ def inconsistent(certificate: Mapping[str, Any]) -> str | None:
     if not 0 <= section["max_loss_difference"] <= MAX_KEY_LOSS:
         allowed = section["max_loss_difference"]
         return f"{SECTION}.max_loss_difference: {allowed:g} nats; at most {MAX_KEY_LOSS:g} may be allowed"
+    if wrong := impossible(section):
+        return f"{SECTION}.{wrong}"
     if wrong := wrong_difference(section["loss"], section["loss_full"], section["loss_difference"]):
         return f"{SECTION}.{wrong}"
     difference = section["loss_difference"]

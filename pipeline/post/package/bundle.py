@@ -60,7 +60,8 @@ def build_bundle(
     key_rank_section: dict[str, Any] | None = None,
     with_metric_learner: bool = False,
 ) -> dict[str, Any]:
-    """Write, verify and publish the bundle folder `out`; returns {"path", "bundle_sha256", "certified", "bytes"}.
+    """Write, verify and publish the bundle folder `out`; returns {"path", "bundle_sha256", "certified", "bytes"},
+    and what packed weights and low-rank keys cost in nats per token ("format_loss_difference", "key_loss_difference").
 
     lineage: plain values for MANIFEST.json (run, checkpoint, git commit, data fingerprint). notes: lines for the model
     card (how it was trained). uncertified: package even with a failed certificate, and mark every file; marks a passed one
@@ -133,6 +134,8 @@ def build_bundle(
         "bundle_sha256": parts.manifest["bundle_sha256"],
         "certified": certified,
         "bytes": sum(entry["size"] for entry in parts.manifest["files"].values()),
+        **({} if packed is None else {"format_loss_difference": packed.section["loss_difference"]}),
+        **({} if key_rank_section is None else {"key_loss_difference": key_rank_section["loss_difference"]}),
     }
 
 

@@ -103,6 +103,15 @@ def test_a_tokenizer_that_does_not_fit_is_refused(make_bundle: Make, larger_toke
         make_bundle("other", lineage={"tokenizer_sha256": "0" * 64})
 
 
+def test_a_judgment_of_packed_weights_beside_fp32_ones_is_refused(make_bundle: Make) -> None:
+    bundle, section = make_bundle(), {"loss_fp32": 5.0, "loss": 5.01, "loss_difference": 0.01, "kl": 0.0, "prompts": 8}
+    section |= {"format": "int8", "sha256": "3" * 64, "prompts_sha256": "4" * 64, "bytes": 1, "bytes_fp32": 4}
+    section |= {"top1_agreement": 0.5, "max_loss_difference": 0.1, "passed": True}
+    edit(bundle / "certificate.json", weight_format=section)
+    reseal(bundle)
+    assert "it judges int8 weights, and these are fp32" in refused(bundle)
+
+
 def test_a_verdict_that_does_not_follow_from_its_checks_is_refused(
     make_bundle: Make, tiny: SimpleNamespace, text: torch.Tensor
 ) -> None:

@@ -21,6 +21,7 @@ SMALLER = {
     **{"loss_fp32": 5.0, "loss": 7.0, "loss_difference": 2.0, "kl": 1.0, "top1_agreement": 0.5},
     **{"max_loss_difference": 1e9, "passed": True},
 }
+ALLOWED = {"max_loss_difference": 0.1, "loss": 5.01, "loss_difference": 0.01}
 KEYS = {
     **{"by": "energy", "ranks": [[8, 3], [2, 1]], "sha256": "3" * 64},
     **{"numbers_per_key": 3.5, "bytes_per_token": 184, "bytes_per_token_full": 256},
@@ -171,6 +172,13 @@ def test_a_certificate_is_read_back(tmp_path: Path, post: dict[str, Any]) -> Non
             SMALLER | {"max_loss_difference": 0.1, "loss_difference": 1e-4},
             "weight_format.loss_difference: 0.0001 is not that of the losses 7.0 and 5.0",
         ),
+        ("weight_format", SMALLER | ALLOWED | {"kl": -1.0}, "weight_format.kl: -1.0 is not a divergence"),
+        ("weight_format", SMALLER | ALLOWED | {"prompts": 0}, "weight_format.prompts: 0 measure nothing"),
+        (
+            "weight_format",
+            SMALLER | ALLOWED | {"top1_agreement": 1.5},
+            "weight_format.top1_agreement: 1.5 is not a share",
+        ),
     ],
 )
 def test_what_does_not_follow_or_is_unknown_is_refused_in_one_line(
@@ -194,6 +202,7 @@ def test_what_does_not_follow_or_is_unknown_is_refused_in_one_line(
         ({"loss": 5.1}, "key_rank.loss_difference: 0.0004 is not that of the losses 5.1 and 5.0"),
         ({"loss": None}, "key_rank.loss_difference: 0.0004 is not that of the losses None"),
         ({"loss": 5.1, "loss_difference": 0.1}, "key_rank.passed: True contradicts a loss difference of 0.1"),
+        ({"greedy_agreement": 7.0}, "key_rank.greedy_agreement: 7.0 is not a share"),
         ({"passed": False}, "key_rank.passed: False contradicts"),
         ({"kl": 1e-9}, "statement"),
         ({"surprise": 1}, "key_rank.surprise: Extra inputs"),
