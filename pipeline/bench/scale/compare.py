@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config.run import RunConfig
 from pipeline.config.scale.cluster import Cluster
 from pipeline.config.scale.communication import collectives
-from pipeline.config.scale.step import Compute, step_time
+from pipeline.config.scale.step_time import Compute, step_time
 
 RANKS = 2
 

@@ -1,5 +1,5 @@
-"""What a configuration costs on a cluster, computed: communication, memory, files, failures, the best way for each size.
+"""What a configuration costs on a cluster, computed: `pldr plan CONFIG --devices 1024 …`. Formulas and sources: docs/scale.md.
 
-Pure functions of a RunConfig and a Cluster; `pldr plan CONFIG --devices 1024 --gpus-per-node 8 …` prints them. Formulas and
-sources, and what is not modeled: docs/scale.md.
+In: a RunConfig and a Cluster. Imports pldr_model/config.py, neither torch nor DeepSpeed.
+Out: communication, memory, files, failures, and the best way to train on each number of devices, as plain values and lines.
 """

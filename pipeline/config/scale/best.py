@@ -13,7 +13,7 @@ from pipeline.config.scale.cluster import Cluster
 from pipeline.config.scale.failures import Failures
 from pipeline.config.scale.input_output import InputOutput, input_output
 from pipeline.config.scale.memory import Memory, memory
-from pipeline.config.scale.step import StepTime, compute_of, step_time
+from pipeline.config.scale.step_time import StepTime, compute_of, step_time
 from pldr_model.config import ActivationCheckpointing
 
 Stage = Literal[0, 1, 2, 3]

@@ -2,7 +2,8 @@
 
 The list of collectives is what DeepSpeed 0.19.8 was seen to do (`python -m pipeline.bench.scale` counts them again), not what
 the ZeRO paper says (Rajbhandari et al. 2020, arXiv 1910.02054, section 7): stages 1 and 2 reduce by an all-reduce
-(`use_multi_rank_bucket_allreduce`), so that they send half as much again as stage 0, where the paper has the same; and stage 3
+(`use_multi_rank_bucket_allreduce`), so that they send half as much again as stage 0, where the paper has the same; stage 3
+gathers small weights one by one after the step, and
 keeps weights gathered from the forward to the backward pass if they are needed again within `stage3_max_reuse_distance`.
 
 P: parameters. N, m, n: ranks, nodes, ranks of a node. B: bytes of a collective's whole tensor. alpha, beta: seconds of a
@@ -97,7 +98,8 @@ def collectives(config: RunConfig, ranks: int) -> list[Collective]:
         rounds = 1 if stage == 1 else micro
         return [
             Collective("all-reduce", "gradients", P * gradient, buckets, rounds, behind),
-            Collective("all-gather", "weights", P * weight, 2, 1),  # one call for each of two groups of parameters
+            # One call for each group of parameters: the metric learner has a weight decay of its own.
+            Collective("all-gather", "weights", P * weight, 2 if config.model.g_source == "learned" else 1, 1),
         ]
     small = [size for size in sizes if size <= zero["stage3_param_persistence_threshold"]]
     rest, fetch = P - sum(small), ceil(P / zero["stage3_prefetch_bucket_size"])

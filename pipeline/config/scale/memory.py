@@ -14,6 +14,7 @@ from pipeline.config.scale.cluster import Cluster
 from pipeline.config.scale.communication import gradient_bytes, zero_keys
 from pldr_model.config import ModelConfig
 
+LOGITS_CHUNK_BYTES = 256 * 2**20  # of fp32 logits on a GPU (pldr_model/linear_cross_entropy.py)
 RESERVED = 0.08  # of a device: CUDA context, NCCL's buffers, fragmentation
 
 
@@ -51,14 +52,24 @@ def recomputed_activation_bytes(config: RunConfig) -> int:
     """Bytes kept for the backward pass of one micro batch. `layer` keeps each layer's input and, while one is computed again,
     all of it; `metric_learner` likewise the input of each metric learner, [B, H, K, K]."""
     model, train = config.model, config.train
-    everything, recompute, L = activation_bytes(config), train.activation_checkpointing, model.num_layers
+    recompute, L = train.activation_checkpointing, model.num_layers
     width, B = (2 if train.precision == "bf16" else 4), train.micro_batch
+    everything = L * _layer(config) + _output(config)
     if recompute == "layer":
         return everything - (L - 1) * _layer(config) + L * B * model.context_length * model.d_model * width
     if recompute == "metric_learner" and model.g_source == "learned":
         learner = _layer(config) - _layer(_with_model(config, model.sdpa_twin()))
         return everything - (L - 1) * learner + L * B * model.num_heads * model.head_dim**2 * width
     return everything
+
+
+def _output(config: RunConfig) -> int:
+    """Bytes of the output layer: its logits a chunk at a time, and the fp32 gradients of hidden states and weight, which are
+    made in the forward pass; or all logits, where these are smaller."""
+    model = config.model
+    whole = activation_bytes(config) - model.num_layers * _layer(config)
+    rows = config.train.micro_batch * model.context_length
+    return min(whole, 3 * LOGITS_CHUNK_BYTES + 4 * model.d_model * (rows + model.vocab_size))
 
 
 def _layer(config: RunConfig) -> int:

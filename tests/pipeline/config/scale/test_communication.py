@@ -7,7 +7,7 @@ from pipeline.config.scale.best import judge, with_overlap, with_way
 from pipeline.config.scale.cluster import Cluster
 from pipeline.config.scale.communication import Collective, collectives, gradient_bytes
 from pipeline.config.scale.shapes import parameter_sizes
-from pipeline.config.scale.step import Compute, step_time
+from pipeline.config.scale.step_time import Compute, step_time
 from pipeline.train.deepspeed_config import deepspeed_config
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel

@@ -42,10 +42,11 @@ class StepTime:
 def compute_of(config: RunConfig, cluster: Cluster) -> Compute:
     """From the FLOPs, at peak * mfu. Recomputation adds the forward pass of what it repeats to the backward pass (Chen et al.
     2016, arXiv 1604.06174), which MFU does not count."""
-    model, tokens = config.model, config.train.micro_batch * config.model.context_length
-    rate = cluster.peak_tflops * 1e12 * cluster.mfu
-    forward = model.flops_per_token(training=False) * tokens / rate
-    again = _recomputed_flops(model, config.train.activation_checkpointing) * tokens / rate
+    model, train = config.model, config.train
+    tokens, rate = train.micro_batch * model.context_length, cluster.peak_tflops * 1e12 * cluster.mfu
+    shared = train.micro_batch if train.g_from == "batch" else 1
+    forward = model.flops_per_token(training=False, sequences_per_g=shared) * tokens / rate
+    again = _recomputed_flops(model, train.activation_checkpointing, shared) * tokens / rate
     return Compute(forward, 2 * forward + again)
 
 
@@ -72,12 +73,12 @@ def step_time(config: RunConfig, cluster: Cluster, compute: Compute) -> StepTime
     return StepTime(busy, communication, exposed, sum(one.sent(cluster) for one in traffic))
 
 
-def _recomputed_flops(model: ModelConfig, recompute: str) -> float:
+def _recomputed_flops(model: ModelConfig, recompute: str, shared: int) -> float:
     """Forward FLOPs a token that the backward pass repeats."""
     if recompute == "none":
         return 0.0
     output = 2.0 * model.d_model * model.vocab_size
-    layers = model.flops_per_token(training=False) - output
+    layers = model.flops_per_token(training=False, sequences_per_g=shared) - output
     if recompute == "layer":
         return layers
     return layers - (model.sdpa_twin().flops_per_token(training=False) - output)
