@@ -7,6 +7,7 @@ import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from launch.commands.plan_options import add_cluster_options, cluster_values, wants_cluster
 from launch.commands.terminal import status_lines
 from launch.commands.verbs import Report, Result, Verbs, add_config
 from pipeline.errors import ConfigError, UserError
@@ -69,6 +70,7 @@ def add_stage_verbs(verbs: Verbs) -> None:
     sub.add_argument("--mfu", type=float, help="model FLOPs utilization to assume (0.4)")
     sub.add_argument("--peak-tflops", type=float, help="dense peak of one device (989: H100/H200, bf16)")
     sub.add_argument("--devices", type=int, help="how many (8; without a GPU and these options: this machine's CPU)")
+    add_cluster_options(sub)
 
 
 def _add_going_on(sub: argparse.ArgumentParser) -> None:
@@ -213,6 +215,11 @@ def _plan(arguments: Any, report: Report) -> Result:
     assumed = {key: value for key, value in given.items() if value is not None}
     if any(value <= 0 for value in assumed.values()) or assumed.get("mfu", 1) > 1:
         raise ConfigError("plan: --mfu is between 0 and 1, --devices and --peak-tflops are positive")
+    if wants_cluster(arguments):
+        cluster = cluster_values(arguments, assumed)
+        assumed["devices"] = cluster["devices"]
+    else:
+        cluster = None
     if arguments.anneal_from is not None:
         from pipeline.stages.anneal import branch
 
@@ -223,6 +230,13 @@ def _plan(arguments: Any, report: Report) -> Result:
     flops_here = None if assumed else _flops_of_this_cpu(config)
     result = plan(config, **assumed, flops_here=flops_here, begins=state or None)
     report("\n".join(plan_lines(result)))
+    if cluster is not None:
+        from pipeline.config.scale.cluster import Cluster
+        from pipeline.config.scale.lines import scale_lines
+        from pipeline.config.scale.report import scale
+
+        result["scale"] = scale(config, Cluster(**cluster))
+        report("\n".join(scale_lines(result["scale"])))
     return result
 
 

@@ -1,0 +1,135 @@
+"""One way to train judged as a whole, and the best way for each number of devices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from pipeline.config.load import SHIPPED
+from pipeline.config.run import RunConfig
+from pipeline.config.scale.cluster import Cluster
+from pipeline.config.scale.failures import Failures
+from pipeline.config.scale.input_output import InputOutput, input_output
+from pipeline.config.scale.memory import Memory, memory
+from pipeline.config.scale.step_time import StepTime, compute_of, step_time
+from pldr_model.config import ActivationCheckpointing
+
+Stage = Literal[0, 1, 2, 3]
+WORLD_SIZES = tuple(2**power for power in range(3, 13))  # 8 … 4096
+
+
+@dataclass(frozen=True)
+class Way:
+    """A configuration on a cluster, computed."""
+
+    config: RunConfig
+    cluster: Cluster
+    step: StepTime
+    memory: Memory
+    files: InputOutput
+    failures: Failures
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.fits(self.cluster)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of training, without failures and checkpoints."""
+        return self.config.train.global_batch * self.config.model.context_length / self.step.total
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between two checkpoints with the highest goodput; at most all steps."""
+        steps = round(self.failures.best_interval() / self.step.total)
+        return min(max(1, steps), self.config.train.steps)
+
+    def goodput(self, checkpoint_every: int) -> float:
+        """Useful share of the time with a checkpoint after every so many steps."""
+        return self.failures.goodput(checkpoint_every * self.step.total)
+
+    def hours(self, checkpoint_every: int) -> float:
+        """Of the whole run, with failures."""
+        goodput = self.goodput(checkpoint_every)
+        return self.config.train.steps * self.step.total / goodput / 3600 if goodput > 0 else float("inf")
+
+
+def judge(config: RunConfig, cluster: Cluster) -> Way:
+    """Compute everything about one way. The configuration's batch must divide (`problem_with`)."""
+    step = step_time(config, cluster, compute_of(config, cluster))
+    files = input_output(config, cluster, step.total)
+    restart = cluster.restart_minutes * 60 + files.read_s + files.commit_s
+    return Way(
+        config, cluster, step, memory(config, cluster), files, Failures(cluster.job_mtbf_s, files.stall_s, restart)
+    )
+
+
+def problem_with(config: RunConfig, devices: int) -> str | None:
+    """Why this many devices cannot share the global batch, or None."""
+    batch = config.train.global_batch
+    if batch < devices:
+        return (
+            f"global_batch {batch} feeds {batch} devices at most: raise train.global_batch to a multiple of {devices}"
+        )
+    if batch % devices:
+        return f"global_batch {batch} is no multiple of {devices}: set train.global_batch={batch // devices * devices}"
+    return None
+
+
+def best(config: RunConfig, cluster: Cluster) -> Way | None:
+    """The fastest way that fits, over ZeRO stage, micro batch and recomputation, at the configuration's global batch; None when
+    nothing fits. Of ways within 1 % the one that recomputes less, has larger micro batches, shards less: what the model does
+    not see (kernels fill a device better with larger micro batches) decides there."""
+    ways = [way for way in _ways(config, cluster) if way.fits]
+    if not ways:
+        return None
+    fastest = min(way.step.total for way in ways)
+    recompute = get_args(ActivationCheckpointing)
+    return min(
+        (way for way in ways if way.step.total <= 1.01 * fastest),
+        key=lambda way: (
+            (0, 2, 1)[recompute.index(way.config.train.activation_checkpointing)],
+            -way.config.train.micro_batch,
+            way.config.train.zero_stage,
+        ),
+    )
+
+
+def _ways(config: RunConfig, cluster: Cluster) -> Iterator[Way]:
+    per_rank = config.train.global_batch // cluster.devices
+    stages: tuple[Stage, ...] = get_args(Stage)
+    for stage in stages:
+        if config.train.precision == "bf16" and stage == 0:
+            continue  # gradients would be accumulated in bf16 (docs/compatibility.md)
+        for recompute in get_args(ActivationCheckpointing):
+            if recompute == "metric_learner" and config.model.g_source != "learned":
+                continue
+            for micro in (n for n in range(1, per_rank + 1) if per_rank % n == 0):
+                yield judge(with_way(config, stage, micro, recompute), cluster)
+
+
+def with_way(config: RunConfig, stage: int, micro_batch: int, recompute: str) -> RunConfig:
+    """The configuration trained another way. At another stage DeepSpeed's own keys are those of the shipped file."""
+    changes: dict[str, Any] = {"zero_stage": stage, "micro_batch": micro_batch, "activation_checkpointing": recompute}
+    if stage != config.train.zero_stage:
+        changes["deepspeed"] = json.loads((SHIPPED / f"zero{stage}.json").read_text())
+        changes["offload"] = "none"
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+
+
+def stage_table(config: RunConfig, cluster: Cluster) -> list[Way]:
+    """The configuration at each ZeRO stage, everything else as it is."""
+    train = config.train
+    return [
+        judge(with_way(config, stage, train.micro_batch, train.activation_checkpointing), cluster)
+        for stage in get_args(Stage)
+    ]
+
+
+def with_overlap(config: RunConfig) -> RunConfig:
+    """The configuration with DeepSpeed's overlap_comm, which reduces gradients while the backward pass runs."""
+    keys = dict(config.train.deepspeed) if isinstance(config.train.deepspeed, dict) else {}
+    keys["zero_optimization"] = {**keys.get("zero_optimization", {}), "overlap_comm": True}
+    return config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": keys})})
