@@ -13,13 +13,13 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from pldr_model.config import ModelConfig
+from pldr_model.config import GFrom, ModelConfig
 from pldr_model.decode.decoder import Decoder
 from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel, g_shape
@@ -33,13 +33,16 @@ def bench(
     decode_tokens: int = 64,
     prompt_length: int = 16,
     seed: int = 0,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Time `steps` training steps (forward, backward, AdamW) on full contexts and `decode_tokens` decoding
     steps of one row with KV- and G-cache, after one warm-up of each, in fp32 on the GPU if there is one, else
     the CPU.
 
     Returns tokens per second of model and twin (medians), the ratios of their speed (model / twin), and memory;
-    `train_ratio_to_sdpa_frozen` is of the model with a constant G, as training continues after `train.freeze_g`.
+    `train_ratio_to_sdpa_frozen` is of the model with a constant G, as training continues after `train.freeze_g`;
+    `train_ratio_to_sdpa_shared` of one G for all sequences (`train.g_from` batch), where there are several and a learned G.
+    compiled: also with each layer compiled, the twin's too (`..._compiled`).
     `peak_rss_mb` is the process's peak resident memory (Python and libraries included) after the model's
     first complete training step, before the twin exists; `peak_rss_with_twin_mb` at the end. `peak_cuda_mb`
     (only on a GPU) is allocator memory.
@@ -71,11 +74,19 @@ def bench(
         "train_ratio_to_sdpa": 1 / ratio,
     }
     del model_seconds, twin_seconds, train_model
+    shares = config.g_source == "learned" and batch_size > 1
+    if shares:
+        train_shared = _training_step(model, ids_BS, g_from="batch")
+        train_shared()
+        result["train_ratio_to_sdpa_shared"] = 1 / in_turn(train_shared, train_twin, steps, device)[2]
+        del train_shared
     g_lm_LHKK = torch.randn(g_shape(config))
     frozen = PLDRModel(config.with_constant_g(), g_lm_LHKK=g_lm_LHKK).to(device)
     train_frozen = _training_step(frozen, ids_BS)
     train_frozen()
     result["train_ratio_to_sdpa_frozen"] = 1 / in_turn(train_frozen, train_twin, steps, device)[2]
+    if compiled:
+        result |= _compiled_ratios(config, ids_BS, ("own", "batch") if shares else ("own",), steps)
     prompt_1S = ids_BS[:1, :prompt_length]
     decode_model = _decoding_step(Decoder.of(model), prompt_1S, decode_tokens)
     decode_twin = _decoding_step(Decoder(config.sdpa_twin(), model.state_dict()), prompt_1S, decode_tokens)
@@ -98,9 +109,30 @@ def bench(
     return result
 
 
-def training_flops_per_second(config: ModelConfig, *, batch_size: int = 1, tokens: int = 128, steps: int = 3) -> float:
+def _compiled_ratios(
+    config: ModelConfig, ids_BS: torch.Tensor, choices: Sequence[GFrom], steps: int
+) -> dict[str, float]:
+    """The ratios to the twin with each layer compiled, as `train.compile` does it; the first step of each compiles."""
+    model, twin = (PLDRModel(sizes).to(ids_BS.device) for sizes in (config, config.sdpa_twin()))
+    for layer in (*model.layers, *twin.layers):
+        layer.compile()
+    train_twin = _training_step(twin, ids_BS)
+    train_twin()
+    ratios = {}
+    for g_from in choices:
+        train_model = _training_step(model, ids_BS, g_from=g_from)
+        train_model()
+        key = "train_ratio_to_sdpa_compiled" if g_from == "own" else "train_ratio_to_sdpa_shared_compiled"
+        ratios[key] = 1 / in_turn(train_model, train_twin, steps, ids_BS.device)[2]
+    return ratios
+
+
+def training_flops_per_second(
+    config: ModelConfig, *, batch_size: int = 1, tokens: int = 128, steps: int = 3, shared: bool = False
+) -> float:
     """FLOP/s that forward and backward passes of this model reach on this machine, on sequences cut to `tokens`, in fp32: the
-    median of `steps` after one warm-up. Without the optimizer, whose work does not grow with the tokens."""
+    median of `steps` after one warm-up. Without the optimizer, whose work does not grow with the tokens. shared: one G for
+    all sequences."""
     source = "constant" if config.g_source == "file" else config.g_source
     cut = replace(config, context_length=min(tokens, config.context_length), g_source=source, g_file=None)
     model = PLDRModel(cut)
@@ -108,18 +140,20 @@ def training_flops_per_second(config: ModelConfig, *, batch_size: int = 1, token
     seconds = []
     for _ in range(1 + steps):
         started = time.perf_counter()
-        torch.autograd.backward(model(ids_BS[:, :-1], targets=ids_BS[:, 1:], padded=False).loss)
+        losses = model(ids_BS[:, :-1], targets=ids_BS[:, 1:], g_from="batch" if shared else "own", padded=False)
+        torch.autograd.backward(losses.loss)
         seconds.append(time.perf_counter() - started)
         model.zero_grad()
-    return batch_size * cut.context_length * cut.flops_per_token(training=True) / statistics.median(seconds[1:])
+    flops = cut.flops_per_token(training=True, sequences_per_g=batch_size if shared else 1)
+    return batch_size * cut.context_length * flops / statistics.median(seconds[1:])
 
 
-def _training_step(model: PLDRModel, ids_BS: torch.Tensor) -> Callable[[], None]:
+def _training_step(model: PLDRModel, ids_BS: torch.Tensor, *, g_from: GFrom = "own") -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
     regularized = any(model.config.dag_coefficients)
 
     def step() -> None:
-        result = model(ids_BS[:, :-1], targets=ids_BS[:, 1:], padded=False, return_outputs=regularized)
+        result = model(ids_BS[:, :-1], targets=ids_BS[:, 1:], g_from=g_from, padded=False, return_outputs=regularized)
         tokens, outputs = result if regularized else (result, None)
         losses = total_loss(tokens, model.config, outputs=outputs)
         optimizer.zero_grad()

@@ -37,7 +37,11 @@ def add_bench_verb(verbs: Verbs) -> None:
         "data, startup or serve",
     )
     add_overrides(sub, "override a key of the YAML")
-    sub.add_argument("--steps", type=int, help="with CONFIG: timed training steps of each model (10)")
+    sub.add_argument(
+        "--steps",
+        type=int,
+        help="with CONFIG: timed training steps of each model (10); train.compile=true: compiled too",
+    )
     sub.add_argument(
         "--batch",
         type=int,
@@ -106,7 +110,8 @@ def _model(arguments: Any, report: Report) -> Result:
     from pldr_model.bench import bench
 
     try:
-        result = bench(config.model, batch_size=arguments.batch or 4, steps=arguments.steps or 10)
+        sizes = {"batch_size": arguments.batch or 4, "steps": arguments.steps or 10}
+        result = bench(config.model, **sizes, compiled=config.train.compile)
     except ValueError as error:
         raise ConfigError(f"{arguments.config}: bench: {error}") from None
     for key, value in result.items():
