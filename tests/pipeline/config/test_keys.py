@@ -31,6 +31,7 @@ ADDED = (
     "schedule",
     "decay_share",
     "decay_shape",
+    "z_loss",
     "g_from",
     "share_g_below",
 )  # since; in a digest only with another value than the default
@@ -51,7 +52,7 @@ RECIPE = (
         "eps",
         "weight_decay",
     ),
-    *("metric_weight_decay", "clip_by", "clip", "precision", "freeze_g", "g_from", "share_g_below"),
+    *("metric_weight_decay", "clip_by", "clip", "z_loss", "precision", "freeze_g", "g_from", "share_g_below"),
 )
 
 TREE = {
