@@ -15,7 +15,8 @@ def test_bench_reports_model_and_twin(tiny):
         assert result[f"{phase}_ratio_to_sdpa"] == pytest.approx(ratio)
         assert ratio > 0
     assert result["train_ratio_to_sdpa_frozen"] > 0
-    assert 0 < result["peak_rss_mb"] <= result["peak_rss_with_twin_mb"]
+    assert 0 < result["peak_rss_mb"] <= result["peak_rss_steady_mb"] <= result["peak_rss_with_twin_mb"]
+    assert result["loss_ratio_to_whole_logits"] > 0
     assert result["parameters"] == tiny.num_parameters()["total"]
 
 

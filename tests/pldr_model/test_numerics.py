@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pldr_model import layers
 from pldr_model.config import ModelConfig
 from pldr_model.layers import Linear, silu_product
 from pldr_model.loss import cross_entropy, dag_regularizer, total_loss
@@ -178,7 +179,8 @@ def test_compiled_layers_compute_the_same(tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_gated_product_has_the_bits_of_autograd_and_keeps_one_tensor(dtype):
+def test_the_gated_product_has_the_bits_of_autograd_and_keeps_one_tensor(dtype, monkeypatch):
+    monkeypatch.setattr(layers, "LEAN_FROM", 0)
     torch.manual_seed(0)
     x, grad = torch.randn(5, 3, 14, dtype=dtype, requires_grad=True), torch.randn(5, 3, 7, dtype=dtype)
     kept = []
@@ -190,6 +192,7 @@ def test_the_gated_product_has_the_bits_of_autograd_and_keeps_one_tensor(dtype):
     assert torch.equal(*(torch.autograd.grad(y, [x], grad)[0] for y in (ours, right)))
 
 
-def test_the_gated_product_can_be_differentiated_twice():
+def test_the_gated_product_can_be_differentiated_twice(monkeypatch):
+    monkeypatch.setattr(layers, "LEAN_FROM", 0)
     x = torch.randn(3, 14, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(silu_product, [x]) and torch.autograd.gradgradcheck(silu_product, [x])
