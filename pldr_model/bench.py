@@ -21,7 +21,7 @@ import torch
 
 from pldr_model.config import GFrom, ModelConfig
 from pldr_model.decode.decoder import Decoder
-from pldr_model.loss import total_loss
+from pldr_model.loss import losses_of_logits, total_loss
 from pldr_model.model import PLDRModel, g_shape
 
 
@@ -43,9 +43,11 @@ def bench(
     `train_ratio_to_sdpa_frozen` is of the model with a constant G, as training continues after `train.freeze_g`;
     `train_ratio_to_sdpa_shared` of one G for all sequences (`train.g_from` batch), where there are several and a learned G.
     compiled: also with each layer compiled, the twin's too (`..._compiled`).
+    `loss_ratio_to_whole_logits`: speed of the output layer and its loss, both passes, over that of the same with the logits of
+    all tokens in memory (`losses_of_logits`).
     `peak_rss_mb` is the process's peak resident memory (Python and libraries included) after the model's
-    first complete training step, before the twin exists; `peak_rss_with_twin_mb` at the end. `peak_cuda_mb`
-    (only on a GPU) is allocator memory.
+    first complete training step, before the twin exists: in its passes there are no Adam moments yet. `peak_rss_steady_mb` is
+    that after three steps, `peak_rss_with_twin_mb` that at the end. `peak_cuda_mb` (only on a GPU) is allocator memory.
     Errors: ValueError where prompt and decoded tokens do not fit the context.
     """
     if prompt_length + decode_tokens > config.context_length:
@@ -63,6 +65,9 @@ def bench(
     train_model()
     _wait(device)
     peak_rss_mb = _peak_rss_mb()
+    for _ in range(2):
+        train_model()
+    peak_rss_steady_mb = _peak_rss_mb()
     twin = PLDRModel(config.sdpa_twin()).to(device)
     train_twin = _training_step(twin, ids_BS)
     train_twin()
@@ -72,6 +77,7 @@ def bench(
         "train_tokens_per_second": tokens / model_seconds,
         "train_tokens_per_second_sdpa": tokens / twin_seconds,
         "train_ratio_to_sdpa": 1 / ratio,
+        "loss_ratio_to_whole_logits": _loss_ratio(model, ids_BS, steps),
     }
     del model_seconds, twin_seconds, train_model
     shares = config.g_source == "learned" and batch_size > 1
@@ -96,6 +102,7 @@ def bench(
         "decode_tokens_per_second_sdpa": 1 / twin_seconds,
         "decode_ratio_to_sdpa": 1 / ratio,
         "peak_rss_mb": peak_rss_mb,
+        "peak_rss_steady_mb": peak_rss_steady_mb,
         "peak_rss_with_twin_mb": _peak_rss_mb(),
         "parameters": config.num_parameters()["total"],
         "threads": torch.get_num_threads(),
@@ -149,18 +156,42 @@ def training_flops_per_second(
 
 
 def _training_step(model: PLDRModel, ids_BS: torch.Tensor, *, g_from: GFrom = "own") -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, fused=True
+    )
     regularized = any(model.config.dag_coefficients)
 
     def step() -> None:
         result = model(ids_BS[:, :-1], targets=ids_BS[:, 1:], g_from=g_from, padded=False, return_outputs=regularized)
         tokens, outputs = result if regularized else (result, None)
         losses = total_loss(tokens, model.config, outputs=outputs)
-        optimizer.zero_grad()
         torch.autograd.backward(losses.total)
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
+
+
+def _loss_ratio(model: PLDRModel, ids_BS: torch.Tensor, rounds: int) -> float:
+    """How many times as fast losses of random hidden states are without the logits of all tokens as with them."""
+    targets_BS, pad_id = ids_BS[:, 1:], model.config.pad_id
+    x_BSD = torch.randn(*targets_BS.shape, model.config.d_model, device=ids_BS.device, requires_grad=True)
+
+    def clear() -> None:
+        x_BSD.grad = None
+        model.zero_grad()
+
+    def chunked() -> None:
+        torch.autograd.backward(model.output(x_BSD, targets_BS, pad_id=pad_id).loss)
+        clear()
+
+    def whole() -> None:
+        torch.autograd.backward(losses_of_logits(model.output(x_BSD), targets_BS, pad_id=pad_id).loss)
+        clear()
+
+    chunked()
+    whole()
+    return 1 / in_turn(chunked, whole, rounds, ids_BS.device)[2]
 
 
 def _decoding_step(decoder: Decoder, prompt_1S: torch.Tensor, num_tokens: int) -> Callable[[], None]:
