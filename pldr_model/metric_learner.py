@@ -5,15 +5,16 @@ much as the products. While training, a metric learner is one autograd function 
 node for each operation. What is hidden has the rows in its columns: gates and values are each contiguous, and products are
 about as wide as there are rows. The backward pass computes silu(gate) again, so that 0.56 of what the modules
 keep is kept (A_dff 170, K 64). In fp64 the
-gradients agree with the modules' to 1e-12 (tests/pldr_model/test_metric_learner.py). Without gradients and under autocast the
-modules run as they are.
+gradients agree with the modules' to 1e-12 (tests/pldr_model/test_metric_learner.py). The modules run as they are without
+gradients, under autocast, at ZeRO-3, whose hooks gather weights in them, and in torch.compile, which fuses more by itself.
 
 Shapes: R rows, K their length, F hidden size of a GLU, E = 2F (gates, then values), G GLUs, N units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,10 @@ from pldr_model.config import ModelConfig
 from pldr_model.layers import GLU
 
 aten = torch.ops.aten
+Learn = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], float], list[Tensor]]
+LearnBackward = Callable[
+    [Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], float, bool], list[Tensor | None]
+]
 
 
 class ResidualUnit(nn.Module):
@@ -40,7 +45,11 @@ class ResidualUnit(nn.Module):
 
 
 class MetricLearner(nn.Sequential):
-    """The residual units one after the other: [...,K] -> [...,K]. `fused`: as one function while training (`run_as_modules`: not)."""
+    """The residual units one after the other: [...,K] -> [...,K].
+
+    `fused`: as one function while training (`run_as_modules` sets it to False). With PLDR_METRIC_LEARNER=triton in the environment
+    the function is Triton's on a GPU: pldr_model/triton_metric_learner.py, which has never run on one.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(*(ResidualUnit(config) for _ in range(config.num_reslayerA)))
@@ -48,7 +57,8 @@ class MetricLearner(nn.Sequential):
         self.eps, self.num_glus = config.layer_norm_eps, config.num_reslayerA * config.num_denseA
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.fused or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        as_modules = not self.fused or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        if as_modules or torch.is_autocast_enabled(x.device.type):
             return cast(Tensor, super().forward(x))
         rows_RK = x.reshape(-1, x.shape[-1])
         out_RK: Tensor = _Learn.apply(rows_RK, self.eps, self.num_glus, *self.weights())  # type: ignore[no-untyped-call]
@@ -75,7 +85,8 @@ class _Learn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows_RK: Tensor, eps: float, num_glus: int, *weights: Tensor) -> Tensor:
-        out_RK, *kept = learn(rows_RK, weights[: 4 * num_glus], weights[4 * num_glus :], eps)
+        forward, ctx.gradients = _functions(rows_RK)
+        out_RK, *kept = forward(rows_RK, weights[: 4 * num_glus], weights[4 * num_glus :], eps)
         ctx.save_for_backward(*kept, *weights)
         ctx.eps, ctx.num_glus, ctx.num_kept = eps, num_glus, len(kept)
         return out_RK
@@ -85,8 +96,17 @@ class _Learn(torch.autograd.Function):
     def backward(ctx: Any, grad_RK: Tensor) -> tuple[Tensor | None, ...]:
         G, kept, weights = ctx.num_glus, ctx.saved_tensors[: ctx.num_kept], ctx.saved_tensors[ctx.num_kept :]
         with_weights = any(ctx.needs_input_grad[3:])
-        grads = learn_backward(grad_RK, kept, weights[: 4 * G], weights[4 * G :], ctx.eps, with_weights)
+        grads = ctx.gradients(grad_RK, kept, weights[: 4 * G], weights[4 * G :], ctx.eps, with_weights)
         return grads[0], None, None, *grads[1:]
+
+
+def _functions(rows_RK: Tensor) -> tuple[Learn, LearnBackward]:
+    """The two passes on this device."""
+    if rows_RK.is_cuda and os.environ.get("PLDR_METRIC_LEARNER") == "triton":
+        from pldr_model import triton_metric_learner
+
+        return triton_metric_learner.learn, triton_metric_learner.learn_backward
+    return learn, learn_backward
 
 
 def learn(rows_RK: Tensor, glus: Sequence[Tensor], norms: Sequence[Tensor], eps: float) -> list[Tensor]:
@@ -117,7 +137,7 @@ def learn_backward(
     eps: float,
     with_weights: bool,
 ) -> list[Tensor | None]:
-    """Gradients of the rows, then of w12, b12, w3, b3 of every GLU and gamma, beta of every unit (None unless `with_weights`)."""
+    """Gradients of the rows, then of w12, b12, w3, b3 of every GLU and gamma, beta of every unit: None without `with_weights`."""
     N, per_unit = len(norms) // 2, len(glus) // (2 * len(norms))
     G = N * per_unit
     inputs, hidden, sums = kept[:G], kept[G : 2 * G], kept[2 * G :]
