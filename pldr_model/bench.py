@@ -22,6 +22,7 @@ import torch
 from pldr_model.config import ModelConfig
 from pldr_model.decode.decoder import Decoder
 from pldr_model.loss import cross_entropy, total_loss
+from pldr_model.metric_learner import run_as_modules
 from pldr_model.model import PLDRModel, g_shape
 
 
@@ -33,12 +34,15 @@ def bench(
     decode_tokens: int = 64,
     prompt_length: int = 16,
     seed: int = 0,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Time `steps` training steps (forward, backward, AdamW) on full contexts and `decode_tokens` decoding
     steps of one row with KV- and G-cache, after one warm-up of each, in fp32 on the GPU if there is one, else
     the CPU.
 
     Returns tokens per second of model and twin (medians), the ratios of their speed (model / twin), and memory;
+    `train_ratio_to_sdpa_modules` is of the model whose metric learner runs module by module (pldr_model/metric_learner.py),
+    `train_ratio_to_sdpa_compiled` (only with `compiled`) of compiled layers against the twin's compiled layers, and
     `train_ratio_to_sdpa_frozen` is of the model with a constant G, as training continues after `train.freeze_g`.
     `peak_rss_mb` is the process's peak resident memory (Python and libraries included) after the model's
     first complete training step, before the twin exists; `peak_rss_with_twin_mb` at the end. `peak_cuda_mb`
@@ -71,11 +75,17 @@ def bench(
         "train_ratio_to_sdpa": 1 / ratio,
     }
     del model_seconds, twin_seconds, train_model
+    by_modules = PLDRModel(config).to(device)
+    run_as_modules(by_modules)
+    result["train_ratio_to_sdpa_modules"] = _ratio(_training_step(by_modules, ids_BS), train_twin, steps, device)
+    del by_modules
+    if compiled:
+        pair = [_training_step(PLDRModel(c).to(device), ids_BS, compiled=True) for c in (config, config.sdpa_twin())]
+        result["train_ratio_to_sdpa_compiled"] = _ratio(*pair, steps, device)
+        del pair
     g_lm_LHKK = torch.randn(g_shape(config))
     frozen = PLDRModel(config.with_constant_g(), g_lm_LHKK=g_lm_LHKK).to(device)
-    train_frozen = _training_step(frozen, ids_BS)
-    train_frozen()
-    result["train_ratio_to_sdpa_frozen"] = 1 / in_turn(train_frozen, train_twin, steps, device)[2]
+    result["train_ratio_to_sdpa_frozen"] = _ratio(_training_step(frozen, ids_BS), train_twin, steps, device)
     prompt_1S = ids_BS[:1, :prompt_length]
     decode_model = _decoding_step(Decoder.of(model), prompt_1S, decode_tokens)
     decode_twin = _decoding_step(Decoder(config.sdpa_twin(), model.state_dict()), prompt_1S, decode_tokens)
@@ -114,8 +124,20 @@ def training_flops_per_second(config: ModelConfig, *, batch_size: int = 1, token
     return batch_size * cut.context_length * cut.flops_per_token(training=True) / statistics.median(seconds[1:])
 
 
-def _training_step(model: PLDRModel, ids_BS: torch.Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+def _ratio(train: Callable[[], None], train_twin: Callable[[], None], steps: int, device: torch.device) -> float:
+    """Speed of a training step beside the twin's, after one warm-up of each."""
+    train()
+    train_twin()
+    return 1 / in_turn(train, train_twin, steps, device)[2]
+
+
+def _training_step(model: PLDRModel, ids_BS: torch.Tensor, *, compiled: bool = False) -> Callable[[], None]:
+    """With the trainer's optimizer: AdamW in one kernel."""
+    if compiled:
+        for layer in model.layers:
+            layer.compile()
+    weights = model.parameters()
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, fused=True)
     regularized = any(model.config.dag_coefficients)
 
     def step() -> None:

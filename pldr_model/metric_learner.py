@@ -47,8 +47,8 @@ class ResidualUnit(nn.Module):
 class MetricLearner(nn.Sequential):
     """The residual units one after the other: [...,K] -> [...,K].
 
-    `fused`: as one function while training (`run_as_modules` sets it to False). With PLDR_METRIC_LEARNER=triton in the environment
-    the function is Triton's on a GPU: pldr_model/triton_metric_learner.py, which has never run on one.
+    `fused`: as one function while training (`run_as_modules` sets it to False). With PLDR_METRIC_LEARNER=triton in the
+    environment the function is Triton's on a GPU: pldr_model/triton_metric_learner.py, which has never run on one.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -137,7 +137,7 @@ def learn_backward(
     eps: float,
     with_weights: bool,
 ) -> list[Tensor | None]:
-    """Gradients of the rows, then of w12, b12, w3, b3 of every GLU and gamma, beta of every unit: None without `with_weights`."""
+    """Gradients of the rows, then (None without `with_weights`) of w12, b12, w3, b3 of every GLU and gamma, beta of every unit."""
     N, per_unit = len(norms) // 2, len(glus) // (2 * len(norms))
     G = N * per_unit
     inputs, hidden, sums = kept[:G], kept[G : 2 * G], kept[2 * G :]

@@ -1,7 +1,7 @@
 """The metric learner on a GPU: two Triton kernels that keep a tile of rows on chip through all GLUs of all units.
 
-**These kernels have never run on a GPU**: nobody knows yet that they compile there, nor what they gain. They are checked against
-fp64 in Triton's interpreter, on a CPU (tests/pldr_model/test_triton_metric_learner.py). So a model uses them only with
+**These kernels have never run on a GPU**: nobody knows yet that they compile there, nor what they gain. They are checked
+against fp64 in Triton's interpreter, on a CPU (tests/pldr_model/test_triton_metric_learner.py). So a model uses them only with
 PLDR_METRIC_LEARNER=triton in the environment, on CUDA.
 
 Forward: keeps nothing but what each GLU reads. Backward: walks the GLUs from the last to the first, computes what is hidden
@@ -26,7 +26,7 @@ ROWS, HIDDEN = 64, 64  # of a tile, and of a step through F: tl.dot takes 16 or 
 
 
 @triton.jit
-def _hidden(x, w12, b12, k, f, in_K, in_F, K: tl.constexpr, F: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def _hidden(x, w12, b12, k, f, in_K, in_F, K: tl.constexpr, F: tl.constexpr, PRECISION: tl.constexpr):
     """Gates and values [TR,TF] of a step, in fp32."""
     weight = w12 + f[None, :] * K + k[:, None]
     mask = in_K[:, None] & in_F[None, :]
@@ -38,7 +38,7 @@ def _hidden(x, w12, b12, k, f, in_K, in_F, K: tl.constexpr, F: tl.constexpr, PRE
 
 
 @triton.jit
-def _glu(x, w12, b12, w3, b3, k, in_K, K: tl.constexpr, F: tl.constexpr, TF: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def _glu(x, w12, b12, w3, b3, k, in_K, K: tl.constexpr, F: tl.constexpr, TF: tl.constexpr, PRECISION: tl.constexpr):
     """W3(silu(W1 x) * W2 x) of a tile, in fp32."""
     y = tl.zeros(x.shape, tl.float32) + tl.load(b3 + k, in_K, 0.0)[None, :].to(tl.float32)
     for start in range(0, F, TF):
@@ -52,7 +52,7 @@ def _glu(x, w12, b12, w3, b3, k, in_K, K: tl.constexpr, F: tl.constexpr, TF: tl.
 
 
 @triton.jit
-def _normalized(x, in_K, eps, K: tl.constexpr):  # type: ignore[no-untyped-def]
+def _normalized(x, in_K, eps, K: tl.constexpr):
     """Rows with mean 0 and variance 1, and 1 / their standard deviation."""
     centered = tl.where(in_K[None, :], x - tl.sum(x, 1)[:, None] / K, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / K + eps)
@@ -60,7 +60,7 @@ def _normalized(x, in_K, eps, K: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
+def _forward(
     rows, out, inputs, w12, b12, w3, b3, gamma, beta, R, eps,
     K: tl.constexpr, F: tl.constexpr, G: tl.constexpr, PER_UNIT: tl.constexpr,
     TR: tl.constexpr, TK: tl.constexpr, TF: tl.constexpr, PRECISION: tl.constexpr,
@@ -88,7 +88,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward(  # type: ignore[no-untyped-def]
+def _backward(
     grad, d_rows, inputs, w12, b12, w3, b3, gamma, d_hidden, activated, d_out, d_norm, d_scaled, R, eps,
     K: tl.constexpr, F: tl.constexpr, G: tl.constexpr, PER_UNIT: tl.constexpr,
     TR: tl.constexpr, TK: tl.constexpr, TF: tl.constexpr, PRECISION: tl.constexpr,

@@ -15,6 +15,8 @@ def test_bench_reports_model_and_twin(tiny):
         assert result[f"{phase}_ratio_to_sdpa"] == pytest.approx(ratio)
         assert ratio > 0
     assert result["train_ratio_to_sdpa_frozen"] > 0
+    assert result["train_ratio_to_sdpa_modules"] > 0
+    assert "train_ratio_to_sdpa_compiled" not in result
     assert 0 < result["peak_rss_mb"] <= result["peak_rss_with_twin_mb"]
     assert result["parameters"] == tiny.num_parameters()["total"]
 
@@ -36,6 +38,14 @@ def test_both_are_run_in_turn_and_the_medians_count(monkeypatch):
     )
     assert medians == (5.0, 2.0, 0.5)
     assert order == ["model", "twin", "twin", "model", "model", "twin"]
+
+
+def test_bench_compiles_the_layers_of_model_and_twin(tiny, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(bench_module.torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    result = bench(tiny, batch_size=1, steps=1, decode_tokens=1, compiled=True)
+    assert result["train_ratio_to_sdpa_compiled"] > 0
+    assert compiled == ["DecoderLayer"] * 2 * tiny.num_layers
 
 
 def test_bench_trains_with_the_dag_regularizer(tiny):

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on a CPU, against the modules in fp64. Says nothing of speed, nor of a GPU's compiler.
+"""The Triton kernels in Triton's interpreter, on a CPU, against the modules in fp64. Says nothing of a GPU's compiler or speed.
 
 Triton decides at its import whether it interprets, so the comparison is a process of its own. Half precision is fp16: the
 interpreter holds bf16 as integers, and multiplies those.
