@@ -13,7 +13,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from pldr_model.config import GFrom, ModelConfig
 from pldr_model.decode.decoder import Decoder
 from pldr_model.loss import losses_of_logits, total_loss
+from pldr_model.metric_learner import run_as_modules
 from pldr_model.model import PLDRModel, g_shape
 
 
@@ -40,9 +41,10 @@ def bench(
     the CPU.
 
     Returns tokens per second of model and twin (medians), the ratios of their speed (model / twin), and memory;
-    `train_ratio_to_sdpa_frozen` is of the model with a constant G, as training continues after `train.freeze_g`;
-    `train_ratio_to_sdpa_shared` of one G for all sequences (`train.g_from` batch), where there are several and a learned G.
-    compiled: also with each layer compiled, the twin's too (`..._compiled`).
+    `train_ratio_to_sdpa_modules` is of the model whose metric learner runs module by module (pldr_model/metric_learner.py),
+    `train_ratio_to_sdpa_shared` of one G for all sequences (`train.g_from` batch; only with a learned G and several sequences),
+    `train_ratio_to_sdpa_compiled` and `..._shared_compiled` (only with `compiled`) of compiled layers against the twin's, and
+    `train_ratio_to_sdpa_frozen` is of the model with a constant G, as training continues after `train.freeze_g`.
     `loss_ratio_to_whole_logits`: speed of the output layer and its loss, both passes, over that of the same with the logits of
     all tokens in memory (`losses_of_logits`).
     `peak_rss_mb` is the process's peak resident memory (Python and libraries included) after the model's
@@ -83,16 +85,23 @@ def bench(
     shares = config.g_source == "learned" and batch_size > 1
     if shares:
         train_shared = _training_step(model, ids_BS, g_from="batch")
-        train_shared()
-        result["train_ratio_to_sdpa_shared"] = 1 / in_turn(train_shared, train_twin, steps, device)[2]
+        result["train_ratio_to_sdpa_shared"] = _ratio(train_shared, train_twin, steps, device)
         del train_shared
+    by_modules = PLDRModel(config).to(device)
+    run_as_modules(by_modules)
+    result["train_ratio_to_sdpa_modules"] = _ratio(_training_step(by_modules, ids_BS), train_twin, steps, device)
+    del by_modules
+    if compiled:
+        models = [PLDRModel(sizes).to(device) for sizes in (config, config.sdpa_twin())]
+        of_model, of_twin = (_training_step(one, ids_BS, compiled=True) for one in models)
+        result["train_ratio_to_sdpa_compiled"] = _ratio(of_model, of_twin, steps, device)
+        if shares:
+            of_model = _training_step(models[0], ids_BS, g_from="batch")
+            result["train_ratio_to_sdpa_shared_compiled"] = _ratio(of_model, of_twin, steps, device)
+        del models, of_model, of_twin
     g_lm_LHKK = torch.randn(g_shape(config))
     frozen = PLDRModel(config.with_constant_g(), g_lm_LHKK=g_lm_LHKK).to(device)
-    train_frozen = _training_step(frozen, ids_BS)
-    train_frozen()
-    result["train_ratio_to_sdpa_frozen"] = 1 / in_turn(train_frozen, train_twin, steps, device)[2]
-    if compiled:
-        result |= _compiled_ratios(config, ids_BS, ("own", "batch") if shares else ("own",), steps)
+    result["train_ratio_to_sdpa_frozen"] = _ratio(_training_step(frozen, ids_BS), train_twin, steps, device)
     prompt_1S = ids_BS[:1, :prompt_length]
     decode_model = _decoding_step(Decoder.of(model), prompt_1S, decode_tokens)
     decode_twin = _decoding_step(Decoder(config.sdpa_twin(), model.state_dict()), prompt_1S, decode_tokens)
@@ -116,24 +125,6 @@ def bench(
     return result
 
 
-def _compiled_ratios(
-    config: ModelConfig, ids_BS: torch.Tensor, choices: Sequence[GFrom], steps: int
-) -> dict[str, float]:
-    """The ratios to the twin with each layer compiled, as `train.compile` does it; the first step of each compiles."""
-    model, twin = (PLDRModel(sizes).to(ids_BS.device) for sizes in (config, config.sdpa_twin()))
-    for layer in (*model.layers, *twin.layers):
-        layer.compile()
-    train_twin = _training_step(twin, ids_BS)
-    train_twin()
-    ratios = {}
-    for g_from in choices:
-        train_model = _training_step(model, ids_BS, g_from=g_from)
-        train_model()
-        key = "train_ratio_to_sdpa_compiled" if g_from == "own" else "train_ratio_to_sdpa_shared_compiled"
-        ratios[key] = 1 / in_turn(train_model, train_twin, steps, ids_BS.device)[2]
-    return ratios
-
-
 def training_flops_per_second(
     config: ModelConfig, *, batch_size: int = 1, tokens: int = 128, steps: int = 3, shared: bool = False
 ) -> float:
@@ -155,10 +146,22 @@ def training_flops_per_second(
     return batch_size * cut.context_length * flops / statistics.median(seconds[1:])
 
 
-def _training_step(model: PLDRModel, ids_BS: torch.Tensor, *, g_from: GFrom = "own") -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, fused=True
-    )
+def _ratio(train: Callable[[], None], train_twin: Callable[[], None], steps: int, device: torch.device) -> float:
+    """Speed of a training step beside the twin's, after one warm-up of each."""
+    train()
+    train_twin()
+    return 1 / in_turn(train, train_twin, steps, device)[2]
+
+
+def _training_step(
+    model: PLDRModel, ids_BS: torch.Tensor, *, compiled: bool = False, g_from: GFrom = "own"
+) -> Callable[[], None]:
+    """With the trainer's optimizer: AdamW in one kernel."""
+    if compiled:
+        for layer in model.layers:
+            layer.compile()
+    weights = model.parameters()
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, fused=True)
     regularized = any(model.config.dag_coefficients)
 
     def step() -> None:
