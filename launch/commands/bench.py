@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 
 # Options that only some benchmarks have; the others refuse them.
 OPTIONS_OF = {
-    "model": ("overrides", "steps", "batch"),
+    "model": ("overrides", "steps", "batch", "compile"),
     "decode": ("overrides", "batch", "prompt", "tokens", "rounds", "threads", "cached", "key_rank"),
     "train": ("overrides", "steps", "batch"),
     "validate": ("overrides", "prompts"),
@@ -38,6 +38,7 @@ def add_bench_verb(verbs: Verbs) -> None:
     )
     add_overrides(sub, "override a key of the YAML")
     sub.add_argument("--steps", type=int, help="with CONFIG: timed training steps of each model (10)")
+    sub.add_argument("--compile", action="store_true", help="with CONFIG: also with compiled layers (minutes on a CPU)")
     sub.add_argument(
         "--batch",
         type=int,
@@ -106,7 +107,12 @@ def _model(arguments: Any, report: Report) -> Result:
     from pldr_model.bench import bench
 
     try:
-        result = bench(config.model, batch_size=arguments.batch or 4, steps=arguments.steps or 10)
+        result = bench(
+            config.model,
+            batch_size=arguments.batch or 4,
+            steps=arguments.steps or 10,
+            compiled=arguments.compile,
+        )
     except ValueError as error:
         raise ConfigError(f"{arguments.config}: bench: {error}") from None
     for key, value in result.items():

@@ -250,4 +250,5 @@ def _flops_of_this_cpu(config: RunConfig) -> float | None:
     # In a larger model a step takes seconds, and one sequence fills the cores.
     small = config.model.num_parameters()["total"] < 10_000_000
     batch, steps = (config.train.micro_batch, 3) if small else (1, 1)
-    return training_flops_per_second(config.model, batch_size=batch, steps=steps)
+    shared = config.train.g_from == "batch"
+    return training_flops_per_second(config.model, batch_size=batch, steps=steps, shared=shared)

@@ -150,13 +150,24 @@ def _our_step(config: RunConfig, micro_batches: list[np.ndarray]) -> tuple[Calla
 
     def step() -> None:
         set_learning_rate(engine, learning_rate(config.train, min(RATE_STEP, config.train.steps - 1)))
-        global_step(engine, micro_batches, config.model, stop=stop, device=device_of_rank(), forward=forward)
+        global_step(
+            engine,
+            micro_batches,
+            config.model,
+            stop=stop,
+            device=device_of_rank(),
+            forward=forward,
+            g_from=config.train.g_from,
+        )
 
     return step, lambda folder: Saver(engine, folder)
 
 
 def _loss(model: PLDRModel, ids: Tensor, config: RunConfig, **apart: Tensor) -> Tensor:
     wants_outputs = any(config.model.dag_coefficients)
-    result = model(ids[:, :-1], targets=ids[:, 1:], padded=False, return_outputs=wants_outputs, **apart)
+    whose = config.train.g_from
+    result = model(
+        ids[:, :-1], targets=ids[:, 1:], g_from=whose, padded=False, return_outputs=wants_outputs, **apart
+    )
     tokens, outputs = result if wants_outputs else (result, None)
     return total_loss(tokens, config.model, outputs=outputs).total

@@ -34,6 +34,11 @@ def on_resume(key: str) -> OnResume:
     return _find(key).on_resume
 
 
+def on_resume_in(config: RunConfig, key: str) -> OnResume:
+    """The same in this configuration: where a sequence may use another one's G, the micro batch decides whose."""
+    return "needs force" if key == "train.micro_batch" and config.train.mixes_g else on_resume(key)
+
+
 def is_of_training(key: str) -> bool:
     """Whether the key is a setting of training or of a stage before it. A key that existed once is like its section."""
     try:

@@ -33,7 +33,8 @@ def plan(
     """
     model, train = config.model, config.train
     parameters = model.num_parameters()
-    flops = model.flops_per_token(training=True)
+    sharing = train.micro_batch if train.g_from == "batch" else 1
+    flops = model.flops_per_token(training=True, sequences_per_g=sharing)
     from_step = None if begins is None else int(begins["step"])
     steps = train.steps - (from_step or 0)
     tokens = steps * train.global_batch * model.context_length
@@ -41,8 +42,13 @@ def plan(
     return {
         "parameters": parameters["total"],
         "parameters_by_part": {k: v for k, v in parameters.items() if k != "total"},
-        "flops_per_token_forward": model.flops_per_token(training=False),
+        "flops_per_token_forward": model.flops_per_token(training=False, sequences_per_g=sharing),
         "flops_per_token_training": flops,
+        "flops_per_token_once_shared": (
+            None
+            if train.share_g_below is None
+            else model.flops_per_token(training=True, sequences_per_g=train.micro_batch)
+        ),
         "tokens": tokens,  # positions: how many of them are padding is known only once they are packed
         "padded": config.tokens.packing != "concat" or config.tokens.remainder == "pad",
         "steps": steps,
@@ -88,7 +94,7 @@ def activation_bytes(config: RunConfig) -> int:
     D, K, S, width = model.d_model, model.head_dim, model.context_length, 2 if config.train.precision == "bf16" else 4
     layer = B * S * (14 * D + 4 * model.feed_forward_size) * width
     if model.g_source == "learned":
-        rows = B * model.num_heads * K
+        rows = (1 if config.train.g_from == "batch" else B) * model.num_heads * K
         layer += rows * model.num_reslayerA * (model.num_denseA * (4 * model.A_dff + K) + 3 * K) * width
     return model.num_layers * layer + B * S * model.vocab_size * (width + 8)
 
@@ -126,6 +132,11 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
         f"activations         {size(report['activation_bytes_per_micro_batch'])} a micro batch (estimate)",
         "states per rank     " + "".join(f"{'1 rank' if w == 1 else f'{w} ranks':>12}" for w in WORLD_SIZES),
     ]
+    if (shared := report["flops_per_token_once_shared"]) is not None:
+        lines.insert(
+            3,
+            f"                    {shared:.4g} training once G is shared (train.share_g_below), which the time leaves out",
+        )
     for stage, row in report["state_bytes_per_rank"].items():
         lines.append(f"  {stage:<18}" + "".join(f"{size(row[str(w)]):>12}" for w in WORLD_SIZES))
     if report["invariance_budget"] is None:

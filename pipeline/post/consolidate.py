@@ -50,6 +50,7 @@ def consolidate(checkpoint: Path, out: Path) -> dict[str, Any]:
         **{key: state.get(key) for key in ("step", "sequences_consumed", "tokens_consumed")},
         "invariance_budget": state.get("budget"),
         "frozen": state.get("frozen"),
+        **({} if state.get("shared") is None else {"shared": state["shared"]}),
         **{key: state.get(key) for key in ("data_fingerprint", "tokenizer_sha256", "mlflow_run_id")},
     }
     require_free_space(out, 2 * sum(t.numel() * 4 for t in weights.values()), "the consolidated model")

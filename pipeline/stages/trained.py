@@ -21,6 +21,11 @@ from pipeline.tokenizer import SPECIAL_IDS
 from pipeline.tracking.origin import git_commit
 from pldr_model.config import ModelConfig
 
+G_OF = {
+    "batch": "the G of one sequence for all of a micro batch",
+    "neighbor": "the G of the next sequence of the micro batch for each",
+}
+
 
 def as_trained(config: RunConfig, paths: RunPaths, source: dict[str, Any]) -> RunConfig:
     """The configuration with the seed and the recipe that the weights were trained with, as recorded with them: today's
@@ -131,6 +136,15 @@ def notes(config: RunConfig, source: dict[str, Any]) -> list[str]:
     if config.model.g_start == "identity":
         lines.append(
             "Started near plain attention (model.g_start=identity: b_a = I, a scaled by 0.1), unlike the papers."
+        )
+    if train.g_from != "own":
+        lines.append(
+            f"Trained with {G_OF[train.g_from]} (train.g_from {train.g_from}); measured with each prompt's own G."
+        )
+    if (shared := source.get("shared")) is not None:
+        lines.append(
+            f"After step {shared:,}, with an order parameter of G below {train.share_g_below:g}, trained with {G_OF['batch']} "
+            "(train.share_g_below); measured with each prompt's own G."
         )
     if budget is not None:
         lines.append(f"Invariance budget (sum of learning rate x metric weight decay): {budget:.2f}.")

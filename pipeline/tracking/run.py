@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.checkpoint.format import committed
-from pipeline.config.keys import on_resume
+from pipeline.config.keys import on_resume_in
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.errors import AnotherRunError, ConfigError, UserError, first_line
@@ -290,7 +290,7 @@ def _check_same(run: TrackedRun, force: bool) -> dict[str, str]:
 def _compare(params: dict[str, str], run_id: str, config: RunConfig, force: bool) -> None:
     """Raise ConfigError at the first key that makes today's configuration another run than the one logged with `params`."""
     for key, value in config.flat().items():
-        rule = on_resume(key)
+        rule = on_resume_in(config, key)
         if rule != "may change" and key in params and params[key] != value[:6000]:
             if force and rule == "needs force":
                 log.warning("forced: MLflow run %s was made with %s=%s, now %s", run_id, key, params[key], value)

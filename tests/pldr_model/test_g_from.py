@@ -108,3 +108,32 @@ def test_flops_count_what_is_deduced(tiny):
     shared = tiny.flops_per_token(training=False, sequences_per_g=4)
     assert shared - twin - product == pytest.approx((own - twin - product) / 4)
     assert tiny.flops_per_token(training=True, sequences_per_g=4) == pytest.approx(3 * shared)
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_compiled_once_more_when_g_is_shared(model, ids):
+    """By training; validation is not compiled anew, and all layers run the same graphs."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    plain = copy.deepcopy(model)
+    for layer in model.layers:
+        layer.compile(backend="aot_eager")
+
+    def train(g_from):
+        ours, theirs = (m(ids[:, :-1], targets=ids[:, 1:], padded=False, g_from=g_from).loss for m in (model, plain))
+        one, other = gradient(model, ours), gradient(plain, theirs)
+        assert (one - other).norm() < 1e-9 * other.norm()
+        return counters["stats"]["unique_graphs"]
+
+    def validate():
+        with torch.no_grad():
+            _, outputs = model(ids[:, :-1], padded=False, return_outputs=True)
+            model(ids[:, :-1], padded=False, g_lm=torch.stack([layer.G_LM[0] for layer in outputs]))
+        return counters["stats"]["unique_graphs"]
+
+    first = train("own"), train("own"), validate()
+    assert first[0] == first[1] < first[2] <= 4
+    assert [train("batch"), train("batch"), validate(), train("own"), train("batch")] == [first[2] + 1] * 5
+    assert train("neighbor") == first[2] + 2 <= 8, "dynamo's limit for one function"

@@ -157,6 +157,15 @@ def test_every_flat_key_resumes_as_it_did(repository):
     assert {"data.slurm.sbatch_args.account", "train.freeze_g.below", "train.freeze_g", "data.clean.language"} < seen
 
 
+def test_the_micro_batch_stays_where_it_decides_whose_g_a_sequence_uses():
+    rules = {}
+    for train in ({}, {"g_from": "neighbor"}, {"g_from": "batch"}, {"share_g_below": 1e-4}):
+        config = parse_config({**TREE, "train": train}, where="test")
+        rules[str(train)] = keys.on_resume_in(config, "train.micro_batch")
+        assert keys.on_resume_in(config, "train.g_from") == "fixed"
+    assert list(rules.values()) == ["may change", *["needs force"] * 3]
+
+
 def test_a_key_that_a_configuration_no_longer_has_is_like_its_section():
     assert keys.is_of_training("train.gone") and keys.is_of_training("data.gone.deep")
     assert not any(keys.is_of_training(key) for key in ("post.gone", "tracking.gone", "gone", "gone.x"))

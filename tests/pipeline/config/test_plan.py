@@ -74,6 +74,22 @@ def test_the_budget_stops_where_g_is_frozen(repository):
     assert "when G is frozen, at step 4,000: NOT invariant" in "\n".join(plan_lines(report))
 
 
+def test_flops_and_activations_are_those_of_the_g_that_is_deduced(repository):
+    file = repository / "configs" / "pldr-110m.yaml"
+    own, batch, later = (
+        plan(load_config(file, keys)) for keys in ([], ["train.g_from=batch"], ["train.share_g_below=1e-4"])
+    )
+    model = load_config(file).model
+    shared = model.flops_per_token(training=True, sequences_per_g=4)
+    assert own["flops_per_token_once_shared"] is None and own["flops_per_token_training"] > shared
+    assert batch["flops_per_token_training"] == shared and batch["training_flops"] == shared * batch["tokens"]
+    assert batch["activation_bytes_per_micro_batch"] < own["activation_bytes_per_micro_batch"]
+    # When G is shared later is not known: the time is that of the steps before.
+    assert later["flops_per_token_training"] == own["flops_per_token_training"] and later["hours"] == own["hours"]
+    assert later["flops_per_token_once_shared"] == shared
+    assert f"{shared:.4g} training once G is shared" in "\n".join(plan_lines(later))
+
+
 def test_zero_memory_follows_what_each_stage_shards(repository):
     config = load_config(repository / "configs" / "pldr-110m.yaml")
     count = 109_689_362

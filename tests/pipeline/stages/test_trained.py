@@ -45,3 +45,19 @@ def test_the_notes_name_the_freeze_and_the_budget_that_was_spent(tiny: SimpleNam
     assert f"weight decay): {invariance_budget(config.train, 40):.2f}." in old and "frozen" not in old
     constant = RunConfig(name="x", run_dir="x", data=data, model=replace(tiny.config, g_source="constant"))
     assert "budget" not in "\n".join(notes(constant, {"invariance_budget": 1.25}))
+
+
+def test_the_notes_name_whose_g_a_sequence_was_trained_with(tiny: SimpleNamespace) -> None:
+    data = {"sources": [{"url": "x.jsonl"}]}
+
+    def text(source: dict, **train: object) -> str:
+        return "\n".join(notes(RunConfig(name="x", run_dir="x", data=data, model=tiny.config, train=train), source))
+
+    assert "own G" not in text({})
+    assert "the G of the next sequence of the micro batch for each (train.g_from neighbor)" in text(
+        {}, g_from="neighbor"
+    )
+    assert "own G" not in text({}, share_g_below=1e-4)  # never reached
+    assert "After step 30, with an order parameter of G below 0.0001, trained with the G of one" in text(
+        {"shared": 30}, share_g_below=1e-4
+    )

@@ -29,6 +29,7 @@ from tests.pipeline.train.zero_worker import Batches, configuration, make_traine
 
 CPU = torch.device("cpu")
 DAG = (0.01, 0.0, 0.02)
+OF_ANOTHER = ("batch", "neighbor")  # train.g_from
 Z_LOSS = 0.05  # of the gradients
 
 
@@ -60,9 +61,10 @@ def held_out():
     return padded_rows(np.random.default_rng(99), 8, 17)[::-1].copy()
 
 
-def settings(folder, stage, **train):
-    config = configuration(folder, stage, "fp32", "norm", "identity" if stage == 3 else "learned")
-    dag = (0.0, 0.0, 0.0) if stage == 3 else DAG
+def settings(folder, stage, *, learned=None, **train):
+    learned = stage != 3 if learned is None else learned
+    config = configuration(folder, stage, "fp32", "norm", "learned" if learned else "identity")
+    dag = DAG if learned else (0.0, 0.0, 0.0)
     model = dataclasses.replace(config.model, dag_coefficients=dag)
     return with_train(config.model_copy(update={"model": model}), **train)
 
@@ -157,6 +159,10 @@ def main() -> None:
         )
         if dist.get_rank() == 0:
             torch.save(found, folder / f"packed-{stage}.pt")
+        for g_from in OF_ANOTHER:
+            found = gradient(settings(folder, stage, learned=True, micro_batch=2, g_from=g_from))
+            if dist.get_rank() == 0:
+                torch.save(found, folder / f"gradient-{stage}-{g_from}.pt")
         results[f"bf16-{stage}"] = bf16_error(folder, stage, accumulation=16)
     finish(folder, results)
 

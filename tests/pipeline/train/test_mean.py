@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from pipeline.train.spikes import describe
 from pldr_model.loss import cross_entropy, dag_regularizer
 from pldr_model.model import PLDRModel
+from tests.helpers.definition import logits_by_definition
 from tests.pipeline.train import packed
-from tests.pipeline.train.mean_worker import DAG, Z_LOSS, Padded, held_out, settings
+from tests.pipeline.train.mean_worker import DAG, OF_ANOTHER, Z_LOSS, Padded, held_out, settings
 from tests.pipeline.train.zero_worker import configuration
 
 WORKER = "tests.pipeline.train.mean_worker"
@@ -35,14 +36,30 @@ def one_rank(start_ranks, tmp_path_factory):
     return start_ranks(WORKER, tmp_path_factory.mktemp("mean1"), "1", "fp64", world=1)
 
 
-def first_model(stage=0):
+def first_model(stage=0, learned=None):
     """The weights that a run of the worker starts with, in fp64, and its configuration."""
-    config = settings("/unused", stage)
+    config = settings("/unused", stage, learned=learned)
     torch.manual_seed(config.seed)
     torch.set_default_dtype(torch.float32 if stage == 3 else torch.float64)
     model = PLDRModel(config.model).double()
     torch.set_default_dtype(torch.float32)
     return model, config
+
+
+def by_definition(stage, g_from):
+    """Loss and gradient over micro batches of two sequences, each with the G of the one that g_from says."""
+    model, config = first_model(stage, learned=True)
+    ids = torch.from_numpy(Padded(config).global_batch(0))
+    logits, terms = [], torch.zeros(())
+    for micro in ids.split(2):
+        some, deduced = logits_by_definition(model, micro[:, :-1], g_from)
+        logits.append(some)
+        used = [one for alone in deduced for one in (alone[:1] if g_from == "batch" else alone)]
+        of_each = [dag_regularizer([getattr(one, name) for one in used]) for name in ("A_LM", "A_P", "G_LM")]
+        terms = terms + sum(c * term for c, term in zip(DAG, of_each, strict=True)) / (len(ids) / 2)
+    loss, _ = nll(torch.cat(logits), ids[:, 1:])
+    (loss + terms).backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def nll(logits, targets):
@@ -122,6 +139,19 @@ def test_losses_by_source_do_not_depend_on_ranks(two_ranks, one_rank):
     for key in one:
         if key.startswith("val/"):
             assert one[key] == pytest.approx(two[key], rel=1e-5, abs=1e-9), key
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("g_from", OF_ANOTHER)
+def test_the_gradient_with_the_g_of_another_sequence_is_that_of_the_definition(two_ranks, folder, stage, g_from):
+    """Of micro batches of two. Stage 3 is in fp32, where PLGA's gradients are ill-conditioned."""
+    found = torch.load(folder / f"gradient-{stage}-{g_from}.pt")
+    ours = torch.cat([g.flatten().double() for g in found["gradient"].values()])
+    right, own = (by_definition(stage, choice) for choice in (g_from, "own"))
+    loss, tolerance = (1e-5, 1e-2) if stage == 3 else (1e-12, 1e-6)
+    assert found["loss"] == pytest.approx(right[0], rel=loss)
+    assert ((ours - right[1]).norm() / right[1].norm()).item() < tolerance
+    assert ((ours - own[1]).norm() / own[1].norm()).item() > 10 * tolerance
 
 
 @pytest.mark.slow
