@@ -6,10 +6,11 @@ gradients of hidden states, weight and bias; the backward pass multiplies these 
 products of matrices, as many as with whole logits. What is kept is one chunk of logits and the gradients themselves.
 
 Decision: an own loop, and not `torch.nn.functional.linear_cross_entropy` (torch 2.13, the same algorithm, which the tests
-compare with) nor Liger's kernel: torch's returns the loss in the dtype of its inputs (in bf16 that is 3 digits of the sum over
-a batch) and sums a bf16 weight's gradient over chunks in bf16; neither returns the loss of each target beside a mean with a
-gradient; torch's has no z-loss; and the model runs with torch 2.6. A chunk as large as the batch is the plain path, so there is
-nothing to choose by shape but the number of rows (`CHUNK_BYTES`).
+compare with) nor Liger's kernel. torch's returns the loss in the dtype of its inputs (in bf16 that is 3 digits of the sum over
+a batch), sums a bf16 weight's gradient over chunks in bf16, has no z-loss, gives no loss of each target beside a sum with a
+gradient, needs torch 2.13 where the model runs with 2.6, and is two to three times as slow at small sizes on a CPU. Liger's is
+for GPUs only, and none was at hand to try it. A batch that fits one chunk is the plain path, which was never the faster one at
+any size measured (docs/speed.md), so nothing is chosen by shape.
 
 Shapes: N rows (tokens), D model width, V vocabulary, R rows of a chunk.
 """
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from pldr_model.layers import at_least_float32
 
-# Logits of a chunk, counted in fp32.
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+# Rows of a chunk. CPU: fewer make slow products, more leave its caches (docs/speed.md). GPU: not measured; products are large
+# enough to fill one.
+CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
 
 
 class RowLosses(NamedTuple):
@@ -32,11 +34,6 @@ class RowLosses(NamedTuple):
 
     total: Tensor
     nll_N: Tensor
-
-
-def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """How many rows are a chunk."""
-    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # one call, whose loop a graph would only unroll
@@ -54,7 +51,7 @@ def linear_cross_entropy(
 
     Gradients can be asked for once: the backward pass uses them up.
     """
-    rows = rows or chunk_rows(len(weight_VD), x_ND.device)
+    rows = rows or CHUNK_ROWS["cpu" if x_ND.device.type == "cpu" else "cuda"]
     if torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad or bias_V.requires_grad):
         total, nll_N = _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, ignore, z_loss, rows)  # type: ignore[no-untyped-call]
         return RowLosses(total, nll_N)

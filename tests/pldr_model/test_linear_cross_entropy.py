@@ -129,7 +129,7 @@ def config():
 
 
 def test_no_tensor_of_all_logits_exists(config, monkeypatch):
-    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * config.vocab_size * 20)
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 20)
     model, ids = PLDRModel(config), torch.randint(4, 997, (4, 65))
     with Largest() as seen:
         tokens, outputs = model(ids[:, :-1], targets=ids[:, 1:], return_outputs=True)
@@ -144,7 +144,7 @@ def test_no_tensor_of_all_logits_exists(config, monkeypatch):
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 def test_the_models_losses_are_those_of_its_logits(config, monkeypatch, z_loss):
-    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * config.vocab_size * 20)
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 20)
     torch.manual_seed(0)
     model, ids = PLDRModel(config).double(), torch.randint(4, 997, (3, 65))
     ids[1, 40:] = 0
