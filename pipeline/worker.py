@@ -224,6 +224,7 @@ def open_data(job: Job) -> Data:
 
     from pipeline.data.loading.cache import Stamps
     from pipeline.data.loading.loader import TrainLoader, evenly_spread
+    from pipeline.data.loading.mixture import mixture_of
     from pipeline.data.loading.reader import TokenReader, open_split
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.stages.compatible import require_newest
@@ -260,6 +261,7 @@ def open_data(job: Job) -> Data:
         world_size=job.world,
         on_bad_shard=config.data.on_bad_shard,
         agree=agree,
+        order=mixture_of(index, config),
     )
     return Data(index, loader, held_out)
 

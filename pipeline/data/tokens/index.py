@@ -37,7 +37,8 @@ class TokenShard:
     offsets[b]: byte offset in the file of block b's numbers, row-major [n, context_length + 1]; every block but the last has
     `block_sequences` rows. block_sha256[b]: the first 32 hex digits of the sha256 of these bytes. segment_*: the same of
     the blocks of document numbers (uint16), empty without boundaries. tokens: distinct ones in the sequences, without
-    padding. text_bytes: UTF-8 bytes of the documents. bytes, sha256: of the tar.
+    padding. text_bytes: UTF-8 bytes of the documents. bytes, sha256: of the tar. source: the only one of its documents, with
+    `data.separate_sources`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class TokenShard:
     block_sha256: tuple[str, ...]
     segment_offsets: tuple[int, ...] = ()
     segment_sha256: tuple[str, ...] = ()
+    source: str = ""
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> TokenShard:

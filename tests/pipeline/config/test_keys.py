@@ -33,16 +33,19 @@ ADDED = (
     "decay_share",
     "decay_shape",
     *OPTIMIZER,
+    "batch_warmup",
 )  # since; in a digest only with another value than the default
 ADDED_TO_POST = ("effect_prompts", "order_parameter", "prove", "extra_prompts", "max_relative_deviation_g_fp32",
                  "max_query_deviation", "max_worst_row_deviation", "with_metric_learner", "key_rank",
                  "max_key_loss")  # fmt: skip
-NOT_IN_RESULT = ("workers", "of", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
+ADDED_TO_DATA = ("separate_sources", "phases")
+NOT_IN_RESULT = (*ADDED_TO_DATA, "workers", "of", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
 RECIPE = (
     *(
         "init_from",
         "steps",
         "global_batch",
+        "batch_warmup",
         "max_lr",
         "warmup_steps",
         *ADDED[1:4],
