@@ -93,8 +93,8 @@ class RunConfig(Section):
         skips = self.data.on_bad_shard == "skip" and self.train.on_spike == "rollback"
         if self.train.batch_warmup is not None and skips:
             raise ValueError(
-                "train.batch_warmup: with on_spike rollback and data.on_bad_shard skip the ranks could not agree on the batches "
-                "after a rollback; change one of the three"
+                "train.batch_warmup: with on_spike rollback and data.on_bad_shard skip the ranks could not agree on the "
+                "batches after a rollback; change one of the three"
             )
         if self.post.key_rank is not None and (wrong := self.post.key_rank.unfit(self.model)):
             raise ValueError(f"post.key_rank.ranks: {wrong}")

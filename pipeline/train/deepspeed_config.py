@@ -76,7 +76,8 @@ def _offload(train: TrainConfig) -> dict[str, Any]:
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
-    """Micro batches that a rank runs for one global batch, after a batch warm-up. Raises ConfigError for what does not divide."""
+    """Micro batches that a rank runs for one global batch, after a batch warm-up. Raises ConfigError where they do not
+    divide."""
     per_pass = train.micro_batch * world_size
     for size in batch_sizes(train):
         if size % per_pass:
