@@ -22,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pldr_model.config import ActivationCheckpointing, ModelConfig
+from pldr_model.config import ActivationCheckpointing, GFrom, ModelConfig
 from pldr_model.layers import GLU, Linear, RopeTables, apply_rope, rope_tables
 from pldr_model.loss import OutputLayer, TokenLosses
+from pldr_model.mask import attention_mask, document_starts
 from pldr_model.plga import PLGA, ConstantG, DeductiveOutputs
 
 
@@ -47,17 +48,19 @@ class Attention(nn.Module):
         rope: RopeTables,
         *,
         g: Tensor | None = None,
+        g_from: GFrom = "own",
         mask: Tensor | None = None,
         return_outputs: bool = False,
     ) -> tuple[Tensor, DeductiveOutputs | None]:
-        """`g` [H,K,K] or [B,H,K,K] replaces the metric learner; `mask` (True = attend) replaces causal attention."""
+        """`g` [H,K,K] or [B,H,K,K] replaces the metric learner; `mask` (True = attend) replaces causal attention. `g_from`:
+        as in `PLDRModel.forward`; the deductive outputs are what was deduced, of every sequence or (batch) of the first."""
         q_BHSK, k_BHSK, v_BHSK = self.project(x_BSD, rope)
         outputs: DeductiveOutputs | None = None
         if g is None and isinstance(self.plga, ConstantG):
             q_BHSK = self.plga(q_BHSK)
         elif g is None and self.plga is not None:
-            outputs = self.plga(q_BHSK)
-            g = outputs.G_LM
+            outputs = self.plga(q_BHSK[:1] if g_from == "batch" else q_BHSK)
+            g = outputs.G_LM.roll(-1, 0) if g_from == "neighbor" else outputs.G_LM
         if g is not None:
             q_BHSK = q_BHSK @ g.to(q_BHSK.dtype)
         heads_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask, is_causal=mask is None)
@@ -94,11 +97,12 @@ class DecoderLayer(nn.Module):
         rope: RopeTables,
         *,
         g: Tensor | None = None,
+        g_from: GFrom = "own",
         mask: Tensor | None = None,
         return_outputs: bool = False,
     ) -> tuple[Tensor, DeductiveOutputs | None]:
         """Arguments as in `Attention.forward`; the deductive outputs are None unless `return_outputs`."""
-        y_BSD, outputs = self.attention(x_BSD, rope, g=g, mask=mask, return_outputs=return_outputs)
+        y_BSD, outputs = self.attention(x_BSD, rope, g=g, g_from=g_from, mask=mask, return_outputs=return_outputs)
         h_BSD = self.attention_norm(y_BSD + x_BSD)
         return self.feed_forward_norm(self.feed_forward(h_BSD) + h_BSD), outputs
 
@@ -131,6 +135,8 @@ class PLDRModel(nn.Module):
         targets: Tensor | None = None,
         z_loss: float = 0.0,
         g_lm: Tensor | None = None,
+        g_from: GFrom = "own",
+        documents: Tensor | None = None,
         padded: bool | None = None,
         return_outputs: bool = False,
         last_only: bool = False,
@@ -142,16 +148,28 @@ class PLDRModel(nn.Module):
         targets: [B,S], the id that follows each; `pad_id` where there is none. No logits of the whole batch are made then.
         z_loss: coefficient of the mean squared logsumexp of the logits in the loss.
         g_lm: [L,H,K,K] or [L,B,H,K,K]; replaces the model's own G. The metric learner is then not run.
+        g_from: whose G a sequence gets: its `own`; that of the first sequence (`batch`: nothing else is deduced, and each
+            layer returns outputs [1,H,K,K]); or that of the next one, the last that of the first (`neighbor`).
+        documents: [B,S], which document each token of a packed sequence is of: each is then read as if it stood alone
+            (mask.py). A learned G_LM still sums over the whole sequence, and so over all of its documents.
         padded: None: look for padding (on a GPU that waits for the device). False: the caller knows that
             there is none: causal kernel, no mask, no check; training passes this. True: build the mask without a
             look.
         last_only: logits after the last token only, [B,1,V]: what generation without a cache needs.
         Errors: ValueError for a sequence over the context, a g_lm of another shape, deductive outputs that do
-        not exist.
+        not exist; a g_from without a metric learner, or without a neighbor.
         """
         if return_outputs and (g_lm is not None or self.config.g_source != "learned"):
             raise ValueError("return_outputs: no metric learner runs with a constant or given G, so nothing is deduced")
-        x_BSD, deduced = self._run_layers(ids_BS, g_lm=g_lm, padded=padded, return_outputs=return_outputs)
+        if g_from != "own" and (g_lm is not None or self.config.g_source != "learned"):
+            raise ValueError(
+                f"g_from {g_from!r}: no metric learner runs with a constant or given G, so there is no other"
+            )
+        if g_from == "neighbor" and len(ids_BS) == 1:
+            raise ValueError("g_from 'neighbor': a batch of one sequence has no other whose G it could use")
+        x_BSD, deduced = self._run_layers(
+            ids_BS, g_lm=g_lm, g_from=g_from, documents=documents, padded=padded, return_outputs=return_outputs
+        )
         result: Tensor | TokenLosses
         if targets is None:
             result = self.output(x_BSD[:, -1:] if last_only else x_BSD)
@@ -164,10 +182,17 @@ class PLDRModel(nn.Module):
         return self._run_layers(ids_BS, g_lm=g_lm, padded=padded, return_outputs=False)[0]
 
     def _run_layers(
-        self, ids_BS: Tensor, *, g_lm: Tensor | None, padded: bool | None, return_outputs: bool
+        self,
+        ids_BS: Tensor,
+        *,
+        g_lm: Tensor | None,
+        padded: bool | None,
+        return_outputs: bool,
+        g_from: GFrom = "own",
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, list[DeductiveOutputs]]:
         """The decoder layers, one after the other."""
-        x_BSD, rope, mask = self._enter(ids_BS, padded)
+        x_BSD, rope, mask = self._enter(ids_BS, padded, documents)
         g_lm = self._g_in_force(g_lm, ids_BS.shape[0])
         deduced: list[DeductiveOutputs] = []
         for index, layer in enumerate(self.layers):
@@ -175,7 +200,7 @@ class PLDRModel(nn.Module):
             run: Callable[..., tuple[Tensor, DeductiveOutputs | None]] = layer
             if self.recompute_layers and torch.is_grad_enabled():
                 run = functools.partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
-            x_BSD, outputs = run(x_BSD, rope, g=g, mask=mask, return_outputs=return_outputs)
+            x_BSD, outputs = run(x_BSD, rope, g=g, g_from=g_from, mask=mask, return_outputs=return_outputs)
             if outputs is not None:
                 deduced.append(outputs)
         return x_BSD, deduced
@@ -207,18 +232,29 @@ class PLDRModel(nn.Module):
         x_BSD: Tensor = self.embedding_norm(self.embedding(ids_BS) * self.config.d_model**0.5)
         return x_BSD
 
-    def _enter(self, ids_BS: Tensor, padded: bool | None) -> tuple[Tensor, RopeTables, Tensor | None]:
-        """What every full pass starts with: embedded tokens, rotary tables, a mask if there is padding."""
+    def _enter(
+        self, ids_BS: Tensor, padded: bool | None, documents_BS: Tensor | None = None
+    ) -> tuple[Tensor, RopeTables, Tensor | None]:
+        """What every full pass starts with: embedded tokens, rotary tables, a mask if there is padding or several documents."""
         config, num_positions = self.config, ids_BS.shape[1]
         if num_positions > config.context_length:
             raise ValueError(f"sequence of {num_positions} tokens: over the context_length of {config.context_length}")
-        mask = None
+        if documents_BS is not None and documents_BS.shape != ids_BS.shape:
+            raise ValueError(
+                f"documents: shape {tuple(documents_BS.shape)} is not that of the ids, {tuple(ids_BS.shape)}"
+            )
         padding_BS = ids_BS == config.pad_id
-        if padded or (padded is None and bool(padding_BS.any())):
-            mask = _padding_mask(padding_BS)
+        is_padded = padded or (padded is None and bool(padding_BS.any()))
         x_BSD = self._embed(ids_BS)
         rope = rope_tables(config, num_positions, dtype=x_BSD.dtype, device=x_BSD.device)
-        return x_BSD, RopeTables(rope.cos.unsqueeze(1), rope.sin.unsqueeze(1)), mask
+        starts_BS, mask = None, None
+        if documents_BS is not None:
+            starts_BS = document_starts(documents_BS)
+            positions_BS = torch.arange(num_positions, device=ids_BS.device) - starts_BS
+            rope = RopeTables(rope.cos[positions_BS], rope.sin[positions_BS])
+        if is_padded or starts_BS is not None:
+            mask = attention_mask(padding_BS if is_padded else None, starts_BS)
+        return x_BSD, RopeTables(rope.cos.unsqueeze(-2), rope.sin.unsqueeze(-2)), mask
 
     def _g_in_force(self, given: Tensor | None, batch_size: int) -> Tensor | None:
         """The given G (shape checked), else the fixed one; None where layers have their own or G is the identity."""
@@ -230,20 +266,6 @@ class PLDRModel(nn.Module):
                 f"g_lm: shape {tuple(given.shape)} is neither [L,H,K,K] = {shape} nor [L,B,H,K,K] of {batch_size} rows"
             )
         return given
-
-
-def _padding_mask(padding_BS: Tensor) -> Tensor:
-    """Which query attends to which key, True = yes: [B,1,S,S]. Keys up to the query's own position that are not padding.
-
-    A query with nothing but padding before it attends to itself, so that its softmax is finite (the reference
-    averages over the whole sequence there, future included; such a query is padding itself and reaches no
-    loss).
-    """
-    S = padding_BS.shape[1]
-    causal_SS = torch.ones(S, S, dtype=torch.bool, device=padding_BS.device).tril()
-    allowed_BSS = causal_SS & ~padding_BS[:, None, :]
-    own_SS = torch.eye(S, dtype=torch.bool, device=padding_BS.device)
-    return (allowed_BSS | (own_SS & ~allowed_BSS.any(dim=-1, keepdim=True))).unsqueeze(1)
 
 
 def set_activation_checkpointing(model: PLDRModel, what: ActivationCheckpointing) -> None:

@@ -18,6 +18,7 @@ from pipeline.config.section import Kind, Section, Switch, Url
 corpus = Kind("needs force", ("shard",), result=True)  # which documents there are
 pieces = Kind("needs force", ("tokenizer",), result=True)
 packed = Kind("needs force", ("tokenize",), result=True)
+packed_since = replace(packed, added=True)
 documents = Kind("needs force", ("shard", "tokenizer", "tokenize"), result=("shard",))  # where they are
 tokens = Kind("needs force", ("tokenize", "train", "extract", "validate", "bundle"), result=("tokenize",))
 borrowed = Kind(  # whose they are
@@ -233,6 +234,9 @@ class TokensConfig(Section):
 
     packing: Literal["concat", "best-fit", "pad"] = packed("concat", "how documents become sequences (docs/data.md)")
     boundaries: bool = packed(False, "also store which document each token belongs to, for masks")
+    sources: bool = packed_since(
+        False, "also store which source each token of the val split is from, for val/loss/SOURCE"
+    )
     block_sequences: int = packed(256, "sequences in one tar member: the unit of reading", ge=1)
     remainder: Literal["drop", "pad"] = packed("drop", "concat: a shard's last, incomplete sequence; always counted")
     output: Url | None = tokens(None, "folder or fsspec URL of the token tars; null: run_dir/tokens")

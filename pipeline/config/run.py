@@ -96,6 +96,17 @@ class RunConfig(Section):
                 "train.batch_warmup: with on_spike rollback and data.on_bad_shard skip the ranks could not agree on the "
                 "batches after a rollback; change one of the three"
             )
+        if self.train.document_masks and not self.tokens.boundaries:
+            raise ValueError(
+                "train.document_masks: needs to know which document a token is of; set tokens.boundaries=true"
+            )
+        if self.train.document_masks and self.tokens.packing == "pad":
+            raise ValueError(
+                "train.document_masks: with tokens.packing pad a sequence holds one document, so nothing is masked; remove it"
+            )
+        for key in ("g_from", "share_g_below") if self.model.g_source != "learned" else ():
+            if getattr(self.train, key) != TrainConfig.model_fields[key].default:
+                raise ValueError(f"train.{key}: model.g_source {self.model.g_source!r} has no learned G; remove it")
         if self.post.key_rank is not None and (wrong := self.post.key_rank.unfit(self.model)):
             raise ValueError(f"post.key_rank.ranks: {wrong}")
         return self

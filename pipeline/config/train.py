@@ -11,7 +11,7 @@ from pydantic import field_validator, model_validator
 from pipeline.config.section import Kind, Section
 from pipeline.config.train_evaluate import EvaluateConfig, beside
 from pipeline.io.urls import check_url, is_http
-from pldr_model.config import ActivationCheckpointing
+from pldr_model.config import ActivationCheckpointing, GFrom
 
 recipe = Kind("fixed", ("train",), result=True)  # what the trained weights come from: another value is another run
 since = replace(recipe, added=True)
@@ -126,7 +126,25 @@ class TrainConfig(Section):
     freeze_g: FreezeConfig | None = recipe(
         None, "when G is frozen and the metric learner dropped; null: it trains to the end"
     )
+    document_masks: bool = since(
+        False, "attention only within a document of a packed sequence; needs tokens.boundaries"
+    )
+    g_from: GFrom = since(
+        "own",
+        "whose learned G a sequence uses: its own, that of the first of its micro batch, or of its neighbor there",
+    )
+    share_g_below: float | None = since(
+        None, "g_from becomes batch after the first validation whose order parameter of G is below this", gt=0
+    )
     evaluate: EvaluateConfig | None = beside(None, "benchmark scores of checkpoints while training runs; null: none")
+    deterministic: bool = work(
+        False, "GPU: deterministic kernels only, so that the same job on the same machines is bit-equal; slower"
+    )
+    flight_recorder: int = work(
+        0,
+        "how many of a rank's last collectives torch keeps, and writes to logs/flight-recorder when one fails; 0: torch's own",
+        ge=0,
+    )
     max_restarts: int = work(0, "restarts after a crash, from the last commit; not after a stop or a user error", ge=0)
     profile_steps: tuple[int, int] | None = work(
         None, "[first, last]: traced on each rank (pipeline/train/profiling.py)"
@@ -179,6 +197,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"freeze_g.at_step {at_step} must be smaller than steps {self.steps}: G would never be frozen"
             )
+        if self.g_from == "batch" and self.share_g_below is not None:
+            raise ValueError(
+                "share_g_below is not read with g_from batch, where G is shared from the start; remove one"
+            )
+        if self.mixes_g and self.micro_batch == 1:
+            key = "g_from" if self.g_from != "own" else "share_g_below"
+            raise ValueError(
+                f"{key} {getattr(self, key)} needs a micro_batch of 2 or more: there is no other sequence in 1"
+            )
         if self.evaluate is not None and self.evaluate.every % self.checkpoint_every:
             raise ValueError(
                 f"evaluate.every {self.evaluate.every} is not a multiple of checkpoint_every {self.checkpoint_every}: only "
@@ -204,6 +231,11 @@ class TrainConfig(Section):
     def decay_begins(self) -> int:
         """With schedule wsd: the first step, from 0, after which the rate is below max_lr."""
         return self.steps - max(1, round(self.decay_share * self.steps))
+
+    @property
+    def mixes_g(self) -> bool:
+        """Whether a sequence's G can come from another one of its micro batch: micro_batch is then part of the recipe."""
+        return self.g_from != "own" or self.share_g_below is not None
 
     @property
     def metric_decay(self) -> float:

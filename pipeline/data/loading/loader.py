@@ -67,10 +67,12 @@ class TrainLoader:
         on_bad_shard: OnBadShard = "error",
         agree: Agree | None = None,
         order: Order | Mixture | None = None,
+        documents: bool = False,
     ) -> None:
         """global_batch and micro_batch count sequences; micro_batch is per rank and forward pass. order: None: all sequences,
         by `seed`.
 
+        documents: micro batches say which document each token is of; the reader was opened with `segments`.
         agree: for on_bad_shard "skip" with more than one rank: takes this rank's verdicts and returns, on every rank, their
         logical or over all ranks. Called by the thread that reads ahead, equally often on all ranks.
 
@@ -84,6 +86,7 @@ class TrainLoader:
         self._take(global_batch)
         self.num_sequences = reader.num_sequences
         self._width = reader.index.context_length + 1
+        self._read = reader.read_with_documents if documents else reader.read
         # Where in a chunk this rank begins to open extents, so that the ranks of a node share the work.
         self._first_extent = rank / world_size
         self._skip = on_bad_shard == "skip"
@@ -130,9 +133,10 @@ class TrainLoader:
     def micro_batches(self, position: int, *, limit: int | None = None) -> Iterator[tuple[list[Indices], int]]:
         """Global batches from a position of the order (0: the beginning); `limit` of them, or without end.
 
-        Yields this rank's micro batches, each int64 [micro_batch, context_length + 1], and the position after the batch, where
-        the next one begins. A thread reads PREFETCH batches ahead, and its errors are raised here: UserError naming a bad
-        shard, or, with "skip", when no good one is left. If ranks have to agree, exhaust a limited iterator before closing it:
+        Yields this rank's micro batches, each int64 [micro_batch, context_length + 1], or with `documents` [2, micro_batch,
+        context_length + 1], and the position after the batch, where the next one begins. A thread reads PREFETCH batches
+        ahead, and its errors are raised here: UserError naming a bad shard, or, with "skip", when no good one is left. If
+        ranks have to agree, exhaust a limited iterator before closing it:
         ranks that stop at different times would wait for one another.
         """
         ready: queue.Queue[tuple[list[Indices], int] | BaseException | None] = queue.Queue(maxsize=PREFETCH)
@@ -180,9 +184,10 @@ class TrainLoader:
         for ids, ends in self._batches(position, limit, fetchers):
             for first in range(0, len(ids), together):
                 mine = ids[first : first + together, self._slice]
-                micro = self.reader.read(mine.ravel()).reshape(len(mine), -1, self.micro_batch, self._width)
-                for number, rows in enumerate(micro, first):
-                    yield list(rows), int(ends[number])
+                rows = self._read(mine.ravel())
+                micro = rows.reshape(*rows.shape[:-2], len(mine), -1, self.micro_batch, self._width)
+                for number in range(len(mine)):
+                    yield list(np.moveaxis(micro[..., number, :, :, :], -3, 0)), int(ends[first + number])
 
     def _batches(self, position: int, limit: int | None, fetchers: _Fetchers) -> Iterator[tuple[Indices, Indices]]:
         """(sequence numbers [n, global_batch], position after each batch [n]): the complete global batches that can be formed

@@ -34,6 +34,10 @@ ADDED = (
     "decay_shape",
     *OPTIMIZER,
     "batch_warmup",
+    "document_masks",
+    "g_from",
+    "share_g_below",
+    "z_loss",
 )  # since; in a digest only with another value than the default
 ADDED_TO_POST = ("effect_prompts", "order_parameter", "prove", "extra_prompts", "max_relative_deviation_g_fp32",
                  "max_query_deviation", "max_worst_row_deviation", "with_metric_learner", "key_rank",
@@ -55,7 +59,8 @@ RECIPE = (
         "eps",
         "weight_decay",
     ),
-    *("metric_weight_decay", "clip_by", "clip", "precision", "freeze_g"),
+    *("metric_weight_decay", "clip_by", "clip", "z_loss", "precision", "freeze_g", "document_masks", "g_from"),
+    "share_g_below",
 )
 
 TREE = {
@@ -103,7 +108,7 @@ def of_stage_160ea30(config, name):
         "shard": {key: value for key, value in tree["data"].items() if key not in NOT_IN_RESULT},
         "tokenizer": {**tree["tokenizer"], "vocab_size": tree["model"]["vocab_size"]},
         "tokenize": {
-            **{k: v for k, v in tree["tokens"].items() if k != "workers"},
+            **{k: v for k, v in tree["tokens"].items() if k not in ("workers", "sources")},
             "context_length": tree["model"]["context_length"],
         },
         "train": {
