@@ -17,6 +17,7 @@ recipe = Kind("fixed", ("train",), result=True)  # what the trained weights come
 since = replace(recipe, added=True)
 arithmetic = Kind("may change", ("train",), result=True)  # another rounding of the same run
 work = Kind("may change", ("train",), result=False)  # how the training is spread, watched and saved
+work_since = replace(work, added=True)
 
 
 class FreezeConfig(Section):
@@ -137,12 +138,12 @@ class TrainConfig(Section):
         None, "g_from becomes batch after the first validation whose order parameter of G is below this", gt=0
     )
     evaluate: EvaluateConfig | None = beside(None, "benchmark scores of checkpoints while training runs; null: none")
-    deterministic: bool = work(
+    deterministic: bool = work_since(
         False, "GPU: deterministic kernels only, so that the same job on the same machines is bit-equal; slower"
     )
-    flight_recorder: int = work(
+    flight_recorder: int = work_since(
         0,
-        "how many of a rank's last collectives torch keeps, and writes to logs/flight-recorder when one fails; 0: torch's own",
+        "last collectives of a rank that torch keeps, and writes to logs/flight-recorder when one fails; 0: off",
         ge=0,
     )
     max_restarts: int = work(0, "restarts after a crash, from the last commit; not after a stop or a user error", ge=0)

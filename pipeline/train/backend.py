@@ -59,8 +59,8 @@ def write_recording(recordings: Path, rank: int) -> None:
     if not recordings.is_dir():
         return
     with contextlib.suppress(ImportError, AttributeError, RuntimeError, OSError):  # older torch; a full disk
-        from torch._C._distributed_c10d import _dump_fr_trace_json
+        from torch._C import _distributed_c10d
 
-        trace: bytes | str = _dump_fr_trace_json()
+        trace = _distributed_c10d._dump_fr_trace_json()  # type: ignore[attr-defined]
         publish_bytes(recordings / f"rank-{rank}.json", trace if isinstance(trace, bytes) else trace.encode())
         log.warning("the last collectives of this rank are in %s", recordings / f"rank-{rank}.json")

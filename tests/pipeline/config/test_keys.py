@@ -20,6 +20,7 @@ MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.w
               "train.timeout_s", "train.max_restarts", "train.max_skipped_steps", "train.on_spike", "train.spike_",
               "train.deepspeed", "train.compile", "train.activation_", "train.offload", "train.peak_tflops",
               "train.val_sequences", "train.zero_stage",
+              "train.deterministic", "train.flight_recorder",
               "train.micro_batch", "train.evaluate", "train.precision", "train.profile_steps", "train.memory_history",
               "data.on_bad_shard", "data.cache_gigabytes", "data.executor", "data.slurm.", "data.ray_address",
               "data.of")  # fmt: skip
