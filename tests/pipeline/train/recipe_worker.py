@@ -44,7 +44,13 @@ class Sized(Batches):
 
 def growing(folder: Path, stage: int, precision: str = "fp32", **train) -> RunConfig:
     tree = configuration(folder, stage, precision, "value", "identity").as_dict()
-    sizes = {"global_batch": 16, "batch_warmup": WARMUP, "checkpoint_every": 2, "validate_every": 6}
+    sizes = {
+        "global_batch": 16,
+        "batch_warmup": WARMUP,
+        "checkpoint_every": 2,
+        "keep_checkpoints": 3,
+        "validate_every": 6,
+    }
     return RunConfig(**{**tree, "train": {**tree["train"], **sizes, **train}})
 
 

@@ -34,7 +34,7 @@ def plain_pytorch(sizes: list[int]) -> list[float]:
     seen, position = [], 0
     for step, size in enumerate(sizes):
         ids = torch.from_numpy(np.random.default_rng(position).integers(4, 67, size=(size, 17)))
-        loss = total_loss(model(ids[:, :-1]), ids[:, 1:], config.model).total
+        loss = total_loss(model(ids[:, :-1], targets=ids[:, 1:]), config.model).total
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
@@ -68,10 +68,10 @@ def test_the_comparison_would_notice_a_step_that_ends_after_another_number_of_mi
     seen, position = [], 0
     for step, size in enumerate(SIZES):
         ids = torch.from_numpy(np.random.default_rng(position).integers(4, 67, size=(size, 17)))
-        seen.append(total_loss(model(ids[:, :-1]), ids[:, 1:], config.model).total.item())
+        seen.append(total_loss(model(ids[:, :-1], targets=ids[:, 1:]), config.model).total.item())
         used = ids[:4] if step == 3 else ids
         optimizer.zero_grad()
-        total_loss(model(used[:, :-1]), used[:, 1:], config.model).total.backward()
+        total_loss(model(used[:, :-1], targets=used[:, 1:]), config.model).total.backward()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.train, step)
         optimizer.step()

@@ -53,7 +53,7 @@ def plain_pytorch(clip_by: str, g_source: str, *, momentum: float = 0.9, decay: 
     for step in range(STEPS):
         rng = np.random.default_rng(step * train.global_batch)
         ids = torch.from_numpy(rng.integers(4, 67, size=(8, 17)))
-        loss = total_loss(model(ids[:, :-1]), ids[:, 1:], config.model).total
+        loss = total_loss(model(ids[:, :-1], targets=ids[:, 1:]), config.model).total
         model.zero_grad()
         loss.backward()
         if clip_by == "norm":
