@@ -33,6 +33,7 @@ from pipeline.train.engine import build_engine, device_of_rank, init_distributed
 from pipeline.train.optim import parameter_groups
 from pipeline.train.signals import StopRequest
 from pipeline.train.step import global_step
+from pipeline.train.targets import masks, with_documents
 from pipeline.train.telemetry import Stopwatch
 from pldr_model.bench import in_turn
 from pldr_model.loss import total_loss
@@ -70,6 +71,8 @@ def bench(config: RunConfig, *, port: int, steps: int, batch: int | None, saves:
     rng = np.random.default_rng(0)
     shape = (train.global_batch // train.micro_batch, train.micro_batch, config.model.context_length + 1)
     micro_batches = list(rng.integers(4, config.model.vocab_size, shape))
+    if train.document_masks:  # a mask costs the same whatever it hides
+        micro_batches = [np.stack([micro, np.ones_like(micro)]) for micro in micro_batches]
     plain = _plain_step(config, micro_batches)
     ours, saver = _our_step(config, micro_batches)
     for warm_up in (plain, ours, plain, ours):
@@ -123,9 +126,9 @@ def _plain_step(config: RunConfig, micro_batches: list[np.ndarray]) -> Callable[
 
     def step() -> None:
         loss_sum = torch.zeros((), device=device)
-        for micro in micro_batches:
+        for micro, documents in map(with_documents, micro_batches):
             ids = torch.from_numpy(micro).to(device)
-            loss = _loss(model, ids, config)
+            loss = _loss(model, ids, config, **masks(documents, device))
             (loss / len(micro_batches)).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
         clip(parameters, train.clip)
@@ -152,8 +155,8 @@ def _our_step(config: RunConfig, micro_batches: list[np.ndarray]) -> tuple[Calla
     return step, lambda folder: Saver(engine, folder)
 
 
-def _loss(model: PLDRModel, ids: Tensor, config: RunConfig) -> Tensor:
+def _loss(model: PLDRModel, ids: Tensor, config: RunConfig, **apart: Tensor) -> Tensor:
     wants_outputs = any(config.model.dag_coefficients)
-    result = model(ids[:, :-1], targets=ids[:, 1:], padded=False, return_outputs=wants_outputs)
+    result = model(ids[:, :-1], targets=ids[:, 1:], padded=False, return_outputs=wants_outputs, **apart)
     tokens, outputs = result if wants_outputs else (result, None)
     return total_loss(tokens, config.model, outputs=outputs).total

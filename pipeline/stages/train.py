@@ -167,6 +167,8 @@ def _prepare(
             "bf16 at ZeRO stage 0: gradients are accumulated in bf16, and a resumed run is not bit-equal; "
             "use train.zero_stage=1"
         )
+    for line in _about_documents(config, index):
+        report(line)
     if start.checkpoint is None and config.train.init_from is not None:
         from pipeline.train.initial import require_fitting
 
@@ -228,9 +230,23 @@ def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
         context_length=config.model.context_length,
         vocab_size=config.model.vocab_size,
         tokenizer_sha256=Tokenizer.load(data_paths(config).tokenizer).sha256,
+        boundaries=config.train.document_masks,
     )
     mixture_of(index, config)
     return index
+
+
+def _about_documents(config: RunConfig, index: TokenIndex) -> list[str]:
+    """What document masks do not do, and what `tokens.sources` cannot."""
+    lines = []
+    if config.train.document_masks and config.model.g_source == "learned":
+        lines.append(
+            "train.document_masks keeps attention within a document, but a learned G_LM sums over all documents of a sequence: "
+            "they are apart only once G_LM is invariant, or frozen (train.freeze_g)"
+        )
+    if config.tokens.sources and not index.sources:
+        lines.append("val/loss/SOURCE is not logged: these tokens are of a single source")
+    return lines
 
 
 def ranks_on_this_node(config: RunConfig, *, nodes: int = 1) -> int:

@@ -122,6 +122,11 @@ def notes(config: RunConfig, source: dict[str, Any]) -> list[str]:
         f"Trained {source.get('step') or train.steps:,} steps of {train.global_batch} sequences of "
         f"{config.model.context_length} tokens, {optimizer}, max lr {train.max_lr:g}, weight decay {train.weight_decay:g}."
     ]
+    if train.document_masks:
+        lines.append(
+            "Trained with attention within documents only (train.document_masks), each at positions from 0: give it one text "
+            "at a time. It was measured without masks, as it is used."
+        )
     if config.model.g_source == "constant":
         lines.append("G_LM: one trained [K,K] parameter a head, started at the identity; there is no metric learner.")
     if config.model.g_start == "identity":

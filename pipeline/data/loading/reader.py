@@ -116,7 +116,8 @@ class TokenReader:
         return np.stack([self.read(indices), self.segments(indices)])
 
     def sources(self, indices: Sequence[int] | Indices) -> Indices:
-        """The source number of each token of these sequences (index.py), 0 for padding: [n, C + 1]. Raises like `read`."""
+        """The source number of each token of these sequences (`TokenIndex.sources`), 0 for padding: [n, C + 1]. Raises like
+        `read`."""
         assert self.index.sources and self.split == "val", "asked of tokens that do not hold it"
         out = np.empty((len(indices), self.index.context_length + 1), dtype=np.int64)
         self._gather(indices, out, SOURCES)

@@ -92,6 +92,17 @@ def test_a_password_in_the_mlflow_uri_is_refused_and_not_shown(tmp_path, uri):
     assert "hidden" not in str(error.value)
 
 
+def test_document_masks_that_nothing_is_masked_with_are_refused():
+    masks = {**TREE, "train": {"document_masks": True}}
+    assert parse_config({**masks, "tokens": {"boundaries": True}}, where="test").train.document_masks
+    for tokens, expected in (
+        ({}, "train.document_masks: needs to know which document a token is of; set tokens.boundaries=true"),
+        ({"boundaries": True, "packing": "pad"}, "with tokens.packing pad a sequence holds one document"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            parse_config({**masks, "tokens": tokens}, where="test")
+
+
 def test_a_missing_key_and_a_wrong_source_key_are_named(tmp_path):
     with pytest.raises(ConfigError, match="key model is missing"):
         parse_config({k: v for k, v in TREE.items() if k != "model"}, where="t")

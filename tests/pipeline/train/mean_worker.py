@@ -2,8 +2,9 @@
 gradients accumulated in bf16 runs.
 
 Usage: mean_worker.py FOLDER STAGES PRECISION. STAGES of ZeRO, with commas: rank 0 writes the gradient of a step at each to
-FOLDER/gradient-STAGE.pt, and to FOLDER/result.json by micro batch what short runs log, and by stage the error of bf16. Stage 3
-refuses fp64: plain attention, whose gradient is well-conditioned, in fp32.
+FOLDER/gradient-STAGE.pt, that of one over packed sequences to FOLDER/packed-STAGE.pt, and to FOLDER/result.json by micro batch
+what short runs log, and by stage the error of bf16. Stage 3 refuses fp64: plain attention, whose gradient is well-conditioned,
+in fp32.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from pipeline.train.step import global_step
 from pipeline.train.telemetry import Stopwatch
 from pldr_model.model import PLDRModel
 from tests.helpers.worker import finish
+from tests.pipeline.train import packed
 from tests.pipeline.train.zero_worker import Batches, configuration, make_trainer, with_train
 
 CPU = torch.device("cpu")
@@ -140,6 +142,7 @@ def main() -> None:
     micro, _ = next(Padded(config).micro_batches(0, limit=1))
     g_lm = trainer.engine.module.compute_g(torch.from_numpy(batch[:, :-1])).mean(dim=1)
     results["mean_g"] = (mean_g(trainer.engine, config.model, [micro]) - g_lm).norm().item() / g_lm.norm().item()
+    results["packed"] = packed.results(trainer)
     config = settings(folder / "empty", 1, steps=3, validate_every=3, checkpoint_every=3)
     trainer = make_trainer(config, held_out(), data=Empty(config))
     state = trainer.train()
@@ -149,6 +152,11 @@ def main() -> None:
         found = gradient(settings(folder, stage, micro_batch=2, z_loss=Z_LOSS))
         if dist.get_rank() == 0:
             torch.save(found, folder / f"gradient-{stage}.pt")
+        found = gradient(
+            with_train(configuration(folder, stage, "fp32", "norm", "random"), micro_batch=2), packed.Packed
+        )
+        if dist.get_rank() == 0:
+            torch.save(found, folder / f"packed-{stage}.pt")
         results[f"bf16-{stage}"] = bf16_error(folder, stage, accumulation=16)
     finish(folder, results)
 

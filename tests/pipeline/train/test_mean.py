@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from pipeline.train.spikes import describe
 from pldr_model.loss import cross_entropy, dag_regularizer
 from pldr_model.model import PLDRModel
+from tests.pipeline.train import packed
 from tests.pipeline.train.mean_worker import DAG, Z_LOSS, Padded, held_out, settings
+from tests.pipeline.train.zero_worker import configuration
 
 WORKER = "tests.pipeline.train.mean_worker"
 INVARIANT = ("train/loss", "val/loss_block", "val/loss_cached", "val/leak_gap", "val/bits_per_byte", "data/tokens",
@@ -72,6 +74,54 @@ def test_the_gradient_is_that_of_the_mean_over_targets_of_the_global_batch(two_r
     right = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert list(found["gradient"]) == [name for name, _ in model.named_parameters()]
     assert ((ours - right).norm() / right.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_with_document_masks_the_gradient_is_that_of_each_document_alone(two_ranks, folder, stage):
+    """Over packed and padded sequences, two micro batches and two ranks, with a fixed G that is not the identity."""
+    config = configuration("/unused", stage, "fp32", "norm", "random")
+    torch.manual_seed(config.seed)
+    torch.set_default_dtype(torch.float32 if stage == 3 else torch.float64)
+    model = PLDRModel(config.model).double()
+    torch.set_default_dtype(torch.float32)
+    losses = [loss for loss, _, _ in packed.nll_alone(model, packed.packed_rows(0, 8))]
+    (sum(losses) / len(losses)).backward()
+    found = torch.load(folder / f"packed-{stage}.pt")
+    rel = 1e-6 if stage == 3 else 1e-12
+    assert found["targets"] == len(losses)
+    assert found["loss"] == pytest.approx(sum(losses).item() / len(losses), rel=rel)
+    ours = torch.cat([g.flatten().double() for g in found["gradient"].values()])
+    right = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert ((ours - right).norm() / right.norm()).item() < (1e-5 if stage == 3 else 1e-6)
+
+
+def test_losses_by_source_are_those_of_plain_pytorch(two_ranks):
+    """Of the cached G; a source without a target has none, and all together are val/loss_cached."""
+    values, plain = two_ranks["packed"]["values"], two_ranks["packed"]["plain"]
+    assert "val/loss/unseen" not in values and plain["unseen"] == [0, 0]
+    for name in ("plays", "web-2"):
+        total, count = plain[name]
+        assert count > 20 and values[f"val/loss/{name}"] == pytest.approx(total / count, rel=1e-12)
+    everything = sum(total for total, _ in plain.values()) / sum(count for _, count in plain.values())
+    assert values["val/loss_cached"] == pytest.approx(everything, rel=1e-12)
+    unmasked = two_ranks["packed"]["unmasked"]
+    assert abs(unmasked["val/loss_cached"] - everything) > 1e-4
+    assert not [key for key in unmasked if key.startswith("val/loss/")]
+
+
+def test_a_freeze_takes_the_mean_of_g_as_training_has_it(two_ranks):
+    off = two_ranks["packed"]["mean_g"]
+    assert off["masked"] < 1e-6 < off["not"]
+
+
+@pytest.mark.slow
+def test_losses_by_source_do_not_depend_on_ranks(two_ranks, one_rank):
+    """After three steps, whose gradients are reduced in fp32."""
+    one, two = (ranks["packed"]["values"] for ranks in (one_rank, two_ranks))
+    assert list(one) == list(two) and "val/loss/plays" in one
+    for key in one:
+        if key.startswith("val/"):
+            assert one[key] == pytest.approx(two[key], rel=1e-5, abs=1e-9), key
 
 
 @pytest.mark.slow

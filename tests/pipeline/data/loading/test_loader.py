@@ -103,6 +103,22 @@ def test_rows_come_from_their_shard_and_block(folder: Path, reader: TokenReader)
     assert segments.dtype == np.uint16 and np.array_equal(segments, np.concatenate(rows["segments"])[order])
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_with_documents_micro_batches_hold_the_same_tokens_and_whose_they_are(
+    folder: Path, reader: TokenReader, world_size: int
+) -> None:
+    """Document numbers are n % 7 + 1 of sequence n."""
+    marked = TokenReader(TokenIndex.load(folder), "train", segments=True)
+    for rank in range(world_size):
+        plain = loader(reader, world_size=world_size, rank=rank, micro=3).micro_batches(5, limit=20)
+        with_them = loader(marked, world_size=world_size, rank=rank, micro=3, documents=True)
+        for (rows, position), (both, end) in zip(plain, with_them.micro_batches(5, limit=20), strict=True):
+            assert position == end and len(rows) == len(both) == 4 // world_size
+            for one, two in zip(rows, both, strict=True):
+                assert two.shape == (2, 3, 16) and two.dtype == np.int64 and np.array_equal(two[0], one)
+                assert two[1].tolist() == [[number % 7 + 1] * 16 for number in numbers(one)]
+
+
 def test_tokens_without_boundaries_have_no_segments(tmp_path: Path, write_tokens: WriteTokens) -> None:
     write_tokens(tmp_path / "plain", train=[3])
     with pytest.raises(UserError, match="no document boundaries; run `pldr tokenize` with tokens.boundaries=true"):

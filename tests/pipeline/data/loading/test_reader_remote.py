@@ -69,6 +69,19 @@ def test_rows_and_batches_equal_those_of_a_local_copy(bucket: Any, tmp_path: Pat
     assert stream(loader(remote)) == stream(loader(local))
 
 
+def test_a_block_whose_document_numbers_are_damaged_is_left_out_too(bucket: Any) -> None:
+    index = TokenIndex.load(bucket.url("tokens"))
+    flip(bucket, f"tokens/{index.of_split('train')[0].name}", index.of_split("train")[0].segment_offsets[1] + 5)
+    marked = TokenReader(index, "train", segments=True)  # without the cache, in which equal blocks are one
+    with pytest.raises(UserError, match="train-000000.tar: its sha256 is not the one in its index: damaged, block 1"):
+        list(loader(marked, documents=True).micro_batches(0, limit=8))
+    skipping = loader(TokenReader(index, "train", segments=True), documents=True, on_bad_shard="skip")
+    seen = {int(row[0]) for parts, _ in skipping.micro_batches(0, limit=7) for row in parts[0][0]}
+    assert seen and not seen & set(range(8, 16))
+    without = loader(TokenReader(index, "train"), on_bad_shard="skip")
+    assert set(range(8, 16)) & {number for ids, _ in stream(without, limit=8) for number in ids}
+
+
 def test_each_block_is_read_once_on_a_node_and_nothing_else(bucket: Any, tmp_path: Path) -> None:
     bucket.requests.clear()
     for _ in range(2):  # two ranks, several epochs
