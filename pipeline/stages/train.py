@@ -165,7 +165,7 @@ def _prepare(
     if config.train.precision == "bf16" and config.train.zero_stage == 0:
         report(
             "bf16 at ZeRO stage 0: gradients are accumulated in bf16, and a resumed run is not bit-equal; "
-            "use train.zero_stage=1"
+            + ("Muon has no other stage" if config.train.optimizer == "muon" else "use train.zero_stage=1")
         )
     for line in _about_documents(config, index):
         report(line)

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
+from pipeline.config.train import TrainConfig
 from pipeline.data.documents.read import DocumentIndex, read_shard
 from pipeline.data.documents.shard import shard_documents
 from pipeline.data.loading.loader import TrainLoader
@@ -22,6 +23,8 @@ from pipeline.data.tokens.index import TokenIndex
 from pipeline.data.tokens.tokenize import tokenize_documents
 from pipeline.data.tokens.train_tokenizer import make_tokenizer
 from pipeline.errors import ConfigError, UserError
+from pipeline.train.batching import batches_from, of_step
+from pipeline.train.state import TrainState
 from tests.helpers.corpus import write_corpus
 
 MakeConfig = Callable[..., RunConfig]
@@ -89,6 +92,22 @@ def test_batches_have_the_phases_shares_on_any_number_of_ranks(separate: tuple[R
     for (micro, end), *shares in zip(batches, *halves, strict=True):
         assert np.array_equal(np.concatenate(micro), np.concatenate([rows for share, _ in shares for rows in share]))
         assert all(end == theirs for _, theirs in shares)
+
+
+def test_batches_that_grow_are_slices_of_the_same_order_from_any_step(separate: tuple[RunConfig, RunPaths]) -> None:
+    """`train.batch_warmup` on the real loader (tests/pipeline/train/test_batch_warmup.py has the steps)."""
+    warmup = [{"batch": 8, "steps": 3}, {"batch": 16, "steps": 2}]
+    train = TrainConfig(steps=8, warmup_steps=1, global_batch=32, micro_batch=4, batch_warmup=warmup)
+    sizes, data = [8, 8, 8, 16, 16, 32, 32, 32], loader(separate)
+    rows = data.reader.read(np.concatenate([data.indices(position) for position in range(0, 160, 32)]))
+    for step in range(8):
+        position = sum(sizes[:step])
+        seen = list(batches_from(data, train, TrainState(step=step, sequences_consumed=position)))
+        assert [sum(map(len, micro)) for micro, _ in seen] == sizes[step:]
+        assert [end for _, end in seen] == [sum(sizes[:n]) for n in range(step + 1, 9)]
+        together = np.concatenate([block for micro, _ in seen for block in micro])
+        assert np.array_equal(together, rows[position:152])
+    assert np.array_equal(of_step(data, train, 3).indices(24), data.indices(24)[:16])
 
 
 def test_shards_that_mix_sources_are_one_line(finished: tuple[RunConfig, RunPaths]) -> None:
