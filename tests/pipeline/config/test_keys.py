@@ -35,6 +35,8 @@ ADDED = (
     "decay_shape",
     *OPTIMIZER,
     "batch_warmup",
+    "deterministic",
+    "flight_recorder",
     "document_masks",
     "g_from",
     "share_g_below",
