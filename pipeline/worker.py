@@ -41,6 +41,7 @@ from pipeline.io import locks, storage
 from pipeline.io.sealed import read_sealed
 from pipeline.network import choose_interface
 from pipeline.train import signals
+from pipeline.train.backend import set_up, write_recording
 from pipeline.train.console import FAILURE, LISTENING, PHASE, STATUS, STOPPED, print_line
 from pipeline.train.heartbeat import Heartbeat, blame
 
@@ -85,6 +86,7 @@ def main(argv: list[str]) -> int:
             closed = "by peer" in str(error)  # gloo: "Connection closed by peer", "Connection reset by peer"
             at_fault = blame(RunPaths.ranks_of(job_file), _stamp(job_file), me=rank, world=world, closed=closed)
             message = f"{at_fault} ({message})"
+            write_recording(RunPaths.recordings_of(job_file), rank)
         return _failed(message, 1)
     return 0
 
@@ -156,6 +158,7 @@ class Data:
 def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     """Train as the job file says: read it, join the other ranks, open the data and the tracking, train, close."""
     job = read_job(job_file)
+    set_up(job.config.train, job.paths.recordings)
     _enter(job, "waiting for all ranks to meet")
     join(job, heart, stop)
     _enter(job, "opening the data")
@@ -227,6 +230,7 @@ def open_data(job: Job) -> Data:
 
     from pipeline.data.loading.cache import Stamps
     from pipeline.data.loading.loader import TrainLoader, evenly_spread
+    from pipeline.data.loading.mixture import mixture_of
     from pipeline.data.loading.reader import TokenReader, open_split
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.stages.compatible import require_newest
@@ -266,6 +270,7 @@ def open_data(job: Job) -> Data:
         world_size=job.world,
         on_bad_shard=config.data.on_bad_shard,
         agree=agree,
+        order=mixture_of(index, config),
         documents=masked,
     )
     return Data(index, loader, held_out, sources)

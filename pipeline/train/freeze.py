@@ -28,6 +28,7 @@ from torch import Tensor
 from pipeline.checkpoint.deepspeed_files import ZeroState
 from pipeline.checkpoint.format import COMMITTED, checkpoint_name
 from pipeline.checkpoint.reshard import carry_over
+from pipeline.config.batches import stretches
 from pipeline.config.run import RunConfig
 from pipeline.config.train import TrainConfig
 from pipeline.train.engine import device_of_rank, set_recipe
@@ -74,10 +75,16 @@ class FreezeRule:
         self._not_before = state.step + self._settings.checkpoint_every
 
 
-def num_batches(settings: TrainConfig) -> int:
-    """How many global batches the mean is taken over."""
+def num_batches(settings: TrainConfig, step: int) -> int:
+    """How many global batches from this step on the mean is taken over."""
     assert settings.freeze_g is not None
-    return -(-settings.freeze_g.sequences // settings.global_batch)
+    left, count = settings.freeze_g.sequences, 0
+    for size, steps in (*stretches(settings, step), (settings.global_batch, left)):
+        taken = min(-(-left // size), steps)
+        left, count = left - taken * size, count + taken
+        if left <= 0:
+            break
+    return count
 
 
 def freeze(config: RunConfig, source: ZeroState, g_lm_LHKK: Tensor) -> Any:

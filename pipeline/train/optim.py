@@ -9,8 +9,8 @@ Decision: `train.optimizer: muon` is torch's own Muon for the matrices of the de
 AdamW for all else: embedding, output, norms, biases, PLGA's [H,K,K] tensors, and the metric learner, whose decay by AdamW is
 what the papers study. Muon's rate is adjusted to the size of AdamW's update ("match_rms_adamw", arXiv 2502.16982), so that it
 takes the same rate and weight decay. It orthogonalizes a matrix as a whole: ZeRO 1 to 3 hand the optimizer flat pieces of all
-parameters, so that is refused (config/train.py). DeepSpeed's own Muon orthogonalizes before the optimizer's step, so that
-clipping by value would clip the update.
+parameters, so that is refused (pipeline/config/train.py). DeepSpeed's own Muon orthogonalizes before the optimizer's step, so
+that clipping by value would clip the update.
 """
 
 from __future__ import annotations

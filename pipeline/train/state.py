@@ -42,6 +42,10 @@ class TrainData(Protocol):
         """The sequence numbers of the batch that begins at a position."""
         ...
 
+    def of_batch(self, global_batch: int) -> TrainData:
+        """The same data in global batches of another size."""
+        ...
+
     def micro_batches(self, position: int, *, limit: int) -> Iterator[Batch]:
         """`limit` global batches, from a position of the data order."""
         ...

@@ -52,6 +52,7 @@ class TokenShard:
     the blocks of document numbers (uint16), empty without boundaries; source_*: of the blocks of source numbers, in the val
     split of tokens with sources. tokens: distinct ones in the sequences, without
     padding. text_bytes: UTF-8 bytes of the documents. bytes, sha256: of the tar.
+    source: the only one of its documents, with `data.separate_sources`.
     """
 
     name: str
@@ -66,6 +67,7 @@ class TokenShard:
     block_sha256: tuple[str, ...]
     segment_offsets: tuple[int, ...] = ()
     segment_sha256: tuple[str, ...] = ()
+    source: str = ""
     source_offsets: tuple[int, ...] = ()
     source_sha256: tuple[str, ...] = ()
 

@@ -210,8 +210,9 @@ class TokenizeShard(PipelineStep):  # type: ignore[misc]  # datatrove has no typ
             if packer.counts()["sequences"]:
                 files[source["name"]] = tar.publish()
         facts = files.get(source["name"], {"size": 0, "sha256": ""})
+        listed = ("name", "split", "documents", "text_bytes", "words", "source")
         shard = {
-            **{key: source[key] for key in ("name", "split", "documents", "text_bytes", "words")},
+            **{key: source[key] for key in listed if key in source},
             "bytes": facts["size"],
             "sha256": facts["sha256"],
             "length_histogram": histogram.tolist(),

@@ -33,7 +33,15 @@ def test_each_row_says_where_its_value_comes_from(found, tmp_path):
 
 
 def test_every_key_has_a_row_and_a_meaning(found):
-    optional = ("train.freeze_g", "train.evaluate.", "data.sources.", "data.clean.", "post.key_rank.")
+    optional = (
+        "train.freeze_g",
+        "train.batch_warmup.",
+        "data.phases.",
+        "train.evaluate.",
+        "data.sources.",
+        "data.clean.",
+        "post.key_rank.",
+    )
     assert {key for key in all_kinds() if not key.startswith(optional)} <= set(found)
     assert all(row.meaning for row in found.values())
     assert len({row.key for row in found.values() if row.key.startswith("model.")}) == len(

@@ -20,6 +20,7 @@ MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.w
               "train.timeout_s", "train.max_restarts", "train.max_skipped_steps", "train.on_spike", "train.spike_",
               "train.deepspeed", "train.compile", "train.activation_", "train.offload", "train.peak_tflops",
               "train.val_sequences", "train.zero_stage",
+              "train.deterministic", "train.flight_recorder",
               "train.micro_batch", "train.evaluate", "train.precision", "train.profile_steps", "train.memory_history",
               "data.on_bad_shard", "data.cache_gigabytes", "data.executor", "data.slurm.", "data.ray_address",
               "data.of")  # fmt: skip
@@ -32,21 +33,26 @@ ADDED = (
     "schedule",
     "decay_share",
     "decay_shape",
+    *OPTIMIZER,
+    "batch_warmup",
+    "deterministic",
+    "flight_recorder",
     "document_masks",
     "g_from",
     "share_g_below",
     "z_loss",
-    *OPTIMIZER,
 )  # since; in a digest only with another value than the default
 ADDED_TO_POST = ("effect_prompts", "order_parameter", "prove", "extra_prompts", "max_relative_deviation_g_fp32",
                  "max_query_deviation", "max_worst_row_deviation", "with_metric_learner", "key_rank",
                  "max_key_loss")  # fmt: skip
-NOT_IN_RESULT = ("workers", "of", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
+ADDED_TO_DATA = ("separate_sources", "phases")
+NOT_IN_RESULT = (*ADDED_TO_DATA, "workers", "of", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
 RECIPE = (
     *(
         "init_from",
         "steps",
         "global_batch",
+        "batch_warmup",
         "max_lr",
         "warmup_steps",
         *ADDED[1:4],
