@@ -137,7 +137,7 @@ def learn_backward(
     eps: float,
     with_weights: bool,
 ) -> list[Tensor | None]:
-    """Gradients of the rows, then (None without `with_weights`) of w12, b12, w3, b3 of every GLU and gamma, beta of every unit."""
+    """Gradients of the rows, then of every GLU's w12, b12, w3, b3 and every unit's gamma, beta (None without `with_weights`)."""
     N, per_unit = len(norms) // 2, len(glus) // (2 * len(norms))
     G = N * per_unit
     inputs, hidden, sums = kept[:G], kept[G : 2 * G], kept[2 * G :]
