@@ -94,7 +94,8 @@ class _Learn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RK: Tensor) -> tuple[Tensor | None, ...]:
-        G, kept, weights = ctx.num_glus, ctx.saved_tensors[: ctx.num_kept], ctx.saved_tensors[ctx.num_kept :]
+        saved = ctx.saved_tensors  # once: recomputing activations allows no second read
+        G, kept, weights = ctx.num_glus, saved[: ctx.num_kept], saved[ctx.num_kept :]
         with_weights = any(ctx.needs_input_grad[3:])
         grads = ctx.gradients(grad_RK, kept, weights[: 4 * G], weights[4 * G :], ctx.eps, with_weights)
         return grads[0], None, None, *grads[1:]
@@ -137,7 +138,7 @@ def learn_backward(
     eps: float,
     with_weights: bool,
 ) -> list[Tensor | None]:
-    """Gradients of the rows, then (None without `with_weights`) of w12, b12, w3, b3 of every GLU and gamma, beta of every unit."""
+    """Gradients of the rows, of every GLU's w12, b12, w3, b3, of every unit's gamma, beta (None if not `with_weights`)."""
     N, per_unit = len(norms) // 2, len(glus) // (2 * len(norms))
     G = N * per_unit
     inputs, hidden, sums = kept[:G], kept[G : 2 * G], kept[2 * G :]

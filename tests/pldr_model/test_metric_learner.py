@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pldr_model.config import ModelConfig
 from pldr_model.metric_learner import MetricLearner, run_as_modules
@@ -69,6 +70,15 @@ def test_a_second_backward_pass_gives_the_same():
     out = module(x).square().sum()
     first = torch.autograd.grad(out, [x, *module.parameters()], retain_graph=True)
     assert all(a.equal(b) for a, b in zip(first, torch.autograd.grad(out, [x, *module.parameters()]), strict=True))
+
+
+def test_recomputed_in_the_backward_pass_it_gives_the_same():
+    module = learner()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
+    again = checkpoint(module, x, use_reentrant=False, preserve_rng_state=False)
+    got = torch.autograd.grad(again.square().sum(), [x, *module.parameters()])
+    assert all(a.equal(b) for a, b in zip(got, wanted, strict=True))
 
 
 def test_it_keeps_less_than_the_modules_for_the_backward_pass():
