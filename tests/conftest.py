@@ -31,6 +31,7 @@ pytest_plugins = [
     "tests.helpers.models",
     "tests.helpers.ranks",
     "tests.helpers.runs",
+    "tests.helpers.slurm_cluster",
 ]
 
 

@@ -5,12 +5,14 @@ The hosts share the machine's file system, as those of a cluster share the run d
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
@@ -47,8 +49,10 @@ class Network:
         return {"PDSH_SSH_ARGS_APPEND": f"-F {self.folder / 'ssh_config'}"}
 
     def make(self) -> None:
+        _remove_left_over()
         for name in self.names:
             ip("netns", "add", name)
+            self._name_hosts(name)
         ip(
             "link",
             "add",
@@ -67,6 +71,13 @@ class Network:
             ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
             ip("-n", name, "link", "set", "cable", "up")
             ip("-n", name, "link", "set", "lo", "up")
+
+    def _name_hosts(self, name: str) -> None:
+        """In a namespace, `ip netns exec` shows this file as /etc/hosts: there the hosts know each other's names."""
+        folder = Path("/etc/netns") / name
+        folder.mkdir(parents=True)
+        lines = [f"{address} {host}" for address, host in zip(ADDRESSES, self.names, strict=True)]
+        (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", "::1 localhost", *lines]) + "\n")
 
     def serve_ssh(self) -> None:
         """sshd on both, each with its own keys; pytest's folders have permissions too open for StrictModes."""
@@ -98,7 +109,21 @@ class Network:
             server.terminate()
             server.wait()
         for name in self.names:
-            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+            remove(name)
+
+
+def remove(name: str) -> None:
+    """Remove a host."""
+    subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+    shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+def _remove_left_over() -> None:
+    """Remove the hosts of tests that were killed."""
+    for file in Path("/run/netns").glob("pldr*"):
+        found = re.fullmatch(r"pldr(\d+)[ab]", file.name)
+        if found and not psutil.pid_exists(int(found[1])):
+            remove(file.name)
 
 
 @contextlib.contextmanager
