@@ -52,11 +52,20 @@ SlurmdTimeout=300
 ReturnToService=2
 MinJobAge=300
 KillWait=20
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
+JobCompType=jobcomp/filetxt
+JobCompLoc={folder}/jobcomp.log
 {more}
 """
 NODES = """NodeName={name} NodeAddr={address} CPUs={cpus} RealMemory={memory}
 """
-PARTITIONS = """PartitionName=main Nodes=ALL Default=YES MaxTime=2:00:00 State=UP DefMemPerNode=1000
+# A job in `urgent` takes the nodes of those in `main`, which have a minute to save.
+COMMON = "Nodes=ALL MaxTime=2:00:00 DefMemPerNode=1000"
+# A job in `urgent` takes the nodes of those in `main`, which have a minute to save.
+PARTITIONS = f"""PartitionName=main {COMMON} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent {COMMON} PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -72,7 +81,7 @@ class Cluster:
     def enter(self) -> list[str]:
         return self.network.enter(0)
 
-    def start(self, *, settings: str = "", partitions: str = PARTITIONS) -> None:
+    def start(self, *, settings: str = "") -> None:
         """settings: more lines of slurm.conf."""
         for name in ("state", *self.names):
             (self.folder / name).mkdir()
@@ -84,7 +93,7 @@ class Cluster:
         )
         plugins = next(Path("/usr/lib").glob("**/auth_munge.so")).parent
         facts = {"names": self.names, "addresses": self.network.addresses, "folder": self.folder, "plugins": plugins}
-        text = CONF.format(more=settings, **facts) + nodes + partitions
+        text = CONF.format(more=settings, **facts) + nodes + PARTITIONS
         (self.folder / "slurm.conf").write_text(text)
         # No cgroups: they are not in a namespace's /sys, and slurmd would look for them there.
         (self.folder / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={self.folder}/cgroup\n")
@@ -156,6 +165,7 @@ def slurm_cluster(folder: Path, **settings: str) -> Iterator[Cluster]:
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)}: not installed (apt install slurm-wlm munge)")
+    folder.mkdir(exist_ok=True)
     with two_hosts(folder, ssh=False) as network:
         cluster = Cluster(folder, network)
         try:

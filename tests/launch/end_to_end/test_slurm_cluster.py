@@ -23,12 +23,12 @@ from pipeline.checkpoint.format import committed, step_of
 
 pytestmark = [
     pytest.mark.multinode,
-    pytest.mark.timeout(2400),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
 ]
 PLDR = [sys.executable, "-m", "launch.cli"]
 SIZES = ("--nodes", "2", "--ranks-per-node", "1", "--gpus-per-node", "0", "--cpus-per-rank", "1")
-STEPS = 1000
+STEPS = 500
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -53,7 +53,7 @@ def tokens(cluster, tmp_path_factory, make_run):
     """A run directory with everything that training needs; the tasks of its stages ran on Slurm."""
     folder = tmp_path_factory.mktemp("multinode")
     config = make_run(
-        folder, steps=STEPS, checkpoint_every=20, validate_every=200, log_every=10, timeout_s=60, max_restarts=1
+        folder, steps=STEPS, checkpoint_every=10, validate_every=250, log_every=10, timeout_s=60, max_restarts=1
     )
     tree = yaml.safe_load(config.read_text())
     tree["data"] |= {"executor": "slurm", "tasks": 2, "slurm": {"partition": "main", "time": "10", "mem_per_cpu_gb": 1}}
@@ -61,6 +61,8 @@ def tokens(cluster, tmp_path_factory, make_run):
     for stage in ("shard", "tokenizer", "tokenize"):
         output = pldr(cluster, folder, stage, "tiny.yaml")
         assert stage == "tokenizer" or re.search(r"Slurm job \d+ submitted", output), output
+    done = (cluster.folder / "jobcomp.log").read_text()
+    assert len(re.findall(r"Name=pldr-\S+ .*JobState=COMPLETED ", done)) >= 3, done  # tasks, in Slurm's own record
     return folder
 
 
@@ -126,6 +128,38 @@ class Training:
     def wait_for_end(self) -> str:
         self.wait(lambda: self.cluster.state(self.job) in (*ENDED, ""), ended=True)
         return self.cluster.state(self.job)
+
+
+def test_a_more_urgent_job_takes_the_nodes_and_training_resumes_after_it(cluster, work):
+    training = Training(cluster, work)
+    training.submit()
+    training.wait_for_progress(restarts=0)
+    urgent = cluster.slurm("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
+                           "--wrap=srun sleep infinity")  # fmt: skip
+    training.wait(lambda: "preempted: saved, requeued; it resumes" in training.output)
+    training.wait(lambda: cluster.state(urgent) == "RUNNING" and cluster.state(training.job) == "PENDING")
+    at = training.step
+    cluster.slurm("scancel", urgent)
+    training.wait_for_progress(restarts=1)
+    assert f"resumed at step {at} of {STEPS}" in training.output
+    cluster.slurm("scancel", training.job)
+    assert training.wait_for_end() == "CANCELLED"
+
+
+def test_a_node_without_power_is_lost_and_training_resumes_when_it_is_back(cluster, work):
+    """Everything on the node is gone in a moment; Slurm learns of it later than the ranks on the other node."""
+    training = Training(cluster, work)
+    training.submit()
+    training.wait_for_progress(restarts=0)
+    at = training.step
+    cluster.power_off(1)
+    training.wait(lambda: cluster.state(training.job) == "PENDING" or training.restarts > 0)
+    cluster.power_on(1)
+    training.wait_for_progress(restarts=1)
+    assert training.step > at and "resumed at step" in training.output
+    cluster.slurm("scancel", training.job)
+    assert training.wait_for_end() == "CANCELLED"
+    cluster.wait_until_idle()
 
 
 def test_training_goes_on_through_everything_and_is_certified(cluster, work):
