@@ -89,6 +89,8 @@ class Network:
         (self.folder / "ssh_config").write_text(
             f"IdentityFile {self.folder}/user_key\nUserKnownHostsFile {self.folder}/known_hosts\nIdentitiesOnly yes\n"
         )
+        for host in (0, 1):
+            self.log_in_through(host, "")
         (self.folder / "sshd_config").write_text(
             f"HostKey {self.folder}/host_key\nAuthorizedKeysFile {self.folder}/user_key.pub\nStrictModes no\nUsePAM no\n"
             "PidFile none\nPermitRootLogin yes\nPasswordAuthentication no\n"
@@ -97,12 +99,23 @@ class Network:
         sshd = shutil.which("sshd")
         for host in (0, 1):
             command = [*self.enter(host), sshd, "-D", "-e", "-f", str(self.folder / "sshd_config")]
+            command += ["-o", f"ForceCommand={self.folder}/login{host}"]
             with open(self.folder / f"sshd{host}.log", "wb") as log:
                 self.servers.append(subprocess.Popen(command, stderr=log))
         end = time.monotonic() + 10
         while not all(b"listening" in (self.folder / f"sshd{host}.log").read_bytes() for host in (0, 1)):
             assert time.monotonic() < end, "sshd does not listen"
             time.sleep(0.05)
+
+    def log_in_through(self, host: int, script: str) -> None:
+        """From now on every command over ssh to a host runs after these lines of shell, in a mount namespace of its own."""
+        file = self.folder / f"login{host}"
+        file.write_text(f"""#!/bin/bash
+if [ -z "$PLDR_MOUNTS" ]; then PLDR_MOUNTS=own exec unshare --mount "$0"; fi
+{script}
+exec bash -c "$SSH_ORIGINAL_COMMAND"
+""")
+        file.chmod(0o755)
 
     def close(self) -> None:
         for server in self.servers:

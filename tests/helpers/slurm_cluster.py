@@ -120,7 +120,7 @@ class Cluster:
         self._wait(lambda: self.node_states() == ["idle", "idle"], "the nodes", 120)
 
     def node_states(self) -> list[str]:
-        return self.slurm("sinfo", "--noheader", "--Node", "--format=%T").split()
+        return self.slurm("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T").split()
 
     def slurm(self, *words: str) -> str:
         """What a command prints; nothing when it fails."""
