@@ -164,7 +164,6 @@ def render(
         {
             **frame(config, paths, job, options),
             "mark": mark_of(paths),
-            "nodes": job.nodes,
             "job": "$SLURM_JOB_ID",
             "again": f"sbatch {paths.logs}/train.sbatch",
             "checkpoints": str(paths.checkpoints),
@@ -196,6 +195,7 @@ def frame(config: RunConfig, paths: RunPaths, job: ScheduledJob, options: SlurmO
     return {
         "name": config.name,
         "job_name": f"pldr-{config.name}-{mark_of(paths)}",
+        "nodes": job.nodes,
         "ranks_per_node": job.ranks_per_node,
         "gpus_per_node": job.gpus_per_node,
         "cpus_per_node": job.cpus_per_rank * job.ranks_per_node,

@@ -6,7 +6,15 @@ while kill -0 "$step" 2>/dev/null; do sleep 0.5 & wait $!; done
 wait "$step"
 code=$?
 case $code in 138 | 143) code=75 ;; esac # killed by USR1 or TERM before anything listened: nothing to save
-[ "$code" -eq 75 ] || exit "$code"
+lost=
+{% if nodes > 1 %}
+# When a node is lost, the ranks of the others fail in moments, and Slurm, which would requeue the job, knows it minutes later.
+case $code in
+    0 | 2 | 75) ;;
+    *) timeout 120 srun --overlap --ntasks-per-node=1 true 2>/dev/null || lost=1 ;;
+esac
+{% endif %}
+[ "$code" -eq 75 ] || [ -n "$lost" ] || exit "$code"
 trap '' TERM USR1 # requeueing sends them to this script, and to scontrol
 
 # Why it was stopped. Preemption signals the step only; Slurm requeues a job after its grace time, but not one that ends in it.
@@ -16,7 +24,9 @@ if [[ $facts =~ Restarts=([0-9]+) ]] && [ "${BASH_REMATCH[1]}" -gt "${SLURM_REST
     exit 75
 fi
 again="to go on: {{ again }}"
-if [[ $facts =~ PreemptTime=[0-9] ]]; then
+if [ -n "$lost" ]; then
+    why="a node does not answer"
+elif [[ $facts =~ PreemptTime=[0-9] ]]; then
     why="preempted"
 elif [ -z "$warned" ]; then
     echo "stopped by a signal: not requeued, $again"
@@ -26,12 +36,12 @@ elif [ -n "$left" ] && [ "$left" -le {{ signal_s + 90 }} ]; then
 else
     why="stopped by SIGUSR1"
 fi
-if [ "$why" != preempted ] && [ "$(newest)" = "$before" ]; then
+if [ "$why" != preempted ] && [ -z "$lost" ] && [ "$(newest)" = "$before" ]; then
     [ "$why" = "the time was up" ] && again="because that would repeat forever; raise --time"
     echo "$why before a checkpoint was committed: not requeued, $again"
 elif scontrol requeue "{{ job }}"; then
-    echo "$why: saved, requeued; it resumes from the last checkpoint"
+    echo "$why:${lost:+ not} saved, requeued; it resumes from the last checkpoint"
 else
-    echo "$why: saved, but scontrol could not requeue it, $again"
+    echo "$why:${lost:+ not} saved, but scontrol could not requeue it, $again"
 fi
 exit 75

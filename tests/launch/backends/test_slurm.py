@@ -56,7 +56,8 @@ def script_of(config: str, *, time: str | None = None) -> str:
 
 
 # Stand-ins: srun ends with CODE, or commits what SAVES says and ends with 75; EARLY, it does not listen yet.
-SRUN = """[ -n "$EARLY" ] || trap '[ -z "$SAVES" ] || { mkdir -p "$SAVES"; touch "$SAVES/COMMITTED"; }; exit 75' USR1 TERM
+SRUN = """case "$*" in *--overlap*) exit $SILENT ;; esac
+[ -n "$EARLY" ] || trap '[ -z "$SAVES" ] || { mkdir -p "$SAVES"; touch "$SAVES/COMMITTED"; }; exit 75' USR1 TERM
 touch listening
 for _ in $(seq $TENTHS); do sleep 0.1; done
 exit $CODE
@@ -81,7 +82,15 @@ class Batch:
     def __init__(self, config: str, *, saves=True, early=False, **facts):
         install(Path("bin"), srun=SRUN, scontrol=SCONTROL, squeue=SQUEUE)
         script = script_of(config).replace("export PATH=", f"export PATH={Path.cwd()}/bin:")
-        usual = {"left": "2:30", "preempted": "None", "restarts": 2, "refuses": 0, "code": 0, "tenths": 100}
+        usual = {
+            "left": "2:30",
+            "preempted": "None",
+            "restarts": 2,
+            "refuses": 0,
+            "code": 0,
+            "tenths": 100,
+            "silent": 0,
+        }
         environment = {
             **os.environ,
             **{name.upper(): str(value) for name, value in (usual | facts).items()},
@@ -138,6 +147,9 @@ class Batch:
         (TERM, {}, 75, False, "stopped by a signal: not requeued"),
         (None, {"tenths": 2}, 0, False, ""),
         (None, {"tenths": 2, "code": 2}, 2, False, ""),
+        (None, {"tenths": 2, "code": 1}, 1, False, ""),
+        (None, {"tenths": 2, "code": 1, "silent": 1}, 75, True, "a node does not answer: not saved, requeued"),
+        (None, {"tenths": 2, "code": 2, "silent": 1}, 2, False, ""),
         (None, {"tenths": 2, "code": 75}, 75, False, "stopped by a signal: not requeued"),
     ],
 )

@@ -149,11 +149,11 @@ def test_a_more_urgent_job_takes_the_nodes_and_training_resumes_after_it(cluster
 def test_a_node_without_power_is_lost_and_training_resumes_when_it_is_back(cluster, work):
     """Everything on the node is gone in a moment; Slurm learns of it later than the ranks on the other node."""
     training = Training(cluster, work)
-    training.submit()
+    training.submit("train.max_restarts=0")
     training.wait_for_progress(restarts=0)
     at = training.step
     cluster.power_off(1)
-    training.wait(lambda: cluster.state(training.job) == "PENDING" or training.restarts > 0)
+    training.wait(lambda: "a node does not answer: not saved, requeued; it resumes" in training.output)
     cluster.power_on(1)
     training.wait_for_progress(restarts=1)
     assert training.step > at and "resumed at step" in training.output
