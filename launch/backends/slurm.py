@@ -36,6 +36,7 @@ MARGIN_S = 120  # Slurm sends its signal up to a minute early, and ranks take a 
 LOOK_S = 15.0  # after submission, for the first reason why the job waits
 POLL_S = 1.0
 SUBMITTED = "slurm.json"  # in logs/: the job that was submitted last
+ASKS_FOR_GPUS = re.compile(r"gres=(\S*,)?gpu|gpus(-per-\w+)?=")
 SET_HERE = {"job-name", "nodes", "ntasks-per-node", "signal", "requeue", "open-mode", "output", "array", "parsable"}
 
 
@@ -197,7 +198,8 @@ def frame(config: RunConfig, paths: RunPaths, job: ScheduledJob, options: SlurmO
         "job_name": f"pldr-{config.name}-{mark_of(paths)}",
         "nodes": job.nodes,
         "ranks_per_node": job.ranks_per_node,
-        "gpus_per_node": job.gpus_per_node,
+        # Slurm refuses two that ask for GPUs, one with their type and one without.
+        "gpus_per_node": 0 if any(ASKS_FOR_GPUS.match(option) for option in options.sbatch) else job.gpus_per_node,
         "cpus_per_node": job.cpus_per_rank * job.ranks_per_node,
         "time": time,
         "signal_s": signal_s,

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/jobcomp.log
 {more}
 """
-NODES = """NodeName={name} NodeAddr={address} CPUs={cpus} RealMemory={memory}
+NODES = """NodeName={name} NodeAddr={address} CPUs={cpus} RealMemory={memory} Gres=gpu:a100:2
 """
 # A job in `urgent` takes the nodes of those in `main`, which have a minute to save.
 COMMON = "Nodes=ALL MaxTime=2:00:00 DefMemPerNode=1000"
@@ -95,6 +96,9 @@ class Cluster:
         facts = {"names": self.names, "addresses": self.network.addresses, "folder": self.folder, "plugins": plugins}
         text = CONF.format(more=settings, **facts) + nodes + PARTITIONS
         (self.folder / "slurm.conf").write_text(text)
+        for number in range(2):  # Slurm counts them; nothing computes on them
+            os.mknod(self.folder / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        (self.folder / "gres.conf").write_text(f"Name=gpu Type=a100 File={self.folder}/gpu[0-1]\n")
         # No cgroups: they are not in a namespace's /sys, and slurmd would look for them there.
         (self.folder / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={self.folder}/cgroup\n")
         munge = [f"--{kind}={self.folder}/munge.{kind.removesuffix('-file')}"

@@ -3,6 +3,7 @@ itself. With a real Slurm: test_real_slurm.py."""
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -267,3 +268,24 @@ def test_a_limit_that_the_signal_comes_before_is_refused(run, time, message):
     with pytest.raises(ConfigError, match=message):
         script_of(run, time=time)
     assert "--time=6" in script_of(run, time="6") and "--time=0" in script_of(run, time="0")
+
+
+@pytest.mark.parametrize(
+    ("asked", "lines"),
+    [
+        ([], ["gpus-per-node=4"]),
+        (["gres=gpu:a100:4"], ["gres=gpu:a100:4"]),
+        (["gres=craynetwork:1,gpu:4"], ["gres=craynetwork:1,gpu:4"]),
+        (["gpus-per-node=a100:4"], ["gpus-per-node=a100:4"]),
+        (["gres=nvme:1"], ["gpus-per-node=4", "gres=nvme:1"]),
+    ],
+)
+def test_gpus_are_asked_for_once(run, asked, lines):
+    job = ScheduledJob(
+        nodes=2, ranks_per_node=4, gpus_per_node=4, cpus_per_rank=1, resume="auto", force=False, template=None
+    )
+    settings = load_config(run)
+    script = slurm.render(settings, RunPaths(settings.run_dir), job, SlurmOptions(sbatch=asked), [run])
+    assert [
+        line.removeprefix("#SBATCH --") for line in script.splitlines() if re.match(r"#SBATCH.*(gpu|gres)", line)
+    ] == lines

@@ -130,6 +130,29 @@ class Training:
         return self.cluster.state(self.job)
 
 
+@pytest.mark.parametrize(
+    ("words", "verdict"),
+    [
+        (["--gpus-per-node", "2"], "to start at"),
+        (["--gpus-per-node", "3"], "Requested node configuration is not available"),
+        (["--sbatch", "gres=gpu:a100:2"], "to start at"),
+        (["--sbatch", "gpus-per-node=a100:2"], "to start at"),
+        (["--sbatch", "gres=gpu:h100:1"], "Requested node configuration is not available"),
+    ],
+)
+def test_the_gpus_of_a_dry_run_are_what_slurm_gives_or_refuses(cluster, tokens, tmp_path, words, verdict):
+    """The nodes have two a100, by gres."""
+    sizes = ("--nodes", "2", "--ranks-per-node", "2", "--cpus-per-rank", "1", "train.micro_batch=1")
+    printed = pldr(cluster, tokens, "launch", "slurm", "tiny.yaml", *sizes, *words, "--dry-run", "--json")
+    (script,) = json.loads(printed.splitlines()[-1])["files"].values()
+    (tmp_path / "script").write_text(script)
+    done = subprocess.run(
+        [*cluster.enter, "sbatch", "--test-only", str(tmp_path / "script")], capture_output=True, text=True,
+        env={**os.environ, **cluster.environment},
+    )  # fmt: skip
+    assert verdict in done.stderr, done.stderr
+
+
 def test_a_more_urgent_job_takes_the_nodes_and_training_resumes_after_it(cluster, work):
     training = Training(cluster, work)
     training.submit()
