@@ -287,5 +287,5 @@ def test_gpus_are_asked_for_once(run, asked, lines):
     settings = load_config(run)
     script = slurm.render(settings, RunPaths(settings.run_dir), job, SlurmOptions(sbatch=asked), [run])
     assert [
-        line.removeprefix("#SBATCH --") for line in script.splitlines() if re.match(r"#SBATCH.*(gpu|gres)", line)
+        line.removeprefix("#SBATCH --") for line in script.splitlines() if re.match("#SBATCH --(gpus|gres)", line)
     ] == lines
