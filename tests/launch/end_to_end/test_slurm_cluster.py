@@ -177,7 +177,11 @@ def test_a_node_without_power_is_lost_and_training_resumes_when_it_is_back(clust
     at = training.step
     cluster.power_off(1)
     training.wait(lambda: "a node does not answer: not saved, requeued; it resumes" in training.output)
+    # What Slurm does after SlurmdTimeout. A node that is back before that may get the late order to end the job's first start.
+    cluster.slurm("scontrol", "update", f"nodename={cluster.names[1]}", "state=down", "reason=lost")
     cluster.power_on(1)
+    training.wait(lambda: "down*" not in cluster.node_states())
+    cluster.slurm("scontrol", "update", f"nodename={cluster.names[1]}", "state=resume")
     training.wait_for_progress(restarts=1)
     assert training.step > at and "resumed at step" in training.output
     cluster.slurm("scancel", training.job)
@@ -220,6 +224,6 @@ def test_training_goes_on_through_everything_and_is_certified(cluster, work):
     assert training.wait_for_end() == "COMPLETED", training.output
     assert training.step == STEPS
 
-    result = json.loads(pldr(cluster, work, "run", "tiny.yaml", "--json").splitlines()[-1])
+    result = json.loads(pldr(cluster, work, "run", "tiny.yaml", f"run_dir={work / 'run'}", "--json").splitlines()[-1])
     certificate = json.loads((work / "run/certificate/certificate.json").read_bytes())
     assert certificate["verdict"] == "certified", result
