@@ -32,6 +32,7 @@ pytest_plugins = [
     "tests.helpers.ranks",
     "tests.helpers.recipe_runs",
     "tests.helpers.runs",
+    "tests.helpers.slurm_cluster",
 ]
 
 

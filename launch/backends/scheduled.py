@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import PackageLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from pipeline.checkpoint.format import is_checkpoint_name
@@ -76,7 +76,11 @@ def fill_in(name: str, values: dict[str, Any], *, own: str | None = None) -> str
             else (resources.files("launch") / "backends" / "templates" / name).read_text()
         )
         environment = SandboxedEnvironment(
-            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+            loader=PackageLoader("launch.backends"),  # for what templates include
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
         )
         environment.filters["sh"] = shlex.quote
         return environment.from_string(text).render(values)

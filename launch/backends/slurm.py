@@ -36,6 +36,7 @@ MARGIN_S = 120  # Slurm sends its signal up to a minute early, and ranks take a 
 LOOK_S = 15.0  # after submission, for the first reason why the job waits
 POLL_S = 1.0
 SUBMITTED = "slurm.json"  # in logs/: the job that was submitted last
+ASKS_FOR_GPUS = re.compile(r"gres=(\S*,)?gpu|gpus(-per-\w+)?=")
 SET_HERE = {"job-name", "nodes", "ntasks-per-node", "signal", "requeue", "open-mode", "output", "array", "parsable"}
 
 
@@ -69,21 +70,21 @@ def launch_slurm(
         return dry_run(
             {new: script}, [slurm.submit_command(new), ["mv", str(new), str(file)]], slurm.environment(), report=report
         )
-    with _alone(paths):
+    with alone(paths):
         _refuse_second(paths, report)
         storage.publish_bytes(new, script.encode())
-        job_id = slurm.submit(new, (), _fixes(job, options))
+        job_id = slurm.submit(new, (), fixes_of(job, options))
         storage.publish_json(paths.logs / SUBMITTED, {"schema_version": 1, "job": job_id})
         os.replace(new, file)
     report(f"submitted   Slurm job {job_id}: {paths.logs}/slurm-{job_id}.out")
     report(f"stop        save and stop: scancel --batch --signal=TERM {job_id}; save and requeue: --signal=USR1")
-    state = _first_state(job_id, _fixes(job, options))
+    state = _first_state(job_id, fixes_of(job, options))
     report(f"state       {state}" + (f"; watch: squeue --jobs={job_id}" if state != "RUNNING" else ""))
     return {"job": job_id, "script": str(file), "state": state}
 
 
 @contextlib.contextmanager
-def _alone(paths: RunPaths) -> Iterator[None]:
+def alone(paths: RunPaths) -> Iterator[None]:
     """Two launches of a run at once: the second is refused. Between a look into the queue and sbatch nothing may come."""
     paths.logs.mkdir(parents=True, exist_ok=True)
     with open(paths.logs / "submit.lock", "a+", encoding="utf-8") as stream:
@@ -132,7 +133,7 @@ def _first_state(job_id: str, fixes: dict[str, str]) -> str:
     return f"waits ({state}){slurm.release_hint(job_id, state)}"
 
 
-def _fixes(job: ScheduledJob, options: SlurmOptions) -> dict[str, str]:
+def fixes_of(job: ScheduledJob, options: SlurmOptions) -> dict[str, str]:
     """What to change when Slurm refuses the job, or never starts it."""
     gpus = f"--gpus-per-node (now {job.gpus_per_node}; 0 asks for none)"
     cpus = f"--cpus-per-rank (now {job.cpus_per_rank}, for {job.ranks_per_node} ranks on a node)"
@@ -159,6 +160,22 @@ def render(
     config: RunConfig, paths: RunPaths, job: ScheduledJob, options: SlurmOptions, arguments: Sequence[str]
 ) -> str:
     """The batch script. arguments: those of `pldr launch torchrun`. Raises ConfigError."""
+    return fill_in(
+        "train.sbatch",
+        {
+            **frame(config, paths, job, options),
+            "mark": mark_of(paths),
+            "job": "$SLURM_JOB_ID",
+            "again": f"sbatch {paths.logs}/train.sbatch",
+            "checkpoints": str(paths.checkpoints),
+            "arguments": inside(arguments),
+        },
+        own=job.template,
+    )
+
+
+def frame(config: RunConfig, paths: RunPaths, job: ScheduledJob, options: SlurmOptions) -> dict[str, Any]:
+    """What every batch script of ours is filled in with. Raises ConfigError for options that cannot be."""
     time, signal_s = options.time, options.signal_s
     for option in options.sbatch:
         name = option.partition("=")[0]
@@ -176,29 +193,23 @@ def render(
     logs = paths.logs
     if re.search(r"[\s%'\"\\]", str(logs)):
         raise ConfigError(f"run_dir {logs.parent}: Slurm's options take no path with blanks, quotes, % or backslashes")
-    return fill_in(
-        "train.sbatch",
-        {
-            "name": config.name,
-            "job_name": f"pldr-{config.name}-{mark_of(paths)}",
-            "mark": mark_of(paths),
-            "nodes": job.nodes,
-            "ranks_per_node": job.ranks_per_node,
-            "gpus_per_node": job.gpus_per_node,
-            "cpus_per_node": job.cpus_per_rank * job.ranks_per_node,
-            "time": time,
-            "signal_s": signal_s,
-            "options": options.sbatch,
-            "logs": str(logs),
-            "checkpoints": str(paths.checkpoints),
-            "cwd": os.getcwd(),
-            "python_path": search_path()["PYTHONPATH"],
-            "bin": str(Path(sys.executable).parent),
-            "pldr": _inside(PLDR),
-            "arguments": _inside(arguments),
-        },
-        own=job.template,
-    )
+    return {
+        "name": config.name,
+        "job_name": f"pldr-{config.name}-{mark_of(paths)}",
+        "nodes": job.nodes,
+        "ranks_per_node": job.ranks_per_node,
+        # Slurm refuses two that ask for GPUs, one with their type and one without.
+        "gpus_per_node": 0 if any(ASKS_FOR_GPUS.match(option) for option in options.sbatch) else job.gpus_per_node,
+        "cpus_per_node": job.cpus_per_rank * job.ranks_per_node,
+        "time": time,
+        "signal_s": signal_s,
+        "options": options.sbatch,
+        "logs": str(logs),
+        "cwd": os.getcwd(),
+        "python_path": search_path()["PYTHONPATH"],
+        "bin": str(Path(sys.executable).parent),
+        "pldr": inside(PLDR),
+    }
 
 
 def seconds_of(time: str) -> int:
@@ -216,7 +227,7 @@ def seconds_of(time: str) -> int:
     return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
-def _inside(words: Sequence[str]) -> str:
+def inside(words: Sequence[str]) -> str:
     """Words for a shell command that is itself in single quotes."""
     return shlex.join(words).replace("'", "'\\''")
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.commands.verbs import Report, Result, Verbs, add_config
+from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.backends.hosts import Host
     from pipeline.config.run import RunConfig
     from pipeline.stages.train import Launch
+    from pipeline.sweep.sweep import Sweep
 
 
 def add_sweep_verb(verbs: Verbs) -> None:
@@ -29,11 +31,37 @@ def add_sweep_verb(verbs: Verbs) -> None:
     sweep.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]", help="with --hostfile: set it there, too"
     )
+    sweep.add_argument(
+        "--slurm", action="store_true", help="the unfinished children as one Slurm job array, a node each"
+    )
+    sweep.add_argument(
+        "--at-once", type=int, default=4, metavar="N", help="with --slurm: children that run at once (4)"
+    )
+    sweep.add_argument(
+        "--ranks-per-node", type=int, metavar="N", help="with --slurm: ranks of a child, on its node (1)"
+    )
+    sweep.add_argument("--gpus-per-node", type=int, metavar="N", help="with --slurm (one for each rank; 0: CPUs)")
+    sweep.add_argument("--cpus-per-rank", type=int, default=8, metavar="N", help="with --slurm (8)")
+    sweep.add_argument(
+        "--time", metavar="HH:MM:SS", help="with --slurm: limit of one start of a child (the partition's)"
+    )
+    sweep.add_argument(
+        "--signal-before", type=int, default=180, metavar="S", help="with --slurm: save this early (180)"
+    )
+    sweep.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="with --slurm")
+    sweep.add_argument("--dry-run", action="store_true", help="with --slurm: print the script, submit nothing")
+    sweep.add_argument("--only", type=int, metavar="NUMBER", help="run this child only, no table: what --slurm starts")
+    sweep.add_argument(
+        "--stopped-code", type=int, default=0, metavar="N", help="with --only: exit code after a signal (0)"
+    )
 
 
 def _sweep(arguments: Any, report: Report) -> Result:
+    if arguments.slurm:
+        return _on_slurm(arguments, report)
+    if arguments.only is not None:
+        return _only(arguments, report)
     from launch.backends.hosts import read_hostfile
-    from pipeline.sweep.report import table_lines
     from pipeline.sweep.sweep import Sweep
 
     hosts = [] if arguments.hostfile is None else read_hostfile(arguments.hostfile)
@@ -43,10 +71,54 @@ def _sweep(arguments: Any, report: Report) -> Result:
     else:
         start, ranks = _here(report), None
     result = sweep.run(launch=start, report=report, ranks=ranks)
+    return _shown(sweep, result, report)
+
+
+def _shown(sweep: Sweep, result: Result, report: Report) -> Result:
+    from pipeline.sweep.report import table_lines
+
     for line in table_lines(list(sweep.settings.grid), result["table"]):
         report(line)
     report(result["files"]["page"])
     return result
+
+
+def _on_slurm(arguments: Any, report: Report) -> Result:
+    """The children as a Slurm job array. Raises ConfigError."""
+    from launch.backends.scheduled import ScheduledJob
+    from launch.backends.slurm import SlurmOptions
+    from launch.backends.slurm_sweep import sweep_on_slurm
+    from pipeline.sweep.sweep import Sweep
+
+    if arguments.hostfile is not None or arguments.only is not None:
+        raise ConfigError("sweep: --slurm goes without --hostfile and --only")
+    ranks = arguments.ranks_per_node or 1
+    gpus = ranks if arguments.gpus_per_node is None else arguments.gpus_per_node
+    job = ScheduledJob(
+        nodes=1,
+        ranks_per_node=ranks,
+        gpus_per_node=gpus,
+        cpus_per_rank=arguments.cpus_per_rank,
+        resume="auto",
+        force=False,
+        template=None,
+    )
+    options = SlurmOptions(arguments.time, arguments.signal_before, arguments.sbatch)
+    words = [str(Path(arguments.config).absolute()), *arguments.overrides]
+    sweep = Sweep(arguments.config, arguments.overrides, apart=True)
+    result = sweep_on_slurm(sweep, job, options, words, at_once=arguments.at_once, dry=arguments.dry_run, report=report)
+    return result if arguments.dry_run else _shown(sweep, result, report)
+
+
+def _only(arguments: Any, report: Report) -> Result:
+    """One child, here."""
+    from launch.backends.job import stopped_exit_code
+    from pipeline.sweep.apart import run_only
+    from pipeline.sweep.sweep import Sweep
+
+    sweep = Sweep(arguments.config, arguments.overrides, apart=True)
+    with stopped_exit_code(arguments.stopped_code):
+        return run_only(sweep, arguments.only, launch=_here(report), report=report, ranks=arguments.ranks_per_node)
 
 
 def _here(report: Report) -> Launch:

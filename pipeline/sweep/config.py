@@ -16,7 +16,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.section import Section
 from pipeline.errors import ConfigError
 from pipeline.tracking.client import tracking_uri
-from pipeline.tracking.default_store import for_several_nodes
+from pipeline.tracking.default_store import for_several_nodes, of_its_own
 
 RESERVED = ("name", "run_dir", "tracking.uri", "tracking.parent_run")  # set by the sweep
 MAX_CHILDREN = 1000
@@ -71,9 +71,11 @@ def child_name(values: dict[str, Scalar]) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", ".".join(parts))[:120]
 
 
-def read(path: Path, overrides: list[str], *, nodes: int = 1) -> tuple[SweepConfig, RunConfig, list[Child]]:
+def read(
+    path: Path, overrides: list[str], *, nodes: int = 1, apart: bool = False
+) -> tuple[SweepConfig, RunConfig, list[Child]]:
     """The sweep, its parent's configuration (where its MLflow run is, and what all children share), and its children, which
-    train on so many nodes.
+    train on so many nodes. apart: several of them at once, on any nodes.
 
     Raises ConfigError, one line, for a mistake in the sweep's YAML or in any child's configuration.
     """
@@ -89,7 +91,7 @@ def read(path: Path, overrides: list[str], *, nodes: int = 1) -> tuple[SweepConf
         if any(other == key or other.startswith(f"{key}.") for other in given):
             raise ConfigError(f"{path}: {key} is varied by the grid; remove it from `set` or the command line")
     parent = load_config(base, [*common, _override("run_dir", str(root)), _override("name", settings.name)])
-    parent = for_several_nodes(parent, nodes)
+    parent = for_several_nodes(parent, 2 if apart else nodes)
     keys, columns = list(settings.grid), list(settings.grid.values())
     combinations = list(itertools.product(*columns))
     if not combinations or len(combinations) > MAX_CHILDREN:
@@ -102,6 +104,7 @@ def read(path: Path, overrides: list[str], *, nodes: int = 1) -> tuple[SweepConf
         own_paths = {"run_dir": str(root / "children" / name), "tracking.uri": tracking_uri(parent)}
         own += [_override(k, v) for k, v in {**own_paths, "name": f"{settings.name}.{name}"}.items()]
         config = load_config(base, [*common, *own])
+        config = of_its_own(config) if apart else config
         children.append(Child(name, {key: _value_of(config, key) for key in keys}, config))
     names = [child.name for child in children]
     if len(set(names)) < len(names):

@@ -52,11 +52,11 @@ log = logging.getLogger(__name__)
 class Sweep:
     """A checked sweep: every child's configuration has been read before any of them starts."""
 
-    def __init__(self, path: str | Path, overrides: list[str], *, nodes: int = 1) -> None:
-        """nodes: how many train each child.
+    def __init__(self, path: str | Path, overrides: list[str], *, nodes: int = 1, apart: bool = False) -> None:
+        """nodes: how many train each child. apart: children run at the same time, on any nodes (apart.py).
 
         Raises ConfigError, one line, for a mistake in the sweep's YAML or in any child's configuration."""
-        self.settings, self.config, self.children = read(Path(path), overrides, nodes=nodes)
+        self.settings, self.config, self.children = read(Path(path), overrides, nodes=nodes, apart=apart)
         self.paths = RunPaths(self.config.run_dir)
 
     def run(self, *, launch: Launch, report: Report, ranks: int | None = None) -> Result:
@@ -67,17 +67,21 @@ class Sweep:
         Stopped, at once, when a child's training was stopped by a signal.
         """
         with exclusive(self.paths, report):
-            parent = self._open_parent()
+            parent = self.open_parent()
             status, rows = "KILLED", []
             try:
                 for number, child in enumerate(self.children, start=1):
                     report(f"child       {number} of {len(self.children)}: {child.name}")
-                    rows.append(self._child(child, parent, launch=launch, report=report, ranks=ranks))
-                    table = self._write_report(parent, rows)
-                failed = [row["child"] for row in rows if row["status"] == "failed"]
-                status = "FAILED" if failed else "FINISHED"
+                    rows.append(self.child(child, parent, launch=launch, report=report, ranks=ranks))
+                    table = self.write_report(parent, rows)
+                status = "FAILED" if any(row["status"] == "failed" for row in rows) else "FINISHED"
             finally:
-                self._log(parent, {}, status=status)
+                self.log(parent, {}, status=status)
+        return self.result(parent, rows, table)
+
+    def result(self, parent: str, rows: list[Result], table: Result) -> Result:
+        """What the sweep returns at its end. Raises UserError when a child failed, and without a table."""
+        failed = [row["child"] for row in rows if row["status"] == "failed"]
         if failed:
             first = next(row for row in rows if row["status"] == "failed")
             raise UserError(
@@ -89,7 +93,7 @@ class Sweep:
             raise UserError(f"{self._folder()}: the table could not be written; make room and start again")
         return {"run_id": parent, "children": len(rows), **table}
 
-    def _child(self, child: Child, parent: str, *, launch: Launch, report: Report, ranks: int | None) -> Result:
+    def child(self, child: Child, parent: str, *, launch: Launch, report: Report, ranks: int | None) -> Result:
         """Run or skip one child's stages; its row of the table."""
         tracking = child.config.tracking.model_copy(update={"parent_run": parent})
         config = child.config.model_copy(update={"tracking": tracking})
@@ -116,7 +120,7 @@ class Sweep:
                 row |= {"status": "failed", "error": first_line(error)}
         return row | measured(config, done)
 
-    def _write_report(self, parent: str, rows: list[Result]) -> Result:
+    def write_report(self, parent: str, rows: list[Result]) -> Result:
         """Write the table and the page, here and in MLflow. On a full disk there are none: a later start writes them."""
         try:
             allowed = {child.config.post.max_relative_deviation_g for child in self.children}
@@ -130,7 +134,7 @@ class Sweep:
         except OSError as error:
             log.warning("%s: the table could not be written: %s", self._folder(), error)
             return {"table": rows, "files": {}}
-        self._log(parent, report["files"])
+        self.log(parent, report["files"])
         return report
 
     def _share_data(self, config: RunConfig) -> None:
@@ -153,7 +157,7 @@ class Sweep:
             record = theirs.stages / f"{name}.json"
             storage.publish_bytes(paths.stages / record.name, record.read_bytes())
 
-    def _open_parent(self) -> str:
+    def open_parent(self) -> str:
         """The id of the MLflow run whose children these are: made once, also when a start was killed."""
         run = known_run(self.config, self.paths)
         if run is None:
@@ -168,7 +172,7 @@ class Sweep:
             raise UserError(f"MLflow at {run.uri}: {why(run.uri, error)}") from error
         return run_id
 
-    def _log(self, parent: str, files: dict[str, str], *, status: str | None = None) -> None:
+    def log(self, parent: str, files: dict[str, str], *, status: str | None = None) -> None:
         """Attach the table and the page to the parent run. In an outage they stay where they are: the next start sends them."""
         try:
             mlflow = client(tracking_uri(self.config))

@@ -77,6 +77,16 @@ def for_several_nodes(config: RunConfig, nodes: int) -> RunConfig:
     return config.model_copy(update={"tracking": tracking})
 
 
+def of_its_own(config: RunConfig) -> RunConfig:
+    """The configuration of a run that is one of several at once, on any nodes: a server takes them all. Without one a new run's
+    store lies in its run directory: a SQLite file has one writer."""
+    root, uri = RunPaths(config.run_dir).root, config.tracking.uri
+    if uri and file_of(uri) is None:
+        return config
+    tracking = config.tracking.model_copy(update={"uri": default_uri(root) if _begun(root) else uri_of(root / OWN)})
+    return config.model_copy(update={"tracking": tracking})
+
+
 def report_inside(root: Path, reason: str) -> None:
     """A warning that a new run's store lies in its run directory."""
     log.warning("MLflow's store is %s, in the run directory: %s; %s", root / OWN, reason, WAY_OUT)

@@ -5,12 +5,14 @@ The hosts share the machine's file system, as those of a cluster share the run d
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
@@ -47,8 +49,10 @@ class Network:
         return {"PDSH_SSH_ARGS_APPEND": f"-F {self.folder / 'ssh_config'}"}
 
     def make(self) -> None:
+        _remove_left_over()
         for name in self.names:
             ip("netns", "add", name)
+            self._name_hosts(name)
         ip(
             "link",
             "add",
@@ -68,6 +72,13 @@ class Network:
             ip("-n", name, "link", "set", "cable", "up")
             ip("-n", name, "link", "set", "lo", "up")
 
+    def _name_hosts(self, name: str) -> None:
+        """In a namespace, `ip netns exec` shows this file as /etc/hosts: there the hosts know each other's names."""
+        folder = Path("/etc/netns") / name
+        folder.mkdir(parents=True)
+        lines = [f"{address} {host}" for address, host in zip(ADDRESSES, self.names, strict=True)]
+        (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", "::1 localhost", *lines]) + "\n")
+
     def serve_ssh(self) -> None:
         """sshd on both, each with its own keys; pytest's folders have permissions too open for StrictModes."""
         for key in ("host_key", "user_key"):
@@ -78,6 +89,8 @@ class Network:
         (self.folder / "ssh_config").write_text(
             f"IdentityFile {self.folder}/user_key\nUserKnownHostsFile {self.folder}/known_hosts\nIdentitiesOnly yes\n"
         )
+        for host in (0, 1):
+            self.log_in_through(host, "")
         (self.folder / "sshd_config").write_text(
             f"HostKey {self.folder}/host_key\nAuthorizedKeysFile {self.folder}/user_key.pub\nStrictModes no\nUsePAM no\n"
             "PidFile none\nPermitRootLogin yes\nPasswordAuthentication no\n"
@@ -86,6 +99,7 @@ class Network:
         sshd = shutil.which("sshd")
         for host in (0, 1):
             command = [*self.enter(host), sshd, "-D", "-e", "-f", str(self.folder / "sshd_config")]
+            command += ["-o", f"ForceCommand={self.folder}/login{host}"]
             with open(self.folder / f"sshd{host}.log", "wb") as log:
                 self.servers.append(subprocess.Popen(command, stderr=log))
         end = time.monotonic() + 10
@@ -93,12 +107,36 @@ class Network:
             assert time.monotonic() < end, "sshd does not listen"
             time.sleep(0.05)
 
+    def log_in_through(self, host: int, script: str) -> None:
+        """From now on every command over ssh to a host runs after these lines of shell, in a mount namespace of its own."""
+        file = self.folder / f"login{host}"
+        file.write_text(f"""#!/bin/bash
+if [ -z "$PLDR_MOUNTS" ]; then PLDR_MOUNTS=own exec unshare --mount "$0"; fi
+{script}
+exec bash -c "$SSH_ORIGINAL_COMMAND"
+""")
+        file.chmod(0o755)
+
     def close(self) -> None:
         for server in self.servers:
             server.terminate()
             server.wait()
         for name in self.names:
-            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+            remove(name)
+
+
+def remove(name: str) -> None:
+    """Remove a host."""
+    subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+    shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+def _remove_left_over() -> None:
+    """Remove the hosts of tests that were killed."""
+    for file in Path("/run/netns").glob("pldr*"):
+        found = re.fullmatch(r"pldr(\d+)[ab]", file.name)
+        if found and not psutil.pid_exists(int(found[1])):
+            remove(file.name)
 
 
 @contextlib.contextmanager

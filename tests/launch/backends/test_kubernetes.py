@@ -3,9 +3,11 @@
 import json
 import os
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from launch.backends import kubernetes
 from launch.cli import main
@@ -78,3 +80,76 @@ def test_kubernetes_refuses_a_run_directory_outside_the_volume(capsys, tmp_path,
     sizes = ("--nodes", "2", "--ranks-per-node", "1", "--image", "i", "--volume", "claim:/runs")
     assert main(["launch", "kubernetes", str(make_run(tmp_path)), *sizes, "--dry-run"]) == 2
     assert "set run_dir=/runs/tiny" in capsys.readouterr().err
+
+
+def unknown_keys(kind: type, value: object, where: str) -> list[str]:
+    """Keys of a manifest that the model of its kind does not have: the models ignore them, a cluster drops them."""
+    if isinstance(value, list):
+        return [key for i, item in enumerate(value) for key in unknown_keys(kind, item, f"{where}[{i}]")]
+    if not isinstance(value, dict) or not hasattr(kind, "model_fields"):
+        return []
+    fields = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
+    found = []
+    for key, inner in value.items():
+        if key not in fields:
+            found.append(f"{where}.{key}")
+        else:
+            models = [one for one in _parts(fields[key]) if hasattr(one, "model_fields")]
+            found += [bad for model in models for bad in unknown_keys(model, inner, f"{where}.{key}")]
+    return found
+
+
+def wrong_values(kind: type, manifest: object) -> list[dict]:
+    """What the model of a manifest's kind refuses: types, what is missing. A quantity, as 64Gi, is a class without fields."""
+    try:
+        kind.model_validate(manifest)
+    except ValidationError as error:
+        return [one for one in error.errors() if not one.get("ctx", {}).get("class_name", "").endswith("Quantity")]
+    return []
+
+
+def _parts(annotation: object) -> list[type]:
+    """The classes in an annotation such as Optional[list[Container]]; not the values of a mapping."""
+    if get_origin(annotation) is dict:
+        return []
+    inner = get_args(annotation)
+    return [part for one in inner for part in _parts(one)] if inner else [annotation]
+
+
+@pytest.fixture
+def model_of():
+    """The model of a manifest, by its kind: what Kubeflow generates from the definitions of its CRDs."""
+    pytest.importorskip("kubeflow_trainer_api", reason="pip install kubeflow-trainer-api (the extra dev)")
+    from kubeflow_trainer_api import models
+
+    return {
+        "ConfigMap": models.IoK8sApiCoreV1ConfigMap,
+        "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
+        "TrainJob": models.TrainerV1alpha1TrainJob,
+    }.__getitem__
+
+
+@pytest.mark.parametrize("options", [(), ("--gpus-per-node", "8", "--secret", "s3")], ids=["CPUs", "GPUs and a secret"])
+def test_the_manifests_are_what_the_crds_take(model_of, capsys, tmp_path, monkeypatch, make_run, options):
+    monkeypatch.chdir(tmp_path)
+    sizes = ("--nodes", "2", "--ranks-per-node", "1", "--image", "reg/pldr:1", "--volume", "claim:/runs", *options)
+    config = str(make_run(tmp_path))
+    assert main(["launch", "kubernetes", config, "run_dir=/runs/tiny", *sizes, "--dry-run", "--json"]) == 0
+    (text,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["files"].values()
+    manifests = list(yaml.safe_load_all(text))
+    assert [one["kind"] for one in manifests] == ["ConfigMap", "TrainingRuntime", "TrainJob"]
+    for manifest in manifests:
+        model = model_of(manifest["kind"])
+        assert wrong_values(model, manifest) == []
+        assert unknown_keys(model, manifest, manifest["kind"]) == []
+
+
+def test_what_the_crds_do_not_take_is_found(model_of):
+    pod = {"spec": {"containers": [{"name": "n", "img": "x", "resources": {"limits": {"memory": "1Gi"}}}]}}
+    jobs = [{"name": "node", "template": {"spec": {"template": pod, "backoffLimit": "0"}}}]
+    spec = {"mlPolicy": {"numNodes": 2, "nodes": 2}, "template": {"spec": {"replicatedJobs": jobs}}}
+    job = ".spec.template.spec.replicatedJobs[0].template.spec"
+    keys = unknown_keys(model_of("TrainingRuntime"), {"spec": spec}, "")
+    assert keys == [".spec.mlPolicy.nodes", f"{job}.template.spec.containers[0].img"]
+    (wrong,) = wrong_values(model_of("TrainingRuntime"), {"spec": spec})
+    assert wrong["loc"][-1] == "backoffLimit"

@@ -3,6 +3,7 @@ itself. With a real Slurm: test_real_slurm.py."""
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -56,7 +57,8 @@ def script_of(config: str, *, time: str | None = None) -> str:
 
 
 # Stand-ins: srun ends with CODE, or commits what SAVES says and ends with 75; EARLY, it does not listen yet.
-SRUN = """[ -n "$EARLY" ] || trap '[ -z "$SAVES" ] || { mkdir -p "$SAVES"; touch "$SAVES/COMMITTED"; }; exit 75' USR1 TERM
+SRUN = """case "$*" in *--overlap*) exit $SILENT ;; esac
+[ -n "$EARLY" ] || trap '[ -z "$SAVES" ] || { mkdir -p "$SAVES"; touch "$SAVES/COMMITTED"; }; exit 75' USR1 TERM
 touch listening
 for _ in $(seq $TENTHS); do sleep 0.1; done
 exit $CODE
@@ -81,7 +83,15 @@ class Batch:
     def __init__(self, config: str, *, saves=True, early=False, **facts):
         install(Path("bin"), srun=SRUN, scontrol=SCONTROL, squeue=SQUEUE)
         script = script_of(config).replace("export PATH=", f"export PATH={Path.cwd()}/bin:")
-        usual = {"left": "2:30", "preempted": "None", "restarts": 2, "refuses": 0, "code": 0, "tenths": 100}
+        usual = {
+            "left": "2:30",
+            "preempted": "None",
+            "restarts": 2,
+            "refuses": 0,
+            "code": 0,
+            "tenths": 100,
+            "silent": 0,
+        }
         environment = {
             **os.environ,
             **{name.upper(): str(value) for name, value in (usual | facts).items()},
@@ -138,6 +148,9 @@ class Batch:
         (TERM, {}, 75, False, "stopped by a signal: not requeued"),
         (None, {"tenths": 2}, 0, False, ""),
         (None, {"tenths": 2, "code": 2}, 2, False, ""),
+        (None, {"tenths": 2, "code": 1}, 1, False, ""),
+        (None, {"tenths": 2, "code": 1, "silent": 1}, 75, True, "a node does not answer: not saved, requeued"),
+        (None, {"tenths": 2, "code": 2, "silent": 1}, 2, False, ""),
         (None, {"tenths": 2, "code": 75}, 75, False, "stopped by a signal: not requeued"),
     ],
 )
@@ -255,3 +268,24 @@ def test_a_limit_that_the_signal_comes_before_is_refused(run, time, message):
     with pytest.raises(ConfigError, match=message):
         script_of(run, time=time)
     assert "--time=6" in script_of(run, time="6") and "--time=0" in script_of(run, time="0")
+
+
+@pytest.mark.parametrize(
+    ("asked", "lines"),
+    [
+        ([], ["gpus-per-node=4"]),
+        (["gres=gpu:a100:4"], ["gres=gpu:a100:4"]),
+        (["gres=craynetwork:1,gpu:4"], ["gres=craynetwork:1,gpu:4"]),
+        (["gpus-per-node=a100:4"], ["gpus-per-node=a100:4"]),
+        (["gres=nvme:1"], ["gpus-per-node=4", "gres=nvme:1"]),
+    ],
+)
+def test_gpus_are_asked_for_once(run, asked, lines):
+    job = ScheduledJob(
+        nodes=2, ranks_per_node=4, gpus_per_node=4, cpus_per_rank=1, resume="auto", force=False, template=None
+    )
+    settings = load_config(run)
+    script = slurm.render(settings, RunPaths(settings.run_dir), job, SlurmOptions(sbatch=asked), [run])
+    assert [
+        line.removeprefix("#SBATCH --") for line in script.splitlines() if re.match("#SBATCH --(gpus|gres)", line)
+    ] == lines

@@ -183,8 +183,8 @@ def stages(monkeypatch):
             publish_json(self.paths.stages / f"{name}.json", {"result": {"fingerprint": "f"}})
 
     monkeypatch.setattr(Pipeline, "stage", stage)
-    monkeypatch.setattr(Sweep, "_open_parent", lambda self: "parent")
-    monkeypatch.setattr(Sweep, "_log", lambda self, parent, files, status=None: None)
+    monkeypatch.setattr(Sweep, "open_parent", lambda self: "parent")
+    monkeypatch.setattr(Sweep, "log", lambda self, parent, files, status=None: None)
     return fates
 
 

@@ -1,0 +1,94 @@
+"""A sweep whose children are run by others, several at once: the elements of a scheduler's job array (launch/backends).
+
+One process follows them: it makes the data that the children share, knows which are complete, and writes the table. Each child
+is an ordinary `pldr sweep SWEEP --only NUMBER`, on any node. Only the follower writes to the parent's MLflow run, and without a
+server each child has a store of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.run import RunConfig
+from pipeline.errors import ConfigError, UserError
+from pipeline.stages.compatible import Report
+from pipeline.stages.runner import Pipeline, exclusive
+from pipeline.stages.table import NAMES, stage_named
+from pipeline.stages.train import Launch
+from pipeline.sweep.sweep import DATA_STAGES, Result, Sweep, measured
+from pipeline.tracking.run import known_run
+
+
+def run_only(sweep: Sweep, number: int, *, launch: Launch, report: Report, ranks: int | None) -> Result:
+    """Run one child, the first being 1; its row of the table. Raises UserError when it failed, and Stopped."""
+    if not 1 <= number <= len(sweep.children):
+        raise ConfigError(f"--only {number}: the sweep has children 1 to {len(sweep.children)}")
+    child = sweep.children[number - 1]
+    known = known_run(sweep.config, sweep.paths)
+    parent = None if known is None else known.record.run_id
+    row = sweep.child(child, parent or sweep.open_parent(), launch=launch, report=report, ranks=ranks)
+    if row["status"] == "failed":
+        raise UserError(f"{child.name}: {row['error']}", details={"row": row})
+    return row
+
+
+def unfinished(sweep: Sweep) -> dict[int, str]:
+    """number -> name of the children that are not complete for today's settings; their files are not looked at."""
+    return {
+        number: child.name
+        for number, child in enumerate(sweep.children, start=1)
+        if not _is_complete(_done(child.config), sweep.settings.until, child.config)
+    }
+
+
+def make_shared_data(sweep: Sweep, *, report: Report) -> None:
+    """The first child's documents, tokenizer and tokens, which the others link where theirs would be the same."""
+    pipeline = _pipeline(sweep.children[0].config, report)
+    with exclusive(pipeline.paths, report):
+        for name in DATA_STAGES:
+            pipeline.stage(name, thorough=False)
+
+
+def collect(sweep: Sweep, parent: str, errors: Mapping[str, str] | None) -> Result:
+    """Write the table of the children that are complete, and of those that failed. errors: why, by child; None: some still run,
+    and those that are not complete are left out.
+
+    Raises UserError, with the table, when children failed.
+    """
+    rows: list[Result] = []
+    for child in sweep.children:
+        done = _done(child.config)
+        complete = _is_complete(done, sweep.settings.until, child.config)
+        if complete or errors is not None:
+            error = None if complete else (errors or {}).get(child.name, "it did not run")
+            status = "finished" if complete else "failed"
+            row = {"child": child.name, **child.values, "status": status, "error": error}
+            rows.append(row | measured(child.config, list(done)))
+    return sweep.write_report(parent, rows) | {"rows": rows}
+
+
+def _done(config: RunConfig) -> dict[str, Any]:
+    return _pipeline(config, lambda text: None).finished()
+
+
+def _is_complete(done: Mapping[str, Any], until: str, config: RunConfig) -> bool:
+    """Whether a child's last stage has finished. A certificate that did not pass is where a child ends, too."""
+    if until in done:
+        return True
+    if "validate" not in done or NAMES.index(until) < NAMES.index("validate"):
+        return False
+    try:
+        stage_named("validate").check(_pipeline(config, lambda text: None).paths, done["validate"])
+    except UserError as error:
+        return error.exit_code == 3
+    return False
+
+
+def _pipeline(config: RunConfig, report: Report) -> Pipeline:
+    return Pipeline(config, launch=_no_training, report=report)
+
+
+def _no_training(config: RunConfig, job_file: Path, ranks: int) -> None:
+    raise AssertionError("children are trained by the elements of the array")
