@@ -1,0 +1,78 @@
+"""The trainer's step and the trainer itself, in this process as the only rank, with the recipe of configs/pldr-110m.yaml."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from pipeline.bench.gpu.training.forms import Form
+from pipeline.bench.gpu.training.setting import RECIPE
+from pipeline.bench.gpu.training.steps import Step, random_ids
+from pldr_model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from pipeline.config.run import RunConfig
+
+TIMEOUT_S = 120.0
+STEPS = 10_000  # of the schedule; few are run
+
+
+def join(device: torch.device) -> None:
+    """The process group of one rank: nccl on a GPU, gloo on a CPU."""
+    from pipeline.environment import without_other_jobs
+    from pipeline.network import free_port
+
+    for name in os.environ.keys() - without_other_jobs(os.environ).keys():
+        del os.environ[name]
+    os.environ["DS_ACCELERATOR"] = device.type
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(one | {"MASTER_PORT": str(free_port())})
+    from pipeline.train.engine import init_distributed
+
+    init_distributed(TIMEOUT_S)
+
+
+def recipe(model: ModelConfig, folder: Path, **keys: Any) -> RunConfig:
+    """The papers' recipe for a model; keys: of `train`, and `sources` and `workers` of `data`."""
+    from pipeline.config.load import load_config
+
+    data = {name: keys.pop(name) for name in ("sources", "workers", "tasks", "val_fraction") if name in keys}
+    sizes = {name: getattr(model, name) for name in (field.name for field in fields(model))}
+    values = {"run_dir": str(folder), "train.max_restarts": 0}
+    values |= {f"model.{name}": value for name, value in sizes.items() if name not in ("rope_scaling", "dag_coefficients")}
+    values |= {f"train.{name}": value for name, value in keys.items()}
+    values |= {f"data.{name}": value for name, value in data.items()}
+    return load_config(RECIPE, [f"{key}={_inline(value)}" for key, value in values.items()])
+
+
+def _inline(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+
+
+def engine_step(form: Form, micro_batch: int, device: torch.device, folder: Path, *, compiled: bool) -> Step:
+    """One step of the trainer on a micro batch: DeepSpeed's engine, the weighted loss, its all-reduce, the update."""
+    from pipeline.train.engine import build_engine, set_learning_rate
+    from pipeline.train.signals import StopRequest
+    from pipeline.train.step import global_step
+    from pipeline.train.telemetry import Stopwatch
+    from pldr_model.model import PLDRModel
+
+    sizes = {"global_batch": micro_batch, "micro_batch": micro_batch, "steps": STEPS, "compile": compiled}
+    config = recipe(form.config, folder, **sizes, **({} if form.g_from == "own" else {"g_from": form.g_from}))
+    torch.manual_seed(0)
+    engine = build_engine(PLDRModel(form.config), config.train, 1)
+    set_learning_rate(engine, 1e-4)
+    stop, forward, micro = StopRequest(), Stopwatch(device), random_ids(form, micro_batch)
+    keywords: dict[str, Any] = {} if form.g_from == "own" else {"g_from": form.g_from}
+
+    def step() -> float:
+        outcome = global_step(engine, [micro], form.config, stop=stop, device=device, forward=forward, **keywords)
+        forward.read()
+        return outcome.loss
+
+    return step
