@@ -21,7 +21,7 @@ import torch
 
 from pldr_model.config import ModelConfig
 from pldr_model.decode.decoder import Decoder
-from pldr_model.loss import cross_entropy, total_loss
+from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel, g_shape
 
 
@@ -108,7 +108,7 @@ def training_flops_per_second(config: ModelConfig, *, batch_size: int = 1, token
     seconds = []
     for _ in range(1 + steps):
         started = time.perf_counter()
-        torch.autograd.backward(cross_entropy(model(ids_BS[:, :-1], padded=False), ids_BS[:, 1:], pad_id=cut.pad_id))
+        torch.autograd.backward(model(ids_BS[:, :-1], targets=ids_BS[:, 1:], padded=False).loss)
         seconds.append(time.perf_counter() - started)
         model.zero_grad()
     return batch_size * cut.context_length * cut.flops_per_token(training=True) / statistics.median(seconds[1:])
@@ -119,11 +119,9 @@ def _training_step(model: PLDRModel, ids_BS: torch.Tensor) -> Callable[[], None]
     regularized = any(model.config.dag_coefficients)
 
     def step() -> None:
-        outputs = None
-        logits_BSV = model(ids_BS[:, :-1], padded=False, return_outputs=regularized)
-        if regularized:
-            logits_BSV, outputs = logits_BSV
-        losses = total_loss(logits_BSV, ids_BS[:, 1:], model.config, outputs=outputs)
+        result = model(ids_BS[:, :-1], targets=ids_BS[:, 1:], padded=False, return_outputs=regularized)
+        tokens, outputs = result if regularized else (result, None)
+        losses = total_loss(tokens, model.config, outputs=outputs)
         optimizer.zero_grad()
         torch.autograd.backward(losses.total)
         optimizer.step()

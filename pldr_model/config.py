@@ -18,6 +18,7 @@ RopeStyle = Literal["interleaved", "half"]
 GSource = Literal["learned", "constant", "identity", "random", "file"]
 GStart = Literal["paper", "identity"]
 ActivationCheckpointing = Literal["none", "layer", "metric_learner"]  # what the backward pass computes again
+GFrom = Literal["own", "batch", "neighbor"]  # whose learned G a sequence of a batch gets (PLDRModel.forward)
 
 # Reference implementation's hyperparameter names (and the golden cases' config.json) -> ours.
 _REFERENCE_NAMES = {"dff": "d_ff", "max_seq_len": "context_length"}
@@ -233,13 +234,14 @@ class ModelConfig:
         }
         return {"total": sum(parts.values()), **parts}
 
-    def flops_per_token(self, *, training: bool) -> float:
+    def flops_per_token(self, *, training: bool, sequences_per_g: int = 1) -> float:
         """Floating-point operations per token of a full context (a multiply-add is 2), for MFU and planning.
 
         Counted: every matrix product. Attention is counted over the whole context, not its causal half (the
         PaLM convention, so that MFU compares with other reports). The metric learner and the products W A and
         a A_P work on H*K rows per *sequence* and are divided by the context length; the density matrix and q
-        G cost 2*K*D a token each. Elementwise work, norms and the embedding look-up are not counted. Training
+        G cost 2*K*D a token each. sequences_per_g: how many sequences use one deduced G; all but the product q G is
+        divided by it. Elementwise work, norms and the embedding look-up are not counted. Training
         = 3 x forward.
         """
         D, K, S = self.d_model, self.head_dim, self.context_length
@@ -248,7 +250,7 @@ class ModelConfig:
             per_layer += 2.0 * K * D
         if self.g_source == "learned":
             metric_learner = self.num_reslayerA * self.num_denseA * 3 * K * self.A_dff
-            per_layer += 2.0 * K * D + 2.0 * D * (metric_learner + 2 * K * K) / S
+            per_layer += (2.0 * K * D + 2.0 * D * (metric_learner + 2 * K * K) / S) / sequences_per_g
         forward = self.num_layers * per_layer + 2.0 * D * self.vocab_size
         return 3.0 * forward if training else forward
 

@@ -1,4 +1,7 @@
-"""Training loss: cross-entropy, and the DAG regularizer on the deductive outputs.
+"""Training loss: cross-entropy, z-loss, and the DAG regularizer on the deductive outputs.
+
+`PLDRModel.forward(ids, targets=...)` returns `TokenLosses` without making logits of all tokens
+(pldr_model/linear_cross_entropy.py); `losses_of_logits` is the plain path, for logits that are there anyway.
 
 Source: arXiv 2410.16703: `mean |log(tr(expm(X∘X)) / K)|` for X = A_LM, A_P, G_LM, one coefficient each; it
 vanishes where X is the adjacency matrix of a directed acyclic graph.
@@ -22,46 +25,89 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pldr_model.config import ModelConfig
-from pldr_model.layers import at_least_float32
+from pldr_model.layers import Linear, at_least_float32
+from pldr_model.linear_cross_entropy import linear_cross_entropy
 from pldr_model.plga import DeductiveOutputs
 
 
 class Losses(NamedTuple):
-    """`total` = weight * cross-entropy + sum of coefficient * dag term is what training minimizes; 0-dim tensors."""
+    """`total` = weight * (cross-entropy + z-loss) + sum of coefficient * dag term is what training minimizes; 0-dim tensors.
+    `cross_entropy` has no gradient."""
 
     total: Tensor
     cross_entropy: Tensor
     dag: dict[str, Tensor]
 
 
+class TokenLosses(NamedTuple):
+    """Of a batch: what the model returns when it is given targets, in fp32 at least.
+
+    loss: mean over targets that are not padding of nll + z_loss * logsumexp^2, the only one with a gradient; cross_entropy:
+        that of nll alone. Both are 0-dim, and 0 without any target.
+    nll_BS: negative log-likelihood of each target in nats, 0 at padding.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    nll_BS: Tensor
+
+
+class OutputLayer(Linear):
+    """Hidden states [...,D] -> logits [...,V]; with targets [B,S], the losses of these logits instead.
+
+    They are made inside this module's forward pass because only there ZeRO-3 has gathered its weight.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x_BSD: Tensor, targets_BS: Tensor | None = None, *, pad_id: int = 0, z_loss: float = 0.0
+    ) -> Tensor | TokenLosses:
+        if targets_BS is None:
+            return super().forward(x_BSD)
+        x_ND, target_N = x_BSD.flatten(0, -2), targets_BS.flatten()
+        total, nll_N = linear_cross_entropy(x_ND, self.weight, self.bias, target_N, ignore=pad_id, z_loss=z_loss)
+        return _token_losses(total, nll_N, targets_BS, pad_id, z_loss)
+
+
+def losses_of_logits(logits_BSV: Tensor, targets_BS: Tensor, *, pad_id: int = 0, z_loss: float = 0.0) -> TokenLosses:
+    """The same of logits that are there."""
+    logits_BSV = logits_BSV.to(at_least_float32(logits_BSV.dtype))
+    nll_N = F.cross_entropy(logits_BSV.flatten(0, -2), targets_BS.flatten(), ignore_index=pad_id, reduction="none")
+    total = nll_N.sum()
+    if z_loss:
+        total = total + z_loss * (logits_BSV.logsumexp(dim=-1).square() * (targets_BS != pad_id)).sum()
+    return _token_losses(total, nll_N.detach(), targets_BS, pad_id, z_loss)
+
+
+def _token_losses(total: Tensor, nll_N: Tensor, targets_BS: Tensor, pad_id: int, z_loss: float) -> TokenLosses:
+    num = (targets_BS != pad_id).sum().clamp(min=1)
+    loss = total / num
+    return TokenLosses(loss, nll_N.sum() / num if z_loss else loss.detach(), nll_N.view_as(targets_BS))
+
+
 def cross_entropy(logits_BSV: Tensor, targets_BS: Tensor, *, pad_id: int = 0) -> Tensor:
     """Mean negative log-likelihood in nats over targets that are not padding, in fp32 at least; 0 without any."""
-    logits = logits_BSV.to(at_least_float32(logits_BSV.dtype))
-    total = F.cross_entropy(logits.flatten(0, -2), targets_BS.flatten(), ignore_index=pad_id, reduction="sum")
-    return total / (targets_BS != pad_id).sum().clamp(min=1)
+    return losses_of_logits(logits_BSV, targets_BS, pad_id=pad_id).loss
 
 
 def total_loss(
-    logits_BSV: Tensor,
-    targets_BS: Tensor,
+    tokens: TokenLosses,
     config: ModelConfig,
     *,
     outputs: list[DeductiveOutputs] | None = None,
     weight: Tensor | None = None,
 ) -> Losses:
-    """Cross-entropy plus the DAG terms whose coefficient is not zero; `outputs` are needed only for those.
+    """The loss of the tokens plus the DAG terms whose coefficient is not zero; `outputs` are needed only for those.
 
-    weight: of the cross-entropy, for one of several batches with different numbers of targets. The DAG terms are means over
+    weight: of the tokens' loss, for one of several batches with different numbers of targets. The DAG terms are means over
     sequences, so they have none.
     """
-    loss = cross_entropy(logits_BSV, targets_BS, pad_id=config.pad_id)
-    total, terms = loss if weight is None else loss * weight.to(loss.dtype), {}
+    total, terms = tokens.loss if weight is None else tokens.loss * weight.to(tokens.loss.dtype), {}
     for name, coefficient in zip(("A_LM", "A_P", "G_LM"), config.dag_coefficients, strict=True):
         if coefficient:
             assert outputs, "a DAG term needs the deductive outputs: call the model with return_outputs=True"
             terms[name] = dag_regularizer([getattr(layer, name) for layer in outputs], name=name)
             total = total + coefficient * terms[name].to(total.dtype)
-    return Losses(total, loss, terms)
+    return Losses(total, tokens.cross_entropy, terms)
 
 
 def dag_regularizer(tensors: list[Tensor], *, name: str = "X") -> Tensor:

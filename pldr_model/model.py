@@ -1,4 +1,4 @@
-"""PLDRModel: token ids -> logits, with a learned, a constant or a given energy-curvature tensor G_LM.
+"""PLDRModel: token ids -> logits or losses, with a learned, a constant or a given energy-curvature tensor G_LM.
 
 Background: arXiv 2410.16703 (architecture, post-norm), 2502.13502 (G_LM as a constant). A PLDR-LLM layer is a
 decoder layer whose scores are `(q G_LM) k^T / sqrt(K)`; with G_LM = identity it is scaled dot-product
@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pldr_model.config import ActivationCheckpointing, ModelConfig
+from pldr_model.config import ActivationCheckpointing, GFrom, ModelConfig
 from pldr_model.layers import GLU, Linear, RopeTables, apply_rope, rope_tables
+from pldr_model.loss import OutputLayer, TokenLosses
 from pldr_model.plga import PLGA, ConstantG, DeductiveOutputs
 
 
@@ -46,17 +47,19 @@ class Attention(nn.Module):
         rope: RopeTables,
         *,
         g: Tensor | None = None,
+        g_from: GFrom = "own",
         mask: Tensor | None = None,
         return_outputs: bool = False,
     ) -> tuple[Tensor, DeductiveOutputs | None]:
-        """`g` [H,K,K] or [B,H,K,K] replaces the metric learner; `mask` (True = attend) replaces causal attention."""
+        """`g` [H,K,K] or [B,H,K,K] replaces the metric learner; `mask` (True = attend) replaces causal attention. `g_from`:
+        as in `PLDRModel.forward`; the deductive outputs are what was deduced, of every sequence or (batch) of the first."""
         q_BHSK, k_BHSK, v_BHSK = self.project(x_BSD, rope)
         outputs: DeductiveOutputs | None = None
         if g is None and isinstance(self.plga, ConstantG):
             q_BHSK = self.plga(q_BHSK)
         elif g is None and self.plga is not None:
-            outputs = self.plga(q_BHSK)
-            g = outputs.G_LM
+            outputs = self.plga(q_BHSK[:1] if g_from == "batch" else q_BHSK)
+            g = outputs.G_LM.roll(-1, 0) if g_from == "neighbor" else outputs.G_LM
         if g is not None:
             q_BHSK = q_BHSK @ g.to(q_BHSK.dtype)
         heads_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask, is_causal=mask is None)
@@ -93,11 +96,12 @@ class DecoderLayer(nn.Module):
         rope: RopeTables,
         *,
         g: Tensor | None = None,
+        g_from: GFrom = "own",
         mask: Tensor | None = None,
         return_outputs: bool = False,
     ) -> tuple[Tensor, DeductiveOutputs | None]:
         """Arguments as in `Attention.forward`; the deductive outputs are None unless `return_outputs`."""
-        y_BSD, outputs = self.attention(x_BSD, rope, g=g, mask=mask, return_outputs=return_outputs)
+        y_BSD, outputs = self.attention(x_BSD, rope, g=g, g_from=g_from, mask=mask, return_outputs=return_outputs)
         h_BSD = self.attention_norm(y_BSD + x_BSD)
         return self.feed_forward_norm(self.feed_forward(h_BSD) + h_BSD), outputs
 
@@ -119,7 +123,7 @@ class PLDRModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)  # N(0, 1), torch's default
         self.embedding_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
-        self.output = Linear(config.d_model, config.vocab_size)
+        self.output = OutputLayer(config.d_model, config.vocab_size)
         g_lm = _constant_g(config, g_lm_LHKK)
         self.register_buffer("g_lm", g_lm, persistent=config.g_source != "identity")
 
@@ -127,35 +131,54 @@ class PLDRModel(nn.Module):
         self,
         ids_BS: Tensor,
         *,
+        targets: Tensor | None = None,
+        z_loss: float = 0.0,
         g_lm: Tensor | None = None,
+        g_from: GFrom = "own",
         padded: bool | None = None,
         return_outputs: bool = False,
         last_only: bool = False,
-    ) -> Tensor | tuple[Tensor, list[DeductiveOutputs]]:
-        """Logits [B,S,V]; with `return_outputs` also each layer's A, A_LM, A_P, G_LM [B,H,K,K].
+    ) -> Tensor | TokenLosses | tuple[Tensor | TokenLosses, list[DeductiveOutputs]]:
+        """Logits [B,S,V], or with `targets` their losses; with `return_outputs` also each layer's A, A_LM, A_P, G_LM [B,H,K,K].
 
         ids_BS: token ids, S <= context length. Ids equal to `pad_id` are padding: no query attends to them,
             while they still enter the density matrix (so does the reference).
+        targets: [B,S], the id that follows each; `pad_id` where there is none. No logits of the whole batch are made then.
+        z_loss: coefficient of the mean squared logsumexp of the logits in the loss.
         g_lm: [L,H,K,K] or [L,B,H,K,K]; replaces the model's own G. The metric learner is then not run.
+        g_from: whose G a sequence gets: its `own`; that of the first sequence (`batch`: nothing else is deduced, and each
+            layer returns outputs [1,H,K,K]); or that of the next one, the last that of the first (`neighbor`).
         padded: None: look for padding (on a GPU that waits for the device). False: the caller knows that
             there is none: causal kernel, no mask, no check; training passes this. True: build the mask without a
             look.
         last_only: logits after the last token only, [B,1,V]: what generation without a cache needs.
         Errors: ValueError for a sequence over the context, a g_lm of another shape, deductive outputs that do
-        not exist.
+        not exist; a g_from without a metric learner, or without a neighbor.
         """
         if return_outputs and (g_lm is not None or self.config.g_source != "learned"):
             raise ValueError("return_outputs: no metric learner runs with a constant or given G, so nothing is deduced")
-        x_BSD, deduced = self._run_layers(ids_BS, g_lm=g_lm, padded=padded, return_outputs=return_outputs)
-        logits_BSV: Tensor = self.output(x_BSD[:, -1:] if last_only else x_BSD)
-        return (logits_BSV, deduced) if return_outputs else logits_BSV
+        if g_from != "own" and (g_lm is not None or self.config.g_source != "learned"):
+            raise ValueError(
+                f"g_from {g_from!r}: no metric learner runs with a constant or given G, so there is no other"
+            )
+        if g_from == "neighbor" and len(ids_BS) == 1:
+            raise ValueError("g_from 'neighbor': a batch of one sequence has no other whose G it could use")
+        x_BSD, deduced = self._run_layers(
+            ids_BS, g_lm=g_lm, g_from=g_from, padded=padded, return_outputs=return_outputs
+        )
+        result: Tensor | TokenLosses
+        if targets is None:
+            result = self.output(x_BSD[:, -1:] if last_only else x_BSD)
+        else:
+            result = self.output(x_BSD, targets, pad_id=self.config.pad_id, z_loss=z_loss)
+        return (result, deduced) if return_outputs else result
 
     def hidden(self, ids_BS: Tensor, *, g_lm: Tensor | None = None, padded: bool | None = None) -> Tensor:
         """What `output` makes logits of, [B,S,D]: for whoever needs those of some tokens only. Arguments as in `forward`."""
         return self._run_layers(ids_BS, g_lm=g_lm, padded=padded, return_outputs=False)[0]
 
     def _run_layers(
-        self, ids_BS: Tensor, *, g_lm: Tensor | None, padded: bool | None, return_outputs: bool
+        self, ids_BS: Tensor, *, g_lm: Tensor | None, padded: bool | None, return_outputs: bool, g_from: GFrom = "own"
     ) -> tuple[Tensor, list[DeductiveOutputs]]:
         """The decoder layers, one after the other."""
         x_BSD, rope, mask = self._enter(ids_BS, padded)
@@ -166,7 +189,7 @@ class PLDRModel(nn.Module):
             run: Callable[..., tuple[Tensor, DeductiveOutputs | None]] = layer
             if self.recompute_layers and torch.is_grad_enabled():
                 run = functools.partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
-            x_BSD, outputs = run(x_BSD, rope, g=g, mask=mask, return_outputs=return_outputs)
+            x_BSD, outputs = run(x_BSD, rope, g=g, g_from=g_from, mask=mask, return_outputs=return_outputs)
             if outputs is not None:
                 deduced.append(outputs)
         return x_BSD, deduced

@@ -27,7 +27,7 @@ from pldr_model.config import ModelConfig
 from pldr_model.convert import from_reference, load_checkpoint_file, to_reference
 from pldr_model.decode.decoder import Decoder
 from pldr_model.generation import generate
-from pldr_model.loss import dag_regularizer, total_loss
+from pldr_model.loss import dag_regularizer, losses_of_logits, total_loss
 from pldr_model.model import PLDRModel
 from pldr_model.plga import DeductiveOutputs
 
@@ -155,12 +155,13 @@ def _run(golden: _Golden, weights: dict[str, Tensor]) -> Numbers:
     """All our numbers with these weights, under the names of the golden files."""
     model, ids = golden.model(weights), golden.expected["ids"]
     logits_BSV, outputs = model(ids[:, :-1], return_outputs=True)
-    losses = total_loss(logits_BSV, ids[:, 1:], golden.config, outputs=outputs)
+    tokens = losses_of_logits(logits_BSV, ids[:, 1:], pad_id=golden.config.pad_id)
+    losses = total_loss(tokens, golden.config, outputs=outputs)
     torch.autograd.backward(losses.total)
     numbers: Numbers = {"logits": {"logits": logits_BSV.detach()}}
     for name in DeductiveOutputs._fields:
         numbers[name] = {f"layer{i}.{name}": getattr(layer, name).detach() for i, layer in enumerate(outputs)}
-    numbers["loss"] = {"loss": losses.cross_entropy.detach()}
+    numbers["loss"] = {"loss": losses.cross_entropy}
     numbers["total_loss"] = {"total_loss": losses.total.detach()}
     numbers["dag"] = {
         f"dag_{name}": dag_regularizer([getattr(layer, name).detach() for layer in outputs])
@@ -189,13 +190,13 @@ def _train(model: PLDRModel, ids: Tensor, trajectory: dict[str, Any]) -> dict[st
     for index, golden in enumerate(trajectory["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = golden["lr"]
-        logits_BSV, outputs = model(ids[:, :-1], return_outputs=True)
-        losses = total_loss(logits_BSV, ids[:, 1:], model.config, outputs=outputs)
+        tokens, outputs = model(ids[:, :-1], targets=ids[:, 1:], return_outputs=True)
+        losses = total_loss(tokens, model.config, outputs=outputs)
         optimizer.zero_grad()
         torch.autograd.backward(losses.total)
         torch.nn.utils.clip_grad_value_(model.parameters(), setting["clip_value"])
         optimizer.step()
-        seen[f"step{index}.loss"] = losses.cross_entropy.detach()
+        seen[f"step{index}.loss"] = losses.cross_entropy
         seen[f"step{index}.total_loss"] = losses.total.detach()
     return seen
 

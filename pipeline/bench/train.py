@@ -154,6 +154,6 @@ def _our_step(config: RunConfig, micro_batches: list[np.ndarray]) -> tuple[Calla
 
 def _loss(model: PLDRModel, ids: Tensor, config: RunConfig) -> Tensor:
     wants_outputs = any(config.model.dag_coefficients)
-    result = model(ids[:, :-1], padded=False, return_outputs=wants_outputs)
-    logits, outputs = result if wants_outputs else (result, None)
-    return total_loss(logits, ids[:, 1:], config.model, outputs=outputs).total
+    result = model(ids[:, :-1], targets=ids[:, 1:], padded=False, return_outputs=wants_outputs)
+    tokens, outputs = result if wants_outputs else (result, None)
+    return total_loss(tokens, config.model, outputs=outputs).total

@@ -90,6 +90,9 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.freeze_g: model.g_source {self.model.g_source!r} has no learned G to freeze; remove it"
             )
+        for key in ("g_from", "share_g_below") if self.model.g_source != "learned" else ():
+            if getattr(self.train, key) != TrainConfig.model_fields[key].default:
+                raise ValueError(f"train.{key}: model.g_source {self.model.g_source!r} has no learned G; remove it")
         if self.post.key_rank is not None and (wrong := self.post.key_rank.unfit(self.model)):
             raise ValueError(f"post.key_rank.ranks: {wrong}")
         return self

@@ -10,7 +10,7 @@ from pydantic import field_validator, model_validator
 from pipeline.config.section import Kind, Section
 from pipeline.config.train_evaluate import EvaluateConfig, beside
 from pipeline.io.urls import check_url, is_http
-from pldr_model.config import ActivationCheckpointing
+from pldr_model.config import ActivationCheckpointing, GFrom
 
 recipe = Kind("fixed", ("train",), result=True)  # what the trained weights come from: another value is another run
 since = replace(recipe, added=True)
@@ -66,6 +66,7 @@ class TrainConfig(Section):
         "value", "each gradient's entries (the papers), or the norm of all gradients"
     )
     clip: float = recipe(1.0, "where gradients are clipped", gt=0)
+    z_loss: float = since(0.0, "coefficient of the mean squared logsumexp of the logits in the loss", ge=0)
     precision: Literal["fp32", "bf16"] = arithmetic(
         "bf16", "of the forward and backward passes; master weights are fp32"
     )
@@ -103,6 +104,13 @@ class TrainConfig(Section):
     spike_threshold: float = work(8.0, "how many deviations above the median are a spike", gt=0)
     freeze_g: FreezeConfig | None = recipe(
         None, "when G is frozen and the metric learner dropped; null: it trains to the end"
+    )
+    g_from: GFrom = since(
+        "own",
+        "whose learned G a sequence uses: its own, that of the first of its micro batch, or of its neighbor there",
+    )
+    share_g_below: float | None = since(
+        None, "g_from becomes batch after the first validation whose order parameter of G is below this", gt=0
     )
     evaluate: EvaluateConfig | None = beside(None, "benchmark scores of checkpoints while training runs; null: none")
     max_restarts: int = work(0, "restarts after a crash, from the last commit; not after a stop or a user error", ge=0)
@@ -148,6 +156,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"freeze_g.at_step {at_step} must be smaller than steps {self.steps}: G would never be frozen"
             )
+        if self.g_from == "batch" and self.share_g_below is not None:
+            raise ValueError(
+                "share_g_below is not read with g_from batch, where G is shared from the start; remove one"
+            )
+        if self.mixes_g and self.micro_batch == 1:
+            key = "g_from" if self.g_from != "own" else "share_g_below"
+            raise ValueError(
+                f"{key} {getattr(self, key)} needs a micro_batch of 2 or more: there is no other sequence in 1"
+            )
         if self.evaluate is not None and self.evaluate.every % self.checkpoint_every:
             raise ValueError(
                 f"evaluate.every {self.evaluate.every} is not a multiple of checkpoint_every {self.checkpoint_every}: only "
@@ -163,6 +180,11 @@ class TrainConfig(Section):
     def decay_begins(self) -> int:
         """With schedule wsd: the first step, from 0, after which the rate is below max_lr."""
         return self.steps - max(1, round(self.decay_share * self.steps))
+
+    @property
+    def mixes_g(self) -> bool:
+        """Whether a sequence's G can come from another one of its micro batch: micro_batch is then part of the recipe."""
+        return self.g_from != "own" or self.share_g_below is not None
 
     @property
     def metric_decay(self) -> float:

@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from pipeline.train.targets import has_padding, num_targets
 from pldr_model.config import ModelConfig
-from pldr_model.loss import cross_entropy
 from pldr_model.model import g_shape
 
 
@@ -54,7 +53,8 @@ def validate(
     first: list[Any] = []
     if learned:
         padded = has_padding(sequences[:1], config.pad_id)
-        _, first = engine(torch.from_numpy(sequences[:1, :-1]).to(device), padded=padded, return_outputs=True)
+        ids = torch.from_numpy(sequences[:1, :-1]).to(device)
+        _, first = engine(ids, padded=padded, return_outputs=True, last_only=True)
         constant["cached"] = torch.stack([layer.G_LM[0] for layer in first])
         eye = torch.eye(config.head_dim, device=device, dtype=dtype).expand(g_shape(config))
         constant |= {"zero": torch.zeros_like(eye), "identity": eye}
@@ -69,14 +69,14 @@ def validate(
         inputs, targets = ids[:, :-1], ids[:, 1:]
         sums[0] += num
         if learned:
-            logits, outputs = engine(inputs, padded=padded, return_outputs=True)
+            tokens, outputs = engine(inputs, targets=targets, padded=padded, return_outputs=True)
             sums[-8:] += _deviations(outputs, first, real)
         else:
-            logits = engine(inputs, padded=padded)
-        sums[1] += cross_entropy(logits, targets, pad_id=config.pad_id).double() * num
+            tokens = engine(inputs, targets=targets, padded=padded)
+        sums[1] += tokens.nll_BS.sum(dtype=torch.float64)
         for slot, g in enumerate(constant.values(), start=2):
-            logits = engine(inputs, g_lm=g, padded=padded)
-            sums[slot] += cross_entropy(logits, targets, pad_id=config.pad_id).double() * num
+            tokens = engine(inputs, targets=targets, g_lm=g, padded=padded)
+            sums[slot] += tokens.nll_BS.sum(dtype=torch.float64)
     dist.all_reduce(sums)
     engine.train(training)
     block, *others = (sums[1:-8] / sums[0]).tolist()

@@ -106,7 +106,8 @@ def mean_g(engine: Any, config: ModelConfig, batches: Iterable[Sequence[np.ndarr
     for batch in batches:
         for micro in batch:
             ids = torch.from_numpy(micro.astype(np.int64)).to(device_of_rank())
-            _, outputs = engine(ids[:, :-1], padded=has_padding(micro, config.pad_id), return_outputs=True)
+            padded = has_padding(micro, config.pad_id)
+            _, outputs = engine(ids[:, :-1], padded=padded, return_outputs=True, last_only=True)
             total += torch.stack([layer.G_LM.double().sum(dim=0) for layer in outputs])
             count += len(micro)
     dist.all_reduce(total)

@@ -65,6 +65,7 @@ class TrainState:
     val_step: int | None = None
     evaluations_below: int = 0  # validations in a row with the order parameter of G under train.freeze_g.below
     frozen: int | None = None  # the step after which G was frozen
+    shared: int | None = None  # the step after which train.share_g_below let micro batches share a G
     budget: float = 0.0  # the invariance budget spent so far, without skipped steps
     guard: Guard = field(default_factory=Guard)
 
@@ -122,6 +123,8 @@ def _load(engine: Any, folder: Path, saved: dict[str, Any], settings: TrainConfi
     # Older checkpoints lack fields that were added since; the defaults are what was true then.
     if _threshold(saved["config"]["train"]) != _threshold(settings.model_dump()):
         saved["evaluations_below"] = 0  # they were below another threshold
+    if saved["config"]["train"].get("share_g_below") != settings.share_g_below:
+        saved["shared"] = None  # likewise
     saved.setdefault("val_step", saved["step"])  # no validation was left then
     saved["budget"] = budget_of(saved, settings)
     known = {key: saved[key] for key in TrainState.__dataclass_fields__ if key in saved}

@@ -18,7 +18,7 @@ were. A batch of nothing but padding has no loss, and is skipped likewise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,8 @@ import torch.distributed as dist
 from pipeline.train.signals import StopRequest, signal_name
 from pipeline.train.targets import has_padding, num_targets
 from pipeline.train.telemetry import Stopwatch
-from pldr_model.config import ModelConfig
-from pldr_model.loss import Losses, cross_entropy, total_loss
-
-LossFunction = Callable[..., Losses]
+from pldr_model.config import GFrom, ModelConfig
+from pldr_model.loss import total_loss
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,11 @@ def global_step(
     stop: StopRequest,
     device: torch.device,
     forward: Stopwatch,
-    loss: LossFunction = total_loss,
+    z_loss: float = 0.0,
+    g_from: GFrom = "own",
 ) -> Outcome:
     """Forward, backward and update over this rank's micro batches, each [n, S+1]; collective. `forward`: times the forward
-    passes; `loss`: called as total_loss of pldr_model/loss.py is."""
+    passes; `g_from`: whose G a sequence uses (PLDRModel.forward)."""
     wants_outputs = any(model.dag_coefficients)
     loss_sum = torch.zeros((), device=device)
     skipped_before = int(engine.skipped_steps)
@@ -70,17 +69,22 @@ def global_step(
         ids = torch.from_numpy(micro).to(device, non_blocking=True)
         with forward.running():
             padded = has_padding(micro, model.pad_id)
-            result = engine(ids[:, :-1], padded=padded, return_outputs=wants_outputs)
-        logits, outputs = result if wants_outputs else (result, None)
+            result = engine(
+                ids[:, :-1],
+                targets=ids[:, 1:],
+                z_loss=z_loss,
+                g_from=g_from,
+                padded=padded,
+                return_outputs=wants_outputs,
+            )
+        tokens, outputs = result if wants_outputs else (result, None)
         weight = targets[number - 1] * passes / all_targets  # 1 without padding, NaN without any target
         try:
-            losses = loss(logits, ids[:, 1:], model, outputs=outputs, weight=weight)
-            total, plain = losses.total, losses.cross_entropy
+            total, plain, _ = total_loss(tokens, model, outputs=outputs, weight=weight)
         except FloatingPointError:  # the DAG regularizer's tensors are not finite
-            plain = cross_entropy(logits, ids[:, 1:], pad_id=model.pad_id)
-            total = plain * torch.nan
+            total, plain = tokens.loss * torch.nan, tokens.cross_entropy
         engine.backward(_poisoned(total))
-        loss_sum += plain.detach() * weight.to(plain.dtype)
+        loss_sum += plain * weight.to(plain.dtype)
         if number == len(micro_batches):
             reduced = _AllReduce(loss_sum / number, all_targets, stop.flags())
         engine.step()

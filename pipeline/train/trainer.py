@@ -36,13 +36,13 @@ from pipeline.train.freeze import FreezeRule, freeze, mean_g, num_batches
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.optim import gradient_norm
 from pipeline.train.profiling import StepProfiler, record_history
+from pipeline.train.sharing import g_in_use, share, training_flops
 from pipeline.train.signals import StopRequest, signal_name
 from pipeline.train.spikes import Event, Sequences, describe, judge, rollback_target
 from pipeline.train.state import Batch, Lineage, TrainData, TrainState, begin, record, roll_back
-from pipeline.train.step import LossFunction, Outcome, global_step
+from pipeline.train.step import Outcome, global_step
 from pipeline.train.telemetry import Measures, Throughput, first_on_node, peak_flops
 from pldr_model.config import ModelConfig
-from pldr_model.loss import total_loss
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,7 @@ class Trainer:
     """One rank of a training run: `Trainer(...).train()`. Every rank makes one and calls the same methods; collective.
 
     `data`: this rank's batches; `held_out`: validation sequences [n, S+1]; `tracker`, `publisher`, `evaluations`:
-    rank 0's, else None; `resume_from`: a committed checkpoint, or None; `loss`: what is minimized (total_loss of
-    pldr_model/loss.py).
+    rank 0's, else None; `resume_from`: a committed checkpoint, or None.
     `engine` and `state` are the current ones: a freeze or a rollback replaces them. Raises UserError when a checkpoint does not
     fit this run.
     """
@@ -72,12 +71,11 @@ class Trainer:
         evaluations: Evaluations | None = None,
         heart: Heartbeat | None = None,
         stop: StopRequest | None = None,
-        loss: LossFunction = total_loss,
     ) -> None:
         self.config, self.settings, self.checkpoints = config, config.train, paths.checkpoints
         self.data, self.held_out, self.bytes_per_token = data, held_out, bytes_per_token
         self.lineage, self.tracker, self.evaluations = lineage, tracker, evaluations
-        self.heart, self.stop, self.loss = heart or Heartbeat(), stop or StopRequest(), loss
+        self.heart, self.stop = heart or Heartbeat(), stop or StopRequest()
         self.device = device_of_rank()
         if self.settings.memory_history:
             record_history()
@@ -146,7 +144,8 @@ class Trainer:
             stop=self.stop,
             device=self.device,
             forward=self.measures.forward,
-            loss=self.loss,
+            z_loss=self.settings.z_loss,
+            g_from=g_in_use(self.settings, self.state),
         )
 
     def _freeze(self) -> None:
@@ -242,10 +241,12 @@ class Trainer:
             **self.measures.gather(),
         }
         if self.peak is not None:
-            flops = values["train/tokens_per_second"] * self.model.flops_per_token(training=True)
+            flops = values["train/tokens_per_second"] * training_flops(self.model, settings, state)
             values["train/mfu"] = flops / (self.peak * dist.get_world_size())
         if settings.freeze_g is not None:
             values["invariance/frozen"] = float(state.frozen is not None)
+        if settings.share_g_below is not None:
+            values["invariance/shared"] = float(state.shared is not None)
         if self.config.model.g_source == "learned":
             values["invariance/budget"] = state.budget
         if outcome.skipped:
@@ -267,7 +268,10 @@ class Trainer:
             )
         if not values:
             return {}
-        self.freeze_rule.count(self.state, values.get("invariance/order_parameter_G"))
+        order_parameter = values.get("invariance/order_parameter_G")
+        self.freeze_rule.count(self.state, order_parameter)
+        if (text := share(self.settings, self.state, order_parameter)) is not None:
+            self._announce(text)
         cached = values["val/loss_cached"]
         self.state.val_loss_cached = cached if math.isfinite(cached) else None
         self.state.val_step = self.state.step

@@ -96,14 +96,14 @@ def test_total_loss_adds_only_the_terms_asked_for(tiny):
     config = ModelConfig.from_dict({**tiny.to_dict(), "dag_coefficients": [0.5, 0.0, 0.25]})
     model = PLDRModel(config)
     ids = torch.randint(4, 61, (2, 21))
-    logits, outputs = model(ids[:, :-1], return_outputs=True)
-    losses = total_loss(logits, ids[:, 1:], config, outputs=outputs)
+    tokens, outputs = model(ids[:, :-1], targets=ids[:, 1:], return_outputs=True)
+    losses = total_loss(tokens, config, outputs=outputs)
     assert set(losses.dag) == {"A_LM", "G_LM"}
     by_hand = losses.cross_entropy + 0.5 * losses.dag["A_LM"] + 0.25 * losses.dag["G_LM"]
     assert losses.total.item() == pytest.approx(by_hand.item(), rel=1e-6)
-    plain = total_loss(logits, ids[:, 1:], tiny)
+    plain = total_loss(tokens, tiny)
     assert plain.dag == {}
-    assert plain.total is plain.cross_entropy
+    assert plain.total is tokens.loss and plain.total == plain.cross_entropy
 
 
 def naive_dag(x):

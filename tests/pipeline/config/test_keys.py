@@ -31,6 +31,8 @@ ADDED = (
     "schedule",
     "decay_share",
     "decay_shape",
+    "g_from",
+    "share_g_below",
 )  # since; in a digest only with another value than the default
 ADDED_TO_POST = ("effect_prompts", "order_parameter", "prove", "extra_prompts", "max_relative_deviation_g_fp32",
                  "max_query_deviation", "max_worst_row_deviation", "with_metric_learner", "key_rank",
@@ -43,13 +45,13 @@ RECIPE = (
         "global_batch",
         "max_lr",
         "warmup_steps",
-        *ADDED[1:],
+        *ADDED[1:4],
         "min_lr_ratio",
         "betas",
         "eps",
         "weight_decay",
     ),
-    *("metric_weight_decay", "clip_by", "clip", "precision", "freeze_g"),
+    *("metric_weight_decay", "clip_by", "clip", "precision", "freeze_g", "g_from", "share_g_below"),
 )
 
 TREE = {

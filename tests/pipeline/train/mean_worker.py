@@ -21,7 +21,7 @@ from pipeline.train.freeze import mean_g
 from pipeline.train.signals import StopRequest
 from pipeline.train.step import global_step
 from pipeline.train.telemetry import Stopwatch
-from pldr_model.loss import total_loss
+from pldr_model.loss import cross_entropy
 from pldr_model.model import PLDRModel
 from tests.helpers.worker import finish
 from tests.pipeline.train.zero_worker import Batches, configuration, make_trainer, with_train
@@ -78,7 +78,9 @@ def gradient(config, data=Padded):
 
     engine.step = watched
     micro, _ = next(data(config).micro_batches(0, limit=1))
-    outcome = global_step(engine, micro, config.model, stop=StopRequest(), device=CPU, forward=Stopwatch(CPU))
+    outcome = global_step(
+        engine, micro, config.model, stop=StopRequest(), device=CPU, forward=Stopwatch(CPU), g_from=config.train.g_from
+    )
     return {"gradient": found, "loss": outcome.loss, "targets": outcome.targets}
 
 
@@ -105,7 +107,7 @@ def bf16_error(folder, stage, *, accumulation):
     right = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
     for micro in ids.split(1):
         model.zero_grad()
-        total_loss(model(micro[:, :-1], padded=False), micro[:, 1:], config.model).total.backward()
+        cross_entropy(model(micro[:, :-1], padded=False), micro[:, 1:]).backward()
         for name, p in model.named_parameters():
             right[name] += p.grad.double() / len(ids)
     found = gradient(config, Unpadded)["gradient"]

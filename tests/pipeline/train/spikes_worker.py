@@ -6,6 +6,7 @@ writes FOLDER/result.json.
 
 import hashlib
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from pipeline.checkpoint.format import checkpoint_name, verify
 from pipeline.config.load import parse_config
 from pipeline.errors import UserError
+from pipeline.train import step
 from pipeline.train.engine import init_distributed
 from pipeline.train.trainer import Trainer
 from pldr_model.loss import total_loss
@@ -46,14 +48,20 @@ HELD_OUT = np.random.default_rng(99).integers(4, 67, size=(9, 17))
 
 
 def train(config, data, harm=None, resume_from=None):
-    """What is logged, and the last state. harm(losses, logits): the loss in place of the model's."""
+    """What is logged, and the last state. harm(losses): the losses in place of the model's."""
+    trainer = make_trainer(config, HELD_OUT, data=data, resume_from=resume_from)
+    with harmed(harm or (lambda losses: losses)):
+        return trainer.tracker.points, trainer.train()
 
-    def loss(logits, *arguments, **keywords):
-        losses = total_loss(logits, *arguments, **keywords)
-        return losses if harm is None else harm(losses, logits)
 
-    trainer = make_trainer(config, HELD_OUT, data=data, resume_from=resume_from, loss=loss)
-    return trainer.tracker.points, trainer.train()
+@contextmanager
+def harmed(harm):
+    """Inside, the losses that a step sees are harm(those of total_loss)."""
+    step.total_loss = lambda *arguments, **keywords: harm(total_loss(*arguments, **keywords))
+    try:
+        yield
+    finally:
+        step.total_loss = total_loss
 
 
 class Watched(Trainer):
@@ -93,19 +101,19 @@ def skipped_step(folder, stage, precision, kind, limit=10):
     config = configuration(folder, stage, precision, "value" if stage == 2 else "norm")
     config = config.model_copy(update={"train": config.train.model_copy(update={"max_skipped_steps": limit})})
 
-    def loss(logits, *arguments, **keywords):
-        losses = total_loss(logits, *arguments, **keywords)
+    def harm(losses):
         if Shifted.here != BAD or dist.get_rank() != 1:
             return losses
         if kind == "gradient":
-            logits.register_hook(lambda gradient: gradient * torch.inf)
+            losses.total.register_hook(lambda gradient: gradient * torch.inf)
             return losses
         return replace_losses(losses, torch.inf)
 
-    trainer = make_trainer(config, HELD_OUT, data=Shifted(config), make=Watched, loss=loss)
+    trainer = make_trainer(config, HELD_OUT, data=Shifted(config), make=Watched)
     message, result = None, {}
     try:
-        state, points = trainer.train(), trainer.tracker.points
+        with harmed(harm):
+            state, points = trainer.train(), trainer.tracker.points
         result = {"points": points, "skipped_steps": state.skipped_steps, "budget": points[6]["invariance/budget"]}
     except UserError as error:
         message = str(error)
@@ -135,7 +143,7 @@ def rolled_back(folder, stage, precision):
         }
         return parse_config(tree, where="test")
 
-    def harm(losses, logits):
+    def harm(losses):
         return replace_losses(losses, 10.0) if Shifted.here == SPIKE else losses
 
     config = settings("run", on_spike="rollback")

@@ -13,7 +13,7 @@ from pipeline.checkpoint.deepspeed_files import MOMENTS, WEIGHT, ZeroState
 from pipeline.checkpoint.format import verify
 from pipeline.config.schedule import invariance_budget, learning_rate
 from pipeline.train.optim import build_optimizer
-from pldr_model.loss import total_loss
+from pldr_model.loss import cross_entropy
 from pldr_model.model import PLDRModel
 from tests.pipeline.train.zero_worker import STEPS, configuration
 
@@ -44,7 +44,7 @@ def plain_pytorch(clip_by: str, g_source: str) -> list[float]:
     for step in range(STEPS):
         rng = np.random.default_rng(step * config.train.global_batch)
         ids = torch.from_numpy(rng.integers(4, 67, size=(8, 17)))
-        loss = total_loss(model(ids[:, :-1]), ids[:, 1:], config.model).total
+        loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
         optimizer.zero_grad()
         loss.backward()
         if clip_by == "norm":

@@ -99,10 +99,10 @@ def train(recipe: Recipe) -> PLDRModel:
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * min(1.0, (step + 1) / 20) * cosine
         ids_NT = language(recipe, count=recipe.batch, seed=1_000_000 + step)
-        answer = model(ids_NT[:, :-1], padded=False, return_outputs=deduces)
-        logits_NSV, outputs = answer if deduces else (answer, None)
+        answer = model(ids_NT[:, :-1], targets=ids_NT[:, 1:], padded=False, return_outputs=deduces)
+        tokens, outputs = answer if deduces else (answer, None)
         optimizer.zero_grad()
-        total_loss(logits_NSV, ids_NT[:, 1:], recipe.config, outputs=outputs).total.backward()
+        total_loss(tokens, recipe.config, outputs=outputs).total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model.eval()
