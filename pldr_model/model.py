@@ -278,6 +278,15 @@ def is_metric_parameter(name: str) -> bool:
     return ".metric_learner." in name
 
 
+def optimizer_group(name: str, ndim: int, *, muon: bool) -> int:
+    """Which of the optimizer's parameter groups this parameter is in: 1 metric learner, 2 with Muon the matrices of attention
+    and feed-forward, 0 all else. Within a group parameters are in the module's order; DeepSpeed's checkpoints number them
+    so."""
+    if is_metric_parameter(name):
+        return 1
+    return 2 if muon and ndim == 2 and name.startswith("layers.") else 0
+
+
 def g_shape(config: ModelConfig) -> tuple[int, int, int, int]:
     """[L, H, K, K]: the shape of a constant G_LM of this model."""
     return (config.num_layers, config.num_heads, config.head_dim, config.head_dim)

@@ -31,16 +31,17 @@ from torch import Tensor
 
 from pipeline.devices import has_gpu
 from pipeline.errors import UserError, first_line
-from pldr_model.model import is_metric_parameter
+from pldr_model.model import optimizer_group
 
 WEIGHT = "weight"  # in addition to the names of the moments
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MUON_MOMENTS = ("momentum_buffer",)  # of the matrices that Muon trains (pipeline/train/optim.py)
 
 
 class _Piece(NamedTuple):
     """Elements [start, start + numel) of flat tensors: one rank's share of one parameter."""
 
-    flat: dict[str, Tensor]  # WEIGHT and MOMENTS
+    flat: dict[str, Tensor]  # WEIGHT and MOMENTS, or MUON_MOMENTS
     start: int
     numel: int
 
@@ -94,18 +95,24 @@ class ZeroState:
         self.adam_step = steps.pop()
 
     def tensor(self, name: str, what: str = WEIGHT) -> Tensor:
-        """A full parameter (what: WEIGHT) or moment (exp_avg, exp_avg_sq), fp32, in the parameter's shape."""
+        """A full parameter (what: WEIGHT) or one of its moments (`moments`), fp32, in the parameter's shape."""
         shape = self.shapes[name]
         pieces = [p.flat[what].view(-1).narrow(0, p.start, p.numel) for p in self._pieces[name]]
         return torch.cat(pieces)[: math.prod(shape)].view(shape).detach().float()
 
+    def moments(self, name: str) -> tuple[str, ...]:
+        """The names of a parameter's moments."""
+        return tuple(key for key in self._pieces[name][0].flat if key != WEIGHT)
+
     def _read_unpartitioned(self, model: dict[str, Any], steps: set[float]) -> None:
-        """Stage 0. The moments are numbered in the order of the optimizer, whose second group is the metric learner's
-        parameters and whose first group is all others. fp32 masters must round to the bf16 weight they are matched with."""
-        names = [name for name in model["module"] if name not in self.buffers]
-        names.sort(key=is_metric_parameter)  # stable: within a group the module's order
-        weights = {name: model["module"][name] for name in names}
+        """Stage 0. The moments are numbered in the order of the optimizer (optimizer_group). fp32 masters must round to the
+        bf16 weight they are matched with."""
+        weights = {name: weight for name, weight in model["module"].items() if name not in self.buffers}
         optimizer = model["optimizer"]
+        groups = optimizer.get("optimizer_state_dict", optimizer)["param_groups"]
+        muon = any(group.get("use_muon") for group in groups)
+        names = sorted(weights, key=lambda name: optimizer_group(name, weights[name].ndim, muon=muon))
+        weights = {name: weights[name] for name in names}
         if "fp32_groups" in optimizer:
             masters = [master for group in optimizer["fp32_groups"] for master in group]
             for (name, weight), master in zip(weights.items(), masters, strict=True):
@@ -118,11 +125,13 @@ class ZeroState:
             optimizer = optimizer["optimizer_state_dict"]
         for number, (name, weight) in enumerate(weights.items()):
             moments = optimizer["state"][number]
-            if any(moments[key].shape != weight.shape for key in MOMENTS):
+            keys = MUON_MOMENTS if muon and optimizer_group(name, weight.ndim, muon=True) == 2 else MOMENTS
+            if any(moments[key].shape != weight.shape for key in keys):
                 raise ValueError(f"the moments of parameter {number} do not have the shape of {name}")
-            steps.add(float(moments["step"]))
+            if keys == MOMENTS:
+                steps.add(float(moments["step"]))
             self.shapes[name] = tuple(weight.shape)
-            flat = {WEIGHT: weight, **{key: moments[key] for key in MOMENTS}}
+            flat = {WEIGHT: weight, **{key: moments[key] for key in keys}}
             self._pieces[name] = [_Piece(flat, 0, weight.numel())]
 
     def _read_stages_1_2(self, partition: dict[str, Any], ranks: int, steps: set[float]) -> None:

@@ -2,7 +2,7 @@
 
 DeepSpeed's plain load refuses another world size, and its universal checkpoint changes the stage only between 1 and 2.
 So the old files are read by parameter name (deepspeed_files.py) and every rank takes its own share of the weights and of
-Adam's moments. Nothing is computed with them: in fp32 training continues, bit for bit, from what was saved; only sums over
+the moments. Nothing is computed with them: in fp32 training continues, bit for bit, from what was saved; only sums over
 ranks then run in another order. Only one complete parameter at a time is in memory.
 
 Every rank reads all files: (new ranks) x (checkpoint) bytes go over the network or disk, once, at the start.
@@ -10,7 +10,7 @@ Every rank reads all files: (new ranks) x (checkpoint) bytes go over the network
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def fits(engine: Any, old: ZeroState, *, world_size: int, precision: str, curren
 def carry_over(engine: Any, old: ZeroState, *, new: Mapping[str, Tensor] | None = None) -> None:
     """Copy a checkpoint's weights, moments and step counts into the engine; collective. Shapes have been checked.
 
-    new: weights of parameters that the checkpoint does not have; their moments are zero.
+    new: weights of parameters that the checkpoint does not have (a G, which AdamW trains); their moments are zero.
     """
     parameters = dict(engine.module.named_parameters())
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
@@ -46,7 +46,7 @@ def carry_over(engine: Any, old: ZeroState, *, new: Mapping[str, Tensor] | None 
     put = _put_by_stage(engine, old.adam_step)
     for name, parameter in parameters.items():
         if name in old.shapes:
-            put(parameter, old.tensor(name), {key: old.tensor(name, key) for key in MOMENTS})
+            put(parameter, old.tensor(name), {key: old.tensor(name, key) for key in old.moments(name)})
         else:
             weight = (new or {})[name]
             put(parameter, weight, {key: torch.zeros_like(weight) for key in MOMENTS})
@@ -77,8 +77,9 @@ def _put_by_stage(engine: Any, step: float) -> Put:
     states = engine.basic_optimizer.state
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
 
-    def fresh(master: Tensor) -> dict[str, Tensor]:
-        return {"step": torch.tensor(step, device=master.device), **{key: torch.zeros_like(master) for key in MOMENTS}}
+    def fresh(master: Tensor, moments: Iterable[str] = MOMENTS) -> dict[str, Tensor]:
+        adam = {"step": torch.tensor(step, device=master.device)} if tuple(moments) == MOMENTS else {}
+        return {**adam, **{key: torch.zeros_like(master) for key in moments}}
 
     if stage == 0:
         # bf16: DeepSpeed keeps fp32 masters beside the parameters, in the same groups.
@@ -90,7 +91,7 @@ def _put_by_stage(engine: Any, step: float) -> Put:
             master = masters[parameter]
             master.copy_(weight)
             parameter.copy_(weight)
-            states[master] = fresh(master)
+            states[master] = fresh(master, moments)
             for key, value in moments.items():
                 states[master][key].copy_(value)
 

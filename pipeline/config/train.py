@@ -58,6 +58,14 @@ class TrainConfig(Section):
     decay_share: float = since(0.2, "wsd: share of the steps, the last ones, that decay", gt=0, le=1)
     decay_shape: Literal["linear", "1-sqrt"] = since("linear", "wsd: how the rate falls from max_lr to min_lr_ratio")
     min_lr_ratio: float = recipe(0.1, "the last learning rate as a share of max_lr", ge=0, le=1)
+    optimizer: Literal["adamw", "muon"] = since(
+        "adamw",
+        "muon: torch's Muon for the matrices of attention and feed-forward, AdamW for all else; ZeRO stage 0 only",
+    )
+    muon_lr: float | None = since(
+        None, "muon: its peak learning rate; null: max_lr, which its update is scaled for", gt=0
+    )
+    muon_momentum: float = since(0.95, "muon: its (Nesterov) momentum", ge=0, lt=1)
     betas: tuple[float, float] = recipe((0.9, 0.95), "AdamW's beta1 and beta2")
     eps: float = recipe(1e-5, "AdamW's epsilon", gt=0)
     weight_decay: float = recipe(0.1, "AdamW's weight decay", ge=0)
@@ -151,6 +159,14 @@ class TrainConfig(Section):
                 f"offload {self.offload!r} needs zero_stage {'3' if self.offload == 'parameters' else '1, 2 or 3'}, "
                 f"not {self.zero_stage}"
             )
+        if self.optimizer == "muon" and self.zero_stage:
+            raise ValueError(
+                f"optimizer muon: ZeRO stage {self.zero_stage} cuts matrices into flat pieces, which Muon cannot "
+                "orthogonalize; set zero_stage=0"
+            )
+        for key in ("muon_lr", "muon_momentum") if self.optimizer != "muon" else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is only read with optimizer muon, not {self.optimizer}; remove it")
         at_step = self.freeze_g.at_step if self.freeze_g is not None else None
         if at_step is not None and at_step >= self.steps:
             raise ValueError(

@@ -53,6 +53,12 @@ def check_inputs(
         raise ConfigError(
             f"{checkpoint}: was trained with {differ[0]}; use another run_dir, or continue anyway with --force"
         )
+    earlier = state["config"].get("train", {}).get("optimizer", "adamw")
+    if earlier != config.train.optimizer:
+        raise ConfigError(
+            f"{checkpoint}: its moments are {earlier}'s; set train.optimizer={earlier}, or begin with its weights alone "
+            "(train.init_from)"
+        )
     rule, become = config.train.freeze_g, model_of(state)["g_source"]
     if state.get("frozen") is not None and (rule is None or config.trained_model(frozen=True).g_source != become):
         was = "constant" if become == "file" else "parameter"

@@ -37,7 +37,7 @@ from torch.distributed.rendezvous import rendezvous
 from pipeline.config.train import TrainConfig
 from pipeline.devices import has_gpu
 from pipeline.train.deepspeed_config import deepspeed_config
-from pipeline.train.optim import build_optimizer
+from pipeline.train.optim import build_optimizer, muon_settings
 from pipeline.train.zero_patches import skip_redundant_work
 from pldr_model.model import PLDRModel, set_activation_checkpointing
 
@@ -136,11 +136,16 @@ def release(engine: Any) -> None:
 
 def set_recipe(engine: Any, train: TrainConfig) -> None:
     """Set this run's weight decay, betas and eps: DeepSpeed loads those of the checkpoint, which may be another run's."""
-    for group, decay in zip(engine.optimizer.param_groups, (train.weight_decay, train.metric_decay), strict=False):
-        group["weight_decay"], group["betas"], group["eps"] = decay, train.betas, train.eps
+    for group, decay in zip(
+        engine.optimizer.param_groups, (train.weight_decay, train.metric_decay, None), strict=False
+    ):
+        if group.get("use_muon"):
+            group.update(muon_settings(train))
+        else:
+            group["weight_decay"], group["betas"], group["eps"] = decay, train.betas, train.eps
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
     """Set the rate of the next step, on whatever optimizer wrapper ZeRO uses."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_scale", 1.0)

@@ -28,12 +28,18 @@ def main(words: list[str] | None = None) -> int:
     """Exit code 0 if every part ended as it should."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.bench.gpu", description=__doc__)
     parser.add_argument("out", type=Path, help="folder for result.json and the parts' logs")
-    parser.add_argument("--what", choices=get_args(What), default="decode", help="%(default)s; all: the main parts of both")
+    parser.add_argument(
+        "--what", choices=get_args(What), default="decode", help="%(default)s; all: the main parts of both"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try everything")
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help="for all parts together (%(default)s)")
-    parser.add_argument("--patience", type=float, default=1.0, help="times every limit, on a slow machine (%(default)s)")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), metavar="PART", help="which parts, instead of --what")
+    parser.add_argument(
+        "--patience", type=float, default=1.0, help="times every limit, on a slow machine (%(default)s)"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), metavar="PART", help="which parts, instead of --what"
+    )
     parser.add_argument("--reference", type=Path, help="a clone of PLDR-LLM-with-KVG-cache, to time its loop too")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)

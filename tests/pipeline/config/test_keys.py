@@ -26,6 +26,7 @@ MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.w
 FORCIBLE = ("data.", "tokens.", "tokenizer.", "model.")
 RECORDED = ("seed", "data.", "tokens.", "tokenizer.", "model.", "train.")
 OF_BUNDLE = ("weight_format", "max_format_loss", "register_as")
+OPTIMIZER = ("optimizer", "muon_lr", "muon_momentum")
 ADDED = (
     "init_from",
     "schedule",
@@ -33,6 +34,7 @@ ADDED = (
     "decay_shape",
     "g_from",
     "share_g_below",
+    *OPTIMIZER,
 )  # since; in a digest only with another value than the default
 ADDED_TO_POST = ("effect_prompts", "order_parameter", "prove", "extra_prompts", "max_relative_deviation_g_fp32",
                  "max_query_deviation", "max_worst_row_deviation", "with_metric_learner", "key_rank",
@@ -47,6 +49,7 @@ RECIPE = (
         "warmup_steps",
         *ADDED[1:4],
         "min_lr_ratio",
+        *OPTIMIZER,
         "betas",
         "eps",
         "weight_decay",

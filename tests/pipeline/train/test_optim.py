@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.config.train import TrainConfig
-from pipeline.train.optim import ClippedAdamW, build_optimizer, gradient_norm, parameter_groups
+from pipeline.train.optim import ClippedAdamW, Clipping, build_optimizer, gradient_norm, parameter_groups
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
 
@@ -24,9 +24,11 @@ def test_steps_equal_torch_with_its_own_clipping(clip):
     settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.3}
     optimizer = ClippedAdamW(
         ours,
-        clip_value=0.2 if clip == "value" else None,
-        clip_norm=0.5 if clip == "norm" else None,
-        checks_finite=clip != "norm",
+        Clipping(
+            value=0.2 if clip == "value" else None,
+            norm=0.5 if clip == "norm" else None,
+            checks_finite=clip != "norm",
+        ),
         **settings,
     )
     reference = torch.optim.AdamW(theirs, **settings)

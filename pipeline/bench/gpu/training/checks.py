@@ -21,7 +21,17 @@ def tests(setting: TrainSetting) -> Iterator[dict[str, Any]]:
     report.unlink(missing_ok=True)
     rehearsed = setting.device.type != "cuda"
     device = {"PLDR_GPU_TESTS": "cpu"} if rehearsed else {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "0"}
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report.absolute()}"]
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report.absolute()}",
+    ]
     code = subprocess.run([*words, "tests"], cwd=ROOT, env={**os.environ, **device}).returncode
     yield {"what": "tests", "exit_code": code, "rehearsed": rehearsed, **(read(report) if report.is_file() else {})}
 

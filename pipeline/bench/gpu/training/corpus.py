@@ -33,7 +33,7 @@ def tokens(setting: TrainSetting) -> Iterator[dict[str, Any]]:
     yield {"what": "stage", "stage": "corpus", "seconds": time.perf_counter() - started, "bytes": setting.text_bytes}
     model = replace(next(iter(setting.models.values())), vocab_size=setting.pieces)
     sources = [{"url": str(folder / "corpus.jsonl")}]
-    config = recipe(model, folder, sources=sources, workers=WORKERS, tasks=WORKERS, val_fraction=0.05)
+    config = recipe(model, folder, sources=sources, workers=WORKERS, tasks=WORKERS, val_fraction=0.2)
     for name, stage in (("shard", shard_documents), ("tokenizer", make_tokenizer), ("tokenize", tokenize_documents)):
         started = time.perf_counter()
         result = stage(config, RunPaths(config.run_dir))
@@ -57,5 +57,6 @@ def tokens_folder(setting: TrainSetting) -> tuple[Path, str]:
         return made, "data stages"
     folder, config = setting.work / "random-tokens", next(iter(setting.models.values()))
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokens(folder, shards=4, sequences=512, context_length=config.context_length, block_sequences=BLOCK)
+    sizes = {"context_length": config.context_length, "vocab_size": config.vocab_size}
+    write_tokens(folder, shards=4, sequences=512, block_sequences=BLOCK, **sizes)
     return folder, "random ids"

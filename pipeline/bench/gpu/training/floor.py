@@ -64,7 +64,7 @@ def step_floor(config: ModelConfig, micro_batch: int, *, rate: float, bandwidth:
 
 def activation_bytes(config: ModelConfig) -> float:
     """Of a token, in bf16, each written and read: of a layer its input, q, k, v, the rotated q and k, q G, the heads, two sums
-    before norms and one between, the GLU's two inputs and its product; the metric learner's rows of H*K per sequence; logits."""
+    before norms and one between, the GLU's two inputs and its product; the metric learner's H*K rows of a sequence; logits."""
     D, F = config.d_model, config.feed_forward_size
     layer = 11 * D + 3 * F
     learner = 0.0

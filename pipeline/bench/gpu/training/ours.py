@@ -44,7 +44,9 @@ def recipe(model: ModelConfig, folder: Path, **keys: Any) -> RunConfig:
     data = {name: keys.pop(name) for name in ("sources", "workers", "tasks", "val_fraction") if name in keys}
     sizes = {name: getattr(model, name) for name in (field.name for field in fields(model))}
     values = {"run_dir": str(folder), "train.max_restarts": 0}
-    values |= {f"model.{name}": value for name, value in sizes.items() if name not in ("rope_scaling", "dag_coefficients")}
+    values |= {
+        f"model.{name}": value for name, value in sizes.items() if name not in ("rope_scaling", "dag_coefficients")
+    }
     values |= {f"train.{name}": value for name, value in keys.items()}
     values |= {f"data.{name}": value for name, value in data.items()}
     return load_config(RECIPE, [f"{key}={_inline(value)}" for key, value in values.items()])

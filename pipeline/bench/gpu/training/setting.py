@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ ROOM = 0.8  # of the card, for the largest micro batch: models that take turns l
 
 @dataclass(frozen=True)
 class TrainSetting:
-    """What is trained. models: by name, the first is the one that most parts measure; first, most: micro batches that are tried,
-    by doubling; usual: where nothing was tried; small: the micro batch of configs/pldr-110m.yaml; steps: of a round; folder:
-    where the parts' results are; work: for tokens and checkpoints; text_bytes: of the corpus; trained: steps of the trainer."""
+    """What is trained. models: by name, the first is the one that most parts measure; first, most: micro batches that are
+    tried, by doubling; usual: where nothing was tried; small: that of configs/pldr-110m.yaml; steps: of a round; folder: where
+    the parts' results are; work: for tokens and checkpoints; text_bytes: of the corpus; trained: steps of the trainer."""
 
     device: torch.device
     models: dict[str, ModelConfig]
@@ -44,8 +44,8 @@ class TrainSetting:
         """The papers' 110M model and one of 350M, or a small one to try everything."""
         place, work = torch.device(device), folder / "work"
         if tiny:
-            models = {"110m": TINY, "350m": TINY}
-            return cls(place, models, 2, 4, 2, 2, 1, 2, 1 << 16, 64, 200_000, 420, 8, folder, work)
+            models = dict.fromkeys(("110m", "350m"), replace(TINY, vocab_size=512))
+            return cls(place, models, 2, 4, 2, 2, 1, 2, 1 << 16, 64, 400_000, 420, 8, folder, work)
         models = {"110m": PAPER_110M, "350m": PAPER_350M}
         return cls(place, models, 8, 512, 16, 4, 2, 5, 1 << 30, 8192, 8_000_000, 4096, 60, folder, work)
 
@@ -56,10 +56,10 @@ class TrainSetting:
         return [row for row in rows if row["what"] == what]
 
     def micro_batch(self, model: str) -> int:
-        """The micro batch at which the model trained fastest with the plain loss, which needs the most memory."""
+        """The micro batch at which the model trained fastest among those that fit, with room to spare."""
         rows = [row for row in self.found("fill", "fill") if row["model"] == model and row["form"] == "plga"]
         tried = {row["micro_batch"]: row["tokens_per_second"] for row in rows if row["fits"]}
-        return max(tried, key=tried.__getitem__) if tried else self.usual
+        return int(max(tried, key=tried.__getitem__)) if tried else self.usual
 
     def matrix_rate(self) -> float | None:
         """FLOP/s that a large bf16 product reached here."""

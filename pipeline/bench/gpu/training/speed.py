@@ -29,13 +29,12 @@ FILL_STEPS = 2
 
 
 def fill(setting: TrainSetting) -> Found:
-    """The micro batches that fit, by doubling, with the plain loss and, where there is one, without all logits. Steps of plain
-    PyTorch, eager."""
+    """The micro batches that fit, by doubling, and of the first model also with all logits at once. Steps of plain PyTorch,
+    eager."""
     for model, config in setting.models.items():
-        forms = forms_of(config)
-        for name in ("plga", "plga-chunked"):
-            if name in forms:
-                yield from _double(setting, model, forms[name])
+        yield from _double(setting, model, forms_of(config)["plga"])
+    model, config = next(iter(setting.models.items()))
+    yield from _double(setting, model, forms_of(config)["plga-logits"])
 
 
 def _double(setting: TrainSetting, model: str, form: Form) -> Found:
@@ -65,7 +64,11 @@ def _tried(setting: TrainSetting, form: Form, micro_batch: int) -> dict[str, Any
         seconds.append(time.perf_counter() - started)
     peak = memory.read()
     tokens = micro_batch * form.config.context_length / statistics.median(seconds)
-    return {"fits": peak is None or peak <= ROOM * _card(setting.device), "peak_mb": _mb(peak), "tokens_per_second": tokens}
+    return {
+        "fits": peak is None or peak <= ROOM * _card(setting.device),
+        "peak_mb": _mb(peak),
+        "tokens_per_second": tokens,
+    }
 
 
 def eager(setting: TrainSetting) -> Found:
@@ -87,22 +90,18 @@ def large(setting: TrainSetting) -> Found:
 
 GROUPS = (
     ("ours plga", "ours twin", "plain plga", "plain twin"),
-    ("plain plga", "plain plga-chunked"),
+    ("plain plga", "plain plga-logits"),
     ("ours plga", "ours plga-shared", "ours twin"),
 )
 
 
-def _forms(
-    setting: TrainSetting, model: str, *, compiled: bool, groups: tuple[tuple[str, ...], ...] = GROUPS
-) -> Found:
+def _forms(setting: TrainSetting, model: str, *, compiled: bool, groups: tuple[tuple[str, ...], ...] = GROUPS) -> Found:
     join(setting.device)
-    micro_batch, forms = setting.micro_batch(model), forms_of(setting.models[model])
-    mode = "compiled" if compiled else "eager"
+    micro_batch, every = setting.micro_batch(model), forms_of(setting.models[model])
     for group in groups:
-        known = {label: forms[label.split()[1]] for label in group if label.split()[1] in forms}
-        if set(known) - set(groups[0]) or group is groups[0]:
-            make = {label: partial(_make, setting, label, form, micro_batch, compiled) for label, form in known.items()}
-            yield from in_turn(setting, model, mode, micro_batch, known, make)
+        forms = {label: every[label.split()[1]] for label in group}
+        make = {label: partial(_make, setting, label, form, micro_batch, compiled) for label, form in forms.items()}
+        yield from in_turn(setting, model, "compiled" if compiled else "eager", micro_batch, forms, make)
 
 
 def _make(setting: TrainSetting, label: str, form: Form, micro_batch: int, compiled: bool) -> Step:

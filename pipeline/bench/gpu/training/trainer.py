@@ -35,7 +35,7 @@ class Recorder:
 
 def trainer(setting: TrainSetting) -> Found:
     """Waiting for data as a share of a step, with the recipe's global batch; a save over the recipe's `checkpoint_every` steps.
-    The tars were written a moment ago, so they are in memory, as hot shards are; the loader hashes and indexes them all the same.
+    The tars were written a moment ago, so the operating system has them in memory; the loader hashes them all the same.
     """
     join(setting.device)
     every = setting.trained // SAVES
@@ -81,7 +81,9 @@ def resume(setting: TrainSetting) -> Found:
     del made
     resumed, _, again, _ = _train(setting, "resume", start=start, **keys)
     pairs = zip(expected, again.engine.module.parameters(), strict=True)
-    losses = {step: (straight.points[step]["train/loss"], resumed.points[step]["train/loss"]) for step in resumed.points}
+    losses = {
+        step: (straight.points[step]["train/loss"], resumed.points[step]["train/loss"]) for step in resumed.points
+    }
     differing = sum(not one.equal(other) for one, other in pairs)
     yield {
         "what": "resume",
