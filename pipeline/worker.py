@@ -41,6 +41,7 @@ from pipeline.io import locks, storage
 from pipeline.io.sealed import read_sealed
 from pipeline.network import choose_interface
 from pipeline.train import signals
+from pipeline.train.backend import set_up, write_recording
 from pipeline.train.console import FAILURE, LISTENING, PHASE, STATUS, STOPPED, print_line
 from pipeline.train.heartbeat import Heartbeat, blame
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.tracking.metrics import Tracker
     from pipeline.tracking.publish import Publisher
+    from pipeline.train.by_source import Sources
     from pipeline.train.evaluations import Evaluations
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ def main(argv: list[str]) -> int:
             closed = "by peer" in str(error)  # gloo: "Connection closed by peer", "Connection reset by peer"
             at_fault = blame(RunPaths.ranks_of(job_file), _stamp(job_file), me=rank, world=world, closed=closed)
             message = f"{at_fault} ({message})"
+            write_recording(RunPaths.recordings_of(job_file), rank)
         return _failed(message, 1)
     return 0
 
@@ -143,16 +146,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Data:
-    """What this rank trains on. held_out: validation sequences [n, S+1], the same on every rank."""
+    """What this rank trains on. held_out: validation sequences [n, S+1], with document masks [2, n, S+1], the same on every
+    rank; sources: of their tokens."""
 
     index: TokenIndex
     loader: TrainLoader
     held_out: np.ndarray
+    sources: Sources | None
 
 
 def run(job_file: Path, heart: Heartbeat, stop: StopRequest) -> None:
     """Train as the job file says: read it, join the other ranks, open the data and the tracking, train, close."""
     job = read_job(job_file)
+    set_up(job.config.train, job.paths.recordings)
     _enter(job, "waiting for all ranks to meet")
     join(job, heart, stop)
     _enter(job, "opening the data")
@@ -224,11 +230,13 @@ def open_data(job: Job) -> Data:
 
     from pipeline.data.loading.cache import Stamps
     from pipeline.data.loading.loader import TrainLoader, evenly_spread
+    from pipeline.data.loading.mixture import mixture_of
     from pipeline.data.loading.reader import TokenReader, open_split
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.stages.compatible import require_newest
+    from pipeline.train.by_source import Sources
 
-    config = job.config
+    config, masked = job.config, job.config.train.document_masks
     stamps = Stamps(job.stamp)  # what the ranks check together is checked once a start on each node
 
     def check_and_open() -> tuple[TokenIndex, TokenReader, TokenReader]:
@@ -236,8 +244,9 @@ def open_data(job: Job) -> Data:
         require_disk(config, job.paths, job.rank)
         index = TokenIndex.load(tokens_folder(config))
         index.check(context_length=config.model.context_length, vocab_size=config.model.vocab_size)
-        reader = open_split(index, "train", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
-        val = open_split(index, "val", cache_gigabytes=config.data.cache_gigabytes, stamps=stamps)
+        more: dict[str, Any] = {"cache_gigabytes": config.data.cache_gigabytes, "stamps": stamps, "segments": masked}
+        reader = open_split(index, "train", **more)
+        val = open_split(index, "val", **more, sources=bool(index.sources))
         if config.data.on_bad_shard == "error":  # else what cannot be read is skipped
             val.read(np.arange(min(1, val.num_sequences)))
         return index, reader, val
@@ -250,7 +259,8 @@ def open_data(job: Job) -> Data:
     chosen = evenly_spread(val, np.arange(val.num_sequences), wanted, skip=skip, agree=agree)
     if len(chosen) < 2:
         raise UserError(f"{index.folder}: a single held-out sequence, validation needs two; raise data.val_fraction")
-    held_out = val.read(chosen)
+    held_out = val.read_with_documents(chosen) if masked else val.read(chosen)
+    sources = Sources(index.sources, val.sources(chosen)) if index.sources else None
     loader = TrainLoader(
         reader,
         seed=config.seed,
@@ -260,8 +270,10 @@ def open_data(job: Job) -> Data:
         world_size=job.world,
         on_bad_shard=config.data.on_bad_shard,
         agree=agree,
+        order=mixture_of(index, config),
+        documents=masked,
     )
-    return Data(index, loader, held_out)
+    return Data(index, loader, held_out, sources)
 
 
 def open_tracking(job: Job) -> tuple[Tracker | None, Publisher | None, Evaluations | None]:
@@ -316,6 +328,7 @@ def train(
         resume_from=job.start,
         heart=heart,
         stop=stop,
+        sources=data.sources,
     )
     stop.leaving(None)
     _enter(job, "compiling, and the first step" if job.config.train.compile else "the first step")

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from pldr_model.config import ActivationCheckpointing, GFrom, ModelConfig
 from pldr_model.layers import GLU, Linear, RopeTables, apply_rope, rope_tables
 from pldr_model.loss import OutputLayer, TokenLosses
+from pldr_model.mask import attention_mask, document_starts
 from pldr_model.plga import PLGA, ConstantG, DeductiveOutputs
 
 
@@ -135,6 +136,7 @@ class PLDRModel(nn.Module):
         z_loss: float = 0.0,
         g_lm: Tensor | None = None,
         g_from: GFrom = "own",
+        documents: Tensor | None = None,
         padded: bool | None = None,
         return_outputs: bool = False,
         last_only: bool = False,
@@ -148,6 +150,8 @@ class PLDRModel(nn.Module):
         g_lm: [L,H,K,K] or [L,B,H,K,K]; replaces the model's own G. The metric learner is then not run.
         g_from: whose G a sequence gets: its `own`; that of the first sequence (`batch`: nothing else is deduced, and each
             layer returns outputs [1,H,K,K]); or that of the next one, the last that of the first (`neighbor`).
+        documents: [B,S], which document each token of a packed sequence is of: each is then read as if it stood alone
+            (mask.py). A learned G_LM still sums over the whole sequence, and so over all of its documents.
         padded: None: look for padding (on a GPU that waits for the device). False: the caller knows that
             there is none: causal kernel, no mask, no check; training passes this. True: build the mask without a
             look.
@@ -164,7 +168,7 @@ class PLDRModel(nn.Module):
         if g_from == "neighbor" and len(ids_BS) == 1:
             raise ValueError("g_from 'neighbor': a batch of one sequence has no other whose G it could use")
         x_BSD, deduced = self._run_layers(
-            ids_BS, g_lm=g_lm, g_from=g_from, padded=padded, return_outputs=return_outputs
+            ids_BS, g_lm=g_lm, g_from=g_from, documents=documents, padded=padded, return_outputs=return_outputs
         )
         result: Tensor | TokenLosses
         if targets is None:
@@ -178,10 +182,17 @@ class PLDRModel(nn.Module):
         return self._run_layers(ids_BS, g_lm=g_lm, padded=padded, return_outputs=False)[0]
 
     def _run_layers(
-        self, ids_BS: Tensor, *, g_lm: Tensor | None, padded: bool | None, return_outputs: bool, g_from: GFrom = "own"
+        self,
+        ids_BS: Tensor,
+        *,
+        g_lm: Tensor | None,
+        padded: bool | None,
+        return_outputs: bool,
+        g_from: GFrom = "own",
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, list[DeductiveOutputs]]:
         """The decoder layers, one after the other."""
-        x_BSD, rope, mask = self._enter(ids_BS, padded)
+        x_BSD, rope, mask = self._enter(ids_BS, padded, documents)
         g_lm = self._g_in_force(g_lm, ids_BS.shape[0])
         deduced: list[DeductiveOutputs] = []
         for index, layer in enumerate(self.layers):
@@ -221,18 +232,29 @@ class PLDRModel(nn.Module):
         x_BSD: Tensor = self.embedding_norm(self.embedding(ids_BS) * self.config.d_model**0.5)
         return x_BSD
 
-    def _enter(self, ids_BS: Tensor, padded: bool | None) -> tuple[Tensor, RopeTables, Tensor | None]:
-        """What every full pass starts with: embedded tokens, rotary tables, a mask if there is padding."""
+    def _enter(
+        self, ids_BS: Tensor, padded: bool | None, documents_BS: Tensor | None = None
+    ) -> tuple[Tensor, RopeTables, Tensor | None]:
+        """What every full pass starts with: embedded tokens, rotary tables, a mask if there is padding or several documents."""
         config, num_positions = self.config, ids_BS.shape[1]
         if num_positions > config.context_length:
             raise ValueError(f"sequence of {num_positions} tokens: over the context_length of {config.context_length}")
-        mask = None
+        if documents_BS is not None and documents_BS.shape != ids_BS.shape:
+            raise ValueError(
+                f"documents: shape {tuple(documents_BS.shape)} is not that of the ids, {tuple(ids_BS.shape)}"
+            )
         padding_BS = ids_BS == config.pad_id
-        if padded or (padded is None and bool(padding_BS.any())):
-            mask = _padding_mask(padding_BS)
+        is_padded = padded or (padded is None and bool(padding_BS.any()))
         x_BSD = self._embed(ids_BS)
         rope = rope_tables(config, num_positions, dtype=x_BSD.dtype, device=x_BSD.device)
-        return x_BSD, RopeTables(rope.cos.unsqueeze(1), rope.sin.unsqueeze(1)), mask
+        starts_BS, mask = None, None
+        if documents_BS is not None:
+            starts_BS = document_starts(documents_BS)
+            positions_BS = torch.arange(num_positions, device=ids_BS.device) - starts_BS
+            rope = RopeTables(rope.cos[positions_BS], rope.sin[positions_BS])
+        if is_padded or starts_BS is not None:
+            mask = attention_mask(padding_BS if is_padded else None, starts_BS)
+        return x_BSD, RopeTables(rope.cos.unsqueeze(-2), rope.sin.unsqueeze(-2)), mask
 
     def _g_in_force(self, given: Tensor | None, batch_size: int) -> Tensor | None:
         """The given G (shape checked), else the fixed one; None where layers have their own or G is the identity."""
@@ -244,20 +266,6 @@ class PLDRModel(nn.Module):
                 f"g_lm: shape {tuple(given.shape)} is neither [L,H,K,K] = {shape} nor [L,B,H,K,K] of {batch_size} rows"
             )
         return given
-
-
-def _padding_mask(padding_BS: Tensor) -> Tensor:
-    """Which query attends to which key, True = yes: [B,1,S,S]. Keys up to the query's own position that are not padding.
-
-    A query with nothing but padding before it attends to itself, so that its softmax is finite (the reference
-    averages over the whole sequence there, future included; such a query is padding itself and reaches no
-    loss).
-    """
-    S = padding_BS.shape[1]
-    causal_SS = torch.ones(S, S, dtype=torch.bool, device=padding_BS.device).tril()
-    allowed_BSS = causal_SS & ~padding_BS[:, None, :]
-    own_SS = torch.eye(S, dtype=torch.bool, device=padding_BS.device)
-    return (allowed_BSS | (own_SS & ~allowed_BSS.any(dim=-1, keepdim=True))).unsqueeze(1)
 
 
 def set_activation_checkpointing(model: PLDRModel, what: ActivationCheckpointing) -> None:

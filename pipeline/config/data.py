@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
@@ -17,6 +18,7 @@ from pipeline.config.section import Kind, Section, Switch, Url
 corpus = Kind("needs force", ("shard",), result=True)  # which documents there are
 pieces = Kind("needs force", ("tokenizer",), result=True)
 packed = Kind("needs force", ("tokenize",), result=True)
+packed_since = replace(packed, added=True)
 documents = Kind("needs force", ("shard", "tokenizer", "tokenize"), result=("shard",))  # where they are
 tokens = Kind("needs force", ("tokenize", "train", "extract", "validate", "bundle"), result=("tokenize",))
 borrowed = Kind(  # whose they are
@@ -25,6 +27,8 @@ borrowed = Kind(  # whose they are
 engine = Kind("may change", ("shard", "tokenize"), result=False)  # who does the work: the same files come of it
 shard_work = replace(engine, stages=("shard",))
 tokenize_work = replace(engine, stages=("tokenize",))
+mixture = Kind("needs force", ("train",), result=True, added=True)
+MIXTURE_BLOCK = 1024  # sequences in a row in which data.phases holds its shares (pipeline/data/loading/mixture.py)
 reading = Kind("may change", ("train", "extract", "validate", "bundle"), result=False)  # of token shards
 
 
@@ -150,6 +154,24 @@ class Slurm(Section):
     sbatch_args: dict[str, str] = engine({}, "further options of sbatch, without the dashes")
 
 
+class Phase(Section):
+    """A part of training in which sources are drawn by these weights. See docs/data.md."""
+
+    until: float = mixture(..., "where it ends, as a share of training; 1 for the last one", gt=0, le=1)
+    weights: dict[str, float] = mixture(
+        ..., "source name -> its part of the sequences; a source not named: none", min_length=1
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _are_shares(cls, weights: dict[str, float]) -> dict[str, float]:
+        if not all(weight > 0 for weight in weights.values()):
+            raise ValueError("every weight must be above 0; leave out a source that is not drawn")
+        if min(weights.values()) / sum(weights.values()) < 1 / MIXTURE_BLOCK:
+            raise ValueError(f"a source with less than 1/{MIXTURE_BLOCK} of the sequences: leave it out")
+        return weights
+
+
 class DataConfig(Section):
     """Corpora to document tars (stage `shard`)."""
 
@@ -161,6 +183,14 @@ class DataConfig(Section):
     max_characters: int | None = corpus(None, "longer ones too", ge=1)
     max_document_megabytes: int = corpus(64, "a longer line, file or cell is bad input, and is never in memory", ge=1)
     on_bad_input: Literal["error", "skip"] = corpus("error", "what a line, file or cell that cannot be read does")
+    separate_sources: bool = replace(corpus, added=True)(
+        False, "document and token shards hold one source each, as phases needs; each source has one or more tasks"
+    )
+    phases: list[Phase] | None = mixture(
+        None,
+        "in training: the mixture of sources by share of training, drawn by sequence; null: in order of the shards",
+        min_length=1,
+    )
     output: Url | None = documents(None, "folder or fsspec URL of the document tars; null: run_dir/documents")
     of: str | None = borrowed(
         None, "run directory whose documents, tokenizer and tokens are used in place; null: the run makes its own"
@@ -181,6 +211,13 @@ class DataConfig(Section):
             raise ValueError("val_fraction and test_fraction leave nothing to train on; lower them")
         if self.max_characters is not None and self.max_characters < self.min_characters:
             raise ValueError(f"max_characters {self.max_characters} is below min_characters {self.min_characters}")
+        ends = [phase.until for phase in self.phases or ()]
+        if ends and (ends[-1] != 1 or any(a >= b for a, b in pairwise(ends))):
+            raise ValueError(f"phases: until {ends} must grow, and end with 1")
+        if ends and self.of is None and not self.separate_sources:
+            raise ValueError(
+                "phases: sources can only be drawn one by one from shards of their own; set separate_sources=true"
+            )
         return self
 
 
@@ -197,6 +234,9 @@ class TokensConfig(Section):
 
     packing: Literal["concat", "best-fit", "pad"] = packed("concat", "how documents become sequences (docs/data.md)")
     boundaries: bool = packed(False, "also store which document each token belongs to, for masks")
+    sources: bool = packed_since(
+        False, "also store which source each token of the val split is from, for val/loss/SOURCE"
+    )
     block_sequences: int = packed(256, "sequences in one tar member: the unit of reading", ge=1)
     remainder: Literal["drop", "pad"] = packed("drop", "concat: a shard's last, incomplete sequence; always counted")
     output: Url | None = tokens(None, "folder or fsspec URL of the token tars; null: run_dir/tokens")

@@ -30,11 +30,17 @@ class RunPaths:
         self.logs = self.root / "logs"
         self.profiles = self.logs / "profile"
         self.memory = self.logs / "memory"
+        self.recordings = self.recordings_of(self.logs / "job.json")
 
     @staticmethod
     def ranks_of(job_file: Path) -> Path:
         """Where the ranks of a job write their heartbeats: beside its file, in logs/."""
         return job_file.parent / "ranks"
+
+    @staticmethod
+    def recordings_of(job_file: Path) -> Path:
+        """Where the ranks of a job write their last collectives, as `recordings`."""
+        return job_file.parent / "flight-recorder"
 
 
 def expanded(path: str | Path, key: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.config.batches import planned_sequences
 from pipeline.config.continued import budget_after, budget_of
 from pipeline.config.run import RunConfig
 from pipeline.config.schedule import budget_verdict, planned_budget
@@ -36,7 +37,7 @@ def plan(
     flops = model.flops_per_token(training=True)
     from_step = None if begins is None else int(begins["step"])
     steps = train.steps - (from_step or 0)
-    tokens = steps * train.global_batch * model.context_length
+    tokens = planned_sequences(train, from_step=from_step or 0) * model.context_length
     budget = planned_budget(train) if begins is None else budget_after(train, begins)
     return {
         "parameters": parameters["total"],
@@ -48,7 +49,7 @@ def plan(
         "steps": steps,
         "from_step": from_step,
         "tokens_per_step": train.global_batch * model.context_length,
-        "tokens_per_parameter": train.steps * train.global_batch * model.context_length / parameters["total"],
+        "tokens_per_parameter": planned_sequences(train) * model.context_length / parameters["total"],
         "activation_bytes_per_micro_batch": activation_bytes(config),
         "state_bytes_per_rank": {
             f"zero{stage}": {str(world): state_bytes(config, stage, world) for world in WORLD_SIZES}

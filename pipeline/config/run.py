@@ -90,6 +90,20 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.freeze_g: model.g_source {self.model.g_source!r} has no learned G to freeze; remove it"
             )
+        skips = self.data.on_bad_shard == "skip" and self.train.on_spike == "rollback"
+        if self.train.batch_warmup is not None and skips:
+            raise ValueError(
+                "train.batch_warmup: with on_spike rollback and data.on_bad_shard skip the ranks could not agree on the "
+                "batches after a rollback; change one of the three"
+            )
+        if self.train.document_masks and not self.tokens.boundaries:
+            raise ValueError(
+                "train.document_masks: needs to know which document a token is of; set tokens.boundaries=true"
+            )
+        if self.train.document_masks and self.tokens.packing == "pad":
+            raise ValueError(
+                "train.document_masks: with tokens.packing pad a sequence holds one document, so nothing is masked; remove it"
+            )
         for key in ("g_from", "share_g_below") if self.model.g_source != "learned" else ():
             if getattr(self.train, key) != TrainConfig.model_fields[key].default:
                 raise ValueError(f"train.{key}: model.g_source {self.model.g_source!r} has no learned G; remove it")

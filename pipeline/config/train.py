@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
@@ -16,6 +17,7 @@ recipe = Kind("fixed", ("train",), result=True)  # what the trained weights come
 since = replace(recipe, added=True)
 arithmetic = Kind("may change", ("train",), result=True)  # another rounding of the same run
 work = Kind("may change", ("train",), result=False)  # how the training is spread, watched and saved
+work_since = replace(work, added=True)
 
 
 class FreezeConfig(Section):
@@ -40,6 +42,13 @@ class FreezeConfig(Section):
         return self
 
 
+class WarmupBatch(Section):
+    """A stretch of steps at the beginning of training with a smaller global batch."""
+
+    batch: int = since(..., "sequences of one step, over all ranks", ge=1)
+    steps: int = since(..., "optimizer steps with this batch", ge=1)
+
+
 class TrainConfig(Section):
     """Pretraining (stage `train`). Sizes count sequences of `model.context_length` tokens."""
 
@@ -48,6 +57,11 @@ class TrainConfig(Section):
     )
     steps: int = recipe(250_000, "optimizer steps", ge=1)
     global_batch: int = recipe(32, "sequences of one step, over all ranks", ge=1)
+    batch_warmup: list[WarmupBatch] | None = since(
+        None,
+        "smaller global batches that training begins with, [{batch: 8, steps: 100}, ...]; null: none",
+        min_length=1,
+    )
     micro_batch: int = work(4, "sequences of one forward pass of a rank", ge=1)
     ranks: int | None = work(None, "processes on this node; null: every GPU, or 2 on a CPU", ge=1)
     max_lr: float = recipe(1e-3, "peak learning rate", gt=0)
@@ -113,6 +127,9 @@ class TrainConfig(Section):
     freeze_g: FreezeConfig | None = recipe(
         None, "when G is frozen and the metric learner dropped; null: it trains to the end"
     )
+    document_masks: bool = since(
+        False, "attention only within a document of a packed sequence; needs tokens.boundaries"
+    )
     g_from: GFrom = since(
         "own",
         "whose learned G a sequence uses: its own, that of the first of its micro batch, or of its neighbor there",
@@ -121,6 +138,14 @@ class TrainConfig(Section):
         None, "g_from becomes batch after the first validation whose order parameter of G is below this", gt=0
     )
     evaluate: EvaluateConfig | None = beside(None, "benchmark scores of checkpoints while training runs; null: none")
+    deterministic: bool = work_since(
+        False, "GPU: deterministic kernels only, so that the same job on the same machines is bit-equal; slower"
+    )
+    flight_recorder: int = work_since(
+        0,
+        "last collectives of a rank that torch keeps, and writes to logs/flight-recorder when one fails; 0: off",
+        ge=0,
+    )
     max_restarts: int = work(0, "restarts after a crash, from the last commit; not after a stop or a user error", ge=0)
     profile_steps: tuple[int, int] | None = work(
         None, "[first, last]: traced on each rank (pipeline/train/profiling.py)"
@@ -152,6 +177,7 @@ class TrainConfig(Section):
                 raise ValueError(f"{key} is only read with schedule wsd, not {self.schedule}; remove it")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        self._check_batch_warmup()
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must be in [0, 1)")
         if self.offload != "none" and self.zero_stage < (3 if self.offload == "parameters" else 1):
@@ -191,6 +217,16 @@ class TrainConfig(Section):
                 f"profile_steps {list(self.profile_steps)}: [first, last] with 1 <= first <= last <= steps"
             )
         return self
+
+    def _check_batch_warmup(self) -> None:
+        stretches = self.batch_warmup or []
+        sizes = [*(stretch.batch for stretch in stretches), self.global_batch]
+        if any(a >= b for a, b in pairwise(sizes)):
+            raise ValueError(f"batch_warmup: batches {sizes} (the last is global_batch) must grow")
+        if wrong := [size for size in sizes if size % self.micro_batch]:
+            raise ValueError(f"batch_warmup: batch {wrong[0]} is not a multiple of micro_batch {self.micro_batch}")
+        if (total := sum(stretch.steps for stretch in stretches)) >= self.steps:
+            raise ValueError(f"batch_warmup: its {total} steps must be fewer than steps {self.steps}")
 
     @property
     def decay_begins(self) -> int:

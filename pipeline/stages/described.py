@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.batches import planned_sequences
 from pipeline.config.run import RunConfig
 from pipeline.io.urls import is_local, public_url
 from pipeline.tracking.run_record import NOTE_BEGINS
@@ -27,7 +28,7 @@ def sentence(config: RunConfig, certificate: dict[str, Any] | None = None) -> st
     """A run's description: model, tokens, verdict. certificate: None before there is one."""
     train, model = config.train, config.model
     if certificate is None:
-        planned = train.steps * train.global_batch * model.context_length
+        planned = planned_sequences(train) * model.context_length
         return f"{NOTE_BEGINS} {_sizes(model)}, {planned:,} tokens planned: no verdict yet."
     trained_on = certificate["lineage"].get("tokens_consumed")  # older checkpoints may not know it
     tokens = "" if trained_on is None else f", trained on {trained_on:,} tokens"

@@ -5,6 +5,7 @@ The work is done by `pipeline.worker` on every rank; starting those is the launc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.format import TRAINING_LOCK, checkpoint_bytes, committed, step_of, verify
 from pipeline.checkpoint.retention import policy_of
+from pipeline.config.batches import batch_sizes
 from pipeline.config.continued import budget_line, same_schedule, schedule_before, schedule_line, stable_until
 from pipeline.config.paths import RunPaths, data_paths, tokens_folder
 from pipeline.config.run import RunConfig
@@ -215,6 +217,7 @@ def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
 
     Raises UserError or ConfigError, one line: a mistake must show here, not in a rank's log or after a wait in a queue.
     """
+    from pipeline.data.loading.mixture import mixture_of
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.tokenizer import Tokenizer
     from pipeline.train.deepspeed_config import deepspeed_config
@@ -226,6 +229,7 @@ def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
         vocab_size=config.model.vocab_size,
         tokenizer_sha256=Tokenizer.load(data_paths(config).tokenizer).sha256,
     )
+    mixture_of(index, config)
     return index
 
 
@@ -243,10 +247,12 @@ def ranks_on_this_node(config: RunConfig, *, nodes: int = 1) -> int:
                 f"train.ranks {train.ranks}: this node has {devices} GPUs; set train.ranks=null to use what fits"
             )
         return train.ranks
-    fitting = [n for n in range(1, devices + 1) if train.global_batch % (train.micro_batch * n * nodes) == 0]
+    common = math.gcd(*batch_sizes(train))
+    fitting = [n for n in range(1, devices + 1) if common % (train.micro_batch * n * nodes) == 0]
     if not fitting:
         raise ConfigError(
-            f"train.global_batch {train.global_batch}: not a multiple of micro_batch {train.micro_batch} x {nodes} nodes; "
+            f"train.global_batch {' and '.join(map(str, batch_sizes(train)))}: not a multiple of micro_batch "
+            f"{train.micro_batch} x {nodes} nodes; "
             "change one of them"
         )
     return fitting[-1]

@@ -117,9 +117,10 @@ def spent_budget(config: RunConfig, source: dict[str, Any]) -> float | None:
 def notes(config: RunConfig, source: dict[str, Any]) -> list[str]:
     """What a reader of the model card must know about the recipe. source: the weights' record (consolidate.py)."""
     train, budget, frozen = config.train, spent_budget(config, source), source.get("frozen")
+    optimizer = "AdamW" if train.optimizer == "adamw" else "Muon (matrices) and AdamW"
     lines = [
         f"Trained {source.get('step') or train.steps:,} steps of {train.global_batch} sequences of "
-        f"{config.model.context_length} tokens, AdamW, max lr {train.max_lr:g}, weight decay {train.weight_decay:g}."
+        f"{config.model.context_length} tokens, {optimizer}, max lr {train.max_lr:g}, weight decay {train.weight_decay:g}."
     ]
     if config.model.g_source == "constant":
         lines.append("G_LM: one trained [K,K] parameter a head, started at the identity; there is no metric learner.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.config.batches import batch_sizes
 from pipeline.config.train import TrainConfig
 from pipeline.devices import has_gpu
 from pipeline.errors import ConfigError
@@ -75,13 +76,16 @@ def _offload(train: TrainConfig) -> dict[str, Any]:
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
-    """Micro batches that a rank runs for one global batch. Raises ConfigError when they do not divide."""
+    """Micro batches that a rank runs for one global batch, after a batch warm-up. Raises ConfigError where they do not
+    divide."""
     per_pass = train.micro_batch * world_size
-    if train.global_batch % per_pass:
-        raise ConfigError(
-            f"train.global_batch {train.global_batch} is not a multiple of micro_batch {train.micro_batch} "
-            f"x {world_size} ranks; set train.micro_batch or train.global_batch"
-        )
+    for size in batch_sizes(train):
+        if size % per_pass:
+            key = "global_batch" if size == train.global_batch else "batch_warmup: batch"
+            raise ConfigError(
+                f"train.{key} {size} is not a multiple of micro_batch {train.micro_batch} "
+                f"x {world_size} ranks; set train.micro_batch or train.{key.partition(':')[0]}"
+            )
     return train.global_batch // per_pass
 
 

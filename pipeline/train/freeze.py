@@ -28,11 +28,12 @@ from torch import Tensor
 from pipeline.checkpoint.deepspeed_files import ZeroState
 from pipeline.checkpoint.format import COMMITTED, checkpoint_name
 from pipeline.checkpoint.reshard import carry_over
+from pipeline.config.batches import stretches
 from pipeline.config.run import RunConfig
 from pipeline.config.train import TrainConfig
 from pipeline.train.engine import device_of_rank, set_recipe
 from pipeline.train.state import G_PARAMETER, TrainState, engine_of
-from pipeline.train.targets import has_padding
+from pipeline.train.targets import has_padding, masks, with_documents
 from pldr_model.config import ModelConfig
 from pldr_model.model import g_shape
 
@@ -74,10 +75,16 @@ class FreezeRule:
         self._not_before = state.step + self._settings.checkpoint_every
 
 
-def num_batches(settings: TrainConfig) -> int:
-    """How many global batches the mean is taken over."""
+def num_batches(settings: TrainConfig, step: int) -> int:
+    """How many global batches from this step on the mean is taken over."""
     assert settings.freeze_g is not None
-    return -(-settings.freeze_g.sequences // settings.global_batch)
+    left, count = settings.freeze_g.sequences, 0
+    for size, steps in (*stretches(settings, step), (settings.global_batch, left)):
+        taken = min(-(-left // size), steps)
+        left, count = left - taken * size, count + taken
+        if left <= 0:
+            break
+    return count
 
 
 def freeze(config: RunConfig, source: ZeroState, g_lm_LHKK: Tensor) -> Any:
@@ -98,16 +105,16 @@ def freeze(config: RunConfig, source: ZeroState, g_lm_LHKK: Tensor) -> Any:
 @torch.no_grad()
 def mean_g(engine: Any, config: ModelConfig, batches: Iterable[Sequence[np.ndarray]]) -> Tensor:
     """Mean G_LM [L,H,K,K] over sequences, summed in fp64; collective. batches: this rank's micro batches [n, S+1] of each
-    global batch; every rank has as many."""
+    global batch (or with document masks [2, n, S+1]: G as training has it); every rank has as many."""
     training = engine.training
     engine.eval()
     total = torch.zeros(g_shape(config), dtype=torch.float64, device=device_of_rank())
     count = 0
     for batch in batches:
-        for micro in batch:
+        for micro, documents in map(with_documents, batch):
             ids = torch.from_numpy(micro.astype(np.int64)).to(device_of_rank())
-            padded = has_padding(micro, config.pad_id)
-            _, outputs = engine(ids[:, :-1], padded=padded, return_outputs=True, last_only=True)
+            padded, apart = has_padding(micro, config.pad_id), masks(documents, device_of_rank())
+            _, outputs = engine(ids[:, :-1], padded=padded, return_outputs=True, last_only=True, **apart)
             total += torch.stack([layer.G_LM.double().sum(dim=0) for layer in outputs])
             count += len(micro)
     dist.all_reduce(total)

@@ -26,7 +26,8 @@ from pldr_model.model import PLDRModel
 G_PARAMETER = ".attention.plga.G_LM"  # the end of its name, where G is a parameter of each layer
 
 
-Batch = tuple[Sequence[np.ndarray], int]  # a rank's micro batches [n, S+1] of a global batch, and the position after it
+# A rank's micro batches [n, S+1] of a global batch (with document masks [2, n, S+1]), and the position after it.
+Batch = tuple[Sequence[np.ndarray], int]
 
 
 class TrainData(Protocol):
@@ -39,6 +40,10 @@ class TrainData(Protocol):
 
     def indices(self, position: int) -> np.ndarray:
         """The sequence numbers of the batch that begins at a position."""
+        ...
+
+    def of_batch(self, global_batch: int) -> TrainData:
+        """The same data in global batches of another size."""
         ...
 
     def micro_batches(self, position: int, *, limit: int) -> Iterator[Batch]:

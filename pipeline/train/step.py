@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.train.signals import StopRequest, signal_name
-from pipeline.train.targets import has_padding, num_targets
+from pipeline.train.targets import has_padding, masks, num_targets, with_documents
 from pipeline.train.telemetry import Stopwatch
 from pldr_model.config import GFrom, ModelConfig
 from pldr_model.loss import total_loss
@@ -55,17 +55,18 @@ def global_step(
     z_loss: float = 0.0,
     g_from: GFrom = "own",
 ) -> Outcome:
-    """Forward, backward and update over this rank's micro batches, each [n, S+1]; collective. `forward`: times the forward
-    passes; `g_from`: whose G a sequence uses (PLDRModel.forward)."""
+    """Forward, backward and update over this rank's micro batches, each [n, S+1], or with document masks [2, n, S+1]
+    (`with_documents`); collective. `forward`: times the forward passes; `g_from`: whose G a sequence uses, see
+    PLDRModel.forward."""
     wants_outputs = any(model.dag_coefficients)
     loss_sum = torch.zeros((), device=device)
     skipped_before = int(engine.skipped_steps)
     reduced: _AllReduce | None = None
-    targets = [num_targets(micro, model.pad_id) for micro in micro_batches]
+    targets = [num_targets(with_documents(micro)[0], model.pad_id) for micro in micro_batches]
     passes = len(targets) * dist.get_world_size()
     all_targets = torch.tensor(sum(targets), dtype=torch.float64).to(device, non_blocking=True)
     dist.all_reduce(all_targets)
-    for number, micro in enumerate(micro_batches, 1):
+    for number, (micro, documents) in enumerate(map(with_documents, micro_batches), 1):
         ids = torch.from_numpy(micro).to(device, non_blocking=True)
         with forward.running():
             padded = has_padding(micro, model.pad_id)
@@ -76,6 +77,7 @@ def global_step(
                 g_from=g_from,
                 padded=padded,
                 return_outputs=wants_outputs,
+                **masks(documents, device),
             )
         tokens, outputs = result if wants_outputs else (result, None)
         weight = targets[number - 1] * passes / all_targets  # 1 without padding, NaN without any target

@@ -22,12 +22,15 @@ import torch.distributed as dist
 
 from pipeline.checkpoint.retention import policy_of, retain
 from pipeline.checkpoint.save import Saver
+from pipeline.config.batches import batch_at
 from pipeline.config.paths import RunPaths, staging_folder
 from pipeline.config.run import RunConfig
 from pipeline.config.schedule import learning_rate
 from pipeline.errors import UserError
 from pipeline.tracking.metrics import Tracker
 from pipeline.tracking.publish import Publisher
+from pipeline.train.batching import accumulate, batches_from, of_step
+from pipeline.train.by_source import Sources
 from pipeline.train.console import Progress
 from pipeline.train.engine import device_of_rank, release, set_learning_rate
 from pipeline.train.evaluate import validate
@@ -50,8 +53,9 @@ log = logging.getLogger(__name__)
 class Trainer:
     """One rank of a training run: `Trainer(...).train()`. Every rank makes one and calls the same methods; collective.
 
-    `data`: this rank's batches; `held_out`: validation sequences [n, S+1]; `tracker`, `publisher`, `evaluations`:
-    rank 0's, else None; `resume_from`: a committed checkpoint, or None.
+    `data`: this rank's batches; `held_out`: validation sequences [n, S+1] (with document masks [2, n, S+1]), and the `sources`
+    of their tokens, where they are known; `tracker`, `publisher`, `evaluations`: rank 0's, else None; `resume_from`: a
+    committed checkpoint, or None.
     `engine` and `state` are the current ones: a freeze or a rollback replaces them. Raises UserError when a checkpoint does not
     fit this run.
     """
@@ -71,9 +75,10 @@ class Trainer:
         evaluations: Evaluations | None = None,
         heart: Heartbeat | None = None,
         stop: StopRequest | None = None,
+        sources: Sources | None = None,
     ) -> None:
         self.config, self.settings, self.checkpoints = config, config.train, paths.checkpoints
-        self.data, self.held_out, self.bytes_per_token = data, held_out, bytes_per_token
+        self.data, self.held_out, self.sources, self.bytes_per_token = data, held_out, sources, bytes_per_token
         self.lineage, self.tracker, self.evaluations = lineage, tracker, evaluations
         self.heart, self.stop = heart or Heartbeat(), stop or StopRequest()
         self.device = device_of_rank()
@@ -154,7 +159,7 @@ class Trainer:
         source = self.freeze_rule.source(self.checkpoints, self.state)
         if source is None:
             return
-        ahead = self._look_ahead(num_batches(self.settings))
+        ahead = self._look_ahead(num_batches(self.settings, self.state.step))
         self.heart.at(self.state.step, "freeze")
         with self.throughput.pause():
             g_lm = mean_g(self.engine, self.config.model, [micro_batches for micro_batches, _ in ahead])
@@ -166,7 +171,8 @@ class Trainer:
 
     def _step(self) -> tuple[Outcome, Sequences]:
         """Train on the next global batch. Returns what came of it, and what gives the numbers of its sequences."""
-        step, sequences = self.state.step, partial(self.data.indices, self.state.sequences_consumed)
+        step = self.state.step
+        sequences = partial(of_step(self.data, self.settings, step).indices, self.state.sequences_consumed)
         self.profiler.begin(step + 1)
         self.heart.at(step + 1, "data")
         with self.measures.data.running():
@@ -174,6 +180,7 @@ class Trainer:
         self.heart.at(step + 1, "compute")
         rate = learning_rate(self.settings, step)
         set_learning_rate(self.engine, rate)
+        accumulate(self.engine, len(micro_batches))
         outcome = self.optimize(micro_batches)
         self.stopped = outcome.stop
         self._advance(outcome, position, rate)
@@ -181,7 +188,7 @@ class Trainer:
 
     def _advance(self, outcome: Outcome, position: int, rate: float) -> None:
         """Count a step whose batch ends at this position of the data order."""
-        state, batch = self.state, self.settings.global_batch
+        state, batch = self.state, batch_at(self.settings, self.state.step)
         if not outcome.skipped and state.frozen is None:
             state.budget += rate * self.settings.metric_decay
         state.step += 1
@@ -264,6 +271,7 @@ class Trainer:
                 self.held_out,
                 batch_size=self.settings.micro_batch,
                 bytes_per_token=self.bytes_per_token,
+                sources=self.sources,
                 stopped=self._stop_is_asked,
             )
         if not values:
@@ -304,6 +312,8 @@ class Trainer:
             return False
         self.engine, self.state = roll_back(self.engine, self.config, target, self.state)
         self.saver.engine = self.engine
+        if self.settings.batch_warmup is not None:
+            self.batches = self._batches_from_here()  # of the sizes of the steps that are repeated
         position = self.state.sequences_consumed
         self._announce(f"rolled back to step {self.state.step}; continues at position {position}")
         return True
@@ -323,7 +333,7 @@ class Trainer:
                 self.freeze_rule.postpone(self.state)
 
     def _batches_from_here(self) -> Iterator[Batch]:
-        return self.data.micro_batches(self.state.sequences_consumed, limit=self.settings.steps - self.state.step)
+        return batches_from(self.data, self.settings, self.state)
 
     def _next_batch(self) -> Batch:
         batch = next(self.batches, None)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 READ = "documents_read"
 IN_INDEX = ("clean", "val_fraction", "test_fraction", "min_characters", "max_characters", "max_document_megabytes")
-SHARD_FACTS = ("name", "split", "documents", "text_bytes", "words", "bytes", "sha256")
+SHARD_FACTS = ("name", "split", "documents", "text_bytes", "words", "bytes", "sha256", "source")
 
 
 def build_index(
@@ -47,10 +47,13 @@ def build_index(
         data.clean.decontaminate is not None
     ):  # names, not paths: the fingerprint must not depend on where they are stored
         settings["clean"]["decontaminate"]["files"] = [file.name for file in evaluation]
+    sources = [_source(number, files, data, records) for number in range(len(data.sources))]
+    if data.separate_sources:
+        _name_sources(records, [source["name"] for source in sources])
     index: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "settings": settings,
-        "sources": [_source(number, files, data, records) for number in range(len(data.sources))],
+        "sources": sources,
         "counts": {
             "files": len(files),
             "files_of_unknown_ending": ignored,
@@ -70,6 +73,14 @@ def build_index(
     read_in = index["counts"]["documents_read"]
     assert kept == read_in - gone, f"documents lost: {read_in} read, {gone} removed, {kept} kept"
     return {**index, "fingerprint": fingerprint_of(index)}
+
+
+def _name_sources(records: list[dict[str, Any]], names: list[str]) -> None:
+    """Each task's shards get the name of its only source (`data.separate_sources`)."""
+    for record in records:
+        for shard in record["shards"]:
+            (number,) = record["sources"]
+            shard["source"] = names[int(number)]
 
 
 def _source(number: int, files: list[InputFile], data: DataConfig, records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class DocumentIndex:
 
     folder: str
     fingerprint: str
-    shards: tuple[dict[str, Any], ...]  # name, split, documents, text_bytes, words, bytes, sha256
+    shards: tuple[dict[str, Any], ...]  # name, split, documents, text_bytes, words, bytes, sha256[, source]
     splits: dict[str, dict[str, Any]]
     tree: dict[str, Any]
 

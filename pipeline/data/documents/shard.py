@@ -43,6 +43,7 @@ from pipeline.data.readers.units import (
     Rejected,
     Unit,
     deal,
+    deal_by_source,
     is_copied,
     ordinal,
     plan_units,
@@ -207,7 +208,9 @@ class _Jobs:
         self.units = plan_units(self.files)
         self.text_bytes = sum(unit.size for unit in self.units)
         wanted = self.data.tasks or math.ceil(self.text_bytes / TASK_BYTES)
-        self.tasks = max(1, min(wanted, len(self.units)))
+        deal_units = deal_by_source if self.data.separate_sources else deal
+        self.plan = deal_units(self.units, max(1, min(wanted, len(self.units))))
+        self.tasks = len(self.plan)
         self.folder = self.data.output or str(paths.documents)
         self.work = paths.logs / f"shard-{sha256_json(stage_inputs(config))[:16]}"
         self.spool = self.work / "clean" / "spool"
@@ -298,7 +301,7 @@ class _Jobs:
 
     def _clean(self) -> None:
         plan = self.work / "plan"
-        for rank, share in enumerate(deal(self.units, self.tasks)):
+        for rank, share in enumerate(self.plan):
             publish_json(plan / f"{rank:05d}.json", [unit_as_dict(unit) for unit in share])
         publish_json(self.work / "units.json", [unit_as_dict(unit) for unit in self.units])
         data, settings = self.data, self.data.clean.model_dump()

@@ -12,10 +12,11 @@ needs the position, which counts the sequences left out.
 
 from __future__ import annotations
 
+import copy
 import logging
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.loading.mixture import Mixture
 from pipeline.data.loading.order import WINDOW_BLOCKS, Indices, Order
 from pipeline.data.loading.reader import BadExtent, Extent, TokenReader
 from pipeline.errors import UserError
@@ -64,46 +66,65 @@ class TrainLoader:
         world_size: int,
         on_bad_shard: OnBadShard = "error",
         agree: Agree | None = None,
+        order: Order | Mixture | None = None,
+        documents: bool = False,
     ) -> None:
-        """global_batch and micro_batch count sequences; micro_batch is per rank and forward pass.
+        """global_batch and micro_batch count sequences; micro_batch is per rank and forward pass. order: None: all sequences,
+        by `seed`.
 
+        documents: micro batches say which document each token is of; the reader was opened with `segments`.
         agree: for on_bad_shard "skip" with more than one rank: takes this rank's verdicts and returns, on every rank, their
         logical or over all ranks. Called by the thread that reads ahead, equally often on all ranks.
 
         Raises UserError if a global batch is not a multiple of micro_batch * world_size.
         """
-        if global_batch % (micro_batch * world_size):
-            raise UserError(
-                f"train.global_batch {global_batch} is not a multiple of train.micro_batch {micro_batch} x {world_size} ranks; "
-                f"set train.global_batch to a multiple of {micro_batch * world_size}, or train.micro_batch to a divisor"
-            )
         assert 0 <= rank < world_size
         assert world_size == 1 or on_bad_shard == "error" or agree is not None, "ranks must agree on what to leave out"
         self.reader = reader
-        self.global_batch = global_batch
         self.micro_batch = micro_batch
+        self._rank, self._world_size = rank, world_size
+        self._take(global_batch)
         self.num_sequences = reader.num_sequences
         self._width = reader.index.context_length + 1
-        share = global_batch // world_size
-        self._slice = slice(rank * share, (rank + 1) * share)
+        self._read = reader.read_with_documents if documents else reader.read
         # Where in a chunk this rank begins to open extents, so that the ranks of a node share the work.
         self._first_extent = rank / world_size
         self._skip = on_bad_shard == "skip"
         self._agree: Agree = agree or (lambda verdicts: verdicts)
         self._bad: set[Extent] = set()
-        self._left_out = 0
-        self._order = Order(
+        self._left_out: Counter[str] = Counter()
+        self._order = order or Order(
             num_sequences=reader.num_sequences,
             block_sequences=reader.index.block_sequences,
             fingerprint=reader.index.fingerprint,
             seed=seed,
         )
 
+    def of_batch(self, global_batch: int) -> TrainLoader:
+        """This loader with global batches of another size: the same reader, order and list of what is bad. One iterator must be
+        exhausted before the other begins. Raises as the constructor does."""
+        other = copy.copy(self)
+        other._take(global_batch)
+        return other
+
+    def _take(self, global_batch: int) -> None:
+        """This rank's share of global batches of this size."""
+        together = self.micro_batch * self._world_size
+        if global_batch % together:
+            raise UserError(
+                f"train.global_batch {global_batch} is not a multiple of train.micro_batch {self.micro_batch} x "
+                f"{self._world_size} ranks; set train.global_batch to a multiple of {together}, or train.micro_batch to a "
+                "divisor"
+            )
+        share = global_batch // self._world_size
+        self.global_batch = global_batch
+        self._slice = slice(self._rank * share, (self._rank + 1) * share)
+
     @property
     def left_out(self) -> dict[str, object]:
         """What was bad and left out so far: {"shards": names, "sequences": number of positions that were skipped}."""
         names = sorted({self.reader.shards[shard].name for shard, _ in list(self._bad)})
-        return {"shards": names, "sequences": self._left_out}
+        return {"shards": names, "sequences": self._left_out["sequences"]}
 
     def indices(self, position: int) -> Indices:
         """The sequence numbers [global_batch] of the batch that begins at a position, if nothing is left out."""
@@ -112,9 +133,10 @@ class TrainLoader:
     def micro_batches(self, position: int, *, limit: int | None = None) -> Iterator[tuple[list[Indices], int]]:
         """Global batches from a position of the order (0: the beginning); `limit` of them, or without end.
 
-        Yields this rank's micro batches, each int64 [micro_batch, context_length + 1], and the position after the batch, where
-        the next one begins. A thread reads PREFETCH batches ahead, and its errors are raised here: UserError naming a bad
-        shard, or, with "skip", when no good one is left. If ranks have to agree, exhaust a limited iterator before closing it:
+        Yields this rank's micro batches, each int64 [micro_batch, context_length + 1], or with `documents` [2, micro_batch,
+        context_length + 1], and the position after the batch, where the next one begins. A thread reads PREFETCH batches
+        ahead, and its errors are raised here: UserError naming a bad shard, or, with "skip", when no good one is left. If
+        ranks have to agree, exhaust a limited iterator before closing it:
         ranks that stop at different times would wait for one another.
         """
         ready: queue.Queue[tuple[list[Indices], int] | BaseException | None] = queue.Queue(maxsize=PREFETCH)
@@ -148,7 +170,7 @@ class TrainLoader:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                self._left_out += item[1] - position - self.global_batch
+                self._left_out["sequences"] += item[1] - position - self.global_batch
                 position = item[1]
                 yield item
         finally:
@@ -162,9 +184,10 @@ class TrainLoader:
         for ids, ends in self._batches(position, limit, fetchers):
             for first in range(0, len(ids), together):
                 mine = ids[first : first + together, self._slice]
-                micro = self.reader.read(mine.ravel()).reshape(len(mine), -1, self.micro_batch, self._width)
-                for number, rows in enumerate(micro, first):
-                    yield list(rows), int(ends[number])
+                rows = self._read(mine.ravel())
+                micro = rows.reshape(*rows.shape[:-2], len(mine), -1, self.micro_batch, self._width)
+                for number in range(len(mine)):
+                    yield list(np.moveaxis(micro[..., number, :, :, :], -3, 0)), int(ends[first + number])
 
     def _batches(self, position: int, limit: int | None, fetchers: _Fetchers) -> Iterator[tuple[Indices, Indices]]:
         """(sequence numbers [n, global_batch], position after each batch [n]): the complete global batches that can be formed

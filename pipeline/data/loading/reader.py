@@ -27,7 +27,17 @@ import numpy.typing as npt
 
 from pipeline.data.loading.cache import Buffer, NodeCache, Stamps
 from pipeline.data.loading.order import Indices
-from pipeline.data.tokens.index import TokenIndex, TokenShard, missing, wrong_sha256, wrong_size
+from pipeline.data.tokens.index import (
+    SEGMENTS,
+    SOURCES,
+    TOKENS,
+    TokenIndex,
+    TokenShard,
+    missing,
+    no_boundaries,
+    wrong_sha256,
+    wrong_size,
+)
 from pipeline.errors import UserError
 from pipeline.io.remote import read_range, size_of
 from pipeline.io.urls import is_local, join
@@ -46,10 +56,18 @@ class TokenReader:
     """Random access to the sequences of one split, numbered through its shards in index order. Thread-safe."""
 
     def __init__(
-        self, index: TokenIndex, split: str, *, cache: NodeCache | None = None, stamps: Stamps | None = None
+        self,
+        index: TokenIndex,
+        split: str,
+        *,
+        cache: NodeCache | None = None,
+        stamps: Stamps | None = None,
+        segments: bool = False,
+        sources: bool = False,
     ) -> None:
         """cache: stores the blocks of an index at a URL; without it every read is remote. stamps: the ranks of a job on one
-        node check each local shard only once; without it each process checks it. Opens nothing yet.
+        node check each local shard only once; without it each process checks it. segments, sources: they will be read too,
+        so `open` prepares them with the tokens. Opens nothing yet.
 
         Raises UserError if the split has no sequences.
         """
@@ -67,7 +85,8 @@ class TokenReader:
         self._ends = np.cumsum([shard.sequences for shard in self.shards])
         self._starts = self._ends - [shard.sequences for shard in self.shards]
         self._first_block = np.cumsum([0] + [len(shard.offsets) for shard in self.shards])  # of each shard, and the end
-        self._open = _Recent(OPEN_EXTENTS)
+        self._needed = [TOKENS, *[SEGMENTS] * segments, *[SOURCES] * sources]
+        self._open = _Recent(OPEN_EXTENTS * len(self._needed))
         self._checked: dict[int, tuple[int, ...]] = {}  # local shards checked by this process, with their fstat
         self._sized: set[int] = set()  # remote shards whose size was checked
 
@@ -78,7 +97,7 @@ class TokenReader:
         damaged, UserError when a store cannot be read.
         """
         out = np.empty((len(indices), self.index.context_length + 1), dtype=np.int64)
-        self._gather(indices, out, self._tokens)
+        self._gather(indices, out, TOKENS)
         return out
 
     def segments(self, indices: Sequence[int] | Indices) -> npt.NDArray[np.uint16]:
@@ -87,11 +106,20 @@ class TokenReader:
         Raises like `read`, and UserError if the tokens were made without boundaries.
         """
         if not self.index.boundaries:
-            raise UserError(
-                f"{self.index.folder}: no document boundaries; run `pldr tokenize` with tokens.boundaries=true"
-            )
+            raise UserError(no_boundaries(self.index.folder))
         out = np.empty((len(indices), self.index.context_length + 1), dtype=np.uint16)
-        self._gather(indices, out, self._segments)
+        self._gather(indices, out, SEGMENTS)
+        return out
+
+    def read_with_documents(self, indices: Sequence[int] | Indices) -> Indices:
+        """`read` and `segments` of these sequences: int64 [2, n, context_length + 1]."""
+        return np.stack([self.read(indices), self.segments(indices)])
+
+    def sources(self, indices: Sequence[int] | Indices) -> Indices:
+        """The source number of each token of these sequences (index.py), 0 for padding: [n, C + 1]. Raises like `read`."""
+        assert self.index.sources and self.split == "val", "asked of tokens that do not hold it"
+        out = np.empty((len(indices), self.index.context_length + 1), dtype=np.int64)
+        self._gather(indices, out, SOURCES)
         return out
 
     def extents_of(self, indices: Indices) -> list[Extent]:
@@ -117,16 +145,15 @@ class TokenReader:
         if block == WHOLE_SHARD:
             self._open.get((shard, WHOLE_SHARD, ""), lambda: self._map(self.shards[shard], shard))
         else:
-            self._tokens(shard, block)
+            for what in self._needed:
+                self._view(shard, block, what)
 
     def name(self, extent: Extent) -> str:
         """An extent's name for messages."""
         shard, block = extent
         return self.shards[shard].name + ("" if block == WHOLE_SHARD else f" block {block}")
 
-    def _gather(
-        self, indices: Sequence[int] | Indices, out: npt.NDArray[Any], view: Callable[[int, int], npt.NDArray[Any]]
-    ) -> None:
+    def _gather(self, indices: Sequence[int] | Indices, out: npt.NDArray[Any], what: int) -> None:
         """Fill row i of `out` with sequence indices[i], block by block."""
         numbers = np.asarray(indices, dtype=np.int64)
         outside = (numbers < 0) | (numbers >= self.num_sequences)
@@ -139,7 +166,7 @@ class TokenReader:
         shards = np.searchsorted(self._first_block, blocks[cuts[:-1]] if len(blocks) else blocks, side="right") - 1
         for begin, end, shard in zip(cuts, cuts[1:], shards.tolist(), strict=False):
             block = int(blocks[begin] - self._first_block[shard])
-            out[order[begin:end]] = view(shard, block)[rows[begin:end]]
+            out[order[begin:end]] = self._view(shard, block, what)[rows[begin:end]]
 
     def _blocks(self, numbers: Indices) -> tuple[Indices, Indices]:
         """(number of the block over all shards, row in it) of each sequence."""
@@ -147,24 +174,16 @@ class TokenReader:
         inside, rows = np.divmod(numbers - self._starts[shards], self.index.block_sequences)
         return self._first_block[shards] + inside, rows
 
-    def _tokens(self, shard: int, block: int) -> npt.NDArray[np.unsignedinteger[Any]]:
-        facts = self.shards[shard]
-        return self._view(shard, block, self.index.dtype, facts.offsets, facts.block_sha256)
-
-    def _segments(self, shard: int, block: int) -> npt.NDArray[np.unsignedinteger[Any]]:
-        facts = self.shards[shard]
-        return self._view(shard, block, "uint16", facts.segment_offsets, facts.segment_sha256)
-
-    def _view(
-        self, shard: int, block: int, dtype: str, offsets: tuple[int, ...], hashes: tuple[str, ...]
-    ) -> npt.NDArray[np.unsignedinteger[Any]]:
+    def _view(self, shard: int, block: int, what: int) -> npt.NDArray[np.unsignedinteger[Any]]:
         """The numbers of a block [rows, C + 1], without a copy."""
-        facts, numbers = self.shards[shard], np.dtype(dtype).newbyteorder("<")
-        shape = self.index.rows(facts, block), self.index.context_length + 1
+        facts = self.shards[shard]
+        kind = self.index.blocks_of(facts)[what]
+        numbers = np.dtype(kind.dtype).newbyteorder("<")
+        shape, start = (self.index.rows(facts, block), self.index.context_length + 1), kind.offsets[block]
         if self.is_local:
-            data, offset = self._open.get((shard, WHOLE_SHARD, ""), lambda: self._map(facts, shard)), offsets[block]
+            data, offset = self._open.get((shard, WHOLE_SHARD, ""), lambda: self._map(facts, shard)), start
         else:
-            size, start, sha256 = shape[0] * shape[1] * numbers.itemsize, offsets[block], hashes[block]
+            size, sha256 = shape[0] * shape[1] * numbers.itemsize, kind.sha256[block]
             key = (shard, block, sha256)
             data, offset = self._open.get(key, lambda: self._fetch(shard, block, start, size, sha256)), 0
         return np.frombuffer(data, dtype=numbers, count=shape[0] * shape[1], offset=offset).reshape(shape)
@@ -225,10 +244,10 @@ class TokenReader:
             self._sized.add(shard)
 
 
-def open_split(index: TokenIndex, split: str, *, cache_gigabytes: float, stamps: Stamps | None = None) -> TokenReader:
-    """A reader; for an index at a URL with a cache in this node's folder. Raises like TokenReader."""
+def open_split(index: TokenIndex, split: str, *, cache_gigabytes: float, **more: Any) -> TokenReader:
+    """A reader; for an index at a URL with a cache in this node's folder. `more`: as TokenReader has it, and raises."""
     cache = None if is_local(index.folder) else NodeCache(int(cache_gigabytes * 1e9))
-    return TokenReader(index, split, cache=cache, stamps=stamps)
+    return TokenReader(index, split, cache=cache, **more)
 
 
 class _Recent:

@@ -73,6 +73,21 @@ def deal(units: Iterable[Unit], tasks: int) -> list[list[Unit]]:
     return [sorted(share, key=lambda unit: unit.number) for share in plan]
 
 
+def deal_by_source(units: Iterable[Unit], tasks: int) -> list[list[Unit]]:
+    """As `deal`, but every task has units of one source (`data.separate_sources`): each source gets tasks by its size, at least
+    one, so there can be more than `tasks`."""
+    by_source: dict[int, list[Unit]] = {}
+    for unit in units:
+        by_source.setdefault(unit.file.source, []).append(unit)
+    sizes = {source: sum(unit.size for unit in own) for source, own in by_source.items()}
+    per_task = max(1, sum(sizes.values())) / tasks
+    return [
+        share
+        for source, own in sorted(by_source.items())
+        for share in deal(own, max(1, min(round(sizes[source] / per_task), len(own))))
+    ]
+
+
 def ordinal(unit_number: int, record: int) -> int:
     """A document's position in the corpus: larger is later. Fits in 64 bits."""
     assert 0 <= record < 1 << RECORD_BITS, record

@@ -8,10 +8,11 @@ anything runs. The fingerprint covers all of it; the data order and checkpoints 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from pipeline.io.storage import CHUNK, exists, read_json, safe_member
 from pipeline.io.urls import check_url, join, public_url
 
 SCHEMA_VERSION = 2
+TOKENS, SEGMENTS, SOURCES = 0, 1, 2  # of `TokenIndex.blocks_of`
+SOURCE_NAME = re.compile(r"[A-Za-z0-9._-]+")  # as data.sources has them, and MLflow's names of metrics
 TOKENIZE_AGAIN = "run `pldr tokenize` again"
 
 
@@ -30,14 +33,26 @@ def dtype_for(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 65536 else "uint32"
 
 
+class Blocks(NamedTuple):
+    """The blocks of one kind in a shard. required: whether an index without them is damaged."""
+
+    what: str
+    dtype: str
+    offsets: tuple[int, ...]
+    sha256: tuple[str, ...]
+    required: bool
+
+
 @dataclass(frozen=True)
 class TokenShard:
     """One token tar.
 
     offsets[b]: byte offset in the file of block b's numbers, row-major [n, context_length + 1]; every block but the last has
     `block_sequences` rows. block_sha256[b]: the first 32 hex digits of the sha256 of these bytes. segment_*: the same of
-    the blocks of document numbers (uint16), empty without boundaries. tokens: distinct ones in the sequences, without
+    the blocks of document numbers (uint16), empty without boundaries; source_*: of the blocks of source numbers, in the val
+    split of tokens with sources. tokens: distinct ones in the sequences, without
     padding. text_bytes: UTF-8 bytes of the documents. bytes, sha256: of the tar.
+    source: the only one of its documents, with `data.separate_sources`.
     """
 
     name: str
@@ -52,6 +67,9 @@ class TokenShard:
     block_sha256: tuple[str, ...]
     segment_offsets: tuple[int, ...] = ()
     segment_sha256: tuple[str, ...] = ()
+    source: str = ""
+    source_offsets: tuple[int, ...] = ()
+    source_sha256: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> TokenShard:
@@ -69,7 +87,8 @@ class TokenShard:
 class TokenIndex:
     """`tokens/index.json`. `splits[name]`: totals of sequences, tokens, documents, text_bytes, tokens_in
     (with each document's eos), tokens_dropped and tokens_padded, where tokens_in == tokens +
-    tokens_dropped, and what reports show. `tokenizer`: name, bytes and sha256 of the copy next to the index."""
+    tokens_dropped, and what reports show. `tokenizer`: name, bytes and sha256 of the copy next to the index. `sources`: the
+    names of the sources that the val split's tokens are told apart by; source k is number k + 1, and 0 is padding."""
 
     folder: str
     fingerprint: str
@@ -84,6 +103,7 @@ class TokenIndex:
     packing: str
     boundaries: bool
     tokenizer: dict[str, Any]
+    sources: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, folder: str | Path) -> TokenIndex:
@@ -101,8 +121,10 @@ class TokenIndex:
             raise UserError(f"{url}: an index of documents, not of tokens; name the folder that `pldr tokenize` made")
         try:
             shards = tuple(TokenShard.from_dict(shard) for shard in tree["shards"])
-            fields = {name: tree[name] for name in cls.__dataclass_fields__ if name not in ("folder", "shards")}
-            index = cls(folder=str(folder), shards=shards, **fields)
+            apart = ("folder", "shards", "sources")
+            fields = {name: tree[name] for name in cls.__dataclass_fields__ if name not in apart}
+            sources = tuple(tree.get("sources", ()))
+            index = cls(folder=str(folder), shards=shards, sources=sources, **fields)
             index._check_numbers()
             return index
         except UserError as error:  # a name that leaves the folder
@@ -120,17 +142,29 @@ class TokenIndex:
             raise TypeError(f"dtype {self.dtype!r}, splits {type(self.splits).__name__}")
         if not all(isinstance(self.tokenizer[key], str) for key in ("name", "sha256")):
             raise TypeError("tokenizer")
+        if not all(isinstance(name, str) and SOURCE_NAME.fullmatch(name) for name in self.sources):
+            raise TypeError("sources")
         for shard in self.shards:
             row, blocks = self.context_length + 1, -(-shard.sequences // self.block_sequences)
-            for offsets, hashes, size in (
-                (shard.offsets, shard.block_sha256, np.dtype(self.dtype).itemsize),
-                (shard.segment_offsets, shard.segment_sha256, 2),
-            ):
-                ends = [at + self.rows(shard, block) * row * size for block, at in enumerate(offsets)]
-                number = blocks if offsets or size != 2 or self.boundaries else 0
-                inside = all(0 <= at < end <= shard.bytes for at, end in zip(offsets, ends, strict=True))
-                if not (len(offsets) == len(hashes) == number and inside and all(isinstance(h, str) for h in hashes)):
+            for kind in self.blocks_of(shard):
+                size = np.dtype(kind.dtype).itemsize
+                ends = [at + self.rows(shard, block) * row * size for block, at in enumerate(kind.offsets)]
+                number = blocks if kind.offsets or kind.required else 0
+                inside = all(0 <= at < end <= shard.bytes for at, end in zip(kind.offsets, ends, strict=True))
+                hashed = len(kind.sha256) == number and all(isinstance(h, str) for h in kind.sha256)
+                if not (len(kind.offsets) == number and inside and hashed):
                     raise TypeError(f"blocks of {shard.name}")
+
+    def blocks_of(self, shard: TokenShard) -> tuple[Blocks, Blocks, Blocks]:
+        """What is stored of each token in a shard: [TOKENS] its id, [SEGMENTS] its document's number, [SOURCES] the number of
+        its source."""
+        has_sources = bool(self.sources) and shard.split == "val"
+        of_sources = dtype_for(len(self.sources) + 1)
+        return (
+            Blocks("block", self.dtype, shard.offsets, shard.block_sha256, True),
+            Blocks("document numbers of block", "uint16", shard.segment_offsets, shard.segment_sha256, self.boundaries),
+            Blocks("source numbers of block", of_sources, shard.source_offsets, shard.source_sha256, has_sources),
+        )
 
     def of_split(self, split: str) -> list[TokenShard]:
         """The shards of a split, in order."""
@@ -146,9 +180,13 @@ class TokenIndex:
         context_length: int | None = None,
         tokenizer_sha256: str | None = None,
         vocab_size: int | None = None,
+        boundaries: bool = False,
     ) -> None:
         """Raise UserError, with both values and the fix, unless a model of this context length and vocabulary, and this
-        tokenizer, can use these tokens. A model's vocabulary may be larger than the tokenizer's."""
+        tokenizer, can use these tokens, and they hold boundaries where these are asked for. A model's vocabulary may be larger
+        than the tokenizer's."""
+        if boundaries and not self.boundaries:
+            raise UserError(no_boundaries(self.folder))
         if context_length is not None and context_length != self.context_length:
             raise UserError(
                 f"{self.folder}: tokens of context length {self.context_length}, model.context_length is {context_length}; "
@@ -192,6 +230,11 @@ def check_shard(index: TokenIndex, shard: TokenShard) -> None:
         raise UserError(wrong_sha256(url, where))
 
 
+def no_boundaries(folder: str) -> str:
+    """The message for tokens that do not say which document they are of."""
+    return f"{public_url(folder)}: no document boundaries; run `pldr tokenize` with tokens.boundaries=true"
+
+
 def missing(url: str) -> str:
     """The message for a missing shard."""
     return f"{public_url(url)}: missing, but its index lists it; {TOKENIZE_AGAIN}"
@@ -210,14 +253,10 @@ def wrong_sha256(url: str, where: str = "") -> str:
 def _ranges(index: TokenIndex, shard: TokenShard) -> list[tuple[int, int, str, str]]:
     """(start, bytes, first digits of the sha256, name) of every checksummed range of a shard, in file order."""
     width = index.context_length + 1
-    kinds = (
-        ("block", shard.offsets, shard.block_sha256, np.dtype(index.dtype).itemsize),
-        ("document numbers of block", shard.segment_offsets, shard.segment_sha256, 2),
-    )
     return sorted(
-        (offset, index.rows(shard, number) * width * itemsize, sha256, f"{what} {number}")
-        for what, offsets, hashes, itemsize in kinds
-        for number, (offset, sha256) in enumerate(zip(offsets, hashes, strict=True))
+        (offset, index.rows(shard, number) * width * np.dtype(kind.dtype).itemsize, sha256, f"{kind.what} {number}")
+        for kind in index.blocks_of(shard)
+        for number, (offset, sha256) in enumerate(zip(kind.offsets, kind.sha256, strict=True))
     )
 
 

@@ -265,6 +265,20 @@ class BestFit(_Pieces):
         return best_fit(lengths, self.context_length + 1)
 
 
+def make_packer(settings: dict[str, Any], *, pad_id: int) -> Packer:
+    """The packer for an index's settings."""
+    kinds: dict[str, type[Packer]] = {"concat": Concat, "best-fit": BestFit, "pad": Pad}
+    more = {"keep_rest": settings["remainder"] == "pad"} if settings["packing"] == "concat" else {}
+    return kinds[settings["packing"]](
+        settings["context_length"],
+        settings["block_sequences"],
+        dtype=settings["dtype"],
+        pad_id=pad_id,
+        boundaries=settings["boundaries"],
+        **more,
+    )
+
+
 def best_fit(lengths: Numbers, room: int) -> Numbers:
     """Best-fit decreasing: the row of each piece, with rows of `room` tokens. Longest pieces first, each into the row where it
     leaves the least free room.

@@ -1,7 +1,8 @@
 """Stage `tokenize`: document tars to token tars, one task per document shard, restartable, byte-identical on every machine.
 
     documents/train-000000.tar --> tokens/train-000000.tar: {key}.tokens.npy blocks [n, context_length + 1],
-    with tokens.boundaries also {key}.segments.npy; + tokenizer.model + index.json
+    with tokens.boundaries also {key}.segments.npy, with tokens.sources and split val {key}.sources.npy;
+    + tokenizer.model + index.json
 
 Each document of a shard is followed by eos, never preceded by bos (like the published models). `tokens.packing` decides how
 documents become rows of context_length + 1 tokens: see pack.py.
@@ -19,6 +20,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,8 @@ from pipeline.data.executor.markers import write_record
 from pipeline.data.executor.progress import advance
 from pipeline.data.tar import TarWriter, remove_leftovers, remove_strays
 from pipeline.data.tokens.index import SCHEMA_VERSION, dtype_for
-from pipeline.data.tokens.pack import MAX_CONTEXT, BestFit, Block, Concat, Numbers, Packer, Pad, Tokens
+from pipeline.data.tokens.origins import Origins
+from pipeline.data.tokens.pack import MAX_CONTEXT, Block, Numbers, Tokens, make_packer
 from pipeline.errors import UserError
 from pipeline.io.storage import (
     Need,
@@ -121,12 +124,14 @@ def _settings(config: RunConfig, documents: DocumentIndex, tokenizer: Tokenizer,
             f"tokens.boundaries: document numbers are uint16, enough for a context of {MAX_CONTEXT}, "
             f"model.context_length is {context_length}; lower it or set tokens.boundaries=false"
         )
+    names = [source["name"] for source in documents.tree["sources"] if source["name"] is not None]  # None: no file
     return {
         "context_length": context_length,
         "block_sequences": tokens.block_sequences,
         "packing": tokens.packing,
         "remainder": tokens.remainder,
         "boundaries": tokens.boundaries,
+        **({"sources": names} if tokens.sources and len(names) > 1 else {}),
         "dtype": dtype_for(tokenizer.vocab_size),
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.sha256,
@@ -193,18 +198,21 @@ class TokenizeShard(PipelineStep):  # type: ignore[misc]  # datatrove has no typ
         files: dict[str, Any] = {}
         with TarWriter(join(self.folder, source["name"]), spool=self.work / "spool") as tar:
             blocks = _Blocks(tar, source["name"], boundaries=self.settings["boundaries"])
-            texts = read_texts(self.documents, source)
+            origins = Origins(self.settings) if source["split"] == "val" and "sources" in self.settings else None
+            texts = read_texts(self.documents, source) if origins is None else origins.texts(self.documents, source)
             for tokens, lengths in encode(texts, tokenizer, dtype=self.settings["dtype"]):
                 histogram += np.histogram(lengths, HISTOGRAM_EDGES)[0]
-                for block in packer.add(tokens, lengths):
-                    blocks.write(block)
-            for block in packer.finish():
-                blocks.write(block)
+                added = () if origins is None else origins.add(lengths)
+                for block, numbers in zip_longest(packer.add(tokens, lengths), added):
+                    blocks.write(block, numbers)
+            for block, numbers in zip_longest(packer.finish(), () if origins is None else origins.finish()):
+                blocks.write(block, numbers)
             if packer.counts()["sequences"]:
                 files[source["name"]] = tar.publish()
         facts = files.get(source["name"], {"size": 0, "sha256": ""})
+        listed = ("name", "split", "documents", "text_bytes", "words", "source")
         shard = {
-            **{key: source[key] for key in ("name", "split", "documents", "text_bytes", "words")},
+            **{key: source[key] for key in listed if key in source},
             "bytes": facts["size"],
             "sha256": facts["sha256"],
             "length_histogram": histogram.tolist(),
@@ -224,30 +232,18 @@ class _Blocks:
         names = ("offsets", "block_sha256", *(("segment_offsets", "segment_sha256") if boundaries else ()))
         self.facts: dict[str, list[Any]] = {name: [] for name in names}
 
-    def write(self, block: Block) -> None:
+    def write(self, block: Block, sources: Tokens | None = None) -> None:
         key = f"{self.stem}-{len(self.facts['offsets']):06d}"
         self._add(f"{key}.tokens.npy", block.tokens, "offsets", "block_sha256")
         if block.segments is not None:
             self._add(f"{key}.segments.npy", block.segments, "segment_offsets", "segment_sha256")
+        if sources is not None:
+            self._add(f"{key}.sources.npy", sources, "source_offsets", "source_sha256")
 
     def _add(self, member: str, array: npt.NDArray[Any], offsets: str, hashes: str) -> None:
         header, numbers = npy_bytes(array)
-        self.facts[offsets].append(self.tar.add(member, header, numbers) + len(header))
-        self.facts[hashes].append(hashlib.sha256(numbers).hexdigest()[:32])
-
-
-def make_packer(settings: dict[str, Any], *, pad_id: int) -> Packer:
-    """The packer for an index's settings."""
-    kinds: dict[str, type[Packer]] = {"concat": Concat, "best-fit": BestFit, "pad": Pad}
-    more = {"keep_rest": settings["remainder"] == "pad"} if settings["packing"] == "concat" else {}
-    return kinds[settings["packing"]](
-        settings["context_length"],
-        settings["block_sequences"],
-        dtype=settings["dtype"],
-        pad_id=pad_id,
-        boundaries=settings["boundaries"],
-        **more,
-    )
+        self.facts.setdefault(offsets, []).append(self.tar.add(member, header, numbers) + len(header))
+        self.facts.setdefault(hashes, []).append(hashlib.sha256(numbers).hexdigest()[:32])
 
 
 @lru_cache(maxsize=1)

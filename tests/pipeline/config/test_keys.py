@@ -20,6 +20,7 @@ MAY_CHANGE = ("name", "run_dir", "tracking.", "post.", "data.workers", "tokens.w
               "train.timeout_s", "train.max_restarts", "train.max_skipped_steps", "train.on_spike", "train.spike_",
               "train.deepspeed", "train.compile", "train.activation_", "train.offload", "train.peak_tflops",
               "train.val_sequences", "train.zero_stage",
+              "train.deterministic", "train.flight_recorder",
               "train.micro_batch", "train.evaluate", "train.precision", "train.profile_steps", "train.memory_history",
               "data.on_bad_shard", "data.cache_gigabytes", "data.executor", "data.slurm.", "data.ray_address",
               "data.of")  # fmt: skip
@@ -32,19 +33,24 @@ ADDED = (
     "schedule",
     "decay_share",
     "decay_shape",
+    *OPTIMIZER,
+    "batch_warmup",
+    "document_masks",
     "g_from",
     "share_g_below",
-    *OPTIMIZER,
+    "z_loss",
 )  # since; in a digest only with another value than the default
 ADDED_TO_POST = ("effect_prompts", "order_parameter", "prove", "extra_prompts", "max_relative_deviation_g_fp32",
                  "max_query_deviation", "max_worst_row_deviation", "with_metric_learner", "key_rank",
                  "max_key_loss")  # fmt: skip
-NOT_IN_RESULT = ("workers", "of", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
+ADDED_TO_DATA = ("separate_sources", "phases")
+NOT_IN_RESULT = (*ADDED_TO_DATA, "workers", "of", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
 RECIPE = (
     *(
         "init_from",
         "steps",
         "global_batch",
+        "batch_warmup",
         "max_lr",
         "warmup_steps",
         *ADDED[1:4],
@@ -54,7 +60,8 @@ RECIPE = (
         "eps",
         "weight_decay",
     ),
-    *("metric_weight_decay", "clip_by", "clip", "precision", "freeze_g", "g_from", "share_g_below"),
+    *("metric_weight_decay", "clip_by", "clip", "z_loss", "precision", "freeze_g", "document_masks", "g_from"),
+    "share_g_below",
 )
 
 TREE = {
@@ -102,7 +109,7 @@ def of_stage_160ea30(config, name):
         "shard": {key: value for key, value in tree["data"].items() if key not in NOT_IN_RESULT},
         "tokenizer": {**tree["tokenizer"], "vocab_size": tree["model"]["vocab_size"]},
         "tokenize": {
-            **{k: v for k, v in tree["tokens"].items() if k != "workers"},
+            **{k: v for k, v in tree["tokens"].items() if k not in ("workers", "sources")},
             "context_length": tree["model"]["context_length"],
         },
         "train": {

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pipeline.train.spikes import describe
 from pldr_model.loss import cross_entropy, dag_regularizer
 from pldr_model.model import PLDRModel
-from tests.pipeline.train.mean_worker import DAG, Padded, held_out, settings
+from tests.pipeline.train.mean_worker import DAG, Z_LOSS, Padded, held_out, settings
 
 WORKER = "tests.pipeline.train.mean_worker"
 INVARIANT = ("train/loss", "val/loss_block", "val/loss_cached", "val/leak_gap", "val/bits_per_byte", "data/tokens",
@@ -49,18 +49,23 @@ def nll(logits, targets):
     return F.nll_loss(logits.log_softmax(-1)[real], targets[real]), int(real.sum())
 
 
+def z_loss(logits, targets):
+    return Z_LOSS * logits[targets != 0].exp().sum(-1).log().square().mean()
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_gradient_is_that_of_the_mean_over_targets_of_the_global_batch(two_ranks, folder, stage):
     model, config = first_model(stage)
     ids = torch.from_numpy(Padded(config).global_batch(0))
     if stage == 3:
-        loss, count = nll(model(ids[:, :-1], padded=True), ids[:, 1:])
-        loss.backward()
+        logits = model(ids[:, :-1], padded=True)
+        loss, count = nll(logits, ids[:, 1:])
+        (loss + z_loss(logits, ids[:, 1:])).backward()
     else:
         logits, outputs = model(ids[:, :-1], padded=True, return_outputs=True)
         loss, count = nll(logits, ids[:, 1:])
         terms = [dag_regularizer([getattr(layer, name) for layer in outputs]) for name in ("A_LM", "A_P", "G_LM")]
-        (loss + sum(c * term for c, term in zip(DAG, terms, strict=True))).backward()
+        (loss + z_loss(logits, ids[:, 1:]) + sum(c * term for c, term in zip(DAG, terms, strict=True))).backward()
     found = torch.load(folder / f"gradient-{stage}.pt")
     assert found["targets"] == count and found["loss"] == pytest.approx(loss.item(), rel=1e-6 if stage == 3 else 1e-12)
     ours = torch.cat([g.flatten().double() for g in found["gradient"].values()])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.data.loading.by_document import UNKNOWN, SplitDocuments, documents_of, spread
 from pipeline.data.loading.order import Indices
 from pipeline.data.loading.reader import BadExtent, TokenReader
-from pipeline.data.tokens.tokenize import make_packer
+from pipeline.data.tokens.pack import make_packer
 from pipeline.errors import UserError
 
 PAD, EOS, FIRST = 0, 3, 10
