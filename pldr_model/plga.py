@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pldr_model.config import ModelConfig
-from pldr_model.layers import GLU, at_least_float32
+from pldr_model.layers import at_least_float32
+from pldr_model.metric_learner import MetricLearner, ResidualUnit as ResidualUnit
 
 IDENTITY_START_SCALE = (
     0.1  # of `a` when g_start is `identity`; the scale that the comparison of starts was measured with
@@ -52,19 +53,6 @@ class DensityNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-class ResidualUnit(nn.Module):
-    """`LN(x + GLU_n(…GLU_1(x)))` on rows of length K."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.glus = nn.Sequential(*(GLU(config.head_dim, config.A_dff) for _ in range(config.num_denseA)))
-        self.norm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(x + self.glus(x))
-        return out
-
-
 class ConstantG(nn.Module):
     """A G_LM [H,K,K] that is a parameter, invariant by construction; starts at the identity. Queries [B,H,S,K] -> q G_LM.
 
@@ -89,7 +77,7 @@ class PLGA(nn.Module):
         H, K = config.num_heads, config.head_dim
         self.recompute = False  # the metric learner in the backward pass (set_activation_checkpointing)
         self.density_norm = DensityNorm(K, eps=config.layer_norm_eps)
-        self.metric_learner = nn.Sequential(*(ResidualUnit(config) for _ in range(config.num_reslayerA)))
+        self.metric_learner = MetricLearner(config)
         self.W = nn.Parameter(torch.empty(H, K, K))
         self.b = nn.Parameter(torch.zeros(H, K, K))
         self.P = nn.Parameter(torch.empty(H, K, K))

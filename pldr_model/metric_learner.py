@@ -1,0 +1,146 @@
+"""The metric learner: residual units of small GLUs on rows of length K, `x <- LN(x + GLU_n(…GLU_1(x)))`.
+
+Decision (speed): its products are small, so launching them, and reading gates and values that do not lie together, costs as
+much as the products. While training, a metric learner is one autograd function with a gradient written by hand, in place of a
+node for each operation. What is hidden has the rows in its columns: gates and values are each contiguous, and products are
+about as wide as there are rows. The backward pass computes silu(gate) again, so that half as much is kept. In fp64 the
+gradients agree with the modules' to 1e-12 (tests/pldr_model/test_metric_learner.py). Without gradients and under autocast the
+modules run as they are.
+
+Shapes: R rows, K their length, F hidden size of a GLU, E = 2F (gates, then values), G GLUs, N units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pldr_model.config import ModelConfig
+from pldr_model.layers import GLU
+
+aten = torch.ops.aten
+
+
+class ResidualUnit(nn.Module):
+    """`LN(x + GLU_n(…GLU_1(x)))` on rows of length K."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.glus = nn.Sequential(*(GLU(config.head_dim, config.A_dff) for _ in range(config.num_denseA)))
+        self.norm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x + self.glus(x))
+        return out
+
+
+class MetricLearner(nn.Sequential):
+    """The residual units one after the other: [...,K] -> [...,K]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(*(ResidualUnit(config) for _ in range(config.num_reslayerA)))
+        self.eps, self.num_glus = config.layer_norm_eps, config.num_reslayerA * config.num_denseA
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return cast(Tensor, super().forward(x))
+        rows_RK = x.reshape(-1, x.shape[-1])
+        out_RK: Tensor = _Learn.apply(rows_RK, self.eps, self.num_glus, *self.weights())  # type: ignore[no-untyped-call]
+        return out_RK.view(x.shape)
+
+    def weights(self) -> list[Tensor]:
+        """w12, b12, w3, b3 of every GLU, then gamma, beta of every unit. (Read past nn.Module's attributes, which are slow.)"""
+        units = [unit._modules for unit in self._modules.values()]
+        glus = [glu._modules for unit in units for glu in unit["glus"]._modules.values()]
+        owners = [glu[name]._parameters for glu in glus for name in ("w12", "w3")]
+        owners += [unit["norm"]._parameters for unit in units]
+        return [owner[name] for owner in owners for name in ("weight", "bias")]
+
+
+class _Learn(torch.autograd.Function):
+    """Saves the weights, never views of them: ZeRO-3 takes their data away between the passes."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RK: Tensor, eps: float, num_glus: int, *weights: Tensor) -> Tensor:
+        out_RK, *kept = learn(rows_RK, weights[: 4 * num_glus], weights[4 * num_glus :], eps)
+        ctx.save_for_backward(*kept, *weights)
+        ctx.eps, ctx.num_glus, ctx.num_kept = eps, num_glus, len(kept)
+        return out_RK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RK: Tensor) -> tuple[Tensor | None, ...]:
+        G, kept, weights = ctx.num_glus, ctx.saved_tensors[: ctx.num_kept], ctx.saved_tensors[ctx.num_kept :]
+        with_weights = any(ctx.needs_input_grad[3:])
+        grads = learn_backward(grad_RK, kept, weights[: 4 * G], weights[4 * G :], ctx.eps, with_weights)
+        return grads[0], None, None, *grads[1:]
+
+
+def learn(rows_RK: Tensor, glus: Sequence[Tensor], norms: Sequence[Tensor], eps: float) -> list[Tensor]:
+    """The units' result [R,K]; then what each GLU reads [K,R], what is hidden in it [E,R], and what each norm reads [R,K]."""
+    N, per_unit = len(norms) // 2, len(glus) // (2 * len(norms))
+    inputs, hidden, sums = [], [], []
+    for unit in range(N):
+        y_KR = rows_RK.t()
+        for w12, b12, w3, b3 in _by_four(glus, unit * per_unit, per_unit):
+            inputs.append(y_KR)
+            hidden.append(torch.addmm(b12.unsqueeze(1), w12, y_KR))
+            gate_FR, value_FR = hidden[-1].chunk(2)
+            activated_FR = silu(gate_FR).mul_(value_FR)
+            if len(inputs) < (unit + 1) * per_unit:
+                y_KR = torch.addmm(b3.unsqueeze(1), w3, activated_FR)
+            else:  # a norm reads rows
+                sums.append(torch.addmm(b3, activated_FR.t(), w3.t()).add_(rows_RK))
+        gamma, beta = norms[2 * unit : 2 * unit + 2]
+        rows_RK = torch.native_layer_norm(sums[-1], gamma.shape, gamma, beta, eps)[0]
+    return [rows_RK, *inputs, *hidden, *sums]
+
+
+def learn_backward(
+    grad_RK: Tensor, kept: Sequence[Tensor], glus: Sequence[Tensor], norms: Sequence[Tensor], eps: float, with_weights: bool
+) -> list[Tensor | None]:
+    """Gradients of the rows, then of w12, b12, w3, b3 of every GLU and gamma, beta of every unit (None unless `with_weights`)."""
+    N, per_unit = len(norms) // 2, len(glus) // (2 * len(norms))
+    G = N * per_unit
+    inputs, hidden, sums = kept[:G], kept[G : 2 * G], kept[2 * G :]
+    d_glus: list[Tensor | None] = [None] * len(glus)
+    d_norms: list[Tensor | None] = [None] * len(norms)
+    mask = [True, with_weights, with_weights]
+    for unit in reversed(range(N)):
+        gamma, beta = norms[2 * unit : 2 * unit + 2]
+        mean, rstd = torch.native_layer_norm(sums[unit], gamma.shape, None, None, eps)[1:]
+        grad_RK, d_norms[2 * unit], d_norms[2 * unit + 1] = aten.native_layer_norm_backward(
+            grad_RK, sums[unit], gamma.shape, mean, rstd, gamma, beta, mask
+        )
+        d_KR = grad_RK.t()
+        for glu in range((unit + 1) * per_unit - 1, unit * per_unit - 1, -1):
+            w12, _, w3, _ = glus[4 * glu : 4 * glu + 4]
+            gate_FR, value_FR = hidden[glu].chunk(2)
+            d_hidden_ER = torch.empty_like(hidden[glu])
+            d_gate_FR, d_value_FR = d_hidden_ER.chunk(2)
+            silu_FR = silu(gate_FR)
+            d_activated_FR = torch.mm(w3.t(), d_KR)
+            torch.mul(d_activated_FR, silu_FR, out=d_value_FR)
+            aten.silu_backward.grad_input(d_activated_FR.mul_(value_FR), gate_FR, grad_input=d_gate_FR)
+            if with_weights:
+                d_w3, d_b3 = torch.mm(d_KR, silu_FR.mul_(value_FR).t()), d_KR.sum(1)
+                d_w12, d_b12 = torch.mm(d_hidden_ER, inputs[glu].t()), d_hidden_ER.sum(1)
+                d_glus[4 * glu : 4 * glu + 4] = d_w12, d_b12, d_w3, d_b3
+            d_KR = torch.mm(w12.t(), d_hidden_ER)
+        grad_RK = grad_RK.add_(d_KR.t())
+    return [grad_RK, *d_glus, *d_norms]
+
+
+def silu(x: Tensor) -> Tensor:
+    """In fp32 on a CPU torch's own takes twice as long as a sigmoid and a product."""
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        return torch.sigmoid(x).mul_(x)
+    return cast(Tensor, aten.silu(x))
+
+
+def _by_four(weights: Sequence[Tensor], first: int, count: int) -> list[Sequence[Tensor]]:
+    return [weights[4 * index : 4 * index + 4] for index in range(first, first + count)]
