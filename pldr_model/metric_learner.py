@@ -101,7 +101,12 @@ def learn(rows_RK: Tensor, glus: Sequence[Tensor], norms: Sequence[Tensor], eps:
 
 
 def learn_backward(
-    grad_RK: Tensor, kept: Sequence[Tensor], glus: Sequence[Tensor], norms: Sequence[Tensor], eps: float, with_weights: bool
+    grad_RK: Tensor,
+    kept: Sequence[Tensor],
+    glus: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    eps: float,
+    with_weights: bool,
 ) -> list[Tensor | None]:
     """Gradients of the rows, then of w12, b12, w3, b3 of every GLU and gamma, beta of every unit (None unless `with_weights`)."""
     N, per_unit = len(norms) // 2, len(glus) // (2 * len(norms))

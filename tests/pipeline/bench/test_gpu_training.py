@@ -18,7 +18,6 @@ from pipeline.bench.gpu.training.forms import Form, forms_of
 from pipeline.bench.gpu.training.setting import PAPER_350M, TrainSetting
 from pipeline.bench.gpu.training.steps import Plain
 from pipeline.bench.gpu.training.summary import judge, table
-from pldr_model.model import PLDRModel
 
 CPU = torch.device("cpu")
 
@@ -63,11 +62,14 @@ def test_the_floor_is_the_larger_of_flops_and_bytes(setting: TrainSetting) -> No
 
 
 def test_forms_are_the_same_loss_but_for_the_shared_g(setting: TrainSetting, forms: dict[str, Form]) -> None:
-    torch.manual_seed(0)
-    model = PLDRModel(setting.models["110m"]).double()
+    models = {name: form.model().double() for name, form in forms.items()}
     ids_BS = torch.randint(4, 512, (3, 65))
-    loss = {name: forms[name].loss(model, ids_BS).item() for name in ("plga", "plga-logits", "plga-shared")}
+    loss = {
+        name: forms[name].loss(models[name], ids_BS).item()
+        for name in ("plga", "plga-logits", "plga-modules", "plga-shared")
+    }
     assert loss["plga-logits"] == pytest.approx(loss["plga"], rel=1e-12)
+    assert loss["plga-modules"] == pytest.approx(loss["plga"], rel=1e-9)
     assert loss["plga-shared"] != pytest.approx(loss["plga"], rel=1e-6)
     assert forms["plga-shared"].flops_per_token(8) < forms["plga"].flops_per_token(8)
 
@@ -138,7 +140,7 @@ def test_what_was_wanted_stands_beside_what_was_seen() -> None:
         row("ours plga", "captured", error="no"),
         {"what": "loader", "share": 0.002},
         {"what": "checkpoint", "stall": 0.02, "checkpoint_every": 2000},
-        {"what": "resume", "bit_equal": True, "deterministic_by": "flags"},
+        {"what": "resume", "bit_equal": True},
         {"what": "tests", "exit_code": 1, "passed": 3, "failed": 1, "skipped": 0},
     ]
     met = {each.what: each.met for each in judge(rows)}
@@ -178,10 +180,18 @@ def test_the_training_run_from_end_to_end(tmp_path: Path, capsys: pytest.Capture
     found = {name: part["found"][1:] for name, part in result["parts"].items()}
     first = {each["form"]: each["loss"] for each in found["train-eager"] if each["what"] == "train"}
     assert first["ours plga"] == pytest.approx(first["plain plga"], rel=1e-2)  # the same weights and sequences
-    assert {"ours plga", "ours twin", "ours plga-shared", "plain plga", "plain twin", "plain plga-logits"} == set(first)
+    assert {
+        "ours plga",
+        "ours twin",
+        "ours plga-shared",
+        "plain plga",
+        "plain twin",
+        "plain plga-logits",
+        "plain plga-modules",
+    } == set(first)
     loader, checkpoint = found["trainer"]
     assert loader["tokens"] == "data stages" and 0 <= loader["share"] < 1 and checkpoint["bytes"] > 0
     assert found["resume"][0]["bit_equal"] and list(found["resume"][0]["losses"]) == ["3", "4"]
     met = {each["what"]: each["met"] for each in result["wanted"]}
-    assert met["a resumed run, deterministic, bf16"] and met["MFU in bf16, 110M"] is None
+    assert met["a resumed run, train.deterministic, bf16"] and met["MFU in bf16, 110M"] is None
     assert "A rehearsal" in capsys.readouterr().out

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from pldr_model.config import GFrom, ModelConfig
 from pldr_model.loss import losses_of_logits
 from pldr_model.model import PLDRModel
+from pldr_model.plga import PLGA
 
 
 @dataclass(frozen=True)
 class Form:
-    """A model as it is trained. chunked: the loss without logits of all tokens, which is how the trainer has it; g_from: whose
-    G a sequence uses."""
+    """A model as it is trained. chunked: the loss without logits of all tokens, as the trainer has it; g_from: whose G a
+    sequence uses; modules: the metric learner's modules one after the other, not its function with a gradient of its own."""
 
     name: str
     config: ModelConfig
     chunked: bool = True
     g_from: GFrom = "own"
+    modules: bool = False
+
+    def model(self) -> PLDRModel:
+        """With new weights, the same for every form of one architecture."""
+        torch.manual_seed(0)
+        model = PLDRModel(self.config)
+        for learner in (each.metric_learner for each in model.modules() if self.modules and isinstance(each, PLGA)):
+            learner.forward = partial(nn.Sequential.forward, learner)  # type: ignore[method-assign]
+        return model
 
     def loss(self, model: PLDRModel, ids_BS: Tensor) -> Tensor:
         """The training loss of sequences [B,S+1] without padding."""
@@ -37,11 +49,13 @@ class Form:
 
 
 def forms_of(config: ModelConfig) -> dict[str, Form]:
-    """`plga`, `twin` (G = identity), `plga-logits` (all logits at once), `plga-shared` (one G for a micro batch)."""
+    """`plga`, `twin` (G = identity), `plga-logits` (all logits at once), `plga-modules` (the metric learner not as one
+    function), `plga-shared` (one G for a micro batch)."""
     forms = [
         Form("plga", config),
         Form("twin", config.sdpa_twin()),
         Form("plga-logits", config, chunked=False),
+        Form("plga-modules", config, modules=True),
         Form("plga-shared", config, g_from="batch"),
     ]
     return {form.name: form for form in forms}

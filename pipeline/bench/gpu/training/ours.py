@@ -62,12 +62,10 @@ def engine_step(form: Form, micro_batch: int, device: torch.device, folder: Path
     from pipeline.train.signals import StopRequest
     from pipeline.train.step import global_step
     from pipeline.train.telemetry import Stopwatch
-    from pldr_model.model import PLDRModel
 
     sizes = {"global_batch": micro_batch, "micro_batch": micro_batch, "steps": STEPS, "compile": compiled}
     config = recipe(form.config, folder, **sizes, **({} if form.g_from == "own" else {"g_from": form.g_from}))
-    torch.manual_seed(0)
-    engine = build_engine(PLDRModel(form.config), config.train, 1)
+    engine = build_engine(form.model(), config.train, 1)
     set_learning_rate(engine, 1e-4)
     stop, forward, micro = StopRequest(), Stopwatch(device), random_ids(form, micro_batch)
     keywords: dict[str, Any] = {} if form.g_from == "own" else {"g_from": form.g_from}

@@ -90,7 +90,7 @@ def large(setting: TrainSetting) -> Found:
 
 GROUPS = (
     ("ours plga", "ours twin", "plain plga", "plain twin"),
-    ("plain plga", "plain plga-logits"),
+    ("plain plga", "plain plga-logits", "plain plga-modules"),
     ("ours plga", "ours plga-shared", "ours twin"),
 )
 

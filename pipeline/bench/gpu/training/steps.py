@@ -14,7 +14,6 @@ import torch
 
 from pipeline.bench.gpu.training.forms import Form
 from pldr_model.decode.capture import WARM_UP
-from pldr_model.model import PLDRModel
 
 Step = Callable[[], float]  # trains once; the loss
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.1}
@@ -35,9 +34,8 @@ class Plain:
     def __init__(
         self, form: Form, micro_batch: int, device: torch.device, *, compiled: bool = False, graph: bool = False
     ) -> None:
-        torch.manual_seed(0)
         self.form = form
-        self.model = PLDRModel(form.config).to(device, torch.bfloat16)
+        self.model = form.model().to(device, torch.bfloat16)
         if compiled:
             for layer in self.model.layers:
                 layer.compile()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.bench.gpu.training.corpus import tokens_folder
 from pipeline.bench.gpu.training.ours import join, recipe
@@ -71,10 +69,12 @@ def trainer(setting: TrainSetting) -> Found:
 
 def resume(setting: TrainSetting) -> Found:
     """Trains, and again from a checkpoint on the way: the same losses and the same weights, bit for bit, in bf16."""
-    how = _make_deterministic()
-    join(setting.device)
+    from pipeline.train.backend import set_up
+
     at, end = RESUMED
-    keys: dict[str, Any] = {"steps": end, "checkpoint_every": at, "log_every": 1, **how}
+    keys: dict[str, Any] = {"steps": end, "checkpoint_every": at, "log_every": 1, "deterministic": True}
+    set_up(recipe(next(iter(setting.models.values())), setting.work, deterministic=True).train, setting.work)
+    join(setting.device)
     straight, _, made, _ = _train(setting, "resume", **keys)
     expected = [p.detach().clone() for p in made.engine.module.parameters()]
     start = _checkpoint(made.checkpoints, at)
@@ -87,22 +87,10 @@ def resume(setting: TrainSetting) -> Found:
     differing = sum(not one.equal(other) for one, other in pairs)
     yield {
         "what": "resume",
-        "deterministic_by": "train.deterministic" if how else "flags",
         "losses": losses,
         "tensors_that_differ": differing,
         "bit_equal": not differing and all(one == other for one, other in losses.values()),
     }
-
-
-def _make_deterministic() -> dict[str, bool]:
-    """The key that does it; before there is one, torch's flags."""
-    from pipeline.config.train import TrainConfig
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if "deterministic" in TrainConfig.model_fields:
-        return {"deterministic": True}
-    torch.use_deterministic_algorithms(True)
-    return {}
 
 
 def _train(
