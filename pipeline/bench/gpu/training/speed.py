@@ -10,7 +10,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -129,7 +129,7 @@ def graphs(setting: TrainSetting) -> Found:
 
 
 def in_turn(
-    setting: TrainSetting, model: str, mode: str, micro_batch: int, forms: dict[str, Form], make: dict[str, Make]
+    setting: TrainSetting, model: str, mode: str, micro_batch: int, forms: dict[str, Form], make: Mapping[str, Make]
 ) -> Found:
     """Make every step, and time them in turn; ratios are to the first. One that cannot run is an answer, too."""
     steps: dict[str, Step] = {}
@@ -200,7 +200,7 @@ class _Peak:
         return torch.cuda.max_memory_allocated(self._device) - self._before
 
 
-def _mb(nbytes: int | None) -> float | None:
+def _mb(nbytes: float | None) -> float | None:
     return None if nbytes is None else nbytes / 2**20
 
 

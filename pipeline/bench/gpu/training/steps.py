@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.bench.gpu.training.forms import Form
 from pldr_model.decode.capture import WARM_UP
@@ -39,11 +40,11 @@ class Plain:
         if compiled:
             for layer in self.model.layers:
                 layer.compile()
-        self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        self.weights: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         self.masters = [p.detach().float() for p in self.weights]
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
-        self.gradients = [master.grad for master in self.masters]
+        self.gradients = [torch.zeros_like(master) for master in self.masters]
+        for master, gradient in zip(self.masters, self.gradients, strict=True):
+            master.grad = gradient
         graph = graph and device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.masters, fused=True, capturable=graph, **ADAMW)
         self.micro = random_ids(form, micro_batch)
@@ -54,11 +55,11 @@ class Plain:
         self.ids_BS.copy_(torch.from_numpy(self.micro), non_blocking=True)
         return float(self.kernels() if self._replay is None else self._replay())
 
-    def kernels(self) -> torch.Tensor:
+    def kernels(self) -> Tensor:
         """Everything that the device does in a step."""
         loss = self.form.loss(self.model, self.ids_BS)
         torch.autograd.backward(loss)
-        torch._foreach_copy_(self.gradients, [w.grad for w in self.weights])  # type: ignore[arg-type]
+        torch._foreach_copy_(self.gradients, [w.grad for w in self.weights if w.grad is not None])
         torch._foreach_clamp_max_(self.gradients, CLIP)
         torch._foreach_clamp_min_(self.gradients, -CLIP)
         self.optimizer.step()
@@ -68,7 +69,7 @@ class Plain:
             weight.grad = None
         return loss.detach()
 
-    def _capture(self) -> Callable[[], torch.Tensor]:
+    def _capture(self) -> Callable[[], Tensor]:
         stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -79,7 +80,7 @@ class Plain:
         with torch.cuda.graph(graph):
             loss = self.kernels()
 
-        def replay() -> torch.Tensor:
+        def replay() -> Tensor:
             graph.replay()
             return loss
 
