@@ -34,8 +34,8 @@ def forms(setting: TrainSetting) -> dict[str, Form]:
 
 def write_fill(folder: Path, *tried: tuple[int, float, bool]) -> None:
     rows = [
-        {"what": "fill", "model": "110m", "form": "plga", "micro_batch": n, "tokens_per_second": speed, "fits": fits}
-        for n, speed, fits in tried
+        {"what": "fill", "model": "110m", "form": "plga", "micro_batch": n, "tokens_per_second": speed, "leaves_room": room}
+        for n, speed, room in tried
     ]
     (folder / "fill.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -91,7 +91,7 @@ def test_doubling_ends_where_memory_does(setting: TrainSetting, monkeypatch: pyt
     def tried(_: TrainSetting, form: Form, micro_batch: int) -> dict[str, Any]:
         if micro_batch == 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
-        return {"fits": True, "tokens_per_second": 1.0}
+        return {"fits": True, "leaves_room": True, "tokens_per_second": 1.0}
 
     monkeypatch.setattr(speed, "_tried", tried)
     rows = list(speed.fill(replace(setting, most=64, models={"110m": setting.models["110m"]})))

@@ -12,7 +12,7 @@ import yaml
 
 from pipeline.bench.gpu.training.forms import Form
 from pipeline.bench.gpu.training.setting import RECIPE
-from pipeline.bench.gpu.training.steps import Step, random_ids
+from pipeline.bench.gpu.training.steps import ADAMW, random_ids
 from pldr_model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -56,23 +56,39 @@ def _inline(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
 
 
-def engine_step(form: Form, micro_batch: int, device: torch.device, folder: Path, *, compiled: bool) -> Step:
+class EngineStep:
     """One step of the trainer on a micro batch: DeepSpeed's engine, the weighted loss, its all-reduce, the update."""
-    from pipeline.train.engine import build_engine, set_learning_rate
-    from pipeline.train.signals import StopRequest
-    from pipeline.train.step import global_step
-    from pipeline.train.telemetry import Stopwatch
 
-    sizes = {"global_batch": micro_batch, "micro_batch": micro_batch, "steps": STEPS, "compile": compiled}
-    config = recipe(form.config, folder, **sizes, **({} if form.g_from == "own" else {"g_from": form.g_from}))
-    engine = build_engine(form.model(), config.train, 1)
-    set_learning_rate(engine, 1e-4)
-    stop, forward, micro = StopRequest(), Stopwatch(device), random_ids(form, micro_batch)
-    keywords: dict[str, Any] = {} if form.g_from == "own" else {"g_from": form.g_from}
+    def __init__(self, form: Form, micro_batch: int, device: torch.device, folder: Path, *, compiled: bool) -> None:
+        from pipeline.train.engine import build_engine, set_learning_rate
+        from pipeline.train.signals import StopRequest
+        from pipeline.train.telemetry import Stopwatch
 
-    def step() -> float:
-        outcome = global_step(engine, [micro], form.config, stop=stop, device=device, forward=forward, **keywords)
-        forward.read()
+        sizes = {"global_batch": micro_batch, "micro_batch": micro_batch, "steps": STEPS, "g_from": form.g_from}
+        config = recipe(form.config, folder, compile=compiled, **sizes)
+        self.form, self.device, self.micro = form, device, random_ids(form, micro_batch)
+        self.engine = build_engine(form.model(), config.train, 1)
+        set_learning_rate(self.engine, ADAMW["lr"])
+        self.stop, self.forward = StopRequest(), Stopwatch(device)
+
+    def __call__(self) -> float:
+        from pipeline.train.step import global_step
+
+        outcome = global_step(
+            self.engine,
+            [self.micro],
+            self.form.config,
+            stop=self.stop,
+            device=self.device,
+            forward=self.forward,
+            g_from=self.form.g_from,
+        )
+        self.forward.read()
         return outcome.loss
 
-    return step
+    def close(self) -> None:
+        """Free the engine's memory."""
+        from pipeline.train.engine import release
+
+        release(self.engine)
+        del self.engine

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeline.bench.gpu.training.forms import Form, forms_of
-from pipeline.bench.gpu.training.ours import engine_step, join
+from pipeline.bench.gpu.training.ours import EngineStep, join
 from pipeline.bench.gpu.training.setting import ROOM, TrainSetting
 from pipeline.bench.gpu.training.steps import Plain, Step
 from pipeline.bench.rounds import Work, in_rounds, speed_ratio, wait
@@ -45,7 +45,7 @@ def _double(setting: TrainSetting, model: str, form: Form) -> Found:
         try:
             row |= _tried(setting, form, micro_batch)
         except torch.OutOfMemoryError as error:
-            row |= {"fits": False, "error": str(error).splitlines()[0]}
+            row |= {"fits": False, "leaves_room": False, "error": str(error).splitlines()[0]}
         fits = row["fits"]
         yield row
         micro_batch *= 2
@@ -64,11 +64,8 @@ def _tried(setting: TrainSetting, form: Form, micro_batch: int) -> dict[str, Any
         seconds.append(time.perf_counter() - started)
     peak = memory.read()
     tokens = micro_batch * form.config.context_length / statistics.median(seconds)
-    return {
-        "fits": peak is None or peak <= ROOM * _card(setting.device),
-        "peak_mb": _mb(peak),
-        "tokens_per_second": tokens,
-    }
+    leaves_room = peak is None or peak <= ROOM * _card(setting.device)
+    return {"fits": True, "leaves_room": leaves_room, "peak_mb": _mb(peak), "tokens_per_second": tokens}
 
 
 def eager(setting: TrainSetting) -> Found:
@@ -106,7 +103,7 @@ def _forms(setting: TrainSetting, model: str, *, compiled: bool, groups: tuple[t
 
 def _make(setting: TrainSetting, label: str, form: Form, micro_batch: int, compiled: bool) -> Step:
     if label.startswith("ours"):
-        return engine_step(form, micro_batch, setting.device, setting.work / "steps", compiled=compiled)
+        return EngineStep(form, micro_batch, setting.device, setting.work / "steps", compiled=compiled)
     return Plain(form, micro_batch, setting.device, compiled=compiled)
 
 
@@ -164,6 +161,9 @@ def in_turn(
             "ratios": {other: speed_ratio(seconds, times[other].seconds) for other in steps if other != label},
             "first": first,
         }
+    for step in steps.values():
+        if isinstance(step, EngineStep):
+            step.close()
     steps.clear()
     works.clear()
     _free(setting.device)
