@@ -23,11 +23,11 @@ LIMIT_MB = 64.0  # what a device machine takes, with the checkout
 
 BUILT = ("deepspeed",)  # no wheel in the index
 # Of pyproject.toml's dependencies and theirs: those that a machine with torch, triton, transformers, sentencepiece, pandas,
-# pyarrow, aiohttp, fsspec, psutil, tqdm and pytest does not have. Without python-flint (10 MB), which only proofs need.
+# pyarrow, aiohttp, fsspec, psutil, tqdm and pytest does not have.
 MISSING = (
     *("hjson", "pydantic", "pydantic_core", "annotated-types", "typing-inspection"),
     *("webdataset", "braceexpand", "datatrove", "loguru", "dill", "multiprocess", "orjson", "zstandard", "humanize"),
-    "argcomplete",
+    *("python-flint", "argcomplete"),  # tests load all of the pipeline
     *("mlflow-skinny", "mlflow-tracing", "cachetools", "databricks-sdk", "google-auth", "pyasn1", "pyasn1_modules"),
     *("GitPython", "gitdb", "smmap", "importlib_metadata", "zipp", "opentelemetry-api", "opentelemetry-proto"),
     *("opentelemetry-sdk", "opentelemetry-semantic-conventions", "python-dotenv", "sqlparse", "cloudpickle"),

@@ -146,7 +146,7 @@ def test_what_was_wanted_stands_beside_what_was_seen() -> None:
 
 
 def test_test_results_are_counted(tmp_path: Path) -> None:
-    report = tmp_path / "tests.xml"
+    report = tmp_path / "report-of-pytest.xml"
     report.write_text(
         '<testsuites><testsuite><testcase classname="a" name="good"/>'
         '<testcase classname="a" name="bad"><failure message="assert 1 == 2&#10;more">trace</failure></testcase>'

@@ -18,7 +18,7 @@ MARK = "pytest.mark.gpu"  # only files with it are collected: the others import 
 
 def tests(setting: TrainSetting) -> Iterator[dict[str, Any]]:
     """The tests marked `gpu`, on a CPU as a rehearsal."""
-    report = setting.folder / "tests.xml"
+    report = setting.folder / "report-of-pytest.xml"
     report.unlink(missing_ok=True)
     rehearsed = setting.device.type != "cuda"
     device = {"PLDR_GPU_TESTS": "cpu"} if rehearsed else {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "0"}
@@ -33,7 +33,9 @@ def tests(setting: TrainSetting) -> Iterator[dict[str, Any]]:
         "no:cacheprovider",
         f"--junitxml={report.absolute()}",
     ]
-    files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if MARK in file.read_text()]
+    files = [
+        file for file in sorted((ROOT / "tests").rglob("test_*")) if file.suffix == ".py" and MARK in file.read_text()
+    ]
     code = subprocess.run([*words, *map(str, files)], cwd=ROOT, env={**os.environ, **device}).returncode
     yield {"what": "tests", "exit_code": code, "rehearsed": rehearsed, **(read(report) if report.is_file() else {})}
 
