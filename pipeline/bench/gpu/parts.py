@@ -35,13 +35,13 @@ PARTS = {
     "train-floor": Part(train_floor, 25, trains=True),
     "fill": Part(speed.fill, 40, trains=True),
     "train-eager": Part(speed.eager, 45, trains=True),
-    "train-compiled": Part(speed.compiled, 110, trains=True),
-    "tokens": Part(corpus.tokens, 40, trains=True),
+    "train-compiled": Part(speed.compiled, 125, trains=True),
+    "tokens": Part(corpus.tokens, 30, trains=True),
     "trainer": Part(trainer.trainer, 45, trains=True),
     "resume": Part(trainer.resume, 35, trains=True),
     "tests": Part(checks.tests, 40, trains=True),
     "train-graphs": Part(speed.graphs, 35, trains=True),
-    "train-large": Part(speed.large, 45, trains=True),
+    "train-large": Part(speed.large, 40, trains=True),
     "floor": Part(floor, 40),
     "correct": Part(correct, 70),
     "eager": Part(eager, 50),
@@ -54,7 +54,7 @@ PARTS = {
     "reference": Part(reference_loop, 50),
 }
 # Both in the time of one: what is wanted of training, and steps of decoding.
-SHORT = ("train-floor", "fill", "train-eager", "train-compiled", "trainer", "resume", "floor", "correct", "captured")
+SHORT = ("train-floor", "fill", "train-eager", "train-compiled", "trainer", "resume", "correct", "captured")
 
 
 def parts_of(what: What) -> list[str]:

@@ -47,7 +47,7 @@ class TrainSetting:
             models = dict.fromkeys(("110m", "350m"), replace(TINY, vocab_size=512))
             return cls(place, models, 2, 4, 2, 2, 1, 2, 1 << 16, 64, 400_000, 420, 8, folder, work)
         models = {"110m": PAPER_110M, "350m": PAPER_350M}
-        return cls(place, models, 8, 512, 16, 4, 2, 5, 1 << 30, 8192, 8_000_000, 4096, 60, folder, work)
+        return cls(place, models, 8, 512, 16, 4, 2, 5, 1 << 30, 8192, 4_000_000, 4096, 60, folder, work)
 
     def found(self, part: str, what: str) -> list[dict[str, Any]]:
         """The results of that kind of an earlier part; none where it did not run."""
