@@ -34,7 +34,14 @@ def forms(setting: TrainSetting) -> dict[str, Form]:
 
 def write_fill(folder: Path, *tried: tuple[int, float, bool]) -> None:
     rows = [
-        {"what": "fill", "model": "110m", "form": "plga", "micro_batch": n, "tokens_per_second": speed, "leaves_room": room}
+        {
+            "what": "fill",
+            "model": "110m",
+            "form": "plga",
+            "micro_batch": n,
+            "tokens_per_second": speed,
+            "leaves_room": room,
+        }
         for n, speed, room in tried
     ]
     (folder / "fill.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -209,6 +209,6 @@ def _card(device: torch.device) -> float:
 
 
 def _free(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
