@@ -11,7 +11,7 @@ Shapes: B batch, S sequence, N heads of any kind, K head dim.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +48,44 @@ class GLU(nn.Module):
         self.w3 = Linear(hidden, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        out: Tensor = self.w3(F.silu(gate) * value)
+        out: Tensor = self.w3(silu_product(self.w12(x)))
         return out
+
+
+def silu_product(gate_value: Tensor) -> Tensor:
+    """`silu(gate) * value` of the two halves of the last dimension.
+
+    Eager autograd would keep silu(gate) for the backward pass, as large as the result, and join the halves' gradients in one
+    copy more; `_SiluProduct` computes it again and writes the gradients where they belong, with the same operators: the same
+    bits. A compiler does that by itself.
+    """
+    if torch.is_grad_enabled() and gate_value.requires_grad and not torch.compiler.is_compiling():
+        product: Tensor = _SiluProduct.apply(gate_value)  # type: ignore[no-untyped-call]
+        return product
+    gate, value = gate_value.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+class _SiluProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_value: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_value)
+        gate, value = gate_value.chunk(2, dim=-1)
+        return F.silu(gate).mul_(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_value,) = ctx.saved_tensors
+        gate, value = gate_value.chunk(2, dim=-1)
+        if torch.is_grad_enabled():  # this gradient is differentiated again
+            sigmoid = gate.sigmoid()
+            slope = sigmoid * (1 + gate * (1 - sigmoid))
+            return torch.cat((grad * value * slope, grad * (gate * sigmoid)), dim=-1)
+        both = torch.empty_like(gate_value)
+        gate_grad, value_grad = both.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=value_grad)
+        torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=gate_grad)
+        return both
 
 
 class RopeTables(NamedTuple):

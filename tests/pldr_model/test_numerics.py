@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pldr_model.config import ModelConfig
-from pldr_model.layers import Linear
+from pldr_model.layers import Linear, silu_product
 from pldr_model.loss import cross_entropy, dag_regularizer, total_loss
 from pldr_model.model import PLDRModel
 
@@ -174,3 +175,21 @@ def test_compiled_layers_compute_the_same(tiny):
     compiled = model(ids, padded=False)
     compiled.sum().backward()
     assert (compiled - eager).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gated_product_has_the_bits_of_autograd_and_keeps_one_tensor(dtype):
+    torch.manual_seed(0)
+    x, grad = torch.randn(5, 3, 14, dtype=dtype, requires_grad=True), torch.randn(5, 3, 7, dtype=dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        ours = silu_product(x)
+    gate, value = x.chunk(2, dim=-1)
+    right = F.silu(gate) * value
+    assert torch.equal(ours, right) and [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+    assert torch.equal(*(torch.autograd.grad(y, [x], grad)[0] for y in (ours, right)))
+
+
+def test_the_gated_product_can_be_differentiated_twice():
+    x = torch.randn(3, 14, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(silu_product, [x]) and torch.autograd.gradgradcheck(silu_product, [x])

@@ -27,6 +27,7 @@ from pipeline.distributed import merged
 from pipeline.post.measure.observe import slice_rows
 from pipeline.post.measure.parts import part
 from pipeline.post.measure.passes import LivePass
+from pldr_model.loss import TokenLosses
 from pldr_model.model import PLDRModel
 
 SHORT = 16  # tokens; prompts up to here are measured for themselves
@@ -211,6 +212,13 @@ def nll(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     """Negative log-likelihood of every target in nats; in fp64, so that sums resolve a gap of 1e-6 per token."""
     wide = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
     return F.cross_entropy(wide.flatten(0, 1), targets_BS.flatten(), reduction="none").double().view_as(targets_BS)
+
+
+def nll_of_hidden(model: PLDRModel, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+    """`nll` of the logits that the output layer makes of these, without making all of them."""
+    tokens = model.output(x_BSD, targets_BS, pad_id=-1)  # every target counts
+    assert isinstance(tokens, TokenLosses)
+    return tokens.nll_BS.double()
 
 
 def squares(x: Tensor) -> float:

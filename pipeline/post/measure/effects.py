@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed import bounds, merged, share
-from pipeline.post.measure.downstream import Agreement, Totals, compare, logits, nll
+from pipeline.post.measure.downstream import Agreement, Totals, compare, logits, nll, nll_of_hidden
 from pipeline.post.measure.observe import batches
 from pldr_model.config import ModelConfig
 from pldr_model.layers import RopeTables, rope_frequencies
@@ -84,17 +84,20 @@ def compare_losses(
         g_live_LBHKK = model.compute_g(inputs_BS, padded=False)
         g_other_LBHKK = torch.cat((previous_LBHKK, g_live_LBHKK[:, :-1]), dim=1)
         previous_LBHKK = g_live_LBHKK[:, -1:]
-        live_BSV = logits(model, inputs_BS)
         totals.add("tokens", targets_BS.numel())
         totals.add("tokens of prefix", targets_BS[:, half:].numel())
         g_prefix_LBHKK = model.compute_g(inputs_BS[:, : max(1, half)], padded=False)
+        of_both: list[Tensor] = []  # logits, where more than their losses is measured
         for name, g in {"block": None, **given, "other": g_other_LBHKK, "prefix": g_prefix_LBHKK}.items():
-            logits_BSV = live_BSV if g is None else logits(model, inputs_BS, g)
-            nll_BS = nll(logits_BSV, targets_BS)
+            if random_LHKK is not None and name in ("block", "random_tokens"):
+                of_both.append(logits(model, inputs_BS, g))
+                nll_BS = nll(of_both[-1], targets_BS)
+            else:
+                nll_BS = nll_of_hidden(model, model.hidden(inputs_BS, g_lm=g, padded=False), targets_BS)
             totals.add(name, nll_BS.sum().item())
             totals.add(f"prefix {name}", nll_BS[:, half:].sum().item())
-            if name == "random_tokens":
-                compare(agreement, live_BSV, logits_BSV)
+        if of_both:
+            compare(agreement, *of_both)
     sums = merged(totals).sums
     names = ("block", *given, "other")
     return {
@@ -120,7 +123,8 @@ def effects_by_layer(
     for ids_BT in batches(share(text_NT), model):
         inputs_BS, targets_BS = ids_BT[:, :-1], ids_BT[:, 1:]
         with _inputs_of_layers(model) as (x_LBSD, rope):
-            cached_nll = nll(logits(model, inputs_BS, cached_LHKK), targets_BS).sum().item()
+            x_BSD = model.hidden(inputs_BS, g_lm=cached_LHKK, padded=False)
+        cached_nll = nll_of_hidden(model, x_BSD, targets_BS).sum().item()
         totals.add("tokens", targets_BS.numel())
         for layer in range(len(x_LBSD)):
             for name, replacement_LHKK in given.items():
@@ -128,7 +132,7 @@ def effects_by_layer(
                 for later in range(layer, len(x_LBSD)):
                     g_HKK = (replacement_LHKK if later == layer else cached_LHKK)[later]
                     x_BSD, _ = model.layers[later](x_BSD, rope[0], g=g_HKK)
-                totals.add(f"{name} {layer}", nll(model.output(x_BSD), targets_BS).sum().item() - cached_nll)
+                totals.add(f"{name} {layer}", nll_of_hidden(model, x_BSD, targets_BS).sum().item() - cached_nll)
     sums = merged(totals).sums
     per_layer = {
         name: [sums[f"{name} {i}"] / sums["tokens"] for i in range(model.config.num_layers)] for name in EFFECTS
