@@ -31,6 +31,7 @@ pytest_plugins = [
     "tests.helpers.hosts",
     "tests.helpers.models",
     "tests.helpers.ranks",
+    "tests.helpers.recipe_runs",
     "tests.helpers.runs",
 ]
 

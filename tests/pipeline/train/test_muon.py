@@ -13,27 +13,22 @@ from pipeline.errors import ConfigError
 from pipeline.stages.compatible import check_inputs
 from pldr_model.loss import total_loss
 from pldr_model.model import PLDRModel
-from tests.pipeline.train.muon_worker import MUON, muon
+from tests.helpers.recipe_runs import RECIPE_WORKER
+from tests.pipeline.train.recipe_worker import MUON, muon
 from tests.pipeline.train.test_zero import plain_pytorch as adamw_alone
 from tests.pipeline.train.zero_worker import STEPS, configuration
 
-WORKER = "tests.pipeline.train.muon_worker"
 MATRIX = re.compile(r"layers\.\d+\.(attention\.(qkv|output)|feed_forward\.(w12|w3))\.weight")  # what Muon trains
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("muon")
+def fp32(recipe_runs):
+    return recipe_runs
 
 
 @pytest.fixture(scope="module")
-def fp32(start_ranks, folder):
-    return start_ranks(WORKER, folder, "quick", "fp32")
-
-
-@pytest.fixture(scope="module")
-def more(start_ranks, folder, fp32):
-    return start_ranks(WORKER, folder, "more", "fp32")
+def more(more_recipe_runs):
+    return more_recipe_runs
 
 
 def losses(points: dict) -> list[float]:
@@ -58,7 +53,7 @@ def plain_pytorch(clip_by: str, g_source: str, *, momentum: float = 0.9, decay: 
     for step in range(STEPS):
         rng = np.random.default_rng(step * train.global_batch)
         ids = torch.from_numpy(rng.integers(4, 67, size=(8, 17)))
-        loss = total_loss(model(ids[:, :-1]), ids[:, 1:], config.model).total
+        loss = total_loss(model(ids[:, :-1], targets=ids[:, 1:]), config.model).total
         model.zero_grad()
         loss.backward()
         if clip_by == "norm":
@@ -116,14 +111,13 @@ def test_a_rollback_restores_every_weight_and_moment(more):
 
 
 @pytest.mark.slow
-def test_it_resumes_on_another_number_of_ranks(start_ranks, fp32, folder):
-    alone = start_ranks(WORKER, folder, "from", "fp32", world=1)
-    assert losses(alone["resumed"]) == pytest.approx(losses(fp32["straight"])[3:], abs=5e-3)
+def test_it_resumes_on_another_number_of_ranks(recipe_runs_on_one_rank, fp32):
+    assert losses(recipe_runs_on_one_rank["resumed"]) == pytest.approx(losses(fp32["straight"])[3:], abs=5e-3)
 
 
 @pytest.mark.slow
 def test_in_bf16_a_converted_checkpoint_has_the_same_moments(start_ranks, tmp_path):
-    bf16 = start_ranks(WORKER, tmp_path, "quick", "bf16")
+    bf16 = start_ranks(RECIPE_WORKER, tmp_path, "quick", "bf16")
     assert losses(bf16["resumed"])[0] == losses(bf16["converted"])[0] == losses(bf16["straight"])[3]
 
 

@@ -78,14 +78,11 @@ def loader(separate: tuple[RunConfig, RunPaths], rank: int = 0, world_size: int 
 
 def test_batches_have_the_phases_shares_on_any_number_of_ranks(separate: tuple[RunConfig, RunPaths]) -> None:
     """Training is 10 steps of 32 sequences: the first 160 are three parts of web, then none."""
-    config, paths = separate
-    index = TokenIndex.load(paths.tokens)
-    sequences = {"web": 0, "books": 0}
+    index = TokenIndex.load(separate[1].tokens)
     of = np.concatenate([np.full(shard.sequences, shard.source == "web") for shard in index.of_split("train")])
     alone = loader(separate)
     ids = np.concatenate([alone.indices(position) for position in range(0, 320, 32)])
-    sequences["web"] = int(of[ids[:160]].sum())
-    assert 60 < sequences["web"] < 160 and not of[ids[160:]].any()
+    assert 100 <= int(of[ids[:160]].sum()) <= 140 and not of[ids[160:]].any()  # 120; inside a block in any order
     batches = list(alone.micro_batches(64, limit=5))
     assert np.array_equal(np.concatenate(batches[0][0]), alone.reader.read(ids[64:96]))
     halves = [list(loader(separate, rank, 2).micro_batches(64, limit=5)) for rank in (0, 1)]
