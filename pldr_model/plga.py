@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from pldr_model.config import ModelConfig
 from pldr_model.layers import at_least_float32
 from pldr_model.metric_learner import MetricLearner
-from pldr_model.metric_learner import ResidualUnit as ResidualUnit
 
 IDENTITY_START_SCALE = (
     0.1  # of `a` when g_start is `identity`; the scale that the comparison of starts was measured with

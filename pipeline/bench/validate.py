@@ -40,8 +40,9 @@ from pipeline.post.measure.observe import observe
 from pipeline.post.measure.parts import costs, part
 from pipeline.post.measure.prompts import PromptKind, few_of, make_kinds
 from pldr_model.config import ModelConfig
+from pldr_model.metric_learner import ResidualUnit
 from pldr_model.model import PLDRModel
-from pldr_model.plga import PLGA, ResidualUnit
+from pldr_model.plga import PLGA
 
 PAPER_110M = ModelConfig(vocab_size=32000, num_layers=5, num_heads=14, head_dim=64, context_length=1024, d_ff=2389)
 CLOCKS = ("seconds", "cpu_seconds")

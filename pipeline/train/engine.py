@@ -39,6 +39,7 @@ from pipeline.devices import has_gpu
 from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.optim import build_optimizer, muon_settings
 from pipeline.train.zero_patches import skip_redundant_work
+from pldr_model.metric_learner import run_as_modules
 from pldr_model.model import PLDRModel, set_activation_checkpointing
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ def build_engine(model: PLDRModel, train: TrainConfig, world_size: int) -> Any:
     import deepspeed
 
     set_activation_checkpointing(model, train.activation_checkpointing)
+    if train.zero_stage == 3:
+        run_as_modules(model)
     if train.compile:  # by layer: one graph for all of them, and ZeRO-3's hooks stay outside
         for layer in model.layers:
             layer.compile()

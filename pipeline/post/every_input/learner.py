@@ -31,7 +31,8 @@ from pipeline.post.every_input.balls import (
 )
 from pipeline.post.every_input.ellipsoid import Ellipsoid, centering, normalized, row_ball
 from pldr_model.layers import GLU
-from pldr_model.plga import PLGA, ResidualUnit
+from pldr_model.metric_learner import ResidualUnit
+from pldr_model.plga import PLGA
 
 SILU_SLOPE = arb(11) / 8  # sigma + x sigma' <= 1 + 1/e
 SILU_BEND = arb(1) / 2  # sigma' (2 - x tanh(x/2)) is within -1/4 … 1/2

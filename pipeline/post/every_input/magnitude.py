@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from pldr_model.layers import GLU, rope_magnitude
+from pldr_model.metric_learner import ResidualUnit
 from pldr_model.model import DecoderLayer, PLDRModel
-from pldr_model.plga import PLGA, ResidualUnit
+from pldr_model.plga import PLGA
 
 LARGEST = 1e37  # of a product: fp32 (and bf16) end at 3.4e38
 LARGEST_SQUARED = 1e18  # of what a LayerNorm squares
