@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pldr_model.config import GFrom, ModelConfig
 from pldr_model.loss import losses_of_logits
+from pldr_model.metric_learner import run_as_modules
 from pldr_model.model import PLDRModel
-from pldr_model.plga import PLGA
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Form:
         """With new weights, the same for every form of one architecture."""
         torch.manual_seed(0)
         model = PLDRModel(self.config)
-        for learner in (each.metric_learner for each in model.modules() if self.modules and isinstance(each, PLGA)):
-            learner.forward = partial(nn.Sequential.forward, learner)  # type: ignore[method-assign]
+        if self.modules:
+            run_as_modules(model)
         return model
 
     def loss(self, model: PLDRModel, ids_BS: Tensor) -> Tensor:
