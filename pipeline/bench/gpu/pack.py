@@ -22,8 +22,25 @@ ROOT = Path(__file__).resolve().parents[3]
 LIMIT_MB = 64.0  # what a device machine takes, with the checkout
 
 BUILT = ("deepspeed",)  # no wheel in the index
-# Of pyproject.toml's dependencies and theirs: those that a machine with torch, triton, transformers, sentencepiece, pandas,
-# pyarrow, aiohttp, fsspec, psutil, tqdm and pytest does not have.
+# Of pyproject.toml's dependencies and theirs: what a GPU machine has beside torch and triton, and what it does not.
+THERE = (
+    *(
+        "torch",
+        "numpy",
+        "sentencepiece",
+        "safetensors",
+        "pandas",
+        "pyarrow",
+        "aiohttp",
+        "fsspec",
+        "psutil",
+        "tqdm",
+        "regex",
+    ),
+    *("pyyaml", "jinja2", "einops", "msgpack", "ninja", "py-cpuinfo", "packaging", "protobuf", "requests", "urllib3"),
+    *("huggingface-hub", "anyio", "click", "typing-extensions", "annotated-doc"),
+)
+LEFT_OUT = ("mlflow", "cryptography")  # mlflow-skinny is enough for imports; nothing here signs in to Google
 MISSING = (
     *("hjson", "pydantic", "pydantic_core", "annotated-types", "typing-inspection"),
     *("webdataset", "braceexpand", "datatrove", "loguru", "dill", "multiprocess", "orjson", "zstandard", "humanize"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import replace
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from pipeline.bench.gpu import __main__ as run
 from pipeline.bench.gpu import pack, parts
@@ -168,6 +171,15 @@ def test_every_packed_package_has_a_locked_version(repository: Path) -> None:
     versions = pack.locked_versions((repository / "constraints.txt").read_text())
     names = [pack.canonical(name) for name in (*pack.BUILT, *pack.MISSING)]
     assert len(set(names)) == len(names) and not set(names) - set(versions)
+
+
+def test_what_packed_packages_and_ours_need_is_packed_too_or_there(repository: Path) -> None:
+    """`pip install --no-deps` does not look."""
+    ours = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["dependencies"]
+    packed = [*pack.BUILT, *pack.MISSING]
+    asked = [Requirement(text) for text in [*ours, *(text for name in packed for text in requires(name) or [])]]
+    names = {pack.canonical(each.name) for each in asked if each.marker is None or each.marker.evaluate({"extra": ""})}
+    assert not names - {pack.canonical(name) for name in (*packed, *pack.THERE, *pack.LEFT_OUT)}
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def trainer(setting: TrainSetting) -> Found:
         "wait_ms": 1e3 * wait_s,
         "share": wait_s / step_s,
     }
-    configured, save_s = recipe(config.model, setting.work).train.checkpoint_every, min(saves)
+    configured, save_s = recipe(config.model, setting.work).train.checkpoint_every, statistics.median(saves)
     nbytes = sum(file.stat().st_size for file in _checkpoint(made.checkpoints, setting.trained).rglob("*"))
     yield {
         "what": "checkpoint",
