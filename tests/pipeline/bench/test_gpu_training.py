@@ -72,7 +72,7 @@ def test_the_floor_is_the_larger_of_flops_and_bytes(setting: TrainSetting) -> No
 
 
 def test_forms_are_the_same_loss_but_for_the_shared_g(setting: TrainSetting, forms: dict[str, Form]) -> None:
-    models = {name: form.model().double() for name, form in forms.items()}
+    models = {name: form.model(CPU).double() for name, form in forms.items()}
     ids_BS = torch.randint(4, 512, (3, 65))
     loss = {name: form.loss(models[name], ids_BS).item() for name, form in forms.items()}
     assert loss["plga-logits"] == pytest.approx(loss["plga"], rel=1e-12)

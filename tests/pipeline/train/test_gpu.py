@@ -11,7 +11,7 @@ from pipeline.network import free_port
 from tests.helpers.ranks import ROOT
 from tests.pipeline.train.test_zero import losses, plain_pytorch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1000)]
 
 TOLERANCE = {"fp32": 2e-5, "bf16": 3e-2}  # of the SDPA twin's loss, in nats; PLGA's fp32 gradients are ill-conditioned
 
@@ -32,7 +32,7 @@ def trained(gpu, tmp_path_factory):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((folder / "result.json").read_text())

@@ -24,10 +24,11 @@ class Form:
     g_from: GFrom = "own"
     modules: bool = False
 
-    def model(self) -> PLDRModel:
-        """With new weights, the same for every form of one architecture."""
+    def model(self, device: torch.device) -> PLDRModel:
+        """With new weights, drawn on the device: the same for every form of one architecture."""
         torch.manual_seed(0)
-        model = PLDRModel(self.config)
+        with device:
+            model = PLDRModel(self.config)
         if self.modules:
             run_as_modules(model)
         return model

@@ -67,7 +67,7 @@ class EngineStep:
         sizes = {"global_batch": micro_batch, "micro_batch": micro_batch, "steps": STEPS, "g_from": form.g_from}
         config = recipe(form.config, folder, compile=compiled, **sizes)
         self.form, self.device, self.micro = form, device, random_ids(form, micro_batch)
-        self.engine = build_engine(form.model(), config.train, 1)
+        self.engine = build_engine(form.model(device), config.train, 1)
         set_learning_rate(self.engine, ADAMW["lr"])
         self.stop, self.forward = StopRequest(), Stopwatch(device)
 

@@ -36,7 +36,7 @@ class Plain:
         self, form: Form, micro_batch: int, device: torch.device, *, compiled: bool = False, graph: bool = False
     ) -> None:
         self.form = form
-        self.model = form.model().to(device, torch.bfloat16)
+        self.model = form.model(device).bfloat16()
         if compiled:
             for layer in self.model.layers:
                 layer.compile()
