@@ -101,6 +101,20 @@ def test_the_metric_learner_as_one_function_is_its_modules(gpu, ids_BS):
     assert (gradient - of_modules).norm() <= 1e-9 * of_modules.norm()
 
 
+def test_the_metric_learner_in_triton_is_its_modules(gpu, ids_BS, monkeypatch):
+    pytest.importorskip("pldr_model.triton_metric_learner", reason="Triton is not installed, or there are no kernels")
+    if gpu.type == "cpu":
+        pytest.skip("Triton compiles for a GPU; tests/pldr_model/ has what its interpreter can check")
+    monkeypatch.setenv("PLDR_METRIC_LEARNER", "triton")
+    exact = rounded(CONFIG, torch.float32)
+    expected, gradient = loss_and_gradient(exact, ids_BS)
+    model = PLDRModel(CONFIG)
+    model.load_state_dict(exact.state_dict())
+    found, of_triton = loss_and_gradient(model.to(gpu), ids_BS.to(gpu))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert (of_triton - gradient).norm() <= 1e-2 * gradient.norm()
+
+
 def test_a_captured_training_step_trains_like_the_step(gpu):
     form = forms_of(TINY)["plga"]
     plain, graph = (Plain(form, 2, gpu, graph=graph) for graph in (False, True))

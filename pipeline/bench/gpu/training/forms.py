@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,15 @@ from pldr_model.model import PLDRModel
 @dataclass(frozen=True)
 class Form:
     """A model as it is trained. chunked: the loss without logits of all tokens, as the trainer has it; g_from: whose G a
-    sequence uses; modules: the metric learner's modules one after the other, not its function with a gradient of its own."""
+    sequence uses; modules: the metric learner's modules one after the other, not its function with a gradient of its own;
+    triton: that function as Triton kernels, on a GPU and not compiled."""
 
     name: str
     config: ModelConfig
     chunked: bool = True
     g_from: GFrom = "own"
     modules: bool = False
+    triton: bool = False
 
     def model(self, device: torch.device) -> PLDRModel:
         """With new weights, drawn on the device: the same for every form of one architecture."""
@@ -35,6 +38,7 @@ class Form:
 
     def loss(self, model: PLDRModel, ids_BS: Tensor) -> Tensor:
         """The training loss of sequences [B,S+1] without padding."""
+        os.environ["PLDR_METRIC_LEARNER"] = "triton" if self.triton else ""  # read in each forward pass
         inputs_BS, targets_BS = ids_BS[:, :-1], ids_BS[:, 1:]
         if self.chunked:
             loss: Tensor = model(inputs_BS, targets=targets_BS, g_from=self.g_from, padded=False).loss
@@ -50,12 +54,13 @@ class Form:
 
 def forms_of(config: ModelConfig) -> dict[str, Form]:
     """`plga`, `twin` (G = identity), `plga-logits` (all logits at once), `plga-modules` (the metric learner not as one
-    function), `plga-shared` (one G for a micro batch)."""
+    function), `plga-triton` (its kernels), `plga-shared` (one G for a micro batch)."""
     forms = [
         Form("plga", config),
         Form("twin", config.sdpa_twin()),
         Form("plga-logits", config, chunked=False),
         Form("plga-modules", config, modules=True),
+        Form("plga-triton", config, triton=True),
         Form("plga-shared", config, g_from="batch"),
     ]
     return {form.name: form for form in forms}

@@ -87,7 +87,7 @@ def large(setting: TrainSetting) -> Found:
 
 GROUPS = (
     ("ours plga", "ours twin", "plain plga", "plain twin"),
-    ("plain plga", "plain plga-logits", "plain plga-modules"),
+    ("plain plga", "plain plga-logits", "plain plga-modules", "plain plga-triton"),
     ("ours plga", "ours plga-shared", "ours twin"),
 )
 
@@ -140,8 +140,8 @@ def in_turn(
             step = build()
             losses[label] = step()
             step()
-        except (RuntimeError, NotImplementedError) as error:
-            yield base | {"form": label, "error": str(error).splitlines()[0]}
+        except Exception as error:  # of a kernel's compiler, too
+            yield base | {"form": label, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
             continue
         steps[label], peaks[label] = step, memory.read()
         yield {**base, "what": "start", "form": label, "seconds": time.perf_counter() - started}
