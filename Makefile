@@ -6,7 +6,7 @@ RUN ?= runs/quickstart
 VLLM_VENV ?= .venv-vllm
 READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: quickstart test test-slow check format picture vllm-venv clean
+.PHONY: quickstart test test-slow test-gpu check format picture vllm-venv clean
 
 quickstart: $(READY)
 	$(BIN)/pldr run configs/quickstart.yaml
@@ -16,6 +16,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or multinode"
+
+# On a machine with a GPU, which the other tests do not see.
+test-gpu: $(READY)
+	DS_ACCELERATOR=cuda CUDA_VISIBLE_DEVICES=0 $(BIN)/python -m pytest -m gpu
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ pytest_plugins = [
     "tests.helpers.bundles",
     "tests.helpers.corpus",
     "tests.helpers.faulty_s3",
+    "tests.helpers.gpu",
     "tests.helpers.hosts",
     "tests.helpers.models",
     "tests.helpers.ranks",

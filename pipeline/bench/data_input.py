@@ -107,13 +107,21 @@ def write_documents(folder: Path, texts: list[str], shards: int) -> dict[str, An
     return index
 
 
-def write_tokens(folder: Path, *, shards: int, sequences: int, context_length: int, block_sequences: int) -> None:
+def write_tokens(
+    folder: Path,
+    *,
+    shards: int,
+    sequences: int,
+    context_length: int,
+    block_sequences: int,
+    vocab_size: int = 32_000,
+) -> None:
     """Write token tars of random ids, `sequences` in each shard, and their index."""
     rng = np.random.Generator(np.random.PCG64(0))
-    listed = [
-        _token_shard(folder, f"train-{number:06d}", _blocks(rng, sequences, context_length, block_sequences))
-        for number in range(shards)
-    ]
+    listed = []
+    for number in range(shards):
+        blocks = _blocks(rng, sequences, context_length, block_sequences, vocab_size)
+        listed.append(_token_shard(folder, f"train-{number:06d}", blocks))
     total = {"sequences": shards * sequences, "tokens": shards * sequences * (context_length + 1)}
     index: dict[str, Any] = {
         "schema_version": TOKENS_VERSION,
@@ -123,7 +131,7 @@ def write_tokens(folder: Path, *, shards: int, sequences: int, context_length: i
         "boundaries": False,
         "remainder": "drop",
         "dtype": "uint16",
-        "vocab_size": 32_000,
+        "vocab_size": vocab_size,
         "tokenizer": {"name": "tokenizer.model", "bytes": 0, "sha256": ""},
         "tokenizer_sha256": "",
         "documents_fingerprint": "",
@@ -134,11 +142,11 @@ def write_tokens(folder: Path, *, shards: int, sequences: int, context_length: i
 
 
 def _blocks(
-    rng: np.random.Generator, sequences: int, context_length: int, block_sequences: int
+    rng: np.random.Generator, sequences: int, context_length: int, block_sequences: int, vocab_size: int
 ) -> Iterator[np.ndarray[Any, np.dtype[np.uint16]]]:
     for start in range(0, sequences, block_sequences):
         rows = min(block_sequences, sequences - start)
-        yield rng.integers(4, 32_000, (rows, context_length + 1), dtype=np.uint16)
+        yield rng.integers(4, vocab_size, (rows, context_length + 1), dtype=np.uint16)
 
 
 def _token_shard(folder: Path, name: str, blocks: Iterator[np.ndarray[Any, np.dtype[np.uint16]]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Decoding on a GPU, in one run of at most eight minutes: `python -m pipeline.bench.gpu OUT`.
+"""Decoding or training (training/) on a GPU, in one run of at most eight minutes: `python -m pipeline.bench.gpu OUT`.
 
 In: nothing but sizes, and for one part a folder with the reference implementation's code; imports `pldr_model`, the timing in
 `pipeline/bench/`, and for one part the export's code in `pipeline/inference/hf/`.

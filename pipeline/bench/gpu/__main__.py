@@ -1,8 +1,9 @@
 """`python -m pipeline.bench.gpu OUT`: runs the parts one after the other and gathers what they measured in OUT/result.json.
 
 Every part is a process of its own with a limit, so that one that fails or hangs costs the others nothing, and what it measured
-until then stays. Needs torch, and for two parts transformers and sentencepiece; no MLflow, no DeepSpeed, no network. On a
-machine without a GPU, `--device cpu --tiny` goes the same way with a small model; nothing is captured there.
+until then stays. Decoding needs torch, and for two parts transformers and sentencepiece; training what the trainer needs
+(pack.py packs it for a machine without a network). On a machine without a GPU, `--device cpu --tiny` goes the same way with a
+small model; nothing is captured there.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pipeline.bench.gpu.parts import PARTS, run_part
-from pipeline.bench.gpu.setting import Setting
+from pipeline.bench.gpu.parts import PARTS, What, parts_of, run_part
+from pipeline.bench.gpu.training.summary import judge, table
 
 TOTAL_S = 460.0
 
@@ -27,19 +28,30 @@ def main(words: list[str] | None = None) -> int:
     """Exit code 0 if every part ended as it should."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.bench.gpu", description=__doc__)
     parser.add_argument("out", type=Path, help="folder for result.json and the parts' logs")
+    parser.add_argument(
+        "--what", choices=get_args(What), default="decode", help="%(default)s; all: the main parts of both"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try everything")
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help="for all parts together (%(default)s)")
     parser.add_argument(
-        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help="which parts"
+        "--patience", type=float, default=1.0, help="times every limit, on a slow machine (%(default)s)"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), metavar="PART", help="which parts, instead of --what"
     )
     parser.add_argument("--reference", type=Path, help="a clone of PLDR-LLM-with-KVG-cache, to time its loop too")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.part:
-        setting = Setting.of(device=arguments.device, tiny=arguments.tiny, reference=arguments.reference)
-        run_part(arguments.part, setting, arguments.out / f"{arguments.part}.jsonl")
+        run_part(
+            arguments.part,
+            arguments.out / f"{arguments.part}.jsonl",
+            device=arguments.device,
+            tiny=arguments.tiny,
+            reference=arguments.reference,
+        )
         return 0
     result = run_parts(arguments)
     return 0 if all("error" not in part for part in result["parts"].values()) else 1
@@ -47,13 +59,19 @@ def main(words: list[str] | None = None) -> int:
 
 def run_parts(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every part in its own process, within its limit and what is left of the whole."""
-    deadline = time.monotonic() + arguments.seconds
-    result: dict[str, Any] = {"command": sys.argv, "parts": {}}
-    for name in arguments.parts:
-        limit = min(PARTS[name].seconds, deadline - time.monotonic())
+    deadline = time.monotonic() + arguments.seconds * arguments.patience
+    result: dict[str, Any] = {"command": sys.argv, "device": arguments.device, "tiny": arguments.tiny, "parts": {}}
+    for name in arguments.parts or parts_of(arguments.what):
+        limit = min(PARTS[name].seconds * arguments.patience, deadline - time.monotonic())
         found = result["parts"][name] = _run_process(name, arguments, limit)
         print(f"{name}: {found['seconds']:.0f} s, {len(found['found'])} results {found.get('error', '')}", flush=True)
+        wanted = judge([row for part in result["parts"].values() for row in part["found"]])
+        result["wanted"] = [each._asdict() for each in wanted]
         (arguments.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    if any(PARTS[name].trains for name in result["parts"]):
+        if arguments.tiny or arguments.device != "cuda":
+            print("A rehearsal: its numbers say nothing of a GPU.")
+        print(table(wanted), flush=True)
     return result
 
 

@@ -12,15 +12,14 @@ import torch
 
 from pipeline.bench.gpu import __main__ as run
 from pipeline.bench.gpu import correct, parts
-from pipeline.bench.gpu.setting import Form, Setting
+from pipeline.bench.gpu.setting import Form
 from pldr_model.decode.decoder import Decoder
 
 FORMS = {"fp32", "bf16", "int8"}
 
 
 def lines_of(name: str, folder: Path, **changes: Any) -> list[dict[str, Any]]:
-    setting = Setting.of(device="cpu", tiny=True, reference=changes.get("reference"))
-    parts.run_part(name, setting, folder / "found.jsonl")
+    parts.run_part(name, folder / "found.jsonl", device="cpu", tiny=True, reference=changes.get("reference"))
     return [json.loads(line) for line in (folder / "found.jsonl").read_text().splitlines()]
 
 
