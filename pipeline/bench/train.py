@@ -166,8 +166,6 @@ def _our_step(config: RunConfig, micro_batches: list[np.ndarray]) -> tuple[Calla
 def _loss(model: PLDRModel, ids: Tensor, config: RunConfig, **apart: Tensor) -> Tensor:
     wants_outputs = any(config.model.dag_coefficients)
     whose = config.train.g_from
-    result = model(
-        ids[:, :-1], targets=ids[:, 1:], g_from=whose, padded=False, return_outputs=wants_outputs, **apart
-    )
+    result = model(ids[:, :-1], targets=ids[:, 1:], g_from=whose, padded=False, return_outputs=wants_outputs, **apart)
     tokens, outputs = result if wants_outputs else (result, None)
     return total_loss(tokens, config.model, outputs=outputs).total
