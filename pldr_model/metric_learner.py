@@ -59,16 +59,16 @@ class MetricLearner(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         as_modules = not self.fused or torch.compiler.is_compiling() or not torch.is_grad_enabled()
         if as_modules or torch.is_autocast_enabled(x.device.type):
-            return cast(Tensor, super().forward(x))
+            return cast(Tensor, super().forward(x))  # type: ignore[no-untyped-call]
         rows_RK = x.reshape(-1, x.shape[-1])
         out_RK: Tensor = _Learn.apply(rows_RK, self.eps, self.num_glus, *self.weights())  # type: ignore[no-untyped-call]
         return out_RK.view(x.shape)
 
     def weights(self) -> list[Tensor]:
         """w12, b12, w3, b3 of every GLU, then gamma, beta of every unit. (Read past nn.Module's attributes, which are slow.)"""
-        units = [unit._modules for unit in self._modules.values()]
-        glus = [glu._modules for unit in units for glu in unit["glus"]._modules.values()]
-        owners = [glu[name]._parameters for glu in glus for name in ("w12", "w3")]
+        units: list[Any] = [cast(Any, unit)._modules for unit in self._modules.values()]
+        glus: list[Any] = [glu._modules for unit in units for glu in unit["glus"]._modules.values()]
+        owners: list[Any] = [glu[name]._parameters for glu in glus for name in ("w12", "w3")]
         owners += [unit["norm"]._parameters for unit in units]
         return [owner[name] for owner in owners for name in ("weight", "bias")]
 
