@@ -9,8 +9,8 @@ Decision: an own loop, and not `torch.nn.functional.linear_cross_entropy` (torch
 compare with) nor Liger's kernel. torch's returns the loss in the dtype of its inputs (in bf16 that is 3 digits of the sum over
 a batch), sums a bf16 weight's gradient over chunks in bf16, has no z-loss, gives no loss of each target beside a sum with a
 gradient, needs torch 2.13 where the model runs with 2.6, and is two to three times as slow at small sizes on a CPU. Liger's is
-for GPUs only, and none was at hand to try it. A batch that fits one chunk is the plain path, which was never the faster one at
-any size measured (docs/speed.md), so nothing is chosen by shape.
+for GPUs only, and none was at hand to try it. Nothing is chosen by shape: a batch that fits one chunk is nearly the plain path,
+which was 7 % faster in one case of 256 tokens (docs/speed.md).
 
 Shapes: N rows (tokens), D model width, V vocabulary, R rows of a chunk.
 """
