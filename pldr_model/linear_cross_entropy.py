@@ -36,7 +36,6 @@ class RowLosses(NamedTuple):
     nll_N: Tensor
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # one call, whose loop a graph would only unroll
 def linear_cross_entropy(
     x_ND: Tensor,
     weight_VD: Tensor,

@@ -63,6 +63,11 @@ class OutputLayer(Linear):
     ) -> Tensor | TokenLosses:
         if targets_BS is None:
             return super().forward(x_BSD)
+        if (
+            torch.compiler.is_compiling()
+        ):  # of the whole model, not of layers: a graph would unroll the loop over chunks
+            logits_BSV: Tensor = super().forward(x_BSD)
+            return losses_of_logits(logits_BSV, targets_BS, pad_id=pad_id, z_loss=z_loss)
         x_ND, target_N = x_BSD.flatten(0, -2), targets_BS.flatten()
         total, nll_N = linear_cross_entropy(x_ND, self.weight, self.bias, target_N, ignore=pad_id, z_loss=z_loss)
         return _token_losses(total, nll_N, targets_BS, pad_id, z_loss)

@@ -162,3 +162,15 @@ def test_the_models_losses_are_those_of_its_logits(config, monkeypatch, z_loss):
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         model.zero_grad()
     assert relative(*gradients) < 1e-12
+
+
+def test_a_model_that_is_compiled_as_a_whole_has_the_same_losses(config):
+    """In one graph, of whole logits. aot_eager traces as the compiler does, without its code."""
+    torch.manual_seed(0)
+    model, ids = PLDRModel(config).double(), torch.randint(4, 997, (2, 33))
+    right = model(ids[:, :-1], targets=ids[:, 1:], padded=False)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = compiled(ids[:, :-1], targets=ids[:, 1:], padded=False)
+    assert abs(found.loss - right.loss) < 1e-12 and (found.nll_BS - right.nll_BS).abs().max() < 1e-12
+    gradients = [torch.autograd.grad(tokens.loss, model.output.weight)[0] for tokens in (right, found)]
+    assert relative(*gradients) < 1e-12

@@ -151,8 +151,9 @@ def test_dag_term_refuses_what_is_not_finite():
 
 @pytest.mark.parametrize("g_source", ["learned", "random"])
 def test_a_layer_traces_as_one_graph(tiny, g_source):
-    """fullgraph: a graph break inside a layer is an error. aot_eager traces as the compiler does, without its code."""
-    model = PLDRModel(ModelConfig.from_dict({**tiny.to_dict(), "g_source": g_source}))
+    """fullgraph: a graph break inside a layer is an error. aot_eager traces as the compiler does, without its code. In fp64:
+    eager, the metric learner is another function, and PLGA makes much of what fp32 rounds."""
+    model = PLDRModel(ModelConfig.from_dict({**tiny.to_dict(), "g_source": g_source})).double()
     ids = torch.randint(4, 61, (2, 16))
     eager = model(ids, padded=False)
     eager.sum().backward()
@@ -162,8 +163,8 @@ def test_a_layer_traces_as_one_graph(tiny, g_source):
         layer.compile(fullgraph=True, backend="aot_eager")
     compiled = model(ids, padded=False)
     compiled.sum().backward()
-    assert (compiled - eager).abs().max() < 1e-5
-    assert (model.output.weight.grad - gradient).abs().max() < 1e-4
+    assert (compiled - eager).abs().max() < 1e-10
+    assert (model.output.weight.grad - gradient).abs().max() < 1e-10
 
 
 @pytest.mark.slow

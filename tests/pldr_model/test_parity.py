@@ -34,7 +34,8 @@ def test_these_fp64_cases_agree_in_everything(found, case):
 def test_fp32_case_agrees_in_logits_and_tokens(golden):
     result = parity(golden / "base_f32")
     assert {"gradients", "trajectory", "A_P"} < set(result["not_judged"])
-    assert result["logits"] <= 2e-5
+    assert result["A"] <= 3e-6  # rounding, of which A_LM ** P makes ten times as much in G_LM
+    assert result["logits"] <= 1e-4
     assert result["cached_logits"] <= 2e-5
     assert result["loss"] <= 1e-6
     assert result["greedy_equal"] is True and result["failed"] == []

@@ -63,7 +63,7 @@ def test_an_own_template_with_an_unknown_name_lists_the_known_ones(capsys, monke
     Path("own.sbatch").write_text("#!/bin/bash\n{{ no_such }}\n")
     sizes = ("--nodes", "2", "--ranks-per-node", "1", "--template", "own.sbatch")
     assert main(["launch", "slurm", "tiny.yaml", *sizes, "--dry-run"]) == 2
-    assert "'no_such' is undefined; it may use: arguments, " in capsys.readouterr().err
+    assert "'no_such' is undefined; it may use: again, arguments, " in capsys.readouterr().err
 
 
 def test_dry_run_over_ssh(tokens, capsys, monkeypatch):
