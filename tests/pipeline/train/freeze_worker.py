@@ -43,7 +43,10 @@ def switch(config, folder: Path, g_lm: torch.Tensor) -> dict:
     for position in (SWITCH * train.global_batch, (SWITCH + 1) * train.global_batch):  # 12 sequences, rounded up
         rng = np.random.default_rng(position)  # as zero_worker.Batches
         ids = torch.from_numpy(rng.integers(4, config.model.vocab_size, size=(train.global_batch, 17)))
-        _, outputs = model(ids[:, :-1], padded=False, return_outputs=True)
+        with (
+            torch.no_grad()
+        ):  # as the freeze does: with gradients the metric learner is another function, and rounds otherwise
+            _, outputs = model(ids[:, :-1], padded=False, return_outputs=True)
         total += torch.stack([layer.G_LM.detach().double().sum(dim=0) for layer in outputs])
     expected = total / (2 * train.global_batch)
 
