@@ -59,6 +59,7 @@ def add_sweep_verb(verbs: Verbs) -> None:
 def _sweep(arguments: Any, report: Report) -> Result:
     if arguments.slurm:
         return _on_slurm(arguments, report)
+    _refuse_without_slurm(arguments)
     if arguments.only is not None:
         return _only(arguments, report)
     from launch.backends.hosts import read_hostfile
@@ -72,6 +73,19 @@ def _sweep(arguments: Any, report: Report) -> Result:
         start, ranks = _here(report), None
     result = sweep.run(launch=start, report=report, ranks=ranks)
     return _shown(sweep, result, report)
+
+
+def _refuse_without_slurm(arguments: Any) -> None:
+    """Raise ConfigError for an option that only --slurm reads: without it a --dry-run would train."""
+    given = {
+        "--dry-run": arguments.dry_run,
+        "--gpus-per-node": arguments.gpus_per_node is not None,
+        "--ranks-per-node": arguments.ranks_per_node is not None and arguments.only is None,
+        "--time": arguments.time is not None,
+        "--sbatch": bool(arguments.sbatch),
+    }
+    if wrong := [option for option, is_given in given.items() if is_given]:
+        raise ConfigError(f"sweep: {wrong[0]} is only read with --slurm; add --slurm, or remove it")
 
 
 def _shown(sweep: Sweep, result: Result, report: Report) -> Result:
@@ -92,7 +106,7 @@ def _on_slurm(arguments: Any, report: Report) -> Result:
 
     if arguments.hostfile is not None or arguments.only is not None:
         raise ConfigError("sweep: --slurm goes without --hostfile and --only")
-    ranks = arguments.ranks_per_node or 1
+    ranks = 1 if arguments.ranks_per_node is None else arguments.ranks_per_node
     gpus = ranks if arguments.gpus_per_node is None else arguments.gpus_per_node
     job = ScheduledJob(
         nodes=1,

@@ -167,6 +167,8 @@ class Phase(Section):
     def _are_shares(cls, weights: dict[str, float]) -> dict[str, float]:
         if not all(weight > 0 for weight in weights.values()):
             raise ValueError("every weight must be above 0; leave out a source that is not drawn")
+        if min(weights.values()) < 1e-6:
+            raise ValueError("a weight below 1e-6: write parts, 3 and 1 say; only their ratios count")
         if min(weights.values()) / sum(weights.values()) < 1 / MIXTURE_BLOCK:
             raise ValueError(f"a source with less than 1/{MIXTURE_BLOCK} of the sequences: leave it out")
         return weights

@@ -179,6 +179,8 @@ def _prepare(
     if start.checkpoint is not None:
         for line in _going_on(config, start.state, parse_resume(resume).path):
             report(line)
+        for line in _about_phases(config, start.state):
+            report(line)
         changed = changes(start.state, config, ranks)
         for key, change in changed.items():
             report(f"changed     {key} {change}")
@@ -212,6 +214,21 @@ def _going_on(config: RunConfig, state: dict[str, Any], source: Path | None) -> 
     if config.model.g_source == "learned":
         lines.append(f"budget      {budget_line(train, state)}")
     return lines
+
+
+def _about_phases(config: RunConfig, state: dict[str, Any]) -> list[str]:
+    """What becomes of the order of the data where a run goes on from one with other phases, or of another length."""
+    saved, now = state["config"], config.as_dict()
+    of_length = ("steps", "global_batch", "batch_warmup")
+    if config.data.phases is None or (
+        saved.get("data", {}).get("phases") == now["data"]["phases"]
+        and all(saved["train"].get(key) == now["train"][key] for key in of_length)
+    ):
+        return []
+    return [
+        "phases      what was drawn before is counted by the phases of this run, over its own length: sequences that the "
+        "checkpoint was trained on may be drawn again, and others be left out"
+    ]
 
 
 def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:

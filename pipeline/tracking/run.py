@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.checkpoint.format import committed
-from pipeline.config.keys import on_resume_in
+from pipeline.config.keys import added_defaults, on_resume_in
 from pipeline.config.paths import RunPaths
-from pipeline.config.run import RunConfig
+from pipeline.config.run import RunConfig, flatten
 from pipeline.errors import AnotherRunError, ConfigError, UserError, first_line
 from pipeline.io.locks import locked
 from pipeline.io.urls import without_secrets
@@ -190,7 +190,9 @@ def open_run(config: RunConfig, paths: RunPaths, *, run_id: str | None = None, f
         require_no_copy(run)
     if record.run_id is None:
         run.write()  # first: whatever is killed from here on, the run is made only once
-    _compare(record.params, run.id, config, force)
+    # A key that did not exist when the run was begun had its default's meaning.
+    before = {**flatten(added_defaults()), **record.params} if record.params else {}
+    _compare(before, run.id, config, force)
     try:
         run.create()
         tags = _check_same(run, force)

@@ -101,7 +101,9 @@ def _ways(config: RunConfig, cluster: Cluster) -> Iterator[Way]:
     per_rank = config.train.global_batch // cluster.devices
     stages: tuple[Stage, ...] = get_args(Stage)
     for stage in stages:
-        if config.train.precision == "bf16" and stage == 0:
+        if config.train.optimizer == "muon" and stage:
+            continue  # refused by the configuration
+        if config.train.optimizer != "muon" and config.train.precision == "bf16" and stage == 0:
             continue  # gradients would be accumulated in bf16 (docs/compatibility.md)
         for recompute in get_args(ActivationCheckpointing):
             if recompute == "metric_learner" and config.model.g_source != "learned":

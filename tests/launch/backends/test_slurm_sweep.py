@@ -94,11 +94,26 @@ def test_children_that_run_at_once_share_a_server(sweep, monkeypatch):
         (["--slurm", "--ranks-per-node", "3"], "is not a multiple of micro_batch"),
         (["--slurm", "--sbatch", "array=1-3"], "array is set by pldr"),
         (["--slurm", "--only", "1"], "--slurm goes without"),
-        (["--only", "5"], "--only 5: the sweep has children 1 to 4"),
+        (["--slurm", "--ranks-per-node", "0"], "--ranks-per-node 0: at least 1"),
+        ([], "--dry-run is only read with --slurm"),  # it would train
+        (["--only", "1"], "--dry-run is only read with --slurm"),
     ],
 )
 def test_wrong_options(sweep, capsys, words, message):
     assert main(["sweep", sweep, *words, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "5"], "--only 5: the sweep has children 1 to 4"),
+        (["--time", "1:00:00"], "--time is only read with --slurm"),
+        (["--gpus-per-node", "0"], "--gpus-per-node is only read with --slurm"),
+    ],
+)
+def test_wrong_options_without_slurm(sweep, capsys, words, message):
+    assert main(["sweep", sweep, *words]) == 2
     assert message in capsys.readouterr().err
 
 

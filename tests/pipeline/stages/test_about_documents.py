@@ -1,11 +1,12 @@
-"""What training says of document masks and losses by source when it starts."""
+"""What training says of document masks, losses by source and phases when it starts."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from pipeline.config.load import parse_config
-from pipeline.stages.train import _about_documents
+from pipeline.errors import ConfigError
+from pipeline.stages.train import _about_documents, _about_phases
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,24 @@ def test_what_masks_and_sources_do_not_do_is_said(masks, source, stored, said):
     }
     lines = _about_documents(parse_config(tree, where="test"), SimpleNamespace(sources=stored))
     assert len(lines) == len(said) and all(text in line for text, line in zip(said, lines, strict=True))
+
+
+def with_phases(steps: int, web: float, **train):
+    data = {"sources": [{"url": "x.txt", "name": "web"}, {"url": "y.txt", "name": "books"}], "separate_sources": True}
+    phases = [{"until": 0.5, "weights": {"web": web}}, {"until": 1, "weights": {"books": 1}}]
+    recipe = {"steps": steps, "warmup_steps": 1, **train}
+    model = {"vocab_size": 300, "num_layers": 1, "num_heads": 1, "head_dim": 4, "context_length": 8}
+    tree = {"name": "t", "run_dir": "runs/t", "data": {**data, "phases": phases}, "model": model, "train": recipe}
+    return parse_config(tree, where="test")
+
+
+def test_that_phases_are_counted_anew_is_said():
+    state = {"config": with_phases(40, 3.0).as_dict()}
+    assert _about_phases(with_phases(40, 3.0, log_every=7), state) == []
+    for other in (with_phases(25, 3.0), with_phases(40, 2.0)):
+        assert "may be drawn again" in _about_phases(other, state)[0]
+
+
+def test_weights_too_small_for_exact_shares_are_refused():
+    with pytest.raises(ConfigError, match="a weight below 1e-6: write parts"):
+        with_phases(40, 1e-12)

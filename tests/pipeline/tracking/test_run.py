@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths
+from pipeline.config.run import RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pipeline.io.sealed import read_sealed
@@ -151,6 +152,20 @@ def test_a_run_of_another_configuration_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not found"):
         opened(configuration(tmp_path), run_id="0" * 32)
     opened(configuration(tmp_path, train={"log_every": 7}))  # changes nothing of the run
+
+
+@pytest.mark.parametrize("where", ["run.json", "MLflow"])
+def test_a_key_that_is_later_than_the_run_had_its_default(tmp_path, monkeypatch, where):
+    flat = RunConfig.flat
+    monkeypatch.setattr(
+        RunConfig, "flat", lambda config: {k: v for k, v in flat(config).items() if k != "train.z_loss"}
+    )
+    run_id = opened(configuration(tmp_path)).id
+    monkeypatch.undo()
+    named = {"run_id": run_id} if where == "MLflow" else {}
+    assert opened(configuration(tmp_path), **named).id == run_id
+    with pytest.raises(ConfigError, match=r"made with train\.z_loss=0\.0, this configuration has 0\.1"):
+        opened(configuration(tmp_path, train={"z_loss": 0.1}), **named)
 
 
 CRASH = """

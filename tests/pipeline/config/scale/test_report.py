@@ -106,3 +106,8 @@ def test_the_command(capsys, repository):
     assert result["scale"]["as_configured"]["devices"] == 32 and len(result["scale"]["world_sizes"]) == 10
     assert main([*words, "--link-gbps", "0"]) == 2
     assert "--link-gbps 0 must be a positive number" in capsys.readouterr().err
+
+
+def test_muon_is_planned_at_the_only_stage_that_it_has(load):
+    report = scale(load("train.optimizer=muon", "train.zero_stage=0"), Cluster(devices=8))
+    assert {row["zero_stage"] for row in report["world_sizes"] if "problem" not in row or not row["problem"]} == {0}
