@@ -55,8 +55,8 @@ def set_up(train: TrainConfig, recordings: Path) -> None:
 
 
 def write_recording(recordings: Path, rank: int) -> None:
-    """This rank's last collectives, as JSON; nothing without a flight recorder."""
-    if not recordings.is_dir():
+    """This rank's last collectives, as JSON; nothing without a flight recorder, also where an earlier start had one."""
+    if "TORCH_FR_BUFFER_SIZE" not in os.environ or not recordings.is_dir():
         return
     with contextlib.suppress(ImportError, AttributeError, RuntimeError, OSError):  # older torch; a full disk
         from torch._C import _distributed_c10d

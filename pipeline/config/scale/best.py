@@ -75,6 +75,9 @@ def problem_with(config: RunConfig, devices: int) -> str | None:
         )
     if batch % devices:
         return f"global_batch {batch} is no multiple of {devices}: set train.global_batch={batch // devices * devices}"
+    micro = config.train.micro_batch
+    if config.train.mixes_g and batch // devices % micro:
+        return f"micro_batch {micro}, part of the recipe where G is shared, does not divide the {batch // devices} of a device"
     return None
 
 
@@ -108,7 +111,9 @@ def _ways(config: RunConfig, cluster: Cluster) -> Iterator[Way]:
         for recompute in get_args(ActivationCheckpointing):
             if recompute == "metric_learner" and config.model.g_source != "learned":
                 continue
-            for micro in (n for n in range(1, per_rank + 1) if per_rank % n == 0):
+            # Where a sequence takes another's G, the micro batch is part of the recipe.
+            fits = [config.train.micro_batch] if config.train.mixes_g else range(1, per_rank + 1)
+            for micro in (n for n in fits if per_rank % n == 0):
                 yield judge(with_way(config, stage, micro, recompute), cluster)
 
 

@@ -108,6 +108,11 @@ def test_the_command(capsys, repository):
     assert "--link-gbps 0 must be a positive number" in capsys.readouterr().err
 
 
+def test_where_g_is_shared_the_micro_batch_stays_as_it_is(load):
+    report = scale(load("train.share_g_below=1e-4", "train.micro_batch=2", "train.global_batch=32"), Cluster(devices=8))
+    assert {row["micro_batch"] for row in report["world_sizes"] if not row.get("problem")} == {2}
+
+
 def test_muon_is_planned_at_the_only_stage_that_it_has(load):
     report = scale(load("train.optimizer=muon", "train.zero_stage=0"), Cluster(devices=8))
     assert {row["zero_stage"] for row in report["world_sizes"] if "problem" not in row or not row["problem"]} == {0}
