@@ -130,8 +130,8 @@ def test_a_full_disk_warns_and_training_goes_on(work, straight):
 
 @pytest.mark.slow
 def test_a_rank_out_of_memory_says_so_and_what_was_in_it(work):
-    command = ["prlimit", f"--as={4_500_000_000}", *PLDR, "train", "tiny.yaml", "--json", "train.global_batch=4096",
-               "train.micro_batch=2048", f"run_dir={work / 'run'}"]  # fmt: skip
+    command = ["prlimit", f"--as={4_500_000_000}", *PLDR, "train", "tiny.yaml", "--json", "train.global_batch=32768",
+               "train.micro_batch=16384", f"run_dir={work / 'run'}"]  # fmt: skip
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=400)
     error = json.loads(done.stdout.strip().splitlines()[-1])["error"]
     assert done.returncode == 1 and "is out of memory in step" in error and "lower train.micro_batch" in error
