@@ -4,9 +4,9 @@ Decision (speed): its products are small, so launching them, and reading gates a
 much as the products. While training, a metric learner is one autograd function with a gradient written by hand, in place of a
 node for each operation. What is hidden has the rows in its columns: gates and values are each contiguous, and products are
 about as wide as there are rows. The backward pass computes silu(gate) again, so that 0.56 of what the modules
-keep is kept (A_dff 170, K 64). In fp64 the
-gradients agree with the modules' to 1e-12 (tests/pldr_model/test_metric_learner.py). The modules run as they are without
-gradients, under autocast, at ZeRO-3, whose hooks gather weights in them, and in torch.compile, which fuses more by itself.
+keep is kept (A_dff 170, K 64). In fp64 the gradients agree with the modules' to 1e-12
+(tests/pldr_model/test_metric_learner.py). The modules run as they are without gradients, under autocast, at ZeRO-3, whose hooks
+gather weights in them, and in torch.compile, which fuses more by itself.
 
 Shapes: R rows, K their length, F hidden size of a GLU, E = 2F (gates, then values), G GLUs, N units.
 """

@@ -262,7 +262,7 @@ def _about_documents(config: RunConfig, index: TokenIndex) -> list[str]:
             "they are apart only once G_LM is invariant, or frozen (train.freeze_g)"
         )
     if config.tokens.sources and not index.sources:
-        lines.append("val/loss/SOURCE is not logged: these tokens are of a single source")
+        lines.append("val/loss/SOURCE is not logged: these tokens are of a single source, or were made without it")
     return lines
 
 

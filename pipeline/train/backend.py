@@ -3,9 +3,8 @@ collective fails.
 
 `set_up` runs in every rank, however it was started, before CUDA and the process group begin, which read these variables once.
 
-- `train.deterministic`: torch takes kernels whose result does not depend on the order in which threads end, and raises where
-it has
-  none. On a CPU a run is bit-equal without. What it does not fix is NCCL: the order of its sums depends on algorithm,
+- `train.deterministic`: torch takes kernels whose result does not depend on the order in which threads end, and raises where it
+  has none. On a CPU a run is bit-equal without. What it does not fix is NCCL: the order of its sums depends on algorithm,
   protocol and the number of channels, which it chooses by the machines and the message; the same job on the same machines has
   the same. They are pinned by NCCL_ALGO and NCCL_PROTO, which are left to the user.
 - `train.flight_recorder`: torch keeps this many of a rank's last collectives. With NCCL torch's own watchdog writes them, as a
@@ -33,10 +32,8 @@ def variables(train: TrainConfig, recordings: Path) -> dict[str, str]:
         found["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # the larger of the two values with which cuBLAS is deterministic
     if train.flight_recorder:
         size, file = str(train.flight_recorder), str(recordings / "nccl-rank-")  # torch appends the rank
-        found |= {
-            "TORCH_FR_BUFFER_SIZE": size,
-            "TORCH_NCCL_TRACE_BUFFER_SIZE": size,
-        }  # the second: torch before 2.9 or so
+        # Each has a name of its own in earlier versions of torch.
+        found |= {"TORCH_FR_BUFFER_SIZE": size, "TORCH_NCCL_TRACE_BUFFER_SIZE": size}
         found |= {"TORCH_FR_DUMP_TEMP_FILE": file, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": file}
         found |= {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_NCCL_ENABLE_MONITORING": "1"}
     return found

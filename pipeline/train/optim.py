@@ -64,9 +64,8 @@ class ClippedAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` that first clips its gradients, and skips a step for which these are not finite (Clipping)."""
 
     def __init__(self, params: Any, clipping: Clipping, **kwargs: Any) -> None:
-        super().__init__(
-            params, fused=True, **kwargs
-        )  # one kernel, on a CPU too: there six times as fast (docs/speed.md)
+        # One kernel, on a CPU too.
+        super().__init__(params, fused=True, **kwargs)
         self.clipping = clipping
 
     @property

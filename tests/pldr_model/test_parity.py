@@ -26,9 +26,8 @@ def test_these_fp64_cases_agree_in_everything(found, case):
     assert {name: result[name] for name in NUMBERS if not result[name] <= 1e-9} == {}
     assert result["greedy_equal"] is True and result["failed"] == [] and result["ill_conditioned"] == []
     assert all(result["spread"][name] < 1e-8 for name in NUMBERS)
-    assert all(
-        result["spread"][name] > 0 for name in NUMBERS if "loss" not in name
-    )  # a mean may round to the same number
+    # A mean may round to the same number.
+    assert all(result["spread"][name] > 0 for name in NUMBERS if "loss" not in name)
 
 
 def test_fp32_case_agrees_in_logits_and_tokens(golden):

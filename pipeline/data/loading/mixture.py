@@ -3,14 +3,12 @@
 
 A phase is a range of positions with a share for each source. It is cut into blocks of BLOCK positions:
 
-1. How many sequences of each source come before block b of a phase is `T_k(b) - T_{k-1}(b)`, where T_k(b) is the sum of the
-first k
-   shares times the positions before the block, rounded. So at every block's beginning each source is within one sequence of its
-   share, however long the phase.
+1. How many sequences of source k come before block b of a phase is `T_k(b) - T_{k-1}(b)`, where T_k(b) is the sum of the
+   first k shares times the positions before the block, rounded. So at every block's beginning each source is within one
+   sequence of its share, however long the phase.
 2. Inside a block the sources' places are a keyed permutation.
 3. The n-th place of a source, counted from the beginning of training through all phases, takes the n-th sequence of that
-source's own
-   order: every sequence is used before one is used again, also across phases.
+   source's own order: every sequence is used before one is used again, also across phases.
 
 Shares are exact fractions, so no machine rounds them otherwise. Memory does not grow with the corpus or with the run.
 """
