@@ -90,6 +90,7 @@ def bench(config: RunConfig, *, port: int, steps: int, batch: int | None, saves:
     parameters = config.model.num_parameters()["total"]
     bound = 0.03 if parameters >= LARGE else 0.10
     stall = save_s / (SAVE_EVERY * ours_s)
+    torch.distributed.destroy_process_group()  # gloo may abort when Python ends with one
     return {
         "parameters": parameters,
         "sequences_per_step": train.global_batch,

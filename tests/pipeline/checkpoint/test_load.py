@@ -44,6 +44,7 @@ with patch.object(checkpoint._HashingFile, "write", side_effect=OSError(28, "No 
     except Exception as error:
         print("REFUSED", type(error).__name__, error)
 print("LEFT", sorted(p.name for p in folder.iterdir()))
+torch.distributed.destroy_process_group()  # else gloo may abort when Python ends
 """
 
 

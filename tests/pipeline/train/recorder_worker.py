@@ -3,6 +3,7 @@
 Usage: recorder_worker.py FOLDER
 """
 
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -34,3 +35,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # a group whose collective has failed is not left in order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -35,6 +36,7 @@ def join(device: torch.device) -> None:
     from pipeline.train.engine import init_distributed
 
     init_distributed(TIMEOUT_S)
+    atexit.register(torch.distributed.destroy_process_group)  # gloo may abort when Python ends with one
 
 
 def recipe(model: ModelConfig, folder: Path, **keys: Any) -> RunConfig:
