@@ -10,11 +10,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from launch.backends.dry_run import dry_run
 from launch.backends.job import Report
+from launch.backends.local_sweep import last_error
 from launch.backends.scheduled import ScheduledJob, fill_in
 from launch.backends.slurm import SlurmOptions, check, fixes_of, frame, inside, mark_of
 from pipeline import slurm
@@ -86,6 +86,8 @@ def sweep_on_slurm(
             ended = {} if array is None else _follow(sweep, parent, array, fixes_of(job, options), report)
             table = apart.collect(sweep, parent, {} if array is None else _errors(sweep, array, ended))
             rows = table.pop("rows")
+            if array is not None and (waiting := apart.unfinished(sweep, {row["child"] for row in rows})):
+                report(f"children    {len(waiting)} more are to run, now that the best is known: start the sweep again")
             status = "FAILED" if any(row["status"] == "failed" for row in rows) else "FINISHED"
         finally:
             sweep.log(parent, {}, status=status)
@@ -157,15 +159,5 @@ def _errors(sweep: Sweep, array: str, ended: dict[str, str]) -> dict[str, str]:
         output = sweep.paths.logs / f"sweep-{element}.out"
         state = slurm.state_at_end(element, output, ended.get(element))
         fix = f"; {ENDS[state]}" if state in ENDS else ""
-        errors[name] = f"ended as {state} in Slurm job {element}, {output}: {_reason(output)}{fix}"
+        errors[name] = f"ended as {state} in Slurm job {element}, {output}: {last_error(output)}{fix}"
     return errors
-
-
-def _reason(output: Path) -> str:
-    """The error that `pldr` printed last, else the last line."""
-    try:
-        lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    except OSError:
-        return "no output"
-    ours = [line.partition("pldr: error: ")[2] for line in lines if "pldr: error: " in line]
-    return (ours or lines or ["no output"])[-1][:300]

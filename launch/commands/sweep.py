@@ -1,4 +1,4 @@
-"""`pldr sweep SWEEP.yaml`: a grid of runs as children of one MLflow run."""
+"""`pldr sweep SWEEP.yaml`: variants or a grid of runs as children of one MLflow run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def add_sweep_verb(verbs: Verbs) -> None:
     """The verb `sweep`."""
-    about = "run every combination of a grid, skip what is complete, and end with one table and plot"
+    about = "run variants and every combination of a grid, skip what is complete, and end with one table and plot"
     sweep = verbs.add("sweep", _sweep, about, is_work=True)
     add_config(sweep, metavar="SWEEP", help="YAML of the sweep, such as configs/sweeps/invariance_budget.yaml")
     sweep.add_argument(
@@ -35,7 +35,10 @@ def add_sweep_verb(verbs: Verbs) -> None:
         "--slurm", action="store_true", help="the unfinished children as one Slurm job array, a node each"
     )
     sweep.add_argument(
-        "--at-once", type=int, default=4, metavar="N", help="with --slurm: children that run at once (4)"
+        "--at-once",
+        type=int,
+        metavar="N",
+        help="children that run at once: here (1), each on one rank; with --slurm (4)",
     )
     sweep.add_argument(
         "--ranks-per-node", type=int, metavar="N", help="with --slurm: ranks of a child, on its node (1)"
@@ -65,6 +68,8 @@ def _sweep(arguments: Any, report: Report) -> Result:
     from launch.backends.hosts import read_hostfile
     from pipeline.sweep.sweep import Sweep
 
+    if arguments.at_once is not None:
+        return _at_once(arguments, report)
     hosts = [] if arguments.hostfile is None else read_hostfile(arguments.hostfile)
     sweep = Sweep(arguments.config, arguments.overrides, nodes=max(1, len(hosts)))
     if hosts:
@@ -119,9 +124,22 @@ def _on_slurm(arguments: Any, report: Report) -> Result:
     )
     options = SlurmOptions(arguments.time, arguments.signal_before, arguments.sbatch)
     words = [str(Path(arguments.config).absolute()), *arguments.overrides]
+    at_once = 4 if arguments.at_once is None else arguments.at_once
     sweep = Sweep(arguments.config, arguments.overrides, apart=True)
-    result = sweep_on_slurm(sweep, job, options, words, at_once=arguments.at_once, dry=arguments.dry_run, report=report)
+    result = sweep_on_slurm(sweep, job, options, words, at_once=at_once, dry=arguments.dry_run, report=report)
     return result if arguments.dry_run else _shown(sweep, result, report)
+
+
+def _at_once(arguments: Any, report: Report) -> Result:
+    """Several children at the same time, here. Raises ConfigError."""
+    from launch.backends.local_sweep import sweep_at_once
+    from pipeline.sweep.sweep import Sweep
+
+    if arguments.hostfile is not None:
+        raise ConfigError("sweep: --at-once goes without --hostfile, whose hosts train one child after another")
+    words = [str(Path(arguments.config).absolute()), *arguments.overrides]
+    sweep = Sweep(arguments.config, arguments.overrides, apart=True)
+    return _shown(sweep, sweep_at_once(sweep, words, at_once=arguments.at_once, report=report), report)
 
 
 def _only(arguments: Any, report: Report) -> Result:

@@ -7,7 +7,7 @@ server each child has a store of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from pipeline.stages.compatible import Report
 from pipeline.stages.runner import Pipeline, exclusive
 from pipeline.stages.table import NAMES, stage_named
 from pipeline.stages.train import Launch
+from pipeline.sweep.compare import in_order
+from pipeline.sweep.config import Child
 from pipeline.sweep.sweep import DATA_STAGES, Result, Sweep, measured
 from pipeline.tracking.run import known_run
 
@@ -34,13 +36,23 @@ def run_only(sweep: Sweep, number: int, *, launch: Launch, report: Report, ranks
     return row
 
 
-def unfinished(sweep: Sweep) -> dict[int, str]:
-    """number -> name of the children that are not complete for today's settings; their files are not looked at."""
-    return {
-        number: child.name
-        for number, child in enumerate(sweep.children, start=1)
-        if not _is_complete(_done(child.config), sweep.settings.until, child.config)
-    }
+def unfinished(sweep: Sweep, failed: Collection[str] = ()) -> dict[int, str]:
+    """number -> name of the children that are to run and are not complete for today's settings, in the order in which they run;
+    their files are not looked at. Where the others' results decide (compare.py), those that can be told by now.
+
+    failed: names of children that are not to be waited for.
+    """
+    rows = [_failed(child, "") for child in sweep.children if child.name in failed]
+    left = {}
+    for number in in_order(sweep.children, sweep.settings.compare):
+        child = sweep.children[number - 1]
+        done = _done(child.config)
+        if _is_complete(done, sweep.settings.until, child.config):
+            if sweep.settings.compare is not None:
+                rows.append(_finished(sweep, child, done))
+        elif child.name not in failed:
+            left[number] = child.name
+    return {number: name for number, name in left.items() if sweep.is_wanted(sweep.children[number - 1], rows)}
 
 
 def make_shared_data(sweep: Sweep, *, report: Report) -> None:
@@ -58,15 +70,26 @@ def collect(sweep: Sweep, parent: str, errors: Mapping[str, str] | None) -> Resu
     Raises UserError, with the table, when children failed.
     """
     rows: list[Result] = []
-    for child in sweep.children:
+    for number in in_order(sweep.children, sweep.settings.compare):
+        child = sweep.children[number - 1]
         done = _done(child.config)
-        complete = _is_complete(done, sweep.settings.until, child.config)
-        if complete or errors is not None:
-            error = None if complete else (errors or {}).get(child.name, "it did not run")
-            status = "finished" if complete else "failed"
-            row = {"child": child.name, **child.values, "status": status, "error": error}
-            rows.append(row | measured(child.config, list(done)))
+        if _is_complete(done, sweep.settings.until, child.config):
+            rows.append(_finished(sweep, child, done))
+        elif errors is not None and sweep.is_wanted(child, rows):
+            rows.append(_failed(child, errors.get(child.name, "it did not run")) | measured(child.config, list(done)))
     return sweep.write_report(parent, rows) | {"rows": rows}
+
+
+def _finished(sweep: Sweep, child: Child, done: Mapping[str, Any]) -> Result:
+    """The row of a complete child: read once, for there may be a hundred of them."""
+    if child.name not in sweep.complete:
+        row: Result = {"child": child.name, **child.values, "status": "finished", "error": None}
+        sweep.complete[child.name] = row | measured(child.config, list(done))
+    return sweep.complete[child.name]
+
+
+def _failed(child: Child, error: str) -> Result:
+    return {"child": child.name, **child.values, "status": "failed", "error": error}
 
 
 def _done(config: RunConfig) -> dict[str, Any]:

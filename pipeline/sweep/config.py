@@ -1,4 +1,4 @@
-"""A sweep's YAML, checked, and the children that its grid makes: one configuration each."""
+"""A sweep's YAML, checked, and the children that its variants and its grid make: one configuration each."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from pipeline.tracking.default_store import for_several_nodes, of_its_own
 
 RESERVED = ("name", "run_dir", "tracking.uri", "tracking.parent_run")  # set by the sweep
 MAX_CHILDREN = 1000
+VARIANT = "variant"  # its column in the table
 Scalar = str | int | float | bool | None
 COLUMNS = (
     "step",
+    "tokens",
+    "train_seconds",
     "loss",
     "val_loss_cached",
     "order_parameter",
@@ -46,6 +49,15 @@ class PlotConfig(Section):
     log_y: bool = True
 
 
+class CompareConfig(Section):
+    """How variants are compared (pipeline/sweep/compare.py). Names are columns of the table and keys of the grid."""
+
+    baseline: str
+    value: str = "val_loss_cached"
+    pairs: str = "seed"
+    tune: str | None = None
+
+
 class SweepConfig(Section):
     """A sweep's YAML."""
 
@@ -53,7 +65,9 @@ class SweepConfig(Section):
     config: str = Field(min_length=1)
     run_dir: str = Field(min_length=1)
     set: dict[str, Any] = Field(default_factory=dict)
-    grid: dict[str, list[Scalar]] = Field(min_length=1)
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    grid: dict[str, list[Scalar]] = Field(default_factory=dict)
+    compare: CompareConfig | None = None
     until: Literal["train", "consolidate", "extract", "validate", "bundle"] = "validate"
     plot: PlotConfig = PlotConfig()
 
@@ -66,8 +80,8 @@ class Child:
 
 
 def child_name(values: dict[str, Scalar]) -> str:
-    """`metric_weight_decay-5.seed-2`: the last part of each key with its value, fit for a folder's name."""
-    parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in values.items()]
+    """`sdpa.max_lr-0.001.seed-2`: the variant, then the last part of each key with its value, fit for a folder's name."""
+    parts = [str(value) if key == VARIANT else f"{key.rpartition('.')[2]}-{value}" for key, value in values.items()]
     return re.sub(r"[^A-Za-z0-9._-]+", "_", ".".join(parts))[:120]
 
 
@@ -84,28 +98,34 @@ def read(
     base = path.absolute().parent / settings.config
     common = [_override(k, v) for k, v in settings.set.items()] + overrides
     given = [*settings.set, *(override.partition("=")[0] for override in overrides)]
-    for key in [*given, *settings.grid]:
+    of_variants = [key for keys in settings.variants.values() for key in keys]
+    for key in [*given, *of_variants, *settings.grid]:
         if key in RESERVED:
             raise ConfigError(f"{path}: {key} is set by the sweep; remove it")
     for key in settings.grid:
         if any(other == key or other.startswith(f"{key}.") for other in given):
             raise ConfigError(f"{path}: {key} is varied by the grid; remove it from `set` or the command line")
+        if any(other == key or other.startswith(f"{key}.") for other in of_variants):
+            raise ConfigError(f"{path}: {key} is varied by the grid; remove it from `variants`")
     parent = load_config(base, [*common, _override("run_dir", str(root)), _override("name", settings.name)])
     parent = for_several_nodes(parent, 2 if apart else nodes)
-    keys, columns = list(settings.grid), list(settings.grid.values())
-    combinations = list(itertools.product(*columns))
+    variants: list[str | None] = [*settings.variants] or [None]
+    combinations = [
+        (variant, combination) for variant in variants for combination in itertools.product(*settings.grid.values())
+    ]
     if not combinations or len(combinations) > MAX_CHILDREN:
-        raise ConfigError(f"{path}: grid has {len(combinations)} combinations; give 1 to {MAX_CHILDREN}")
+        raise ConfigError(f"{path}: variants and grid make {len(combinations)} children; give 1 to {MAX_CHILDREN}")
     children = []
-    for combination in combinations:
-        values = dict(zip(keys, combination, strict=True))
-        name = child_name(values)
-        own = [_override(k, v) for k, v in values.items()]
+    for variant, combination in combinations:
+        varied = {} if variant is None else {VARIANT: variant}
+        values = dict(zip(settings.grid, combination, strict=True))
+        name = child_name({**varied, **values})
+        own = [_override(k, v) for k, v in {**settings.variants.get(variant or "", {}), **values}.items()]
         own_paths = {"run_dir": str(root / "children" / name), "tracking.uri": tracking_uri(parent)}
         own += [_override(k, v) for k, v in {**own_paths, "name": f"{settings.name}.{name}"}.items()]
         config = load_config(base, [*common, *own])
         config = of_its_own(config) if apart else config
-        children.append(Child(name, {key: _value_of(config, key) for key in keys}, config))
+        children.append(Child(name, {**varied, **{key: _value_of(config, key) for key in values}}, config))
     names = [child.name for child in children]
     if len(set(names)) < len(names):
         raise ConfigError(
@@ -128,11 +148,26 @@ def _read(path: Path) -> SweepConfig:
         key = ".".join(str(part) for part in first["loc"])
         known = f"; known keys: {', '.join(SweepConfig.model_fields)}" if first["type"] == "extra_forbidden" else ""
         raise ConfigError(f"{path}: {key or 'the file'}: {first['msg'].removeprefix('Value error, ')}{known}") from None
-    columns = (*settings.grid, *COLUMNS)
+    if not settings.grid and not settings.variants:
+        raise ConfigError(f"{path}: nothing is varied; give grid, variants or both")
+    columns = (VARIANT, *settings.grid, *COLUMNS)
     for axis in (settings.plot.x, settings.plot.y):
         if axis not in columns:
             raise ConfigError(f"{path}: plot: {axis!r} is not a column; there are: {', '.join(columns)}")
+    if settings.compare is not None:
+        _check_compare(path, settings, settings.compare)
     return settings
+
+
+def _check_compare(path: Path, settings: SweepConfig, compare: CompareConfig) -> None:
+    given = {"baseline": compare.baseline, "value": compare.value, "pairs": compare.pairs, "tune": compare.tune}
+    allowed = {"baseline": settings.variants, "value": COLUMNS, "pairs": settings.grid, "tune": settings.grid}
+    for key, name in given.items():
+        if name is not None and name not in allowed[key]:
+            known = ", ".join(allowed[key]) or "none"
+            raise ConfigError(f"{path}: compare.{key}: {name!r} is not there; there are: {known}")
+    if compare.tune == compare.pairs:
+        raise ConfigError(f"{path}: compare.tune and compare.pairs are both {compare.tune}; tune another key")
 
 
 def _value_of(config: RunConfig, key: str) -> Scalar:

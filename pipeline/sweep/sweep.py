@@ -35,7 +35,8 @@ from pipeline.stages.records import FREE
 from pipeline.stages.runner import Pipeline, exclusive
 from pipeline.stages.table import NAMES
 from pipeline.stages.train import Launch
-from pipeline.sweep.config import COLUMNS, Child, read
+from pipeline.sweep.compare import in_order, is_wanted
+from pipeline.sweep.config import COLUMNS, VARIANT, Child, read
 from pipeline.sweep.report import write_sweep_report
 from pipeline.tracking.client import client, report_store, tracking_uri, why
 from pipeline.tracking.clock import now_ms
@@ -58,6 +59,7 @@ class Sweep:
         Raises ConfigError, one line, for a mistake in the sweep's YAML or in any child's configuration."""
         self.settings, self.config, self.children = read(Path(path), overrides, nodes=nodes, apart=apart)
         self.paths = RunPaths(self.config.run_dir)
+        self.complete: dict[str, Result] = {}  # rows of children that others have finished (apart.py)
 
     def run(self, *, launch: Launch, report: Report, ranks: int | None = None) -> Result:
         """Every child in turn; returns the table, as `report/sweep.json` has it. `ranks`: how many train, on all nodes (None:
@@ -68,9 +70,13 @@ class Sweep:
         """
         with exclusive(self.paths, report):
             parent = self.open_parent()
-            status, rows = "KILLED", []
+            status = "KILLED"
+            rows: list[Result] = []
             try:
-                for number, child in enumerate(self.children, start=1):
+                for number in in_order(self.children, self.settings.compare):
+                    child = self.children[number - 1]
+                    if not self.is_wanted(child, rows):
+                        continue
                     report(f"child       {number} of {len(self.children)}: {child.name}")
                     rows.append(self.child(child, parent, launch=launch, report=report, ranks=ranks))
                     table = self.write_report(parent, rows)
@@ -78,6 +84,10 @@ class Sweep:
             finally:
                 self.log(parent, {}, status=status)
         return self.result(parent, rows, table)
+
+    def is_wanted(self, child: Child, rows: Sequence[Result]) -> bool | None:
+        """Whether a child is to run, as far as the rows of others tell (compare.py)."""
+        return is_wanted(child, self.children, {row["child"]: row for row in rows}, self.settings.compare)
 
     def result(self, parent: str, rows: list[Result], table: Result) -> Result:
         """What the sweep returns at its end. Raises UserError when a child failed, and without a table."""
@@ -192,7 +202,9 @@ class Sweep:
             "run_id": parent,
             "config": settings.config,
             "set": {key: str(value) for key, value in settings.set.items()},
-            "grid": list(settings.grid),
+            "grid": [*([VARIANT] if settings.variants else []), *settings.grid],
+            "variants": {name: {k: str(v) for k, v in keys.items()} for name, keys in settings.variants.items()},
+            "compare": settings.compare and settings.compare.model_dump(),
             "children": len(self.children),
             "plot": settings.plot.model_dump(),
         }
@@ -214,6 +226,10 @@ def measured(config: RunConfig, done: Sequence[str]) -> Result:
             known = read_run(run.uri, run.record.run_id)[0]
             row |= {key: known[key] for key in ("step", "loss", "val_loss_cached", "order_parameter", "budget")}
             row["run_id"] = run.record.run_id
+    if "train" in done:
+        train = read_sealed(paths.stages / "train.json", free=FREE)
+        row["tokens"] = train["result"]["tokens"]
+        row["train_seconds"] = train["seconds"] if train["result"]["resumed_from"] is None else None
     if "validate" in done:
         certificate = storage.read_json(
             paths.certificate / "certificate.json"
