@@ -32,7 +32,7 @@ class ConstantG(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         H, K, rank = config.num_heads, config.head_dim, config.g_rank
-        self.constraint, self.rope_style = config.g_constraint, config.rope_style
+        self.config, self.constraint = config, config.g_constraint
         if self.constraint == "none":
             self.G_LM = nn.Parameter(torch.eye(K).repeat(H, 1, 1))
         elif self.constraint == "low_rank":
@@ -55,12 +55,12 @@ class ConstantG(nn.Module):
         wide, device = at_least_float32(first.dtype), first.device
         with torch.autocast(device.type, enabled=False):
             if self.constraint == "rotary":
-                return rotary_part(self.M.to(wide), self.rope_style)
+                return rotary_part(self.M.to(wide), self.config)
             identity_KK = torch.eye(first.shape[1], dtype=wide, device=device)
             if self.constraint == "low_rank":
                 return identity_KK + self.U.to(wide) @ self.V.to(wide).mT
             M_HKK = self.M.to(wide)
-            return identity_KK + (M_HKK - rotary_part(M_HKK, self.rope_style))
+            return identity_KK + (M_HKK - rotary_part(M_HKK, self.config))
 
 
 def _drawn_apart(*shape: int) -> Tensor:

@@ -1,13 +1,11 @@
-"""The part of G_LM that commutes with RoPE: attention that W_q could have made itself.
+"""The part of G_LM that commutes with RoPE, which is plain attention: what W_q could have done itself.
 
-RoPE turns each pair of dimensions by an angle of its own, R_t. A matrix C that commutes with every R_t passes through the
-rotation: (q R_t) C = (q C) R_t. So a G_LM that commutes can be absorbed by W_q, and the model is plain attention (SDPA) in
-another parametrization. Rotations by different angles have nothing in common but rotations and scalings of each pair alone:
-the matrices that commute with all of them are a 2x2 block [[a, -b], [b, a]] on each pair, K numbers of K². (Pairs of one
-frequency would let more commute; base^(-2i/K) has none for a base other than 1.) Blocks of the other kind, [[c, d], [d, -c]],
-and everything between two pairs, are orthogonal to them, and are what G_LM adds to attention.
+A rotated query q R has q R C = q C R for a C that commutes with the rotation R of every position, so that C can be folded into
+W_q: a model with such a G_LM *is* plain attention (SDPA) in another parametrization, however far that G is from the identity.
+These C are a 2 x 2 block [[a, -b], [b, a]] on each rotated pair, K numbers of K². What is orthogonal to them is what G_LM can
+add to attention.
 
-Shapes: H heads (any leading dimensions), K head dim, P = K/2 pairs.
+Shapes: H heads (or any leading dimensions), K head dim, P = K/2 pairs.
 """
 
 from __future__ import annotations
@@ -15,33 +13,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pldr_model.config import RopeStyle
+from pldr_model.config import ModelConfig
+from pldr_model.layers import rope_frequencies
 
 
-def rotary_part(G_HKK: Tensor, rope_style: RopeStyle) -> Tensor:
-    """The orthogonal projection of G [...,K,K] onto the matrices that commute with every RoPE rotation; differentiable."""
-    x, y = _pairs(G_HKK.shape[-1], rope_style, G_HKK.device)
-    a_HP = (G_HKK[..., x, x] + G_HKK[..., y, y]) / 2
-    b_HP = (G_HKK[..., y, x] - G_HKK[..., x, y]) / 2
-    part_HKK = torch.zeros_like(G_HKK)
-    part_HKK[..., x, x] = part_HKK[..., y, y] = a_HP
-    part_HKK[..., y, x] = b_HP
-    part_HKK[..., x, y] = -b_HP
-    return part_HKK
+def rotary_part(g_HKK: Tensor, config: ModelConfig) -> Tensor:
+    """The orthogonal projection of G_LM [...,K,K] on the matrices that commute with RoPE at every position; differentiable.
+
+    The 2 x 2 block C_ij of frequencies i and j commutes when R(i)^T C_ij R(j) = C_ij at every position. Proof: the mean of
+    R(i)^T G_ij R(j) over positions is the orthogonal projection on what no position changes, and with frequencies in (0, 1]
+    that mean is [[a, -b], [b, a]] where i and j are equal, with a = (G_00 + G_11) / 2 and b = (G_10 - G_01) / 2, and 0 where
+    they differ (`rope_base` 1 has but one).
+    """
+    half = config.head_dim // 2
+    pairs = torch.arange(config.head_dim, device=g_HKK.device)
+    pairs = pairs.view(half, 2) if config.rope_style == "interleaved" else pairs.view(2, half).T
+    order = pairs.flatten()  # frequency by frequency
+    by_pair = g_HKK[..., order[:, None], order].reshape(*g_HKK.shape[:-2], half, 2, half, 2)
+    blocks = by_pair.transpose(-3, -2)
+    frequency_P = rope_frequencies(config, dtype=torch.float64, device=g_HKK.device)
+    same = frequency_P[:, None] == frequency_P
+    a = (blocks[..., 0, 0] + blocks[..., 1, 1]).where(same, 0) / 2
+    b = (blocks[..., 1, 0] - blocks[..., 0, 1]).where(same, 0) / 2
+    kept = torch.stack((torch.stack((a, -b), dim=-1), torch.stack((b, a), dim=-1)), dim=-2)
+    flat = kept.transpose(-3, -2).reshape(g_HKK.shape)
+    back = order.argsort()
+    return flat[..., back[:, None], back]
 
 
-def rotary_share(G_HKK: Tensor, rope_style: RopeStyle) -> Tensor:
-    """How much of each head's squared norm commutes with RoPE, 0 to 1, [...] in fp64; NaN for G = 0. 1 for the identity, and
-    about 1/K for a matrix of independent entries."""
-    G_HKK = G_HKK.double()
-    part: Tensor = rotary_part(G_HKK, rope_style).square().sum((-2, -1))
-    return part / G_HKK.square().sum((-2, -1))
-
-
-def _pairs(head_dim: int, rope_style: RopeStyle, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The two dimensions of each pair that RoPE turns (apply_rope), [P] each."""
-    if rope_style == "interleaved":
-        x = torch.arange(0, head_dim, 2, device=device)
-        return x, x + 1
-    x = torch.arange(head_dim // 2, device=device)
-    return x, x + head_dim // 2
+def rotary_share(g_HKK: Tensor, config: ModelConfig) -> Tensor:
+    """How much of each head's squared norm commutes with RoPE, 0 to 1, [...] in fp64: 1 for the identity, about 1/K for
+    independent entries, NaN for 0."""
+    g_HKK = g_HKK.double()
+    kept: Tensor = rotary_part(g_HKK, config).square().sum((-2, -1))
+    return kept / g_HKK.square().sum((-2, -1))

@@ -64,8 +64,8 @@ RECIPE = (
         "eps",
         "weight_decay",
     ),
-    *("metric_weight_decay", "metric_decay_on", "clip_by", "clip", "z_loss", "precision", "freeze_g", "document_masks", "g_from"),
-    "share_g_below",
+    *("metric_weight_decay", "metric_decay_on", "clip_by", "clip", "z_loss", "precision", "freeze_g", "document_masks"),
+    *("g_from", "share_g_below"),
 )
 
 TREE = {
