@@ -116,7 +116,7 @@ def test_a_search_never_finds_more_without_glus(seed: int, decay: float, eps: fl
 
 def test_layer_norms_alone_are_proven_to_forget_and_the_bound_is_near() -> None:
     """A unit without GLUs is LN(x): LN(x + x) would not be the same, for its epsilon."""
-    model = build(seed=3, decay=2e-2, glus=0, eps=1e-3)
+    model = build(seed=3, decay=0.1, glus=0, eps=1.0)  # it matters more than the variance
     g = cached(model)
     proof = prove(model, g)
     assert proof["closed"] and len(proof["by_unit"][0]) == 4
