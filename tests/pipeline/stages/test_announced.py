@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.config.load import parse_config
+from pipeline.config.phases import Begin, planned_phases
 from pipeline.errors import ConfigError
-from pipeline.stages.train import _about_documents, _about_phases
+from pipeline.stages.announced import about_documents, about_phases
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def test_what_masks_and_sources_do_not_do_is_said(masks, source, stored, said):
         "model": {**sizes, "g_source": source},
         "train": {"document_masks": masks},
     }
-    lines = _about_documents(parse_config(tree, where="test"), SimpleNamespace(sources=stored))
+    lines = about_documents(parse_config(tree, where="test"), SimpleNamespace(sources=stored))
     assert len(lines) == len(said) and all(text in line for text, line in zip(said, lines, strict=True))
 
 
@@ -46,11 +47,28 @@ def with_phases(steps: int, web: float, **train):
     return parse_config(tree, where="test")
 
 
-def test_that_phases_are_counted_anew_is_said():
+def test_that_phases_are_counted_anew_is_said_where_a_checkpoint_has_no_counts():
     state = {"config": with_phases(40, 3.0).as_dict()}
-    assert _about_phases(with_phases(40, 3.0, log_every=7), state) == []
+    assert about_phases(with_phases(40, 3.0, log_every=7), state) == []
     for other in (with_phases(25, 3.0), with_phases(40, 2.0)):
-        assert "may be drawn again" in _about_phases(other, state)[0]
+        assert "may be drawn again" in about_phases(other, state)[0]
+
+
+def test_where_other_phases_begin_and_what_was_drawn_before_is_said():
+    config = with_phases(40, 3.0)
+    phases = [phase.recorded() for phase in planned_phases(config, Begin())]
+    mixture = {"drawn": {"web": 1200, "books": 80}, "begin": vars(Begin()), "phases": phases}
+    state = {"config": config.as_dict(), "step": 32, "sequences_consumed": 1280, "mixture": mixture}
+    assert about_phases(with_phases(40, 3.0, log_every=7), state) == []
+    [line] = about_phases(with_phases(60, 3.0), state)
+    assert line == (
+        "phases      those of this run decide from step 32 on, in phase 2 of 2 (sequence 1,280 of 2,176); drawn before: "
+        "web 1,200, books 80"
+    )
+    none = config.model_copy(update={"data": config.data.model_copy(update={"phases": None})})
+    assert "this run has none" in about_phases(none, state)[0]
+    assert about_phases(none, {"config": none.as_dict()}) == []
+    assert "does not say how many" in about_phases(config, {"config": none.as_dict()})[0]
 
 
 def test_weights_too_small_for_exact_shares_are_refused():
