@@ -18,6 +18,9 @@ RopeStyle = Literal["interleaved", "half"]
 GSource = Literal["learned", "constant", "identity", "random", "file"]
 GStart = Literal["paper", "identity"]
 ActivationCheckpointing = Literal["none", "layer", "metric_learner"]  # what the backward pass computes again
+# Rows of a chunk of logits (pldr_model/linear_cross_entropy.py). CPU: fewer make slow products, more leave its caches
+# (docs/speed.md). GPU: not measured; products are large enough to fill one.
+CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
 GFrom = Literal["own", "batch", "neighbor"]  # whose learned G a sequence of a batch gets (PLDRModel.forward)
 
 # Reference implementation's hyperparameter names (and the golden cases' config.json) -> ours.

@@ -154,7 +154,7 @@ def test_shards_that_mix_sources_are_one_line(finished: tuple[RunConfig, RunPath
 
 def test_an_unknown_source_is_one_line(separate: tuple[RunConfig, RunPaths], make_config: MakeConfig) -> None:
     phases = [{"until": 1.0, "weights": {"web": 1, "boks": 1}}]
-    sources = [{"url": "x.txt", "name": "web"}]
+    sources = [{"url": f"{name}.txt", "name": name} for name in ("web", "boks")]
     config = make_config(separate[1].root, sources, data={"separate_sources": True, "phases": phases})
     with pytest.raises(UserError, match="no training sequence of a source 'boks'; its sources: books, web"):
         mixture_of(TokenIndex.load(separate[1].tokens), config, {})
