@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config.batches import planned_sequences
 from pipeline.config.continued import budget_after, budget_of
+from pipeline.config.leak import around_the_circle
 from pipeline.config.rank_memory import activation_bytes, stages_of, state_bytes
 from pipeline.config.run import RunConfig
 from pipeline.config.schedule import budget_verdict, planned_budget
@@ -76,6 +77,7 @@ def plan(
         "invariance_verdict": (
             budget_verdict(budget) if model.g_source == "learned" else "G_LM is constant by construction"
         ),
+        "warnings": [line for line in (around_the_circle(config),) if line is not None],
     }
 
 
@@ -128,4 +130,4 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
         spent = "" if before is None else f", {before:.2f} of it up to step {report['from_step']:,}"
         budget = f"{report['invariance_budget']:.2f} ({report['schedule']} schedule){until}{spent}"
         lines.append(f"invariance budget   {budget}: {report['invariance_verdict']}")
-    return lines
+    return [*lines, *(f"warning             {text}" for text in report["warnings"])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.leak import around_the_circle
 from pipeline.config.phases import RECORDED, begin_of, planned_phases
 from pipeline.config.run import RunConfig
 
@@ -11,9 +12,14 @@ if TYPE_CHECKING:
     from pipeline.data.tokens.index import TokenIndex
 
 
-def about_documents(config: RunConfig, index: TokenIndex) -> list[str]:
-    """What document masks do not do, and what `tokens.sources` cannot."""
+def about_recipe(config: RunConfig, index: TokenIndex) -> list[str]:
+    """What is rounded, what document masks do not do and `tokens.sources` cannot, and where G comes back to its sequence."""
     lines = []
+    if config.train.precision == "bf16" and config.train.zero_stage == 0:
+        fix = "Muon has no other stage" if config.train.optimizer == "muon" else "use train.zero_stage=1"
+        lines.append(
+            f"bf16 at ZeRO stage 0: gradients are accumulated in bf16, and a resumed run is not bit-equal; {fix}"
+        )
     if config.train.document_masks and config.model.g_source == "learned":
         lines.append(
             "train.document_masks keeps attention within a document, but a learned G_LM sums over all documents of a sequence: "
@@ -21,6 +27,8 @@ def about_documents(config: RunConfig, index: TokenIndex) -> list[str]:
         )
     if config.tokens.sources and not index.sources:
         lines.append("val/loss/SOURCE is not logged: these tokens are of a single source, or were made without it")
+    if (leak := around_the_circle(config)) is not None:
+        lines.append(f"warning     {leak}")
     return lines
 
 

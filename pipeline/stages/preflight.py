@@ -20,6 +20,7 @@ import psutil
 
 from pipeline.checkpoint.format import checkpoint_bytes, newest_in, read_state
 from pipeline.config.continued import budget_after
+from pipeline.config.leak import around_the_circle
 from pipeline.config.paths import RunPaths, documents_folder, staging_folder, tokens_folder
 from pipeline.config.rank_memory import activation_bytes, stages_of, state_bytes
 from pipeline.config.run import RunConfig
@@ -165,6 +166,8 @@ def _batch(config: RunConfig) -> Iterator[Finding]:
     steps = accumulation_steps(train, ranks)
     text = f"{train.global_batch} sequences a step: {_ranks(ranks)} x micro batch {train.micro_batch} x {steps}"
     yield Finding("batch", "ok", text)
+    if (leak := around_the_circle(config)) is not None:
+        yield Finding("g_from", "warn", leak)
 
 
 def _memory(config: RunConfig) -> Iterator[Finding]:

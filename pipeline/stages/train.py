@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io import locks, storage
 from pipeline.io.mounts import same_disk
 from pipeline.io.sealed import publish_sealed
-from pipeline.stages.announced import about_documents, about_phases
+from pipeline.stages.announced import about_phases, about_recipe
 from pipeline.stages.compatible import Report, changes, newest_stable
 from pipeline.stages.described import data_sets, sentence
 from pipeline.stages.resume import find_start, parse_resume
@@ -163,12 +163,7 @@ def _prepare(
     if start.checkpoint is None or step_of(start.checkpoint) < config.train.steps:
         before = {} if start.checkpoint is None else {VERDICT_TAG: "", TIER_TAG: ""}  # of the model as it was
         outbox.set_tags(start.run, {NOTE_TAG: sentence(config), **before})
-    if config.train.precision == "bf16" and config.train.zero_stage == 0:
-        report(
-            "bf16 at ZeRO stage 0: gradients are accumulated in bf16, and a resumed run is not bit-equal; "
-            + ("Muon has no other stage" if config.train.optimizer == "muon" else "use train.zero_stage=1")
-        )
-    for line in about_documents(config, index):
+    for line in about_recipe(config, index):
         report(line)
     if start.checkpoint is None and config.train.init_from is not None:
         from pipeline.train.initial import require_fitting

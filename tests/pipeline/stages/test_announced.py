@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.config.load import parse_config
+from pipeline.config.load import load_config, parse_config
 from pipeline.config.phases import Begin, planned_phases
+from pipeline.config.plan import plan, plan_lines
 from pipeline.errors import ConfigError
-from pipeline.stages.announced import about_documents, about_phases
+from pipeline.stages.announced import about_phases, about_recipe
+from pipeline.stages.preflight import preflight
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,7 @@ def test_what_masks_and_sources_do_not_do_is_said(masks, source, stored, said):
         "model": {**sizes, "g_source": source},
         "train": {"document_masks": masks},
     }
-    lines = about_documents(parse_config(tree, where="test"), SimpleNamespace(sources=stored))
+    lines = about_recipe(parse_config(tree, where="test"), SimpleNamespace(sources=stored))
     assert len(lines) == len(said) and all(text in line for text, line in zip(said, lines, strict=True))
 
 
@@ -74,3 +76,38 @@ def test_where_other_phases_begin_and_what_was_drawn_before_is_said():
 def test_weights_too_small_for_exact_shares_are_refused():
     with pytest.raises(ConfigError, match="a weight below 1e-6: write parts"):
         with_phases(40, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "optimizer", "said"),
+    [
+        ("bf16", 0, "adamw", "use train.zero_stage=1"),
+        ("bf16", 0, "muon", "Muon has no other stage"),
+        ("bf16", 1, "adamw", None),
+        ("fp32", 0, "muon", None),
+    ],
+)
+def test_what_bf16_does_at_stage_0_is_said(precision, stage, optimizer, said):
+    config = with_phases(40, 3.0, precision=precision, zero_stage=stage, optimizer=optimizer)
+    lines = about_recipe(config, SimpleNamespace(sources=()))
+    assert [line.rpartition("; ")[2] for line in lines] == ([] if said is None else [said])
+
+
+@pytest.mark.parametrize("micro_batch", [2, 3, 4])
+@pytest.mark.parametrize("g_from", ["own", "batch", "neighbor"])
+def test_where_g_comes_back_to_its_sequence_is_said_by_train_plan_and_check(g_from, micro_batch, make_run, tmp_path):
+    """In a model of two layers (tests/pldr_model/test_g_from.py sees the leak with 2 sequences, and none with 3)."""
+    recipe = {"global_batch": 12, "micro_batch": micro_batch, "ranks": 1, "g_from": g_from}
+    config = load_config(make_run(tmp_path, **recipe))
+    assert config.model.num_layers == 2
+    lines = [
+        *about_recipe(config, SimpleNamespace(sources=())),
+        *(line for line in plan_lines(plan(config)) if "warning" in line),
+        *(f"warning             {found.text}" for found in preflight(config) if found.about == "g_from"),
+    ]
+    if (g_from, micro_batch) != ("neighbor", 2):
+        assert lines == []
+        return
+    assert [line.partition("train.g_from neighbor: ")[0].strip() for line in lines] == ["warning"] * 3
+    assert all("G goes around 2 sequences in 2 layers" in line for line in lines)
+    assert all("set train.micro_batch above model.num_layers, 3 or more" in line for line in lines)
