@@ -67,6 +67,28 @@ _WRITTEN = {
     "PREEMPTED": r"DUE TO PREEMPTION",
     "CANCELLED": r"slurmstepd.*\*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED",
 }
+# Long options of sbatch in Slurm 22.05 to 24.11, from its manual pages.
+OPTIONS = set(
+    """
+account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint container container-id
+contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot dependency distribution error
+exclude exclusive export export-file extra extra-node-info get-user-env gid gpu-bind gpu-freq gpus gpus-per-node
+gpus-per-socket gpus-per-task gres gres-flags hint hold ignore-pbs input job-name kill-on-invalid-dep licenses mail-type
+mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice no-kill no-requeue nodefile nodelist nodes ntasks
+ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket oom-kill-step open-mode output overcommit oversubscribe
+parsable partition power prefer priority profile propagate qos quiet reboot requeue reservation resv-ports segment signal
+sockets-per-node spread-job stepmgr switches test-only thread-spec threads-per-core time time-min tmp tres-bind tres-per-task
+uid use-min-nodes verbose wait wait-all-nodes wckey wrap
+""".split()  # noqa: SIM905  # a list of 120 strings is longer
+)
+# Of these, the ones that stand alone, and those of them that may have a value.
+ALONE = set(
+    """
+contiguous exclusive get-user-env hold ignore-pbs nice no-kill no-requeue overcommit oversubscribe parsable propagate quiet
+reboot requeue spread-job stepmgr test-only use-min-nodes verbose wait
+""".split()  # noqa: SIM905
+)
+EITHER = {"exclusive", "get-user-env", "nice", "no-kill", "propagate"}
 
 
 @dataclass(frozen=True)
@@ -124,6 +146,16 @@ def fix_of(words: str, fixes: Mapping[str, str]) -> str:
         if re.search(pattern, words, re.IGNORECASE):
             return fixes.get(subject, fixes[""])
     return fixes[""]
+
+
+def wrong_value(name: str, value: str | None) -> str | None:
+    """What is wrong with a value of this long option of sbatch, or with none; None: nothing. Only a plugin's option may have
+    another name, and then a value."""
+    if value is None and name not in ALONE:
+        return f"it takes a value; write {name}=VALUE"
+    if value is not None and name in ALONE - EITHER:
+        return f"it takes no value; write {name}"
+    return None
 
 
 def submit_command(script: Path, arguments: Sequence[str] = ()) -> list[str]:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec.config
 
-from pipeline.checkpoint.format import TRAINING_LOCK, checkpoint_bytes, step_of
+from pipeline.checkpoint.format import TRAINING_LOCK, checkpoint_bytes, read_state, step_of
 from pipeline.config.load import parse_config
 from pipeline.config.paths import RunPaths, staging_folder, tokens_folder
 from pipeline.config.run import RunConfig
@@ -230,7 +230,7 @@ def open_data(job: Job) -> Data:
 
     from pipeline.data.loading.cache import Stamps
     from pipeline.data.loading.loader import TrainLoader, evenly_spread
-    from pipeline.data.loading.mixture import mixture_of
+    from pipeline.data.loading.mixture import Mixture, mixture_of
     from pipeline.data.loading.reader import TokenReader, open_split
     from pipeline.data.tokens.index import TokenIndex
     from pipeline.stages.compatible import require_newest
@@ -239,7 +239,7 @@ def open_data(job: Job) -> Data:
     config, masked = job.config, job.config.train.document_masks
     stamps = Stamps(job.stamp)  # what the ranks check together is checked once a start on each node
 
-    def check_and_open() -> tuple[TokenIndex, TokenReader, TokenReader]:
+    def check_and_open() -> tuple[TokenIndex, TokenReader, TokenReader, Mixture | None]:
         require_newest(job.start, job.paths)
         require_disk(config, job.paths, job.rank)
         index = TokenIndex.load(tokens_folder(config))
@@ -249,9 +249,10 @@ def open_data(job: Job) -> Data:
         val = open_split(index, "val", **more, sources=bool(index.sources))
         if config.data.on_bad_shard == "error":  # else what cannot be read is skipped
             val.read(np.arange(min(1, val.num_sequences)))
-        return index, reader, val
+        state = {} if job.start is None else read_state(job.start)
+        return index, reader, val, mixture_of(index, config, state)
 
-    index, reader, val = on_every_rank(check_and_open)
+    index, reader, val, order = on_every_rank(check_and_open)
     skip = config.data.on_bad_shard == "skip"
     agree = agreement(config.train.timeout_s) if skip else None
     # One more than are scored: it lends its G to the others.
@@ -270,7 +271,7 @@ def open_data(job: Job) -> Data:
         world_size=job.world,
         on_bad_shard=config.data.on_bad_shard,
         agree=agree,
-        order=mixture_of(index, config),
+        order=order,
         documents=masked,
     )
     return Data(index, loader, held_out, sources)

@@ -22,11 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pldr_model.config import CHUNK_ROWS
 from pldr_model.layers import at_least_float32
-
-# Rows of a chunk. CPU: fewer make slow products, more leave its caches (docs/speed.md). GPU: not measured; products are large
-# enough to fill one.
-CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
 
 
 class RowLosses(NamedTuple):

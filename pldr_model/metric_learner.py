@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pldr_model.config import ModelConfig
-from pldr_model.layers import GLU, LEAN_FROM
+from pldr_model.config import LEAN_FROM, ModelConfig
+from pldr_model.layers import GLU
 
 aten = torch.ops.aten
 Learn = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], float], list[Tensor]]

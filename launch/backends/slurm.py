@@ -178,9 +178,11 @@ def frame(config: RunConfig, paths: RunPaths, job: ScheduledJob, options: SlurmO
     """What every batch script of ours is filled in with. Raises ConfigError for options that cannot be."""
     time, signal_s = options.time, options.signal_s
     for option in options.sbatch:
-        name = option.partition("=")[0]
+        name, equals, value = option.partition("=")
         if not re.fullmatch(r"[a-z][a-z-]*(=\S+)?", option):
             raise ConfigError(f"--sbatch {option}: write an option of sbatch as NAME or NAME=VALUE, without blanks")
+        if (wrong := slurm.wrong_value(name, value if equals else None)) is not None:
+            raise ConfigError(f"--sbatch {option}: {wrong}")
         if name in SET_HERE:
             raise ConfigError(f"--sbatch {option}: {name} is set by pldr; use the options of `pldr launch slurm`")
     if signal_s < 0:

@@ -58,9 +58,9 @@ def sweep_on_slurm(
         accumulation_steps(child.config.train, job.ranks)  # raises when they do not divide
     file = sweep.paths.logs / SCRIPT
     left = apart.unfinished(sweep)
+    script = render(sweep, job, options, words, left or {1: sweep.children[0].name}, at_once=at_once)
+    check(script, file)  # before anything is made
     if dry:
-        script = render(sweep, job, options, words, left or {1: sweep.children[0].name}, at_once=at_once)
-        check(script, file)
         return dry_run({file: script}, [slurm.submit_command(file)], slurm.environment(), report=report)
     if file_of(tracking_uri(sweep.children[0].config)) is not None:
         report(f"MLflow      each child's store is in its run directory: a SQLite file has one writer; {WAY_OUT}")
@@ -75,8 +75,6 @@ def sweep_on_slurm(
                 )
             elif left:
                 apart.make_shared_data(sweep, report=report)
-                script = render(sweep, job, options, words, left, at_once=at_once)
-                check(script, file)
                 storage.publish_bytes(file, script.encode())
                 array = slurm.submit(file, (), fixes_of(job, options))
                 storage.publish_json(sweep.paths.logs / ARRAY, {"schema_version": 1, "job": array})

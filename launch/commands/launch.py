@@ -102,6 +102,9 @@ def _deepspeed(arguments: Any, report: Report) -> Result:
     config, known = _config(arguments, report), hosts.read_hostfile(arguments.hostfile)
     if arguments.no_ssh != (arguments.node_rank is not None):
         raise ConfigError("launch deepspeed: --no-ssh and --node-rank I go together")
+    if arguments.no_ssh and arguments.env:
+        raise ConfigError("launch deepspeed: --env is only read over ssh; with --no-ssh set it in this shell")
+    hosts.carried(arguments.env)  # raises for what is no variable
     hostfile = str(Path(arguments.hostfile).absolute())
     address = arguments.master_addr or hosts.rendezvous_address(known)
     job = deepspeed.SshJob(hostfile, known, address, arguments.master_port, arguments.ssh_port, arguments.env)

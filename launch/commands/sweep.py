@@ -60,6 +60,7 @@ def add_sweep_verb(verbs: Verbs) -> None:
 
 
 def _sweep(arguments: Any, report: Report) -> Result:
+    _refuse_without_hostfile(arguments)
     if arguments.slurm:
         return _on_slurm(arguments, report)
     _refuse_without_slurm(arguments)
@@ -91,6 +92,17 @@ def _refuse_without_slurm(arguments: Any) -> None:
     }
     if wrong := [option for option, is_given in given.items() if is_given]:
         raise ConfigError(f"sweep: {wrong[0]} is only read with --slurm; add --slurm, or remove it")
+
+
+def _refuse_without_hostfile(arguments: Any) -> None:
+    """Raise ConfigError for an option that only --hostfile reads."""
+    given = {
+        "--master-addr": arguments.master_addr is not None,
+        "--ssh-port": arguments.ssh_port is not None,
+        "--env": bool(arguments.env),
+    }
+    if arguments.hostfile is None and (wrong := [option for option, is_given in given.items() if is_given]):
+        raise ConfigError(f"sweep: {wrong[0]} is only read with --hostfile; add --hostfile, or remove it")
 
 
 def _shown(sweep: Sweep, result: Result, report: Report) -> Result:
@@ -167,12 +179,13 @@ def _on_hosts(arguments: Any, hosts: list[Host], children: list[RunConfig], repo
     """Train over ssh on the hosts of a hostfile, all of them for each child; how many ranks that are. Everything else of a
     child is done here. Raises ConfigError."""
     from launch.backends.deepspeed import SshJob, launch_over_ssh
-    from launch.backends.hosts import address_of, require_tools
+    from launch.backends.hosts import address_of, carried, require_tools
     from pipeline.train.deepspeed_config import accumulation_steps
 
     ranks = sum(host.slots for host in hosts)
     for config in children:
         accumulation_steps(config.train, ranks)  # raises when they do not divide
+    carried(arguments.env)  # raises for what is no variable
     require_tools()
     address = arguments.master_addr or address_of(hosts[0].name)
     hostfile = str(Path(arguments.hostfile).absolute())

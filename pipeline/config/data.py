@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from pipeline.config.section import Kind, Section, Switch, Url
+from pipeline.config.source_names import unknown_source
 
 corpus = Kind("needs force", ("shard",), result=True)  # which documents there are
 pieces = Kind("needs force", ("tokenizer",), result=True)
@@ -220,6 +221,8 @@ class DataConfig(Section):
             raise ValueError(
                 "phases: sources can only be drawn one by one from shards of their own; set separate_sources=true"
             )
+        if self.of is None and (wrong := unknown_source(self.phases or (), self.sources)) is not None:
+            raise ValueError(f"{wrong}; correct the name")
         return self
 
 

@@ -1,8 +1,8 @@
 """`pldr plan`: what a run will cost and whether its G_LM can become invariant, computed from the configuration.
 
-Memory is that of the model states as ZeRO shards them (parameters, gradients, Adam moments and, under bf16, the fp32
-master weights) plus an estimate of the activations of one micro batch without checkpointing. It is a plan, not a
-measurement: fragmentation, communication buckets and the framework are not in it.
+Memory is that of pipeline/config/rank_memory.py: the model states as ZeRO shards them, and an estimate of the activations of
+one micro batch. It is a plan, not a measurement: fragmentation, communication buckets and the framework are not in it. Time is
+FLOPs over a rate, so that the small steps of `train.batch_warmup` cost what their tokens do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 from pipeline.config.batches import planned_sequences
 from pipeline.config.continued import budget_after, budget_of
+from pipeline.config.leak import around_the_circle
+from pipeline.config.rank_memory import activation_bytes, stages_of, state_bytes
 from pipeline.config.run import RunConfig
 from pipeline.config.schedule import budget_verdict, planned_budget
 
@@ -55,11 +57,12 @@ def plan(
         "steps": steps,
         "from_step": from_step,
         "tokens_per_step": train.global_batch * model.context_length,
+        "batch_grows": train.batch_warmup is not None,
         "tokens_per_parameter": planned_sequences(train) * model.context_length / parameters["total"],
-        "activation_bytes_per_micro_batch": activation_bytes(config),
+        "activation_bytes_per_micro_batch": activation_bytes(config, "cuda" if flops_here is None else "cpu"),
         "state_bytes_per_rank": {
             f"zero{stage}": {str(world): state_bytes(config, stage, world) for world in WORLD_SIZES}
-            for stage in (0, 1, 2, 3)
+            for stage in stages_of(train)
         },
         "training_flops": flops * tokens,
         "assumed": {"mfu": mfu, "peak_tflops": peak_tflops, "devices": devices} if flops_here is None else None,
@@ -74,31 +77,8 @@ def plan(
         "invariance_verdict": (
             budget_verdict(budget) if model.g_source == "learned" else "G_LM is constant by construction"
         ),
+        "warnings": [line for line in (around_the_circle(config),) if line is not None],
     }
-
-
-def state_bytes(config: RunConfig, stage: int, world: int) -> int:
-    """Bytes of parameters, gradients and optimizer on one rank under a ZeRO stage."""
-    count = config.model.num_parameters()["total"]
-    # fp32 master weights: under bf16, and in ZeRO 1-3, which keeps a flat copy of them in fp32 too.
-    masters = 4 if config.train.precision == "bf16" or stage > 0 else 0
-    weight, gradient, optimizer = (2, 2, 8 + masters) if config.train.precision == "bf16" else (4, 4, 8 + masters)
-    if stage > 0 and config.train.global_batch > config.train.micro_batch * world:
-        gradient = 4  # accumulated in fp32 (pipeline/train/deepspeed_config.py)
-    shards = [world if stage >= s else 1 for s in (3, 2, 1)]
-    return sum(count * size // n for size, n in zip((weight, gradient, optimizer), shards, strict=True))
-
-
-def activation_bytes(config: RunConfig) -> int:
-    """Estimated bytes kept for the backward pass of one micro batch: layers, metric learners, logits."""
-    model, B = config.model, config.train.micro_batch
-    D, K, S, width = model.d_model, model.head_dim, model.context_length, 2 if config.train.precision == "bf16" else 4
-    layer = B * S * (14 * D + 4 * model.feed_forward_size) * width
-    if model.g_source == "learned":
-        rows = (1 if config.train.g_from == "batch" else B) * model.num_heads * K
-        of_norm = 3 * K if model.num_denseA else K  # without GLUs there is no sum, and a unit keeps what it reads
-        layer += rows * model.num_reslayerA * (model.num_denseA * (4 * model.A_dff + K) + of_norm) * width
-    return model.num_layers * layer + B * S * model.vocab_size * (width + 8)
 
 
 def duration(seconds: float) -> str:
@@ -122,14 +102,15 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
     if assumed is not None:
         devices = "1 device" if assumed["devices"] == 1 else f"{assumed['devices']} devices"
         where = f"{devices} of {assumed['peak_tflops']:g} TFLOP/s at {assumed['mfu']:.0%} MFU"
+    grows = "up to " if report["batch_grows"] else ""
     included = " with padding" if report["padded"] else ""
     lines = [
         f"parameters          {report['parameters']:,}",
         f"                    {parts}",
         f"FLOPs per token     {report['flops_per_token_training']:.4g} training, "
         f"{report['flops_per_token_forward']:.4g} forward",
-        f"tokens              {report['tokens']:,}{included} ({report['steps']:,} steps of {report['tokens_per_step']:,}"
-        f"{begins}), {report['tokens_per_parameter']:.1f} a parameter",
+        f"tokens              {report['tokens']:,}{included} ({report['steps']:,} steps of {grows}"
+        f"{report['tokens_per_step']:,}{begins}), {report['tokens_per_parameter']:.1f} a parameter",
         f"time                {duration(report['hours'] * 3600)} on {where}",
         f"activations         {size(report['activation_bytes_per_micro_batch'])} a micro batch (estimate)",
         "states per rank     " + "".join(f"{'1 rank' if w == 1 else f'{w} ranks':>12}" for w in WORLD_SIZES),
@@ -149,4 +130,4 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
         spent = "" if before is None else f", {before:.2f} of it up to step {report['from_step']:,}"
         budget = f"{report['invariance_budget']:.2f} ({report['schedule']} schedule){until}{spent}"
         lines.append(f"invariance budget   {budget}: {report['invariance_verdict']}")
-    return lines
+    return [*lines, *(f"warning             {text}" for text in report["warnings"])]

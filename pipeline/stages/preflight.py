@@ -20,10 +20,12 @@ import psutil
 
 from pipeline.checkpoint.format import checkpoint_bytes, newest_in, read_state
 from pipeline.config.continued import budget_after
+from pipeline.config.leak import around_the_circle
 from pipeline.config.paths import RunPaths, documents_folder, staging_folder, tokens_folder
-from pipeline.config.plan import activation_bytes, state_bytes
+from pipeline.config.rank_memory import activation_bytes, stages_of, state_bytes
 from pipeline.config.run import RunConfig
 from pipeline.config.schedule import BUDGET_PUBLISHED, budget_verdict, planned_budget
+from pipeline.config.source_names import require_sources
 from pipeline.config.train_evaluate import EvaluateConfig
 from pipeline.devices import gpu_bytes
 from pipeline.errors import UserError
@@ -107,6 +109,7 @@ def _files_and_text(config: RunConfig) -> tuple[int, int]:
     from pipeline.data.readers.units import plan_units
 
     files = list_sources(config.data.sources, outputs=[config.run_dir]).files
+    require_sources(config.data.phases, {file.source_name for file in files})
     return len(files), sum(unit.size for unit in plan_units(files))
 
 
@@ -163,6 +166,8 @@ def _batch(config: RunConfig) -> Iterator[Finding]:
     steps = accumulation_steps(train, ranks)
     text = f"{train.global_batch} sequences a step: {_ranks(ranks)} x micro batch {train.micro_batch} x {steps}"
     yield Finding("batch", "ok", text)
+    if (leak := around_the_circle(config)) is not None:
+        yield Finding("g_from", "warn", leak)
 
 
 def _memory(config: RunConfig) -> Iterator[Finding]:
@@ -170,12 +175,13 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
     ranks, stage = ranks_on_this_node(config), config.train.zero_stage
     gpu = gpu_bytes()
     has, each, where = (psutil.virtual_memory().total, ranks, "this machine") if gpu is None else (gpu, 1, "a GPU")
-    needs = {zero: each * (state_bytes(config, zero, ranks) + activation_bytes(config)) for zero in (0, 1, 2, 3)}
+    kept = activation_bytes(config, "cpu" if gpu is None else "cuda")
+    needs = {zero: each * (state_bytes(config, zero, ranks) + kept) for zero in stages_of(config.train)}
     text = f"about {_size(needs[stage])} of {_size(has)} of {where} ({_ranks(ranks)}, ZeRO {stage})"
     if needs[stage] <= 0.8 * has:
         yield Finding("memory", "ok", text)
         return
-    smaller = [zero for zero in (1, 2, 3) if zero > stage and needs[zero] <= 0.8 * has]
+    smaller = [zero for zero in needs if zero > stage and needs[zero] <= 0.8 * has]
     fixes = [f"train.zero_stage={smaller[0]}"] if smaller else []
     fixes += ["train.activation_checkpointing=layer", "a smaller train.micro_batch", "more GPUs or nodes"]
     status: Literal["warn", "FAIL"] = "FAIL" if needs[stage] > has else "warn"

@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError, Stopped, UserError
 from pipeline.io import locks, storage
 from pipeline.io.mounts import same_disk
 from pipeline.io.sealed import publish_sealed
+from pipeline.stages.announced import about_phases, about_recipe
 from pipeline.stages.compatible import Report, changes, newest_stable
 from pipeline.stages.described import data_sets, sentence
 from pipeline.stages.resume import find_start, parse_resume
@@ -162,12 +163,7 @@ def _prepare(
     if start.checkpoint is None or step_of(start.checkpoint) < config.train.steps:
         before = {} if start.checkpoint is None else {VERDICT_TAG: "", TIER_TAG: ""}  # of the model as it was
         outbox.set_tags(start.run, {NOTE_TAG: sentence(config), **before})
-    if config.train.precision == "bf16" and config.train.zero_stage == 0:
-        report(
-            "bf16 at ZeRO stage 0: gradients are accumulated in bf16, and a resumed run is not bit-equal; "
-            + ("Muon has no other stage" if config.train.optimizer == "muon" else "use train.zero_stage=1")
-        )
-    for line in _about_documents(config, index):
+    for line in about_recipe(config, index):
         report(line)
     if start.checkpoint is None and config.train.init_from is not None:
         from pipeline.train.initial import require_fitting
@@ -179,7 +175,7 @@ def _prepare(
     if start.checkpoint is not None:
         for line in _going_on(config, start.state, parse_resume(resume).path):
             report(line)
-        for line in _about_phases(config, start.state):
+        for line in about_phases(config, start.state):
             report(line)
         changed = changes(start.state, config, ranks)
         for key, change in changed.items():
@@ -216,21 +212,6 @@ def _going_on(config: RunConfig, state: dict[str, Any], source: Path | None) -> 
     return lines
 
 
-def _about_phases(config: RunConfig, state: dict[str, Any]) -> list[str]:
-    """What becomes of the order of the data where a run goes on from one with other phases, or of another length."""
-    saved, now = state["config"], config.as_dict()
-    of_length = ("steps", "global_batch", "batch_warmup")
-    if config.data.phases is None or (
-        saved.get("data", {}).get("phases") == now["data"]["phases"]
-        and all(saved["train"].get(key) == now["train"][key] for key in of_length)
-    ):
-        return []
-    return [
-        "phases      what was drawn before is counted by the phases of this run, over its own length: sequences that the "
-        "checkpoint was trained on may be drawn again, and others be left out"
-    ]
-
-
 def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
     """Check that tokens, tokenizer, model and batch sizes fit together; returns the tokens to train on. Writes nothing.
 
@@ -249,21 +230,8 @@ def check(config: RunConfig, paths: RunPaths, *, ranks: int) -> TokenIndex:
         tokenizer_sha256=Tokenizer.load(data_paths(config).tokenizer).sha256,
         boundaries=config.train.document_masks,
     )
-    mixture_of(index, config)
+    mixture_of(index, config, {})
     return index
-
-
-def _about_documents(config: RunConfig, index: TokenIndex) -> list[str]:
-    """What document masks do not do, and what `tokens.sources` cannot."""
-    lines = []
-    if config.train.document_masks and config.model.g_source == "learned":
-        lines.append(
-            "train.document_masks keeps attention within a document, but a learned G_LM sums over all documents of a sequence: "
-            "they are apart only once G_LM is invariant, or frozen (train.freeze_g)"
-        )
-    if config.tokens.sources and not index.sources:
-        lines.append("val/loss/SOURCE is not logged: these tokens are of a single source, or were made without it")
-    return lines
 
 
 def ranks_on_this_node(config: RunConfig, *, nodes: int = 1) -> int:

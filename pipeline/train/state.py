@@ -50,6 +50,10 @@ class TrainData(Protocol):
         """`limit` global batches, from a position of the data order."""
         ...
 
+    def recorded(self, position: int) -> dict[str, Any]:
+        """What state.json keeps of the data order at a position."""
+        ...
+
 
 @dataclass
 class TrainState:
@@ -156,11 +160,12 @@ def roll_back(engine: Any, config: RunConfig, target: Path, state: TrainState) -
     return engine, earlier
 
 
-def record(config: RunConfig, state: TrainState, lineage: Lineage, *, freezes: bool) -> dict[str, Any]:
+def record(config: RunConfig, state: TrainState, lineage: Lineage, data: TrainData, *, freezes: bool) -> dict[str, Any]:
     """The content of state.json. freezes: whether G is frozen after this checkpoint, which is then kept
     (pipeline/checkpoint/retention.py)."""
     return {
         **asdict(state),
+        **data.recorded(state.sequences_consumed),
         **asdict(lineage),
         "freezes": freezes,
         "config": config.as_dict(),

@@ -324,7 +324,7 @@ class Trainer:
         self.heart.at(self.state.step, "save")
         with self.throughput.pause():
             try:
-                saved = record(self.config, self.state, self.lineage, freezes=freezes)
+                saved = record(self.config, self.state, self.lineage, self.data, freezes=freezes)
                 self._warn(self.saver.save(saved, wait=last or freezes))
             except UserError as error:  # on every rank: a full disk, say
                 if last:

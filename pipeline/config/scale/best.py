@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from math import gcd
+from typing import Any, get_args
 
+from pipeline.config.batches import batch_sizes, stretches
 from pipeline.config.load import SHIPPED
+from pipeline.config.rank_memory import stages_of
 from pipeline.config.run import RunConfig
 from pipeline.config.scale.cluster import Cluster
 from pipeline.config.scale.failures import Failures
@@ -16,7 +19,6 @@ from pipeline.config.scale.memory import Memory, memory
 from pipeline.config.scale.step_time import StepTime, compute_of, step_time
 from pldr_model.config import ActivationCheckpointing
 
-Stage = Literal[0, 1, 2, 3]
 WORLD_SIZES = tuple(2**power for power in range(3, 13))  # 8 … 4096
 
 
@@ -51,9 +53,18 @@ class Way:
         return self.failures.goodput(checkpoint_every * self.step.total)
 
     def hours(self, checkpoint_every: int) -> float:
-        """Of the whole run, with failures."""
+        """Of the whole run, with failures. Steps of `train.batch_warmup` are shorter, but not by what a step sends."""
         goodput = self.goodput(checkpoint_every)
-        return self.config.train.steps * self.step.total / goodput / 3600 if goodput > 0 else float("inf")
+        seconds = sum(steps * self._step_of(batch) for batch, steps in stretches(self.config.train, 0))
+        return seconds / goodput / 3600 if goodput > 0 else float("inf")
+
+    def _step_of(self, batch: int) -> float:
+        """Seconds of a step with this many sequences."""
+        if batch == self.config.train.global_batch:
+            return self.step.total
+        train = self.config.train.model_copy(update={"global_batch": batch})
+        config = self.config.model_copy(update={"train": train})
+        return step_time(config, self.cluster, compute_of(config, self.cluster)).total
 
 
 def judge(config: RunConfig, cluster: Cluster) -> Way:
@@ -67,17 +78,24 @@ def judge(config: RunConfig, cluster: Cluster) -> Way:
 
 
 def problem_with(config: RunConfig, devices: int) -> str | None:
-    """Why this many devices cannot share the global batch, or None."""
-    batch = config.train.global_batch
-    if batch < devices:
-        return (
-            f"global_batch {batch} feeds {batch} devices at most: raise train.global_batch to a multiple of {devices}"
-        )
-    if batch % devices:
-        return f"global_batch {batch} is no multiple of {devices}: set train.global_batch={batch // devices * devices}"
+    """Why this many devices cannot share each global batch of the run, or None."""
     micro = config.train.micro_batch
-    if config.train.mixes_g and batch // devices % micro:
-        return f"micro_batch {micro}, part of the recipe where G is shared, does not divide the {batch // devices} of a device"
+    for batch in batch_sizes(config.train):
+        warmup = batch != config.train.global_batch
+        key = "batch_warmup: a batch of" if warmup else "global_batch"
+        if batch < devices:
+            fix = f"raise {'it' if warmup else 'train.global_batch'} to a multiple of {devices}"
+            return f"{key} {batch} feeds {batch} devices at most: {fix}"
+        if batch % devices:
+            fix = "make it" if warmup else "set train.global_batch="
+            return (
+                f"{key} {batch} is no multiple of {devices}: {fix}{' ' if warmup else ''}{batch // devices * devices}"
+            )
+        if config.train.mixes_g and batch // devices % micro:
+            return (
+                f"micro_batch {micro}, part of the recipe where G is shared, does not divide the {batch // devices} of a "
+                f"device ({key} {batch})"
+            )
     return None
 
 
@@ -101,11 +119,8 @@ def best(config: RunConfig, cluster: Cluster) -> Way | None:
 
 
 def _ways(config: RunConfig, cluster: Cluster) -> Iterator[Way]:
-    per_rank = config.train.global_batch // cluster.devices
-    stages: tuple[Stage, ...] = get_args(Stage)
-    for stage in stages:
-        if config.train.optimizer == "muon" and stage:
-            continue  # refused by the configuration
+    per_rank = gcd(*batch_sizes(config.train)) // cluster.devices
+    for stage in stages_of(config.train):
         if config.train.optimizer != "muon" and config.train.precision == "bf16" and stage == 0:
             continue  # gradients would be accumulated in bf16 (docs/compatibility.md)
         for recompute in get_args(ActivationCheckpointing):
@@ -127,11 +142,11 @@ def with_way(config: RunConfig, stage: int, micro_batch: int, recompute: str) ->
 
 
 def stage_table(config: RunConfig, cluster: Cluster) -> list[Way]:
-    """The configuration at each ZeRO stage, everything else as it is."""
+    """The configuration at each ZeRO stage that its optimizer can have, everything else as it is."""
     train = config.train
     return [
         judge(with_way(config, stage, train.micro_batch, train.activation_checkpointing), cluster)
-        for stage in get_args(Stage)
+        for stage in stages_of(train)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.config.rank_memory import optimizer_bytes
 from pipeline.config.run import RunConfig
 from pipeline.config.scale.cluster import Cluster
 
@@ -38,7 +39,6 @@ def input_output(config: RunConfig, cluster: Cluster, step_s: float) -> InputOut
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Weights in their precision, two moments, and from stage 1 on (under bf16 always) fp32 masters."""
-    train = config.train
-    masters = 4 if train.precision == "bf16" or train.zero_stage > 0 else 0
-    return config.model.num_parameters()["total"] * ((2 if train.precision == "bf16" else 4) + 8 + masters)
+    """Weights in their precision, the optimizer's moments and fp32 masters."""
+    weight = 2 if config.train.precision == "bf16" else 4
+    return config.model.num_parameters()["total"] * weight + optimizer_bytes(config, config.train.zero_stage)

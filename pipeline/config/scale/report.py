@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import gcd
 from typing import Any
 
+from pipeline.config.batches import batch_sizes
 from pipeline.config.run import RunConfig
 from pipeline.config.scale.best import WORLD_SIZES, Way, best, judge, problem_with, stage_table, with_overlap
 from pipeline.config.scale.cluster import Cluster
@@ -19,12 +21,11 @@ def scale(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     """Everything of docs/scale.md for this configuration, and the table of world sizes. Raises ConfigError when the devices
     cannot share the global batch as the micro batch divides it."""
     problem = problem_with(config, cluster.devices)
-    train = config.train
-    if problem is None and train.global_batch % (train.micro_batch * cluster.devices):
+    train, batch = config.train, gcd(*batch_sizes(config.train))
+    if problem is None and batch % (train.micro_batch * cluster.devices):
         problem = f"micro_batch {train.micro_batch} x {cluster.devices} devices does not divide "
-        problem += (
-            f"global_batch {train.global_batch}: set train.micro_batch={_fitting_micro_batch(config, cluster.devices)}"
-        )
+        problem += "each batch of batch_warmup" if train.batch_warmup else f"global_batch {train.global_batch}"
+        problem += f": set train.micro_batch={_fitting_micro_batch(batch // cluster.devices, train.micro_batch)}"
     if problem is not None:
         raise ConfigError(f"plan: {problem}")
     way = judge(config, cluster)
@@ -40,10 +41,9 @@ def scale(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def _fitting_micro_batch(config: RunConfig, devices: int) -> int:
+def _fitting_micro_batch(per_rank: int, configured: int) -> int:
     """The largest that divides and is not above the configuration's."""
-    per_rank = config.train.global_batch // devices
-    return max(n for n in range(1, min(per_rank, config.train.micro_batch) + 1) if per_rank % n == 0)
+    return max(n for n in range(1, min(per_rank, configured) + 1) if per_rank % n == 0)
 
 
 def _way(way: Way) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
+from pipeline.config.source_names import require_sources
 from pipeline.data.dedup.exact import DropDuplicates, ExactKeys, FindDuplicates, count_keys, partitions
 from pipeline.data.dedup.near import ClusterNear, NearKeys
 from pipeline.data.dedup.paragraphs import CutParagraphs, ParagraphKeys
@@ -202,6 +203,7 @@ class _Jobs:
         self.outputs = _outputs(config)
         self.listing = list_sources(self.data.sources, outputs=self.outputs)
         self.files = self.listing.files
+        require_sources(self.data.phases, {file.source_name for file in self.files})
         self.evaluation: list[InputFile] = []
         if decontamination := self.data.clean.decontaminate:
             self.evaluation = decontaminate.evaluation_files(decontamination.files, self.outputs)

@@ -39,20 +39,6 @@ JOBS = "slurm_jobs.json"  # ids of the arrays submitted last
 POLL_SECONDS = 2.0  # between two checks of the markers, which are files
 QUEUE_SECONDS = 10.0  # between two calls of squeue: many users share the controller
 GONE = 3  # times in a row that a job has to be missing from the queue: markers may arrive late on a network file system
-# Long options of sbatch in Slurm 22.05 to 24.11, from its manual pages.
-OPTIONS = set(
-    """
-account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint container container-id
-contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot dependency distribution error
-exclude exclusive export export-file extra extra-node-info get-user-env gid gpu-bind gpu-freq gpus gpus-per-node
-gpus-per-socket gpus-per-task gres gres-flags hint hold ignore-pbs input job-name kill-on-invalid-dep licenses mail-type
-mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice no-kill no-requeue nodefile nodelist nodes ntasks
-ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket oom-kill-step open-mode output overcommit oversubscribe
-parsable partition power prefer priority profile propagate qos quiet reboot requeue reservation resv-ports segment signal
-sockets-per-node spread-job stepmgr switches test-only thread-spec threads-per-core time time-min tmp tres-bind tres-per-task
-uid use-min-nodes verbose wait wait-all-nodes wckey wrap
-""".split()  # noqa: SIM905  # a list of 120 strings is longer
-)
 OURS = (
     "array",
     "dependency",
@@ -100,9 +86,12 @@ class SlurmExecutor(Reporting, SlurmPipelineExecutor):  # type: ignore[misc]  # 
             **settings,
         )
         self.settings = settings
-        for key in settings.get("sbatch_args", {}):
-            if key not in OPTIONS:
+        for key, value in settings.get("sbatch_args", {}).items():
+            if key not in slurm.OPTIONS:
                 raise ConfigError(f"data.slurm.sbatch_args: sbatch has no option --{key}; see man sbatch")
+            if slurm.wrong_value(key, value or None) is not None:
+                fix = "takes no value; set it to ''" if value else "takes a value; set one"
+                raise ConfigError(f"data.slurm.sbatch_args.{key}: sbatch's --{key} {fix}")
             if key in OURS:
                 raise ConfigError(f"data.slurm.sbatch_args: {key} is set by pldr; leave it out")
 
@@ -234,7 +223,7 @@ def check_script(script: Path, jobs: int) -> None:
     for line in script.read_text(encoding="utf-8").splitlines():
         if line.startswith("#SBATCH"):
             option = re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(.+))?", line)
-            if option is None or option[1] not in OPTIONS:
+            if option is None or option[1] not in slurm.OPTIONS:
                 raise UserError(f"{script}: {line!r} is not an option of sbatch; fix data.slurm.sbatch_args")
             options[option[1]] = option[2]
     array = re.fullmatch(r"0-(\d+)(%[1-9]\d*)?", options.get("array") or "")

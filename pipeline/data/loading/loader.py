@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -129,6 +129,10 @@ class TrainLoader:
     def indices(self, position: int) -> Indices:
         """The sequence numbers [global_batch] of the batch that begins at a position, if nothing is left out."""
         return self._order.global_batch(position, self.global_batch)
+
+    def recorded(self, position: int) -> dict[str, Any]:
+        """What state.json keeps of the order at a position: with `data.phases`, what was drawn of each source."""
+        return self._order.recorded(position) if isinstance(self._order, Mixture) else {}
 
     def micro_batches(self, position: int, *, limit: int | None = None) -> Iterator[tuple[list[Indices], int]]:
         """Global batches from a position of the order (0: the beginning); `limit` of them, or without end.

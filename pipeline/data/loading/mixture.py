@@ -1,5 +1,5 @@
 """`data.phases`: which source each position of the training order is of, and which of its sequences. A pure function of
-(fingerprint, seed, phases, position), like order.py, which it uses for the order of one source's sequences.
+(fingerprint, seed, phases, where they begin, position), like order.py, which it uses for the order of one source's sequences.
 
 A phase is a range of positions with a share for each source. It is cut into blocks of BLOCK positions:
 
@@ -10,6 +10,9 @@ A phase is a range of positions with a share for each source. It is cut into blo
 3. The n-th place of a source, counted from the beginning of training through all phases, takes the n-th sequence of that
    source's own order: every sequence is used before one is used again, also across phases.
 
+Where a run goes on with other phases (`Begin`, pipeline/config/phases.py), they begin at that position, in the middle of one or
+not, and the places before it are those that the checkpoint has counted.
+
 Shares are exact fractions, so no machine rounds them otherwise. Memory does not grow with the corpus or with the run.
 """
 
@@ -17,45 +20,40 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.batches import planned_sequences
 from pipeline.config.data import MIXTURE_BLOCK as BLOCK
+from pipeline.config.phases import RECORDED, Begin, PlannedPhase, begin_of, planned_phases
 from pipeline.config.run import RunConfig
 from pipeline.data.loading.order import Indices, Order, permute
 from pipeline.data.tokens.index import TokenIndex
 from pipeline.errors import UserError
 
 VERSION = "pldr-mixture-1"  # any change below changes the data order of runs with phases: change this version with it
-DENOMINATOR = 10**9  # weights are YAML's decimal numbers
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Positions up to `end` of the training order (the last phase continues beyond), and the share of each source, in order."""
-
-    end: int
-    shares: tuple[Fraction, ...]
 
 
 class Mixture:
-    """The order of training with phases. `ranges`: by source, the sequence numbers [first, after the last) of its shards."""
+    """The order of training with phases. `ranges`: by source, the sequence numbers [first, after the last) of its shards;
+    `begin`: where the phases begin. Positions before it are not this order's."""
 
     def __init__(
         self,
-        phases: Sequence[Phase],
+        phases: Sequence[PlannedPhase],
         ranges: Mapping[str, Sequence[tuple[int, int]]],
         *,
         block_sequences: int,
         fingerprint: str,
         seed: int,
+        begin: Begin | None = None,
     ) -> None:
-        self._phases = phases
+        self._phases, self._names = phases, list(ranges)
+        self.begin = begin = begin or Begin()
         self._numbers = [
             np.concatenate([[0], np.cumsum([end - begin for begin, end in own])]) for own in ranges.values()
         ]
@@ -69,16 +67,20 @@ class Mixture:
             )
             for source, ends in zip(ranges, self._numbers, strict=True)
         ]
-        digest = hashlib.sha256(f"{VERSION}|{fingerprint}|{seed}".encode()).digest()
+        of_begin = f"|{begin.position}" if begin.position else ""
+        digest = hashlib.sha256(f"{VERSION}|{fingerprint}|{seed}{of_begin}".encode()).digest()
         self._key = int.from_bytes(digest[:8], "little")
         self._block = lru_cache(maxsize=64)(self._sources_of_block)
-        self._begins, self._used = [0], [np.zeros(len(ranges), dtype=np.int64)]
+        self._begins = [begin.position]
+        self._used = [np.array([begin.drawn.get(source, 0) for source in self._names], dtype=np.int64)]
         for number, phase in enumerate(phases[:-1]):
-            self._used.append(self._used[-1] + self._before(number, phase.end - self._begins[-1]))
-            self._begins.append(phase.end)
+            end = max(begin.position, phase.end)
+            self._used.append(self._used[-1] + self._before(number, end - self._begins[-1]))
+            self._begins.append(end)
 
     def global_batch(self, start: int, size: int) -> Indices:
         """Sequence numbers [size] at the positions from `start` on."""
+        assert start >= self.begin.position, "an order of its own, which other phases decided"
         sources, numbers = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
         done = 0
         while done < size:
@@ -105,6 +107,12 @@ class Mixture:
         phase = int(np.searchsorted(self._begins, position, side="right")) - 1
         return self._used[phase] + self._before(phase, position - self._begins[phase])
 
+    def recorded(self, position: int) -> dict[str, Any]:
+        """What state.json keeps of this order at a position, for a run that goes on from there (`begin_of`)."""
+        drawn = zip(self._names, self.drawn(position).tolist(), strict=True)
+        phases = [phase.recorded() for phase in self._phases]
+        return {RECORDED: {"drawn": dict(drawn), "begin": asdict(self.begin), "phases": phases}}
+
     def _sequences(self, source: int, numbers: Indices) -> Indices:
         """Sequence numbers at places of a source's own order, epoch after epoch."""
         order, ends = self._orders[source], self._numbers[source]
@@ -125,8 +133,9 @@ class Mixture:
     def _cumulative(self, phase: int, block: int) -> Indices:
         """T_0 ... T_n at the beginning of a block: the rounded sums of shares."""
         sums = [Fraction(0)]
-        for share in self._phases[phase].shares:
-            sums.append(sums[-1] + share)
+        shares = self._phases[phase].shares
+        for source in self._names:
+            sums.append(sums[-1] + shares.get(source, 0))
         return np.array([(2 * s * block * BLOCK + 1) // 2 for s in sums], dtype=np.int64)
 
     def _sources_of_block(self, phase: int, block: int) -> npt.NDArray[np.int64]:
@@ -139,8 +148,9 @@ class Mixture:
         return np.searchsorted(np.cumsum(counts), slots, side="right").astype(np.int64)
 
 
-def mixture_of(index: TokenIndex, config: RunConfig) -> Mixture | None:
-    """The order of the train split with `data.phases`; None without them.
+def mixture_of(index: TokenIndex, config: RunConfig, state: Mapping[str, Any]) -> Mixture | None:
+    """The order of the train split with `data.phases`; None without them. state: state.json of the checkpoint that training
+    goes on from; empty at step 0.
 
     Raises UserError when the shards are not of one source each, or a source that is drawn has no sequence.
     """
@@ -156,20 +166,18 @@ def mixture_of(index: TokenIndex, config: RunConfig) -> Mixture | None:
             )
         ranges.setdefault(shard.source, []).append((begin, begin + shard.sequences))
         begin += shard.sequences
-    total, phases = planned_sequences(config.train), []
     for phase in config.data.phases:
         if missing := phase.weights.keys() - ranges.keys():
             raise UserError(
                 f"data.phases: {index.folder} has no training sequence of a source {min(missing)!r}; its sources: "
                 f"{', '.join(sorted(ranges))}"
             )
-        phases.append(Phase(round(phase.until * total), shares_of(phase.weights, list(ranges))))
+    begins = begin_of(config, state)
     return Mixture(
-        phases, ranges, block_sequences=index.block_sequences, fingerprint=index.fingerprint, seed=config.seed
+        planned_phases(config, begins),
+        ranges,
+        block_sequences=index.block_sequences,
+        fingerprint=index.fingerprint,
+        seed=config.seed,
+        begin=begins,
     )
-
-
-def shares_of(weights: Mapping[str, float], sources: Sequence[str]) -> tuple[Fraction, ...]:
-    """The share of each source: its weight over the sum of weights."""
-    exact = [Fraction(weights.get(source, 0.0)).limit_denominator(DENOMINATOR) for source in sources]
-    return tuple(weight / sum(exact) for weight in exact)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.config.source_names import MAGIC, NOTHING, as_name, parts_of
 from pipeline.data.readers.left_out import LeftOut, LocalFolders, below
 from pipeline.errors import UserError, first_line
 from pipeline.io.remote import filesystem_of, retrying
@@ -42,7 +42,6 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 KNOWN = f"{' '.join(FORMATS)}, each also .gz .bz2 .xz .zst"
 NOT_A_FILE = "not_a_file"  # kind of an entry that is not a regular file: bad input when it is read
 PACKAGE = "package://"
-MAGIC = re.compile(r"[*?[]")
 
 
 class SourceConfig(Protocol):
@@ -340,13 +339,13 @@ def _names(sources: list[SourceConfig], hows: list[str]) -> list[str]:
 def _derived_name(url: str, how: str) -> str:
     """The last fixed component of a URL: a folder's name, the last folder before a glob, or a file's name without
     extensions."""
-    parts = [part for part in public_url(url).rpartition("://")[2].split("/") if part not in ("", ".", "..")]
+    parts = parts_of(url)
     if how == "glob":
         parts = parts[: next(i for i, part in enumerate(parts) if MAGIC.search(part))]
-    name = parts[-1] if parts else "corpus"
+    name = parts[-1] if parts else NOTHING
     while how == "file" and os.path.splitext(name.lower())[1] in {*FORMATS, *COMPRESSIONS}:
         name = os.path.splitext(name)[0]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "corpus"
+    return as_name(name)
 
 
 def _check_html(files: Iterable[InputFile]) -> None:

@@ -6,6 +6,7 @@ With a real Slurm: tests/launch/end_to_end/test_slurm_sweep.py.
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -93,6 +94,8 @@ def test_children_that_run_at_once_share_a_server(sweep, monkeypatch):
         (["--slurm", "--at-once", "0"], "--at-once 0: at least 1"),
         (["--slurm", "--ranks-per-node", "3"], "is not a multiple of micro_batch"),
         (["--slurm", "--sbatch", "array=1-3"], "array is set by pldr"),
+        (["--slurm", "--sbatch", "foo"], "--sbatch foo: it takes a value; write foo=VALUE"),
+        (["--slurm", "--sbatch", "hold=1"], "--sbatch hold=1: it takes no value; write hold"),
         (["--slurm", "--only", "1"], "--slurm goes without"),
         (["--slurm", "--ranks-per-node", "0"], "--ranks-per-node 0: at least 1"),
         ([], "--dry-run is only read with --slurm"),  # it would train
@@ -104,15 +107,28 @@ def test_wrong_options(sweep, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+def test_wrong_options_are_refused_before_anything_is_made(sweep, capsys, tmp_path):
+    assert main(["sweep", sweep, "--slurm", "--sbatch", "foo"]) == 2
+    assert "--sbatch foo: it takes a value" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--only", "5"], "--only 5: the sweep has children 1 to 4"),
         (["--time", "1:00:00"], "--time is only read with --slurm"),
         (["--gpus-per-node", "0"], "--gpus-per-node is only read with --slurm"),
+        (["--sbatch", "foo"], "--sbatch is only read with --slurm"),
+        (["--env", "1=2"], "--env is only read with --hostfile"),
+        (["--master-addr", "a"], "--master-addr is only read with --hostfile"),
+        (["--hostfile", "hosts", "--env", "1=2"], "--env 1=2: write NAME=VALUE"),
+        (["--hostfile", "hosts", "--env", "NOT_SET_HERE"], "--env NOT_SET_HERE: write NAME=VALUE, or the NAME"),
+        (["foo"], "override 'foo': write key=value"),
     ],
 )
 def test_wrong_options_without_slurm(sweep, capsys, words, message):
+    Path("hosts").write_text("one slots=1\n")
     assert main(["sweep", sweep, *words]) == 2
     assert message in capsys.readouterr().err
 

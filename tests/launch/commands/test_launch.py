@@ -37,6 +37,11 @@ def dry_run(capsys, *words: str) -> dict:
     [
         (["deepspeed", "--hostfile", "hosts", "--no-ssh"], "--no-ssh and --node-rank I go together"),
         (["deepspeed", "--hostfile", "hosts", "--no-ssh", "--node-rank", "2"], "there are 2 nodes, 0 to 1"),
+        (["deepspeed", "--hostfile", "hosts", "--env", "1=2"], "--env 1=2: write NAME=VALUE"),
+        (
+            ["deepspeed", "--hostfile", "hosts", "--no-ssh", "--node-rank", "1", "--env", "A=2"],
+            "--env is only read over ssh",
+        ),
         (["torchrun", "--nodes", "2"], "--master-addr"),
         (["torchrun", "--ranks-per-node", "0"], "--ranks-per-node 0: at least 1"),
         (["torchrun", "--nodes", "3", "--master-addr", "a", "train.ranks=null"], "micro_batch 4 x 3 nodes"),
@@ -48,8 +53,23 @@ def dry_run(capsys, *words: str) -> dict:
         ),
         (["slurm", "--nodes", "1", "--ranks-per-node", "1", "--sbatch", "nodes=7"], "nodes is set by pldr"),
         (["slurm", "--nodes", "1", "--ranks-per-node", "1", "--sbatch", "x=a\nb"], "write an option of sbatch"),
+        (["slurm", "--nodes", "1", "--ranks-per-node", "1", "--sbatch", "foo"], "--sbatch foo: it takes a value"),
     ],
-    ids=["no rank", "rank", "address", "no ranks", "nodes", "gpus", "batch", "back", "ours", "line break"],
+    ids=[
+        "no rank",
+        "rank",
+        "env",
+        "env here",
+        "address",
+        "no ranks",
+        "nodes",
+        "gpus",
+        "batch",
+        "back",
+        "ours",
+        "line break",
+        "no value",
+    ],
 )
 def test_mistakes_are_reported_before_anything_starts(tokens, capsys, monkeypatch, words, message):
     monkeypatch.chdir(tokens)

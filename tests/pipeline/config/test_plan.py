@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.bundle.certificate.checks import make_checks
 from pipeline.config.load import load_config
-from pipeline.config.plan import duration, plan, plan_lines, state_bytes
+from pipeline.config.plan import duration, plan, plan_lines
 from pipeline.config.post import PostConfig
 from pipeline.config.schedule import (
     BUDGET_APPROXIMATE,
@@ -83,20 +83,28 @@ def test_flops_and_activations_are_those_of_the_g_that_is_deduced(repository):
     shared = model.flops_per_token(training=True, sequences_per_g=4)
     assert own["flops_per_token_once_shared"] is None and own["flops_per_token_training"] > shared
     assert batch["flops_per_token_training"] == shared and batch["training_flops"] == shared * batch["tokens"]
-    assert batch["activation_bytes_per_micro_batch"] < own["activation_bytes_per_micro_batch"]
+    narrow = [
+        plan(load_config(file, ["model.A_dff=17", *keys])) for keys in ([], ["train.g_from=batch"])
+    ]  # all is kept
+    assert narrow[1]["activation_bytes_per_micro_batch"] < narrow[0]["activation_bytes_per_micro_batch"]
     # When G is shared later is not known: the time is that of the steps before.
     assert later["flops_per_token_training"] == own["flops_per_token_training"] and later["hours"] == own["hours"]
     assert later["flops_per_token_once_shared"] == shared
     assert f"{shared:.4g} training once G is shared" in "\n".join(plan_lines(later))
 
 
-def test_zero_memory_follows_what_each_stage_shards(repository):
-    config = load_config(repository / "configs" / "pldr-110m.yaml")
-    count = 109_689_362
-    assert state_bytes(config, 0, 8) == 16 * count
-    assert state_bytes(config, 1, 8) == 4 * count + 12 * count // 8
-    assert state_bytes(config, 1, 4) == 6 * count + 12 * count // 4  # accumulates, in fp32
-    assert state_bytes(config, 3, 2) == count * 2 // 2 + 4 * count // 2 + 12 * count // 2
+def test_time_and_tokens_are_those_of_batches_that_grow(repository):
+    """100 steps of 8 and 50 of 16 sequences before 32: what is left out in tokens is left out in hours."""
+    file = repository / "configs" / "pldr-110m.yaml"
+    warmup = "train.batch_warmup=[{batch: 8, steps: 100}, {batch: 16, steps: 50}]"
+    plain, growing = (
+        plan(load_config(file, ["train.steps=4000"])),
+        plan(load_config(file, ["train.steps=4000", warmup])),
+    )
+    tokens = (100 * 8 + 50 * 16 + 3850 * 32) * 1024
+    assert growing["tokens"] == tokens and growing["hours"] / plain["hours"] == pytest.approx(tokens / plain["tokens"])
+    assert "(4,000 steps of up to 32,768)" in "\n".join(plan_lines(growing))
+    assert "(4,000 steps of 32,768)" in "\n".join(plan_lines(plain))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 
 from launch.cli import main
 from pipeline.config.load import load_config
+from pipeline.config.rank_memory import activation_bytes, state_bytes
 from pipeline.config.schedule import invariance_budget
 from pipeline.io import storage
 from pipeline.stages import preflight as module
@@ -132,6 +133,19 @@ def test_a_full_disk_and_little_memory_are_found(check, monkeypatch):
     found = check()
     assert found["disk"].status == "FAIL" and "free some space or set" in found["disk"].text
     assert found["memory"].status == "FAIL" and "train.activation_checkpointing=layer" in found["memory"].text
+
+
+def test_a_stage_that_muon_cannot_have_is_no_advice(check, monkeypatch):
+    """In memory that stage 0 does not leave enough of, and a higher one would."""
+    for optimizer, advised in (("adamw", True), ("muon", False)):
+        keys = ["train.zero_stage=0", f"train.optimizer={optimizer}"]
+        config = load_config(check.yaml, keys)
+        needed = 2 * (state_bytes(config, 0, 2) + activation_bytes(config, "cpu"))
+        memory = SimpleNamespace(total=int(needed / 0.8) - 100)
+        monkeypatch.setattr(module.psutil, "virtual_memory", lambda memory=memory: memory)
+        found = check(*keys)["memory"]
+        assert found.status == "warn" and "train.activation_checkpointing=layer" in found.text
+        assert ("train.zero_stage=1" in found.text) is advised
 
 
 def test_each_stage_needs_space_on_the_disk_that_it_writes_to(check, tmp_path, monkeypatch):

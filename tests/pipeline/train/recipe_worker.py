@@ -1,8 +1,8 @@
 """One rank of tests/pipeline/train/test_muon.py, test_batch_warmup.py, test_backend.py and test_variants.py: runs with the keys
 that those test.
 
-Usage: recipe_worker.py FOLDER WHAT PRECISION. WHAT: "quick", "more", or "from" to resume on this number of ranks what "quick"
-has saved. Rank 0 writes FOLDER/result.json.
+Usage: recipe_worker.py FOLDER WHAT PRECISION. WHAT: "quick", "more", "offloaded", "rounded", or "from" to resume on this number
+of ranks what "quick" has saved. Rank 0 writes FOLDER/result.json.
 """
 
 import sys
@@ -98,9 +98,9 @@ def quick(folder: Path, precision: str) -> dict:
     return results
 
 
-def grown(folder: Path, stage: int, **train) -> dict:
+def grown(folder: Path, stage: int, precision: str = "fp32", offload: str = "none") -> dict:
     """A run whose batches grow, and one that resumes from within."""
-    config = growing(folder / f"growing-{stage}{len(train)}", stage, **train)
+    config = growing(folder / f"growing-{stage}-{precision}-{offload}", stage, precision, offload=offload)
     trainer = trained(config)
     state = asdict(trainer.state)
     half = Path(config.run_dir) / "checkpoints" / checkpoint_name(2)
@@ -122,9 +122,19 @@ def more(folder: Path, precision: str) -> dict:
         "rolled_back": rolled_back(folder / "rolled", muon(folder, precision, "value")),
         "norm": points(muon(folder / "norm", precision, "norm", "identity")),
         "growing": {str(stage): grown(folder, stage) for stage in (0, 2, 3)},
-        "offload": grown(folder, 2, offload="optimizer"),
         "grown_back": grown_back(folder / "back"),
     }
+
+
+def offloaded(folder: Path, precision: str) -> dict:
+    """Growing batches with states in CPU memory."""
+    cells = ((2, "optimizer"), (3, "optimizer"), (3, "parameters"))
+    return {f"{stage}-{offload}": grown(folder, stage, precision, offload) for stage, offload in cells}
+
+
+def rounded(folder: Path, precision: str) -> dict:
+    """Growing batches in another precision."""
+    return {str(stage): grown(folder, stage, precision) for stage in (1, 2, 3)}
 
 
 def grown_back(folder: Path) -> dict:
@@ -150,7 +160,7 @@ def grown_back(folder: Path) -> dict:
 
 def on_other_ranks(folder: Path, precision: str) -> dict:
     half = folder / "straight" / "checkpoints" / checkpoint_name(3)
-    inside = folder / "growing-10" / "checkpoints" / checkpoint_name(2)
+    inside = folder / "growing-1-fp32-none" / "checkpoints" / checkpoint_name(2)
     return {
         "resumed": points(muon(folder / "other", precision, "value"), half),
         "growing": points(growing(folder / "other-growing", 1), inside),
@@ -161,7 +171,8 @@ def main() -> None:
     folder, what, precision = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.set_num_threads(1)
     init_distributed(120)
-    finish(folder, {"quick": quick, "more": more, "from": on_other_ranks}[what](folder, precision))
+    works = {"quick": quick, "more": more, "offloaded": offloaded, "rounded": rounded, "from": on_other_ranks}
+    finish(folder, works[what](folder, precision))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def cell_config(folder: Path, cell: dict):
         activation_checkpointing=cell["recompute"],
         micro_batch=4 // cell["accumulation"],
         offload=cell["offload"],
+        optimizer=cell.get("optimizer", "adamw"),
         clip={"fp32": 0.05, "bf16": 0.5}[cell["precision"]],  # where round-off grows least, as measured
         max_lr=1e-3,
         min_lr_ratio=1.0,

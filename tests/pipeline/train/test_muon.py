@@ -18,6 +18,7 @@ from tests.pipeline.train.recipe_worker import MUON, muon
 from tests.pipeline.train.test_zero import plain_pytorch as adamw_alone
 from tests.pipeline.train.zero_worker import STEPS, configuration
 
+MUON_WORKER = "tests.pipeline.train.muon_worker"
 MATRIX = re.compile(r"layers\.\d+\.(attention\.(qkv|output)|feed_forward\.(w12|w3))\.weight")  # what Muon trains
 
 
@@ -113,6 +114,24 @@ def test_a_rollback_restores_every_weight_and_moment(more):
 @pytest.mark.slow
 def test_it_resumes_on_another_number_of_ranks(recipe_runs_on_one_rank, fp32):
     assert losses(recipe_runs_on_one_rank["resumed"]) == pytest.approx(losses(fp32["straight"])[3:], abs=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("bf16", 2e-4)])
+def test_on_one_rank_nothing_of_two_is_lost_and_the_losses_are_as_close_as_adamws(
+    start_ranks, tmp_path, precision, limit
+):
+    """fp32: the limit of tests/pipeline/checkpoint/test_reshard.py, at its rate. bf16: gradients are summed in bf16, on one
+    rank in another order."""
+    first = start_ranks(MUON_WORKER, tmp_path, "straight", precision)
+    again = start_ranks(MUON_WORKER, tmp_path, "resumed", precision, world=1)
+    for clip_by in ("value", "norm"):
+        right, run = losses(first[clip_by]["points"])[3:], again[clip_by]
+        off = {
+            key: max(abs(a / b - 1) for a, b in zip(losses(run[key]), right, strict=True)) for key in ("points", "lost")
+        }
+        assert run["wrong"] == [] and off["points"] < limit
+        assert off["lost"] > 3 * limit  # moments that were lost would be noticed
 
 
 @pytest.mark.slow

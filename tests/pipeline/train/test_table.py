@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from pipeline.config.schedule import learning_rate
+from pipeline.config.train import TrainConfig
 from pipeline.network import free_port
 from pipeline.train.optim import parameter_groups
 from pldr_model.loss import cross_entropy
@@ -49,14 +50,23 @@ TOLERANCE = {"fp32": 5e-3, "bf16": 0.12}
 DISCRIMINATES = 5  # a run that does not learn exceeds the tolerance by this factor, one at half the rate by 2
 
 
-def plain_pytorch(folder: Path, precision: str, rate: float = 1.0) -> list[float]:
+def optimizers_of(masters: PLDRModel, train: TrainConfig) -> list[torch.optim.Optimizer]:
+    """torch's own AdamW, and with Muon torch's own Muon beside it."""
+    groups = parameter_groups(masters, train)
+    matrices = [group for group in groups if group.get("use_muon")]
+    rest = [group for group in groups if not group.get("use_muon")]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=0.0, betas=train.betas, eps=train.eps)]
+    return [*found, torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")] if matrices else found
+
+
+def plain_pytorch(folder: Path, precision: str, rate: float = 1.0, optimizer: str = "adamw") -> list[float]:
     """One process, no DeepSpeed. bf16: weights and gradients in bf16, AdamW on fp32 masters. rate: times the learning rate."""
-    config = cell_config(folder, {**CELLS[0], "precision": precision})
+    config = cell_config(folder, {**CELLS[0], "precision": precision, "optimizer": optimizer})
     train = config.train
     torch.manual_seed(config.seed)
     model = PLDRModel(config.model).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     masters = copy.deepcopy(model).float()
-    optimizer = torch.optim.AdamW(parameter_groups(masters, train), lr=0.0, betas=train.betas, eps=train.eps)
+    optimizers = optimizers_of(masters, train)
     ids = torch.from_numpy(np.random.default_rng(0).integers(4, 67, size=(8, 17)))
     seen = []
     for step in range(STEPS[precision]):
@@ -66,9 +76,10 @@ def plain_pytorch(folder: Path, precision: str, rate: float = 1.0) -> list[float
         for master, weight in zip(masters.parameters(), model.parameters(), strict=True):
             master.grad = weight.grad.float()
         torch.nn.utils.clip_grad_norm_(masters.parameters(), train.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * learning_rate(train, step)
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * learning_rate(train, step)
+            optimizer.step()
         model.load_state_dict(masters.state_dict())
         seen.append(loss.item())
     return seen
@@ -94,22 +105,27 @@ def markdown(cells: list[dict], differences: list[str]) -> str:
     return "\n".join([head, "|" + "---|" * (len(KEYS) + 1), *rows]) + "\n"
 
 
+def trained(folder: Path, cells: list[dict]) -> list[list[float] | str]:
+    """The losses of each cell on two ranks, or the line of its error."""
+    (folder / "cells.json").write_text(json.dumps(cells))
+    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
+            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    command = [sys.executable, "-m", WORKER, str(folder), str(folder / "cells.json")]
+    ranks = []
+    for rank in range(2):
+        with open(folder / f"rank{rank}.log", "wb") as log:
+            environment = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    assert [rank.wait(2900) for rank in ranks] == [0, 0], (folder / "rank0.log").read_text()[-3000:]
+    return json.loads((folder / "result.json").read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("cells", [FEW, CELLS], ids=["few", "all"])
 def test_every_combination_trains_like_plain_pytorch(tmp_path, cells):
     cells = [cell for cell in cells if not cell["compile"] or shutil.which("g++")]
-    (tmp_path / "cells.json").write_text(json.dumps(cells))
-    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
-            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-    command = [sys.executable, "-m", WORKER, str(tmp_path), str(tmp_path / "cells.json")]
-    ranks = []
-    for rank in range(2):
-        with open(tmp_path / f"rank{rank}.log", "wb") as log:
-            environment = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    assert [rank.wait(2900) for rank in ranks] == [0, 0], (tmp_path / "rank0.log").read_text()[-3000:]
-    results = json.loads((tmp_path / "result.json").read_text())
+    results = trained(tmp_path, cells)
     references = {precision: plain_pytorch(tmp_path, precision) for precision in TOLERANCE}
     shown, bad = [], []
     for cell, losses in zip(cells, results, strict=True):
@@ -125,3 +141,14 @@ def test_every_combination_trains_like_plain_pytorch(tmp_path, cells):
     if "PLDR_TABLE" in os.environ:
         Path(os.environ["PLDR_TABLE"]).write_text(markdown(cells, shown))
     assert not bad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 5e-3), ("bf16", 0.1)])
+def test_muon_trains_like_torchs_muon_beside_torchs_adamw(tmp_path, precision, limit):
+    """At stage 0, the only one it has. AdamW alone, and half the rate, are twice as far away as the limit."""
+    cells = [{**CELLS[0], "precision": precision, "accumulation": n, "optimizer": "muon"} for n in (1, 2)]
+    reference = plain_pytorch(tmp_path, precision, optimizer="muon")
+    assert max(difference(losses, reference) for losses in trained(tmp_path, cells)) < limit
+    assert difference(plain_pytorch(tmp_path, precision), reference) > 2 * limit
+    assert difference(plain_pytorch(tmp_path, precision, rate=0.5, optimizer="muon"), reference) > 2 * limit

@@ -41,6 +41,9 @@ class Batches:
     def indices(self, position):
         return np.arange(position, position + self.config.train.global_batch)
 
+    def recorded(self, position):
+        return {}
+
     def micro_batches(self, position, *, limit):
         train, model = self.config.train, self.config.model
         rank, world = dist.get_rank(), dist.get_world_size()

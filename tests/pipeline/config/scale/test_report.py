@@ -7,6 +7,7 @@ import pytest
 
 from launch.cli import main
 from pipeline.config.load import load_config
+from pipeline.config.rank_memory import muon_parameters
 from pipeline.config.scale.best import judge, stage_table
 from pipeline.config.scale.cluster import Cluster
 from pipeline.config.scale.input_output import checkpoint_bytes
@@ -64,6 +65,39 @@ def test_devices_that_do_not_divide_the_batch_are_refused_with_the_fix(load):
         scale(load(), Cluster(devices=16))
     with pytest.raises(ConfigError, match="is no multiple of 24"):
         scale(load(), Cluster(devices=24))
+
+
+def test_a_run_whose_batches_grow_takes_the_time_of_its_steps(load):
+    """Half of the steps with half of the batch: they compute half as long, but send as much."""
+    cluster, common = Cluster(devices=8, mtbf_hours=1e9), ("train.steps=4000", "train.global_batch=64")
+    warmup = "train.batch_warmup=[{batch: 32, steps: 2000}]"
+    plain, growing = judge(load(*common), cluster), judge(load(*common, warmup), cluster)
+    small = judge(load("train.steps=4000", "train.global_batch=32"), cluster)
+    every = plain.checkpoint_every
+    assert growing.hours(every) == pytest.approx((plain.hours(every) + small.hours(every)) / 2, rel=1e-3)
+    assert growing.hours(every) > 0.75 * plain.hours(every)
+
+
+def test_devices_that_a_smaller_batch_does_not_feed_are_refused(load):
+    growing = load("train.global_batch=64", "train.batch_warmup=[{batch: 8, steps: 10}]")
+    with pytest.raises(
+        ConfigError, match="batch_warmup: a batch of 8 feeds 8 devices at most: raise it to a multiple of 16"
+    ):
+        scale(growing, Cluster(devices=16))
+    with pytest.raises(ConfigError, match=r"does not divide each batch of batch_warmup: set train.micro_batch=1"):
+        scale(growing, Cluster(devices=8))
+    larger = load("train.global_batch=64", "train.batch_warmup=[{batch: 32, steps: 10}]")
+    for row in scale(larger, Cluster(devices=8))["world_sizes"]:
+        assert "problem" in row or 32 % (row["micro_batch"] * row["devices"]) == 0
+
+
+def test_muon_is_planned_at_the_stage_that_it_has(load):
+    adamw, muon = (load("train.zero_stage=0", f"train.optimizer={name}") for name in ("adamw", "muon"))
+    report = scale(muon, Cluster(devices=8))
+    assert [way["zero_stage"] for way in report["stages"]] == [0]
+    saved = 4 * muon_parameters(muon.model)
+    assert checkpoint_bytes(adamw) - checkpoint_bytes(muon) == saved
+    assert judge(adamw, Cluster(devices=8)).memory.states - judge(muon, Cluster(devices=8)).memory.states == saved
 
 
 def test_checkpoints_have_the_size_that_is_planned(repository, tmp_path):

@@ -60,6 +60,8 @@ class TestScript:
         [
             ({"cpus_per_task": "2"}, "sbatch has no option --cpus_per_task"),
             ({"array": "0-7"}, "array is set by pldr"),
+            ({"account": ""}, "data.slurm.sbatch_args.account: sbatch's --account takes a value; set one"),
+            ({"hold": "yes"}, "data.slurm.sbatch_args.hold: sbatch's --hold takes no value; set it to ''"),
             ({"comment": "x\n#SBATCH --uid=0"}, "must not contain line breaks"),
             ({"comment": 'x" --uid=0'}, "must not contain line breaks or quotes"),
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.config.data import Phase
 from pipeline.config.paths import RunPaths
 from pipeline.config.run import RunConfig
 from pipeline.config.train import TrainConfig
@@ -62,10 +64,12 @@ def test_without_it_shards_and_the_index_are_as_before(finished: tuple[RunConfig
     documents, tokens = DocumentIndex.load(finished[1].documents), TokenIndex.load(finished[1].tokens)
     assert all("source" not in shard for shard in documents.shards)
     assert all(shard.source == "" for shard in tokens.shards)
-    assert mixture_of(tokens, finished[0]) is None
+    assert mixture_of(tokens, finished[0], {}) is None
 
 
-def loader(separate: tuple[RunConfig, RunPaths], rank: int = 0, world_size: int = 1) -> TrainLoader:
+def loader(
+    separate: tuple[RunConfig, RunPaths], rank: int = 0, world_size: int = 1, state: dict[str, Any] | None = None
+) -> TrainLoader:
     config, paths = separate
     index = TokenIndex.load(paths.tokens)
     return TrainLoader(
@@ -75,7 +79,7 @@ def loader(separate: tuple[RunConfig, RunPaths], rank: int = 0, world_size: int 
         micro_batch=4,
         rank=rank,
         world_size=world_size,
-        order=mixture_of(index, config),
+        order=mixture_of(index, config, state or {}),
     )
 
 
@@ -92,6 +96,35 @@ def test_batches_have_the_phases_shares_on_any_number_of_ranks(separate: tuple[R
     for (micro, end), *shares in zip(batches, *halves, strict=True):
         assert np.array_equal(np.concatenate(micro), np.concatenate([rows for share, _ in shares for rows in share]))
         assert all(end == theirs for _, theirs in shares)
+
+
+def test_other_phases_begin_after_what_was_drawn_on_any_number_of_ranks(separate: tuple[RunConfig, RunPaths]) -> None:
+    """Of 10 steps of 32 sequences, 4 with the first phases; then web alone for the 16 that are left of 20. Stopped in between,
+    the run goes on with what it counted itself."""
+    config, paths = separate
+    data = config.data.model_copy(update={"phases": [Phase(until=1.0, weights={"web": 1})]})
+    train = config.train.model_copy(update={"steps": 20})
+    other = config.model_copy(update={"data": data, "train": train}), paths
+    first = loader(separate)
+    state = {"step": 4, "sequences_consumed": 128, **json.loads(json.dumps(first.recorded(128)))}
+    drawn = state["mixture"]["drawn"]
+    ids = np.concatenate([first.indices(position) for position in range(0, 128, 32)])
+    index = TokenIndex.load(paths.tokens)
+    of = np.concatenate([np.full(shard.sequences, shard.source == "web") for shard in index.of_split("train")])
+    assert drawn == {"web": int(of[ids].sum()), "books": int((~of[ids]).sum())}
+
+    alone = loader(other, state=state)
+    rest = np.concatenate([alone.indices(position) for position in range(128, 640, 32)])
+    assert of[rest].all()
+    web = np.concatenate([ids[of[ids]], rest])[: int(of.sum())]
+    assert len(np.unique(web)) == len(web)  # each sequence of web is drawn before one is drawn again
+    assert alone.recorded(640)["mixture"]["drawn"] == {**drawn, "web": drawn["web"] + 512}
+
+    later = {"step": 9, "sequences_consumed": 288, **json.loads(json.dumps(alone.recorded(288)))}
+    batches = list(alone.micro_batches(288, limit=3))
+    halves = [list(loader(other, rank, 2, later).micro_batches(288, limit=3)) for rank in (0, 1)]
+    for (micro, _), *shares in zip(batches, *halves, strict=True):
+        assert np.array_equal(np.concatenate(micro), np.concatenate([rows for share, _ in shares for rows in share]))
 
 
 def test_batches_that_grow_are_slices_of_the_same_order_from_any_step(separate: tuple[RunConfig, RunPaths]) -> None:
@@ -116,15 +149,15 @@ def test_shards_that_mix_sources_are_one_line(finished: tuple[RunConfig, RunPath
     with pytest.raises(
         UserError, match="its shards mix sources, .* set data.separate_sources=true and run `pldr shard`"
     ):
-        mixture_of(TokenIndex.load(finished[1].tokens), config.model_copy(update={"data": phases}))
+        mixture_of(TokenIndex.load(finished[1].tokens), config.model_copy(update={"data": phases}), {})
 
 
 def test_an_unknown_source_is_one_line(separate: tuple[RunConfig, RunPaths], make_config: MakeConfig) -> None:
     phases = [{"until": 1.0, "weights": {"web": 1, "boks": 1}}]
-    sources = [{"url": "x.txt", "name": "web"}]
+    sources = [{"url": f"{name}.txt", "name": name} for name in ("web", "boks")]
     config = make_config(separate[1].root, sources, data={"separate_sources": True, "phases": phases})
     with pytest.raises(UserError, match="no training sequence of a source 'boks'; its sources: books, web"):
-        mixture_of(TokenIndex.load(separate[1].tokens), config)
+        mixture_of(TokenIndex.load(separate[1].tokens), config, {})
 
 
 @pytest.mark.parametrize(
