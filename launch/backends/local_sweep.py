@@ -65,7 +65,7 @@ class _Children:
                 time.sleep(POLL_S)
                 if self._ended():
                     self._start()
-                    apart.collect(self.sweep, parent, None)
+                    apart.collect(self.sweep, parent, self.errors)
             return self.errors
         except BaseException:
             self._stop()

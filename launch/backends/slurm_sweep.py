@@ -140,7 +140,7 @@ def _follow(sweep: Sweep, parent: str, array: str, fixes: dict[str, str], report
             left = len(apart.unfinished(sweep))
             if left != known:
                 report(f"children    {len(sweep.children) - left} of {len(sweep.children)} are complete")
-                apart.collect(sweep, parent, None)
+                apart.collect(sweep, parent, {})
                 known = left
             if not left:
                 break

@@ -19,6 +19,7 @@ from pipeline.stages.table import NAMES, stage_named
 from pipeline.stages.train import Launch
 from pipeline.sweep.compare import in_order
 from pipeline.sweep.config import Child
+from pipeline.sweep.curves import CURVES
 from pipeline.sweep.sweep import DATA_STAGES, Result, Sweep, measured
 from pipeline.tracking.run import known_run
 
@@ -31,6 +32,7 @@ def run_only(sweep: Sweep, number: int, *, launch: Launch, report: Report, ranks
     known = known_run(sweep.config, sweep.paths)
     parent = None if known is None else known.record.run_id
     row = sweep.child(child, parent or sweep.open_parent(), launch=launch, report=report, ranks=ranks)
+    row.pop(CURVES, None)
     if row["status"] == "failed":
         raise UserError(f"{child.name}: {row['error']}", details={"row": row})
     return row
@@ -63,9 +65,9 @@ def make_shared_data(sweep: Sweep, *, report: Report) -> None:
             pipeline.stage(name, thorough=False)
 
 
-def collect(sweep: Sweep, parent: str, errors: Mapping[str, str] | None) -> Result:
-    """Write the table of the children that are complete, and of those that failed. errors: why, by child; None: some still run,
-    and those that are not complete are left out.
+def collect(sweep: Sweep, parent: str, errors: Mapping[str, str]) -> Result:
+    """Write the table of the children that are complete, and of those that failed. errors: why, by child. Those that run, or
+    are to run, are left out.
 
     Raises UserError, with the table, when children failed.
     """
@@ -75,17 +77,18 @@ def collect(sweep: Sweep, parent: str, errors: Mapping[str, str] | None) -> Resu
         done = _done(child.config)
         if _is_complete(done, sweep.settings.until, child.config):
             rows.append(_finished(sweep, child, done))
-        elif errors is not None and sweep.is_wanted(child, rows):
-            rows.append(_failed(child, errors.get(child.name, "it did not run")) | measured(child.config, list(done)))
+        elif child.name in errors:
+            rows.append(_failed(child, errors[child.name]) | measured(child.config, list(done)))
     return sweep.write_report(parent, rows) | {"rows": rows}
 
 
 def _finished(sweep: Sweep, child: Child, done: Mapping[str, Any]) -> Result:
-    """The row of a complete child: read once, for there may be a hundred of them."""
-    if child.name not in sweep.complete:
-        row: Result = {"child": child.name, **child.values, "status": "finished", "error": None}
-        sweep.complete[child.name] = row | measured(child.config, list(done))
-    return sweep.complete[child.name]
+    """The row of a complete child: read once, for there may be a hundred. One that MLflow did not show is read again."""
+    row = sweep.complete.get(child.name)
+    if row is None or row["run_id"] is None:
+        row = {"child": child.name, **child.values, "status": "finished", "error": None}
+        sweep.complete[child.name] = row = row | measured(child.config, list(done))
+    return row
 
 
 def _failed(child: Child, error: str) -> Result:

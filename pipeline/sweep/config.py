@@ -22,6 +22,8 @@ RESERVED = ("name", "run_dir", "tracking.uri", "tracking.parent_run")  # set by 
 MAX_CHILDREN = 1000
 VARIANT = "variant"  # its column in the table
 Scalar = str | int | float | bool | None
+AFTER_VALIDATION = ("relative_deviation_g", "held_out_block", "held_out_cached")
+NO_NUMBERS = ("tier", "verdict", "data_fingerprint", "run_id")
 COLUMNS = (
     "step",
     "tokens",
@@ -30,13 +32,8 @@ COLUMNS = (
     "val_loss_cached",
     "order_parameter",
     "budget",
-    "relative_deviation_g",
-    "held_out_block",
-    "held_out_cached",
-    "tier",
-    "verdict",
-    "data_fingerprint",
-    "run_id",
+    *AFTER_VALIDATION,
+    *NO_NUMBERS,
 )
 
 
@@ -50,7 +47,8 @@ class PlotConfig(Section):
 
 
 class CompareConfig(Section):
-    """How variants are compared (pipeline/sweep/compare.py). Names are columns of the table and keys of the grid."""
+    """How variants are compared (pipeline/sweep/compare.py): by the smallest `value`. Names are columns of the table and keys
+    of the grid."""
 
     baseline: str
     value: str = "val_loss_cached"
@@ -64,6 +62,7 @@ class SweepConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     config: str = Field(min_length=1)
     run_dir: str = Field(min_length=1)
+    about: str = ""  # the question that it answers, for the page
     set: dict[str, Any] = Field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     grid: dict[str, list[Scalar]] = Field(default_factory=dict)
@@ -161,13 +160,18 @@ def _read(path: Path) -> SweepConfig:
 
 def _check_compare(path: Path, settings: SweepConfig, compare: CompareConfig) -> None:
     given = {"baseline": compare.baseline, "value": compare.value, "pairs": compare.pairs, "tune": compare.tune}
-    allowed = {"baseline": settings.variants, "value": COLUMNS, "pairs": settings.grid, "tune": settings.grid}
+    is_judged = settings.until in ("validate", "bundle")
+    numbers = [c for c in COLUMNS if c not in NO_NUMBERS and (is_judged or c not in AFTER_VALIDATION)]
+    allowed = {"baseline": settings.variants, "value": numbers, "pairs": settings.grid, "tune": settings.grid}
     for key, name in given.items():
         if name is not None and name not in allowed[key]:
             known = ", ".join(allowed[key]) or "none"
             raise ConfigError(f"{path}: compare.{key}: {name!r} is not there; there are: {known}")
     if compare.tune == compare.pairs:
         raise ConfigError(f"{path}: compare.tune and compare.pairs are both {compare.tune}; tune another key")
+    for key in settings.grid:
+        if key not in (compare.tune, compare.pairs):
+            raise ConfigError(f"{path}: grid: {key} is neither compare.tune nor compare.pairs; set it in `variants`")
 
 
 def _value_of(config: RunConfig, key: str) -> Scalar:
