@@ -16,15 +16,15 @@ AT_EDGE = f"{EDGE} the smallest or largest tried: a better one may lie outside."
 def headings(compare: CompareConfig) -> list[str]:
     """Of the table's columns."""
     best = [] if compare.tune is None else [f"best {last(compare.tune)}"]
-    return ["variant", *best, "n", compare.value, f"against {compare.baseline}", "order parameter", "seconds"]
+    return ["variant", f"against {compare.baseline}", compare.value, "n", *best, "order parameter", "seconds"]
 
 
 def cells(line: Compared, compare: CompareConfig) -> list[str]:
     """A line of the table."""
     best = [] if compare.tune is None else [shown(line.best) + EDGE * line.at_edge]
     seconds = "-" if line.train_seconds is None else f"{line.train_seconds:.0f}"
-    numbers = [counted(line), with_half(line.value), verdict(line, compare), number(line.order_parameter), seconds]
-    return [line.variant, *best, *numbers]
+    numbers = [with_half(line.value), counted(line), *best, number(line.order_parameter), seconds]
+    return [line.variant, verdict(line, compare), *numbers]
 
 
 def counted(line: Compared) -> str:
@@ -105,6 +105,18 @@ def conclusions(lines: Sequence[Compared], compare: CompareConfig) -> list[str]:
     return [text for lines_of, text in found if lines_of]
 
 
+def costs(lines: Sequence[Compared], compare: CompareConfig) -> str:
+    """The seconds of training as multiples of the baseline's; empty where that is not known."""
+    known = {line.variant: line.train_seconds for line in lines if line.train_seconds}
+    base = known.pop(compare.baseline, None)
+    if base is None or not known:
+        return ""
+    ratios = sorted((seconds / base, variant) for variant, seconds in known.items())
+    return (
+        f"{compare.baseline} {base:.0f} s; " + ", ".join(f"{variant} x {ratio:.2f}" for ratio, variant in ratios) + "."
+    )
+
+
 def unknown(lines: Sequence[Compared], compare: CompareConfig, to_come: int) -> list[str]:
     """What the comparison leaves open, a sentence each."""
     edges = [line.variant for line in lines if line.at_edge]
@@ -123,8 +135,8 @@ def unknown(lines: Sequence[Compared], compare: CompareConfig, to_come: int) -> 
     if measured:
         widest = max(difference.half or 0.0 for difference in measured)
         texts.append(
-            f"A difference smaller than its interval is not seen: up to {value(widest)}, "
-            f"with {pairs_of(fewest, compare)} at least."
+            f"A difference of up to {widest:.2g} can go unseen: so wide is the widest interval, with "
+            f"{pairs_of(fewest, compare)} at least."
         )
     if len(measured) > 1:
         texts.append(

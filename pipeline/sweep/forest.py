@@ -26,7 +26,11 @@ def values(lines: Sequence[Compared], compare: CompareConfig) -> Tree:
     log = min(every) > 0 and max(every) / min(every) > WIDE
     rows = [(line.variant, _kind(line, compare), line.values, line.value) for line in lines]
     line = next((one.value.mean for one in lines if one.variant == compare.baseline), None)
-    return _drawn(rows, line, log=log) | {"title": compare.value, "log": log}
+    return _drawn(rows, line, log=log) | {
+        "title": compare.value,
+        "log": log,
+        "dotted": f"the mean of {compare.baseline}",
+    }
 
 
 def differences(lines: Sequence[Compared], compare: CompareConfig) -> Tree | None:
@@ -41,7 +45,14 @@ def differences(lines: Sequence[Compared], compare: CompareConfig) -> Tree | Non
             pairs = zip(line.pairs, line.values, strict=True)
             dots = tuple(value - theirs[pair] for pair, value in pairs if pair in theirs)
             rows.append((line.variant, _kind(line, compare), dots, line.difference))
-    return _drawn(rows, 0.0, log=False) | {"title": f"difference to {compare.baseline}", "log": False} if rows else None
+    if not rows:
+        return None
+    title = f"difference to {compare.baseline}"
+    return _drawn(rows, 0.0, log=False) | {
+        "title": title,
+        "log": False,
+        "dotted": "no difference; left of it is better",
+    }
 
 
 def _kind(line: Compared, compare: CompareConfig) -> str:
