@@ -16,7 +16,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.section import Section
 from pipeline.errors import ConfigError
 from pipeline.tracking.client import tracking_uri
-from pipeline.tracking.default_store import for_several_nodes, of_its_own
+from pipeline.tracking.default_store import for_children_at_once, for_several_nodes, of_its_own
 
 RESERVED = ("name", "run_dir", "tracking.uri", "tracking.parent_run")  # set by the sweep
 MAX_CHILDREN = 1000
@@ -107,7 +107,7 @@ def read(
         if any(other == key or other.startswith(f"{key}.") for other in of_variants):
             raise ConfigError(f"{path}: {key} is varied by the grid; remove it from `variants`")
     parent = load_config(base, [*common, _override("run_dir", str(root)), _override("name", settings.name)])
-    parent = for_several_nodes(parent, 2 if apart else nodes)
+    parent = for_children_at_once(parent) if apart else for_several_nodes(parent, nodes)
     variants: list[str | None] = [*settings.variants] or [None]
     combinations = [
         (variant, combination) for variant in variants for combination in itertools.product(*settings.grid.values())
