@@ -62,7 +62,9 @@ class Compared:
     tried: of the first of `pairs`: each value of `tune` with its result (None: failed, diverged, or not there yet).
     children, pairs, values: at `best`, those that have the value, in the order of the pairs.
     missing: at `best`, those that ended without it.
+    value: the mean over `values`.
     difference: paired, to the baseline, over the seeds that both have; None for the baseline and where they share none.
+    With `log` in the sweep's `compare` both are of natural logarithms, so that a difference is that of a ratio.
     """
 
     variant: str
@@ -143,7 +145,8 @@ def compared(children: Sequence[Varied], rows: Mapping[str, Row], compare: Compa
     lines = []
     for line in found:
         pairs = zip(line.pairs, line.values, strict=True)
-        differences = [value - theirs[pair] for pair, value in pairs if pair in theirs and line is not baseline]
+        shared = [(value, theirs[pair]) for pair, value in pairs if pair in theirs and line is not baseline]
+        differences = [_scaled(value, compare) - _scaled(other, compare) for value, other in shared]
         lines.append(replace(line, difference=interval(differences) if differences else None))
     return lines
 
@@ -202,7 +205,7 @@ def _line(
         pairs=tuple(child.values[compare.pairs] for child in at_best if child.name in values),
         values=tuple(values.values()),
         missing=tuple(name for name in results if name in rows and name not in values),
-        value=interval(list(values.values())),
+        value=interval([_scaled(value, compare) for value in values.values()]),
         difference=None,
         order_parameter=max(_known(ended, "order_parameter"), default=None),
         train_seconds=statistics.fmean(known) if (known := _known(ended, "train_seconds")) else None,
@@ -230,11 +233,16 @@ def _is_at_edge(best: Scalar, tried: Sequence[Scalar]) -> bool:
 
 
 def _value(row: Row | None, compare: CompareConfig) -> float | None:
-    """A child's result; None where it failed, diverged, or is not there."""
+    """A child's result; None where it failed, diverged, has no logarithm that is asked for, or is not there."""
     if row is None or row.get("status") != "finished":
         return None
     value = row.get(compare.value)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    is_good = isinstance(value, int | float) and math.isfinite(value) and (value > 0 or not compare.log)
+    return value if is_good else None
+
+
+def _scaled(value: float, compare: CompareConfig) -> float:
+    return math.log(value) if compare.log else value
 
 
 def _is_unread(row: Row, compare: CompareConfig) -> bool:

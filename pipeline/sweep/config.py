@@ -54,6 +54,7 @@ class CompareConfig(Section):
     value: str = "val_loss_cached"
     pairs: str = "seed"
     tune: str | None = None
+    log: bool = False  # of positive values: geometric means, and ratios in place of differences
 
 
 class SweepConfig(Section):

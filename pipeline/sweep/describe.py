@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline.report.numbers import number, scientific
-from pipeline.sweep.compare import Compared, Interval
+from pipeline.report.numbers import number
+from pipeline.sweep import amounts
+from pipeline.sweep.compare import Compared
 from pipeline.sweep.config import CompareConfig, Scalar
 
 EDGE = "*"  # behind a best value that is the smallest or largest tried
@@ -16,14 +17,16 @@ AT_EDGE = f"{EDGE} the smallest or largest tried: a better one may lie outside."
 def headings(compare: CompareConfig) -> list[str]:
     """Of the table's columns."""
     best = [] if compare.tune is None else [f"best {last(compare.tune)}"]
-    return ["variant", f"against {compare.baseline}", compare.value, "n", *best, "order parameter", "seconds"]
+    order = [] if compare.value == "order_parameter" else ["order parameter"]
+    return ["variant", f"against {compare.baseline}", compare.value, "n", *best, *order, "seconds"]
 
 
 def cells(line: Compared, compare: CompareConfig) -> list[str]:
     """A line of the table."""
     best = [] if compare.tune is None else [shown(line.best) + EDGE * line.at_edge]
     seconds = "-" if line.train_seconds is None else f"{line.train_seconds:.0f}"
-    numbers = [with_half(line.value), counted(line), *best, number(line.order_parameter), seconds]
+    order = [] if compare.value == "order_parameter" else [number(line.order_parameter)]
+    numbers = [amounts.mean(line.value, log=compare.log), counted(line), *best, *order, seconds]
     return [line.variant, verdict(line, compare), *numbers]
 
 
@@ -40,18 +43,14 @@ def verdict(line: Compared, compare: CompareConfig) -> str:
     if line.difference is None:
         return "no pair with the baseline yet"
     difference, pairs = line.difference, pairs_of(line.difference.n, compare)
-    side = "below" if difference.mean < 0 else "above"
+    side, amount = "below" if difference.mean < 0 else "above", amounts.size(difference, log=compare.log)
     if difference.half is None:
-        return (
-            f"{side} by {value(abs(difference.mean))} in one pair: no interval"
-            if difference.mean
-            else "equal in one pair"
-        )
+        return f"{side} by {amount} in one pair: no interval" if difference.mean else "equal in one pair"
     if difference.mean == difference.half == 0:
         return f"equal ({pairs})"
     if is_told_apart(line):
-        return f"{side} by {with_half(Interval(difference.n, abs(difference.mean), difference.half))} ({pairs})"
-    return f"cannot be told apart: {with_half(difference, sign=True)} ({pairs})"
+        return f"{side} by {amount} ({pairs})"
+    return f"cannot be told apart: {amounts.difference(difference, log=compare.log)} ({pairs})"
 
 
 def is_told_apart(line: Compared) -> bool:
@@ -90,9 +89,8 @@ def conclusions(lines: Sequence[Compared], compare: CompareConfig) -> list[str]:
     single = [line for line in rest if line not in measured]
 
     def named(found: Sequence[Compared]) -> str:
-        return ", ".join(
-            f"{line.variant} ({with_half(line.difference, sign=True)})" for line in found if line.difference
-        )
+        pairs = [(line.variant, line.difference) for line in found if line.difference is not None]
+        return ", ".join(f"{name} ({amounts.difference(one, log=compare.log)})" for name, one in pairs)
 
     found = [
         (below, f"Below {compare.baseline}: {named(below)}."),
@@ -123,7 +121,7 @@ def unknown(lines: Sequence[Compared], compare: CompareConfig, to_come: int) -> 
     missing = [name for line in lines for name in line.missing]
     measured = [line.difference for line in lines if line.difference is not None and line.difference.half is not None]
     fewest = min((difference.n for difference in measured), default=0)
-    texts = []
+    texts, kind = [], "positive" if compare.log else "finite"
     if to_come:
         texts.append(f"{to_come} children are still to run: everything here is so far.")
     if edges:
@@ -131,12 +129,14 @@ def unknown(lines: Sequence[Compared], compare: CompareConfig, to_come: int) -> 
             f"Best {compare.tune} at the edge of those tried: {', '.join(edges)}. A better one may lie outside."
         )
     if missing:
-        texts.append(f"Failed, or without a finite {compare.value}, and not in the means: {', '.join(missing)}.")
+        texts.append(f"Failed, or without a {kind} {compare.value}, and not in the means: {', '.join(missing)}.")
     if measured:
         widest = max(difference.half or 0.0 for difference in measured)
+        unseen = (
+            f"ratio of up to {amounts.short(math.exp(widest))}" if compare.log else f"difference of up to {widest:.2g}"
+        )
         texts.append(
-            f"A difference of up to {widest:.2g} can go unseen: so wide is the widest interval, with "
-            f"{pairs_of(fewest, compare)} at least."
+            f"A {unseen} can go unseen: so wide is the widest interval, with {pairs_of(fewest, compare)} at least."
         )
     if len(measured) > 1:
         texts.append(
@@ -144,24 +144,6 @@ def unknown(lines: Sequence[Compared], compare: CompareConfig, to_come: int) -> 
             "would seem to."
         )
     return texts
-
-
-def with_half(interval: Interval, *, sign: bool = False) -> str:
-    """`4.172 ± 0.003`: two digits of the half width, and as many of the mean."""
-    if interval.half is None:
-        return value(interval.mean, sign=sign)
-    if interval.half == 0 or not 1e-4 <= interval.half < 1e4:
-        return f"{value(interval.mean, sign=sign)} ± {value(interval.half)}"
-    digits = max(0, 1 - math.floor(math.log10(interval.half)))
-    return f"{interval.mean:{'+' if sign else ''}.{digits}f} ± {interval.half:.{digits}f}"
-
-
-def value(number_: float, *, sign: bool = False) -> str:
-    """A number by itself."""
-    plus = "+" if sign and number_ > 0 else ""
-    if number_ == 0 or 1e-3 <= abs(number_) < 1e4:
-        return f"{plus}{number_:.4f}" if abs(number_) < 100 else f"{plus}{number_:.1f}"
-    return plus + scientific(number_)
 
 
 def shown(scalar: Scalar) -> str:

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.report.plots import labels, span, ticks
+from pipeline.sweep import amounts
 from pipeline.sweep.compare import Compared, Interval
 from pipeline.sweep.config import CompareConfig
-from pipeline.sweep.describe import is_told_apart, with_half
+from pipeline.sweep.describe import is_told_apart
 
 Tree = dict[str, Any]
+Row = tuple[str, str, Sequence[float], Interval, str]  # variant, kind, dots, interval, its text
 WIDTH, LEFT, RIGHT, TOP, ROW, BOTTOM = 480.0, 8.0, 472.0, 8.0, 30.0, 34.0  # in the SVG's units
 WIDE = 100.0  # largest over smallest, from which on an axis is logarithmic
 ROOM = 1.0  # an interval is drawn to so many times the width of the dots beyond them
@@ -23,18 +25,19 @@ ROOM = 1.0  # an interval is drawn to so many times the width of the dots beyond
 def values(lines: Sequence[Compared], compare: CompareConfig) -> Tree:
     """The results of each variant, with the baseline's mean as a line."""
     every = [value for line in lines for value in line.values]
-    log = min(every) > 0 and max(every) / min(every) > WIDE
-    rows = [(line.variant, _kind(line, compare), line.values, line.value) for line in lines]
-    line = next((one.value.mean for one in lines if one.variant == compare.baseline), None)
-    return _drawn(rows, line, log=log) | {
-        "title": compare.value,
-        "log": log,
-        "dotted": f"the mean of {compare.baseline}",
-    }
+    log = compare.log or (min(every) > 0 and max(every) / min(every) > WIDE)
+    rows = [
+        (line.variant, _kind(line, compare), line.values, line.value, amounts.mean(line.value, log=compare.log))
+        for line in lines
+    ]
+    baseline = next((one.value for one in lines if one.variant == compare.baseline), None)
+    at = None if baseline is None else amounts.bounds(baseline, log=compare.log)[1]
+    drawn = _drawn(rows, at, log=log, logs=compare.log)
+    return drawn | {"title": compare.value, "log": log, "dotted": f"the mean of {compare.baseline}"}
 
 
 def differences(lines: Sequence[Compared], compare: CompareConfig) -> Tree | None:
-    """The paired differences of each variant to the baseline, with a line at 0; None without any."""
+    """The paired differences of each variant to the baseline, with a line at none; None without any."""
     baseline = next((line for line in lines if line.variant == compare.baseline), None)
     if baseline is None:
         return None
@@ -42,17 +45,15 @@ def differences(lines: Sequence[Compared], compare: CompareConfig) -> Tree | Non
     rows = []
     for line in lines:
         if line.difference is not None:
-            pairs = zip(line.pairs, line.values, strict=True)
-            dots = tuple(value - theirs[pair] for pair, value in pairs if pair in theirs)
-            rows.append((line.variant, _kind(line, compare), dots, line.difference))
+            pairs = [(v, theirs[pair]) for pair, v in zip(line.pairs, line.values, strict=True) if pair in theirs]
+            dots = tuple(value / other if compare.log else value - other for value, other in pairs)
+            text = amounts.difference(line.difference, log=compare.log)
+            rows.append((line.variant, _kind(line, compare), dots, line.difference, text))
     if not rows:
         return None
-    title = f"difference to {compare.baseline}"
-    return _drawn(rows, 0.0, log=False) | {
-        "title": title,
-        "log": False,
-        "dotted": "no difference; left of it is better",
-    }
+    title = f"{'ratio' if compare.log else 'difference'} to {compare.baseline}"
+    drawn = _drawn(rows, 1.0 if compare.log else 0.0, log=compare.log, logs=compare.log)
+    return drawn | {"title": title, "log": compare.log, "dotted": "no difference; left of it is better"}
 
 
 def _kind(line: Compared, compare: CompareConfig) -> str:
@@ -64,15 +65,13 @@ def _kind(line: Compared, compare: CompareConfig) -> str:
     return "below" if line.difference.mean < 0 else "above"
 
 
-def _drawn(rows: Sequence[tuple[str, str, Sequence[float], Interval]], line: float | None, *, log: bool) -> Tree:
+def _drawn(rows: Sequence[Row], line: float | None, *, log: bool, logs: bool) -> Tree:
+    """log: of the axis. logs: whether the intervals are of logarithms."""
     scale = math.log10 if log else float
-    dots = [scale(value) for _, _, values, _ in rows for value in values] + ([] if line is None else [scale(line)])
+    dots = [scale(value) for _, _, values, *_ in rows for value in values] + ([] if line is None else [scale(line)])
     room = ROOM * (max(dots) - min(dots)) or math.inf
     ends = [
-        scale(end)
-        for _, _, _, interval in rows
-        for end in (interval.mean - (interval.half or 0.0), interval.mean + (interval.half or 0.0))
-        if end > 0 or not log
+        scale(end) for _, _, _, interval, _ in rows for end in amounts.bounds(interval, log=logs) if end > 0 or not log
     ]
     near = [min(max(end, min(dots) - room), max(dots) + room) for end in ends]
     low, high = span([*dots, *near], log)
@@ -89,11 +88,10 @@ def _drawn(rows: Sequence[tuple[str, str, Sequence[float], Interval]], line: flo
 
     height = TOP + ROW * len(rows) + BOTTOM
     drawn: list[Tree] = []
-    for place, (name, kind, values, interval) in enumerate(rows):
-        half = interval.half
+    for place, (name, kind, values, interval, text) in enumerate(rows):
+        lower, mean, upper = amounts.bounds(interval, log=logs)
         ends_of = None
-        if half is not None:
-            lower, upper = interval.mean - half, interval.mean + half
+        if interval.half is not None:
             ends_of = {
                 "from": x(lower),
                 "to": x(upper),
@@ -107,9 +105,9 @@ def _drawn(rows: Sequence[tuple[str, str, Sequence[float], Interval]], line: flo
                 "y": TOP + ROW * place + 20,
                 "label_y": TOP + ROW * place + 10,
                 "dots": [(x(value), f"{value:.6g}") for value in values],
-                "mean": x(interval.mean),
+                "mean": x(mean),
                 "ends": ends_of,
-                "text": with_half(interval, sign=line == 0.0),
+                "text": text,
             }
         )
     marks = ticks(low, high, whole=log)

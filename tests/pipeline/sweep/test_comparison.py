@@ -1,6 +1,7 @@
 """A comparison as it is shown: words, tables, plots, the sweep's page, the page over several sweeps, Markdown, small copies."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,14 +10,15 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.io.storage import read_json
-from pipeline.sweep import describe, forest
+from pipeline.sweep import amounts, describe, forest
 from pipeline.sweep.compare import Interval, compared
+from pipeline.sweep.config import CompareConfig
 from pipeline.sweep.curves import curves_of, mean_curve
 from pipeline.sweep.markdown import block, blocks, markdown, put_into
 from pipeline.sweep.page import main
 from pipeline.sweep.panels import panels
 from pipeline.sweep.saved import read_saved, render_small, small
-from tests.helpers.comparisons import PLAIN, TUNED, sweep_file
+from tests.helpers.comparisons import PLAIN, TUNED, children, row, sweep_file
 from tests.helpers.html_page import Page, browser, too_wide
 from tests.pipeline.sweep.test_compare import tuned
 
@@ -74,7 +76,32 @@ def test_the_baseline_and_pairs_that_are_no_seeds():
     ],
 )
 def test_as_many_digits_as_the_interval_has(interval, text):
-    assert describe.with_half(interval) == text
+    assert amounts.with_half(interval) == text
+
+
+def test_on_a_logarithmic_scale_ratios_are_compared():
+    compare = CompareConfig(baseline="sdpa", value="order_parameter", log=True)
+    every = children("sdpa", "paper", "zero", seeds=(1, 2))
+    values = dict(zip((child.name for child in every), (1e-1, 4e-1, 1e-5, 1e-5, 0.0, 1e-7), strict=True))
+    rows = {child.name: row(child, None, order_parameter=values[child.name]) for child in every}
+    sdpa, paper, zero = compared(every, rows, compare)
+    assert amounts.bounds(sdpa.value, log=True)[1] == pytest.approx(0.2)
+    spread = (
+        math.log(2) * 12.706
+    )  # half the logarithms' distance, times Student's t over the root of 2 times the root of 2
+    assert sdpa.value.half == pytest.approx(spread) and amounts.mean(sdpa.value, log=True) == "0.2 x/÷ 6.7e3"
+    assert math.exp(paper.difference.mean) == pytest.approx(5e-5) and not math.isclose(paper.difference.half, 0)
+    assert describe.verdict(paper, compare) == "below by a factor of 2e4 x/÷ 6.7e3 (2 seeds)"
+    assert (
+        zero.missing == ("zero.seed-1",)
+        and describe.verdict(zero, compare) == "below by a factor of 4e6 in one pair: no interval"
+    )
+    assert "order parameter" not in describe.headings(compare)
+    assert "without a positive order_parameter" in " ".join(describe.unknown([sdpa, paper, zero], compare, 0))
+    assert "A ratio of up to 6.7e3 can go unseen" in " ".join(describe.unknown([sdpa, paper, zero], compare, 0))
+    drawn = forest.differences([sdpa, paper, zero], compare)
+    assert drawn["log"] and drawn["title"] == "ratio to sdpa" and len(drawn["rows"][0]["dots"]) == 2
+    assert forest.values([sdpa, paper, zero], compare)["log"]
 
 
 def test_the_terminal_has_a_line_for_each_variant_and_marks_the_edge():
