@@ -3,7 +3,7 @@
 An element runs `pldr sweep SWEEP --only NUMBER` on one node (templates/sweep.sbatch), and requeues itself as a training does
 (slurm.py). The process that submitted the array waits and writes the table. Stopped, it leaves the array running; the next
 start waits for the same array. Once that is over, it submits what is not complete and did not fail: where variants are compared
-at their best (compare.py in pipeline/sweep), a second array has the other seeds.
+at their best (pipeline/sweep/compare.py), a second array has the other seeds.
 """
 
 from __future__ import annotations
