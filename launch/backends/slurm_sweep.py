@@ -135,7 +135,7 @@ def _arrays(
             report(f"submitted   Slurm job {array}: {len(left)} of {len(sweep.children)} children, {at_once} at once")
         ended = _follow(sweep, parent, array, fixes_of(job, options), report)
         errors |= _errors(sweep, array, ended)
-        if "CANCELLED" in ended.values():
+        if any(text.startswith("ended as CANCELLED") for text in errors.values()):
             break
         array = None
     return errors

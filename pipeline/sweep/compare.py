@@ -58,7 +58,7 @@ class Interval:
 class Compared:
     """One line of the comparison.
 
-    at_edge: `best` is the smallest or largest of several values tried, so a better one may lie outside.
+    at_edge: several values were tried, and `best` is the smallest or largest with a result: a better one may lie outside.
     tried: of the first of `pairs`: each value of `tune` with its result (None: failed, diverged, or not there yet).
     children, pairs, values: at `best`, those that have the value, in the order of the pairs.
     missing: at `best`, those that ended without it.
@@ -189,7 +189,7 @@ def _line(
             return None
         best = winner.values[compare.tune]
         tried = tuple((rival.values[compare.tune], _value(rows.get(rival.name), compare)) for rival in rivals)
-        at_edge = _is_at_edge(best, [rate for rate, value in tried if value is not None])
+        at_edge = len(tried) > 1 and _is_at_edge(best, [rate for rate, value in tried if value is not None])
         at_best = [child for child in mine if child.values[compare.tune] == best]
     results = {child.name: _value(rows.get(child.name), compare) for child in at_best}
     values = {name: value for name, value in results.items() if value is not None}
@@ -227,9 +227,9 @@ def _best(rivals: Sequence[Varied], rows: Mapping[str, Row], compare: CompareCon
 
 
 def _is_at_edge(best: Scalar, tried: Sequence[Scalar]) -> bool:
-    """Whether a number is the smallest or largest of several."""
+    """Whether a number is the smallest or largest of those with a result."""
     numbers = [value for value in tried if isinstance(value, int | float) and not isinstance(value, bool)]
-    return len(numbers) == len(tried) > 1 and best in (min(numbers), max(numbers))
+    return len(numbers) == len(tried) and best in (min(numbers), max(numbers))
 
 
 def _value(row: Row | None, compare: CompareConfig) -> float | None:

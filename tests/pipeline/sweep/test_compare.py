@@ -191,6 +191,9 @@ def test_rates_that_are_no_numbers_have_no_edge():
     rows = by_name(*(row(child, 4.0 + place) for place, child in enumerate(every)))
     (line,) = compared(every, rows, TUNED)
     assert (line.best, line.at_edge) == ("cosine", False)
+    every = children("sdpa", rates=(1e-3,), seeds=(1,))
+    (line,) = compared(every, by_name(*(row(child, 4.0) for child in every)), TUNED)
+    assert not line.at_edge, "nothing else was tried"
     every = children("sdpa", rates=(1e-3, "auto"), seeds=(1,))
     (line,) = compared(every, by_name(*(row(child, 4.0) for child in every)), TUNED)
     assert line.best == 1e-3 and not line.at_edge
