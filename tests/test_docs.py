@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import yaml
 
+from pipeline.sweep.page import main
+from tests.helpers.comparisons import sweep_file
 from tests.helpers.named import (
     PACKAGES,
     ROOT,
@@ -20,6 +23,7 @@ from tests.helpers.named import (
     wrong_links,
     wrong_names,
 )
+from tests.helpers.sweep_tables import wrong_tables
 
 HERE = Path(__file__).resolve()  # not checked: its examples do not exist, on purpose
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/**/*.md")])
@@ -64,6 +68,11 @@ def test_the_citation_is_of_this_version() -> None:
     assert f'version = "{cited["version"]}"' in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
+def test_tables_of_sweeps_are_what_their_files_give() -> None:
+    """`python -m pipeline.sweep.page docs/experiments/*.json --into docs/experiments.md` writes them."""
+    none_wrong(wrong_tables(ROOT / "docs" / "experiments.md", ROOT / "docs" / "experiments"))
+
+
 def test_they_find_what_is_wrong() -> None:
     here = ROOT / "pipeline" / "errors.py"
     text = "pipeline/no_such.py, science.md, orders.py, `pipeline/io/{urls,gone}.py`, pipeline.io.nothing, pipeline.errors.Nope"
@@ -88,6 +97,29 @@ def test_they_find_what_is_wrong() -> None:
     ]  # fmt: skip
     commands = "`pldr go X`, `pldr launch slurm|magic X`, `pldr train X --faster`, `pldr train X --resume auto`"
     assert wrong_commands(commands) == ["pldr go X", "pldr launch slurm|magic X", "pldr train --faster"]
+
+
+def test_they_find_tables_that_are_not_their_files(tmp_path: Path) -> None:
+    folder, page = tmp_path / "copies", tmp_path / "page.md"
+    sweep = sweep_file(tmp_path)
+    page.write_text("<!-- sweep: fair -->\n<!-- end of sweep -->\n")
+    assert main([str(sweep), "--copy-to", str(folder)]) == 0
+    assert wrong_tables(page, folder) == ["page.md: the table of fair is not what fair.json gives"]
+    assert main([str(folder / "fair.json"), "--into", str(page)]) == 0 and wrong_tables(page, folder) == []
+    right, file = page.read_text("utf-8"), folder / "fair.json"
+    page.write_text(right.replace("0.0591", "0.0691"))  # by hand
+    assert wrong_tables(page, folder) == ["page.md: the table of fair is not what fair.json gives"]
+    page.write_text(right + "<!-- sweep: gone -->\n<!-- end of sweep -->\n")
+    assert wrong_tables(page, folder) == ["page.md: gone.json is not there"]
+    page.write_text(right)
+    copy = file.read_text("utf-8")
+    file.write_text(copy.replace('"mean": -0.0591', '"mean": -0.0691'))  # the comparison, not the children
+    assert "fair.json: its comparison does not follow from its children" in wrong_tables(page, folder)
+    shutil.copy(sweep, file)
+    assert wrong_tables(page, folder) == ["fair.json is no small copy: make it with --copy-to"]
+    file.write_text(copy)
+    file.rename(folder / "other.json")
+    assert wrong_tables(page, folder) == ["other.json is of the sweep fair", "page.md: fair.json is not there"]
 
 
 def test_every_room_says_what_it_is_for_and_what_goes_in_and_out() -> None:

@@ -2,11 +2,13 @@
 
 An element runs `pldr sweep SWEEP --only NUMBER` on one node (templates/sweep.sbatch), and requeues itself as a training does
 (slurm.py). The process that submitted the array waits and writes the table. Stopped, it leaves the array running; the next
-start waits for the same array. Once that is over, a start submits only what is not complete.
+start waits for the same array. Once that is over, it submits what is not complete and did not fail: where variants are compared
+at their best (pipeline/sweep/compare.py), a second array has the other seeds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -19,14 +21,11 @@ from launch.backends.scheduled import ScheduledJob, fill_in
 from launch.backends.slurm import SlurmOptions, check, fixes_of, frame, inside, mark_of
 from pipeline import slurm
 from pipeline.data.executor.watch import Watch
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UserError
 from pipeline.io import storage
 from pipeline.stages.runner import exclusive
 from pipeline.sweep import apart
 from pipeline.sweep.sweep import Sweep
-from pipeline.tracking.client import tracking_uri
-from pipeline.tracking.default_store import WAY_OUT
-from pipeline.tracking.sqlite_store import file_of
 from pipeline.train.deepspeed_config import accumulation_steps
 
 SCRIPT, ARRAY = "sweep.sbatch", "sweep-array.json"  # in the sweep's logs/; the array that was submitted last
@@ -62,30 +61,16 @@ def sweep_on_slurm(
     check(script, file)  # before anything is made
     if dry:
         return dry_run({file: script}, [slurm.submit_command(file)], slurm.environment(), report=report)
-    if file_of(tracking_uri(sweep.children[0].config)) is not None:
-        report(f"MLflow      each child's store is in its run directory: a SQLite file has one writer; {WAY_OUT}")
+    apart.report_stores(sweep, report)
     with exclusive(sweep.paths, report):
         parent = sweep.open_parent()
         status = "KILLED"
         try:
-            array = _running(sweep)
-            if array is not None:
-                report(
-                    f"waiting     for Slurm job {array} of an earlier start, with its settings (scancel {array} to end it)"
-                )
-            elif left:
-                apart.make_shared_data(sweep, report=report)
-                storage.publish_bytes(file, script.encode())
-                array = slurm.submit(file, (), fixes_of(job, options))
-                storage.publish_json(sweep.paths.logs / ARRAY, {"schema_version": 1, "job": array})
-                report(
-                    f"submitted   Slurm job {array}: {len(left)} of {len(sweep.children)} children, {at_once} at once"
-                )
-            ended = {} if array is None else _follow(sweep, parent, array, fixes_of(job, options), report)
-            table = apart.collect(sweep, parent, {} if array is None else _errors(sweep, array, ended))
+            errors = _arrays(sweep, job, options, words, parent, at_once=at_once, report=report)
+            table = apart.collect(sweep, parent, errors)
             rows = table.pop("rows")
-            if array is not None and (waiting := apart.unfinished(sweep, {row["child"] for row in rows})):
-                report(f"children    {len(waiting)} more are to run, now that the best is known: start the sweep again")
+            if waiting := apart.unfinished(sweep, errors):
+                report(f"children    {len(waiting)} more are to run: start the sweep again")
             status = "FAILED" if any(row["status"] == "failed" for row in rows) else "FINISHED"
         finally:
             sweep.log(parent, {}, status=status)
@@ -122,6 +107,41 @@ def ranges(numbers: Sequence[int]) -> str:
     return ",".join(f"{run[0][1]}" if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs)
 
 
+def _arrays(
+    sweep: Sweep,
+    job: ScheduledJob,
+    options: SlurmOptions,
+    words: Sequence[str],
+    parent: str,
+    *,
+    at_once: int,
+    report: Report,
+) -> dict[str, str]:
+    """Submit what is left and wait for it: again, where others were to wait for its results, unless somebody canceled some of
+    it. child -> why it is not complete, of those that ran."""
+    errors: dict[str, str] = {}
+    array = _running(sweep)
+    if array is not None:
+        report(f"waiting     for Slurm job {array} of an earlier start, with its settings (scancel {array} to end it)")
+    while array is not None or (left := apart.unfinished(sweep, errors)):
+        if array is None:
+            apart.make_shared_data(sweep, report=report)
+            script = render(sweep, job, options, words, left, at_once=at_once)
+            file = sweep.paths.logs / SCRIPT
+            check(script, file)
+            storage.publish_bytes(file, script.encode())
+            array = slurm.submit(file, (), fixes_of(job, options))
+            record = {"schema_version": 1, "job": array, "children": list(left.values())}
+            storage.publish_json(sweep.paths.logs / ARRAY, record)
+            report(f"submitted   Slurm job {array}: {len(left)} of {len(sweep.children)} children, {at_once} at once")
+        ended = _follow(sweep, parent, array, fixes_of(job, options), report)
+        errors |= _errors(sweep, array, ended)
+        if any(text.startswith("ended as CANCELLED") for text in errors.values()):
+            break
+        array = None
+    return errors
+
+
 def _running(sweep: Sweep) -> str | None:
     """The array of this sweep that is queued or runs, if there is one."""
     ids = [job.id for job in slurm.queue() if not job.ended and job.name.endswith(f"-{mark_of(sweep.paths)}")]
@@ -130,17 +150,17 @@ def _running(sweep: Sweep) -> str | None:
 
 def _follow(sweep: Sweep, parent: str, array: str, fixes: dict[str, str], report: Report) -> dict[str, str]:
     """Wait until the array is over; how its elements ended, as far as the queue showed it. The table grows with each child."""
-    watch, gone, known = Watch([array], fixes=fixes, ends=ENDS), 0, len(sweep.children)
+    watch, gone, known = Watch([array], fixes=fixes, ends=ENDS), 0, 0
     try:
         while gone < GONE:
             there = watch.look()
             gone = 0 if there is None or there else gone + 1
-            left = len(apart.unfinished(sweep))
-            if left != known:
-                report(f"children    {len(sweep.children) - left} of {len(sweep.children)} are complete")
-                apart.collect(sweep, parent, None)
-                known = left
-            if not left:
+            complete = apart.complete(sweep)
+            if len(complete) != known:
+                report(f"children    {len(complete)} of {len(sweep.children)} are complete")
+                apart.collect(sweep, parent, {})
+                known = len(complete)
+            if _children_of(sweep, array) <= complete:
                 break
             time.sleep(LOOK_S if there else 1.0)
     except KeyboardInterrupt:
@@ -150,12 +170,22 @@ def _follow(sweep: Sweep, parent: str, array: str, fixes: dict[str, str], report
 
 
 def _errors(sweep: Sweep, array: str, ended: dict[str, str]) -> dict[str, str]:
-    """child -> why it is not complete, of those that are not."""
+    """child -> why it is not complete, of those of the array that are not."""
     errors = {}
-    for number, name in apart.unfinished(sweep).items():
+    left = _children_of(sweep, array) - apart.complete(sweep)
+    for number, name in ((n, child.name) for n, child in enumerate(sweep.children, start=1) if child.name in left):
         element = f"{array}_{number}"
         output = sweep.paths.logs / f"sweep-{element}.out"
         state = slurm.state_at_end(element, output, ended.get(element))
         fix = f"; {ENDS[state]}" if state in ENDS else ""
         errors[name] = f"ended as {state} in Slurm job {element}, {output}: {last_error(output)}{fix}"
     return errors
+
+
+def _children_of(sweep: Sweep, array: str) -> set[str]:
+    """The names of the children that an array runs: of one of an earlier version all that are not complete."""
+    with contextlib.suppress(UserError):
+        record = storage.read_json(sweep.paths.logs / ARRAY)
+        if record["job"] == array and "children" in record:
+            return set(record["children"])
+    return set(apart.unfinished(sweep).values())

@@ -106,10 +106,21 @@ def _refuse_without_hostfile(arguments: Any) -> None:
 
 
 def _shown(sweep: Sweep, result: Result, report: Report) -> Result:
+    from pipeline.sweep.compare import compared, to_come
+    from pipeline.sweep.config import VARIANT
+    from pipeline.sweep.describe import comparison_lines
     from pipeline.sweep.report import table_lines
 
-    for line in table_lines(list(sweep.settings.grid), result["table"]):
+    settings = sweep.settings
+    for line in table_lines([*([VARIANT] if settings.variants else []), *settings.grid], result["table"]):
         report(line)
+    if settings.compare is not None:
+        rows = {row["child"]: row for row in result["table"]}
+        if left := to_come(sweep.children, rows, settings.compare):
+            report(f"children    {left} more are to run: start the sweep again")
+        report("")
+        for line in comparison_lines(compared(sweep.children, rows, settings.compare), settings.compare):
+            report(line)
     report(result["files"]["page"])
     return result
 

@@ -51,7 +51,7 @@ def draw(plot: Plot, curves: dict[str, Points], steps: int, events: Sequence[tup
     if not values:
         return None
     limits = [limit for limit in plot.limits if good(limit.value)]
-    low, high = _span([*values, *(scale(limit.value) for limit in limits), *([0.0, 1.0] * plot.from_zero)], plot.log)
+    low, high = span([*values, *(scale(limit.value) for limit in limits), *([0.0, 1.0] * plot.from_zero)], plot.log)
 
     def x(step: int) -> float:
         return round(LEFT + (WIDTH - LEFT) * step / max(1, steps), 1)
@@ -80,14 +80,15 @@ def draw(plot: Plot, curves: dict[str, Points], steps: int, events: Sequence[tup
         "note": plot.note,
         "lines": lines,
         "same": _same(heights, {name: dict(points) for name, points in curves.items()}, log=plot.log),
-        "marks": [(y(mark), label) for mark, label in zip(marks, _labels(marks, log=plot.log), strict=True)],
+        "marks": [(y(mark), label) for mark, label in zip(marks, labels(marks, log=plot.log), strict=True)],
         "limits": _drawn_limits([(y(scale(one.value)), one.label) for one in limits], heights, steps),
         "events": [{"x": x(step), "label": label, "end": step > steps / 2} for step, label in events if step <= steps],
         "steps": [(x(step), tick(step, log=False)) for step in sorted({0, steps // 2, steps})],
     }
 
 
-def _span(values: list[float], log: bool) -> tuple[float, float]:
+def span(values: list[float], log: bool) -> tuple[float, float]:
+    """The ends of an axis for these values; whole ones for the exponents of a logarithmic axis."""
     low, high = min(values), max(values)
     if log:
         low, high = math.floor(low), math.ceil(high)
@@ -141,10 +142,10 @@ def _same(heights: dict[str, dict[int, float]], values: dict[str, dict[int, floa
     return notes
 
 
-def _labels(marks: list[float], *, log: bool) -> list[str]:
-    """Of ticks: all different, with more digits where it takes them."""
-    labels = [tick(mark, log=log) for mark in marks]
-    return labels if len(set(labels)) == len(labels) else [f"{mark:,.10g}" for mark in marks]
+def labels(marks: list[float], *, log: bool) -> list[str]:
+    """The labels of ticks: all different, with more digits where it takes them."""
+    short = [tick(mark, log=log) for mark in marks]
+    return short if len(set(short)) == len(short) else [f"{mark:,.10g}" for mark in marks]
 
 
 def thinned(points: Points) -> Points:

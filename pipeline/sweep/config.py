@@ -16,12 +16,14 @@ from pipeline.config.run import RunConfig
 from pipeline.config.section import Section
 from pipeline.errors import ConfigError
 from pipeline.tracking.client import tracking_uri
-from pipeline.tracking.default_store import for_several_nodes, of_its_own
+from pipeline.tracking.default_store import for_children_at_once, for_several_nodes, of_its_own
 
 RESERVED = ("name", "run_dir", "tracking.uri", "tracking.parent_run")  # set by the sweep
 MAX_CHILDREN = 1000
 VARIANT = "variant"  # its column in the table
 Scalar = str | int | float | bool | None
+AFTER_VALIDATION = ("relative_deviation_g", "held_out_block", "held_out_cached")
+NO_NUMBERS = ("tier", "verdict", "data_fingerprint", "run_id")
 COLUMNS = (
     "step",
     "tokens",
@@ -30,13 +32,8 @@ COLUMNS = (
     "val_loss_cached",
     "order_parameter",
     "budget",
-    "relative_deviation_g",
-    "held_out_block",
-    "held_out_cached",
-    "tier",
-    "verdict",
-    "data_fingerprint",
-    "run_id",
+    *AFTER_VALIDATION,
+    *NO_NUMBERS,
 )
 
 
@@ -50,12 +47,14 @@ class PlotConfig(Section):
 
 
 class CompareConfig(Section):
-    """How variants are compared (pipeline/sweep/compare.py). Names are columns of the table and keys of the grid."""
+    """How variants are compared (pipeline/sweep/compare.py): by the smallest `value`. Names are columns of the table and keys
+    of the grid."""
 
     baseline: str
     value: str = "val_loss_cached"
     pairs: str = "seed"
     tune: str | None = None
+    log: bool = False  # of positive values: geometric means, and ratios in place of differences
 
 
 class SweepConfig(Section):
@@ -64,6 +63,7 @@ class SweepConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     config: str = Field(min_length=1)
     run_dir: str = Field(min_length=1)
+    about: str = ""  # the question that it answers, for the page
     set: dict[str, Any] = Field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     grid: dict[str, list[Scalar]] = Field(default_factory=dict)
@@ -108,7 +108,7 @@ def read(
         if any(other == key or other.startswith(f"{key}.") for other in of_variants):
             raise ConfigError(f"{path}: {key} is varied by the grid; remove it from `variants`")
     parent = load_config(base, [*common, _override("run_dir", str(root)), _override("name", settings.name)])
-    parent = for_several_nodes(parent, 2 if apart else nodes)
+    parent = for_children_at_once(parent) if apart else for_several_nodes(parent, nodes)
     variants: list[str | None] = [*settings.variants] or [None]
     combinations = [
         (variant, combination) for variant in variants for combination in itertools.product(*settings.grid.values())
@@ -161,13 +161,18 @@ def _read(path: Path) -> SweepConfig:
 
 def _check_compare(path: Path, settings: SweepConfig, compare: CompareConfig) -> None:
     given = {"baseline": compare.baseline, "value": compare.value, "pairs": compare.pairs, "tune": compare.tune}
-    allowed = {"baseline": settings.variants, "value": COLUMNS, "pairs": settings.grid, "tune": settings.grid}
+    is_judged = settings.until in ("validate", "bundle")
+    numbers = [c for c in COLUMNS if c not in NO_NUMBERS and (is_judged or c not in AFTER_VALIDATION)]
+    allowed = {"baseline": settings.variants, "value": numbers, "pairs": settings.grid, "tune": settings.grid}
     for key, name in given.items():
         if name is not None and name not in allowed[key]:
             known = ", ".join(allowed[key]) or "none"
             raise ConfigError(f"{path}: compare.{key}: {name!r} is not there; there are: {known}")
     if compare.tune == compare.pairs:
         raise ConfigError(f"{path}: compare.tune and compare.pairs are both {compare.tune}; tune another key")
+    for key in settings.grid:
+        if key not in (compare.tune, compare.pairs):
+            raise ConfigError(f"{path}: grid: {key} is neither compare.tune nor compare.pairs; set it in `variants`")
 
 
 def _value_of(config: RunConfig, key: str) -> Scalar:

@@ -15,7 +15,11 @@ from pipeline.report.numbers import number, scientific
 from pipeline.report.plots import Limit
 from pipeline.report.terms import explained
 from pipeline.report.training import BUDGET_LIMITS
+from pipeline.sweep.compare import from_json
+from pipeline.sweep.config import CompareConfig
+from pipeline.sweep.curves import CURVES
 from pipeline.sweep.plot import scatter
+from pipeline.sweep.view import view
 
 SCHEMA_VERSION = 1
 MOST_WANTED = ("budget", "order_parameter", "relative_deviation_g", "held_out_cached", "tier", "verdict", "status")
@@ -50,25 +54,28 @@ def write_sweep_report(
 ) -> Result:
     """Write both files; returns {"table": rows, "plot", "files": {"table": path, "page": path}}.
 
-    facts: name, run_id, config, set, grid (its keys), children (how many there will be), plot (x, y, log_x, log_y). limit: the
-    largest deviation that is certified; None where children differ in it. uri: the MLflow store.
+    facts: name, run_id, config, set, grid (its keys), children (how many there will be), plot (x, y, log_x, log_y); where
+    variants are compared: about, compare, compared. limit: the largest deviation that is certified; None where children
+    differ in it. uri: the MLflow store. The rows' curves are a part of the file, apart from the table.
     """
-    plain = [{key: _finite(value) for key, value in row.items()} for row in rows]
+    plain = [{key: _finite(value) for key, value in row.items() if key != CURVES} for row in rows]
+    curves = {row["child"]: row[CURVES] for row in rows if row.get(CURVES)}
     files = {"table": str(folder / "sweep.json"), "page": str(folder / "sweep.html")}
-    publish_json(files["table"], {"schema_version": SCHEMA_VERSION, **facts, "rows": plain})
+    publish_json(files["table"], {"schema_version": SCHEMA_VERSION, **facts, "rows": plain, CURVES: curves})
     first = [*facts["grid"], *MOST_WANTED]
     keys = [*first, *(key for key in (plain[0] if plain else {}) if key not in first)]
     columns = [key for key in dict.fromkeys(keys) if any(row.get(key) is not None for row in plain)]
     deviation = [] if limit is None else [Limit(limit, f"{scientific(limit)}: certified below")]
     limits = {"budget": BUDGET_LIMITS, "order_parameter": deviation, "relative_deviation_g": deviation}
     content = {
-        "facts": facts,
+        "facts": {"about": "", **facts},
         "headline": headline(plain, facts["children"]),
         "columns": sorted((key for key in columns if key != "child"), key=lambda key: key != "verdict"),
         "meanings": {key: text for key, text in MEANINGS.items() if key in columns},
         "rows": plain,
         "links": [_links(row, folder, uri) for row in plain],
         "pages": [] if uri is None else [mlflow_link(uri, facts["run_id"])],
+        "compared": compared_in(facts, curves, to_come=facts["children"] - len(rows)),
         "drawn": scatter(plain, **facts["plot"], grid=facts["grid"], limits=limits),
         "terms": explained(*TERMS),
     }
@@ -79,6 +86,14 @@ def write_sweep_report(
     source = Path(__file__).with_name("report.html")
     publish_bytes(files["page"], render(source, content, filters).encode("utf-8", errors="replace"))
     return {"table": plain, "files": files}
+
+
+def compared_in(facts: Result, curves: Result, *, to_come: int) -> Result | None:
+    """What a page shows of the comparison in a sweep's facts; None where there is none."""
+    if not facts.get("compare") or not facts.get("compared"):
+        return None
+    compare = CompareConfig.model_validate(facts["compare"])
+    return view(from_json(facts["compared"]), compare, curves, to_come)
 
 
 def headline(rows: list[Row], children: int) -> str:

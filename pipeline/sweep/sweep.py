@@ -35,8 +35,9 @@ from pipeline.stages.records import FREE, record_of
 from pipeline.stages.runner import Pipeline, exclusive
 from pipeline.stages.table import NAMES, stage_named
 from pipeline.stages.train import Launch
-from pipeline.sweep.compare import in_order, is_wanted
+from pipeline.sweep.compare import as_json, compared, in_order, is_wanted, to_come
 from pipeline.sweep.config import COLUMNS, VARIANT, Child, read
+from pipeline.sweep.curves import CURVES, curves_of
 from pipeline.sweep.report import write_sweep_report
 from pipeline.tracking.client import client, report_store, tracking_uri, why
 from pipeline.tracking.clock import now_ms
@@ -135,7 +136,7 @@ class Sweep:
         try:
             allowed = {child.config.post.max_relative_deviation_g for child in self.children}
             report = write_sweep_report(
-                self._facts(parent),
+                self._facts(parent, rows),
                 rows,
                 self._folder(),
                 limit=allowed.pop() if len(allowed) == 1 else None,
@@ -195,17 +196,20 @@ class Sweep:
                 "MLflow did not take the sweep's table: %s; start the sweep again to send it", first_line(error)
             )
 
-    def _facts(self, parent: str) -> Result:
-        settings = self.settings
+    def _facts(self, parent: str, rows: list[Result]) -> Result:
+        settings, ended = self.settings, {row["child"]: row for row in rows}
+        compare = settings.compare
         return {
             "name": settings.name,
+            "about": settings.about,
             "run_id": parent,
             "config": settings.config,
             "set": {key: str(value) for key, value in settings.set.items()},
             "grid": [*([VARIANT] if settings.variants else []), *settings.grid],
             "variants": {name: {k: str(v) for k, v in keys.items()} for name, keys in settings.variants.items()},
-            "compare": settings.compare and settings.compare.model_dump(),
-            "children": len(self.children),
+            "compare": compare and compare.model_dump(),
+            "compared": [] if compare is None else as_json(compared(self.children, ended, compare)),
+            "children": len(rows) + to_come(self.children, ended, compare),
             "plot": settings.plot.model_dump(),
         }
 
@@ -214,7 +218,7 @@ class Sweep:
 
 
 def measured(config: RunConfig, done: Sequence[str]) -> Result:
-    """What a child's MLflow run and files hold of it; None for what is not there (yet).
+    """What a child's MLflow run and files hold of it, its curves included; None for what is not there (yet).
 
     done: the stages that are complete today. What a stage left earlier belongs to another training, and is not shown.
     """
@@ -223,9 +227,9 @@ def measured(config: RunConfig, done: Sequence[str]) -> Result:
     with contextlib.suppress(UserError):  # MLflow is unreachable: the certificate is still on disk
         run = known_run(config, paths)
         if run is not None and run.record.run_id is not None:
-            known = read_run(run.uri, run.record.run_id)[0]
+            known, _, histories = read_run(run.uri, run.record.run_id)
             row |= {key: known[key] for key in ("step", "loss", "val_loss_cached", "order_parameter", "budget")}
-            row["run_id"] = run.record.run_id
+            row |= {"run_id": run.record.run_id, CURVES: curves_of(histories)}
     if "train" in done and (train := record_of(paths, stage_named("train"))) is not None:
         row["tokens"] = train["result"]["tokens"]
         row["train_seconds"] = train["seconds"] if train["result"]["resumed_from"] is None else None

@@ -69,10 +69,18 @@ def why_inside(root: Path) -> str | None:
 def for_several_nodes(config: RunConfig, nodes: int) -> RunConfig:
     """The configuration of a launch on so many nodes. Without a server a new run's store lies in its run directory, which all
     nodes see: rank 0 may be on another machine than the next command."""
-    root = RunPaths(config.run_dir).root
-    if nodes == 1 or config.tracking.uri or os.environ.get(VARIABLE) or _begun(root) is not None:
+    if nodes == 1 or (inside := for_children_at_once(config)) is config:
         return config
-    report_inside(root, f"the launch is on {nodes} nodes")
+    report_inside(RunPaths(config.run_dir).root, f"the launch is on {nodes} nodes")
+    return inside
+
+
+def for_children_at_once(config: RunConfig) -> RunConfig:
+    """The configuration of a sweep's own run whose children run at once, here or on any nodes (`of_its_own`). A new run's store
+    lies in its run directory, unless one is named."""
+    root = RunPaths(config.run_dir).root
+    if config.tracking.uri or os.environ.get(VARIABLE) or _begun(root) is not None:
+        return config
     tracking = config.tracking.model_copy(update={"uri": uri_of(root / OWN)})
     return config.model_copy(update={"tracking": tracking})
 

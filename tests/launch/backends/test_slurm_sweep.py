@@ -160,3 +160,83 @@ def test_a_refused_array_names_the_option(sweep, tmp_path, monkeypatch):
             Sweep(sweep, [], apart=True), slurm_sweep.ScheduledJob(1, 1, 1, 1, "auto", False, None),
             slurm_sweep.SlurmOptions(), [sweep], at_once=2, dry=False, report=lambda text: None,
         )  # fmt: skip
+
+
+@pytest.fixture
+def tuned(sweep, tmp_path, monkeypatch):
+    """A sweep of two variants at two rates with two seeds on a cluster of stand-ins: `sbatch` ends an array at once; of it the
+    children in `lost` do not complete. Returns (sweep, the arrays, lost)."""
+    tree = {"name": "tuned", "config": "tiny.yaml", "run_dir": str(tmp_path / "sweep"), "until": "train",
+            "variants": {"sdpa": {"model.g_source": "identity"}, "paper": {}},
+            "grid": {"train.max_lr": [0.001, 0.01], "seed": [1, 2]},
+            "compare": {"baseline": "sdpa", "tune": "train.max_lr"}}  # fmt: skip
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    losses = {"sdpa": {0.001: 4.2, 0.01: 4.1}, "paper": {0.001: 4.15, 0.01: 4.3}}
+    complete, arrays, lost = set(), [], set()
+
+    def submit(file, *_):
+        arrays.append(
+            [line.split("child=")[1].split(" ;;")[0] for line in file.read_text().splitlines() if " child=" in line]
+        )
+        complete.update(set(arrays[-1]) - lost)
+        return str(len(arrays))
+
+    def value(config, done):
+        variant, *_ = config.name.removeprefix("tuned.").split(".")
+        return {"run_id": config.name, "val_loss_cached": losses[variant][config.train.max_lr]}
+
+    monkeypatch.setattr(slurm_sweep.slurm, "submit", submit)
+    monkeypatch.setattr(slurm_sweep.slurm, "queue", lambda: [])
+    monkeypatch.setattr(slurm_sweep.slurm, "state_at_end", lambda element, output, ended: ended or "FAILED")
+    monkeypatch.setattr(slurm_sweep, "check", lambda script, file: None)
+    monkeypatch.setattr(slurm_sweep.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(apart, "make_shared_data", lambda sweep, report: None)
+    monkeypatch.setattr(
+        apart, "_done", lambda config: {"train": {}} if config.name.removeprefix("tuned.") in complete else {}
+    )
+    monkeypatch.setattr(apart, "measured", value)
+    monkeypatch.setattr(Sweep, "open_parent", lambda self: "parent")
+    monkeypatch.setattr(Sweep, "log", lambda self, parent, files, status=None: None)
+    return Sweep("sweep.yaml", [], apart=True), arrays, lost
+
+
+def run_on_slurm(sweep, lines=None):
+    job = slurm_sweep.ScheduledJob(1, 1, 1, 1, "auto", False, None)
+    report = (lambda text: None) if lines is None else lines.append
+    return slurm_sweep.sweep_on_slurm(
+        sweep, job, slurm_sweep.SlurmOptions(), ["sweep.yaml"], at_once=2, dry=False, report=report
+    )
+
+
+FIRST_SEED = [f"{variant}.max_lr-{rate}.seed-1" for variant in ("sdpa", "paper") for rate in ("0.001", "0.01")]
+
+
+def test_a_second_array_has_the_other_seeds_at_the_best_of_the_first(tuned):
+    sweep, arrays, _ = tuned
+    result = run_on_slurm(sweep)
+    assert arrays == [FIRST_SEED, ["sdpa.max_lr-0.01.seed-2", "paper.max_lr-0.001.seed-2"]]
+    assert result["children"] == 6 and {row["status"] for row in result["table"]} == {"finished"}
+
+
+def test_the_other_seeds_run_beside_a_child_that_fails(tuned):
+    """Its rate is out; what is left is compared, and the failure is told at the end with where it is written."""
+    sweep, arrays, lost = tuned
+    lost.add("paper.max_lr-0.001.seed-1")
+    with pytest.raises(UserError, match=r"1 of 6 children failed, paper\.max_lr-0\.001\.seed-1 with: ended as FAILED"):
+        run_on_slurm(sweep)
+    assert arrays == [FIRST_SEED, ["sdpa.max_lr-0.01.seed-2", "paper.max_lr-0.01.seed-2"]]
+
+
+def test_after_a_cancel_nothing_more_is_submitted(tuned, monkeypatch):
+    sweep, arrays, lost = tuned
+    lost.add(FIRST_SEED[0])
+    follow, lines = slurm_sweep._follow, []
+    monkeypatch.setattr(slurm_sweep, "_follow", lambda *words: follow(*words) | {"1_1": "CANCELLED"})
+    with pytest.raises(UserError, match="1 of 4 children failed"):
+        run_on_slurm(sweep, lines)
+    assert arrays == [FIRST_SEED]
+    assert lines[-1] == "children    2 more are to run: start the sweep again"
+    lost.clear()
+    monkeypatch.setattr(slurm_sweep, "_follow", follow)
+    run_on_slurm(sweep)
+    assert arrays[1:] == [[FIRST_SEED[0], "paper.max_lr-0.001.seed-2"], ["sdpa.max_lr-0.01.seed-2"]]

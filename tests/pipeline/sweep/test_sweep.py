@@ -95,6 +95,18 @@ def test_every_combination_is_a_child_with_a_place_of_its_own(make_sweep, tmp_pa
         ({"variants": {"a": {"run_dir": "x"}}}, "run_dir is set by the sweep"),
         ({"variants": {"a": {}}, "compare": {"baseline": "b"}}, "compare.baseline: 'b' is not there; there are: a"),
         ({"compare": {"baseline": "b"}}, "compare.baseline: 'b' is not there; there are: none"),
+        (
+            {"variants": {"a": {}}, "compare": {"baseline": "a"}},
+            "grid: train.metric_weight_decay is neither compare.tune nor compare.pairs; set it in `variants`",
+        ),
+        (
+            {"variants": {"a": {}}, "compare": {"baseline": "a", "value": "verdict"}},
+            "compare.value: 'verdict' is not there; there are: step, tokens",
+        ),
+        (
+            {"variants": {"a": {}}, "until": "train", "compare": {"baseline": "a", "value": "held_out_cached"}},
+            "compare.value: 'held_out_cached' is not there; there are: step, tokens",
+        ),
         ({"set": {"seed": 7}}, "seed is varied by the grid; remove it from `set` or the command line"),
         ({"grid": {"train.freeze_g": [None]}, "set": {"train.freeze_g.at_step": 2}}, "train.freeze_g is varied by"),
     ],
@@ -307,3 +319,39 @@ def test_links_are_copies_where_the_disk_has_none(make_sweep, monkeypatch):
     RunPaths(second.run_dir).root.mkdir(parents=True)
     sweep._share_data(second)
     assert Pipeline(second, launch=lambda *_: None, report=lambda text: None).stage("tokenize")["skipped"] is True
+
+
+def test_in_sequence_the_other_seeds_run_where_the_first_was_best(make_sweep, tmp_path, stages, monkeypatch):
+    """The stages are stand-ins; the losses are by hand. What is to come is counted as far as it is known."""
+    losses, headlines = {0.001: 4.2, 0.01: 4.1}, []
+    monkeypatch.setattr(
+        "pipeline.sweep.sweep.measured",
+        lambda config, done: {"run_id": config.name, "val_loss_cached": losses[config.train.max_lr], "curves": {}},
+    )
+    sweep = make_sweep(
+        variants={"sdpa": {"model.g_source": "identity"}, "paper": {}},
+        grid={"train.max_lr": [0.001, 0.01], "seed": [1, 2]},
+        compare={"baseline": "sdpa", "tune": "train.max_lr"},
+        about="Which?",
+        until="train",
+    )
+    stages["train", "s.paper.max_lr-0.01.seed-1"] = UserError("the loss is not finite")
+    write = sweep.write_report
+
+    def noted(parent, rows):
+        made = write(parent, rows)
+        headlines.append(json.loads((tmp_path / "sweep/report/sweep.json").read_bytes())["children"])
+        return made
+
+    monkeypatch.setattr(sweep, "write_report", noted)
+    with pytest.raises(
+        UserError, match=r"1 of 6 children failed, paper\.max_lr-0\.01\.seed-1 with: the loss is not finite"
+    ):
+        sweep.run(launch=None, report=lambda text: None)
+    assert [row["child"] for row in rows_of(tmp_path)][4:] == ["sdpa.max_lr-0.01.seed-2", "paper.max_lr-0.001.seed-2"]
+    assert headlines == [6] * 6
+    tree = json.loads((tmp_path / "sweep/report/sweep.json").read_bytes())
+    assert [(line["variant"], line["best"], line["at_edge"]) for line in tree["compared"]] == [
+        ("sdpa", 0.01, True), ("paper", 0.001, True),
+    ]  # fmt: skip
+    assert tree["about"] == "Which?" and tree["compare"]["pairs"] == "seed"
