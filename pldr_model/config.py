@@ -17,8 +17,10 @@ from pldr_model.rope_scaling import RopeScaling
 RopeStyle = Literal["interleaved", "half"]
 GSource = Literal["learned", "constant", "identity", "random", "file"]
 GStart = Literal["paper", "identity"]
+GConstraint = Literal["none", "low_rank", "rotary", "nonrotary"]  # of a constant G (pldr_model/constant_g.py)
 ActivationCheckpointing = Literal["none", "layer", "metric_learner"]  # what the backward pass computes again
 GFrom = Literal["own", "batch", "neighbor"]  # whose learned G a sequence of a batch gets (PLDRModel.forward)
+DecayOn = Literal["units", "norms", "glus"]  # what of the residual units has the metric learner's weight decay
 
 # Reference implementation's hyperparameter names (and the golden cases' config.json) -> ours.
 _REFERENCE_NAMES = {"dff": "d_ff", "max_seq_len": "context_length"}
@@ -46,6 +48,12 @@ _CUSTOM_G_TYPES: dict[str | None, GSource] = {
     "random": "random",
     "external": "file",
 }
+# Keys that are later than the first files on disk (`to_dict`), and the keys of G in a model that has another one.
+ADDED_KEYS = ("rope_scaling", "g_constraint", "g_rank")
+_WITHOUT_G: dict[str, Any] = {
+    **{"g_start": "paper", "g_constraint": "none", "g_rank": None},
+    **{"g_file": None, "dag_coefficients": (0.0, 0.0, 0.0)},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +77,7 @@ class ModelConfig:
     num_reslayerA: int = 8
     """Residual units of the metric learner."""
     num_denseA: int = 2
-    """GLUs in a residual unit."""
+    """GLUs in a residual unit; 0: none, a unit is `LN(x)`."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
     rope_style: RopeStyle = "interleaved"
@@ -85,6 +93,12 @@ class ModelConfig:
     g_start: GStart = "paper"
     """With g_source `learned`, where training starts: `paper` (b_a = 0) or `identity` (b_a = I and a scaled by 0.1, so
     that G_LM is near the identity and the model near its SDPA twin)."""
+    g_constraint: GConstraint = "none"
+    """With g_source `constant`, which matrices G_LM can be: `none` (all), `low_rank` (I + U V^T of rank g_rank), `rotary`
+    (those that commute with RoPE: plain attention in another parametrization), or `nonrotary` (I + what is orthogonal to
+    those)."""
+    g_rank: int | None = None
+    """With g_constraint `low_rank`: the rank of U V^T, 1 to head_dim."""
     g_file: str | None = None
     """safetensors file of a constant G_LM [L,H,K,K], for g_source `file`; None: G is handed to the model."""
     g_seed: int = 0
@@ -106,9 +120,10 @@ class ModelConfig:
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             object.__setattr__(self, "rope_scaling", _read_rope_scaling(self.rope_scaling))
         sizes = ["vocab_size", "num_layers", "num_heads", "head_dim", "context_length", "A_dff"]
-        sizes += ["num_reslayerA", "num_denseA"] + (["d_ff"] if self.d_ff is not None else [])
+        sizes += ["num_reslayerA"] + (["d_ff"] if self.d_ff is not None else [])
         for key in sizes:
             _require_int(key, getattr(self, key), at_least=1)
+        _require_int("num_denseA", self.num_denseA, at_least=0)
         if self.head_dim % 2:
             raise ValueError(f"head_dim: {self.head_dim} is odd; RoPE rotates pairs, give an even size")
         for key in ("rope_base", "layer_norm_eps"):
@@ -116,6 +131,7 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"{key}: {value!r} must be a positive number")
         choices = {"rope_style": get_args(RopeStyle), "g_source": get_args(GSource), "g_start": get_args(GStart)}
+        choices |= {"g_constraint": get_args(GConstraint)}
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(allowed)}")
@@ -125,6 +141,7 @@ class ModelConfig:
             raise ValueError(f"g_file: only read with g_source 'file', not {self.g_source!r}; drop one of the two")
         if self.g_start != "paper" and self.g_source != "learned":
             raise ValueError(f"g_start: only read with g_source 'learned', not {self.g_source!r}; drop it")
+        self._check_g_constraint()
         if self.rope_scaling is not None and self.rope_scaling.type == "yarn" and self.rope_base <= 1:
             raise ValueError(f"rope_base: {self.rope_base} must be over 1 for rope_scaling of type 'yarn'")
         _require_int("g_seed", self.g_seed, at_least=0)
@@ -133,6 +150,16 @@ class ModelConfig:
             _require_int(key, getattr(self, key), at_least=0)
             if getattr(self, key) >= self.vocab_size:
                 raise ValueError(f"{key}: {getattr(self, key)} is outside the vocabulary of {self.vocab_size}")
+
+    def _check_g_constraint(self) -> None:
+        if self.g_constraint != "none" and self.g_source != "constant":
+            raise ValueError(f"g_constraint: only read with g_source 'constant', not {self.g_source!r}; drop it")
+        if self.g_constraint != "low_rank" and self.g_rank is not None:
+            raise ValueError(f"g_rank: only read with g_constraint 'low_rank', not {self.g_constraint!r}; drop it")
+        if self.g_constraint == "low_rank":
+            _require_int("g_rank", self.g_rank, at_least=1)
+            if self.g_rank is not None and self.g_rank > self.head_dim:
+                raise ValueError(f"g_rank: {self.g_rank} is over the head_dim of {self.head_dim}")
 
     def _check_dag_coefficients(self) -> None:
         values = self.dag_coefficients
@@ -155,10 +182,12 @@ class ModelConfig:
         return 8 * self.d_model // 3 if self.d_ff is None else self.d_ff
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; `from_dict` reads it back to an equal configuration. `rope_scaling` is left out where there is none,
-        as in files from before the key existed."""
+        """JSON-able form; `from_dict` reads it back to an equal configuration. Keys that were added later are left out where
+        they have their defaults, as in files from before they existed."""
         values = {**asdict(self), "dag_coefficients": list(self.dag_coefficients)}
-        del values["rope_scaling"]
+        for key in ADDED_KEYS:
+            if getattr(self, key) == type(self).__dataclass_fields__[key].default:
+                del values[key]
         return values if self.rope_scaling is None else {**values, "rope_scaling": self.rope_scaling.to_dict()}
 
     @classmethod
@@ -206,7 +235,7 @@ class ModelConfig:
 
     def sdpa_twin(self) -> ModelConfig:
         """The same sizes with G = identity and no metric learner: the baseline of every comparison."""
-        return replace(self, g_source="identity", g_start="paper", g_file=None, dag_coefficients=(0.0, 0.0, 0.0))
+        return replace(self, **{**_WITHOUT_G, "g_source": "identity"})
 
     def with_constant_g(self) -> ModelConfig:
         """The same sizes with a constant G that is handed to the model (v510Gi: what a bundle is)."""
@@ -215,6 +244,11 @@ class ModelConfig:
     def with_frozen_g(self, become: str) -> ModelConfig:
         """The same sizes after a learned G was frozen: to a `constant`, or to a `parameter` of each layer."""
         return replace(self, **frozen_g_changes(become))
+
+    @property
+    def _g_size(self) -> int:
+        """Parameters of a head's constant G: `low_rank` has two factors, all others a full matrix."""
+        return self.head_dim * (self.head_dim if self.g_rank is None else 2 * self.g_rank)
 
     def num_parameters(self) -> dict[str, int]:
         """Trainable parameters by part; `total` is their sum. A fixed G is a buffer and not counted."""
@@ -227,7 +261,7 @@ class ModelConfig:
             "attention": self.num_layers * 4 * (D * D + D),
             "metric_learner": learned * self.num_layers * self.num_reslayerA * unit,
             "plga": learned * self.num_layers * (2 * K + 5 * self.num_heads * K * K),
-            "constant_g": int(self.g_source == "constant") * self.num_layers * self.num_heads * K * K,
+            "constant_g": int(self.g_source == "constant") * self.num_layers * self.num_heads * self._g_size,
             "feed_forward": self.num_layers * (3 * D * F + 2 * F + D),
             "norms": 2 * D + self.num_layers * 4 * D,
             "output": self.vocab_size * D + self.vocab_size,
@@ -240,9 +274,9 @@ class ModelConfig:
         Counted: every matrix product. Attention is counted over the whole context, not its causal half (the
         PaLM convention, so that MFU compares with other reports). The metric learner and the products W A and
         a A_P work on H*K rows per *sequence* and are divided by the context length; the density matrix and q
-        G cost 2*K*D a token each. sequences_per_g: how many sequences use one deduced G; all but the product q G is
-        divided by it. Elementwise work, norms and the embedding look-up are not counted. Training
-        = 3 x forward.
+        G cost 2*K*D a token each; a constrained G is composed once a pass, which is not counted.
+        sequences_per_g: how many sequences use one deduced G; all but the product q G is divided by it. Elementwise
+        work, norms and the embedding look-up are not counted. Training = 3 x forward.
         """
         D, K, S = self.d_model, self.head_dim, self.context_length
         per_layer = 2.0 * (4 * D * D + 3 * D * self.feed_forward_size) + 4.0 * S * D
@@ -258,7 +292,7 @@ class ModelConfig:
 def frozen_g_changes(become: str) -> dict[str, Any]:
     """The fields of a ModelConfig that change when a learned G is frozen, to a `constant` or to a `parameter`."""
     source: GSource = "constant" if become == "parameter" else "file"
-    return {"g_source": source, "g_start": "paper", "g_file": None, "dag_coefficients": (0.0, 0.0, 0.0)}
+    return {**_WITHOUT_G, "g_source": source}
 
 
 def _read_rope_scaling(values: object) -> RopeScaling:

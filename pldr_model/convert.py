@@ -165,6 +165,10 @@ def _key_table(config: ModelConfig) -> dict[str, list[str]]:
             "g_source: the reference has no trained constant G; its weights would be exported without it. Extract G_LM and "
             "hand it to the reference as an external G"
         )
+    if config.g_source == "learned" and not config.num_denseA:
+        raise ValueError(
+            "num_denseA: 0, but every residual unit of the reference has GLUs; only one with GLUs can be imported or exported"
+        )
     if config.rope_scaling is not None:
         raise ValueError("rope_scaling: the reference has none; its model would have other positions")
     table: dict[str, list[str]] = {"embedding.weight": ["decoder.embedding.weight"]}

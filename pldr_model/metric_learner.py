@@ -6,7 +6,7 @@ node for each operation. What is hidden has the rows in its columns: gates and v
 about as wide as there are rows. The backward pass computes silu(gate) again, so that 0.56 of what the modules
 keep is kept (A_dff 170, K 64). In fp64 the gradients agree with the modules' to 1e-12
 (tests/pldr_model/test_metric_learner.py). The modules run as they are without gradients, under autocast, at ZeRO-3, whose hooks
-gather weights in them, and in torch.compile, which fuses more by itself.
+gather weights in them, without GLUs (there is nothing to fuse), and in torch.compile, which fuses more by itself.
 
 Shapes: R rows, K their length, F hidden size of a GLU, E = 2F (gates, then values), G GLUs, N units.
 """
@@ -32,7 +32,7 @@ LearnBackward = Callable[
 
 
 class ResidualUnit(nn.Module):
-    """`LN(x + GLU_n(…GLU_1(x)))` on rows of length K."""
+    """`LN(x + GLU_n(…GLU_1(x)))` on rows of length K; without GLUs (num_denseA 0) `LN(x)`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class ResidualUnit(nn.Module):
         self.norm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(x + self.glus(x))
+        out: Tensor = self.norm(x + self.glus(x) if len(self.glus) else x)
         return out
 
 
@@ -58,7 +58,7 @@ class MetricLearner(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         as_modules = not self.fused or torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        if as_modules or torch.is_autocast_enabled(x.device.type):
+        if as_modules or not self.num_glus or torch.is_autocast_enabled(x.device.type):
             return cast(Tensor, super().forward(x))  # type: ignore[no-untyped-call]
         rows_RK = x.reshape(-1, x.shape[-1])
         out_RK: Tensor = _Learn.apply(rows_RK, self.eps, self.num_glus, *self.weights())  # type: ignore[no-untyped-call]

@@ -22,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pldr_model.config import ActivationCheckpointing, GFrom, ModelConfig
+from pldr_model.config import ActivationCheckpointing, DecayOn, GFrom, ModelConfig
+from pldr_model.constant_g import ConstantG
 from pldr_model.layers import GLU, Linear, RopeTables, apply_rope, rope_tables
 from pldr_model.loss import OutputLayer, TokenLosses
 from pldr_model.mask import attention_mask, document_starts
-from pldr_model.plga import PLGA, ConstantG, DeductiveOutputs
+from pldr_model.plga import PLGA, DeductiveOutputs
 
 
 class Attention(nn.Module):
@@ -222,12 +223,12 @@ class PLDRModel(nn.Module):
         return torch.stack(per_layer)
 
     def constant_g(self) -> Tensor:
-        """G_LM [L,H,K,K] of a model that deduces none: its buffer, or its layers' parameters stacked."""
+        """G_LM [L,H,K,K] of a model that deduces none: its buffer, or what its layers' parameters compose."""
         assert self.config.g_source != "learned", "a learned G needs an input"
         if self.g_lm is not None:
             return self.g_lm
         modules = [cast(DecoderLayer, layer).attention.plga for layer in self.layers]
-        return torch.stack([module.G_LM for module in modules if isinstance(module, ConstantG)])
+        return torch.stack([module.composed() for module in modules if isinstance(module, ConstantG)])
 
     def _embed(self, ids_BS: Tensor) -> Tensor:
         x_BSD: Tensor = self.embedding_norm(self.embedding(ids_BS) * self.config.d_model**0.5)
@@ -287,12 +288,12 @@ def is_metric_parameter(name: str) -> bool:
     return ".metric_learner." in name
 
 
-def optimizer_group(name: str, ndim: int, *, muon: bool) -> int:
-    """Which of the optimizer's parameter groups this parameter is in: 1 metric learner, 2 with Muon the matrices of attention
-    and feed-forward, 0 all else. Within a group parameters are in the module's order; DeepSpeed's checkpoints number them
-    so."""
+def optimizer_group(name: str, ndim: int, *, muon: bool, decay_on: DecayOn = "units") -> int:
+    """Which of the optimizer's parameter groups this parameter is in: 1 what of the metric learner has its own weight decay
+    (decay_on: its units, or their norms or GLUs alone), 2 with Muon the matrices of attention and feed-forward, 0 all else.
+    Within a group parameters are in the module's order; DeepSpeed's checkpoints number them so."""
     if is_metric_parameter(name):
-        return 1
+        return int(decay_on == "units" or (".glus." in name) == (decay_on == "glus"))
     return 2 if muon and ndim == 2 and name.startswith("layers.") else 0
 
 

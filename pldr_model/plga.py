@@ -53,22 +53,6 @@ class DensityNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-class ConstantG(nn.Module):
-    """A G_LM [H,K,K] that is a parameter, invariant by construction; starts at the identity. Queries [B,H,S,K] -> q G_LM.
-
-    The missing control of the papers: what of PLGA's effect is the bilinear form, and what its dependence on the input?
-    A separate module in place of PLGA that maps queries to queries, so that ZeRO-3's hooks see it in both passes.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        H, K = config.num_heads, config.head_dim
-        self.G_LM = nn.Parameter(torch.eye(K).repeat(H, 1, 1))
-
-    def forward(self, q_BHSK: Tensor) -> Tensor:
-        return q_BHSK @ self.G_LM.to(q_BHSK.dtype)
-
-
 class PLGA(nn.Module):
     """Rotated, unscaled queries [B,H,S,K] -> the deductive outputs, each [B,H,K,K]."""
 

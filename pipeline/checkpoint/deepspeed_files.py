@@ -31,10 +31,12 @@ from torch import Tensor
 
 from pipeline.devices import has_gpu
 from pipeline.errors import UserError, first_line
+from pldr_model.config import DecayOn
 from pldr_model.model import optimizer_group
 
 WEIGHT = "weight"  # in addition to the names of the moments
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DECAY_ON = "metric_decay_on"  # in a parameter group, where it is not `units`
 MUON_MOMENTS = ("momentum_buffer",)  # of the matrices that Muon trains (pipeline/train/optim.py)
 
 
@@ -111,7 +113,10 @@ class ZeroState:
         optimizer = model["optimizer"]
         groups = optimizer.get("optimizer_state_dict", optimizer)["param_groups"]
         muon = any(group.get("use_muon") for group in groups)
-        names = sorted(weights, key=lambda name: optimizer_group(name, weights[name].ndim, muon=muon))
+        decay_on: DecayOn = next((group[DECAY_ON] for group in groups if DECAY_ON in group), "units")
+        names = sorted(
+            weights, key=lambda name: optimizer_group(name, weights[name].ndim, muon=muon, decay_on=decay_on)
+        )
         weights = {name: weights[name] for name in names}
         if "fp32_groups" in optimizer:
             masters = [master for group in optimizer["fp32_groups"] for master in group]

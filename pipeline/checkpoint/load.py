@@ -84,16 +84,19 @@ def _make_checkpoint_engine() -> Any:
     return SafeCheckpointEngine()
 
 
-def load(engine: Any, checkpoint: Path, state: dict[str, Any], *, precision: str) -> None:
+def load(engine: Any, checkpoint: Path, state: dict[str, Any], *, precision: str, decay_on: str = "units") -> None:
     """Restore weights, optimizer and this rank's RNG from a verified checkpoint; collective.
 
-    DeepSpeed loads it, bit for bit, when the checkpoint has the same world size, ZeRO settings and `precision`; otherwise
-    it is converted (reshard.py). Raises UserError when it is of another model.
+    DeepSpeed loads it, bit for bit, when the checkpoint has the same world size, ZeRO settings, `precision` and groups of
+    parameters (`decay_on`: train.metric_decay_on); otherwise it is converted (reshard.py). Raises UserError when it is of
+    another model.
     """
     old = ZeroState(checkpoint / checkpoint_name(state["step"]))
     check_shapes(engine, old)
-    before = {"world_size": state["world_size"], "precision": state["config"]["train"]["precision"]}
-    if fits(engine, old, **before, current=precision):
+    train = state["config"]["train"]
+    before = {"world_size": state["world_size"], "precision": train["precision"]}
+    same_groups = train.get("metric_decay_on", "units") == decay_on
+    if same_groups and fits(engine, old, **before, current=precision):
         path, _ = engine.load_checkpoint(str(checkpoint), tag=checkpoint_name(state["step"]))
         if path is None:
             raise UserError(f"{checkpoint}: DeepSpeed found no checkpoint in it")

@@ -21,7 +21,7 @@ from pipeline.config.section import Kind, Section
 from pipeline.config.train import TrainConfig
 from pipeline.errors import UserError
 from pipeline.io.urls import check_url, without_secrets
-from pldr_model.config import ModelConfig
+from pldr_model.config import ADDED_KEYS, ModelConfig
 from pldr_model.rope_scaling import RopeScaling
 
 # Stdlib dataclasses as pydantic fields: unknown keys in `model:` must be errors like everywhere else, and the docstrings
@@ -37,7 +37,7 @@ registry = Kind("may change", ("bundle",), result=True)  # training logs there t
 MODEL_KEYS = {
     "vocab_size": replace(weights, stages=("tokenizer", *weights.stages)),
     "context_length": replace(weights, stages=("tokenize", *weights.stages)),
-    "rope_scaling": replace(weights, added=True),
+    **{key: replace(weights, added=True) for key in ADDED_KEYS},
 }
 
 
@@ -107,6 +107,10 @@ class RunConfig(Section):
         for key in ("g_from", "share_g_below") if self.model.g_source != "learned" else ():
             if getattr(self.train, key) != TrainConfig.model_fields[key].default:
                 raise ValueError(f"train.{key}: model.g_source {self.model.g_source!r} has no learned G; remove it")
+        if self.train.metric_decay_on == "glus" and self.model.g_source == "learned" and not self.model.num_denseA:
+            raise ValueError(
+                "train.metric_decay_on glus: model.num_denseA 0 has no GLUs that could decay; set norms, or remove it"
+            )
         if self.post.key_rank is not None and (wrong := self.post.key_rank.unfit(self.model)):
             raise ValueError(f"post.key_rank.ranks: {wrong}")
         return self

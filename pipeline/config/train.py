@@ -11,7 +11,7 @@ from pydantic import field_validator, model_validator
 from pipeline.config.section import Kind, Section
 from pipeline.config.train_evaluate import EvaluateConfig, beside
 from pipeline.io.urls import check_url, is_http
-from pldr_model.config import ActivationCheckpointing, GFrom
+from pldr_model.config import ActivationCheckpointing, DecayOn, GFrom
 
 recipe = Kind("fixed", ("train",), result=True)  # what the trained weights come from: another value is another run
 since = replace(recipe, added=True)
@@ -84,6 +84,9 @@ class TrainConfig(Section):
     eps: float = recipe(1e-5, "AdamW's epsilon", gt=0)
     weight_decay: float = recipe(0.1, "AdamW's weight decay", ge=0)
     metric_weight_decay: float | None = recipe(None, "of the metric learner's residual units; null: weight_decay", ge=0)
+    metric_decay_on: DecayOn = since(
+        "units", "what of the residual units gets metric_weight_decay; the rest gets weight_decay"
+    )
     clip_by: Literal["value", "norm"] = recipe(
         "value", "each gradient's entries (the papers), or the norm of all gradients"
     )
@@ -190,6 +193,11 @@ class TrainConfig(Section):
                 f"optimizer muon: ZeRO stage {self.zero_stage} cuts matrices into flat pieces, which Muon cannot "
                 "orthogonalize; set zero_stage=0"
             )
+        if self.metric_decay_on != "units" and self.metric_weight_decay is None:
+            raise ValueError(
+                f"metric_decay_on {self.metric_decay_on} is only read with a metric_weight_decay: without one all decay alike; "
+                "set it, or remove metric_decay_on"
+            )
         for key in ("muon_lr", "muon_momentum") if self.optimizer != "muon" else ():
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is only read with optimizer muon, not {self.optimizer}; remove it")
@@ -240,5 +248,5 @@ class TrainConfig(Section):
 
     @property
     def metric_decay(self) -> float:
-        """The weight decay that the metric learner gets."""
+        """The weight decay that the metric learner gets, or what of it metric_decay_on names."""
         return self.weight_decay if self.metric_weight_decay is None else self.metric_weight_decay

@@ -20,6 +20,11 @@ KINDS = {
     "constant": "a constant G_LM for each head",
     "identity": "G_LM = identity (plain attention)",
 }
+CONSTRAINTS = {  # of a constant G_LM (model.g_constraint)
+    "low_rank": "I + U V^T of rank {rank}",
+    "rotary": "commuting with RoPE, which is plain attention in another parametrization",
+    "nonrotary": "I + what is orthogonal to all that commutes with RoPE",
+}
 USES = {"training": "train", "validation": "val"}  # MLflow's word -> our split
 MAX_DIGEST = 36  # characters, MLflow's limit
 
@@ -40,10 +45,18 @@ def sentence(config: RunConfig, certificate: dict[str, Any] | None = None) -> st
 
 def _sizes(model: ModelConfig) -> str:
     kind = KINDS.get(model.g_source, "a fixed G_LM")
+    if (constraint := constraint_of(model)) is not None:
+        kind += f" ({constraint})"
     return (
         f"with {kind}, {model.num_parameters()['total']:,} parameters ({model.num_layers} layers x {model.num_heads} heads x "
         f"{model.head_dim})"
     )
+
+
+def constraint_of(model: ModelConfig) -> str | None:
+    """What a constant G_LM is kept to, None for any matrix."""
+    text = CONSTRAINTS.get(model.g_constraint)
+    return None if text is None else text.format(rank=model.g_rank)
 
 
 def data_sets(config: RunConfig, index: TokenIndex) -> dict[str, dict[str, str]]:

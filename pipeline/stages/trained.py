@@ -17,6 +17,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.schedule import planned_budget
 from pipeline.config.train import FreezeConfig, TrainConfig
 from pipeline.errors import ConfigError, UserError
+from pipeline.stages.described import constraint_of
 from pipeline.tokenizer import SPECIAL_IDS
 from pipeline.tracking.origin import git_commit
 from pldr_model.config import ModelConfig
@@ -24,6 +25,11 @@ from pldr_model.config import ModelConfig
 G_OF = {
     "batch": "the G of one sequence for all of a micro batch",
     "neighbor": "the G of the next sequence of the micro batch for each",
+}
+DECAYED = {
+    "units": "the metric learner",
+    "norms": "the LayerNorms of the metric learner",
+    "glus": "the GLUs of the metric learner",
 }
 
 
@@ -135,6 +141,10 @@ def notes(config: RunConfig, source: dict[str, Any]) -> list[str]:
         )
     if config.model.g_source == "constant":
         lines.append("G_LM: one trained [K,K] parameter a head, started at the identity; there is no metric learner.")
+    if (constraint := constraint_of(config.model)) is not None:
+        lines.append(f"It was constrained in training (model.g_constraint {config.model.g_constraint}): {constraint}.")
+    if config.model.g_source == "learned" and not config.model.num_denseA:
+        lines.append("The metric learner has no GLUs (model.num_denseA 0): it is LayerNorms alone, unlike the papers'.")
     if config.model.g_start == "identity":
         lines.append(
             "Started near plain attention (model.g_start=identity: b_a = I, a scaled by 0.1), unlike the papers."
@@ -158,7 +168,8 @@ def notes(config: RunConfig, source: dict[str, Any]) -> list[str]:
             )
         if train.metric_decay > train.weight_decay:
             lines.append(
-                f"ACCELERATED RECIPE: the metric learner had weight decay {train.metric_decay:g} (the papers use 0.1), "
+                f"ACCELERATED RECIPE: {DECAYED[train.metric_decay_on]} had weight decay {train.metric_decay:g} (the papers use "
+                "0.1), "
                 "which makes G_LM invariant early."
             )
         lines.append(

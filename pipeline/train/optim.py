@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.checkpoint.deepspeed_files import DECAY_ON
 from pipeline.config.train import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.train.deepspeed_config import optimizer_clips_norm
+from pldr_model.config import DecayOn
 from pldr_model.model import optimizer_group
 
 
@@ -114,21 +116,27 @@ def _by_kind(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[d
 
 
 def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
-    """The metric learner's residual units with `metric_decay`, everything else with `weight_decay`; with Muon its matrices in
-    a last group of their own (the order of pldr_model.model.optimizer_group).
+    """The metric learner's residual units (or `metric_decay_on` of them) with `metric_decay`, everything else with
+    `weight_decay`; with Muon its matrices in a last group of their own (the order of pldr_model.model.optimizer_group).
 
     Biases and norms decay too: that is the papers' recipe, and it is what makes the metric learner forget its input.
     """
     muon = train.optimizer == "muon"
     params: tuple[list[nn.Parameter], ...] = ([], [], [])
     for name, parameter in model.named_parameters():
-        params[optimizer_group(name, parameter.ndim, muon=muon)].append(parameter)
+        group = optimizer_group(name, parameter.ndim, muon=muon, decay_on=train.metric_decay_on)
+        params[group].append(parameter)
     settings: list[dict[str, Any]] = [
         {"weight_decay": train.weight_decay},
-        {"weight_decay": train.metric_decay},
+        {"weight_decay": train.metric_decay} | _written(train.metric_decay_on),
         muon_settings(train),
     ]
     return [{"params": own, **more} for own, more in zip(params, settings, strict=True) if own]
+
+
+def _written(decay_on: DecayOn) -> dict[str, str]:
+    """What a checkpoint needs to know of the groups, beside names: in which one a parameter is (deepspeed_files.py)."""
+    return {} if decay_on == "units" else {DECAY_ON: decay_on}
 
 
 def muon_settings(train: TrainConfig) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def frozen_g(source: ZeroState) -> Tensor:
 
 
 def _load(engine: Any, folder: Path, saved: dict[str, Any], settings: TrainConfig) -> TrainState:
-    load.load(engine, folder, saved, precision=settings.precision)
+    load.load(engine, folder, saved, precision=settings.precision, decay_on=settings.metric_decay_on)
     set_recipe(engine, settings)
     # Older checkpoints lack fields that were added since; the defaults are what was true then.
     if _threshold(saved["config"]["train"]) != _threshold(settings.model_dump()):

@@ -16,5 +16,5 @@ def parameter_sizes(model: ModelConfig) -> list[int]:
         glu = [2 * model.A_dff * K, 2 * model.A_dff, K * model.A_dff, K]
         layer += [g] * 5 + [K, K] + (glu * model.num_denseA + [K, K]) * model.num_reslayerA
     elif model.g_source == "constant":
-        layer += [g]
+        layer += [g] if model.g_rank is None else [model.num_heads * K * model.g_rank] * 2
     return [V * D, D, D, *layer * model.num_layers, V * D, V]

@@ -72,7 +72,7 @@ class PldrMetricLearner(nn.Module):
         density, weight, bias = q.to(wide).mT @ q.to(wide), norm.weight.to(wide), norm.bias.to(wide)
         A = nn.functional.layer_norm(density, norm.normalized_shape, weight, bias, norm.eps).to(q.dtype)
         for unit in self.metric_learner:
-            A = unit["norm"](A + unit["glus"](A))
+            A = unit["norm"](A + unit["glus"](A) if len(unit["glus"]) else A)
         u = self.W.to(wide) @ A.to(wide) + self.b.to(wide)
         A_LM = u * nn.functional.silu(u) + 1e-9
         return self.a.to(wide) @ A_LM ** self.P.to(wide) + self.b_a.to(wide)

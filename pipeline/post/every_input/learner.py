@@ -1,6 +1,7 @@
 """Rows of A: every row that a layer's metric learner can give, as one ellipsoid.
 
-A unit is LN(x + GLU_n(…GLU_1(x))). Its GLUs are enclosed by their tangent at the set's center and what is left:
+A unit is LN(x + GLU_n(…GLU_1(x))), or LN(x) where it has no GLUs. Its GLUs are enclosed by their tangent at the set's center
+and what is left:
 
     GLU(c + e) = value + slope e + r,  |r_i| <= rest_i,
 
@@ -74,18 +75,23 @@ def learned_rows(plga: PLGA) -> Reach:
 def _through_unit(unit: ResidualUnit, x: Ellipsoid) -> tuple[Ellipsoid, bool]:
     """z of the unit's LayerNorm, before its affine; and whether that is less than every z there is."""
     size = x.shape.nrows()
-    one = identity(size)
-    glus = Tangent(x.center, one, column([0.0] * size))
-    for module in unit.glus:
-        glus = glu_tangent(cast(GLU, module), glus, x)
-    w = Ellipsoid(x.center, x.shape).mapped(one + glus.slope, glus.value - glus.slope * x.center)
-    w = w.with_box(glus.rest).mapped(centering(size))
+    w = (_through_glus(unit, x) if len(unit.glus) else x).mapped(centering(size))
     gamma = unit.norm.weight.detach().double().numpy()
     z = normalized(w, unit.norm.eps, np.diag(gamma) - gamma / size)
     everything = row_ball(size)
     if z is None or not z.shape.trace() < everything.shape.trace():
         return everything, False
     return z, True
+
+
+def _through_glus(unit: ResidualUnit, x: Ellipsoid) -> Ellipsoid:
+    """x + GLU_n(…GLU_1(x))."""
+    one = identity(x.shape.nrows())
+    glus = Tangent(x.center, one, column([0.0] * x.shape.nrows()))
+    for module in unit.glus:
+        glus = glu_tangent(cast(GLU, module), glus, x)
+    w = x.mapped(one + glus.slope, glus.value - glus.slope * x.center)
+    return w.with_box(glus.rest)
 
 
 def glu_tangent(glu: GLU, x: Tangent, domain: Ellipsoid) -> Tangent:

@@ -73,7 +73,7 @@ def _units(plga: PLGA) -> Iterator[Tensor]:
             value = torch.linalg.matrix_norm(value_FK, 2) * x + value_F.norm()
             x = torch.linalg.matrix_norm(w3.weight.double().cpu(), 2) * gate * value + w3.bias.double().cpu().norm()
             largest = torch.stack((largest, gate, value, gate * value, x)).max()
-        yield torch.maximum(largest, entering + x)
+        yield torch.maximum(largest, entering + x) if len(unit.glus) else entering
         norm = unit.norm
 
 

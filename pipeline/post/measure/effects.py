@@ -3,15 +3,15 @@
 Background (docs/certificate.md):
 - A model whose attention is dead agrees with itself perfectly under any G, so G = 0 and G = identity must cost something.
   Where: a layer may be dead while another is alive.
-- The identity is a weak null: a G that commutes with the rotation of RoPE can be folded into W_q, so a model with such a G
-  *is* plain attention, however far that G is from the identity. So G is also replaced by its part that commutes (`plain`).
+- The identity is a weak null: a G that commutes with the rotation of RoPE *is* plain attention, however far that G is from the
+  identity (pldr_model/rotary_part.py). So G is also replaced by its part that commutes (`plain`).
 - The G of another prompt has not seen this one's targets, so it cannot leak; where G is constant, that of random tokens is as
   good.
 
 Decision: these are differences of losses on the same prompts. They vary far less from prompt to prompt than the losses do, so
 few prompts resolve them (`post.effect_prompts`); the loss itself is then that of all prompts plus the difference (`estimated`).
 
-Every function but `plain_part` and `estimated` is collective where there are several ranks (pipeline/distributed.py).
+Every function but `estimated` is collective where there are several ranks (pipeline/distributed.py).
 Shapes: N sequences, T = S+1 tokens of a sequence, B batch, D width, V vocabulary, L layers, H heads, K head dim.
 """
 
@@ -28,35 +28,12 @@ from pipeline.distributed import bounds, merged, share
 from pipeline.post.measure.downstream import Agreement, Totals, compare, logits, nll, nll_of_hidden
 from pipeline.post.measure.observe import batches
 from pldr_model.config import ModelConfig
-from pldr_model.layers import RopeTables, rope_frequencies
+from pldr_model.layers import RopeTables
 from pldr_model.model import PLDRModel
+from pldr_model.rotary_part import rotary_part
 
 EFFECTS = ("zero", "identity", "plain")
 ON_BLOCK = ("random_tokens", "other")  # judged beside the live loss; the effects beside the cached one
-
-
-def plain_part(g_LHKK: Tensor, config: ModelConfig) -> Tensor:
-    """The orthogonal projection of G_LM on the matrices that commute with RoPE at every position: plain attention.
-
-    Such a C can be folded into W_q: a rotated query q R has q R C = q C R. Its 2 x 2 block C_ij of frequencies i and j commutes
-    when R(i)^T C_ij R(j) = C_ij at every position. Proof: the mean of R(i)^T G_ij R(j) over positions is the orthogonal
-    projection on what no position changes, and with frequencies in (0, 1] that mean is [[a, -b], [b, a]] where i and j are
-    equal, with a = (G_00 + G_11) / 2 and b = (G_10 - G_01) / 2, and 0 where they differ (`rope_base` 1 has but one).
-    """
-    half = config.head_dim // 2
-    pairs = torch.arange(config.head_dim, device=g_LHKK.device)
-    pairs = pairs.view(half, 2) if config.rope_style == "interleaved" else pairs.view(2, half).T
-    order = pairs.flatten()  # frequency by frequency
-    L, H, K, _ = g_LHKK.shape
-    blocks = g_LHKK[..., order[:, None], order].view(L, H, half, 2, half, 2).transpose(-3, -2)
-    frequency = rope_frequencies(config, dtype=torch.float64, device=g_LHKK.device)
-    same = frequency[:, None] == frequency
-    a = (blocks[..., 0, 0] + blocks[..., 1, 1]).where(same, 0) / 2
-    b = (blocks[..., 1, 0] - blocks[..., 0, 1]).where(same, 0) / 2
-    kept = torch.stack((torch.stack((a, -b), dim=-1), torch.stack((b, a), dim=-1)), dim=-2)
-    flat = kept.transpose(-3, -2).reshape(L, H, K, K)
-    back = order.argsort()
-    return flat[..., back[:, None], back]
 
 
 @torch.inference_mode()
@@ -158,7 +135,7 @@ def _replacements(g_LHKK: Tensor, config: ModelConfig) -> dict[str, Tensor]:
         "cached": g_LHKK,
         "zero": torch.zeros_like(g_LHKK),
         "identity": identity_KK.expand_as(g_LHKK),
-        "plain": plain_part(g_LHKK, config),
+        "plain": rotary_part(g_LHKK, config),
     }
 
 

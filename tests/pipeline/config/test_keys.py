@@ -40,11 +40,13 @@ ADDED = (
     "document_masks",
     "g_from",
     "share_g_below",
+    "metric_decay_on",
     "z_loss",
 )  # since; in a digest only with another value than the default
 ADDED_TO_POST = ("effect_prompts", "order_parameter", "prove", "extra_prompts", "max_relative_deviation_g_fp32",
                  "max_query_deviation", "max_worst_row_deviation", "with_metric_learner", "key_rank",
                  "max_key_loss")  # fmt: skip
+ADDED_TO_MODEL = ("rope_scaling", "g_constraint", "g_rank")
 ADDED_TO_DATA = ("separate_sources", "phases")
 NOT_IN_RESULT = (*ADDED_TO_DATA, "workers", "of", "executor", "slurm", "ray_address", "on_bad_shard", "cache_gigabytes")
 RECIPE = (
@@ -62,8 +64,8 @@ RECIPE = (
         "eps",
         "weight_decay",
     ),
-    *("metric_weight_decay", "clip_by", "clip", "z_loss", "precision", "freeze_g", "document_masks", "g_from"),
-    "share_g_below",
+    *("metric_weight_decay", "metric_decay_on", "clip_by", "clip", "z_loss", "precision", "freeze_g", "document_masks"),
+    *("g_from", "share_g_below"),
 )
 
 TREE = {
@@ -106,7 +108,7 @@ def configurations(repository):
 def of_stage_160ea30(config, name):
     """As `Line._inputs` of 160ea30 and, for shard, `stage_inputs` built it."""
     tree = config.as_dict()
-    model = {key: value for key, value in tree["model"].items() if key != "rope_scaling"}
+    model = {key: value for key, value in tree["model"].items() if key not in ADDED_TO_MODEL}
     return {
         "shard": {key: value for key, value in tree["data"].items() if key not in NOT_IN_RESULT},
         "tokenizer": {**tree["tokenizer"], "vocab_size": tree["model"]["vocab_size"]},
@@ -148,6 +150,7 @@ def test_scaled_positions_are_another_model(repository):
         same = keys.of_stage(config, stage) == keys.of_stage(scaled, stage)
         assert same is (stage not in ("train", "validate")), stage
     assert keys.added_defaults()["model.rope_scaling"] is None
+    assert keys.added_defaults()["model.g_constraint"] == "none"
 
 
 def test_every_flat_key_resumes_as_it_did(repository):

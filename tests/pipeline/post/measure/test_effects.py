@@ -11,56 +11,10 @@ import torch.nn.functional as F
 
 from pipeline.post.extract import extract_g
 from pipeline.post.measure import observe
-from pipeline.post.measure.effects import compare_losses, effects_by_layer, estimated, plain_part
-from pldr_model.config import ModelConfig
-from pldr_model.layers import apply_rope, rope_tables
+from pipeline.post.measure.effects import compare_losses, effects_by_layer, estimated
+from pldr_model.rotary_part import rotary_part
 
 STYLES = ("interleaved", "half")
-CONFIG = ModelConfig(vocab_size=8, num_layers=2, num_heads=3, head_dim=12, context_length=64)
-DOUBLE = {"dtype": torch.float64, "device": torch.device("cpu")}
-
-
-def rotations(config: ModelConfig) -> torch.Tensor:
-    """[64,K,K] in fp64: what RoPE does to a query at each position, q -> q R."""
-    tables = rope_tables(config, 64, **DOUBLE)
-    identity_1SKK = torch.eye(config.head_dim, dtype=torch.float64).expand(1, 64, -1, -1)
-    tables = type(tables)(*(t.unsqueeze(1) for t in tables))
-    return apply_rope(identity_1SKK, tables, style=config.rope_style)[0]
-
-
-def any_g(config: ModelConfig) -> torch.Tensor:
-    shape = (config.num_layers, config.num_heads, config.head_dim, config.head_dim)
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("base", [10000.0, 500.0, 1.0])
-@pytest.mark.parametrize("style", STYLES)
-def test_the_plain_part_is_the_orthogonal_projection_on_what_commutes_with_rope(style: str, base: float) -> None:
-    config = replace(CONFIG, rope_style=style, rope_base=base)
-    g, R = any_g(config), rotations(config)[[1, 2, 7, 40, 63]][:, None, None]
-    plain = plain_part(g, config)
-    assert (R @ plain - plain @ R).abs().max() < 1e-13
-    assert torch.allclose(plain_part(plain, config), plain, rtol=0, atol=1e-15)
-    assert (R @ g - g @ R).abs().max() > 0.1
-    rest, other = g - plain, plain_part(any_g(config).flip(0), config)
-    assert (rest * other).sum((-2, -1)).abs().max() < 1e-12  # orthogonal to everything that commutes
-    # Nothing that commutes was left out: it projects on as many dimensions as have commutators of zero.
-    basis = torch.eye(144, dtype=torch.float64).view(144, 1, 12, 12)
-    commutators = torch.cat([(r @ basis - basis @ r).flatten(1) for r in rotations(config)[1:]], dim=1)
-    kept = round(float((plain_part(basis, config) * basis).sum()))
-    assert kept == (72 if base == 1.0 else 12) == 144 - int(torch.linalg.matrix_rank(commutators))
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_plain_attention_in_disguise_is_left_as_it_is(style: str) -> None:
-    """G = 4 x a rotation per frequency, of which no entry is the identity's."""
-    config = replace(CONFIG, rope_style=style)
-    turned = rotations(replace(config, rope_base=3.0))[5]  # the same pairs by other angles
-    disguise = 4.0 * turned.expand(2, 3, -1, -1)
-    assert (disguise - torch.eye(12)).abs().max() > 1
-    assert torch.allclose(plain_part(disguise, config), disguise, rtol=0, atol=1e-14)
-    other = replace(config, rope_style=STYLES[1 - STYLES.index(style)])
-    assert (plain_part(disguise, other) - disguise).abs().max() > 1  # the pairs are those of the style
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -68,7 +22,7 @@ def test_the_plain_part_is_attention_with_other_weights(tiny: SimpleNamespace, t
     """Folded into W_q it gives the logits of the plain part with G = identity: no G_LM is needed."""
     model = tiny.make_model(gain=1.0, config=replace(tiny.config, rope_style=style)).double()
     ids, K = text[:3, :-1], tiny.config.head_dim
-    plain = plain_part(extract_g(model, ids, "mean").g_lm.double(), model.config)
+    plain = rotary_part(extract_g(model, ids, "mean").g_lm.double(), model.config)
     with torch.no_grad():
         expected = model(ids, g_lm=plain)
         for layer, c_HKK in zip(model.layers, plain, strict=True):
@@ -99,7 +53,7 @@ def test_losses_are_those_computed_one_by_one(
             "other": live[-1:] + live[:-1],
             "zero": [g_lm * 0] * 5,
             "identity": [torch.eye(8).expand_as(g_lm)] * 5,
-            "plain": [plain_part(g_lm, model.config)] * 5,
+            "plain": [rotary_part(g_lm, model.config)] * 5,
         }
         assert set(losses) == set(given)
         for name, per_row in given.items():
@@ -125,7 +79,11 @@ def test_effects_by_layer_are_those_computed_one_by_one(tiny: SimpleNamespace, t
     g_lm = extract_g(model, text[:, :-1], "mean").g_lm
     losses = compare_losses(model, g_lm, text)["losses"]
     found = effects_by_layer(model, g_lm, text, losses, min_effect=0.05)
-    replacements = {"zero": 0 * g_lm, "identity": torch.eye(8).expand_as(g_lm), "plain": plain_part(g_lm, model.config)}
+    replacements = {
+        "zero": 0 * g_lm,
+        "identity": torch.eye(8).expand_as(g_lm),
+        "plain": rotary_part(g_lm, model.config),
+    }
     with torch.inference_mode():
         for name, other in replacements.items():
             assert found[name] == pytest.approx(losses[name] - losses["cached"])
