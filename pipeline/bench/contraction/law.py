@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.bench.contraction.runs import Run, find_runs
-from pipeline.config.contraction import ROUND_OFF, noise, order_parameter
-from pipeline.config.schedule import BUDGET_APPROXIMATE, BUDGET_INVARIANT, BUDGET_PUBLISHED, invariance_budget
+from pipeline.bench.contraction.points import Point, points_of
+from pipeline.bench.contraction.recorded import published, shipped_sweep
+from pipeline.bench.contraction.runs import find_runs
+from pipeline.config.contraction import order_parameter
+from pipeline.config.schedule import BUDGET_APPROXIMATE, BUDGET_INVARIANT, BUDGET_PUBLISHED
 from pipeline.errors import UserError
 
 Numbers = npt.NDArray[np.float64]
@@ -32,33 +34,7 @@ BANDS = (BUDGET_APPROXIMATE, BUDGET_INVARIANT, BUDGET_PUBLISHED)
 START = {"law": (-1.0, 3.0, 0.5), "hinge": (-1.0, 1.0, -6.0)}  # of the search for constants
 
 
-@dataclass(frozen=True)
-class Point:
-    """A validation: what the configuration says up to its step, and the order parameter of G (fp32's rounding at least)."""
-
-    run: str
-    seed: int
-    step: int
-    budget: float
-    nu: float
-    units: int
-    measured: float
-
-
 Law = Callable[[Sequence[Point], Sequence[float]], Numbers]  # with its constants: log10 of each order parameter
-
-
-def points_of(run: Run) -> list[Point]:
-    """A run's validations."""
-    train, units = run.config.train, run.config.model.num_reslayerA
-    return [
-        Point(
-            *(run.name, run.config.seed, step, invariance_budget(train, step), noise(train, step), units),
-            measured=max(found["G"], ROUND_OFF),
-        )
-        for step, found in sorted(run.measured.items())
-        if math.isfinite(found.get("G", math.nan))
-    ]
 
 
 def log10_measured(points: Sequence[Point]) -> Numbers:
@@ -133,6 +109,8 @@ def compare(sweep: Path, others: Sequence[Path]) -> dict[str, Any]:
         "fitted": [point for point in points if point.seed == first],
         "other seeds": [point for point in points if point.seed != first],
         "other runs": [point for folder in others for run in find_runs(folder) for point in points_of(run)],
+        "recorded": shipped_sweep(),
+        "published": published(),
     }
     laws = fit(sets["fitted"])
     result: dict[str, Any] = {"points": {name: [asdict(p) for p in of] for name, of in sets.items()}}

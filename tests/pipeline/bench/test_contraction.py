@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.bench.contraction.law import Point, fit, judge, law
+from pipeline.bench.contraction.law import fit, judge, law
+from pipeline.bench.contraction.points import Point
 from pipeline.bench.contraction.runs import of_model
 from pipeline.bench.contraction.units import contraction, jacobians, predict
 from pipeline.errors import UserError
