@@ -49,48 +49,59 @@ class GLU(nn.Module):
     def __init__(self, size: int, hidden: int) -> None:
         super().__init__()
         self.w12 = Linear(size, hidden, num_fused=2)
-        self.w3 = Linear(hidden, size)
+        self.w3 = GatedLinear(hidden, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w3(silu_product(self.w12(x)))
+        out: Tensor = self.w3(self.w12(x))
         return out
 
 
-def silu_product(gate_value: Tensor) -> Tensor:
-    """`silu(gate) * value` of the two halves of the last dimension.
+class GatedLinear(Linear):
+    """`W (silu(gate) * value) + b` of the two halves of the last dimension, gate and value.
 
-    Eager autograd would keep silu(gate) for the backward pass, as large as the result, and join the halves' gradients in one
-    copy more; `_SiluProduct` computes it again and writes the gradients where they belong, with the same operators: the same
-    bits. A compiler does that by itself, and small tensors would be slower.
+    Eager autograd would keep silu(gate) and the product for the backward pass, each half as large as the input, and join the
+    halves' gradients in one copy more; `_GatedLinear` computes them again and writes the gradients where they belong, with the
+    same operators: the same bits. A compiler does that by itself, and small tensors would be slower.
     """
-    large = gate_value.numel() >= LEAN_FROM and not torch.compiler.is_compiling()
-    if large and torch.is_grad_enabled() and gate_value.requires_grad:
-        product: Tensor = _SiluProduct.apply(gate_value)  # type: ignore[no-untyped-call]
-        return product
-    gate, value = gate_value.chunk(2, dim=-1)
-    return F.silu(gate) * value
 
-
-class _SiluProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_value: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_value)
+    def forward(self, gate_value: Tensor) -> Tensor:
+        large = gate_value.numel() >= LEAN_FROM and not torch.compiler.is_compiling()
+        if large and torch.is_grad_enabled() and not torch.is_autocast_enabled(gate_value.device.type):
+            out: Tensor = _GatedLinear.apply(gate_value, self.weight, self.bias)  # type: ignore[no-untyped-call]
+            return out
         gate, value = gate_value.chunk(2, dim=-1)
-        return F.silu(gate).mul_(value)
+        return F.linear(F.silu(gate) * value, self.weight, self.bias)
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_value, weight)
+        gate, value = gate_value.chunk(2, dim=-1)
+        return F.linear(F.silu(gate).mul_(value), weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_value,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate_value, weight = ctx.saved_tensors
         gate, value = gate_value.chunk(2, dim=-1)
+        wanted, weight_wanted, bias_wanted = ctx.needs_input_grad
+        rows_grad = grad.reshape(-1, grad.shape[-1])
+        d_product = grad @ weight
+        d_bias = rows_grad.sum(0) if bias_wanted else None
         if torch.is_grad_enabled():  # this gradient is differentiated again
             sigmoid = gate.sigmoid()
-            slope = sigmoid * (1 + gate * (1 - sigmoid))
-            return torch.cat((grad * value * slope, grad * (gate * sigmoid)), dim=-1)
-        both = torch.empty_like(gate_value)
-        gate_grad, value_grad = both.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=value_grad)
-        torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=gate_grad)
-        return both
+            silu, slope = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
+            d_gate_value = torch.cat((d_product * value * slope, d_product * silu), dim=-1)
+            product = silu * value
+        else:
+            silu = F.silu(gate)
+            d_gate_value = torch.empty_like(gate_value)
+            d_gate, d_value = d_gate_value.chunk(2, dim=-1)
+            torch.mul(d_product, silu, out=d_value)
+            torch.ops.aten.silu_backward.grad_input(d_product.mul_(value), gate, grad_input=d_gate)
+            product = silu.mul_(value)
+        d_weight = rows_grad.mT @ product.reshape(len(rows_grad), -1) if weight_wanted else None
+        return d_gate_value if wanted else None, d_weight, d_bias
 
 
 class RopeTables(NamedTuple):

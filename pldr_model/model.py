@@ -73,6 +73,8 @@ class Attention(nn.Module):
         qkv_BSNK = self.qkv(x_BSD).unflatten(-1, (3 * self.num_heads, self.head_dim))
         qk_BSNK, v_BSHK = qkv_BSNK.split((2 * self.num_heads, self.num_heads), dim=2)
         q_BHSK, k_BHSK = apply_rope(qk_BSNK, rope, style=self.rope_style).transpose(1, 2).chunk(2, dim=1)
+        if self.plga is not None:  # each product of q would make a copy of its own and keep it for the backward pass
+            q_BHSK, k_BHSK = q_BHSK.contiguous(), k_BHSK.contiguous()
         # A copy: as a view the values would keep all of qkv for the backward pass, three times as much.
         return q_BHSK, k_BHSK, v_BSHK.transpose(1, 2).contiguous()
 

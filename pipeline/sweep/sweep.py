@@ -31,9 +31,9 @@ from pipeline.errors import Stopped, UserError, first_line
 from pipeline.io import storage
 from pipeline.io.sealed import read_sealed
 from pipeline.stages.compatible import Report
-from pipeline.stages.records import FREE
+from pipeline.stages.records import FREE, record_of
 from pipeline.stages.runner import Pipeline, exclusive
-from pipeline.stages.table import NAMES
+from pipeline.stages.table import NAMES, stage_named
 from pipeline.stages.train import Launch
 from pipeline.sweep.compare import in_order, is_wanted
 from pipeline.sweep.config import COLUMNS, VARIANT, Child, read
@@ -226,8 +226,7 @@ def measured(config: RunConfig, done: Sequence[str]) -> Result:
             known = read_run(run.uri, run.record.run_id)[0]
             row |= {key: known[key] for key in ("step", "loss", "val_loss_cached", "order_parameter", "budget")}
             row["run_id"] = run.record.run_id
-    if "train" in done:
-        train = read_sealed(paths.stages / "train.json", free=FREE)
+    if "train" in done and (train := record_of(paths, stage_named("train"))) is not None:
         row["tokens"] = train["result"]["tokens"]
         row["train_seconds"] = train["seconds"] if train["result"]["resumed_from"] is None else None
     if "validate" in done:

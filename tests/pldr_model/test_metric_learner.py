@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pldr_model import metric_learner
 from pldr_model.config import ModelConfig
 from pldr_model.metric_learner import MetricLearner, run_as_modules
 
@@ -34,8 +35,10 @@ def gradients(module: MetricLearner, x: torch.Tensor, *, fused: bool) -> list[to
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), [x, *trained])]
 
 
+@pytest.mark.parametrize("lean_from", [0, 10**9])
 @pytest.mark.parametrize("units, glus", [(1, 1), (3, 2), (2, 3)])
-def test_results_and_gradients_are_the_modules(units, glus):
+def test_results_and_gradients_are_the_modules(units, glus, lean_from, monkeypatch):
+    monkeypatch.setattr(metric_learner, "LEAN_FROM", lean_from)
     module = learner(units, glus)
     x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
     ours, theirs = gradients(module, x, fused=True), gradients(module, x, fused=False)

@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pldr_model import layers
 from pldr_model.config import ModelConfig
-from pldr_model.layers import Linear, silu_product
+from pldr_model.layers import GatedLinear, Linear
 from pldr_model.loss import cross_entropy, dag_regularizer, total_loss
 from pldr_model.model import PLDRModel
 
@@ -180,20 +179,31 @@ def test_compiled_layers_compute_the_same(tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_gated_product_has_the_bits_of_autograd_and_keeps_one_tensor(dtype, monkeypatch):
-    monkeypatch.setattr(layers, "LEAN_FROM", 0)
+def test_a_large_gated_linear_has_the_bits_of_autograd_and_keeps_its_input_only(dtype, monkeypatch):
     torch.manual_seed(0)
-    x, grad = torch.randn(5, 3, 14, dtype=dtype, requires_grad=True), torch.randn(5, 3, 7, dtype=dtype)
+    linear = GatedLinear(7, 4).to(dtype)
+    x, grad = torch.randn(5, 3, 14, dtype=dtype, requires_grad=True), torch.randn(5, 3, 4, dtype=dtype)
+    right = linear(x)
+    monkeypatch.setattr(layers, "LEAN_FROM", 0)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        ours = silu_product(x)
-    gate, value = x.chunk(2, dim=-1)
-    right = F.silu(gate) * value
-    assert torch.equal(ours, right) and [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
-    assert torch.equal(*(torch.autograd.grad(y, [x], grad)[0] for y in (ours, right)))
+        ours = linear(x)
+    assert torch.equal(ours, right)
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr(), linear.weight.data_ptr()]
+    for mine, theirs in zip(
+        *(torch.autograd.grad(y, [x, *linear.parameters()], grad) for y in (ours, right)), strict=True
+    ):
+        assert torch.equal(mine, theirs)
 
 
-def test_the_gated_product_can_be_differentiated_twice(monkeypatch):
+def test_a_large_gated_linear_can_be_differentiated_twice(monkeypatch):
     monkeypatch.setattr(layers, "LEAN_FROM", 0)
+    linear = GatedLinear(7, 4).double()
     x = torch.randn(3, 14, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(silu_product, [x]) and torch.autograd.gradgradcheck(silu_product, [x])
+    assert torch.autograd.gradcheck(linear, [x]) and torch.autograd.gradgradcheck(linear, [x])
+
+
+def test_a_frozen_gated_linear_has_the_gradient_of_its_input(monkeypatch):
+    monkeypatch.setattr(layers, "LEAN_FROM", 0)
+    linear = GatedLinear(7, 4).double().requires_grad_(False)
+    assert torch.autograd.gradcheck(linear, [torch.randn(3, 14, dtype=torch.float64, requires_grad=True)])

@@ -22,12 +22,14 @@ from pipeline.train.freeze import mean_g
 from pipeline.train.signals import StopRequest
 from pipeline.train.step import global_step
 from pipeline.train.telemetry import Stopwatch
+from pldr_model import layers, metric_learner
 from pldr_model.model import PLDRModel
 from tests.helpers.worker import finish
 from tests.pipeline.train import packed
 from tests.pipeline.train.zero_worker import Batches, configuration, make_trainer, with_train
 
 CPU = torch.device("cpu")
+layers.LEAN_FROM = metric_learner.LEAN_FROM = 0  # as in a large model; the test's own gradients are autograd's
 DAG = (0.01, 0.0, 0.02)
 OF_ANOTHER = ("batch", "neighbor")  # train.g_from
 Z_LOSS = 0.05  # of the gradients
