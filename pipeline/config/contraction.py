@@ -36,6 +36,7 @@ COHERENCE = 4.7
 NOISE_SHARE = 0.17
 RESIDUALS = (-1.3, 1.3)  # log10 of measured over predicted, 5 % and 95 %
 ROUND_OFF = 2e-8  # fp32
+LEAST_DECAY = 2.0  # of the metric learner, among runs whose budget exceeded 1
 # Of order parameters. A certificate judges the worst head on the worst prompt, which deviates about ten times as much.
 INVARIANT, APPROXIMATE = 1e-6, 1e-3
 
@@ -43,13 +44,14 @@ INVARIANT, APPROXIMATE = 1e-6, 1e-3
 @dataclass(frozen=True)
 class Expected:
     """The order parameter of G at the end: what is predicted, and the interval that holds 9 of 10 runs. best: what the largest
-    budget would give."""
+    budget would give. fitted: whether runs with such a decay were among those fitted."""
 
     budget: float
     middle: float
     low: float
     high: float
     best: float
+    fitted: bool = True
 
     @property
     def word(self) -> str:
@@ -69,7 +71,8 @@ def expected(train: TrainConfig, units: int, budget: float) -> Expected:
     nu = noise(train, end)
     middle = order_parameter(budget, nu, units)
     low, high = (max(ROUND_OFF, min(1.0, middle * 10**residual)) for residual in RESIDUALS)
-    return Expected(budget, middle, low, high, order_parameter(math.inf, nu, units))
+    best, fitted = order_parameter(math.inf, nu, units), train.metric_decay >= LEAST_DECAY
+    return Expected(budget, middle, low, high, best, fitted)
 
 
 def noise(train: TrainConfig, step: int) -> float:
@@ -100,6 +103,10 @@ def order_parameter(
 def verdict(found: Expected) -> str:
     """The prediction in words, with what to do where it is not `invariant expected`."""
     interval = f"order parameter of G {found.low:.0e} to {found.high:.0e} (9 of 10 runs)"
+    if not found.fitted:
+        interval = (
+            f"by the budget alone: no run with a metric weight decay below {LEAST_DECAY:g} was long enough to fit"
+        )
     if found.word == "invariant expected":
         return f"{found.word}, {interval}"
     enough = found.best <= INVARIANT

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -123,3 +124,15 @@ def test_the_rank_correlation_is_spearmans():
     assert judge(points, np.array([1.0, 2.0, 3.0, 4.0]))["rank"] == pytest.approx(1 - 6 * 2 / 60)
     tied = np.corrcoef([1, 3, 2, 4], [1.5, 1.5, 3.5, 3.5])[0, 1]
     assert judge(points, np.array([1.0, 1.0, 2.0, 2.0]))["rank"] == pytest.approx(tied)
+
+
+def test_a_norms_beta_and_the_last_bias_of_the_next_units_glus_have_one_gradient(config):
+    """So they stay equal, and add up in what LN divides by; gamma's gradient is that times n. (GLUs have decayed.)"""
+    learner = stack(config, gamma=0.05, beta=0.03, glus=0.0)
+    row_1K = torch.randn(1, K, dtype=torch.float64)
+    (learner(row_1K) * torch.randn(K, dtype=torch.float64)).sum().backward()
+    for before, after in pairwise(learner):
+        gradient_K = before.norm.bias.grad
+        assert torch.allclose(after.glus[-1].w3.bias.grad, gradient_K, rtol=1e-12, atol=0)
+        n_K = before.norm.weight.grad / gradient_K
+        assert float(n_K.square().mean()) == pytest.approx(1, abs=0.01)  # LN's eps

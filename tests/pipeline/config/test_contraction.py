@@ -62,3 +62,10 @@ def test_a_small_budget_is_never_called_enough():
 def test_the_noise_is_that_of_the_step_at_which_g_is_frozen():
     frozen = recipe(freeze_g=FreezeConfig(at_step=100))
     assert expected(frozen, 8, 9.0).middle == order_parameter(9.0, noise(recipe(), 100), 8)
+
+
+def test_no_order_parameter_is_promised_for_decays_that_were_not_fitted():
+    papers = TrainConfig(steps=250_000, max_lr=1e-3)
+    said = verdict(expected(papers, 8, invariance_budget(papers)))
+    assert said.startswith("invariant expected, by the budget alone") and "order parameter" not in said
+    assert "order parameter of G" in verdict(expected(recipe(), 8, 9.0))
