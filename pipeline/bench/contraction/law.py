@@ -1,10 +1,10 @@
 """`python -m pipeline.bench.contraction.law SWEEP_DIR [--check RUN_DIR ...] [--out FILE]`: fit the law of contraction.
 
 The law (pipeline/config/contraction.py) is fitted to the order parameters of G that a sweep's runs of the first seed measured,
-and judged on the other seeds and on other runs, beside two laws of the budget alone: `bands`, the limits of
-pipeline/config/schedule.py with the mean of each, and `hinge`, a line down to a floor. All are fitted to the same numbers and
-judged by the same measures: RMS error of log10, and rank correlation (Spearman). Every validation is a point; those of one run
-are not independent.
+and judged on each of these by a fit to the others (`left out`), on the other seeds and on other runs, beside two laws of the
+budget alone: `bands`, the limits of pipeline/config/schedule.py with the mean of each, and `hinge`, a line down to a floor. All
+are fitted to the same numbers and judged by the same measures: RMS error of log10, and rank correlation (Spearman). Every
+validation is a point; those of one run are not independent.
 """
 
 from __future__ import annotations
@@ -84,6 +84,18 @@ def judge(points: Sequence[Point], predicted: Numbers) -> dict[str, float]:
     return {"rms": float(np.sqrt(np.square(residuals).mean())), "rank": float(rank), "low": low, "high": high}
 
 
+def left_out(points: Sequence[Point]) -> tuple[list[Point], dict[str, Numbers]]:
+    """The points, and what each law predicts of each run when it is fitted to all others."""
+    order: list[Point] = []
+    found: dict[str, list[Numbers]] = {}
+    for run in dict.fromkeys(point.run for point in points):
+        own = [point for point in points if point.run == run]
+        order += own
+        for name, (function, constants) in fit([point for point in points if point.run != run]).items():
+            found.setdefault(name, []).append(function(own, constants))
+    return order, {name: np.concatenate(parts) for name, parts in found.items()}
+
+
 def main(words: list[str] | None = None) -> int:
     """Print constants and errors; write JSON."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.bench.contraction.law", description=__doc__)
@@ -117,11 +129,13 @@ def compare(sweep: Path, others: Sequence[Path]) -> dict[str, Any]:
     print(
         f"{'law':<8} {'points of':<12} {'runs':>5} {'n':>5} {'RMS log10':>10} {'rank':>6} {'5 %':>6} {'95 %':>6}  constants"
     )
+    order, apart = left_out(sets["fitted"])
+    sets = {"fitted": sets.pop("fitted"), "left out": order, **sets}
     for name, (function, constants) in laws.items():
         result[name] = {"constants": constants}
         for which, of in sets.items():
             if len(of) > 1:
-                found = judge(of, function(of, constants))
+                found = judge(of, apart[name] if which == "left out" else function(of, constants))
                 result[name][which] = found
                 text = " ".join(f"{value:.3g}" for value in constants) if which == "fitted" else ""
                 print(
