@@ -43,15 +43,17 @@ INVARIANT, APPROXIMATE = 1e-6, 1e-3
 
 @dataclass(frozen=True)
 class Expected:
-    """The order parameter of G at the end: what is predicted, and the interval that holds 9 of 10 runs. best: what the largest
-    budget would give. fitted: whether runs with such a decay were among those fitted."""
+    """The order parameter of G at the end: what is predicted, and the interval that holds 9 of 10 runs.
+
+    budget: of the norms' gamma. fitted: whether runs with such a decay were among those fitted. fix: what would lower it.
+    """
 
     budget: float
     middle: float
     low: float
     high: float
-    best: float
     fitted: bool = True
+    fix: str = MORE_BUDGET
 
     @property
     def word(self) -> str:
@@ -68,19 +70,28 @@ class Expected:
 def expected(train: TrainConfig, units: int, budget: float) -> Expected:
     """units: residual ones (model.num_reslayerA). budget: spent when the run ends, or when its G is frozen."""
     end = train.steps if train.freeze_g is None or train.freeze_g.at_step is None else train.freeze_g.at_step
-    nu = noise(train, end)
+    nu, decay, fix = noise(train, end), gamma_decay(train), MORE_BUDGET
+    if decay != train.metric_decay:
+        budget *= decay / train.metric_decay
+        fix = f"norms decay by {decay:g} with train.metric_decay_on {train.metric_decay_on}: set units or norms"
+    elif order_parameter(math.inf, nu, units) > INVARIANT:
+        fix = "no budget is enough for so few units: raise model.num_reslayerA"
     middle = order_parameter(budget, nu, units)
     low, high = (max(ROUND_OFF, min(1.0, middle * 10**residual)) for residual in RESIDUALS)
-    best, fitted = order_parameter(math.inf, nu, units), train.metric_decay >= LEAST_DECAY
-    return Expected(budget, middle, low, high, best, fitted)
+    return Expected(budget, middle, low, high, fitted=decay >= LEAST_DECAY, fix=fix)
+
+
+def gamma_decay(train: TrainConfig) -> float:
+    """The weight decay of the norms' gamma and beta, which the law is of."""
+    return train.weight_decay if train.metric_decay_on == "glus" else train.metric_decay
 
 
 def noise(train: TrainConfig, step: int) -> float:
     """nu after `step` steps, were every gradient far above AdamW's eps."""
-    variance = 0.0
+    variance, decay = 0.0, gamma_decay(train)
     for number in range(step):
         rate = learning_rate(train, number)
-        variance = variance * (1 - rate * train.metric_decay) ** 2 + rate**2
+        variance = variance * (1 - rate * decay) ** 2 + rate**2
     return math.sqrt(variance)
 
 
@@ -102,13 +113,7 @@ def order_parameter(
 
 def verdict(found: Expected) -> str:
     """The prediction in words, with what to do where it is not `invariant expected`."""
-    interval = f"order parameter of G {found.low:.0e} to {found.high:.0e} (9 of 10 runs)"
+    said = f"{found.word}, order parameter of G {found.low:.0e} to {found.high:.0e} (9 of 10 runs)"
     if not found.fitted:
-        interval = (
-            f"by the budget alone: no run with a metric weight decay below {LEAST_DECAY:g} was long enough to fit"
-        )
-    if found.word == "invariant expected":
-        return f"{found.word}, {interval}"
-    enough = found.best <= INVARIANT
-    fix = MORE_BUDGET if enough else "no budget is enough for so few units: raise model.num_reslayerA"
-    return f"{found.word}, {interval}; {fix} ({BUDGET_TABLE})"
+        said = f"{found.word}, by the budget alone: the law of contraction is of decays of {LEAST_DECAY:g} or more"
+    return said if found.word == "invariant expected" else f"{said}; {found.fix} ({BUDGET_TABLE})"

@@ -47,16 +47,16 @@ def test_more_units_are_advised_where_no_budget_is_enough():
     train = recipe()
     budget = invariance_budget(train)
     eight, two = (expected(train, units, budget) for units in (8, 2))
-    assert eight.middle <= INVARIANT < two.best <= two.middle and eight.low < eight.middle < eight.high
+    assert eight.middle <= INVARIANT < two.low and eight.low < eight.middle < eight.high
     assert verdict(eight).startswith("invariant expected") and "num_reslayerA" in verdict(two)
     assert "raise train.metric_weight_decay" in verdict(expected(train, 8, 2.0))
 
 
 def test_a_small_budget_is_never_called_enough():
     """The papers' SUB-1 had 8.2, and was variant."""
-    assert Expected(8.2, middle=1e-7, low=2e-8, high=1e-6, best=1e-7).word == "perhaps invariant"
-    assert Expected(20.0, middle=1e-2, low=1e-3, high=0.1, best=1e-2).word == "at best approximately invariant"
-    assert Expected(20.0, middle=1e-1, low=1e-2, high=1.0, best=1e-2).word == "NOT invariant expected"
+    assert Expected(8.2, middle=1e-7, low=2e-8, high=1e-6).word == "perhaps invariant"
+    assert Expected(20.0, middle=1e-2, low=1e-3, high=0.1).word == "at best approximately invariant"
+    assert Expected(20.0, middle=1e-1, low=1e-2, high=1.0).word == "NOT invariant expected"
 
 
 def test_the_noise_is_that_of_the_step_at_which_g_is_frozen():
@@ -69,3 +69,12 @@ def test_no_order_parameter_is_promised_for_decays_that_were_not_fitted():
     said = verdict(expected(papers, 8, invariance_budget(papers)))
     assert said.startswith("invariant expected, by the budget alone") and "order parameter" not in said
     assert "order parameter of G" in verdict(expected(recipe(), 8, 9.0))
+
+
+def test_a_decay_of_the_glus_alone_contracts_nothing():
+    """The law is of the norms: theirs is then the usual weight decay."""
+    budget = invariance_budget(recipe())
+    norms, glus = (expected(recipe(metric_decay_on=on), 8, budget) for on in ("norms", "glus"))
+    assert norms == expected(recipe(), 8, budget)
+    assert glus.word == "NOT invariant expected" and glus.budget == pytest.approx(budget * 0.1 / 8)
+    assert "set units or norms" in verdict(glus)

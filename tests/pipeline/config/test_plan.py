@@ -49,7 +49,7 @@ def test_all_texts_about_budgets_say_the_same(repository):
         [f"| {high} or more", "invariant expected"],
     ]
     for budget, (_, words) in zip((1.0, 4.1, 8.2, 13.0), rows[1:5], strict=True):
-        said = verdict(Expected(budget, middle=1e-7, low=2e-8, high=1e-6, best=1e-7))
+        said = verdict(Expected(budget, middle=1e-7, low=2e-8, high=1e-6))
         assert said.lower().startswith(words) and "order parameter of G 2e-08 to 1e-06 (9 of 10 runs)" in said
         assert (BUDGET_TABLE in said and MORE_BUDGET in said) is (budget < BUDGET_PUBLISHED)
     measures, post = {"not_finite": [], "losses": {}, "agreement": {}, "leak": {}, "greedy": {}}, PostConfig()
