@@ -115,5 +115,6 @@ def verdict(found: Expected) -> str:
     """The prediction in words, with what to do where it is not `invariant expected`."""
     said = f"{found.word}, order parameter of G {found.low:.0e} to {found.high:.0e} (9 of 10 runs)"
     if not found.fitted:
-        said = f"{found.word}, by the budget alone: the law of contraction is of decays of {LEAST_DECAY:g} or more"
+        law = f"the law of contraction, fitted to decays of {LEAST_DECAY:g} or more, says {found.middle:.0e}"
+        said = f"{found.word} by the budget; of the order parameter of G {law}"
     return said if found.word == "invariant expected" else f"{said}; {found.fix} ({BUDGET_TABLE})"
