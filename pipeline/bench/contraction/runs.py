@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.post.consolidate import consolidate
 from pipeline.tracking.query import read_run
 from pipeline.tracking.run import known_run
+from pipeline.tracking.sqlite_store import file_of
 from pldr_model.model import PLDRModel
 from pldr_model.plga import PLGA
 
@@ -87,6 +88,9 @@ def _open(folder: Path) -> Run | None:
     if not kept:
         return None
     config = RunConfig.model_validate({**read_state(kept[-1])["config"], "run_dir": str(folder)})
+    store = None if config.tracking.uri is None else file_of(config.tracking.uri)
+    if store is not None and not store.exists():  # the run was moved: its store is looked for where it lies now
+        config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": None})})
     return None if config.model.g_source != "learned" else Run(folder.name, config, _measured(config))
 
 

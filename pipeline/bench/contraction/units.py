@@ -26,7 +26,6 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.func import jacrev, vmap
 
 from pldr_model.metric_learner import MetricLearner, ResidualUnit
 
@@ -76,9 +75,14 @@ def contraction(unit: ResidualUnit, rows_RK: Tensor) -> Unit:
     )
 
 
+@torch.enable_grad()
 def jacobians(unit: ResidualUnit, rows_RK: Tensor) -> Tensor:
-    """The unit's derivative at each row, by autograd [R,K,K]: output, then input."""
-    return cast(Tensor, vmap(jacrev(unit))(rows_RK)).detach()
+    """The unit's derivative at each row, by autograd [R,K,K]: output, then input. Rows do not depend on one another, so one
+    backward pass is of one output of all rows."""
+    rows_RK = rows_RK.detach().requires_grad_()
+    out_KR = unit(rows_RK).t()
+    one_R = torch.ones_like(out_KR[0])
+    return torch.stack([torch.autograd.grad(out_R, rows_RK, one_R, retain_graph=True)[0] for out_R in out_KR], 1)
 
 
 def predict(learner: MetricLearner, rows_RK: Tensor, others_PRK: Tensor) -> Prediction:

@@ -10,9 +10,11 @@ import torch
 
 from pipeline.bench.contraction.law import fit, judge, law
 from pipeline.bench.contraction.points import Point
-from pipeline.bench.contraction.runs import of_model
+from pipeline.bench.contraction.runs import find_runs, of_model
 from pipeline.bench.contraction.units import contraction, jacobians, predict
+from pipeline.config.load import load_config
 from pipeline.errors import UserError
+from pipeline.io.storage import publish_json
 from pldr_model.config import ModelConfig
 from pldr_model.metric_learner import MetricLearner
 from pldr_model.model import PLDRModel
@@ -136,3 +138,20 @@ def test_a_norms_beta_and_the_last_bias_of_the_next_units_glus_have_one_gradient
         assert torch.allclose(after.glus[-1].w3.bias.grad, gradient_K, rtol=1e-12, atol=0)
         n_K = before.norm.weight.grad / gradient_K
         assert float(n_K.square().mean()) == pytest.approx(1, abs=0.01)  # LN's eps
+
+
+@pytest.mark.parametrize("source", ["learned", "identity"])
+def test_runs_are_found_wherever_they_were_moved(tmp_path, repository, source):
+    """Their store is gone with the folder that the checkpoint names; those with a constant G are left out."""
+    keys = [f"model.g_source={source}", f"tracking.uri=sqlite:///{tmp_path}/gone/mlflow.db"]
+    config = load_config(repository / "configs" / "quickstart.yaml", keys)
+    checkpoint = tmp_path / "sweep" / "children" / "one" / "checkpoints" / "step-000300"
+    publish_json(checkpoint / "state.json", {"schema_version": 2, "step": 300, "config": config.as_dict()})
+    (checkpoint / "COMMITTED").write_text("x")
+    if source == "identity":
+        with pytest.raises(UserError, match="no run with a metric learner and a checkpoint"):
+            find_runs(tmp_path / "sweep")
+        return
+    (run,) = find_runs(tmp_path / "sweep")
+    assert (run.name, run.measured, run.checkpoints) == ("one", {}, [checkpoint])
+    assert find_runs(tmp_path / "sweep" / "children" / "one") == [run]
