@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pipeline.config.schedule import budget_verdict, invariance_budget, learning_rate, planned_budget
+from pipeline.config.contraction import expected, verdict
+from pipeline.config.schedule import invariance_budget, learning_rate, planned_budget
 from pipeline.config.train import TrainConfig
 
 OF_SCHEDULE = ("steps", "max_lr", "warmup_steps", "schedule", "decay_share", "decay_shape", "min_lr_ratio")
@@ -35,10 +36,11 @@ def schedule_line(before: TrainConfig, now: TrainConfig, step: int) -> str:
     return f"{_name(before, now)}: {_here(before, now, step)}{_to_come(now, step)}"
 
 
-def budget_line(train: TrainConfig, state: dict[str, Any]) -> str:
-    """The invariance budget at a checkpoint and at the end. state: the checkpoint's state.json."""
+def budget_line(train: TrainConfig, units: int, state: dict[str, Any]) -> str:
+    """The invariance budget at a checkpoint and at the end. state: the checkpoint's state.json; units: residual ones."""
     total, step = budget_after(train, state), state["step"]
-    return f"invariance budget {budget_of(state, train):.2f} at step {step:,}, {total:.2f} at the end: {budget_verdict(total)}"
+    said = verdict(expected(train, units, total))
+    return f"invariance budget {budget_of(state, train):.2f} at step {step:,}, {total:.2f} at the end: {said}"
 
 
 def budget_of(state: dict[str, Any], now: TrainConfig) -> float:

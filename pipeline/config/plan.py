@@ -11,10 +11,11 @@ from typing import Any
 
 from pipeline.config.batches import planned_sequences
 from pipeline.config.continued import budget_after, budget_of
+from pipeline.config.contraction import expected, verdict
 from pipeline.config.leak import around_the_circle
 from pipeline.config.rank_memory import activation_bytes, stages_of, state_bytes
 from pipeline.config.run import RunConfig
-from pipeline.config.schedule import budget_verdict, planned_budget
+from pipeline.config.schedule import planned_budget
 
 WORLD_SIZES = (1, 2, 4, 8, 16, 64)
 
@@ -75,7 +76,9 @@ def plan(
         ),
         "frozen_at": None if train.freeze_g is None else train.freeze_g.at_step,
         "invariance_verdict": (
-            budget_verdict(budget) if model.g_source == "learned" else "G_LM is constant by construction"
+            verdict(expected(train, model.num_reslayerA, budget))
+            if model.g_source == "learned"
+            else "G_LM is constant by construction"
         ),
         "warnings": [line for line in (around_the_circle(config),) if line is not None],
     }

@@ -4,9 +4,8 @@ Pure functions of the configuration, so that `pldr plan` can compute the budget 
 needs no scheduler state.
 
 Invariance budget: `Sigma = sum_t lr_t * weight_decay` over the metric learner's parameters. AdamW multiplies them by
-`1 - lr_t * weight_decay` at every step, so they shrink like exp(-Sigma) until the metric learner forgets its input. What was
-measured at which budget is one table: docs/certificate.md, "The invariance budget". It is a hypothesis that this project keeps
-testing.
+`1 - lr_t * weight_decay` at every step, so they shrink like exp(-Sigma) until the metric learner forgets its input: how far is
+in contraction.py. What was measured at which budget is one table: docs/certificate.md, "The invariance budget".
 """
 
 from __future__ import annotations
@@ -55,16 +54,3 @@ def invariance_budget(train: TrainConfig, step: int | None = None) -> float:
 def planned_budget(train: TrainConfig) -> float:
     """Sigma of a run that goes as planned: up to `freeze_g.at_step`, if set (the metric learner is then gone)."""
     return invariance_budget(train, None if train.freeze_g is None else train.freeze_g.at_step)
-
-
-def budget_verdict(budget: float) -> str:
-    """The prediction in words."""
-    if budget >= BUDGET_PUBLISHED:
-        return f"invariant expected, at {BUDGET_PUBLISHED:g} or more"
-    if budget >= BUDGET_INVARIANT:
-        prediction = f"perhaps invariant, at {BUDGET_INVARIANT:g} to {BUDGET_PUBLISHED:g}"
-    elif budget >= BUDGET_APPROXIMATE:
-        prediction = f"at best approximately invariant, at {BUDGET_APPROXIMATE:g} to {BUDGET_INVARIANT:g}"
-    else:
-        prediction = f"NOT invariant expected, below {BUDGET_APPROXIMATE:g}"
-    return f"{prediction}; {MORE_BUDGET} ({BUDGET_TABLE})"

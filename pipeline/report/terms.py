@@ -26,7 +26,8 @@ TERMS = {
     "round-off": "a variation of 1e-6 or less, ten times the precision of fp32: fp32 arithmetic cannot tell it from a "
     "constant. The fp64 pass can.",
     "budget": "invariance budget: the sum over steps of learning rate times metric weight decay. It predicts and proves "
-    f"nothing: from {BUDGET_PUBLISHED:g} on invariance is expected, from {BUDGET_INVARIANT:g} on it is possible.",
+    f"nothing: with 8 residual units invariance is expected from {BUDGET_PUBLISHED:g} on, and possible from "
+    f"{BUDGET_INVARIANT:g} on; fewer units forget less.",
     "leak gap": "loss with the G_LM of another text, minus loss with the live one. A live G_LM has seen the whole block, and "
     "with it the tokens to be predicted; another text's cannot have. 0: nothing leaks.",
     "attention effect": "by how much the held-out loss is lower than with G_LM = 0 and than with plain attention; in curves "

@@ -20,11 +20,12 @@ import psutil
 
 from pipeline.checkpoint.format import checkpoint_bytes, newest_in, read_state
 from pipeline.config.continued import budget_after
+from pipeline.config.contraction import expected, verdict
 from pipeline.config.leak import around_the_circle
 from pipeline.config.paths import RunPaths, documents_folder, staging_folder, tokens_folder
 from pipeline.config.rank_memory import activation_bytes, stages_of, state_bytes
 from pipeline.config.run import RunConfig
-from pipeline.config.schedule import BUDGET_PUBLISHED, budget_verdict, planned_budget
+from pipeline.config.schedule import planned_budget
 from pipeline.config.source_names import require_sources
 from pipeline.config.train_evaluate import EvaluateConfig
 from pipeline.devices import gpu_bytes
@@ -196,8 +197,9 @@ def _budget(config: RunConfig, begins: Path | None) -> Iterator[Finding]:
     if newest:
         with contextlib.suppress(UserError, OSError, KeyError):  # damaged: training says so
             budget = budget_after(config.train, read_state(newest))
-    status: Literal["ok", "warn"] = "ok" if budget >= BUDGET_PUBLISHED else "warn"
-    yield Finding("budget", status, f"invariance budget {budget:.2f}: {budget_verdict(budget)}")
+    found = expected(config.train, config.model.num_reslayerA, budget)
+    status: Literal["ok", "warn"] = "ok" if found.word == "invariant expected" else "warn"
+    yield Finding("budget", status, f"invariance budget {budget:.2f}: {verdict(found)}")
 
 
 def _evaluate(settings: EvaluateConfig) -> Iterator[Finding]:

@@ -208,7 +208,7 @@ def _going_on(config: RunConfig, state: dict[str, Any], source: Path | None) -> 
     if stable is not None and stable_until(before, state["step"]) is None:
         lines.append(f"            without that jump: --resume {stable}")
     if config.model.g_source == "learned":
-        lines.append(f"budget      {budget_line(train, state)}")
+        lines.append(f"budget      {budget_line(train, config.model.num_reslayerA, state)}")
     return lines
 
 

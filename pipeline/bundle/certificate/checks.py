@@ -99,8 +99,9 @@ def make_checks(
     distinct held-out prompts among those measured."""
     if budget is not None and budget >= BUDGET_PUBLISHED:
         enough = (
-            f"the invariance budget of {budget:.2f} should have been enough: look for a loss spike, lower train.max_lr, train "
-            f"longer or raise train.metric_weight_decay ({BUDGET_TABLE})"
+            f"the invariance budget of {budget:.2f} should have been enough for 8 residual units: with fewer raise "
+            "model.num_reslayerA; else look for a loss spike, lower train.max_lr, train longer or raise "
+            f"train.metric_weight_decay ({BUDGET_TABLE})"
         )
     else:
         spent = (

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from pipeline.bench.contraction import __main__ as contraction
 from pipeline.bundle.certificate.schema import read_certificate
 from pipeline.config.load import load_config
 from pipeline.tracking.client import client, tracking_uri
@@ -136,6 +137,23 @@ def test_the_run_in_mlflow_knows_its_nodes_and_has_the_trace(finished):
         f"{folder}/rank-0.{end}" for end in ("json.gz", "txt")
     }
     assert {p.name for p in (run_dir / "logs" / folder).iterdir()} >= {"rank-0.json.gz", "rank-1.json.gz"}
+
+
+def test_the_weights_of_its_checkpoints_explain_the_order_parameter(finished, tmp_path, capsys):
+    """The exact Jacobians give A's deviation as it is in fp64, from a run directory wherever it lies."""
+    _, run_dir, _, _ = finished
+    out = tmp_path / "found.json"
+    assert contraction.main([str(run_dir), "--sequences", "6", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["checkpoints"]
+    assert [row["step"] for row in rows] == [400, 500] and len(capsys.readouterr().out.splitlines()) == 3
+    for row in rows:
+        table, layers = row["table"], row["layers"]
+        assert len(layers) == 2 and all(len(layer["units"]) == 8 for layer in layers)
+        assert table["Jacobian"] == pytest.approx(table["fp64"], rel=0.5) and table["a unit"] < 1
+    assert 0 < rows[1]["table"]["A"] < 1e-3 and rows[1]["budget"] > rows[0]["budget"] > 9
+    assert contraction.main([str(run_dir), "--checkpoint", "step-000007"]) == 1
+    assert "--checkpoint step-000007: no run has it" in capsys.readouterr().err
+    assert contraction.main([str(tmp_path)]) == 1 and "no run with a metric learner" in capsys.readouterr().err
 
 
 def test_the_certificate_says_how_few_prompts_there_were_and_its_page_shows_the_training(finished):

@@ -82,7 +82,7 @@ def test_the_budget_is_what_was_spent_and_what_this_recipe_adds():
     assert budget_after(long, {**state, "budget": 7.0, "frozen": 2000}) == 7.0
     frozen = recipe(steps=6000, freeze_g=FreezeConfig(at_step=2000))
     assert budget_after(frozen, {**state, "budget": 7.0}) == 7.0
-    said = budget_line(long, {**state, "budget": 7.0})
+    said = budget_line(long, 8, {**state, "budget": 7.0})
     assert said.startswith(f"invariance budget 7.00 at step 3,000, {7 + rest:.2f} at the end: ")
 
 

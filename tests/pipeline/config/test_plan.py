@@ -3,6 +3,7 @@
 import pytest
 
 from pipeline.bundle.certificate.checks import make_checks
+from pipeline.config.contraction import Expected, verdict
 from pipeline.config.load import load_config
 from pipeline.config.plan import duration, plan, plan_lines
 from pipeline.config.post import PostConfig
@@ -12,7 +13,6 @@ from pipeline.config.schedule import (
     BUDGET_PUBLISHED,
     BUDGET_TABLE,
     MORE_BUDGET,
-    budget_verdict,
 )
 from pipeline.config.starter import Corpus, starter_yaml
 
@@ -34,7 +34,6 @@ def test_the_papers_110m_recipe(repository):
 def test_the_sub_critical_recipe_is_warned_of(repository):
     config = load_config(repository / "configs" / "pldr-110m.yaml", ["train.max_lr=3e-5"])
     assert "NOT invariant" in plan(config)["invariance_verdict"]
-    assert budget_verdict(4.1).startswith("at best approximately")
 
 
 def test_all_texts_about_budgets_say_the_same(repository):
@@ -49,9 +48,9 @@ def test_all_texts_about_budgets_say_the_same(repository):
         [f"| {middle} to {high}", "perhaps invariant"],
         [f"| {high} or more", "invariant expected"],
     ]
-    for budget, (where, verdict) in zip((1.0, 4.1, 8.2, 13.0), rows[1:5], strict=True):
-        said = budget_verdict(budget)
-        assert said.lower().startswith(verdict) and where.removeprefix("| ") in said
+    for budget, (_, words) in zip((1.0, 4.1, 8.2, 13.0), rows[1:5], strict=True):
+        said = verdict(Expected(budget, middle=1e-7, low=2e-8, high=1e-6))
+        assert said.lower().startswith(words) and "order parameter of G 2e-08 to 1e-06 (9 of 10 runs)" in said
         assert (BUDGET_TABLE in said and MORE_BUDGET in said) is (budget < BUDGET_PUBLISHED)
     measures, post = {"not_finite": [], "losses": {}, "agreement": {}, "leak": {}, "greedy": {}}, PostConfig()
     for budget in (None, 1.0, 8.2, 13.0):
