@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.bench.contraction.points import Point, point
 from pipeline.config.train import TrainConfig
 
-# docs/experiments.md, "Sweeps": metric weight decay -> order parameters of seeds 1 and 2 at step 600, 8 units.
+# docs/experiments.md, "The budget in 600 steps": metric weight decay -> order parameters of seeds 1 and 2 at step 600, 8 units.
 SHIPPED = {0.1: (0.25, 0.29), 10.0: (0.13, 0.11), 20.0: (6.7e-6, 4.8e-3), 40.0: (5.5e-7, 1.3e-8)}
 # The papers' 110M models, 8 units (arXiv 2603.23539): max lr, warm-up, steps, RMSE / |mean| of G between two runs. Another
 # measure than ours, which |mean| may make as large as it likes: their order is what can be compared.

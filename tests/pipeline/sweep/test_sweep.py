@@ -297,6 +297,14 @@ def test_the_table_has_the_values_that_were_trained_with(make_sweep):
     assert sweep.children[0].name == "max_lr-1e-3.metric_weight_decay-None"
 
 
+def test_every_shipped_sweep_can_start():
+    files = [file for folder in ("sweeps", "experiments") for file in (REPOSITORY / "configs" / folder).glob("*.yaml")]
+    sweeps = [Sweep(file, []) for file in files if file.name != "base.yaml"]
+    assert len(sweeps) >= 10
+    for sweep in sweeps:
+        assert sweep.settings.about and len({child.config.run_dir for child in sweep.children}) == len(sweep.children)
+
+
 def test_the_shipped_sweep_spans_variant_to_invariant_budgets(tmp_path):
     sweep = Sweep(REPOSITORY / "configs" / "sweeps" / "invariance_budget.yaml", [])
     budgets = sorted({round(invariance_budget(c.config.train), 2) for c in sweep.children})
