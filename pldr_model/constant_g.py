@@ -2,12 +2,12 @@
 
     none       G                        what all of G_LM can do without the input
     low_rank   I + U V^T                U, V [H,K,r]: plain attention and r directions more
-    rotary     rotary_part(M)           what W_q can absorb: SDPA in another parametrization (rotary_part.py)
+    rotary     rotary_part(C)           what W_q can absorb: SDPA in another parametrization (rotary_part.py)
     nonrotary  I + M - rotary_part(M)   plain attention, and only what W_q cannot absorb
 
-All start at G = I, and the model's other weights are drawn as those of its SDPA twin: V and the M of `nonrotary` are zero, U is
-drawn apart. Weight decay pulls the parameters to zero. So it pulls G itself to zero with `none` and `rotary`, as it pulls
-W_q, and to the identity, plain attention, with `low_rank` and `nonrotary`.
+All start at G = I, and the model's other weights are drawn as those of its SDPA twin: V and M are zero, U is drawn apart.
+Weight decay pulls the parameters to zero. So it pulls G itself to zero with `none` and `rotary`, as it pulls W_q, and to the
+identity, plain attention, with `low_rank` and `nonrotary`.
 
 Shapes: B batch, H heads, S sequence, K head dim, r rank.
 """
@@ -40,7 +40,7 @@ class ConstantG(nn.Module):
             self.U = nn.Parameter(_drawn_apart(H, K, rank) * K**-0.5)  # columns of norm 1, about
             self.V = nn.Parameter(torch.zeros(H, K, rank))
         elif self.constraint == "rotary":
-            self.M = nn.Parameter(torch.eye(K).repeat(H, 1, 1))
+            self.C = nn.Parameter(torch.eye(K).repeat(H, 1, 1))
         else:
             self.M = nn.Parameter(torch.zeros(H, K, K))
 
@@ -51,14 +51,14 @@ class ConstantG(nn.Module):
         """G_LM [H,K,K]: the parameter itself with `none`, else composed from the parameters in fp32 at least."""
         if self.constraint == "none":
             return self.G_LM
-        first = self.U if self.constraint == "low_rank" else self.M
-        wide, device = at_least_float32(first.dtype), first.device
+        first = next(self.parameters())
+        device, wide = first.device, at_least_float32(first.dtype)
+        identity_KK = torch.eye(self.config.head_dim, dtype=wide, device=device)
         with torch.autocast(device.type, enabled=False):
-            if self.constraint == "rotary":
-                return rotary_part(self.M.to(wide), self.config)
-            identity_KK = torch.eye(first.shape[1], dtype=wide, device=device)
             if self.constraint == "low_rank":
                 return identity_KK + self.U.to(wide) @ self.V.to(wide).mT
+            if self.constraint == "rotary":
+                return rotary_part(self.C.to(wide), self.config)
             M_HKK = self.M.to(wide)
             return identity_KK + (M_HKK - rotary_part(M_HKK, self.config))
 

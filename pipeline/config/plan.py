@@ -99,7 +99,8 @@ def activation_bytes(config: RunConfig) -> int:
     layer = B * S * (14 * D + 4 * model.feed_forward_size) * width
     if model.g_source == "learned":
         rows = (1 if config.train.g_from == "batch" else B) * model.num_heads * K
-        layer += rows * model.num_reslayerA * (model.num_denseA * (4 * model.A_dff + K) + 3 * K) * width
+        of_norm = 3 * K if model.num_denseA else K  # without GLUs there is no sum, and a unit keeps what it reads
+        layer += rows * model.num_reslayerA * (model.num_denseA * (4 * model.A_dff + K) + of_norm) * width
     return model.num_layers * layer + B * S * model.vocab_size * (width + 8)
 
 

@@ -38,10 +38,12 @@ from pipeline.post.measure.generation import greedy_agreement, order_parameters
 from pipeline.post.measure.observe import Observation, observe
 from pipeline.post.measure.parts import part
 from pipeline.post.measure.prompts import PromptKind, few_of, held_out_text, make_kinds, num_distinct, sha256_kinds
-from pipeline.post.measure.statistics import effective_rank, numerical_rank
+from pipeline.post.measure.statistics import numerical_rank
+from pldr_model.decode.low_rank import effective_rank
 from pldr_model.model import PLDRModel, g_shape
 
 CONTROL_PROMPTS = 4  # of every kind
+ENERGY_LEFT_OUT = 1e-6  # by the effective rank: the share of sum(singular value^2)
 FEW_PROMPTS = 2  # of outputs in fp64, and of losses with another G there and in the control: they are only shown
 
 
@@ -264,7 +266,8 @@ def _shape_measures(seen: Observation, head_dim: int) -> dict[str, Any]:
 
 def _rank_of(g_LHKK: Tensor) -> dict[str, Any]:
     g = g_LHKK.detach().cpu()
-    return {"numerical": numerical_rank(g).tolist(), "effective": effective_rank(g).tolist(), "of": g.shape[-1]}
+    effective = effective_rank(g, left_out=ENERGY_LEFT_OUT)
+    return {"numerical": numerical_rank(g).tolist(), "effective": effective.tolist(), "of": g.shape[-1]}
 
 
 def _not_finite_heads(g_LHKK: Tensor) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.train.by_source import SourceLosses, Sources
+from pipeline.train.g_structure import g_structure, parameter_g
 from pipeline.train.targets import has_padding, masks, num_targets, with_documents
 from pldr_model.config import ModelConfig
 from pldr_model.model import g_shape
@@ -42,6 +43,7 @@ def validate(
     their targets that are not padding. Order parameters: RMS(X_i - X_0) / RMS(X_i) over sequences, layers, heads and entries,
     for X = A, A_LM, A_P, G_LM; and their log10, for charts without a logarithmic axis (zero has none: that point is left out).
     sources: of their tokens: the cached loss is also given by source (by_source.py).
+    Of a G that is learned or a parameter: how much of it is plain attention, and its rank (g_structure.py).
     `attention_alive`: what the loss gains over G = 0 and over G = identity (the smaller), from the cached loss.
     stopped: collective; when it says so, validation ends without a result.
     """
@@ -103,6 +105,9 @@ def validate(
     if learned:
         result |= order_parameters(sums[-8:].view(4, 2).tolist())
         result["invariance/attention_alive"] = min(named["zero"], named["identity"]) - cached
+        result |= g_structure(constant["cached"], config)
+    elif config.g_source == "constant":
+        result |= g_structure(parameter_g(engine), config)
     return result
 
 

@@ -65,6 +65,13 @@ def ranks_by_energy(g_LHKK: Tensor, energy: float) -> Tensor:
     return too_much_LHK.sum(-1).clamp(min=1)
 
 
+def effective_rank(G: Tensor, *, left_out: float) -> Tensor:
+    """Smallest rank that keeps all but `left_out` of the energy (sum of squared singular values), [...,K,K] -> [...]."""
+    energy: Tensor = torch.linalg.svdvals(G.double()).square()
+    tail = energy.flip(-1).cumsum(-1).flip(-1)  # energy lost by stopping before each value
+    return (tail > left_out * energy.sum(dim=-1, keepdim=True)).sum(dim=-1)
+
+
 def round_ranks(rank_LH: Tensor, head_dim: int, *, multiple: int) -> Tensor:
     """Ranks rounded up to a multiple, at most the full K."""
     return (-(-rank_LH // multiple) * multiple).clamp(max=head_dim)

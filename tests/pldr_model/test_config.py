@@ -17,9 +17,10 @@ def test_paper_size_has_the_published_parameter_count():
     assert (config.d_model, config.feed_forward_size) == (896, 2389)
 
 
+@pytest.mark.parametrize("num_denseA", [0, 1])
 @pytest.mark.parametrize("g_source", ["learned", "constant", "identity", "random"])
-def test_counts_are_those_of_the_model(g_source):
-    config = ModelConfig(**SMALL, g_source=g_source, A_dff=11, num_reslayerA=3, num_denseA=1, d_ff=50)
+def test_counts_are_those_of_the_model(g_source, num_denseA):
+    config = ModelConfig(**SMALL, g_source=g_source, A_dff=11, num_reslayerA=3, num_denseA=num_denseA, d_ff=50)
     counts = config.num_parameters()
     model = PLDRModel(config)
     assert counts["total"] == sum(p.numel() for p in model.parameters())
@@ -43,6 +44,8 @@ def test_flops_of_the_paper_size_by_hand():
     assert constant.flops_per_token(training=True) - of_twin == pytest.approx(3 * 5 * 2 * K * D)
     assert constant.num_parameters()["total"] == twin.num_parameters()["total"] + 5 * 14 * K * K
     assert constant.num_parameters()["constant_g"] == 5 * 14 * K * K
+    without_glus = ModelConfig(**PAPER_110M, num_denseA=0).flops_per_token(training=False)
+    assert expected - without_glus == pytest.approx(5 * 2 * 14 * K * (8 * 2 * 3 * K * 170) / S)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,8 @@ def test_flops_of_the_paper_size_by_hand():
         ({"num_layers": 2.5}, "num_layers"),
         ({"vocab_size": "61"}, "vocab_size"),
         ({"num_layers": True}, "num_layers"),
+        ({"num_denseA": -1}, "num_denseA"),
+        ({"num_reslayerA": 0}, "num_reslayerA"),
         ({"head_dim": 7}, "head_dim"),
         ({"d_ff": 0}, "d_ff"),
         ({"rope_style": "spiral"}, "rope_style"),

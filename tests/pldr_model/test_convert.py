@@ -80,6 +80,17 @@ def test_a_constant_g_model_has_no_metric_learner_to_convert(case):
     assert_bit_equal(to_reference({**ours, "g_lm": g_lm}, constant), stripped)
 
 
+def test_a_metric_learner_without_glus_is_refused_both_ways(case):
+    config, reference = case
+    without = ModelConfig.from_dict({**config.to_dict(), "num_denseA": 0})
+    for convert in (
+        lambda: from_reference(reference, without),
+        lambda: to_reference(PLDRModel(without).state_dict(), without),
+    ):
+        with pytest.raises(ValueError, match=r"^num_denseA: 0, but every residual unit of the reference has GLUs"):
+            convert()
+
+
 def test_wrong_keys_and_shapes_are_named(case):
     config, reference = case
     key = "decoder.dec_layers.0.mha1.plgatt_layer.pwlst"

@@ -129,3 +129,23 @@ def test_a_copy_and_a_loaded_state_have_weights_of_their_own():
     assert not torch.allclose(other(x), module(x))
     module.load_state_dict(other.state_dict())
     assert module(x).equal(other(x))
+
+
+def test_without_glus_a_unit_is_layer_norm_alone(monkeypatch):
+    """In both directions, also where the function or its kernels would run otherwise."""
+    module = learner(3, 0)
+    monkeypatch.setattr(metric_learner, "_functions", None)  # would raise
+    monkeypatch.setenv("PLDR_METRIC_LEARNER", "triton")
+    x = torch.randn(4, 6, dtype=torch.float64)
+    got = gradients(module, x, fused=True)
+    y = x = x.requires_grad_()
+    for unit in module:
+        centered = y - y.mean(-1, keepdim=True)
+        spread = (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        y = centered / spread * unit.norm.weight + unit.norm.bias
+    weights = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+    wanted = [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *module.parameters()])]
+    assert len(got) == 2 + 3 * 2
+    for one, other in zip(got, wanted, strict=True):
+        assert (one - other).abs().max() <= TOO_FAR * other.abs().max()
+    assert list(module.state_dict()) == [f"{unit}.norm.{name}" for unit in range(3) for name in ("weight", "bias")]

@@ -148,11 +148,22 @@ def test_dag_term_refuses_what_is_not_finite():
         dag_regularizer([x], name="A_P")
 
 
-@pytest.mark.parametrize("g_source", ["learned", "random"])
-def test_a_layer_traces_as_one_graph(tiny, g_source):
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"num_denseA": 0},
+        {"g_source": "random"},
+        {"g_source": "constant", "g_constraint": "low_rank", "g_rank": 2},
+        {"g_source": "constant", "g_constraint": "rotary"},
+        {"g_source": "constant", "g_constraint": "nonrotary"},
+    ],
+    ids=str,
+)
+def test_a_layer_traces_as_one_graph(tiny, variant):
     """fullgraph: a graph break inside a layer is an error. aot_eager traces as the compiler does, without its code. In fp64:
     eager, the metric learner is another function, and PLGA makes much of what fp32 rounds."""
-    model = PLDRModel(ModelConfig.from_dict({**tiny.to_dict(), "g_source": g_source})).double()
+    model = PLDRModel(ModelConfig.from_dict({**tiny.to_dict(), **variant})).double()
     ids = torch.randint(4, 61, (2, 16))
     eager = model(ids, padded=False)
     eager.sum().backward()

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ENERGY_LEFT_OUT = 1e-6  # by the effective rank: the share of sum(singular value^2)
-
 
 class Spread:
     """Streaming mean, variance and extremes of tensors [N,L,H,K,K] over N. The caller must reject non-finite inputs."""
@@ -200,10 +198,3 @@ def numerical_rank(G: Tensor) -> Tensor:
     values: Tensor = torch.linalg.svdvals(G.double())
     floor = values[..., :1] * G.shape[-1] * torch.finfo(torch.float32).eps
     return (values > floor).sum(dim=-1)
-
-
-def effective_rank(G: Tensor, *, left_out: float = ENERGY_LEFT_OUT) -> Tensor:
-    """Smallest rank that keeps all but `left_out` of the energy (sum of squared singular values), [...,K,K] -> [...]."""
-    energy: Tensor = torch.linalg.svdvals(G.double()).square()
-    tail = energy.flip(-1).cumsum(-1).flip(-1)  # energy lost by stopping before each value
-    return (tail > left_out * energy.sum(dim=-1, keepdim=True)).sum(dim=-1)

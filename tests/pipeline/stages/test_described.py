@@ -42,6 +42,12 @@ def test_a_description_is_a_sentence_on_model_tokens_and_verdict(certificate, en
     )
 
 
+def test_a_description_names_what_g_is_constrained_to():
+    model = {**TREE["model"], "g_source": "constant", "g_constraint": "low_rank", "g_rank": 2}
+    text = sentence(parse_config({**TREE, "model": model}, where="test"))
+    assert text.startswith("PLDR-LLM with a constant G_LM for each head (I + U V^T of rank 2), ")
+
+
 def test_data_sets_have_fingerprint_counts_and_no_secrets(tmp_path):
     splits = {"train": {"sequences": 9, "tokens": 72, "bytes": 5}, "val": {"sequences": 2, "tokens": 16}, "test": {}}
     index = SimpleNamespace(

@@ -18,6 +18,12 @@ from pipeline.stages.trained import notes
     [
         ({"g_source": "constant"}, "there is no metric learner"),
         ({"g_start": "identity"}, "Started near plain attention"),
+        ({"num_denseA": 0}, "The metric learner has no GLUs (model.num_denseA 0)"),
+        (
+            {"g_source": "constant", "g_constraint": "low_rank", "g_rank": 3},
+            "constrained in training (model.g_constraint low_rank): I + U V^T of rank 3.",
+        ),
+        ({"g_source": "constant", "g_constraint": "rotary"}, "rotary): commuting with RoPE, which is plain attention"),
     ],
 )
 def test_the_notes_name_the_variant(tiny: SimpleNamespace, changes: dict[str, str], expected: str) -> None:
@@ -61,3 +67,10 @@ def test_the_notes_name_whose_g_a_sequence_was_trained_with(tiny: SimpleNamespac
     assert "After step 30, with an order parameter of G below 0.0001, trained with the G of one" in text(
         {"shared": 30}, share_g_below=1e-4
     )
+
+
+@pytest.mark.parametrize(("part", "what"), [("units", "the metric learner had"), ("norms", "the LayerNorms of")])
+def test_the_notes_name_what_the_metric_decay_was_on(tiny: SimpleNamespace, part: str, what: str) -> None:
+    train = {"metric_weight_decay": 6.0, "metric_decay_on": part}
+    config = RunConfig(name="x", run_dir="x", data={"sources": [{"url": "x"}]}, model=tiny.config, train=train)
+    assert any(line.startswith(f"ACCELERATED RECIPE: {what}") for line in notes(config, {}))

@@ -1,4 +1,5 @@
-"""One rank of tests/pipeline/train/test_muon.py, test_batch_warmup.py and test_backend.py: runs with the keys that those test.
+"""One rank of tests/pipeline/train/test_muon.py, test_batch_warmup.py, test_backend.py and test_variants.py: runs with the keys
+that those test.
 
 Usage: recipe_worker.py FOLDER WHAT PRECISION. WHAT: "quick", "more", or "from" to resume on this number of ranks what "quick"
 has saved. Rank 0 writes FOLDER/result.json.
@@ -22,6 +23,7 @@ from pipeline.train.engine import init_distributed
 from pipeline.train.state import roll_back
 from pipeline.train.trainer import Trainer
 from tests.helpers.worker import finish
+from tests.pipeline.train import variants_worker
 from tests.pipeline.train.zero_worker import Batches, configuration, make_trainer
 
 WARMUP = [{"batch": 4, "steps": 3}, {"batch": 8, "steps": 1}]  # three steps of one micro batch, one of two, then four
@@ -87,6 +89,7 @@ def quick(folder: Path, precision: str) -> dict:
         results["converted"] = points(straight, half)
     results["sdpa"] = points(muon(folder / "sdpa", precision, "value", "identity"))
     if precision == "fp32":
+        results["variants"] = variants_worker.quick(folder / "variants")
         results["growing"] = grown(folder, 1)
         config = growing(folder / "deterministic", 1, deterministic=True)
         set_up(config.train, folder / "recordings")

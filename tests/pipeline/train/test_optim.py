@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from pipeline.config.load import parse_config
 from pipeline.config.train import TrainConfig
+from pipeline.errors import ConfigError
 from pipeline.train.optim import ClippedAdamW, Clipping, build_optimizer, gradient_norm, parameter_groups
 from pldr_model.config import ModelConfig
 from pldr_model.model import PLDRModel
@@ -102,6 +104,55 @@ def test_the_decay_of_each_group_is_what_a_step_without_gradient_shows():
     for name, p in model.named_parameters():
         decay = 5.0 if ".metric_learner." in name else 0.3
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.01 * decay))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("decay_on", ["units", "norms", "glus"])
+def test_the_metric_decay_is_on_the_part_that_is_named(decay_on, optimizer):
+    """What a step without gradient shows, by name; Muon gets no matrix of the metric learner, whatever decays."""
+    model = PLDRModel(ModelConfig(vocab_size=11, num_layers=2, num_heads=1, head_dim=4, context_length=8, A_dff=6))
+    train = TRAIN.model_copy(update={"metric_decay_on": decay_on, "optimizer": optimizer, "zero_stage": 0})
+    built = build_optimizer(model, train)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for group in built.param_groups:
+        group["lr"] = 0.01
+    built.step()
+    part = {"units": ".metric_learner.", "norms": ".norm.", "glus": ".glus."}[decay_on]
+    decayed = {name for name in before if ".metric_learner." in name and part in name}
+    assert len(decayed) == {"units": 160, "norms": 32, "glus": 128}[decay_on]
+    for name, p in model.named_parameters():
+        decay = 5.0 if name in decayed else 0.3
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.01 * decay))
+    muon = {id(p) for group in built.param_groups if group.get("use_muon") for p in group["params"]}
+    assert not any(id(p) in muon for name, p in model.named_parameters() if ".metric_learner." in name)
+    written = [group.get("metric_decay_on") for group in built.param_groups]
+    assert written[1] == (None if decay_on == "units" else decay_on) and written.count(None) >= len(written) - 1
+
+
+def test_without_glus_only_the_norms_decay():
+    config = ModelConfig(vocab_size=11, num_layers=1, num_heads=1, head_dim=4, context_length=8, num_denseA=0)
+    _, metric = parameter_groups(PLDRModel(config), TRAIN.model_copy(update={"metric_decay_on": "norms"}))
+    assert len(metric["params"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "message"),
+    [
+        ({"num_denseA": 0}, {"metric_weight_decay": 5.0}, "metric_decay_on glus: model.num_denseA 0 has no GLUs"),
+        ({}, {}, "metric_decay_on glus is only read with a metric_weight_decay: without one all decay alike"),
+    ],
+)
+def test_a_decay_on_nothing_is_refused(model, train, message):
+    sizes = {"vocab_size": 300, "num_layers": 1, "num_heads": 1, "head_dim": 4, "context_length": 8}
+    tree = {
+        **{"name": "t", "run_dir": "t", "data": {"sources": [{"url": "x.txt"}]}},
+        **{"model": {**sizes, **model}, "train": {"metric_decay_on": "glus", **train}},
+    }
+    with pytest.raises(ConfigError, match=message):
+        parse_config(tree, where="test")
+    parse_config({**tree, "train": {"metric_weight_decay": 5.0}}, where="test")
 
 
 def test_without_a_metric_learner_there_is_one_group():

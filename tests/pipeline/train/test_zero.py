@@ -103,6 +103,7 @@ def test_what_is_logged(fp32):
         "invariance/budget", "invariance/order_parameter_A", "invariance/order_parameter_A_LM",
         "invariance/order_parameter_A_P", "invariance/order_parameter_G", "invariance/attention_alive",
         *(f"invariance/log10_order_parameter_{name}" for name in ("A", "A_LM", "A_P", "G")),
+        *(f"invariance/{what}/layer-{layer}" for what in ("rotary_share", "rank_G") for layer in (0, 1)),
     }  # fmt: skip
     assert points["6"]["invariance/budget"] == pytest.approx(fp32["1-norm"]["budget"], rel=1e-12)
     last = points["6"]

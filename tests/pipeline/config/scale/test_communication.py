@@ -29,8 +29,17 @@ def load(tmp_path):
     return lambda *overrides: load_config(str(path), list(overrides))
 
 
-@pytest.mark.parametrize("g_source", ["learned", "constant", "identity", "random"])
-def test_sizes_of_parameters_are_the_models(g_source):
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *({"g_source": source} for source in ("learned", "constant", "identity", "random")),
+        {"num_denseA": 0},
+        {"g_source": "constant", "g_constraint": "low_rank", "g_rank": 3},
+        {"g_source": "constant", "g_constraint": "nonrotary"},
+    ],
+    ids=str,
+)
+def test_sizes_of_parameters_are_the_models(variant):
     config = ModelConfig(
         vocab_size=50,
         context_length=8,
@@ -39,7 +48,7 @@ def test_sizes_of_parameters_are_the_models(g_source):
         head_dim=4,
         num_reslayerA=3,
         A_dff=6,
-        g_source=g_source,
+        **variant,
     )
     assert sorted(parameter_sizes(config)) == sorted(p.numel() for p in PLDRModel(config).parameters())
 

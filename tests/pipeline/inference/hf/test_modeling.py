@@ -68,10 +68,10 @@ def decode(model: Any, prompt: list[int], count: int, **settings: Any) -> list[i
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("style", ["interleaved", "half"])
-def test_a_learned_g_is_that_of_the_prompt_and_is_kept(style: Any) -> None:
+@pytest.mark.parametrize(("style", "glus"), [("interleaved", 1), ("half", 1), ("half", 0)])
+def test_a_learned_g_is_that_of_the_prompt_and_is_kept(style: Any, glus: int) -> None:
     """The model is not invariant: its G differs from prompt to prompt, so that keeping another one would be seen."""
-    config = ModelConfig(**{**CONFIG.to_dict(), "rope_style": style})
+    config = ModelConfig(**{**CONFIG.to_dict(), "rope_style": style, "num_denseA": glus})
     ours = make(config, learned=True, seed=3)
     theirs = in_transformers(ours)
     prompts = [[7, 8, 9, 30, 12], [5], [11, 12, 13]]

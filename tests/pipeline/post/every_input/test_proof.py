@@ -20,12 +20,14 @@ ROUND_OFF = 1e-12  # of the search, which is fp64: where a G is all but constant
 KEYS = {"bound", "per_head", "closed", "by_unit", "score_bound", "precision_bits", "reason"}
 
 
-def build(*, seed: int, decay: float, K: int = 8, layers: int = 1, units: int = 4, eps: float = 1e-6) -> PLDRModel:
+def build(
+    *, seed: int, decay: float, K: int = 8, layers: int = 1, units: int = 4, eps: float = 1e-6, glus: int = 2
+) -> PLDRModel:
     """A model whose metric learner is as AdamW leaves it: random values everywhere, gammas and matrices shrunk by `decay`."""
     torch.manual_seed(seed)
     config = ModelConfig(
         vocab_size=16, num_layers=layers, num_heads=2, head_dim=K, context_length=8, A_dff=5, num_reslayerA=units,
-        layer_norm_eps=eps,
+        layer_norm_eps=eps, num_denseA=glus,
     )  # fmt: skip
     model = PLDRModel(config)
     with torch.no_grad():
@@ -102,6 +104,26 @@ def test_a_search_never_finds_more(seed: int, decay: float, eps: float) -> None:
     model = build(seed=seed, decay=10**decay, eps=eps, layers=2, units=3)
     g = cached(model)
     assert_above(prove(model, g), found(model, g))
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 2**31), decay=st.floats(-4, 0.5), eps=st.sampled_from([1e-6, 1e-2]))
+def test_a_search_never_finds_more_without_glus(seed: int, decay: float, eps: float) -> None:
+    model = build(seed=seed, decay=10**decay, eps=eps, glus=0)
+    g = cached(model)
+    assert_above(prove(model, g), found(model, g))
+
+
+def test_layer_norms_alone_are_proven_to_forget_and_the_bound_is_near() -> None:
+    """A unit without GLUs is LN(x): LN(x + x) would not be the same, for its epsilon."""
+    model = build(seed=3, decay=0.1, glus=0, eps=1.0)  # it matters more than the variance
+    g = cached(model)
+    proof = prove(model, g)
+    assert proof["closed"] and len(proof["by_unit"][0]) == 4
+    for bound, value in zip(proof["per_head"][0], found(model, g)[0], strict=True):
+        assert value <= bound < 10 * value
+    forgot = build(seed=3, decay=1e-3, glus=0)
+    assert prove(forgot, cached(forgot))["bound"] < 1e-6
 
 
 @settings(max_examples=6, deadline=None)
