@@ -29,7 +29,6 @@ from tests.pipeline.train import packed
 from tests.pipeline.train.zero_worker import Batches, configuration, make_trainer, with_train
 
 CPU = torch.device("cpu")
-layers.LEAN_FROM = metric_learner.LEAN_FROM = 0  # as in a large model; the test's own gradients are autograd's
 DAG = (0.01, 0.0, 0.02)
 OF_ANOTHER = ("batch", "neighbor")  # train.g_from
 Z_LOSS = 0.05  # of the gradients
@@ -170,4 +169,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    layers.LEAN_FROM = metric_learner.LEAN_FROM = 0  # as in a large model; the test's own gradients are autograd's
     main()
