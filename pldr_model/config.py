@@ -22,8 +22,8 @@ ActivationCheckpointing = Literal["none", "layer", "metric_learner"]  # what the
 # Rows of a chunk of logits (pldr_model/linear_cross_entropy.py). CPU: fewer make slow products, more leave its caches
 # (docs/speed.md). GPU: not measured; products are large enough to fill one.
 CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
-# Elements from which training computes a gated product and the metric learner's hidden numbers again in the backward pass. Its
-# time beside autograd's (CPU seconds of one thread, 2026-11-29): 0.6 to 1.06 above, 1.1 to 1.4 below.
+# Elements from which training computes a gated product again in the backward pass. Its time beside autograd's (CPU seconds of
+# one thread, 2026-11-29): 0.6 to 1.06 above, 1.1 to 1.4 below.
 LEAN_FROM = 2**19
 GFrom = Literal["own", "batch", "neighbor"]  # whose learned G a sequence of a batch gets (PLDRModel.forward)
 DecayOn = Literal["units", "norms", "glus"]  # what of the residual units has the metric learner's weight decay

@@ -4,10 +4,11 @@ Decision (speed): its products are small, so launching them, and reading gates a
 much as the products. While training, a metric learner is one autograd function with a gradient written by hand, in place of a
 node for each operation. What is hidden has the rows in its columns: gates and values are each contiguous, and products are
 about as wide as there are rows. The backward pass computes silu(gate) again, so that 0.56 of what the modules
-keep is kept (A_dff 170, K 64); where a GLU's hidden numbers are many (LEAN_FROM), them too, for half a percent of a step's
-operations: a quarter of what is left is kept then. In fp64 the gradients agree with the modules' to 1e-12
-(tests/pldr_model/test_metric_learner.py). The modules run as they are without gradients, under autocast, at ZeRO-3, whose hooks
-gather weights in them, without GLUs (there is nothing to fuse), and in torch.compile, which fuses more by itself.
+keep is kept (A_dff 170, K 64). To compute the hidden numbers again, too, would take a fifth of that, and was 3 % of a step at
+110M: `train.activation_checkpointing: metric_learner` is for who needs the memory. In fp64 the gradients agree with the
+modules' to 1e-12 (tests/pldr_model/test_metric_learner.py). The modules run as they are without gradients, under autocast, at
+ZeRO-3, whose hooks gather weights in them, without GLUs (there is nothing to fuse), and in torch.compile, which fuses more by
+itself.
 
 Shapes: R rows, K their length, F hidden size of a GLU, E = 2F (gates, then values), G GLUs, N units.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pldr_model.config import LEAN_FROM, ModelConfig
+from pldr_model.config import ModelConfig
 from pldr_model.layers import GLU
 
 aten = torch.ops.aten
@@ -112,19 +113,15 @@ def _functions(rows_RK: Tensor) -> tuple[Learn, LearnBackward]:
 
 
 def learn(rows_RK: Tensor, glus: Sequence[Tensor], norms: Sequence[Tensor], eps: float) -> list[Tensor]:
-    """The units' result [R,K]; then what each GLU reads [K,R], what is hidden in it [E,R] (none of it where that is much), and
-    what each norm reads [R,K]."""
+    """The units' result [R,K]; then what each GLU reads [K,R], what is hidden in it [E,R], and what each norm reads [R,K]."""
     N, per_unit = len(norms) // 2, len(glus) // (2 * len(norms))
-    is_lean = len(rows_RK) * len(glus[0]) >= LEAN_FROM
     inputs, hidden, sums = [], [], []
     for unit in range(N):
         y_KR = rows_RK.t()
         for w12, b12, w3, b3 in _by_four(glus, unit * per_unit, per_unit):
             inputs.append(y_KR)
-            hidden_ER = torch.addmm(b12.unsqueeze(1), w12, y_KR)
-            if not is_lean:
-                hidden.append(hidden_ER)
-            gate_FR, value_FR = hidden_ER.chunk(2)
+            hidden.append(torch.addmm(b12.unsqueeze(1), w12, y_KR))
+            gate_FR, value_FR = hidden[-1].chunk(2)
             activated_FR = silu(gate_FR).mul_(value_FR)
             if len(inputs) < (unit + 1) * per_unit:
                 y_KR = torch.addmm(b3.unsqueeze(1), w3, activated_FR)
@@ -146,7 +143,7 @@ def learn_backward(
     """Gradients of the rows, of every GLU's w12, b12, w3, b3, of every unit's gamma, beta (None if not `with_weights`)."""
     N, per_unit = len(norms) // 2, len(glus) // (2 * len(norms))
     G = N * per_unit
-    inputs, hidden, sums = kept[:G], kept[G:-N], kept[-N:]
+    inputs, hidden, sums = kept[:G], kept[G : 2 * G], kept[2 * G :]
     d_glus: list[Tensor | None] = [None] * len(glus)
     d_norms: list[Tensor | None] = [None] * len(norms)
     mask = [True, with_weights, with_weights]
@@ -158,10 +155,9 @@ def learn_backward(
         )
         d_KR = grad_RK.t()
         for glu in range((unit + 1) * per_unit - 1, unit * per_unit - 1, -1):
-            w12, b12, w3, _ = glus[4 * glu : 4 * glu + 4]
-            hidden_ER = hidden[glu] if hidden else torch.addmm(b12.unsqueeze(1), w12, inputs[glu])
-            gate_FR, value_FR = hidden_ER.chunk(2)
-            d_hidden_ER = torch.empty_like(hidden_ER)
+            w12, _, w3, _ = glus[4 * glu : 4 * glu + 4]
+            gate_FR, value_FR = hidden[glu].chunk(2)
+            d_hidden_ER = torch.empty_like(hidden[glu])
             d_gate_FR, d_value_FR = d_hidden_ER.chunk(2)
             silu_FR = silu(gate_FR)
             d_activated_FR = torch.mm(w3.t(), d_KR)

@@ -61,9 +61,8 @@ def layer_bytes(config: RunConfig) -> int:
     kept = tokens * (10 * model.d_model + (2 if tokens * 2 * F >= LEAN_FROM else 4) * F)
     if model.g_source == "learned":
         rows = (1 if config.train.g_from == "batch" else B) * model.num_heads * K
-        hidden = 0 if rows * 2 * model.A_dff >= LEAN_FROM else 4 * model.A_dff  # modules; one function keeps half
         of_norm = 3 * K if model.num_denseA else K  # without GLUs there is no sum, and a unit keeps what it reads
-        kept += rows * model.num_reslayerA * (model.num_denseA * (hidden + K) + of_norm)
+        kept += rows * model.num_reslayerA * (model.num_denseA * (4 * model.A_dff + K) + of_norm)
     return kept * _width(config)
 
 

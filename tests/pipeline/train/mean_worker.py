@@ -22,7 +22,7 @@ from pipeline.train.freeze import mean_g
 from pipeline.train.signals import StopRequest
 from pipeline.train.step import global_step
 from pipeline.train.telemetry import Stopwatch
-from pldr_model import layers, metric_learner
+from pldr_model import layers
 from pldr_model.model import PLDRModel
 from tests.helpers.worker import finish
 from tests.pipeline.train import packed
@@ -169,5 +169,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    layers.LEAN_FROM = metric_learner.LEAN_FROM = 0  # as in a large model; the test's own gradients are autograd's
+    layers.LEAN_FROM = 0  # as in a large model; the test's own gradients are autograd's
     main()
