@@ -29,8 +29,12 @@ def main() -> None:
         except RuntimeError:
             write_recording(recordings, 0)
         store.set("over", "1")
+        store.wait(
+            ["seen"], timedelta(seconds=200)
+        )  # the store is this process's: it must not end before the other has read it
     else:
         store.wait(["over"], timedelta(seconds=200))
+        store.set("seen", "1")
 
 
 if __name__ == "__main__":
