@@ -72,7 +72,13 @@ def expected(train: TrainConfig, units: int, budget: float) -> Expected:
     end = train.steps if train.freeze_g is None or train.freeze_g.at_step is None else train.freeze_g.at_step
     nu, decay, fix = noise(train, end), gamma_decay(train), MORE_BUDGET
     if decay != train.metric_decay:
-        budget *= decay / train.metric_decay
+        # Without any decay of the GLUs no budget was counted.
+        spent = (
+            budget / train.metric_decay
+            if train.metric_decay
+            else math.fsum(learning_rate(train, s) for s in range(end))
+        )
+        budget = spent * decay
         fix = f"norms decay by {decay:g} with train.metric_decay_on {train.metric_decay_on}: set units or norms"
     elif order_parameter(math.inf, nu, units) > INVARIANT:
         fix = "no budget is enough for so few units: raise model.num_reslayerA"

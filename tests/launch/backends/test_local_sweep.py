@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from launch.backends import local_sweep
 from launch.backends.local_sweep import _Children, devices_for
@@ -26,17 +25,6 @@ print(number, os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREAD
 if number == "3":
     sys.exit("pldr: error: seed-3: no luck")
 """
-
-
-@pytest.fixture
-def sweep(tmp_path, make_run, monkeypatch):
-    """The YAML of a sweep of four children."""
-    make_run(tmp_path, ranks=1)
-    tree = {"name": "four", "config": "tiny.yaml", "run_dir": str(tmp_path / "sweep"), "until": "train",
-            "grid": {"seed": [1, 2, 3, 4]}}  # fmt: skip
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree))
-    monkeypatch.chdir(tmp_path)
-    return "sweep.yaml"
 
 
 def gpus(monkeypatch, count, visible=None):

@@ -20,18 +20,6 @@ from pipeline.tracking.client import tracking_uri
 from tests.helpers.slurm_commands import NO_ACCOUNTING, NO_GPUS, install
 
 
-@pytest.fixture
-def sweep(tmp_path, make_run, monkeypatch):
-    """The YAML of a sweep of four children."""
-    make_run(tmp_path, ranks=1)
-    tree = {"name": "four", "config": "tiny.yaml", "run_dir": str(tmp_path / "sweep"), "until": "train",
-            "grid": {"seed": [1, 2, 3, 4]}}  # fmt: skip
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return "sweep.yaml"
-
-
 def dry_run(capsys, *words: str) -> str:
     assert main(["sweep", "sweep.yaml", "--slurm", "--dry-run", "--json", *words]) == 0
     (script,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["files"].values()

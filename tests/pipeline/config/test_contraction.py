@@ -78,3 +78,9 @@ def test_a_decay_of_the_glus_alone_contracts_nothing():
     assert norms == expected(recipe(), 8, budget)
     assert glus.word == "NOT invariant expected" and glus.budget == pytest.approx(budget * 0.1 / 8)
     assert "set units or norms" in verdict(glus)
+
+
+def test_glus_that_do_not_decay_leave_the_budget_of_the_norms():
+    none, some = (expected(recipe(metric_decay_on="glus", metric_weight_decay=wd), 8, budget)
+                  for wd, budget in ((0.0, 0.0), (8.0, invariance_budget(recipe()))))  # fmt: skip
+    assert none.budget == pytest.approx(some.budget) and none.budget == pytest.approx(invariance_budget(recipe()) / 80)
